@@ -1,0 +1,85 @@
+"""A typed client of Shoal's HTTP API, which needs nothing of the server.
+
+`ShoalClient` and `AsyncShoalClient` are the way in; they are loaded when first asked for, so that the command line can
+answer `--help` without waiting for httpx.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from clients.errors import (
+    ApiError,
+    BrokenConnectionError,
+    ClientError,
+    ProtocolError,
+    StatusError,
+    StreamError,
+    TimedOutError,
+    TransportError,
+    UnreachableError,
+    UnsendableError,
+)
+from clients.types import (
+    ChatOptions,
+    Choice,
+    ChoiceDelta,
+    Chunk,
+    Completion,
+    CompletionOptions,
+    Message,
+    Model,
+    Prompt,
+    SamplingOptions,
+    Tokenization,
+    TokenLogprob,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from clients.async_client import AsyncShoalClient, AsyncStream
+    from clients.client import ShoalClient, Stream
+
+__all__ = [
+    "ApiError",
+    "AsyncShoalClient",
+    "AsyncStream",
+    "BrokenConnectionError",
+    "ChatOptions",
+    "Choice",
+    "ChoiceDelta",
+    "Chunk",
+    "ClientError",
+    "Completion",
+    "CompletionOptions",
+    "Message",
+    "Model",
+    "Prompt",
+    "ProtocolError",
+    "SamplingOptions",
+    "ShoalClient",
+    "StatusError",
+    "Stream",
+    "StreamError",
+    "TimedOutError",
+    "TokenLogprob",
+    "Tokenization",
+    "TransportError",
+    "UnreachableError",
+    "UnsendableError",
+    "Usage",
+]
+
+_LOADED_LATE = {
+    "AsyncShoalClient": "clients.async_client",
+    "AsyncStream": "clients.async_client",
+    "ShoalClient": "clients.client",
+    "Stream": "clients.client",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LOADED_LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LOADED_LATE[name]), name)

@@ -1,0 +1,174 @@
+"""The asynchronous client: as `clients/client.py`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+from httpx_sse import EventSource
+
+from clients import wire
+from clients.errors import ClientError, StatusError
+from clients.transport import (
+    headers,
+    httpx_settings,
+    retry_delay,
+    status_error,
+    translated_errors,
+)
+from clients.types import (
+    ChatOptions,
+    Chunk,
+    Completion,
+    CompletionOptions,
+    Message,
+    Model,
+    Prompt,
+    Tokenization,
+)
+from clients.wire import DEFAULT_URL
+
+T = TypeVar("T")
+
+
+class AsyncStream(AsyncIterator[Chunk]):
+    """The chunks of one streamed answer, as they arrive.
+
+    The request is sent when the first chunk is asked for.  Closing the stream before its end (as leaving its `async
+    with` block does) closes the connection, on which the server aborts the request.  A stream that is merely dropped
+    is closed by the event loop, a little later.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[Chunk, None]) -> None:
+        self._chunks = chunks
+
+    async def __anext__(self) -> Chunk:
+        return await anext(self._chunks)
+
+    async def close(self) -> None:
+        await self._chunks.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncShoalClient:
+    """`ShoalClient` for asyncio: the same arguments, methods and errors.
+
+    async with AsyncShoalClient() as client:
+        print((await client.complete("def fib(n):", max_tokens=64, temperature=0)).text)
+        async with client.stream_chat([{"role": "user", "content": "Hello!"}]) as stream:
+            async for chunk in stream:
+                print(chunk.text, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        connect_timeout: float = 5.0,
+        read_timeout: float | None = 600.0,
+        max_retries: int = 2,
+    ) -> None:
+        self._http = httpx.AsyncClient(**httpx_settings(base_url, api_key, connect_timeout, read_timeout))
+        self._max_retries = max_retries
+
+    async def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
+        return await self._call(wire.complete(prompt, options))
+
+    def stream_complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> AsyncStream:
+        return AsyncStream(self._events(wire.stream_complete(prompt, options)))
+
+    async def chat(self, messages: list[Message], **options: Unpack[ChatOptions]) -> Completion:
+        return await self._call(wire.chat(messages, options))
+
+    def stream_chat(self, messages: list[Message], **options: Unpack[ChatOptions]) -> AsyncStream:
+        return AsyncStream(self._events(wire.stream_chat(messages, options)))
+
+    async def models(self) -> tuple[Model, ...]:
+        return await self._call(wire.models())
+
+    async def tokenize(self, prompt: str | list[Message]) -> Tokenization:
+        return await self._call(wire.tokenize(prompt))
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        return await self._call(wire.detokenize(token_ids))
+
+    async def health(self) -> bool:
+        try:
+            async with self._response(wire.health()) as response:
+                await response.aread()
+        except StatusError as error:
+            if error.status != 503:
+                raise
+            return False
+        return True
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, call: wire.Call[T]) -> T:
+        async with self._response(call) as response:
+            return call.parse(await response.aread())
+
+    async def _events(self, call: wire.Call[T]) -> AsyncGenerator[T, None]:
+        reader = wire.EventReader(call)
+        async with (
+            self._response(call) as response,
+            aclosing(EventSource(response).aiter_sse()) as events,
+        ):
+            async for event in events:
+                for result in reader.read(event.data):
+                    yield result
+        reader.finish()
+
+    @asynccontextmanager
+    async def _response(self, call: wire.Call[Any]) -> AsyncIterator[httpx.Response]:
+        response = await self._send(call)
+        try:
+            with translated_errors(self._http.base_url):
+                yield response
+        finally:
+            await response.aclose()
+
+    async def _send(self, call: wire.Call[Any]) -> httpx.Response:
+        retries = self._max_retries if call.retried else 0
+        for attempt in range(retries):
+            try:
+                return await self._try(call)
+            except ClientError as error:
+                delay = retry_delay(error, attempt)
+                if delay is None:
+                    raise
+            await asyncio.sleep(delay)
+        return await self._try(call)
+
+    async def _try(self, call: wire.Call[Any]) -> httpx.Response:
+        with translated_errors(self._http.base_url):
+            request = self._http.build_request(call.method, call.path, content=call.body, headers=headers(call))
+            response = await self._http.send(request, stream=True)
+            if response.is_success:
+                return response
+            try:
+                await response.aread()
+            finally:
+                await response.aclose()
+            raise status_error(response)

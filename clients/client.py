@@ -1,0 +1,190 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+from httpx_sse import EventSource
+
+from clients import wire
+from clients.errors import ClientError, StatusError
+from clients.transport import (
+    headers,
+    httpx_settings,
+    retry_delay,
+    status_error,
+    translated_errors,
+)
+from clients.types import (
+    ChatOptions,
+    Chunk,
+    Completion,
+    CompletionOptions,
+    Message,
+    Model,
+    Prompt,
+    Tokenization,
+)
+from clients.wire import DEFAULT_URL
+
+T = TypeVar("T")
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one streamed answer, as they arrive.
+
+    The request is sent when the first chunk is asked for.  Closing the stream before its end (as leaving its `with`
+    block or dropping it does) closes the connection, on which the server aborts the request.
+    """
+
+    def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
+        self._chunks = chunks
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        self._chunks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ShoalClient:
+    """Talks to a Shoal server, or any other that speaks OpenAI's protocol.  Safe to share between threads.
+
+        with ShoalClient() as client:
+            print(client.complete("def fib(n):", max_tokens=64, temperature=0).text)
+            for chunk in client.stream_chat([{"role": "user", "content": "Hello!"}]):
+                print(chunk.text, end="", flush=True)
+
+    What goes wrong is raised as one of the errors drawn in `clients/errors.py`, httpx's never come through.
+
+    Args:
+        base_url: where the server is, without "/v1".
+        api_key: sent as a bearer token.
+        connect_timeout: seconds to wait for a connection.
+        read_timeout: seconds that the server may be silent: for the first token, between two tokens, and for the
+            whole answer if it is not streamed; None waits for ever.
+        max_retries: how often a request that the server has not begun is sent again: one that could not be delivered,
+            or was refused with 429 or 503 (after Retry-After, if that is at most 30 s).
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        connect_timeout: float = 5.0,
+        read_timeout: float | None = 600.0,
+        max_retries: int = 2,
+    ) -> None:
+        self._http = httpx.Client(**httpx_settings(base_url, api_key, connect_timeout, read_timeout))
+        self._max_retries = max_retries
+
+    def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
+        """Continue a text (or several)."""
+        return self._call(wire.complete(prompt, options))
+
+    def stream_complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Stream:
+        """Continue a text, and give what is generated as it arrives."""
+        return Stream(self._events(wire.stream_complete(prompt, options)))
+
+    def chat(self, messages: list[Message], **options: Unpack[ChatOptions]) -> Completion:
+        """Answer the last message of a conversation."""
+        return self._call(wire.chat(messages, options))
+
+    def stream_chat(self, messages: list[Message], **options: Unpack[ChatOptions]) -> Stream:
+        """Answer the last message of a conversation, and give the answer as it arrives."""
+        return Stream(self._events(wire.stream_chat(messages, options)))
+
+    def models(self) -> tuple[Model, ...]:
+        """The models that the server serves."""
+        return self._call(wire.models())
+
+    def tokenize(self, prompt: str | list[Message]) -> Tokenization:
+        """Token ids of a text, or of a conversation under the model's chat template."""
+        return self._call(wire.tokenize(prompt))
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        """The text that token ids stand for."""
+        return self._call(wire.detokenize(token_ids))
+
+    def health(self) -> bool:
+        """Whether the server takes requests (True), or is there but not ready (False).  Never tries twice."""
+        try:
+            with self._response(wire.health()) as response:
+                response.read()
+        except StatusError as error:
+            if error.status != 503:
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close all connections, those of unfinished streams included."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, call: wire.Call[T]) -> T:
+        with self._response(call) as response:
+            return call.parse(response.read())
+
+    def _events(self, call: wire.Call[T]) -> Generator[T, None, None]:
+        reader = wire.EventReader(call)
+        with self._response(call) as response:
+            for event in EventSource(response).iter_sse():
+                yield from reader.read(event.data)
+        reader.finish()
+
+    @contextmanager
+    def _response(self, call: wire.Call[Any]) -> Iterator[httpx.Response]:
+        """A successful response whose body is still to be read."""
+        response = self._send(call)
+        try:
+            with translated_errors(self._http.base_url):
+                yield response
+        finally:
+            response.close()
+
+    def _send(self, call: wire.Call[Any]) -> httpx.Response:
+        """Send the request until it is not refused, `max_retries` times more than once at most."""
+        retries = self._max_retries if call.retried else 0
+        for attempt in range(retries):
+            try:
+                return self._try(call)
+            except ClientError as error:
+                delay = retry_delay(error, attempt)
+                if delay is None:
+                    raise
+            time.sleep(delay)
+        return self._try(call)
+
+    def _try(self, call: wire.Call[Any]) -> httpx.Response:
+        with translated_errors(self._http.base_url):
+            request = self._http.build_request(call.method, call.path, content=call.body, headers=headers(call))
+            response = self._http.send(request, stream=True)
+            if response.is_success:
+                return response
+            try:
+                response.read()
+            finally:
+                response.close()
+            raise status_error(response)

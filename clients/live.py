@@ -1,0 +1,82 @@
+"""An answer shown in the terminal while it arrives: its text on stdout, everything about it on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from time import perf_counter
+
+import click
+
+from clients.errors import ClientError, StatusError, UnreachableError
+from clients.types import Chunk, Usage
+
+
+class LiveAnswer:
+    """Prints one streamed answer and measures it.  What arrived stays here if showing it is interrupted.
+
+    Attributes:
+        text: all that was shown.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._finish_reason: str | None = None
+        self._usage: Usage | None = None
+        self._seed: int | None = None
+        self._started_at = perf_counter()
+        self._first_text_at: float | None = None
+        self._ended_at: float | None = None
+
+    def show(self, chunks: Iterable[Chunk], *, end_line: bool) -> None:
+        """Print the text of a stream of one choice, to its end or failure.
+
+        Args:
+            end_line: whether a line break follows the text.
+        """
+        try:
+            for chunk in chunks:
+                self._take(chunk)
+        finally:
+            self._ended_at = perf_counter()
+            if self.text and end_line:
+                click.echo()
+
+    def report(self) -> None:
+        """Print one line of statistics on stderr, dim if that is a terminal."""
+        click.secho(f"[{self.statistics()}]", dim=True, err=True)
+
+    def statistics(self) -> str:
+        """Tokens, their rate from request to end, time to first token, why it ended, and the seed."""
+        seconds = (self._ended_at or perf_counter()) - self._started_at
+        parts = [f"{seconds:.2f} s"]
+        if self._usage is not None:
+            tokens = self._usage.num_output_tokens
+            parts = [f"{tokens} tokens in {seconds:.2f} s", f"{tokens / seconds:.1f} tokens/s"]
+        if self._first_text_at is not None:
+            parts.append(f"first token after {self._first_text_at - self._started_at:.3f} s")
+        if self._finish_reason is not None:
+            parts.append(f"finish reason: {self._finish_reason}")
+        if self._seed is not None:
+            parts.append(f"seed {self._seed}")
+        return ", ".join(parts)
+
+    def _take(self, chunk: Chunk) -> None:
+        if chunk.text:
+            if self._first_text_at is None:
+                self._first_text_at = perf_counter()
+            self.text += chunk.text
+            click.echo(chunk.text, nl=False)
+        for delta in chunk.choices:
+            self._finish_reason = delta.finish_reason or self._finish_reason
+        self._usage = chunk.usage or self._usage
+        self._seed = self._seed if chunk.seed is None else chunk.seed
+
+
+def explain(error: ClientError) -> str:
+    """The error as one line, and what its reader may do about it."""
+    line = " ".join(error.message.split())
+    if isinstance(error, UnreachableError):
+        return f"{line} (is the server running? `shoal serve` starts one)"
+    if isinstance(error, StatusError) and error.retry_after is not None:
+        return f"{line} (try again in {error.retry_after:.0f} s)"
+    return line

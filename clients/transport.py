@@ -1,0 +1,114 @@
+"""What both clients know of httpx, apart from calling it: settings, errors, when to try again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+from httpx_sse import SSEError
+
+from clients import wire
+from clients.errors import (
+    BrokenConnectionError,
+    ClientError,
+    ProtocolError,
+    StatusError,
+    TimedOutError,
+    UnreachableError,
+    UnsendableError,
+)
+
+MAX_RETRY_DELAY = 30.0
+"""Seconds; a server that asks for more patience than this gets none, and the caller decides."""
+
+
+def httpx_settings(
+    base_url: str, api_key: str | None, connect_timeout: float, read_timeout: float | None
+) -> dict[str, Any]:
+    """Arguments of `httpx.Client` and `httpx.AsyncClient`.
+
+    The number of connections is not limited: a request should wait in the server's queue, where the scheduler sees
+    it, rather than in one here.
+
+    Raises:
+        UnsendableError: the address or the key is malformed.
+    """
+    if not base_url.startswith(("http://", "https://")):
+        raise UnsendableError(f"base_url must start with http:// or https://, not be {base_url!r}")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise UnsendableError("api_key must be printable ASCII")
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise UnsendableError(f"base_url {base_url!r} is not an address: {error}") from error
+    return {
+        "base_url": url,
+        "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+        "timeout": httpx.Timeout(read_timeout, connect=connect_timeout),
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=None),
+    }
+
+
+def headers(call: wire.Call[Any]) -> dict[str, str]:
+    return {} if call.body is None else {"Content-Type": "application/json"}
+
+
+@contextmanager
+def translated_errors(base_url: httpx.URL) -> Iterator[None]:
+    """Within it, what httpx raises comes out as one of ours."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise UnreachableError(f"cannot connect to {base_url}: {_reason(error)}") from error
+    except httpx.TimeoutException as error:
+        raise TimedOutError(f"{base_url} was silent for longer than read_timeout") from error
+    except (SSEError, httpx.DecodingError) as error:
+        raise ProtocolError(f"{base_url} answered something else than expected: {_reason(error)}") from error
+    except httpx.HTTPError as error:
+        raise BrokenConnectionError(f"the connection to {base_url} broke: {_reason(error)}") from error
+
+
+def status_error(response: httpx.Response) -> StatusError:
+    """The error that a response with an error status, already read, stands for."""
+    wait = retry_after(response.headers.get("Retry-After"), now=time.time())
+    return wire.error_of(response.status_code, response.reason_phrase, response.content, wait)
+
+
+def retry_after(header: str | None, now: float) -> float | None:
+    """Seconds that a Retry-After header (RFC 9110, 10.2.3: seconds, or a date) asks for; None if it is not one.
+
+    Args:
+        now: seconds since the epoch.
+    """
+    if header is None:
+        return None
+    if header.isascii() and header.isdigit():
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - now)
+    except ValueError:
+        return None
+
+
+def retry_delay(error: ClientError, attempt: int) -> float | None:
+    """Seconds to wait before the request is sent again, or None if it should not be.
+
+    Only what the server has not begun is sent again: it could not be reached, or it refused (429, 503).  Without a
+    Retry-After, the delay doubles with each attempt (0 is the first) and is jittered, so that many clients that were
+    refused together do not come back together.
+    """
+    refused = isinstance(error, StatusError) and error.status in (429, 503)
+    if not refused and not isinstance(error, ClientError):
+        return None
+    if isinstance(error, StatusError) and error.retry_after is not None:
+        return error.retry_after if error.retry_after <= MAX_RETRY_DELAY else None
+    return min(0.5 * 2.0 ** min(attempt, 10), MAX_RETRY_DELAY) * random.uniform(0.5, 1.0)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

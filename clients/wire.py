@@ -1,0 +1,246 @@
+"""The wire, apart from input and output: each operation as a `Call`, and how its answer is read.
+
+The shapes are those of OpenAI's API reference (completions, chat completions, models), with `/tokenize`,
+`/detokenize` and `/health` as vLLM has them.  The synchronous and the asynchronous client both live on this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from clients.errors import BrokenConnectionError, ProtocolError, StatusError, StreamError, UnsendableError
+from clients.types import (
+    ChatOptions,
+    Choice,
+    ChoiceDelta,
+    Chunk,
+    Completion,
+    CompletionOptions,
+    Message,
+    Model,
+    Prompt,
+    Tokenization,
+    TokenLogprob,
+    Usage,
+)
+
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""Where `shoal serve` listens if it is not told otherwise."""
+
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading JSON of another shape than expected raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One exchange with the server.
+
+    Attributes:
+        body: JSON in UTF-8; None for a GET.
+        build: makes the result out of the decoded JSON of the answer, or of one event if the answer is a stream.
+        retried: whether to try again when the server refuses.
+    """
+
+    method: str
+    path: str
+    body: bytes | None
+    build: Callable[[Any], T]
+    retried: bool = True
+
+    def parse(self, data: bytes | str) -> T:
+        """Read an answer.
+
+        Raises:
+            ProtocolError: it is not JSON, or lacks a field.
+            StreamError: it is an error event.
+        """
+        try:
+            return self.build(json.loads(data))
+        except _MALFORMED as error:
+            raise ProtocolError(
+                f"{self.path} answered something else than expected ({error!r}): {_excerpt(data)}"
+            ) from error
+
+
+class EventReader(Generic[T]):
+    """Reads the events of one stream up to [DONE]."""
+
+    def __init__(self, call: Call[T]) -> None:
+        self._call = call
+        self._done = False
+
+    def read(self, data: str) -> Iterator[T]:
+        """The result in one event's data, if it has one."""
+        if data == "[DONE]":
+            self._done = True
+        elif not self._done:
+            yield self._call.parse(data)
+
+    def finish(self) -> None:
+        """To be called at the end of the connection: was it the end of the stream?"""
+        if not self._done:
+            raise BrokenConnectionError("the stream ended before the answer was whole (no [DONE] came)")
+
+
+def complete(prompt: Prompt, options: CompletionOptions) -> Call[Completion]:
+    return _post("/v1/completions", {"prompt": prompt, **options}, _completion)
+
+
+def stream_complete(prompt: Prompt, options: CompletionOptions) -> Call[Chunk]:
+    return _post("/v1/completions", {"prompt": prompt, **options, **_STREAM}, _chunk)
+
+
+def chat(messages: list[Message], options: ChatOptions) -> Call[Completion]:
+    return _post("/v1/chat/completions", {"messages": messages, **options}, _completion)
+
+
+def stream_chat(messages: list[Message], options: ChatOptions) -> Call[Chunk]:
+    return _post("/v1/chat/completions", {"messages": messages, **options, **_STREAM}, _chunk)
+
+
+def models() -> Call[tuple[Model, ...]]:
+    return Call("GET", "/v1/models", None, _models)
+
+
+def tokenize(prompt: str | list[Message]) -> Call[Tokenization]:
+    field = "prompt" if isinstance(prompt, str) else "messages"
+    return _post("/tokenize", {field: prompt}, _tokenization)
+
+
+def detokenize(token_ids: list[int]) -> Call[str]:
+    return _post("/detokenize", {"tokens": token_ids}, lambda answer: str(answer["prompt"]))
+
+
+def health() -> Call[None]:
+    """The answer is the status; what its body says is nobody's promise."""
+    return Call("GET", "/health", None, lambda _: None, retried=False)
+
+
+def error_of(status: int, reason: str, body: bytes, retry_after: float | None) -> StatusError:
+    """The error in a response whose status is not a success; a body of any other shape is quoted."""
+    try:
+        return StatusError(**_error_fields(json.loads(body)), status=status, retry_after=retry_after)
+    except _MALFORMED:
+        message = f"HTTP {status} {reason}: {_excerpt(body) or 'no message'}"
+        return StatusError(message, status=status, retry_after=retry_after)
+
+
+_STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def _post(path: str, fields: dict[str, Any], build: Callable[[Any], T]) -> Call[T]:
+    """A call with a JSON body.  NaN, infinity and half of a surrogate pair are refused: JSON in UTF-8 has none."""
+    try:
+        body = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UnsendableError(f"the request to {path} cannot be written as JSON: {error}") from error
+    return Call("POST", path, body, build)
+
+
+def _completion(answer: Any) -> Completion:
+    choices = tuple(
+        Choice(
+            index=choice["index"],
+            text=_text(choice, "message"),
+            finish_reason=choice["finish_reason"],
+            logprobs=_logprobs(choice.get("logprobs")),
+        )
+        for choice in answer["choices"]
+    )
+    return Completion(
+        id=answer["id"],
+        created=answer["created"],
+        model=answer["model"],
+        choices=choices,
+        usage=_usage(answer["usage"]),
+        seed=answer.get("seed"),
+    )
+
+
+def _chunk(event: Any) -> Chunk:
+    if "error" in event:
+        raise StreamError(**_error_fields(event))
+    choices = tuple(
+        ChoiceDelta(
+            index=choice["index"],
+            text=_text(choice, "delta"),
+            finish_reason=choice.get("finish_reason"),
+            logprobs=_logprobs(choice.get("logprobs")),
+        )
+        for choice in event["choices"]
+    )
+    return Chunk(
+        id=event["id"],
+        created=event["created"],
+        model=event["model"],
+        choices=choices,
+        usage=_usage(event["usage"]) if event.get("usage") else None,
+        seed=event.get("seed"),
+    )
+
+
+def _text(choice: Any, chat_field: str) -> str:
+    """A completion's text stands in the choice, a chat's in a message or delta, where null and absence mean none."""
+    text = choice["text"] if "text" in choice else choice[chat_field].get("content") or ""
+    if not isinstance(text, str):
+        raise TypeError(f"the text of a choice is {type(text).__name__}")
+    return text
+
+
+def _logprobs(logprobs: Any) -> tuple[TokenLogprob, ...] | None:
+    """Read the shape of chat (a list of records) or of completions (parallel lists)."""
+    if logprobs is None:
+        return None
+    if "content" in logprobs:
+        return tuple(
+            TokenLogprob(
+                entry["token"],
+                entry["logprob"],
+                tuple((top["token"], top["logprob"]) for top in entry.get("top_logprobs") or ()),
+            )
+            for entry in logprobs["content"] or ()
+        )
+    tokens = logprobs["tokens"]
+    tops = logprobs.get("top_logprobs") or [None] * len(tokens)
+    return tuple(
+        TokenLogprob(token, logprob, tuple(sorted((top or {}).items(), key=lambda pair: -pair[1])))
+        for token, logprob, top in zip(tokens, logprobs["token_logprobs"], tops, strict=True)
+    )
+
+
+def _usage(usage: Any) -> Usage:
+    details = usage.get("prompt_tokens_details") or {}
+    return Usage(
+        num_prompt_tokens=usage["prompt_tokens"],
+        num_output_tokens=usage.get("completion_tokens", 0),
+        num_cached_tokens=details.get("cached_tokens") or 0,
+    )
+
+
+def _models(answer: Any) -> tuple[Model, ...]:
+    return tuple(Model(m["id"], m["created"], m.get("max_model_len")) for m in answer["data"])
+
+
+def _tokenization(answer: Any) -> Tokenization:
+    return Tokenization(tuple(answer["tokens"]), answer["max_model_len"])
+
+
+def _error_fields(answer: Any) -> dict[str, Any]:
+    error = answer["error"]
+    code = error.get("code")
+    return {
+        "message": str(error["message"]),
+        "type": error.get("type"),
+        "param": error.get("param"),
+        "code": None if code is None else str(code),
+    }
+
+
+def _excerpt(data: bytes | str) -> str:
+    text = data.decode(errors="replace") if isinstance(data, bytes) else data
+    return text[:200].strip()

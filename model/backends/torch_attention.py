@@ -1,0 +1,207 @@
+"""Grouped-query attention over the paged KV cache, for sequences with any number of queries and any context.
+
+The cache of one layer is a matrix of rows, one row per (key or value, KV head, block), each holding a block's vectors
+of one head: gathering a sequence's rows gives keys and values that need no further copy.
+
+Queries are cut into tiles of a sequence; tiles of equal height and similar context run as one batched product.  What
+to gather and what to mask is worked out once a step, for all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.batch import ForwardBatch
+from model.config import ModelConfig
+
+# Queries of one sequence that are computed together: bounds the scores of a long chunk.
+_TILE_QUERIES = 64
+# Most elements of the scores, and of the gathered keys and values, of one group.
+_MAX_ELEMENTS = 1 << 24
+# Contexts are bucketed by powers of two from here on (in blocks), so that padding at most doubles the work.
+_MIN_BUCKET_BLOCKS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """The shape of one layer's KV cache, [2 * num_kv_heads * num_blocks, block_size, head_dim]."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_blocks: int
+    block_size: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, num_blocks: int, block_size: int) -> CacheLayout:
+        return cls(config.num_heads, config.num_kv_heads, config.head_dim, num_blocks, block_size)
+
+    def rows(self, block_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of each block's keys and values: [..., num_blocks] to [2, ..., num_kv_heads, num_blocks]."""
+        heads = np.arange(2 * self.num_kv_heads).reshape(2, *[1] * (block_ids.ndim - 1), self.num_kv_heads, 1)
+        return heads * self.num_blocks + block_ids[..., None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class TileGroup:
+    """S tiles of n queries each over contexts padded to L positions, to be computed at once.
+
+    Attributes:
+        tokens: [S * n], which tokens of the step the queries are; a slice if all of them, in order.
+        num_queries: n.
+        cache_rows: [2 * S * num_kv_heads * L / block_size], rows of the cache to gather.
+        mask: [S * num_kv_heads, n * queries per KV head, L] (the middle 1 if n is), 0 where visible, else -inf.
+    """
+
+    tokens: Tensor | slice
+    num_queries: int
+    cache_rows: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What a step's attention needs beside the queries, the same for every layer.
+
+    Attributes:
+        write_index: [T * 2 * num_kv_heads], position of each token's key and value vectors in a layer's cache.
+        fresh_rows: cache rows of the blocks whose first slot the step writes.
+    """
+
+    write_index: Tensor
+    fresh_rows: Tensor
+    groups: list[TileGroup]
+
+
+def plan_attention(batch: ForwardBatch, layout: CacheLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+    slots = batch.slot_mapping.astype(np.int64)
+    heads = np.arange(2 * layout.num_kv_heads) * layout.num_blocks * layout.block_size
+    fresh = slots[slots % layout.block_size == 0] // layout.block_size
+    tiles = _tiles(batch, layout)
+    groups = [
+        _group(batch, tiles[members], layout, device, dtype, covers_step=len(members) == len(tiles.starts))
+        for members in _groups(tiles, layout)
+    ]
+    return AttentionPlan(
+        write_index=torch.from_numpy((slots[:, None] + heads).ravel()).to(device),
+        fresh_rows=torch.from_numpy(layout.rows(fresh).ravel()).to(device),
+        groups=groups,
+    )
+
+
+def clear_fresh_blocks(kv_cache: Tensor, plan: AttentionPlan) -> None:
+    """Zero the blocks that the step starts to fill, in all layers [num_layers, *layout].
+
+    A group gathers whole blocks and masks what is past the context; were NaN left there by a request that failed, the
+    mask would not hide it.
+    """
+    if plan.fresh_rows.numel():
+        kv_cache.index_fill_(1, plan.fresh_rows, 0)
+
+
+def attend(queries: Tensor, keys_values: Tensor, kv_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """Write the step's keys and values, then attend.
+
+    Args:
+        queries: [T, num_heads, head_dim].
+        keys_values: [T, 2 * num_kv_heads, head_dim], keys first.
+        kv_cache: one layer's, as `CacheLayout` says.
+
+    Returns:
+        [T, num_heads * head_dim].
+    """
+    num_tokens, num_heads, head_dim = queries.shape
+    num_kv_heads = keys_values.shape[1] // 2
+    kv_cache.view(-1, head_dim).index_copy_(0, plan.write_index, keys_values.reshape(-1, head_dim))
+    output = queries.new_empty(num_tokens, num_heads * head_dim)
+    for group in plan.groups:
+        n = group.num_queries
+        keys, values = kv_cache.index_select(0, group.cache_rows).view(2, len(group.mask), -1, head_dim)
+        q = queries[group.tokens].view(-1, n, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        q = q.transpose(1, 2).reshape(len(group.mask), -1, head_dim)
+        scores = torch.baddbmm(group.mask, q, keys.mT, alpha=1 / math.sqrt(head_dim))
+        shares = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        result = torch.bmm(shares, values).view(-1, num_kv_heads, n, num_heads // num_kv_heads, head_dim)
+        output[group.tokens] = result.transpose(1, 2).reshape(-1, num_heads * head_dim)
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Runs of queries of one sequence, as parallel arrays [num_tiles]: first token, number of queries, sequence, and
+    blocks of context up to the last query."""
+
+    starts: NDArray[np.int64]
+    num_queries: NDArray[np.int64]
+    sequences: NDArray[np.int64]
+    num_blocks: NDArray[np.int64]
+
+    def __getitem__(self, which: NDArray[np.intp]) -> _Tiles:
+        return _Tiles(self.starts[which], self.num_queries[which], self.sequences[which], self.num_blocks[which])
+
+
+def _tiles(batch: ForwardBatch, layout: CacheLayout) -> _Tiles:
+    ends = batch.query_start_loc[1:].astype(np.int64)
+    starts = batch.query_start_loc[:-1].astype(np.int64)
+    sequences = np.arange(len(starts))
+    tiles_per_sequence = -(-(ends - starts) // _TILE_QUERIES)
+    sequences = np.repeat(sequences, tiles_per_sequence)
+    first_tiles = np.cumsum(tiles_per_sequence) - tiles_per_sequence
+    within = np.arange(len(sequences)) - first_tiles[sequences]
+    starts = starts[sequences] + within * _TILE_QUERIES
+    num_queries = np.minimum(ends[sequences] - starts, _TILE_QUERIES)
+    last_positions = batch.positions[starts + num_queries - 1]
+    return _Tiles(starts, num_queries, sequences, last_positions // layout.block_size + 1)
+
+
+def _groups(tiles: _Tiles, layout: CacheLayout) -> Iterator[NDArray[np.intp]]:
+    """Numbers of tiles of equal height and similar context, ascending, few enough to be computed at once."""
+    buckets = np.exp2(np.ceil(np.log2(np.maximum(tiles.num_blocks, _MIN_BUCKET_BLOCKS)))).astype(np.int64)
+    keys = tiles.num_queries * (1 << 32) + buckets
+    for key in np.unique(keys):
+        members = np.flatnonzero(keys == key)
+        n, context = int(key >> 32), int(key & 0xFFFFFFFF) * layout.block_size
+        elements = context * max(n * layout.num_heads, 2 * layout.num_kv_heads * layout.head_dim)
+        step = max(1, _MAX_ELEMENTS // elements)
+        for start in range(0, len(members), step):
+            yield members[start : start + step]
+
+
+def _group(
+    batch: ForwardBatch,
+    tiles: _Tiles,
+    layout: CacheLayout,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    covers_step: bool,
+) -> TileGroup:
+    n, num_blocks = int(tiles.num_queries[0]), int(tiles.num_blocks.max())
+    tokens = tiles.starts[:, None] + np.arange(n)
+    table = batch.block_tables[tiles.sequences, :num_blocks].astype(np.int64)
+    # Padding gathers a block of the sequence itself: another's may hold NaN.
+    table = np.where(np.arange(num_blocks) < tiles.num_blocks[:, None], table, table[:, :1])
+    positions = torch.from_numpy(batch.positions[tokens]).to(device)
+    return TileGroup(
+        tokens=slice(None) if covers_step else torch.from_numpy(tokens.ravel()).to(device),
+        num_queries=n,
+        cache_rows=torch.from_numpy(layout.rows(table).ravel()).to(device),
+        mask=_mask(positions, num_blocks * layout.block_size, layout, dtype),
+    )
+
+
+def _mask(positions: Tensor, context: int, layout: CacheLayout, dtype: torch.dtype) -> Tensor:
+    """Additive mask of queries at `positions` [S, n]: a query sees its own position and those before."""
+    num_tiles, n = positions.shape
+    hidden = torch.arange(context, device=positions.device) > positions[..., None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
+    queries_per_kv_head = layout.num_heads // layout.num_kv_heads if n > 1 else 1
+    mask = mask[:, None, :, None].expand(num_tiles, layout.num_kv_heads, n, queries_per_kv_head, context)
+    return mask.reshape(num_tiles * layout.num_kv_heads, -1, context)

@@ -1,0 +1,218 @@
+"""Chooses tokens with torch, on the device of the logits, exactly as `model/sampling.py` specifies; steps are its."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.batch import Int32, SamplerOutput, SamplingBatch
+from model.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
+
+# Most elements of a [rows, vocab_size] temporary; more rows are drawn in turns.
+_MAX_ELEMENTS = 1 << 20
+# How many of the most probable tokens are looked at before a whole vocabulary is sorted for top_p.
+_NARROW = 256
+
+
+def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
+    """Choose a token at each row of `logits` [num_logits, vocab_size] float32."""
+    adjusted = _with_penalties_and_bias(logits, sampling)
+    greatest, greedy = adjusted.max(dim=-1)
+    token_ids = greedy.to(torch.int32).cpu().numpy()
+    rows = np.flatnonzero((sampling.temperature > 0) & (sampling.forced_token_ids < 0))
+    for turn in _turns(rows, logits.shape[1]):
+        token_ids[turn] = _draw(adjusted, _Draws.of(sampling, turn, logits.device)).cpu().numpy()
+    token_ids = np.where(sampling.forced_token_ids >= 0, sampling.forced_token_ids, token_ids)
+    token_ids = np.where(torch.isfinite(greatest).cpu().numpy(), token_ids, np.int32(-1))
+    asked = np.flatnonzero(sampling.num_logprobs >= 0)
+    if not asked.size:
+        return SamplerOutput(token_ids)
+    return _with_logprobs(token_ids, logits, asked, int(sampling.num_logprobs.max()))
+
+
+def _turns(rows: NDArray[np.intp], vocab_size: int) -> list[NDArray[np.intp]]:
+    step = max(1, _MAX_ELEMENTS // vocab_size)
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
+def _with_penalties_and_bias(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+    """Steps 1 and 2; the logits themselves where there is nothing to do."""
+    if not sampling.penalty_rows.size and not sampling.bias_rows.size:
+        return logits
+    logits = logits.clone()
+    device = logits.device
+    if sampling.penalty_rows.size:
+        rows = sampling.penalty_rows
+        at = (_index(rows, device), _index(sampling.penalty_token_ids, device))
+        counts = torch.from_numpy(sampling.penalty_counts).to(device)
+        seen = torch.from_numpy(sampling.penalty_in_prompt).to(device) | (counts > 0)
+        repetition = torch.from_numpy(sampling.repetition_penalty[rows]).to(device)
+        frequency = torch.from_numpy(sampling.frequency_penalty[rows]).to(device)
+        presence = torch.from_numpy(sampling.presence_penalty[rows]).to(device)
+        values = logits[at]
+        values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
+        logits[at] = torch.where(counts > 0, values - frequency * counts.float() - presence, values)
+    if sampling.bias_rows.size:
+        at = (_index(sampling.bias_rows, device), _index(sampling.bias_token_ids, device))
+        logits.index_put_(at, torch.from_numpy(sampling.bias).to(device), accumulate=True)
+    return logits
+
+
+def _index(array: Int32 | NDArray[np.intp], device: torch.device) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64)).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """The parameters of the rows to draw: `rows` [n]; the others [n, 1], float64 or int64, to broadcast over tokens."""
+
+    rows: Tensor
+    keys: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    @classmethod
+    def of(cls, sampling: SamplingBatch, rows: NDArray[np.intp], device: torch.device) -> _Draws:
+        def column(values: NDArray[np.float32] | Int32, dtype: type[np.float64] | type[np.int64]) -> Tensor:
+            return torch.from_numpy(values[rows].astype(dtype)).to(device)[:, None]
+
+        keys = noise_keys(sampling.seeds[rows], sampling.positions[rows]).view(np.int64)
+        return cls(
+            rows=_index(rows, device),
+            keys=torch.from_numpy(keys).to(device)[:, None],
+            temperature=column(sampling.temperature, np.float64),
+            top_k=column(sampling.top_k, np.int64),
+            top_p=column(sampling.top_p, np.float64),
+            min_p=column(sampling.min_p, np.float64),
+        )
+
+    def __getitem__(self, which: Tensor) -> _Draws:
+        """The draws where `which` [n] is true."""
+        fields = (self.rows, self.keys, self.temperature, self.top_k, self.top_p, self.min_p)
+        return _Draws(*(values[which] for values in fields))
+
+
+def _draw(logits: Tensor, draws: _Draws) -> Tensor:
+    """Steps 6 to 10 for the rows of the draws: token ids [n] int32."""
+    truncated = ((draws.top_k > 0) | (draws.top_p < 1))[:, 0]
+    if not truncated.any():
+        return _draw_from_all(logits[draws.rows], draws)
+    token_ids = torch.empty(len(truncated), dtype=torch.int32, device=logits.device)
+    if not truncated.all():
+        free = draws[~truncated]
+        token_ids[~truncated] = _draw_from_all(logits[free.rows], free)
+    bound = draws[truncated]
+    token_ids[truncated] = _draw_from_best(logits[bound.rows], bound)
+    return token_ids
+
+
+def _draw_from_all(logits: Tensor, draws: _Draws) -> Tensor:
+    """Draw where neither top_k nor top_p applies: nothing needs an order."""
+    x = logits.double().div_(draws.temperature)
+    all_ids = torch.arange(x.shape[1], device=x.device)[None]
+    scores = x + _noise(draws.keys, all_ids)
+    if (draws.min_p > 0).any():
+        weights = (x - x.amax(dim=-1, keepdim=True)).exp_()
+        scores.masked_fill_(weights < draws.min_p, -torch.inf)
+    return scores.argmax(dim=-1).to(torch.int32)
+
+
+def _draw_from_best(logits: Tensor, draws: _Draws) -> Tensor:
+    """Draw where top_k or top_p applies: from the few most probable tokens if they are sure to hold all that stay."""
+    vocab_size = logits.shape[1]
+    width = min(vocab_size, max(_NARROW, int(draws.top_k.max())))
+    token_ids, certain = _draw_among(logits, draws, width)
+    if not certain.all():
+        token_ids[~certain] = _draw_among(logits[~certain], draws[~certain], vocab_size)[0]
+    return token_ids
+
+
+def _draw_among(logits: Tensor, draws: _Draws, width: int) -> tuple[Tensor, Tensor]:
+    """Draw from the `width` most probable tokens; and whether no token beyond them could have stayed, [n]."""
+    values, ids = _greatest(logits, width)
+    x = values.double().div_(draws.temperature)
+    in_top_k = (draws.top_k == 0) | (torch.arange(width, device=x.device) < draws.top_k)
+    weights = (x - x[:, :1]).exp_().mul_(in_top_k)
+    sums = weights.cumsum(dim=-1)
+    total = sums[:, -1:]
+    if width < logits.shape[1]:
+        all_weights = (logits.double().div_(draws.temperature) - x[:, :1]).exp_()
+        total = torch.where(draws.top_k > 0, total, all_weights.sum(dim=-1, keepdim=True))
+    limit = torch.where(draws.top_p < 1, draws.top_p * total, torch.inf)
+    keep = in_top_k & (F.pad(sums[:, :-1], (1, 0)) < limit) & (weights >= draws.min_p)
+    keep[:, 0] = True
+    scores = (x + _noise(draws.keys, ids)).masked_fill_(~keep, -torch.inf)
+    winners = scores == scores.amax(dim=-1, keepdim=True)
+    token_ids = ids.masked_fill(~winners, logits.shape[1]).amin(dim=-1)
+    certain = (draws.top_k > 0) | (sums[:, -1:] >= limit)
+    return token_ids.to(torch.int32), certain[:, 0]
+
+
+def _greatest(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` greatest logits of each row and their ids, ordered by logit descending, then id ascending."""
+    if width < logits.shape[1]:
+        values, ids = logits.topk(width, dim=-1)
+        # topk takes and orders equals as it likes: order them here; where the border cuts through equals, sort all.
+        if not width or not ((logits >= values[:, -1:]).sum(dim=-1) > width).any():
+            ids = ids.sort(dim=-1).values
+            values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+            return values, ids.gather(-1, order)
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return values[:, :width], ids[:, :width]
+
+
+def _noise(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """The noise `g` of token ids [n or 1, m] under keys [n, 1]: float64 [n, m]."""
+    hashes = _mix(keys + (token_ids + 1) * _signed(GOLDEN_GAMMA))
+    uniform = _shift_right(hashes, 12).double().add_(0.5).mul_(2.0**-52)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _mix(z: Tensor) -> Tensor:
+    """In place; int64 products wrap as uint64 ones do."""
+    z ^= _shift_right(z, 30)
+    z *= _signed(MIX_MULTIPLIER_1)
+    z ^= _shift_right(z, 27)
+    z *= _signed(MIX_MULTIPLIER_2)
+    z ^= _shift_right(z, 31)
+    return z
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """A logical shift: torch's own repeats the sign."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    """The int64 with the bits of a uint64."""
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+
+def _with_logprobs(token_ids: Int32, logits: Tensor, rows: NDArray[np.intp], num_top: int) -> SamplerOutput:
+    """Add log-probabilities at `rows`; elsewhere they are 0."""
+    asked = logits[_index(rows, logits.device)]
+    logprobs = asked.log_softmax(dim=-1)
+    chosen = _index(np.maximum(token_ids[rows], 0), logits.device)[:, None]
+    top = _greatest(asked, num_top)[1]
+    return SamplerOutput(
+        token_ids=token_ids,
+        logprobs=_spread(logprobs.gather(-1, chosen)[:, 0], rows, len(token_ids)),
+        ranks=_spread(1 + (asked > asked.gather(-1, chosen)).sum(-1, dtype=torch.int32), rows, len(token_ids)),
+        top_token_ids=_spread(top.to(torch.int32), rows, len(token_ids)),
+        top_logprobs=_spread(logprobs.gather(-1, top), rows, len(token_ids)),
+    )
+
+
+def _spread(values: Tensor, rows: NDArray[np.intp], num_rows: int) -> NDArray[Any]:
+    array = values.cpu().numpy()
+    spread = np.zeros((num_rows, *array.shape[1:]), array.dtype)
+    spread[rows] = array
+    return spread

@@ -1,0 +1,110 @@
+"""Renders a conversation as the text that a chat model was trained on, by the Jinja template of its checkpoint.
+
+The environment is the one that templates on the Hugging Face Hub are written for: `trim_blocks`, `lstrip_blocks`,
+loop controls, `raise_exception`, `strftime_now`, a `tojson` that keeps Unicode and HTML, and the `generation` tag.
+It is sandboxed: a template comes with the weights, and is not trusted code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
+
+from scheduler.errors import CheckpointError, InvalidRequestError
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """The compiled chat templates of a checkpoint.
+
+    Args:
+        sources: template text by name; "default" is the usual one, "tool_use" goes before it where tools are given.
+        variables: what every rendering sees, such as `bos_token`.
+
+    Raises:
+        CheckpointError: a template is not valid Jinja.
+    """
+
+    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any]) -> None:
+        environment = _environment()
+        self._variables = dict(variables)
+        try:
+            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"the chat template is not valid: {error}", param="chat_template") from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of the conversation, ready to encode without adding special tokens.
+
+        Args:
+            add_generation_prompt: end with what opens the assistant's next message.
+            tools: JSON schemas of functions that the model may call.
+            variables: further names that the template may use; they go before the checkpoint's.
+
+        Raises:
+            InvalidRequestError: there is no template, or it refuses the messages.
+        """
+        template = self._templates.get("tool_use") if tools else None
+        template = template or self._templates.get("default")
+        if template is None:
+            raise InvalidRequestError("the model has no chat template; use /v1/completions", param="messages")
+        names = {**self._variables, "documents": None, **variables}
+        names |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        try:
+            return template.render(names)
+        except Exception as error:  # whatever a template's code raises, it was these messages that made it
+            raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks what to train on; for rendering it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

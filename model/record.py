@@ -1,0 +1,111 @@
+"""The model as data: a plain record of the architecture over numpy arrays, which any backend can execute.
+
+Arrays are C-contiguous in their last two dimensions, may be read-only views of a mapped file, and hold float32,
+float16, or the bits of bfloat16 as uint16 (numpy has no bfloat16; nothing else here is uint16).  A linear layer's
+weight is [out, in], as in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.config import ModelConfig
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention.
+
+    Attributes:
+        q_proj: [num_heads * head_dim, hidden_size].
+        k_proj, v_proj: [num_kv_heads * head_dim, hidden_size].
+        o_proj: [hidden_size, num_heads * head_dim].
+    """
+
+    q_proj: Array
+    k_proj: Array
+    v_proj: Array
+    o_proj: Array
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)).
+
+    Attributes:
+        gate_proj, up_proj: [intermediate_size, hidden_size].
+        down_proj: [hidden_size, intermediate_size].
+    """
+
+    gate_proj: Array
+    up_proj: Array
+    down_proj: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts (Jiang et al. 2024): each token goes to the best few by the router's score.
+
+    Attributes:
+        router: [num_experts, hidden_size].
+        experts: num_experts feed-forward blocks.
+    """
+
+    router: Array
+    experts: tuple[FeedForward, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer: x += attention(input_norm(x)); x += feed_forward(post_attention_norm(x)).
+
+    Attributes:
+        input_norm, post_attention_norm: [hidden_size], gains of the RMSNorms.
+    """
+
+    input_norm: Array
+    attention: Attention
+    post_attention_norm: Array
+    feed_forward: FeedForward | Experts
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A loaded model.
+
+    Attributes:
+        embedding: [vocab_size, hidden_size].
+        norm: [hidden_size], gain of the last RMSNorm.
+        head: [vocab_size, hidden_size]; the embedding itself where they are tied.
+    """
+
+    config: ModelConfig
+    embedding: Array
+    layers: tuple[Layer, ...]
+    norm: Array
+    head: Array
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights in all; tied ones count once."""
+        config, layers = self.config, len(self.layers)
+        heads = config.num_heads + 2 * config.num_kv_heads + config.num_heads
+        attention = heads * config.head_dim * config.hidden_size
+        feed_forward = 3 * config.intermediate_size * config.hidden_size
+        if config.num_experts:
+            feed_forward = config.num_experts * (feed_forward + config.hidden_size)
+        embeddings = self.embedding.size * (1 if self.head is self.embedding else 2)
+        return embeddings + layers * (attention + feed_forward + 2 * config.hidden_size) + config.hidden_size
+
+
+def to_float32(array: Array) -> NDArray[np.float32]:
+    """The array's values as float32; exact for all dtypes of a record, and no copy if it is float32 already."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)

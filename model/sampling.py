@@ -1,0 +1,144 @@
+"""The one specification of how a token is chosen from logits, and its reference in numpy.
+
+Every backend follows it exactly: from the same logits, the same tokens.  Each row of logits is treated alone, as
+
+    choose(logits: float32 [vocab_size]) -> token id
+
+by these steps, in this order.  Arithmetic is IEEE 754 in the stated format, every operation rounded on its own (no
+fused multiply-add); float32 parameters widen exactly where float64 is stated.
+
+1. Penalties, float32.  A token that stands in the prompt or was generated has its logit divided by
+   `repetition_penalty` if the logit is positive, else multiplied by it (Keskar et al. 2019).  Then, for a generated
+   token, logit = (logit - frequency_penalty * count) - presence_penalty, where count is how often it was generated.
+2. Bias, float32.  Each `bias` of the row is added to its token's logit, in the order of the entries; -inf bans it.
+3. Validity.  Unless the greatest logit is finite (so: NaN or +inf anywhere, or every token banned), the row has no
+   answer and yields -1.
+4. A row with a `forced_token_id` yields it.
+5. Temperature 0 yields the token with the greatest logit, the lowest id on ties.  This ends the greedy case.
+6. Temperature, float64: x = logit / temperature.
+7. top_k > 0 keeps the k tokens with the greatest x; among equals at the border, the lowest ids: exactly
+   min(k, vocab_size) tokens stay.
+8. top_p < 1, float64 (nucleus sampling, Holtzman et al. 2020): order the kept tokens by x descending, then id
+   ascending, and let w = exp(x - x_max).  A token stays while the sum of w before it is below top_p times the sum of
+   all kept w; the first one stays always.
+9. min_p > 0, float64 (Nguyen et al. 2024): a token stays if w >= min_p, with w of step 8.
+10. Gumbel-max: the kept token with the greatest x + g yields, the lowest id on ties, where g is the noise below.
+    That is a draw from the softmax of the kept x (Gumbel 1954), and a pure function of (seed, position, token id).
+
+The noise, for a 64-bit seed, the index `position` of the token to be chosen in its sequence, and each token id; all
+integer arithmetic modulo 2**64, shifts logical:
+
+    mix(z):  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+             z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+             z ^ (z >> 31)                                  # the finalizer of splitmix64 (Steele et al. 2014)
+    key = mix(seed + 0x9E3779B97F4A7C15 * (position + 1))
+    h   = mix(key  + 0x9E3779B97F4A7C15 * (token_id + 1))
+    u   = ((h >> 12) + 0.5) * 2**-52                        # exact in float64, strictly between 0 and 1
+    g   = -log(-log(u))                                     # float64
+
+exp, log and sums are as good as the library's, in any order of addition: they decide a choice only where it hangs on
+the last bits of a float64.
+
+Log-probabilities are the model's own: of softmax(logits) before step 1, within 1e-5.  A token's rank is 1 + the number
+of tokens whose logit is strictly greater; alternatives are ordered by logit descending, then id ascending.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.batch import Float32, Int32, SamplerOutput, SamplingBatch, UInt64
+
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+MIX_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+MIX_MULTIPLIER_2 = 0x94D049BB133111EB
+
+Float64 = NDArray[np.float64]
+
+
+def sample_reference(logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
+    """Choose a token at each row of `logits` [num_logits, vocab_size], as this module specifies, row by row."""
+    adjusted = _with_penalties_and_bias(logits, sampling)
+    token_ids = np.array([_choose(adjusted[row], sampling, row) for row in range(len(logits))], np.int32)
+    if not (sampling.num_logprobs >= 0).any():
+        return SamplerOutput(token_ids)
+    return _with_logprobs(token_ids, logits, int(sampling.num_logprobs.max()))
+
+
+def noise_keys(seeds: UInt64, positions: NDArray[np.int64]) -> UInt64:
+    """The `key` of each (seed, position)."""
+    return _mix(seeds + np.uint64(GOLDEN_GAMMA) * (positions.astype(np.uint64) + np.uint64(1)))
+
+
+def gumbel_noise(seed: int, position: int, vocab_size: int) -> Float64:
+    """The noise `g` of token ids 0 to vocab_size - 1."""
+    key = noise_keys(np.array([seed], np.uint64), np.array([position], np.int64))
+    hashes = _mix(key + np.uint64(GOLDEN_GAMMA) * np.arange(1, vocab_size + 1, dtype=np.uint64))
+    uniform = ((hashes >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return -np.log(-np.log(uniform))
+
+
+def _mix(z: UInt64) -> UInt64:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX_MULTIPLIER_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX_MULTIPLIER_2)
+    return z ^ (z >> np.uint64(31))
+
+
+def _with_penalties_and_bias(logits: Float32, sampling: SamplingBatch) -> Float32:
+    """Steps 1 and 2."""
+    logits = logits.copy()
+    rows, ids, counts = sampling.penalty_rows, sampling.penalty_token_ids, sampling.penalty_counts
+    values = logits[rows, ids]
+    repetition = sampling.repetition_penalty[rows]
+    seen = (counts > 0) | sampling.penalty_in_prompt
+    values = np.where(seen, np.where(values > 0, values / repetition, values * repetition), values)
+    penalized = values - sampling.frequency_penalty[rows] * counts.astype(np.float32) - sampling.presence_penalty[rows]
+    logits[rows, ids] = np.where(counts > 0, penalized, values)
+    np.add.at(logits, (sampling.bias_rows, sampling.bias_token_ids), sampling.bias)
+    return logits
+
+
+def _choose(logits: Float32, sampling: SamplingBatch, row: int) -> int:
+    """Steps 3 to 10 for one row of adjusted logits."""
+    if not np.isfinite(logits.max()):
+        return -1
+    if sampling.forced_token_ids[row] >= 0:
+        return int(sampling.forced_token_ids[row])
+    if sampling.temperature[row] == 0:
+        return int(logits.argmax())
+    x = logits.astype(np.float64) / np.float64(sampling.temperature[row])
+    kept = _kept(x, int(sampling.top_k[row]), float(sampling.top_p[row]), float(sampling.min_p[row]))
+    noise = gumbel_noise(int(sampling.seeds[row]), int(sampling.positions[row]), len(x))
+    return int(kept[(x[kept] + noise[kept]).argmax()])
+
+
+def _kept(x: Float64, top_k: int, top_p: float, min_p: float) -> NDArray[np.int64]:
+    """Steps 7 to 9: the ids that may be chosen, ascending."""
+    order = np.argsort(-x, kind="stable")
+    if top_k > 0:
+        order = order[:top_k]
+    weights = np.exp(x[order] - x[order[0]])
+    keep = np.ones(len(order), np.bool_)
+    if top_p < 1:
+        sums = np.cumsum(weights)
+        keep[1:] = sums[:-1] < top_p * sums[-1]
+    if min_p > 0:
+        keep &= weights >= min_p
+    return np.sort(order[keep])
+
+
+def _with_logprobs(token_ids: Int32, logits: Float32, num_top: int) -> SamplerOutput:
+    wide = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN and inf stay within their rows
+        shifted = wide - wide.max(axis=-1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    chosen = np.maximum(token_ids, 0)[:, None]  # a row without an answer has no meaningful log-probabilities
+    top = np.argsort(-logits, axis=-1, kind="stable")[:, :num_top]
+    return SamplerOutput(
+        token_ids=token_ids,
+        logprobs=np.take_along_axis(logprobs, chosen, axis=-1)[:, 0].astype(np.float32),
+        ranks=(1 + (logits > np.take_along_axis(logits, chosen, axis=-1)).sum(axis=-1)).astype(np.int32),
+        top_token_ids=top.astype(np.int32),
+        top_logprobs=np.take_along_axis(logprobs, top, axis=-1).astype(np.float32),
+    )

@@ -1,0 +1,281 @@
+"""Text to token ids and back, by the `tokenizer.json` of a checkpoint."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from model.chat_template import ChatTemplate, Message
+from model.config import read_json
+from scheduler.errors import CheckpointError, InvalidRequestError
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Decoders under which a token's text depends on nothing but whether it comes first (and bytes on their neighbours).
+_LOCAL_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint.  Immutable and safe to share between threads.
+
+    Two kinds of vocabulary are understood: byte-level (GPT-2's: every token is a run of bytes), and pieces of text with
+    bytes to fall back on (SentencePiece's).  Any other decoder is refused, because its text cannot be streamed exactly.
+
+    Attributes:
+        bos_token_id, eos_token_id: as `tokenizer_config.json` names them, else None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        """Use `Tokenizer.load` for a checkpoint.
+
+        Args:
+            special_tokens: text of the special tokens by name, such as {"eos_token": "</s>"}.
+            chat_templates: see `ChatTemplate`.
+
+        Raises:
+            CheckpointError: the decoder is not supported, or a chat template is not valid.
+        """
+        special_tokens = special_tokens or {}
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        decoders = _decoders(tokenizer)
+        self._tokenizer = tokenizer
+        self._max_id = max(vocabulary.values(), default=-1)
+        self._special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+        self._byte_ids = frozenset(
+            i for piece, i in vocabulary.items() if "ByteFallback" in decoders and _BYTE_TOKEN.fullmatch(piece)
+        )
+        self._is_byte_level = "ByteLevel" in decoders
+        self._anchor = _anchor(tokenizer, vocabulary)
+        self._token_bytes: dict[int, bytes] = {}
+        self._chat_template = ChatTemplate(chat_templates or {}, special_tokens)
+        self.bos_token_id = vocabulary.get(special_tokens.get("bos_token", ""))
+        self.eos_token_id = vocabulary.get(special_tokens.get("eos_token", ""))
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` where they exist.
+
+        Raises:
+            CheckpointError: naming the file that is missing, malformed or unsupported.
+        """
+        path = folder / "tokenizer.json"
+        read_json(path)  # for its messages: the library's do not name the file
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{path}: not a tokenizer: {error}", param=path.name) from error
+        config_path = folder / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.exists() else {}
+        try:
+            return cls(tokenizer, special_tokens=_special_tokens(config), chat_templates=_templates(folder, config))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error.message}", param=error.param) from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of the text; special tokens written in it become themselves.
+
+        Raises:
+            InvalidRequestError: the text holds a lone surrogate, which has no UTF-8.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise InvalidRequestError("the text holds a lone surrogate (U+D800 to U+DFFF)", param="prompt") from error
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the tokens; unknown ids are nothing, bytes that are not UTF-8 become U+FFFD."""
+        known = [i for i in token_ids if 0 <= i <= self._max_id]
+        return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def decode_within(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens that follow others: a space that opens it stays.  Special tokens are not skipped."""
+        anchor_id, anchor_text = self._anchor
+        return self.decode([anchor_id, *token_ids], skip_special_tokens=False)[len(anchor_text) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token stands for inside a text, exactly, be they UTF-8 on their own or not.
+
+        Empty for an unknown id; a special token stands for its name.
+        """
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            found = self._token_bytes[token_id] = self._find_token_bytes(token_id)
+        return found
+
+    def _find_token_bytes(self, token_id: int) -> bytes:
+        piece = self._tokenizer.id_to_token(token_id) if 0 <= token_id <= self._max_id else None
+        if piece is None:
+            return b""
+        if self._is_byte_level:
+            return _byte_level_bytes(piece)
+        if token_id in self._byte_ids:
+            return bytes.fromhex(piece[3:5])
+        return self.decode_within([token_id]).encode()
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether every token is a run of bytes and a text is their concatenation."""
+        return self._is_byte_level
+
+    def is_fallback_byte(self, token_id: int) -> bool:
+        """Whether the token is a byte that SentencePiece falls back on, whose text hangs on its neighbours."""
+        return token_id in self._byte_ids
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` skips the token unless told otherwise."""
+        return token_id in self._special_ids
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """See `ChatTemplate.render`."""
+        return self._chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+
+
+class IncrementalDetokenizer:
+    """Turns a growing list of tokens into text, a piece at a time: what is certain, whatever follows.
+
+    All pieces together are `tokenizer.decode` of all tokens.  The work per token does not grow with the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pending_bytes: list[int] = []
+        self._is_first = True
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Add tokens; the text that they complete, possibly empty."""
+        push = self._push_bytes if self._tokenizer.is_byte_level else self._push_piece
+        return "".join([push(token_id) for token_id in token_ids if not self._is_nothing(token_id)])
+
+    def flush(self) -> str:
+        """No tokens follow: the rest of the text."""
+        return self._utf8.decode(b"", final=True) + self._pop_pending()
+
+    def _is_nothing(self, token_id: int) -> bool:
+        skipped = self._skip_special_tokens and self._tokenizer.is_special(token_id)
+        return skipped or not self._tokenizer.token_bytes(token_id)
+
+    def _push_bytes(self, token_id: int) -> str:
+        """Byte-level: hold back no more than an incomplete character."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def _push_piece(self, token_id: int) -> str:
+        """SentencePiece: a run of bytes is decoded as a whole or not at all, so it is held back until it ends."""
+        if self._tokenizer.is_fallback_byte(token_id):
+            self._pending_bytes.append(token_id)
+            return ""
+        return self._pop_pending() + self._decode([token_id])
+
+    def _pop_pending(self) -> str:
+        token_ids, self._pending_bytes = self._pending_bytes, []
+        return self._decode(token_ids) if token_ids else ""
+
+    def _decode(self, token_ids: list[int]) -> str:
+        if self._is_first:
+            self._is_first = False
+            return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        if len(token_ids) == 1 and not self._tokenizer.is_fallback_byte(token_ids[0]):
+            return self._tokenizer.token_bytes(token_ids[0]).decode()
+        return self._tokenizer.decode_within(token_ids)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others for letters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_alphabet()
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    """The bytes of a byte-level token; an added token may use letters outside the alphabet and is then plain text."""
+    try:
+        return bytes([_BYTE_OF_LETTER[letter] for letter in piece])
+    except KeyError:
+        return piece.encode()
+
+
+def _decoders(tokenizer: tokenizers.Tokenizer) -> set[str]:
+    """The steps of the tokenizer's decoder, by the names of their types.
+
+    Raises:
+        CheckpointError: they are of neither kind of vocabulary.
+    """
+    state = {"decoders": []} if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    steps = state.get("decoders", [state])
+    kinds = {step["type"] for step in steps}
+    if kinds != {"ByteLevel"} and (not kinds <= _LOCAL_DECODERS or any(step.get("stop") for step in steps)):
+        raise CheckpointError(
+            f"tokenizer.json: decoder {' + '.join(sorted(kinds))} is not supported; "
+            f"supported: ByteLevel, or any of {', '.join(sorted(_LOCAL_DECODERS))}",
+            param="tokenizer.json",
+        )
+    return kinds
+
+
+def _anchor(tokenizer: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> tuple[int, str]:
+    """A plain token and its text, to put before others so that those are not the first.
+
+    Raises:
+        CheckpointError: the vocabulary holds none.
+    """
+    plain = [i for piece, i in vocabulary.items() if piece.isascii() and piece.isalnum()]
+    if not plain:
+        raise CheckpointError("tokenizer.json: the vocabulary holds no plain word", param="tokenizer.json")
+    return min(plain), tokenizer.decode([min(plain)], skip_special_tokens=False)
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens of a tokenizer_config.json by name; each is written as text or as an object with `content`."""
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name: the file's, else the config's, which holds one or a list of named ones."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return {"default": path.read_text(encoding="utf-8")}
+    template = config.get("chat_template")
+    if template is None:
+        return {}
+    if isinstance(template, str):
+        return {"default": template}
+    try:
+        return {entry["name"]: entry["template"] for entry in template}
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(
+            "tokenizer_config.json: chat_template: expected a template or a list of {name, template}",
+            param="tokenizer_config.json",
+        ) from error

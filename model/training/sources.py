@@ -1,0 +1,133 @@
+"""Where the corpus comes from: the sources in pinned wheels, and the library and reference of the running Python.
+
+Wheels are downloaded with pip, checked against the hashes in `corpus.txt`, and read as the zip archives they are;
+nothing is installed or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.parser import BytesParser
+from pathlib import Path
+
+from scheduler.errors import ConfigError
+
+CORPUS_FILE = Path(__file__).parent / "corpus.txt"
+STDLIB = "python-stdlib"
+
+_PIN = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:([0-9a-f]{64})")
+_PIP_DOWNLOAD = [
+    *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"),
+    # Pure-Python wheels only, so that every machine trains on the same bytes.
+    *("--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none", "--python-version=3.11"),
+]
+# Tests repeat what they test; vendored packages have other licences; the rest is data in Python's clothes.
+_SKIPPED_FOLDERS = re.compile(
+    r"(^|/)(tests?|testing|testsuite|_?vendor(ed)?|locales?|migrations|unicode_data|lib2to3|idlelib|turtledemo"
+    r"|ensurepip|pydoc_data|encodings|site-packages|dist-packages|typeshed|node_modules)/"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A pinned package of the corpus."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A text of the corpus: the package it is from, its path there, and what it says."""
+
+    package: str
+    path: str
+    text: str
+
+
+def read_pins(path: Path = CORPUS_FILE) -> list[Package]:
+    """The packages in a requirements file of `name==version --hash=sha256:...` lines; ConfigError for another line."""
+    packages = []
+    for line in path.read_text().splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _PIN.fullmatch(line)
+        if match is None:
+            raise ConfigError(f"{path}: not a package pinned by hash: {line!r}", param=path.name)
+        packages.append(Package(*match.groups()))
+    return packages
+
+
+def download(wheels: Path, pins: Path = CORPUS_FILE) -> None:
+    """Download what `pins` lists into the folder `wheels`; ConfigError with pip's own words if that fails."""
+    wheels.mkdir(parents=True, exist_ok=True)
+    command = [*_PIP_DOWNLOAD, f"--dest={wheels}", f"--requirement={pins}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ConfigError(f"the corpus could not be downloaded: {result.stderr.strip()}", param=pins.name)
+
+
+def verify(wheels: Path, packages: list[Package]) -> dict[str, Path]:
+    """The wheel of each package by name; ConfigError that names a package which is missing or has another hash."""
+    found = {tuple(path.name.lower().split("-")[:2]): path for path in wheels.glob("*.whl")}
+    checked = {}
+    for package in packages:
+        pin = f"{package.name}=={package.version}"
+        path = found.get((package.name.replace("-", "_"), package.version))
+        if path is None:
+            raise ConfigError(f"corpus package {pin} is missing from {wheels}", param=package.name)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if sha256 != package.sha256:
+            raise ConfigError(
+                f"corpus package {pin}: {path.name} has sha256 {sha256}, pinned is {package.sha256}",
+                param=package.name,
+            )
+        checked[package.name] = path
+    return checked
+
+
+def read_wheel(package: str, wheel: Path) -> Iterator[SourceFile]:
+    """The Python files in a wheel, tests and vendored packages left out."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".py") and not _SKIPPED_FOLDERS.search(name):
+                yield SourceFile(package, name, archive.read(name).decode("utf-8", errors="replace"))
+
+
+def read_licence(wheel: Path) -> str:
+    """A wheel's licence as its own metadata states it: the SPDX expression, else the classifiers, else the field."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = BytesParser().parsebytes(archive.read(name))
+    if metadata["License-Expression"]:
+        return str(metadata["License-Expression"])
+    classifiers = metadata.get_all("Classifier", [])
+    licences = [line.rsplit(" :: ", 1)[1] for line in classifiers if line.startswith("License :: ")]
+    return ", ".join(licences) or str(metadata["License"]).splitlines()[0].strip()
+
+
+def read_stdlib() -> Iterator[SourceFile]:
+    """The running Python's library, and its language reference as `help()` shows it."""
+    from pydoc_data import topics  # noqa: PLC0415  (half a megabyte that only this function needs)
+
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not _SKIPPED_FOLDERS.search(name):
+            yield SourceFile(STDLIB, name, path.read_text("utf-8", errors="replace"))
+    for topic, text in sorted(topics.topics.items()):
+        yield SourceFile(STDLIB, f"topics/{topic}.txt", text)
+
+
+def stdlib_licence() -> str:
+    """The licence line of the running Python, for the model card."""
+    return f"PSF-2.0 (CPython {platform.python_version()})"

@@ -1,0 +1,153 @@
+"""Training: AdamW (Loshchilov & Hutter 2019) with warm-up, a plateau, and a linear decay to zero at the budget's end.
+
+A run that was stopped goes on from its last checkpoint with the losses that it would have had: the batch of a step
+is a function of the step and the seed, and after the first weights nothing is drawn at random, so the weights, the
+optimizer's moments and three counters are the whole state.  (Under a budget in seconds the learning rate follows
+the clock, so two runs are only equal as far as their clocks are.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scheduler.errors import CheckpointError
+
+from .network import Network
+from .recipe import Budget, Recipe, TrainingConfig
+from .tokens import Tokens, batch_of_windows, count_windows
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step did.
+
+    Attributes:
+        loss: cross-entropy, nats a token.
+        balance: load-balancing loss, 1 at its best.
+        tokens, seconds: trained so far.
+        spent: share of the budget, 0 to 1.
+    """
+
+    step: int
+    loss: float
+    balance: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    spent: float
+
+
+class Trainer:
+    """A network on its way, one step at a time.
+
+    Attributes:
+        step: steps done.
+        tokens, seconds: how many tokens they trained, and how long that took.
+    """
+
+    def __init__(self, recipe: Recipe, tokens: Tokens, tokenizer_fingerprint: str) -> None:
+        count_windows(tokens, recipe.training.sequence_length)
+        self.recipe, self._data, self._fingerprint = recipe, tokens, tokenizer_fingerprint
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.network = Network(recipe.network)
+        self.network.initialize(recipe.training.seed)
+        self._optimizer = _adamw(self.network, recipe.training)
+
+    def train_step(self, spent: float) -> tuple[float, float, float]:
+        """Take one step, `spent` of the way through the budget; the loss, the balance loss and the learning rate."""
+        config = self.recipe.training
+        windows = batch_of_windows(self._data, config.sequence_length, config.batch_size, self.step, config.seed)
+        rate = learning_rate(config, self.step, spent)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        loss, balance = self.network.loss(torch.from_numpy(windows))
+        (loss + config.balance_coefficient * balance).backward()  # type: ignore[no-untyped-call]  # torch's gap
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_gradient_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        self.tokens += config.batch_size * config.sequence_length
+        return loss.item(), balance.item(), rate
+
+    def save(self, path: Path) -> None:
+        """Write the state; the file is either the old one or the new one at any time."""
+        state = {
+            "recipe": asdict(self.recipe),
+            "tokenizer": self._fingerprint,
+            "counters": (self.step, self.tokens, self.seconds),
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote; CheckpointError if it is of another recipe or another tokenizer."""
+        state = load_state(path, self.recipe, self._fingerprint)
+        self.step, self.tokens, self.seconds = state["counters"]
+        self.network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+def load_state(path: Path, recipe: Recipe, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """Read a training checkpoint; CheckpointError if it is missing, or of another recipe or tokenizer."""
+    if not path.is_file():
+        raise CheckpointError(f"training checkpoint {path} is missing", param=path.name)
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    if state["tokenizer"] != tokenizer_fingerprint:
+        raise CheckpointError(f"{path} was trained with another tokenizer", param="tokenizer.json")
+    if state["recipe"] != asdict(recipe):
+        raise CheckpointError(f"{path} was trained with another recipe", param=path.name)
+    return state
+
+
+def learning_rate(config: TrainingConfig, step: int, spent: float) -> float:
+    """Linear warm-up over steps, then the plateau, then linear to zero from `decay_from` of the budget to its end."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps)
+    decay = min(1.0, (1 - spent) / (1 - config.decay_from))
+    return config.learning_rate * warmup * decay
+
+
+def _adamw(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices but not norms."""
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def run(
+    trainer: Trainer,
+    budget: Budget,
+    *,
+    checkpoint: Path,
+    checkpoint_seconds: float,
+    clock: Callable[[], float],
+    observe: Callable[[StepReport], None],
+) -> None:
+    """Train until the budget is spent, saving every `checkpoint_seconds` and at the end.
+
+    Args:
+        clock: seconds, never going back.
+        observe: called after every step.
+    """
+    last, saved = clock(), trainer.seconds
+    while (spent := budget.spent(trainer.tokens, trainer.seconds)) < 1:
+        loss, balance, rate = trainer.train_step(spent)
+        now = clock()
+        trainer.seconds += now - last
+        last = now
+        spent = budget.spent(trainer.tokens, trainer.seconds)
+        observe(StepReport(trainer.step, loss, balance, rate, trainer.tokens, trainer.seconds, spent))
+        if spent == 1 or trainer.seconds - saved >= checkpoint_seconds:
+            trainer.save(checkpoint)
+            saved = trainer.seconds

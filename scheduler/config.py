@@ -1,0 +1,49 @@
+"""The limits that the scheduler keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits, checked once.
+
+    Attributes:
+        num_blocks, block_size: size of the KV cache, in blocks and in tokens per block.
+        max_model_len: most tokens of a request, prompt and output together.
+        max_num_seqs: most requests in one step.
+        max_num_batched_tokens: most tokens in one step, over all requests.
+        max_chunk_tokens: most tokens of one request in one step, so that a long prompt does not hold up the others.
+        max_num_waiting: most unfinished requests beyond `max_num_seqs`; more are refused.
+        enable_prefix_caching: whether blocks are found again by content.
+
+    Raises:
+        ConfigError: a limit is out of range.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_chunk_tokens: int = 512
+    max_num_waiting: int = 1024
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", param=name)
+        if self.max_num_waiting < 0:
+            raise ConfigError(
+                f"max_num_waiting must be at least 0, not {self.max_num_waiting}", param="max_num_waiting"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running request can advance by one token in a step",
+                param="max_num_batched_tokens",
+            )

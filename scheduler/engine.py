@@ -1,0 +1,58 @@
+"""The loop's body: schedule, execute, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from scheduler.output import RequestOutput, SchedulerOutput, StepResult
+from scheduler.scheduler import Scheduler
+
+
+class Executor(Protocol):
+    """Computes steps: the real model, the simulator's cost model, or a scripted fake."""
+
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        """Compute a step.
+
+        If this raises, any part of the same step may be given again: `scheduled` requests one by one, `released`
+        ids a second time.
+        """
+        ...
+
+
+class EngineCore:
+    """One engine: a scheduler, an executor and a clock.  Nothing else differs between server, simulator and tests.
+
+    Args:
+        clock: seconds; monotonic in the server, virtual elsewhere.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float]) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.clock = clock
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the news of each request that has any."""
+        output = self.scheduler.schedule(self.clock())
+        if not output.scheduled and not output.released:
+            return []
+        try:
+            result = self.executor.execute(output)
+        except Exception:
+            return self._step_one_by_one(output)
+        return self.scheduler.update(output, result, self.clock())
+
+    def _step_one_by_one(self, output: SchedulerOutput) -> list[RequestOutput]:
+        """After a failed step: compute each share alone, so that only the requests at fault end with an error."""
+        news: list[RequestOutput] = []
+        for share in output.scheduled:
+            part = SchedulerOutput([share], output.released)
+            try:
+                result = self.executor.execute(part)
+            except Exception as error:
+                news += self.scheduler.fail(share.request_id, f"{type(error).__name__}: {error}")
+            else:
+                news += self.scheduler.update(part, result, self.clock())
+        return news

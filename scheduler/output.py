@@ -1,0 +1,183 @@
+"""The plain data that rooms exchange: what to sample, what to run in a step, what came of it.
+
+These types carry no behaviour and import nothing, so that the scheduler, the model, the simulator and the wire
+(msgspec encodes dataclasses as they are) all speak in the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(str, Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, with every default resolved.
+
+    Attributes:
+        max_tokens: most tokens to generate; 0 computes (and scores) the prompt only.
+        min_tokens: `stop_token_ids` cannot be chosen before this many tokens were generated.
+        temperature: 0 is greedy.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of most probable tokens whose probability reaches this; 1 keeps all.
+        min_p: drop tokens less probable than this share of the most probable one; 0 keeps all.
+        presence_penalty, frequency_penalty: OpenAI's, over generated tokens.
+        repetition_penalty: of Keskar et al. 2019 (CTRL), over prompt and generated tokens; 1 is none.
+        logit_bias: added to the logits of these token ids before all else but penalties.
+        seed: 64-bit seed of the sampling noise, always set: the server draws one where the request gives none.
+        stop_token_ids: generation ends when one of these is chosen (end-of-text included, unless ignored).
+        num_logprobs: log-probabilities of the chosen token and this many alternatives are returned; None for none.
+        num_prompt_logprobs: the same for every prompt token but the first.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int
+    stop_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural, of the model's own distribution) at one position.
+
+    Attributes:
+        logprob: of the token that stands there.
+        rank: 1 for the most probable token.
+        top_token_ids, top_logprobs: the most probable alternatives, best first.
+    """
+
+    logprob: float
+    rank: int
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """What an executor must know of a request that joins the batch, for the first time or after a preemption.
+
+    Attributes:
+        token_ids: all tokens known so far, the prompt's and then the generated ones.
+        num_prompt_tokens: how many of them are the prompt's.
+    """
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    """One request's share of a step: compute `num_scheduled_tokens` tokens from position `num_computed_tokens` on.
+
+    Attributes:
+        new_block_ids: blocks that the request's block table gains; the whole table if `new` is set.
+        num_blocks: length of the block table with them.
+        samples: whether the share reaches the last known token, so that the next one is to be chosen.
+        spec_token_ids: drafted tokens that end the share and are to be verified.
+        new: set in the step in which the request joins the batch.
+    """
+
+    request_id: str
+    num_computed_tokens: int
+    num_scheduled_tokens: int
+    new_block_ids: list[int]
+    num_blocks: int
+    samples: bool
+    spec_token_ids: list[int]
+    new: NewRequest | None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """What to run in the next step.
+
+    Attributes:
+        scheduled: the requests of the step, each at most once.
+        released: ids of requests that left the batch since the last step (finished, aborted or preempted), so
+            that the executor can forget them.  Applied before `scheduled`.
+    """
+
+    scheduled: list[ScheduledRequest]
+    released: list[str]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_scheduled_tokens for s in self.scheduled)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What came of a step; lists are parallel to `SchedulerOutput.scheduled`.
+
+    Attributes:
+        token_ids: chosen tokens of each request: none if it does not sample; else the accepted drafted tokens
+            and one more.
+        spec_token_ids: drafted tokens proposed for each request's next step; empty when nothing is proposed at all.
+        logprobs: by request id, one entry for each chosen token.
+        prompt_logprobs: by request id, one entry for each prompt token of the share but the prompt's first.
+        errors: by request id, why a request failed on its own account; its `token_ids` are then ignored.
+    """
+
+    token_ids: list[list[int]]
+    spec_token_ids: list[list[int]] = field(default_factory=list)
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """News of one request after a step.
+
+    Attributes:
+        finish_reason: set once, in the last output of the request.
+        num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
+        queue_time: seconds from arrival to the first step.
+        error: the message, if `finish_reason` is `error`.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+    queue_time: float = 0.0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """A snapshot for metrics; counters only grow.
+
+    Attributes:
+        kv_cache_usage: share of blocks owned by requests, 0 to 1.
+        num_prefix_queries, num_prefix_hits: prompt tokens looked up in, and found in, the prefix cache.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_preemptions: int
+    num_prefix_queries: int
+    num_prefix_hits: int

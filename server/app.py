@@ -1,0 +1,100 @@
+"""The HTTP application: routes, who may call them, and what becomes of errors."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from secrets import compare_digest
+
+from fastapi import Depends, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from scheduler.errors import ShoalError
+from server.errors import AuthenticationError, BodyTooLargeError, MethodNotAllowedError, NotFoundError
+from server.routes.answer import error_response
+from server.routes.chat import chat_router
+from server.routes.completions import completions_router
+from server.routes.models import models_router
+from server.routes.operations import operations_router
+from server.routes.tokenize import tokenize_router
+from server.service import Service
+
+logger = logging.getLogger("shoal.api")
+
+
+def create_app(service: Service) -> FastAPI:
+    """Put the application together."""
+    app = FastAPI(title="Shoal", version=version("shoal"), docs_url=None, redoc_url=None)
+    guarded = [Depends(_key_check(service.settings.server.api_keys))]
+    for router in (completions_router, chat_router, models_router, tokenize_router):
+        app.include_router(router(service), dependencies=guarded)
+    app.include_router(operations_router(service))
+    app.add_middleware(BodyLimit, max_bytes=service.settings.server.max_body_bytes)
+    app.add_exception_handler(ShoalError, _answer_shoal_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(Exception, _answer_unexpected)
+    return app
+
+
+class BodyLimit:
+    """Refuses to read request bodies beyond a limit, whether they announce their length or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        read = 0
+
+        async def receive_limited() -> Message:
+            nonlocal read
+            if announced > self.max_bytes:
+                raise self._error(announced)
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.max_bytes:
+                raise self._error(read)
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+    def _error(self, size: int) -> BodyTooLargeError:
+        return BodyTooLargeError(f"the request body has {size} bytes or more, but at most {self.max_bytes} are read")
+
+
+def _key_check(api_keys: tuple[str, ...]):  # type: ignore[no-untyped-def]  # FastAPI reads the inner signature
+    async def check(request: Request) -> None:
+        if not api_keys:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not any(compare_digest(key.encode(), known.encode()) for known in api_keys):
+            raise AuthenticationError("missing or unknown API key: send it as 'Authorization: Bearer KEY'")
+
+    return check
+
+
+async def _answer_shoal_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ShoalError)
+    return error_response(error)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return error_response(NotFoundError(f"unknown path: {where}"))
+    if error.status_code == 405:
+        return error_response(MethodNotAllowedError(f"method not allowed: {where}"))
+    return error_response(ShoalError(str(error.detail)))
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(ShoalError("internal error"))

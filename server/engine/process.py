@@ -1,0 +1,196 @@
+"""The engine process: `python -m server.engine.process SOCKET_FOLDER`, the configuration as JSON on standard input.
+
+One thread.  It waits for commands while there is nothing to do, takes what has come between steps otherwise, and
+sends what came of a step as one message.  It ends when its standard input does, that is, with its parent.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from model.checkpoint import load_checkpoint
+from model.config import ModelConfig
+from model.executor import ModelExecutor
+from scheduler.config import SchedulerConfig
+from scheduler.engine import EngineCore
+from scheduler.errors import ConfigError, ShoalError
+from scheduler.output import FinishReason, RequestOutput, SchedulerStats
+from scheduler.policies import create_policy
+from scheduler.request import Request
+from scheduler.scheduler import Scheduler
+from server.engine.memory import plan_kv_cache
+from server.engine.messages import (
+    Abort,
+    Command,
+    DType,
+    EngineConfig,
+    EngineRequest,
+    News,
+    Ready,
+    Report,
+    StartFailed,
+    Submit,
+)
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """The engine's ends of the two sockets in a folder that the API process made."""
+
+    commands: zmq.Socket[bytes]
+    reports: zmq.Socket[bytes]
+
+    @classmethod
+    def connect(cls, folder: Path) -> Sockets:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        commands, reports = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+        for socket, name in ((commands, "commands"), (reports, "reports")):
+            socket.set_hwm(0)
+            socket.connect(f"ipc://{folder / name}")
+        return cls(commands, reports)
+
+    def send(self, report: Report) -> None:
+        self.reports.send(_encoder.encode(report))
+
+    def receive(self, *, wait: bool) -> list[Command]:
+        """All commands that have come; waits for the first if asked to."""
+        commands: list[Command] = []
+        if wait:
+            commands.append(_decoder.decode(self.commands.recv()))
+        while True:
+            try:
+                commands.append(_decoder.decode(self.commands.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return commands
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+
+
+def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
+    """Load the model and put the engine together.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint or a setting does not allow it.
+    """
+    from model.backends.torch_backend import TorchBackend  # noqa: PLC0415 (a backend's libraries load with it)
+
+    record = load_checkpoint(Path(config.checkpoint))
+    limit = record.config.max_position_embeddings
+    max_model_len = config.max_model_len or limit
+    if max_model_len > limit:
+        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's {limit} positions", param="max_model_len")
+    dtype = resolve_dtype(config, record.config)
+    plan = plan_kv_cache(config, record.config, dtype, max_model_len)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=plan.num_blocks,
+            block_size=config.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_chunk_tokens=config.max_chunk_tokens,
+            max_num_waiting=config.max_num_waiting,
+            enable_prefix_caching=config.enable_prefix_caching,
+        ),
+        create_policy(config.policy),
+    )
+    backend = TorchBackend(
+        record,
+        device=config.device,
+        dtype=dtype,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        num_threads=config.threads,
+    )
+    executor = ModelExecutor(
+        backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, block_size=config.block_size
+    )
+    ready = Ready(
+        plan.num_blocks, max_model_len, record.num_parameters, plan.num_bytes, f"{dtype}, torch on {config.device}"
+    )
+    return EngineCore(scheduler, executor, time.monotonic), ready
+
+
+def resolve_dtype(config: EngineConfig, model: ModelConfig) -> DType:
+    """The number format to compute in.  On the CPU 16-bit arithmetic is slower than 32-bit."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if config.device == "cpu" or model.dtype == "float32" else "bfloat16"
+
+
+class EngineLoop:
+    """Feeds an `EngineCore` from the sockets, for ever."""
+
+    def __init__(self, core: EngineCore, sockets: Sockets) -> None:
+        self.core = core
+        self.sockets = sockets
+        self._reported: SchedulerStats | None = None
+
+    def run(self) -> None:
+        while True:
+            self.turn(wait=self.core.scheduler.num_unfinished == 0)
+
+    def turn(self, *, wait: bool) -> None:
+        """Take the commands that have come, run one step, report."""
+        outputs: list[RequestOutput] = []
+        for command in self.sockets.receive(wait=wait):
+            match command:
+                case Submit(requests):
+                    outputs += [refusal for request in requests if (refusal := self._add(request))]
+                case Abort(request_ids):
+                    for request_id in request_ids:
+                        self.core.scheduler.abort(request_id)
+        outputs += self.core.step()
+        stats = self.core.scheduler.stats()
+        if outputs or stats != self._reported:
+            self.sockets.send(News(outputs, stats))
+            self._reported = stats
+        if self.core.scheduler.num_unfinished == 0:
+            self.core.scheduler.check_invariants()
+
+    def _add(self, sent: EngineRequest) -> RequestOutput | None:
+        """Hand a request to the scheduler; what it refuses gets an answer too."""
+        request = Request(sent.request_id, sent.prompt_token_ids, sent.params, sent.arrival_time, sent.output_token_ids)
+        try:
+            self.core.scheduler.add(request)
+        except ShoalError as error:
+            return RequestOutput(sent.request_id, [], FinishReason.ERROR, error=error.message)
+        return None
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sockets = Sockets.connect(Path(sys.argv[1]))
+    try:
+        core, ready = build_engine(config)
+    except ShoalError as error:
+        sockets.send(StartFailed(error.message, error.param))
+        zmq.Context.instance().term()  # waits until it is sent
+        sys.exit(1)
+    gc.collect()
+    gc.freeze()  # what is loaded stays; no collection need look at it again
+    sockets.send(ready)
+    EngineLoop(core, sockets).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Errors of the HTTP side, the one table from errors to HTTP, and the error object of OpenAI's API."""
+
+from __future__ import annotations
+
+import msgspec
+
+from scheduler.errors import (
+    ContextLengthError,
+    EngineError,
+    InvalidRequestError,
+    QueueFullError,
+    ShoalError,
+)
+
+
+class AuthenticationError(ShoalError):
+    """No API key, or a wrong one."""
+
+
+class NotFoundError(ShoalError):
+    """No such path, or no such model."""
+
+
+class MethodNotAllowedError(ShoalError):
+    """The path exists, but not with this HTTP method."""
+
+
+class BodyTooLargeError(ShoalError):
+    """The request body is larger than the server reads."""
+
+
+class EngineUnavailableError(ShoalError):
+    """The engine is starting, or the server is shutting down."""
+
+
+class HttpError(msgspec.Struct, frozen=True):
+    """How an error looks in HTTP: status, `type` and `code` of the error object, seconds to wait before a retry."""
+
+    status: int
+    type: str
+    code: str | None = None
+    retry_after: int | None = None
+
+
+_TABLE: dict[type[ShoalError], HttpError] = {
+    InvalidRequestError: HttpError(400, "invalid_request_error", "invalid_value"),
+    ContextLengthError: HttpError(400, "invalid_request_error", "context_length_exceeded"),
+    AuthenticationError: HttpError(401, "authentication_error", "invalid_api_key"),
+    NotFoundError: HttpError(404, "not_found_error", "not_found"),
+    MethodNotAllowedError: HttpError(405, "invalid_request_error", "method_not_allowed"),
+    BodyTooLargeError: HttpError(413, "invalid_request_error", "body_too_large"),
+    QueueFullError: HttpError(429, "rate_limit_error", "queue_full", retry_after=1),
+    EngineError: HttpError(500, "server_error", "engine_error"),
+    EngineUnavailableError: HttpError(503, "server_error", "engine_unavailable", retry_after=1),
+    ShoalError: HttpError(500, "server_error", "internal_error"),
+}
+
+
+def http_error(error: ShoalError) -> HttpError:
+    """The row of the table for the error's type, or for the nearest type above it."""
+    return next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+
+
+class ErrorObject(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """`{"error": {...}}`, as a response's body or as an event in a stream."""
+
+    error: ErrorObject
+
+
+def error_body(error: ShoalError) -> ErrorBody:
+    http = http_error(error)
+    return ErrorBody(ErrorObject(error.message, http.type, error.param, http.code))

@@ -1,0 +1,92 @@
+"""How answers travel: whole, as server-sent events, or not at all if nobody waits for them any more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from scheduler.errors import ShoalError
+from server.errors import error_body, http_error
+
+logger = logging.getLogger("shoal.api")
+
+Value = TypeVar("Value")
+_encoder = msgspec.json.Encoder()
+DONE = b"data: [DONE]\n\n"
+
+
+def encode(body: object) -> bytes:
+    return _encoder.encode(body)
+
+
+def event(body: object) -> bytes:
+    """One server-sent event (WHATWG HTML, section 9.2)."""
+    return b"data: " + _encoder.encode(body) + b"\n\n"
+
+
+def whole(body: object, headers: dict[str, str] | None = None) -> Response:
+    return Response(encode(body), media_type="application/json", headers=headers)
+
+
+def error_response(error: ShoalError) -> Response:
+    """The answer to a request that failed before its first byte."""
+    http = http_error(error)
+    headers = {"retry-after": str(http.retry_after)} if http.retry_after is not None else {}
+    if http.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(encode(error_body(error)), http.status, headers, "application/json")
+
+
+class EventStream(StreamingResponse):
+    """A stream of server-sent events, ended by `[DONE]`.  After the headers an error is an event too.
+
+    When the client goes away, or the server does, the events are closed at once, and with them what makes them.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        self.events = _until_done(events)
+        super().__init__(self.events, headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.events):
+            await unless_disconnected(receive, self.stream_response(send))
+
+
+async def _until_done(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes]:
+    try:
+        async with aclosing(events):
+            async for one in events:
+                yield one
+    except ShoalError as error:
+        yield event(error_body(error))
+    except Exception:
+        logger.exception("a stream failed")
+        yield event(error_body(ShoalError("internal error")))
+    yield DONE
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Value]) -> Value | None:
+    """Do the work, but cancel it when the client goes away; None then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for unfinished in (task, gone):
+            unfinished.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,32 @@
+"""GET /health, /metrics and /version: for those who run the server, without an API key."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from server.routes.answer import whole
+from server.service import Service
+from server.wire.responses import Version
+
+
+def operations_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        service.engine.limits  # noqa: B018 (raises while the engine is not ready)
+        return Response(status_code=200)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/version")
+    async def get_version() -> Response:
+        return whole(Version(version("shoal")))
+
+    return router

@@ -1,0 +1,39 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from scheduler.errors import InvalidRequestError
+from server.routes.answer import whole
+from server.routes.schema import documented
+from server.sampling import check_token_ids
+from server.service import Service
+from server.wire.requests import DetokenizeBody, TokenizeBody, parse_body
+from server.wire.responses import DetokenizeResult, TokenizeResult
+
+
+def tokenize_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/tokenize", openapi_extra=documented(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        body = parse_body(TokenizeBody, await request.body())
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequestError("give either prompt or messages", param="prompt")
+        if body.messages is not None:
+            _, tokens = await service.encode_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
+        else:
+            tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return whole(TokenizeResult(len(tokens), service.engine.limits.max_model_len, tokens))
+
+    @router.post("/detokenize", openapi_extra=documented(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        body = parse_body(DetokenizeBody, await request.body())
+        service.check_model(body.model)
+        check_token_ids("tokens", body.tokens, service.config.vocab_size)
+        return whole(DetokenizeResult(service.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+
+    return router

@@ -1,0 +1,116 @@
+"""From the parameters of a request body to `SamplingParams`, every default resolved."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TypeVar
+
+from model.config import GenerationDefaults
+from scheduler.config import SchedulerConfig
+from scheduler.errors import InvalidRequestError
+from scheduler.output import SamplingParams
+from server.wire.requests import ChatBody, CompletionBody, GenerationBody
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+
+
+def resolve_seed(body: GenerationBody) -> int:
+    """The request's seed as an unsigned 64-bit number; drawn if there is none, below 2^53 so that JSON can carry it."""
+    return secrets.randbits(53) if body.seed is None else body.seed % 2**64
+
+
+def resolve_sampling(
+    body: CompletionBody | ChatBody,
+    *,
+    seed: int,
+    num_prompt_tokens: int,
+    limits: SchedulerConfig,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...],
+    defaults: GenerationDefaults,
+) -> SamplingParams:
+    """Resolve the parameters for one prompt; what a request leaves open, `generation_config.json` says.
+
+    Raises:
+        InvalidRequestError: a token id is outside the vocabulary, or min_tokens exceeds max_tokens.
+    """
+    max_tokens = _max_tokens(body, num_prompt_tokens, limits)
+    if body.min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens is {body.min_tokens}, but max_tokens is {max_tokens}: it can be at most that",
+            param="min_tokens",
+        )
+    for token_id in body.stop_token_ids:
+        _check_token_id("stop_token_ids", token_id, vocab_size)
+    num_logprobs = _num_logprobs(body)
+    scores_prompt = isinstance(body, CompletionBody) and body.echo
+    top_k = _first(body.top_k, defaults.top_k, 0)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=_first(body.temperature, defaults.temperature, 1.0),
+        top_k=max(top_k, 0),  # vLLM's users write -1 for all
+        top_p=_first(body.top_p, defaults.top_p, 1.0),
+        min_p=_first(body.min_p, defaults.min_p, 0.0),
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
+        logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
+        seed=seed,
+        stop_token_ids=frozenset(body.stop_token_ids) | frozenset(() if body.ignore_eos else eos_token_ids),
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_logprobs if scores_prompt else None,
+    )
+
+
+Value = TypeVar("Value")
+
+
+def _first(*values: Value | None) -> Value:
+    return next(value for value in values if value is not None)
+
+
+def _max_tokens(body: CompletionBody | ChatBody, num_prompt_tokens: int, limits: SchedulerConfig) -> int:
+    asked = body.max_tokens
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        asked = body.max_completion_tokens
+    if asked is not None:
+        return asked
+    capacity = limits.num_blocks * limits.block_size + 1  # the last token chosen needs no slot
+    room = max(min(limits.max_model_len, capacity) - num_prompt_tokens, 1)
+    return room if isinstance(body, ChatBody) else min(COMPLETION_MAX_TOKENS, room)
+
+
+def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+    resolved: dict[int, float] = {}
+    for key, addend in bias.items():
+        if not key.isdecimal():
+            raise InvalidRequestError(f"logit_bias: {key!r} is not a token id", param="logit_bias")
+        _check_token_id("logit_bias", int(key), vocab_size)
+        resolved[int(key)] = addend
+    return resolved
+
+
+def _check_token_id(param: str, token_id: int, vocab_size: int) -> None:
+    if token_id >= vocab_size:
+        raise InvalidRequestError(
+            f"{param}: token id {token_id} is outside the vocabulary of {vocab_size}", param=param
+        )
+
+
+def check_token_ids(param: str, token_ids: list[int], vocab_size: int) -> None:
+    """Refuse token ids that the model does not know.
+
+    Raises:
+        InvalidRequestError: one is outside the vocabulary.
+    """
+    if token_ids:
+        _check_token_id(param, max(token_ids), vocab_size)

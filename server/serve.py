@@ -1,0 +1,158 @@
+"""From settings to a running server, and down again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import uvicorn
+
+from model.checkpoint import resolve_checkpoint
+from model.config import load_config, load_generation_defaults
+from model.tokenizer import Tokenizer
+from scheduler.errors import ConfigError
+from scheduler.policies import create_policy
+from server.app import create_app
+from server.engine.client import EngineClient
+from server.engine.messages import EngineConfig, Ready
+from server.metrics import Metrics
+from server.service import Service, unix_time
+from server.settings import Settings
+
+logger = logging.getLogger("shoal")
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        CheckpointError, ConfigError: it cannot start.
+    """
+    began = time.monotonic()
+    create_policy(settings.scheduler.policy)
+    folder = resolve_checkpoint(settings.model)
+    listener = listen(settings.server.host, settings.server.port)
+    with contextlib.closing(listener):
+        service = build_service(settings, folder)
+        server = GracefulServer(service, listener)
+        serving = asyncio.create_task(server.serve([listener]))
+        starting = asyncio.create_task(service.engine.start())
+        try:
+            await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                _announce(service, starting.result(), listener, time.monotonic() - began)
+            await serving
+        finally:
+            server.should_exit = True
+            starting.cancel()
+            await service.engine.stop()
+            await asyncio.gather(serving, starting, return_exceptions=True)
+
+
+def build_service(settings: Settings, folder: Path) -> Service:
+    """Read what the API process needs of the checkpoint; the engine process reads the rest.
+
+    Raises:
+        CheckpointError: a file is missing or malformed.
+    """
+    model_name = settings.server.served_model_name or folder.name
+    metrics = Metrics(model_name)
+    return Service(
+        settings=settings,
+        model_name=model_name,
+        config=load_config(folder),
+        defaults=load_generation_defaults(folder),
+        tokenizer=Tokenizer.load(folder),
+        engine=EngineClient(engine_config(settings, folder), metrics),
+        metrics=metrics,
+        started=unix_time(),
+    )
+
+
+def engine_config(settings: Settings, folder: Path) -> EngineConfig:
+    """What the engine process is told of the settings."""
+    return EngineConfig(
+        checkpoint=str(folder),
+        **settings.engine.model_dump(),
+        **settings.cache.model_dump(),
+        **settings.scheduler.model_dump(),
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port before anything slow begins.
+
+    Raises:
+        ConfigError: it is taken, or the address is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        param = "port" if isinstance(error, PermissionError) or error.errno == 98 else "host"
+        raise ConfigError(
+            f"cannot listen on host {host}, port {port}: {error.strerror}; choose another with --port or --host",
+            param=param,
+        ) from error
+    return listener
+
+
+class GracefulServer(uvicorn.Server):
+    """Lets what is unfinished go on for a while after a signal, and answers the rest with a typed error."""
+
+    def __init__(self, service: Service, listener: socket.socket) -> None:
+        settings = service.settings.server
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                http="httptools",
+                lifespan="off",
+                log_config=None,
+                log_level=settings.log_level,
+                access_log=settings.access_log,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self.service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        unfinished = self.service.engine.num_unfinished
+        if unfinished:
+            logger.info("draining %d unfinished requests", unfinished)
+        draining = asyncio.create_task(self.service.engine.drain(self.service.settings.server.drain_seconds))
+        while not draining.done() and not self.force_exit:
+            await asyncio.wait((draining,), timeout=0.1)
+        draining.cancel()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, but without raising the signal again afterwards: the exit code of a drained server is 0."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+
+def _announce(service: Service, ready: Ready, listener: socket.socket, seconds: float) -> None:
+    host, port = listener.getsockname()[:2]
+    config = service.engine.config
+    logger.info("Shoal %s serves %s", version("shoal"), service.model_name)
+    logger.info("model: %.1f M parameters, %s", ready.num_parameters / 1e6, ready.description)
+    logger.info(
+        "KV cache: %d blocks of %d tokens, %d MiB; requests up to %d tokens, %d at once, policy %s",
+        ready.num_blocks,
+        config.block_size,
+        ready.kv_cache_bytes // 2**20,
+        ready.max_model_len,
+        config.max_num_seqs,
+        config.policy,
+    )
+    logger.info("ready after %.1f s: http://%s:%d", seconds, f"[{host}]" if ":" in host else host, port)

@@ -1,0 +1,129 @@
+"""What every route needs, made once at the start and handed to them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from model.config import GenerationDefaults, ModelConfig
+from model.tokenizer import Tokenizer
+from server.engine.client import EngineClient
+from server.errors import NotFoundError
+from server.generation import Generation, Prompt
+from server.metrics import Metrics
+from server.sampling import check_token_ids, resolve_sampling
+from server.settings import Settings
+from server.wire.requests import ChatBody, CompletionBody, Message
+
+# Tokenizing this many characters takes well under a millisecond; more would hold up the event loop.
+INLINE_CHARS = 4096
+
+
+@dataclass(frozen=True)
+class Service:
+    """The model as the API sees it, and the engine that runs it."""
+
+    settings: Settings
+    model_name: str
+    config: ModelConfig
+    defaults: GenerationDefaults
+    tokenizer: Tokenizer
+    engine: EngineClient
+    metrics: Metrics
+    started: int
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model.
+
+        Raises:
+            NotFoundError: this server does not serve it.
+        """
+        if name is not None and name != self.model_name:
+            raise NotFoundError(
+                f"the model {name!r} does not exist: this server serves {self.model_name!r}", param="model"
+            )
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize, without holding up others if the text is long."""
+        if len(text) <= INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> tuple[str, list[int]]:
+        """Apply the chat template; the text and its tokens."""
+        text = await asyncio.to_thread(
+            self.tokenizer.apply_chat_template,
+            [message.for_template() for message in messages],
+            add_generation_prompt=add_generation_prompt,
+        )
+        # The template writes the special tokens itself.
+        return text, await self.encode(text, add_special_tokens=False)
+
+    async def completion_prompts(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
+        """The prompts of a body, of any of the four kinds, as text and tokens.
+
+        Raises:
+            InvalidRequestError: a token id is outside the vocabulary.
+        """
+        match body.prompt:
+            case str(text):
+                return [(text, await self.encode(text))]
+            case [str(), *_] as texts:
+                return [(text, await self.encode(text)) for text in texts if isinstance(text, str)]
+            case [int(), *_] | [] as token_ids:
+                return [self._decoded([token_id for token_id in token_ids if isinstance(token_id, int)])]
+            case many:
+                return [self._decoded(token_ids) for token_ids in many if isinstance(token_ids, list)]
+
+    def generate(
+        self, body: CompletionBody | ChatBody, prompts: Sequence[tuple[str, list[int]]], *, api_id: str, seed: int
+    ) -> Generation:
+        """Submit the prompts of a body to the engine.
+
+        Raises:
+            InvalidRequestError, QueueFullError, EngineUnavailableError: it is refused.
+        """
+        limits = self.engine.limits
+        resolved = [
+            Prompt(
+                text,
+                token_ids,
+                resolve_sampling(
+                    body,
+                    seed=seed,
+                    num_prompt_tokens=len(token_ids),
+                    limits=limits,
+                    vocab_size=self.config.vocab_size,
+                    eos_token_ids=self.defaults.eos_token_ids or self.config.eos_token_ids,
+                    defaults=self.defaults,
+                ),
+            )
+            for text, token_ids in prompts
+        ]
+        return Generation(
+            self.engine,
+            self.tokenizer,
+            self.metrics,
+            api_id=api_id,
+            prompts=resolved,
+            n=body.n,
+            stop_strings=body.stop_strings,
+            echo=isinstance(body, CompletionBody) and body.echo,
+        )
+
+    def _decoded(self, token_ids: list[int]) -> tuple[str, list[int]]:
+        check_token_ids("prompt", token_ids, self.config.vocab_size)
+        return self.tokenizer.decode(token_ids), token_ids
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def unix_time() -> int:
+    return int(time.time())

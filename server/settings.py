@@ -1,0 +1,209 @@
+"""The settings: defaults < shoal.toml < environment < command line, resolved once and never written again.
+
+This is the only module that reads the environment.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from scheduler.errors import ConfigError
+
+ENV_PREFIX = "SHOAL_"
+# Read by the terminal client, whose settings are not the server's.
+CLIENT_ENVIRONMENT = {"SHOAL_URL", "SHOAL_API_KEY"}
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ServerSection(_Section):
+    """How the server meets the world."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    served_model_name: str | None = None
+    """Name of the model in the API; the checkpoint folder's name if not set."""
+    api_keys: tuple[str, ...] = ()
+    """If any are given, requests must carry one of them as a bearer token."""
+    max_body_bytes: Positive = 4 * 1024 * 1024
+    """Largest request body that is read."""
+    drain_seconds: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """After SIGTERM, how long unfinished requests may go on before they end with an error."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log messages that are printed."""
+    access_log: bool = False
+    """Whether each request is logged."""
+
+
+class EngineSection(_Section):
+    """What computes the model, and where."""
+
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of weights, activations and KV cache; auto is float32 on the CPU, the checkpoint's own on a GPU."""
+    threads: Positive | None = None
+    """CPU threads that compute; one per core if not set."""
+    max_model_len: Positive | None = None
+    """Most tokens of a request, prompt and output together; the model's own limit if not set."""
+
+
+class CacheSection(_Section):
+    """The paged KV cache."""
+
+    block_size: Positive = 16
+    """Tokens per block."""
+    num_blocks: Positive | None = None
+    """Blocks in all; if not set, as many as `memory_mib` holds."""
+    memory_mib: Positive | None = None
+    """Memory for the KV cache; if not set, what max_num_seqs requests of max_model_len tokens need, but at most a
+    quarter of the memory that is free."""
+    enable_prefix_caching: bool = True
+    """Whether prompts that start alike share their blocks."""
+
+
+class SchedulerSection(_Section):
+    """What runs in a step."""
+
+    policy: str = "fcfs"
+    """Scheduling policy."""
+    max_num_seqs: Positive = 64
+    """Most requests in one step."""
+    max_num_batched_tokens: Positive = 512
+    """Most tokens in one step, over all requests."""
+    max_chunk_tokens: Positive = 512
+    """Most tokens of one request in one step."""
+    max_num_waiting: int = Field(default=1024, ge=0)
+    """Most unfinished requests beyond max_num_seqs; more get HTTP 429."""
+
+
+class Settings(BaseSettings):
+    """Serve a model over HTTP, with the interface of OpenAI's API.
+
+    Each option can also stand in shoal.toml (as a key of its section) or in the environment (as
+    SHOAL_SECTION__KEY); the command line wins over the environment, and that over the file.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        cli_prog_name="shoal serve",
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+    )
+
+    model: str = "shoal-moe"
+    """Checkpoint folder, or the name of a bundled model."""
+    config: Path | None = None
+    """TOML file to read instead of ./shoal.toml."""
+    server: ServerSection = ServerSection()
+    engine: EngineSection = EngineSection()
+    cache: CacheSection = CacheSection()
+    scheduler: SchedulerSection = SchedulerSection()
+
+
+def _shortcuts() -> dict[str, str | list[str]]:
+    """`--port` for `--server.port`, and so on: the sections' keys are unique, so each is an option of its own."""
+    sections = {name: field.annotation for name, field in Settings.model_fields.items()}
+    return {
+        f"{section}.{key}".replace("_", "-"): key.replace("_", "-")
+        for section, model in sections.items()
+        if isinstance(model, type) and issubclass(model, _Section)
+        for key in model.model_fields
+    }
+
+
+def load_settings(args: list[str]) -> Settings:
+    """Resolve the settings from command-line arguments, environment and file.
+
+    Raises:
+        ConfigError: a key is unknown or a value wrong; the message names each of them.
+        SystemExit: after `--help`, or for arguments that cannot be parsed.
+    """
+    toml_file = _toml_file(args)
+    _refuse_unknown_environment()
+
+    class Resolved(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            command_line: CliSettingsSource[Any] = CliSettingsSource(
+                settings_cls, cli_parse_args=args, cli_shortcuts=_shortcuts()
+            )
+            return command_line, env_settings, TomlConfigSettingsSource(settings_cls, toml_file)
+
+    Resolved.__doc__ = inspect.getdoc(Settings)
+    try:
+        return Resolved()
+    except ValidationError as error:
+        raise ConfigError(_describe(error), param=_location(error.errors()[0])) from error
+    except ValueError as error:  # malformed TOML, or an environment variable that is not JSON where it must be
+        raise ConfigError(f"{toml_file or 'settings'}: {error}", param="config") from error
+
+
+def _toml_file(args: list[str]) -> Path | None:
+    """The file to read: it must be known before the rest is parsed."""
+    chosen = os.environ.get(f"{ENV_PREFIX}CONFIG")
+    for index, arg in enumerate(args):
+        if arg == "--config" and index + 1 < len(args):
+            chosen = args[index + 1]
+        elif arg.startswith("--config="):
+            chosen = arg.partition("=")[2]
+    if chosen is None:
+        default = Path("shoal.toml")
+        return default if default.exists() else None
+    if not Path(chosen).is_file():
+        raise ConfigError(f"config: no such file: {chosen}", param="config")
+    return Path(chosen)
+
+
+def _refuse_unknown_environment() -> None:
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name in os.environ:
+        is_ours = name.upper().startswith(ENV_PREFIX) and name.upper() not in CLIENT_ENVIRONMENT
+        if is_ours and name.upper().partition("__")[0] not in known:
+            raise ConfigError(f"unknown environment variable {name}", param=name)
+
+
+def _location(error: Any) -> str:
+    return ".".join(str(part) for part in error["loc"]) or "settings"
+
+
+def _describe(error: ValidationError) -> str:
+    """One line a fault: the key, what is wrong, and what was given."""
+    lines = []
+    for one in error.errors():
+        if one["type"] == "extra_forbidden":
+            lines.append(f"{_location(one)}: unknown setting")
+        else:
+            lines.append(f"{_location(one)}: {one['msg'][0].lower()}{one['msg'][1:]} (got {one['input']!r})")
+    return "\n".join(lines)

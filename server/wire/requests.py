@@ -1,0 +1,177 @@
+"""Request bodies, as OpenAI's API defines them, with the extensions that vLLM's users know.
+
+What is not listed is refused by name: a misspelt parameter would otherwise be ignored in silence.  Parameters of
+OpenAI's API that cannot change the tokens (`user`, `metadata`, ...) are accepted and ignored; those that would ask
+for what this server does not do are refused unless they ask for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from scheduler.errors import InvalidRequestError
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+MAX_LOGPROBS = 20
+
+Tokens = list[Annotated[int, Field(ge=0)]]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class GenerationBody(_Body):
+    """What both kinds of completion have in common."""
+
+    model: str | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    stop: StopString | list[StopString] | None = None
+
+    # extensions
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    min_tokens: int = Field(0, ge=0)
+    stop_token_ids: Tokens = []
+    ignore_eos: bool = False
+
+    # accepted and ignored: they cannot change the tokens
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"{len(stop)} stop strings were given, but at most {MAX_STOP_STRINGS} are allowed")
+        return stop
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | Tokens | list[Tokens]
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """One message of a chat; a content of several text parts is their concatenation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates expect it."""
+        parts = self.content if isinstance(self.content, list) else []
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": content} | ({"name": self.name} if self.name else {})
+
+
+class ResponseFormat(_Body):
+    type: Literal["text"]
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=0)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+
+
+class TokenizeBody(_Body):
+    """POST /tokenize: a prompt, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+
+class DetokenizeBody(_Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Tokens
+
+
+Body = TypeVar("Body", bound=_Body)
+
+
+def parse_body(kind: type[Body], raw: bytes) -> Body:
+    """Read a request body.
+
+    Raises:
+        InvalidRequestError: it is not JSON, or a field is missing, unknown, of the wrong type or out of range.
+    """
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise _as_request_error(error) from error
+
+
+def _as_request_error(error: ValidationError) -> InvalidRequestError:
+    faults = error.errors(include_url=False)
+    first = faults[0]
+    path = [str(part) for part in first["loc"]]
+    field = path[0] if path else None
+    match first["type"]:
+        case "json_invalid":
+            return InvalidRequestError(f"the request body is not valid JSON: {first['ctx']['error']}")
+        case "extra_forbidden":
+            return InvalidRequestError(f"unrecognized request argument: {'.'.join(path)}", param=field)
+        case "missing":
+            return InvalidRequestError(f"missing required field: {'.'.join(path)}", param=field)
+    # A field of several types has a fault for each of them.
+    messages = dict.fromkeys(_lower(fault["msg"]) for fault in faults if fault["loc"][:1] == first["loc"][:1])
+    return InvalidRequestError(f"{field or 'request body'}: {' or '.join(messages)}", param=field)
+
+
+def _lower(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[0].lower() + message[1:]

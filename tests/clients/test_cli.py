@@ -1,0 +1,172 @@
+"""`shoal complete` and `shoal chat` with pipes for input and output."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import clients
+from clients.cli import chat, complete
+from tests.clients.fake_server import FakeServer, chat_chunks, completion_chunks, error_body
+
+
+@pytest.fixture
+def shell(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command against the fake server."""
+    monkeypatch.setenv("SHOAL_URL", server.url)
+
+    def run(command: click.Command, *args: str, stdin: str | bytes = "") -> Result:
+        return CliRunner().invoke(command, list(args), input=stdin)
+
+    return run
+
+
+def test_complete_prints_the_text_and_nothing_else_on_stdout(server: FakeServer, shell: Any) -> None:
+    server.stream(*completion_chunks("grö", "ßer ", "🐟", seed=8))
+    result = shell(complete, "def fib(n):")
+    assert result.exit_code == 0
+    assert result.stdout == "größer 🐟"
+    assert re.fullmatch(
+        r"\[2 tokens in \d+\.\d\d s, \d+\.\d tokens/s, first token after \d+\.\d{3} s, "
+        r"finish reason: stop, seed 8\]\n",
+        result.stderr,
+    )
+
+
+def test_complete_sends_what_was_given_and_no_more(server: FakeServer, shell: Any) -> None:
+    for _ in range(2):
+        server.stream(*completion_chunks("x"))
+    shell(complete, "p")
+    args = "--max-tokens 64 --temperature 0 --top-p 0.9 --top-k 5 --min-p 0.1 --repetition-penalty 1.2 --seed 7"
+    shell(complete, "p", *args.split(), "--model", "m", "--stop", "a", "--stop", "b", "--api-key", "secret")
+
+    bare, full = server.requests
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    assert bare.body == {"prompt": "p", **streamed}
+    assert full.body == {
+        "prompt": "p", "max_tokens": 64, "temperature": 0.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1,
+        "repetition_penalty": 1.2, "seed": 7, "model": "m", "stop": ["a", "b"], **streamed,
+    }  # fmt: skip
+    assert full.headers["authorization"] == "Bearer secret"
+
+
+def test_complete_takes_the_prompt_from_stdin_to_the_byte(server: FakeServer, shell: Any) -> None:
+    server.stream(*completion_chunks("x"))
+    shell(complete, "-", stdin="  zwei\r\nZeilen 🐟\n".encode())
+    assert server.requests[0].body["prompt"] == "  zwei\r\nZeilen 🐟\n"
+
+
+@pytest.mark.parametrize(("command", "args"), [(complete, ["-"]), (chat, [])])
+def test_stdin_that_is_not_utf8(shell: Any, command: click.Command, args: list[str]) -> None:
+    result = shell(command, *args, stdin=b"\xff\xfe\n")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: standard input is not UTF-8")
+
+
+def test_the_environment_and_the_command_line(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("SHOAL_API_KEY", "from the environment")
+    server.stream(*completion_chunks("x"))
+    result = CliRunner().invoke(complete, ["p", "--url", server.url])
+    assert result.exit_code == 0
+    assert server.requests[0].headers["authorization"] == "Bearer from the environment"
+
+
+@pytest.mark.parametrize(("command", "args"), [(complete, ["p"]), (chat, [])])
+def test_an_error_is_one_line_and_exit_code_1(
+    server: FakeServer, shell: Any, command: click.Command, args: list[str]
+) -> None:
+    server.error(429, "the queue\nis full", Retry_After="3")
+    result = shell(command, *args, stdin="hello\nnever sent\n")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: the queue is full (try again in 3 s)\n"
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_is_not_there() -> None:
+    result = CliRunner().invoke(complete, ["p", "--url", "http://127.0.0.1:1"])
+    assert result.exit_code == 1
+    assert re.fullmatch(r"Error: cannot connect to http://127.0.0.1:1: .* `shoal serve` starts one\)\n", result.stderr)
+
+
+def test_a_bad_url() -> None:
+    result = CliRunner().invoke(complete, ["p", "--url", "localhost:8000"])
+    assert result.exit_code == 1
+    assert result.stderr == "Error: base_url must start with http:// or https://, not be 'localhost:8000'\n"
+
+
+def test_an_error_in_the_middle_keeps_what_came(server: FakeServer, shell: Any) -> None:
+    server.stream(completion_chunks("partial")[0], error_body("the engine failed", type="server_error"))
+    result = shell(complete, "p")
+    assert (result.exit_code, result.stdout) == (1, "partial")
+    assert result.stderr == "Error: the engine failed\n"
+
+
+def test_an_answer_without_text_or_usage(server: FakeServer, shell: Any) -> None:
+    server.stream()
+    result = shell(complete, "p")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert re.fullmatch(r"\[\d+\.\d\d s\]\n", result.stderr)
+
+
+@pytest.mark.parametrize(("command", "args"), [(complete, ["p"]), (chat, [])])
+def test_ctrl_c_is_exit_code_130(
+    shell: Any, monkeypatch: pytest.MonkeyPatch, command: click.Command, args: list[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clients.ShoalClient, "stream_complete", interrupted)
+    monkeypatch.setattr(clients.ShoalClient, "stream_chat", interrupted)
+    assert shell(command, *args, stdin="hello\n").exit_code == 130
+
+
+def test_chat_remembers(server: FakeServer, shell: Any) -> None:
+    server.stream(*chat_chunks("Hel", "lo!"))
+    server.stream(*chat_chunks("Fine."))
+    result = shell(chat, "--system", "Be brief.", "--seed", "1", stdin="Hi\n\n  How are you?  \n")
+    assert result.exit_code == 0
+    assert result.stdout == "Hello!\nFine.\n"
+    assert result.stderr.count("tokens/s") == 2
+    first, second = (seen.body for seen in server.requests)
+    system = {"role": "system", "content": "Be brief."}
+    assert first["messages"] == [system, {"role": "user", "content": "Hi"}]
+    assert second["messages"] == [
+        system,
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "How are you?"},
+    ]
+    assert first["seed"] == second["seed"] == 1
+
+
+def test_chat_commands(server: FakeServer, shell: Any) -> None:
+    for _ in range(4):
+        server.stream(*chat_chunks("ok"))
+    commands = "one|/reset|two|/system  Rhyme.|three|/system|/reset|four|/what|/help|/quit|five"
+    result = shell(chat, stdin=commands.replace("|", "\n"))
+    assert result.exit_code == 0
+    assert [[m["content"] for m in seen.body["messages"]] for seen in server.requests] == [
+        ["one"],
+        ["two"],
+        ["Rhyme.", "two", "ok", "three"],
+        ["four"],
+    ]
+    assert "There is no command /what" in result.stderr
+    for command in ("/help", "/reset", "/system", "/quit"):
+        assert f"\n{command} " in result.stderr
+    assert result.stdout == "ok\n" * 4
+
+
+@pytest.mark.parametrize("command", [complete, chat])
+def test_help_names_every_option(command: click.Command) -> None:
+    result = CliRunner().invoke(command, ["--help"])
+    assert result.exit_code == 0
+    for option in ("--url", "--api-key", "--model", "--max-tokens", "--temperature", "--seed", "--stop"):
+        assert option in result.stdout
+    assert "SHOAL_URL" in result.stdout
+    assert "SHOAL_API_KEY" in result.stdout

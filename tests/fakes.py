@@ -1,0 +1,396 @@
+"""Scripted executors and backends that record what they are asked for and fail on command.
+
+All of them keep token ids where a model keeps keys and values, and choose the next token from what they read back
+through the block table.  Hence a wrong slot, block table, position, preemption or prefix-cache hit shows as a wrong
+token, and most of them as a failed assertion before.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from model.batch import ForwardBatch, SamplerOutput, SamplingBatch
+from scheduler.config import SchedulerConfig
+from scheduler.engine import EngineCore, Executor
+from scheduler.output import (
+    FinishReason,
+    NewRequest,
+    RequestOutput,
+    SamplingParams,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepResult,
+    TokenLogprobs,
+)
+from scheduler.policies import Policy
+from scheduler.policies.fcfs import FirstComeFirstServed
+from scheduler.request import Request, RequestStatus
+from scheduler.scheduler import Scheduler
+
+Choose = Callable[[str, list[int]], int]  # request id, context -> the token after it
+Draft = Callable[[str, list[int]], list[int]]  # request id, context -> guesses for the tokens after it
+
+
+def params(max_tokens: int = 4, **others: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, **({"seed": 0} | others))  # type: ignore[arg-type]  # any field
+
+
+def digest(context: list[int], seed: int = 0) -> int:
+    """32 bits that depend on every token of the context and on its order."""
+    return zlib.crc32(array("q", context).tobytes(), seed & 0xFFFFFFFF)
+
+
+def hashed(vocab_size: int) -> Choose:
+    """A deterministic language model: the next token is a hash of the whole context."""
+    return lambda _, context: digest(context) % vocab_size
+
+
+def scripted(texts: Mapping[str, list[int]]) -> Choose:
+    """Plays whole texts, by request id; the prompt is part of the text."""
+    return lambda request_id, context: texts[request_id][len(context)]
+
+
+def generate(choose: Choose, request_id: str, prompt: list[int], params: SamplingParams) -> list[int]:
+    """What a request gets when nothing else exists: the plain loop, the oracle of every schedule."""
+    context = list(prompt)
+    while len(context) < len(prompt) + params.max_tokens:
+        context.append(choose(request_id, context))
+        if context[-1] in params.stop_token_ids:
+            break
+    return context[len(prompt) :]
+
+
+class Share(NamedTuple):
+    """What an executor was asked for: `num_tokens` tokens from position `start` on, over these blocks."""
+
+    request_id: str
+    start: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+
+
+class InjectedError(Exception):
+    """A failure that a test asked for."""
+
+
+@dataclass
+class _Sequence:
+    """What an executor knows of a request in the batch."""
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    num_computed_tokens: int
+    block_table: list[int] = field(default_factory=list)
+
+    @classmethod
+    def joining(cls, new: NewRequest, num_computed_tokens: int) -> _Sequence:
+        return cls(list(new.token_ids), new.num_prompt_tokens, new.params, num_computed_tokens)
+
+
+class FakeExecutor:
+    """Plays a `choose` function over a paged fake KV cache.
+
+    Attributes:
+        steps: the shares of each call, in order; calls that fail are there too.
+        released: the released ids of each call.
+        fail: called with each schedule before it is computed; raises to make the step fail.
+        error: called with each share; a message makes that request fail on its own account.
+    """
+
+    def __init__(self, block_size: int, choose: Choose, draft: Draft | None = None) -> None:
+        self.block_size = block_size
+        self.choose = choose
+        self.draft = draft
+        self.steps: list[list[Share]] = []
+        self.released: list[list[str]] = []
+        self.fail: Callable[[SchedulerOutput], None] = lambda _: None
+        self.error: Callable[[ScheduledRequest], str | None] = lambda _: None
+        self.sequences: dict[str, _Sequence] = {}
+        self.kv: dict[int, int] = {}  # slot -> token id
+
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        for request_id in output.released:
+            self.sequences.pop(request_id, None)
+        self.released.append(list(output.released))
+        self.steps.append([self._place(share) for share in output.scheduled])
+        self.fail(output)
+        self._write_all(output.scheduled)
+        result = StepResult([])
+        for share in output.scheduled:
+            self._read(share, result)
+        return result
+
+    def _place(self, share: ScheduledRequest) -> Share:
+        """Take in what is new of a request, and check that the share agrees with what is known of it."""
+        if share.new:
+            self.sequences[share.request_id] = _Sequence.joining(share.new, share.num_computed_tokens)
+        sequence = self.sequences[share.request_id]
+        kept = share.num_blocks - len(share.new_block_ids)
+        sequence.block_table[kept:] = share.new_block_ids
+        assert len(sequence.block_table) == share.num_blocks
+        assert share.new is None or kept == 0, "a request that joins is given its whole block table"
+
+        num_tokens, end = len(sequence.token_ids), share.num_computed_tokens + share.num_scheduled_tokens
+        assert share.num_computed_tokens == sequence.num_computed_tokens
+        assert share.num_scheduled_tokens > 0
+        assert end == num_tokens + len(share.spec_token_ids) if share.spec_token_ids else end <= num_tokens
+        assert end <= share.num_blocks * self.block_size
+        assert share.samples == (end >= num_tokens and sequence.params.max_tokens > 0)
+        table = tuple(sequence.block_table)
+        return Share(share.request_id, share.num_computed_tokens, share.num_scheduled_tokens, table)
+
+    def _write_all(self, scheduled: list[ScheduledRequest]) -> None:
+        written: set[int] = set()
+        for share in scheduled:
+            sequence = self.sequences[share.request_id]
+            tokens = sequence.token_ids + share.spec_token_ids
+            for position in range(share.num_computed_tokens, share.num_computed_tokens + share.num_scheduled_tokens):
+                slot = self._slot(sequence, position)
+                assert slot not in written, "two tokens of a step want the same slot"
+                written.add(slot)
+                self.kv[slot] = tokens[position]
+
+    def _read(self, share: ScheduledRequest, result: StepResult) -> None:
+        """Read the context back, choose after it, verify drafted tokens, propose the next ones."""
+        sequence = self.sequences[share.request_id]
+        end = share.num_computed_tokens + share.num_scheduled_tokens
+        context = [self.kv[self._slot(sequence, position)] for position in range(end)]
+        assert context == (sequence.token_ids + share.spec_token_ids)[:end], "the KV cache holds other tokens"
+        chosen: list[int] = []
+        if share.samples:
+            known = end - len(share.spec_token_ids)
+            for guess in [*share.spec_token_ids, None]:
+                chosen.append(self.choose(share.request_id, context[: known + len(chosen)]))
+                if chosen[-1] != guess:
+                    break
+        if message := self.error(share):
+            result.errors[share.request_id] = message
+        self._score(share, sequence, chosen, result)
+        sequence.token_ids += chosen
+        sequence.num_computed_tokens = len(sequence.token_ids) - 1 if chosen else end
+        result.token_ids.append(chosen)
+        if self.draft:
+            result.spec_token_ids.append(self.draft(share.request_id, sequence.token_ids) if chosen else [])
+
+    def _score(self, share: ScheduledRequest, sequence: _Sequence, chosen: list[int], result: StepResult) -> None:
+        """Log-probabilities that tell where they belong: rank is the position, logprob is minus the token id."""
+        first, end = share.num_computed_tokens + 1, share.num_computed_tokens + share.num_scheduled_tokens + 1
+        if sequence.params.num_logprobs is not None and chosen:
+            start = len(sequence.token_ids)
+            result.logprobs[share.request_id] = [
+                TokenLogprobs(-token_id, start + index, [], []) for index, token_id in enumerate(chosen)
+            ]
+        scored = range(first, min(end, sequence.num_prompt_tokens))
+        if sequence.params.num_prompt_logprobs is not None and scored:
+            result.prompt_logprobs[share.request_id] = [
+                TokenLogprobs(-sequence.token_ids[position], position, [], []) for position in scored
+            ]
+
+    def _slot(self, sequence: _Sequence, position: int) -> int:
+        return sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
+
+
+class Harness:
+    """An engine on a fake executor, whose every step is checked: invariants, limits, and that nobody is answered
+    after the end.
+
+    Attributes:
+        now: the time that the engine sees; each step takes one second.
+        token_ids, prompt_logprobs, logprobs: what was delivered so far, by request id.
+        finish_reasons, errors: of the requests that ended, by request id.
+        first_news: the first output of each request that brings news, by request id.
+    """
+
+    def __init__(
+        self,
+        choose: Choose | None = None,
+        draft: Draft | None = None,
+        policy: Policy | None = None,
+        executor: Executor | None = None,
+        **limits: int,
+    ) -> None:
+        defaults = {"num_blocks": 64, "block_size": 4, "max_model_len": 128, "max_num_seqs": 8}
+        self.config = SchedulerConfig(**(defaults | {"max_num_batched_tokens": 64} | limits))  # type: ignore[arg-type]
+        self.scheduler = Scheduler(self.config, policy or FirstComeFirstServed())
+        self.executor = FakeExecutor(self.config.block_size, choose or hashed(50), draft)
+        self.now = 0.0
+        self.engine = EngineCore(self.scheduler, executor or self.executor, lambda: self.now)
+        self.token_ids: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.finish_reasons: dict[str, FinishReason] = {}
+        self.errors: dict[str, str] = {}
+        self.first_news: dict[str, RequestOutput] = {}
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int = 4, **others: object) -> Request:
+        request = Request(request_id, prompt, params(max_tokens, **others), self.now)
+        self.scheduler.add(request)
+        self.token_ids[request_id] = []
+        return request
+
+    def step(self) -> list[RequestOutput]:
+        num_calls = len(self.executor.steps)
+        news = self.engine.step()
+        self.now += 1
+        for output in news:
+            self.take(output)
+        self.scheduler.check_invariants()
+        for shares in self.executor.steps[num_calls:]:
+            assert sum(share.num_tokens for share in shares) <= self.config.max_num_batched_tokens
+            assert all(share.num_tokens <= self.config.max_chunk_tokens for share in shares)
+            assert len(shares) <= self.config.max_num_seqs
+            assert len({share.request_id for share in shares}) == len(shares)
+        return news
+
+    def take(self, output: RequestOutput | None) -> None:
+        """Take delivery of a request's news."""
+        assert output is not None
+        request_id = output.request_id
+        assert request_id not in self.finish_reasons, "news after the end"
+        self.first_news.setdefault(request_id, output)
+        self.token_ids[request_id] += output.token_ids
+        self.logprobs.setdefault(request_id, []).extend(output.logprobs or [])
+        self.prompt_logprobs.setdefault(request_id, []).extend(output.prompt_logprobs or [])
+        assert (output.error is not None) == (output.finish_reason is FinishReason.ERROR)
+        if output.finish_reason:
+            self.finish_reasons[request_id] = output.finish_reason
+        if output.error:
+            assert "Injected" in output.error, output.error
+            self.errors[request_id] = output.error
+
+    def abort(self, request_id: str) -> None:
+        self.take(self.scheduler.abort(request_id))
+
+    def drain(self, max_steps: int = 1000) -> None:
+        """Step until nothing is left; then every request was answered and every block is free."""
+        for _ in range(max_steps):
+            if not self.scheduler.num_unfinished:
+                break
+            self.step()
+        self.step()  # lets the executor forget the last ones
+        assert self.finish_reasons.keys() == self.token_ids.keys(), "a request was not answered to the end"
+        assert self.free_blocks == self.config.num_blocks
+        assert not self.executor.sequences, "the executor still holds requests"
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache.pool.num_available
+
+    def status(self, request: Request) -> RequestStatus:
+        """The status as it is now; a call, so that a type checker does not carry an earlier answer over a step."""
+        return request.status
+
+    @property
+    def chunks(self) -> list[list[tuple[str, int, int]]]:
+        """(request id, start, num_tokens) of all shares, step by step; calls that only release are left out."""
+        return [[share[:3] for share in shares] for shares in self.executor.steps if shares]
+
+
+class FakeBackend:
+    """A backend whose logits at a token are a hash of the seed and of all tokens up to it, which it reads back from a
+    paged fake KV cache.
+
+    Attributes:
+        batches, samplings: what was asked for, in order; calls that fail are there too.
+        fail: called with each batch before anything is written; raises to make the step fail.
+        poison: called with each context; true makes its logits not finite.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 16) -> None:
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.kv = np.full((num_blocks * block_size, 2), -1)  # token id and position, by slot
+        self.batches: list[ForwardBatch] = []
+        self.samplings: list[SamplingBatch] = []
+        self.fail: Callable[[ForwardBatch], None] = lambda _: None
+        self.poison: Callable[[list[int]], bool] = lambda _: False
+
+    def logits(self, context: list[int], seed: int) -> np.ndarray:
+        """[vocab_size] float64."""
+        if self.poison(context):
+            return np.full(self.vocab_size, np.nan)
+        return np.random.default_rng(digest(context, seed)).normal(size=self.vocab_size)
+
+    def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
+        self.batches.append(batch)
+        self.samplings.append(sampling)
+        self._check(batch, sampling)
+        self.fail(batch)
+        self.kv[batch.slot_mapping, 0] = batch.token_ids
+        self.kv[batch.slot_mapping, 1] = batch.positions
+        contexts = [self._context(batch, index) for index in batch.logits_indices.tolist()]
+        logits = np.empty((len(contexts), self.vocab_size))
+        for row, (context, seed) in enumerate(zip(contexts, sampling.seeds.tolist(), strict=True)):
+            logits[row] = self.logits(context, seed)
+        return self._choose(logits, sampling)
+
+    def forward(self, batch: ForwardBatch) -> np.ndarray:
+        raise NotImplementedError("the executor asks for choices, never for logits")
+
+    def _check(self, batch: ForwardBatch, sampling: SamplingBatch) -> None:
+        """Shapes, dtypes and order, as `model/batch.py` promises them."""
+        num_tokens, num_seqs = len(batch.token_ids), len(batch.context_lens)
+        assert batch.query_start_loc[0] == 0
+        assert batch.query_start_loc[-1] == num_tokens
+        assert len(batch.query_start_loc) == num_seqs + 1
+        assert batch.block_tables.shape[0] == num_seqs
+        assert (np.diff(batch.logits_indices) > 0).all()
+        assert len(set(batch.slot_mapping.tolist())) == num_tokens, "two tokens of a step want the same slot"
+        for name in ForwardBatch.__slots__:
+            array = getattr(batch, name)
+            assert array.dtype == np.int32, name
+            assert array.flags.c_contiguous, name
+        dtypes = {"seeds": np.uint64, "positions": np.int64, "penalty_in_prompt": np.bool_}
+        for name in SamplingBatch.__slots__:
+            array = getattr(sampling, name)
+            is_float = name in ("temperature", "top_p", "min_p", "bias") or name.endswith("_penalty")
+            assert array.dtype == dtypes.get(name, np.float32 if is_float else np.int32), name
+            assert array.flags.c_contiguous, name
+            if not name.startswith(("penalty_", "bias")):
+                assert len(array) == len(batch.logits_indices), name
+        assert (sampling.positions == batch.positions[batch.logits_indices] + 1).all()
+
+    def _context(self, batch: ForwardBatch, index: int) -> list[int]:
+        """The tokens up to the batch's token `index`, as a kernel would find them."""
+        seq = int(np.searchsorted(batch.query_start_loc, index, side="right")) - 1
+        positions = np.arange(batch.positions[index] + 1)
+        assert positions[-1] < batch.context_lens[seq]
+        blocks = batch.block_tables[seq, positions // self.block_size]
+        entries = self.kv[blocks * self.block_size + positions % self.block_size]
+        assert (entries[:, 1] == positions).all(), "the block table leads to other positions"
+        return [int(token_id) for token_id in entries[:, 0]]
+
+    def _choose(self, logits: np.ndarray, sampling: SamplingBatch) -> SamplerOutput:
+        """The greedy choice under biases and penalties, and log-probabilities of the logits as they were."""
+        adjusted = logits.copy()
+        adjusted[sampling.bias_rows, sampling.bias_token_ids] += sampling.bias
+        rows, token_ids = sampling.penalty_rows, sampling.penalty_token_ids
+        values = adjusted[rows, token_ids]
+        repetition = sampling.repetition_penalty[rows]
+        values = np.where(values > 0, values / repetition, values * repetition)
+        values -= sampling.frequency_penalty[rows] * sampling.penalty_counts
+        values -= sampling.presence_penalty[rows] * (sampling.penalty_counts > 0)
+        adjusted[rows, token_ids] = values
+        forced = sampling.forced_token_ids
+        chosen = np.where(forced >= 0, forced, adjusted.argmax(axis=1) if len(logits) else forced)
+        chosen = np.where(np.isnan(logits).any(axis=1), -1, chosen).astype(np.int32)
+        width = int(sampling.num_logprobs.max(initial=-1))
+        if width < 0:
+            return SamplerOutput(chosen)
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        own = logprobs[np.arange(len(chosen)), chosen]
+        best = np.argsort(-logprobs, axis=1, kind="stable")[:, :width]
+        return SamplerOutput(
+            chosen,
+            own.astype(np.float32),
+            (1 + (logprobs > own[:, None]).sum(axis=1)).astype(np.int32),
+            best.astype(np.int32),
+            np.take_along_axis(logprobs, best, axis=1).astype(np.float32),
+        )

@@ -1,0 +1,147 @@
+"""Builders of small checkpoints and of batches, shared by the tests of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from model.batch import ForwardBatch, SamplingBatch
+
+
+@dataclass
+class Paged:
+    """Gives sequences blocks at scattered places and builds the batches that compute their tokens."""
+
+    num_blocks: int
+    block_size: int
+    free: list[int] = field(default_factory=list)
+    tables: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.free = np.random.default_rng(7).permutation(self.num_blocks).tolist()
+
+    def release(self, name: str) -> None:
+        self.free = self.tables.pop(name) + self.free
+
+    def batch(self, parts: Sequence[tuple[str, Sequence[int], int]], *, all_logits: bool = True) -> ForwardBatch:
+        """Each part is (sequence, tokens to compute, position of the first); logits of all tokens or the last ones."""
+        for name, tokens, start in parts:
+            table = self.tables.setdefault(name, [])
+            while len(table) * self.block_size < start + len(tokens):
+                table.append(self.free.pop())
+        positions = [start + i for _, tokens, start in parts for i in range(len(tokens))]
+        slots = [
+            self.tables[name][(start + i) // self.block_size] * self.block_size + (start + i) % self.block_size
+            for name, tokens, start in parts
+            for i in range(len(tokens))
+        ]
+        ends = np.cumsum([len(tokens) for _, tokens, _ in parts])
+        tables = np.zeros((len(parts), max(len(self.tables[name]) for name, _, _ in parts)), np.int32)
+        for row, (name, _, _) in enumerate(parts):
+            tables[row, : len(self.tables[name])] = self.tables[name]
+        return ForwardBatch(
+            token_ids=np.array([t for _, tokens, _ in parts for t in tokens], np.int32),
+            positions=np.array(positions, np.int32),
+            slot_mapping=np.array(slots, np.int32),
+            query_start_loc=np.array([0, *ends], np.int32),
+            context_lens=np.array([start + len(tokens) for _, tokens, start in parts], np.int32),
+            block_tables=tables,
+            logits_indices=np.arange(ends[-1], dtype=np.int32) if all_logits else (ends - 1).astype(np.int32),
+        )
+
+
+@pytest.fixture
+def paged() -> type[Paged]:
+    return Paged
+
+
+def _sampling_batch(num_rows: int, **fields: Any) -> SamplingBatch:
+    """Greedy rows without any option, except for the given fields: scalars, or values per row."""
+    rows: dict[str, tuple[Any, Any]] = {
+        "temperature": (0.0, np.float32),
+        "top_k": (0, np.int32),
+        "top_p": (1.0, np.float32),
+        "min_p": (0.0, np.float32),
+        "presence_penalty": (0.0, np.float32),
+        "frequency_penalty": (0.0, np.float32),
+        "repetition_penalty": (1.0, np.float32),
+        "seeds": (0, np.uint64),
+        "positions": (0, np.int64),
+        "forced_token_ids": (-1, np.int32),
+        "num_logprobs": (-1, np.int32),
+    }
+    entries: dict[str, Any] = {
+        "penalty_rows": np.int32,
+        "penalty_token_ids": np.int32,
+        "penalty_counts": np.int32,
+        "penalty_in_prompt": np.bool_,
+        "bias_rows": np.int32,
+        "bias_token_ids": np.int32,
+        "bias": np.float32,
+    }
+    arrays = {
+        name: np.ascontiguousarray(np.broadcast_to(np.asarray(fields.pop(name, default), dtype), (num_rows,)))
+        for name, (default, dtype) in rows.items()
+    }
+    arrays |= {name: np.asarray(fields.pop(name, []), dtype) for name, dtype in entries.items()}
+    assert not fields, f"unknown fields: {fields}"
+    return SamplingBatch(**arrays)
+
+
+@pytest.fixture
+def sampling_batch() -> Callable[..., SamplingBatch]:
+    return _sampling_batch
+
+
+_TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _tiny_model(architecture: str = "llama", seed: int = 0, **overrides: Any) -> Any:
+    """A transformers model with random weights, larger than its initializer makes them so that logits differ."""
+    torch.manual_seed(seed)
+    if architecture == "llama":
+        model: Any = LlamaForCausalLM(LlamaConfig(**{**_TINY, **overrides}))
+    else:
+        moe = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        model = MixtralForCausalLM(MixtralConfig(**{**_TINY, **moe, **overrides}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    return _tiny_model
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tiny model with `save_pretrained` and give the folder."""
+
+    def write(architecture: str = "llama", **overrides: Any) -> Path:
+        folder = tmp_path / architecture
+        _tiny_model(architecture, **overrides).save_pretrained(folder)
+        return folder
+
+    return write

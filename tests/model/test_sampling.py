@@ -1,0 +1,337 @@
+"""The specification of sampling, against oracles that do not share its code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model.backends.torch_sampler import sample as torch_sample
+from model.batch import SamplerOutput, SamplingBatch
+from model.sampling import gumbel_noise, sample_reference
+
+Sampler = Callable[[np.ndarray, SamplingBatch], SamplerOutput]
+Batches = Callable[..., SamplingBatch]
+
+
+def torch_sampler(logits: np.ndarray, sampling: SamplingBatch) -> SamplerOutput:
+    with torch.inference_mode():
+        return torch_sample(torch.from_numpy(logits), sampling)
+
+
+@pytest.fixture(params=[sample_reference, torch_sampler], ids=["reference", "torch"])
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    chosen: Sampler = request.param
+    return chosen
+
+
+def random_logits(seed: int, num_rows: int, vocab_size: int, scale: float = 3.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((num_rows, vocab_size)) * scale).astype(np.float32)
+
+
+def select(sampling: SamplingBatch, rows: np.ndarray) -> SamplingBatch:
+    """The same choices for some rows, in the given order."""
+    new_row = {int(old): new for new, old in enumerate(rows)}
+
+    def entries(owner: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+        keep = np.array([int(row) in new_row for row in owner], bool)
+        return [np.array([new_row[int(r)] for r in owner[keep]], np.int32), *(v[keep] for v in values)]
+
+    sparse: dict[str, np.ndarray] = {}
+    for group in ("penalty_rows penalty_token_ids penalty_counts penalty_in_prompt", "bias_rows bias_token_ids bias"):
+        names = group.split()
+        sparse |= dict(zip(names, entries(*(getattr(sampling, name) for name in names)), strict=True))
+    dense = {f.name: getattr(sampling, f.name)[rows] for f in fields(sampling) if f.name not in sparse}
+    return SamplingBatch(**dense, **sparse)
+
+
+def mixed(sampling_batch: Batches, seed: int, num_rows: int, vocab_size: int) -> SamplingBatch:
+    """Rows with all kinds of parameters at once."""
+    rng = np.random.default_rng(seed)
+
+    def some(neutral: float, values: list[float]) -> np.ndarray:
+        return np.where(rng.random(num_rows) < 0.5, neutral, rng.choice(values, num_rows))
+
+    num_entries = num_rows * 2
+    pairs = rng.choice(num_rows * vocab_size, num_entries, replace=False)
+    biased = rng.choice(num_rows * vocab_size, num_rows, replace=False)
+    return sampling_batch(
+        num_rows,
+        temperature=rng.choice([0.0, 0.3, 0.7, 1.0, 1.5], num_rows),
+        top_k=some(0, [1, 2, 5, 40, vocab_size, vocab_size + 7]),
+        top_p=some(1, [0.0, 0.1, 0.5, 0.9, 0.95, 0.999]),
+        min_p=some(0, [0.01, 0.05, 0.3, 1.0]),
+        presence_penalty=some(0, [-1.0, 0.5, 2.0]),
+        frequency_penalty=some(0, [-0.5, 0.1, 1.1]),
+        repetition_penalty=some(1, [0.8, 1.1, 2.0]),
+        seeds=rng.integers(0, 2**64, num_rows, dtype=np.uint64),
+        positions=rng.integers(0, 100_000, num_rows),
+        forced_token_ids=some(-1, [-1, -1, -1, 3]),
+        num_logprobs=some(-1, [0, 1, 5]),
+        penalty_rows=pairs // vocab_size,
+        penalty_token_ids=pairs % vocab_size,
+        penalty_counts=rng.integers(0, 4, num_entries),
+        penalty_in_prompt=rng.random(num_entries) < 0.5,
+        bias_rows=biased // vocab_size,
+        bias_token_ids=biased % vocab_size,
+        bias=rng.choice([-np.inf, -100.0, -1.0, 2.5, 100.0], num_rows),
+    )
+
+
+# The noise, from the text of the specification, in whole numbers.
+
+
+def noise_by_the_book(seed: int, position: int, token_id: int) -> float:
+    modulus = 2**64
+
+    def mix(z: int) -> int:
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % modulus
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % modulus
+        return z ^ (z >> 31)
+
+    key = mix((seed + 0x9E3779B97F4A7C15 * (position + 1)) % modulus)
+    h = mix((key + 0x9E3779B97F4A7C15 * (token_id + 1)) % modulus)
+    return -math.log(-math.log(((h >> 12) + 0.5) * 2.0**-52))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, 0xDEADBEEF])
+@pytest.mark.parametrize("position", [0, 1, 4095, 2**31])
+def test_noise_is_the_specified_hash(seed: int, position: int) -> None:
+    noise = gumbel_noise(seed, position, 200)
+    assert noise.dtype == np.float64
+    np.testing.assert_allclose(noise, [noise_by_the_book(seed, position, t) for t in range(200)], rtol=1e-14)
+
+
+def test_the_finalizer_is_that_of_splitmix64() -> None:
+    """The generator's published first output for seed 0 is mix(gamma)."""
+    assert gumbel_noise(0, 0, 1)[0] == noise_by_the_book(0, 0, 0)
+    z = 0x9E3779B97F4A7C15
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    assert z ^ (z >> 31) == 0xE220A8397B1DCDAF
+
+
+# The distribution, against the softmax of what transformers' warpers leave.
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.6},
+        {"temperature": 1.7},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 0.8, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 1.2, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_warped_softmax(params: dict[str, float], sampler: Sampler, sampling_batch: Batches) -> None:
+    num_rows = 20_000
+    logits = random_logits(5, 1, 24, scale=1.5)
+    batch = sampling_batch(num_rows, seeds=np.arange(num_rows) % 100, positions=np.arange(num_rows) // 100, **params)
+    chosen = sampler(np.repeat(logits, num_rows, axis=0), batch).token_ids
+    warped = TemperatureLogitsWarper(params["temperature"])(None, torch.from_numpy(logits))
+    if "top_k" in params:
+        warped = TopKLogitsWarper(int(params["top_k"]))(None, warped)
+    if "top_p" in params:
+        warped = TopPLogitsWarper(params["top_p"])(None, warped)
+    if "min_p" in params:
+        warped = MinPLogitsWarper(params["min_p"])(None, warped)
+    expected = warped.softmax(-1)[0].double().numpy()
+    observed = np.bincount(chosen, minlength=24)
+    possible = expected > 0
+    assert not observed[~possible].any()
+    assert chisquare(observed[possible], expected[possible] / expected.sum() * num_rows).pvalue > 1e-4
+
+
+# Torch chooses as the reference does.
+
+
+@pytest.mark.parametrize(("vocab_size", "num_rows"), [(50, 2000), (300, 1500), (4096, 300)])
+def test_torch_chooses_the_same_tokens(vocab_size: int, num_rows: int, sampling_batch: Batches) -> None:
+    logits = random_logits(vocab_size, num_rows, vocab_size)
+    logits[::3] = np.round(logits[::3])  # ties everywhere
+    logits[::7] *= 1e-3  # nearly flat: top_p reaches far
+    batch = mixed(sampling_batch, vocab_size, num_rows, vocab_size)
+    expected, found = sample_reference(logits, batch), torch_sampler(logits, batch)
+    np.testing.assert_array_equal(found.token_ids, expected.token_ids)
+    asked = batch.num_logprobs >= 0
+    for name in ("ranks", "top_token_ids"):
+        np.testing.assert_array_equal(getattr(found, name)[asked], getattr(expected, name)[asked])
+    for name in ("logprobs", "top_logprobs"):
+        np.testing.assert_allclose(getattr(found, name)[asked], getattr(expected, name)[asked], atol=1e-5)
+    for field in fields(SamplerOutput):
+        assert getattr(found, field.name).dtype == getattr(expected, field.name).dtype
+
+
+def test_a_row_does_not_depend_on_the_others_nor_on_its_place(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = random_logits(3, 200, 120)
+    logits[::4] = np.round(logits[::4])
+    batch = mixed(sampling_batch, 11, 200, 120)
+    together = sampler(logits, batch).token_ids
+    rng = np.random.default_rng(0)
+    for rows in (rng.permutation(200), np.arange(50, 83), *np.arange(0, 200, 11)[:, None]):
+        np.testing.assert_array_equal(sampler(logits[rows], select(batch, rows)).token_ids, together[rows])
+
+
+# Single steps, exactly.
+
+
+def test_ties_go_to_the_lowest_id(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = np.zeros((1, 1000), np.float32)
+    logits[0, [400, 700]] = 1.0
+    assert sampler(logits, sampling_batch(1)).token_ids.tolist() == [400]
+    flat = np.zeros((400, 1024), np.float32)
+    seeds = np.arange(400)
+    top_k = sampler(flat, sampling_batch(400, temperature=1, top_k=3, seeds=seeds)).token_ids
+    assert set(top_k.tolist()) == {0, 1, 2}
+    top_p = sampler(flat, sampling_batch(400, temperature=1, top_p=4 / 1024, seeds=seeds)).token_ids
+    assert set(top_p.tolist()) == {0, 1, 2, 3}
+
+
+def test_top_p_zero_and_min_p_one_keep_the_best_token(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = random_logits(8, 50, 300)
+    for params in ({"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}):
+        batch = sampling_batch(50, temperature=2.0, seeds=np.arange(50), **params)
+        np.testing.assert_array_equal(sampler(logits, batch).token_ids, logits.argmax(-1))
+
+
+def test_repetition_penalty_as_transformers(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = random_logits(2, 1, 40)
+    seen = [3, 7, 21, 39]
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([seen]), torch.from_numpy(logits.copy())).numpy()
+    for forbidden in range(40):  # the whole order, by taking the best away one at a time
+        order = np.argsort(-expected[0], kind="stable")
+        banned = order[:forbidden]
+        batch = sampling_batch(
+            1,
+            repetition_penalty=1.7,
+            penalty_rows=[0] * 4,
+            penalty_token_ids=seen,
+            penalty_counts=[0, 1, 0, 5],
+            penalty_in_prompt=[True, False, True, True],
+            bias_rows=[0] * forbidden,
+            bias_token_ids=banned,
+            bias=[-np.inf] * forbidden,
+        )
+        assert sampler(logits, batch).token_ids[0] == order[forbidden]
+
+
+def test_frequency_and_presence_penalties_are_those_of_the_openai_formula(
+    sampler: Sampler, sampling_batch: Batches
+) -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence; a token that only stands in the prompt has c = 0."""
+    logits = np.array([[5.0, 4.9, 4.0, 3.0]], np.float32)
+
+    def choose(counts: list[int], frequency: float, presence: float) -> int:
+        batch = sampling_batch(
+            1,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+            penalty_rows=[0, 0, 0],
+            penalty_token_ids=[0, 1, 2],
+            penalty_counts=counts,
+            penalty_in_prompt=[True, True, True],
+        )
+        return int(sampler(logits, batch).token_ids[0])
+
+    assert choose([0, 0, 0], 2.0, 2.0) == 0
+    assert choose([1, 0, 0], 0.05, 0.0) == 0
+    assert choose([3, 0, 0], 0.05, 0.0) == 1
+    assert choose([1, 9, 0], 0.0, 0.5) == 0
+    assert choose([1, 1, 0], 0.0, 1.5) == 2
+    assert choose([9, 9, 9], 0.0, 2.5) == 3
+    assert choose([0, 4, 4], -1.0, 0.0) == 1
+
+
+def test_bias_moves_and_bans(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = np.array([[3.0, 2.0, 1.0]] * 3, np.float32)
+    bias = {"bias_rows": [0, 1, 1, 2], "bias_token_ids": [2, 0, 0, 1], "bias": [5.0, 1.0, -np.inf, 0.5]}
+    assert sampler(logits, sampling_batch(3, **bias)).token_ids.tolist() == [2, 1, 0]
+    drawn = sampler(
+        np.repeat(logits[:1], 500, axis=0),
+        sampling_batch(
+            500,
+            temperature=5.0,
+            seeds=np.arange(500),
+            bias_rows=np.arange(500),
+            bias_token_ids=[0] * 500,
+            bias=[-np.inf] * 500,
+        ),
+    )
+    assert set(drawn.token_ids.tolist()) == {1, 2}
+
+
+def test_logprobs_and_ranks_are_of_the_raw_logits(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = random_logits(4, 6, 50)
+    batch = sampling_batch(
+        6,
+        temperature=[0, 1, 1, 0, 0, 1],
+        top_k=2,
+        num_logprobs=[0, 3, -1, 5, 1, 50],
+        forced_token_ids=[-1, -1, -1, 17, -1, -1],
+        bias_rows=[0],
+        bias_token_ids=[9],
+        bias=[100.0],
+    )
+    out = sampler(logits, batch)
+    expected = torch.from_numpy(logits).double().log_softmax(-1).numpy()
+    assert out.token_ids[0] == 9 and out.token_ids[3] == 17
+    assert out.logprobs is not None and out.ranks is not None
+    assert out.top_token_ids is not None and out.top_logprobs is not None
+    assert out.top_token_ids.shape == out.top_logprobs.shape == (6, 50)
+    for row, count in enumerate(batch.num_logprobs):
+        if count < 0:
+            continue
+        token = out.token_ids[row]
+        assert out.logprobs[row] == pytest.approx(expected[row, token], abs=1e-5)
+        assert out.ranks[row] == sorted(expected[row], reverse=True).index(expected[row, token]) + 1
+        order = np.argsort(-expected[row])[:count]
+        assert out.top_token_ids[row, :count].tolist() == order.tolist()
+        np.testing.assert_allclose(out.top_logprobs[row, :count], expected[row, order], atol=1e-5)
+
+
+def test_no_logprobs_unless_asked(sampler: Sampler, sampling_batch: Batches) -> None:
+    out = sampler(random_logits(0, 2, 9), sampling_batch(2))
+    assert (out.logprobs, out.ranks, out.top_token_ids, out.top_logprobs) == (None, None, None, None)
+
+
+def test_a_broken_row_has_no_answer_and_harms_no_other(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = random_logits(6, 60, 40)
+    batch = mixed(sampling_batch, 2, 60, 40)
+    batch = replace(batch, bias=np.zeros(60, np.float32))
+    healthy = sampler(logits, batch).token_ids
+    broken = logits.copy()
+    broken[::5, 3] = np.nan
+    broken[1::5, 4] = np.inf
+    broken[2::5] = -np.inf
+    token_ids = sampler(broken, batch).token_ids
+    for row in range(60):
+        assert token_ids[row] == (-1 if row % 5 < 3 else healthy[row])
+
+
+def test_everything_banned_has_no_answer(sampler: Sampler, sampling_batch: Batches) -> None:
+    bias = {"bias_rows": [0, 0], "bias_token_ids": [0, 1], "bias": [-np.inf, -np.inf]}
+    for temperature in (0.0, 1.0):
+        out = sampler(np.zeros((2, 2), np.float32), sampling_batch(2, temperature=temperature, top_p=0.9, **bias))
+        assert out.token_ids[0] == -1 and out.token_ids[1] in (0, 1)
+
+
+def test_a_tiny_temperature_is_nearly_greedy_and_does_not_overflow(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = random_logits(9, 30, 100, scale=30)
+    batch = sampling_batch(30, temperature=1e-38, top_p=0.9, seeds=np.arange(30))
+    np.testing.assert_array_equal(sampler(logits, batch).token_ids, logits.argmax(-1))

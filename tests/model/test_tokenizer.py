@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HubTokenizer
+from transformers import PreTrainedTokenizerFast
+
+from model.tokenizer import IncrementalDetokenizer, Tokenizer
+from scheduler.errors import CheckpointError, InvalidRequestError
+
+CORPUS = [
+    "the cat sat on the mat, and the dog did not",
+    "größer naïve café",
+    "数学は楽しい 😀👍🏽",
+    "a  b   c\n\n\tif x:",
+]
+
+
+def byte_level() -> HubTokenizer:
+    tokenizer = HubTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens([AddedToken("ü ö"), AddedToken("😀")])
+    return tokenizer
+
+
+def byte_fallback(decoder: Any) -> HubTokenizer:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "▁▁", "t", "h", "e", "▁t", "▁th", "▁the", "cat", "▁cat", "é", "数", "学", "▁数", "😀", "!", " "]
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "▁"), ("▁", "数")]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = HubTokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens([AddedToken("<tool> x")])
+    return tokenizer
+
+
+LLAMA_DECODER = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+KINDS = {
+    "byte-level": byte_level(),
+    "llama": byte_fallback(decoders.Sequence(LLAMA_DECODER)),
+    "gemma": byte_fallback(decoders.Sequence(LLAMA_DECODER[:3])),
+    "metaspace": byte_fallback(decoders.Metaspace()),
+    "no-decoder": byte_fallback(None),
+}
+TOKENIZERS = {name: Tokenizer(tokenizer) for name, tokenizer in KINDS.items()}
+
+any_ids = st.lists(st.integers(-2, 350) | st.sampled_from([0, 1, 2, 229, 133, 175]), max_size=40)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300, deadline=None)
+@given(ids=any_ids, cuts=st.lists(st.integers(0, 40)), skip=st.booleans())
+def test_pieces_of_any_ids_make_the_text_of_the_whole(kind: str, ids: list[int], cuts: list[int], skip: bool) -> None:
+    detokenizer = IncrementalDetokenizer(TOKENIZERS[kind], skip_special_tokens=skip)
+    bounds = [0, *sorted(cuts), len(ids)]
+    pieces = [detokenizer.push(ids[a:b]) for a, b in itertools.pairwise(bounds)]
+    known = [i for i in ids if i >= 0]
+    assert "".join(pieces) + detokenizer.flush() == KINDS[kind].decode(known, skip_special_tokens=skip)
+    assert TOKENIZERS[kind].decode(ids, skip_special_tokens=skip) == KINDS[kind].decode(known, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma"])
+@settings(max_examples=200, deadline=None)
+@given(text=st.text() | st.sampled_from(CORPUS))
+def test_any_text_comes_back_piece_by_piece_without_broken_characters(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    pieces = [detokenizer.push([token_id]) for token_id in ids]
+    assert "\ufffd" not in "".join(pieces).replace(text, "") or "\ufffd" in text
+    expected = KINDS[kind].decode(ids)
+    assert "".join(pieces) + detokenizer.flush() == expected
+    opening = " " if text and kind != "byte-level" else ""
+    as_read = text if kind == "byte-level" else text.replace("▁", " ")
+    assert b"".join(tokenizer.token_bytes(i) for i in ids).decode() == opening + as_read
+
+
+def test_a_character_of_many_tokens_appears_at_once() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = tokenizer.encode("数👍🏽", add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    pieces = [detokenizer.push([token_id]) for token_id in ids]
+    assert "".join(pieces) == "数👍🏽"
+    assert len(ids) > 3 and "\ufffd" not in "".join(pieces)
+    assert all(piece in ("", "数", "👍", "🏽", "数👍", "👍🏽") for piece in pieces)
+
+
+def test_an_incomplete_character_is_held_back_until_the_end() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    first_byte = KINDS["byte-level"].token_to_id("Ã")
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert detokenizer.push([first_byte]) == ""
+    assert detokenizer.flush() == "\ufffd"
+    assert tokenizer.token_bytes(first_byte) == b"\xc3"
+
+
+def test_token_bytes_of_fallback_bytes_special_and_unknown_tokens() -> None:
+    tokenizer = TOKENIZERS["llama"]
+    assert tokenizer.token_bytes(3 + 0xE6) == b"\xe6"
+    assert tokenizer.token_bytes(KINDS["llama"].token_to_id("▁the")) == b" the"
+    assert tokenizer.token_bytes(2) == b"</s>"
+    assert tokenizer.token_bytes(10_000) == b"" == tokenizer.token_bytes(-1)
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="surrogate"):
+        TOKENIZERS["llama"].encode("a\ud800")
+
+
+def test_an_unstreamable_decoder_is_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match="WordPiece"):
+        Tokenizer(byte_fallback(decoders.WordPiece()))
+    with pytest.raises(CheckpointError, match="Strip"):
+        Tokenizer(byte_fallback(decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])))
+
+
+def write(folder: Path, config: dict[str, Any] | None = None, kind: str = "byte-level") -> Path:
+    KINDS[kind].save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_load_reads_special_tokens_and_ignores_truncation_and_padding(tmp_path: Path) -> None:
+    write(tmp_path, {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "pad_token": None})
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert tokenizer.vocab_size == KINDS["byte-level"].get_vocab_size()
+    assert tokenizer.decode(tokenizer.encode("the cat sat on the mat")) == "the cat sat on the mat"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama"])
+def test_encode_and_decode_as_transformers(kind: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, {"bos_token": "<s>", "eos_token": "</s>"}, kind)
+    ours = Tokenizer.load(folder)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>")
+    for text in [*CORPUS, "", " ", "<s>the</s>"]:
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids
+        for skip in (True, False):
+            theirs_text = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs_text
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(tmp_path)
+    write(tmp_path, {"chat_template": [1]})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template"):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,103 @@
+"""The network's own backward passes against autograd, and its exports against transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from model.training.experts import route_through_experts
+from model.training.export import export
+from model.training.loss import chunked_cross_entropy
+from model.training.network import Network
+from model.training.recipe import Recipe
+from model.training.tokenizer import train_tokenizer
+from scheduler.errors import CheckpointError
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_experts_are_the_sum_of_swiglus_and_so_are_their_gradients() -> None:
+    torch.manual_seed(0)
+    x, gate_up, down = doubles(20, 6), doubles(4, 10, 6), doubles(4, 6, 5)
+    weights = torch.rand(20, 2, dtype=torch.float64, requires_grad=True)
+    chosen = torch.stack([torch.randperm(3)[:2] for _ in range(20)])  # expert 3 gets nothing
+    rows = []
+    for token in range(20):
+        total = x.new_zeros(6)
+        for choice, weight in zip(chosen[token], weights[token], strict=True):
+            gate, up = (gate_up[choice] @ x[token]).chunk(2)
+            total = total + weight * (down[choice] @ (F.silu(gate) * up))
+        rows.append(total)
+    expected = torch.stack(rows)
+    actual = route_through_experts(x, weights, chosen, gate_up, down)
+    torch.testing.assert_close(actual, expected)
+    leaves, direction = (x, weights, gate_up, down), torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, leaves, direction), torch.autograd.grad(expected, leaves, direction)
+    )
+
+
+def test_chunked_cross_entropy_is_cross_entropy() -> None:
+    torch.manual_seed(0)
+    hidden, head = doubles(1100, 4), doubles(30, 4)
+    targets = torch.randint(30, (1100,))
+    actual, expected = chunked_cross_entropy(hidden, head, targets), F.cross_entropy(hidden @ head.T, targets)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * actual, (hidden, head)), torch.autograd.grad(3 * expected, (hidden, head))
+    )
+
+
+@pytest.fixture
+def exported(tiny_recipe: Recipe, tmp_path: Path) -> tuple[Network, Path]:
+    """A network whose weights are bfloat16 numbers, wide enough that each part matters, and its folder."""
+    network = Network(tiny_recipe.network)
+    network.initialize(seed=1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter.copy_((parameter * 10 + noise * 0.1).bfloat16())
+    tokenizer = tmp_path / "made.json"
+    train_tokenizer([Path(__file__).read_text()], tiny_recipe.network.vocab_size).save(str(tokenizer))
+    export(network, tokenizer, tmp_path / "folder")
+    return network, tmp_path / "folder"
+
+
+def test_an_exported_network_has_the_logits_that_transformers_computes(exported: tuple[Network, Path]) -> None:
+    network, folder = exported
+    oracle: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    token_ids = torch.randint(300, (3, 50), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, actual = oracle(token_ids).logits, network(token_ids)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    loss = oracle(token_ids, labels=token_ids).loss
+    torch.testing.assert_close(network.loss(token_ids)[0], loss, atol=1e-4, rtol=0)
+
+
+def test_an_export_is_bfloat16_under_the_classic_names(exported: tuple[Network, Path]) -> None:
+    network, folder = exported
+    config = json.loads((folder / "config.json").read_text())
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (not a dict)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in tensors
+    assert config["tie_word_embeddings"]
+    if network.config.num_experts:
+        assert config["architectures"] == ["MixtralForCausalLM"]
+        assert tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"].shape == (32, 24)
+    else:
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert tensors["model.layers.1.mlp.down_proj.weight"].shape == (32, 24)
+
+
+def test_a_missing_tokenizer_is_refused_by_name(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.json is missing"):
+        export(Network(tiny_recipe.network), tmp_path / "gone.json", tmp_path)

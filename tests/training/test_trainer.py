@@ -1,0 +1,130 @@
+"""Training: it learns, it resumes exactly, and it refuses what does not belong together."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.training.recipe import Budget, Recipe
+from model.training.tokens import Tokens, batch_of_windows, load_tokens, save_tokens
+from model.training.trainer import StepReport, Trainer, learning_rate, run
+from scheduler.errors import CheckpointError, ConfigError
+
+RANDOM = np.random.default_rng(0).integers(0, 300, size=16 * 40 + 1).astype(np.uint16)
+BUDGET = Budget(tokens=20 * 64)
+
+
+class Stopped(Exception):
+    """The run is killed."""
+
+
+def train(
+    recipe: Recipe,
+    checkpoint: Path,
+    *,
+    tokens: Tokens = RANDOM,
+    budget: Budget = BUDGET,
+    resume: bool = False,
+    stop_after: int | None = None,
+    checkpoint_seconds: float = 4.0,
+    clock: Callable[[], float] | None = None,
+) -> tuple[Trainer, list[StepReport]]:
+    """Train by a clock that ticks once a step; the trainer and the reports up to the step before the run is killed."""
+    trainer = Trainer(recipe, tokens, "fingerprint")
+    if resume:
+        trainer.load(checkpoint)
+    reports: list[StepReport] = []
+
+    def observe(report: StepReport) -> None:
+        if report.step == stop_after:
+            raise Stopped
+        reports.append(report)
+
+    ticks = map(float, count())
+    try:
+        run(
+            trainer,
+            budget,
+            checkpoint=checkpoint,
+            checkpoint_seconds=checkpoint_seconds,
+            clock=clock or (lambda: next(ticks)),
+            observe=observe,
+        )
+    except Stopped:
+        pass
+    return trainer, reports
+
+
+def test_a_killed_run_resumes_with_the_losses_of_an_unbroken_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    _, unbroken = train(tiny_recipe, tmp_path / "a.pt")
+    _, before = train(tiny_recipe, tmp_path / "b.pt", stop_after=11)
+    _, after = train(tiny_recipe, tmp_path / "b.pt", resume=True)
+    assert [report.step for report in before] == list(range(1, 11))
+    assert [report.step for report in after] == list(range(9, 21))
+    assert before[:8] + after == unbroken
+
+
+def test_the_rate_reaches_zero_when_the_seconds_are_spent(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    _, reports = train(tiny_recipe, tmp_path / "a.pt", budget=Budget(seconds=10))
+    rates = [report.learning_rate / tiny_recipe.training.learning_rate for report in reports]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert reports[-1].spent == 1
+
+
+def test_a_spent_budget_trains_no_further_and_a_larger_one_does(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    train(tiny_recipe, tmp_path / "a.pt")
+    assert train(tiny_recipe, tmp_path / "a.pt", resume=True)[1] == []
+    more = Budget(tokens=22 * 64)
+    assert len(train(tiny_recipe, tmp_path / "a.pt", resume=True, budget=more)[1]) == 2
+
+
+def test_it_learns_to_copy(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Each eight tokens come twice: the second half of a window can be told from the first, so loss must near half."""
+    halves = np.random.default_rng(1).integers(0, 16, size=(2000, 8))
+    tokens = np.append(np.concatenate([halves, halves], axis=1).flatten(), 0).astype(np.uint16)
+    _, reports = train(tiny_recipe, tmp_path / "a.pt", tokens=tokens, budget=Budget(tokens=600 * 64))
+    assert np.mean([report.loss for report in reports[-20:]]) < 0.75 * np.log(16)
+
+
+def test_every_epoch_visits_every_window_once() -> None:
+    tokens = np.arange(10 * 8 + 1, dtype=np.uint16)
+    batches = [batch_of_windows(tokens, length=8, batch_size=5, step=step, seed=3) for step in range(4)]
+    epochs = [np.concatenate(batches[:2]), np.concatenate(batches[2:])]
+    for epoch in epochs:
+        assert sorted(epoch[:, 0].tolist()) == list(range(0, 80, 8))
+        np.testing.assert_array_equal(epoch - epoch[:, :1], np.tile(np.arange(9), (10, 1)))
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_a_checkpoint_of_another_tokenizer_or_recipe_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    trainer, _ = train(tiny_recipe, tmp_path / "a.pt", stop_after=1)
+    trainer.save(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        Trainer(tiny_recipe, RANDOM, "other").load(tmp_path / "a.pt")
+    other = replace(tiny_recipe, network=replace(tiny_recipe.network, hidden_size=64))
+    with pytest.raises(CheckpointError, match="another recipe"):
+        Trainer(other, RANDOM, "fingerprint").load(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"b\.pt is missing"):
+        trainer.load(tmp_path / "b.pt")
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    save_tokens(tmp_path, {"train": RANDOM}, "fingerprint")
+    np.testing.assert_array_equal(load_tokens(tmp_path, "train", "fingerprint"), RANDOM)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        load_tokens(tmp_path, "train", "other")
+
+
+def test_too_few_tokens_are_refused_before_training(tiny_recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match="16 tokens are too few for a sequence of 16"):
+        Trainer(tiny_recipe, RANDOM[:16], "fingerprint")
+
+
+def test_the_learning_rate_never_exceeds_its_peak(tiny_recipe: Recipe) -> None:
+    config = tiny_recipe.training
+    rates = [learning_rate(config, step, spent=step / 50) for step in islice(count(), 51)]
+    assert max(rates) == config.learning_rate
+    assert rates[-1] == 0
