@@ -103,7 +103,7 @@ def retry_delay(error: ClientError, attempt: int) -> float | None:
     refused together do not come back together.
     """
     refused = isinstance(error, StatusError) and error.status in (429, 503)
-    if not refused and not isinstance(error, ClientError):
+    if not refused and not isinstance(error, UnreachableError):
         return None
     if isinstance(error, StatusError) and error.retry_after is not None:
         return error.retry_after if error.retry_after <= MAX_RETRY_DELAY else None

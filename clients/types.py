@@ -44,7 +44,7 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: list[int]
     ignore_eos: bool
     priority: int
-    speculation: bool
+    speculation: str
 
 
 class CompletionOptions(SamplingOptions, total=False):

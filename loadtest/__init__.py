@@ -1,0 +1,1 @@
+"""Measures, compares and draws: load tests of the scheduling policies."""

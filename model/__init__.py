@@ -1,0 +1,1 @@
+"""Computes a step: checkpoints, tokenizers, backends, sampling."""

@@ -28,7 +28,7 @@ class ForwardBatch:
         slot_mapping: [num_tokens], where its key and value go: block_id * block_size + offset.
         query_start_loc: [num_seqs + 1], sequence s owns tokens query_start_loc[s] to query_start_loc[s + 1].
         context_lens: [num_seqs], tokens of the sequence in the KV cache after this step.
-        block_tables: [num_seqs, max_blocks], block ids; entries past the context are 0 and never read.
+        block_tables: [num_seqs, max_blocks], block ids; entries past the context are some block's id and never read.
         logits_indices: [num_logits], tokens whose logits are needed, ascending.
     """
 

@@ -188,14 +188,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _architecture(path: Path, raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CheckpointError(f"{path}: architectures: expected a list of one name, found {names!r}", param=path.name)
     if names[0] not in _FAMILIES:
         raise CheckpointError(
             f"{path}: architectures: {names[0]!r} is not supported; supported: {', '.join(_FAMILIES)}",
             param=path.name,
         )
-    return str(names[0])
+    return names[0]
 
 
 def _refuse_unsupported(fields: _Fields) -> None:
@@ -211,7 +211,8 @@ def _refuse_unsupported(fields: _Fields) -> None:
     window = fields.optional_integer("sliding_window")
     if window is not None and window < fields.integer("max_position_embeddings", minimum=1):
         raise fields.error("sliding_window", f"{window}: attention over a sliding window is not supported")
-    if any(kind != "full_attention" for kind in fields.get("layer_types") or ()):
+    num_layers = fields.integer("num_hidden_layers", minimum=1)
+    if fields.get("layer_types") not in (None, ["full_attention"] * num_layers):
         raise fields.error("layer_types", "only full_attention is supported")
 
 

@@ -72,7 +72,12 @@ class BatchRows:
         key = rows.tobytes()
         if key != self._gathered_for:  # a batch that only decodes asks for the same rows in every step
             self._gathered_for = key
-            self._gathered = (self._floats[:, rows], self._top_k[rows], self._seeds[rows], self.num_logprobs[rows])
+            self._gathered = (
+                self._floats.take(rows, axis=1),
+                self._top_k[rows],
+                self._seeds[rows],
+                self.num_logprobs[rows],
+            )
         floats, top_k, seeds, num_logprobs = self._gathered
         forced = np.full(len(rows), -1, np.int32)
         if self.scored:

@@ -1,0 +1,1 @@
+"""Decides what runs in the next step.  Standard library only."""

@@ -77,11 +77,6 @@ class BlockPool:
                 else:
                     self._free.append(block_id)
 
-    def forget_cached(self) -> None:
-        """Drop all content that nobody owns; what owned blocks hold can still be found."""
-        while self._evictable:
-            self._free.append(self._evict())
-
     def check(self, owned: Iterable[list[int]]) -> None:
         """Assert the accounting against the block tables of all owners."""
         expected = [0] * self.num_blocks

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
 from scheduler.output import RequestOutput, SchedulerOutput, StepResult
 from scheduler.scheduler import Scheduler
+
+logger = logging.getLogger("shoal.engine")
 
 
 class Executor(Protocol):
@@ -15,8 +18,7 @@ class Executor(Protocol):
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Compute a step.
 
-        If this raises, any part of the same step may be given again: `scheduled` requests one by one, `released`
-        ids a second time.
+        If this raises, the `scheduled` requests of the same step may be given again, one by one.
         """
         ...
 
@@ -41,14 +43,16 @@ class EngineCore:
         try:
             result = self.executor.execute(output)
         except Exception:
+            logger.exception("a step of %d requests failed; trying each alone", len(output.scheduled))
             return self._step_one_by_one(output)
         return self.scheduler.update(output, result, self.clock())
 
     def _step_one_by_one(self, output: SchedulerOutput) -> list[RequestOutput]:
         """After a failed step: compute each share alone, so that only the requests at fault end with an error."""
         news: list[RequestOutput] = []
+        released = output.released
         for share in output.scheduled:
-            part = SchedulerOutput([share], output.released)
+            part, released = SchedulerOutput([share], released), []
             try:
                 result = self.executor.execute(part)
             except Exception as error:

@@ -23,11 +23,6 @@ class KVCache:
         self.enable_prefix_caching = enable_prefix_caching
 
     @property
-    def capacity(self) -> int:
-        """Tokens that the whole cache holds."""
-        return self.pool.num_blocks * self.block_size
-
-    @property
     def usage(self) -> float:
         """Share of the blocks that requests own."""
         return self.pool.num_owned / self.pool.num_blocks

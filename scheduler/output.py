@@ -134,7 +134,7 @@ class StepResult:
             and one more.
         spec_token_ids: drafted tokens proposed for each request's next step; empty when nothing is proposed at all.
         logprobs: by request id, one entry for each chosen token.
-        prompt_logprobs: by request id, one entry for each prompt token of the share but the prompt's first.
+        prompt_logprobs: by request id, one entry for each prompt token that a token of the share predicts.
         errors: by request id, why a request failed on its own account; its `token_ids` are then ignored.
     """
 

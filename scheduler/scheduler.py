@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 
 from scheduler.admission import check_queue, check_request
 from scheduler.config import SchedulerConfig
@@ -26,9 +26,17 @@ from scheduler.request import Request, RequestStatus
 
 @dataclass(slots=True)
 class _Step:
-    """A step in the making: the token budget that is left, the shares given out, and whether admission is over."""
+    """A step in the making.
+
+    Attributes:
+        budget: tokens that are left to give out.
+        num_behind: running requests still to come, each of which is sure of one token.
+        shares: what was given out, by request id.
+        is_closed: whether admission is over.
+    """
 
     budget: int
+    num_behind: int = 0
     shares: dict[str, ScheduledRequest] = field(default_factory=dict)
     is_closed: bool = False
 
@@ -63,6 +71,8 @@ class Scheduler:
         """
         check_request(self.config, request.num_prompt_tokens, request.params.max_tokens)
         check_queue(self.config, self.num_unfinished)
+        assert request.request_id not in self.running, "a request id is used twice"
+        assert request.request_id not in self.waiting, "a request id is used twice"
         self.waiting[request.request_id] = request
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -80,7 +90,7 @@ class Scheduler:
         """Give out the token budget: running requests first, then as many waiting ones as the policy and the blocks
         allow."""
         step = _Step(self.config.max_num_batched_tokens)
-        for request in chain(self._still_running(), self._admissible(step, now)):
+        for request in chain(self._still_running(step), self._admissible(step, now)):
             if step.budget == 0:
                 break
             self._place(request, step, now)
@@ -93,8 +103,8 @@ class Scheduler:
         `output` may be a part of what `schedule` returned.  Requests that ended in the meantime are passed over.
         """
         news: list[RequestOutput] = []
-        proposals: Iterable[list[int]] = result.spec_token_ids or repeat([])
-        for share, token_ids, spec_token_ids in zip(output.scheduled, result.token_ids, proposals, strict=False):
+        proposals = result.spec_token_ids or [[]] * len(output.scheduled)
+        for share, token_ids, spec_token_ids in zip(output.scheduled, result.token_ids, proposals, strict=True):
             request = self.running.get(share.request_id)
             if request is None:
                 continue
@@ -140,9 +150,12 @@ class Scheduler:
 
     # -- the parts of a step -------------------------------------------------------------------------------------
 
-    def _still_running(self) -> Iterator[Request]:
+    def _still_running(self, step: _Step) -> Iterator[Request]:
         """Running requests in the order of admission, but those that fall victim to an earlier one meanwhile."""
-        for request in tuple(self.running.values()):
+        requests = tuple(self.running.values())
+        step.num_behind = len(requests)
+        for request in requests:
+            step.num_behind -= 1
             if request.status is RequestStatus.RUNNING:
                 yield request
 
@@ -174,7 +187,8 @@ class Scheduler:
             new = NewRequest(list(request.token_ids), request.num_prompt_tokens, request.params)
             self._join(request, now)
         start, num_tokens = request.num_computed_tokens, request.num_tokens
-        count = min(num_tokens + len(request.spec_token_ids) - start, self.config.max_chunk_tokens, step.budget)
+        wanted = num_tokens + len(request.spec_token_ids) - start
+        count = min(wanted, self.config.max_chunk_tokens, step.budget - step.num_behind)
         end = start + count
         samples = end >= num_tokens and request.params.max_tokens > 0
         spec_token_ids = request.spec_token_ids[: end - num_tokens] if end > num_tokens else []

@@ -8,6 +8,7 @@ from secrets import compare_digest
 
 from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,6 +35,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=service.settings.server.max_body_bytes)
     app.add_exception_handler(ShoalError, _answer_shoal_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_unexpected)
     return app
 
@@ -93,6 +95,11 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     if error.status_code == 405:
         return error_response(MethodNotAllowedError(f"method not allowed: {where}"))
     return error_response(ShoalError(str(error.detail)))
+
+
+async def _answer_nobody(_: Request, __: Exception) -> Response:
+    """The client went away before it had sent its whole request."""
+    return Response(status_code=400)
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:

@@ -49,3 +49,7 @@ def serve(arguments: tuple[str, ...]) -> None:
     except ShoalError as error:
         print(f"shoal serve: {error.message}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

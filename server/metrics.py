@@ -70,7 +70,7 @@ class Metrics:
             (self._prefix_queries, "num_prefix_queries"),
             (self._prefix_hits, "num_prefix_hits"),
         ):
-            # A new engine counts from zero again.
+            # When an engine dies the client reports zeros, from which the next one counts again.
             counter.inc(max(getattr(stats, name) - getattr(before, name), 0))
 
     def tokens(self, journal: Journal, output: RequestOutput, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from scheduler.output import SamplingParams
 from server.wire.requests import ChatBody, CompletionBody, GenerationBody
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+_TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
 def resolve_seed(body: GenerationBody) -> int:
@@ -92,8 +94,8 @@ def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
     resolved: dict[int, float] = {}
     for key, addend in bias.items():
-        if not key.isdecimal():
-            raise InvalidRequestError(f"logit_bias: {key!r} is not a token id", param="logit_bias")
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidRequestError(f"logit_bias: {key[:32]!r} is not a token id", param="logit_bias")
         _check_token_id("logit_bias", int(key), vocab_size)
         resolved[int(key)] = addend
     return resolved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import time
@@ -40,7 +41,7 @@ async def serve(settings: Settings) -> None:
     listener = listen(settings.server.host, settings.server.port)
     with contextlib.closing(listener):
         service = build_service(settings, folder)
-        server = GracefulServer(service, listener)
+        server = GracefulServer(service)
         serving = asyncio.create_task(server.serve([listener]))
         starting = asyncio.create_task(service.engine.start())
         try:
@@ -61,7 +62,7 @@ def build_service(settings: Settings, folder: Path) -> Service:
     Raises:
         CheckpointError: a file is missing or malformed.
     """
-    model_name = settings.server.served_model_name or folder.name
+    model_name = settings.server.served_model_name or folder.resolve().name
     metrics = Metrics(model_name)
     return Service(
         settings=settings,
@@ -96,11 +97,14 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(socket.SOMAXCONN)
+    except UnicodeError as error:
+        raise ConfigError(f"host: {host!r} is not a host name", param="host") from error
     except OSError as error:
-        param = "port" if isinstance(error, PermissionError) or error.errno == 98 else "host"
+        is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
         raise ConfigError(
             f"cannot listen on host {host}, port {port}: {error.strerror}; choose another with --port or --host",
-            param=param,
+            param="port" if is_port else "host",
         ) from error
     return listener
 
@@ -108,15 +112,15 @@ def listen(host: str, port: int) -> socket.socket:
 class GracefulServer(uvicorn.Server):
     """Lets what is unfinished go on for a while after a signal, and answers the rest with a typed error."""
 
-    def __init__(self, service: Service, listener: socket.socket) -> None:
+    def __init__(self, service: Service) -> None:
         settings = service.settings.server
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says of its start, we say better
         super().__init__(
             uvicorn.Config(
                 create_app(service),
                 http="httptools",
                 lifespan="off",
                 log_config=None,
-                log_level=settings.log_level,
                 access_log=settings.access_log,
                 timeout_graceful_shutdown=5,
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from model.config import GenerationDefaults, ModelConfig
 from model.tokenizer import Tokenizer
+from scheduler.errors import InvalidRequestError
 from server.engine.client import EngineClient
 from server.errors import NotFoundError
 from server.generation import Generation, Prompt
@@ -46,6 +47,21 @@ class Service:
                 f"the model {name!r} does not exist: this server serves {self.model_name!r}", param="model"
             )
 
+    def check_choices(self, num_prompts: int, n: int) -> None:
+        """Refuse a call that asks for more choices than the server takes at once, before any work is done for it.
+
+        Raises:
+            InvalidRequestError: there is no room for them, however empty the server.
+        """
+        limits = self.engine.limits
+        room = limits.max_num_seqs + limits.max_num_waiting
+        if num_prompts * n > room:
+            raise InvalidRequestError(
+                f"{num_prompts} prompts and n = {n} ask for {num_prompts * n} choices, but the server takes at most "
+                f"{room} at once (max_num_seqs {limits.max_num_seqs} + max_num_waiting {limits.max_num_waiting})",
+                param="n" if num_prompts == 1 else "prompt",
+            )
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize, without holding up others if the text is long."""
         if len(text) <= INLINE_CHARS:
@@ -68,13 +84,13 @@ class Service:
         """The prompts of a body, of any of the four kinds, as text and tokens.
 
         Raises:
-            InvalidRequestError: a token id is outside the vocabulary.
+            InvalidRequestError: a prompt is empty, or a token id outside the vocabulary.
         """
         match body.prompt:
             case str(text):
-                return [(text, await self.encode(text))]
+                return [await self._encoded(text)]
             case [str(), *_] as texts:
-                return [(text, await self.encode(text)) for text in texts if isinstance(text, str)]
+                return [await self._encoded(text) for text in texts if isinstance(text, str)]
             case [int(), *_] | [] as token_ids:
                 return [self._decoded([token_id for token_id in token_ids if isinstance(token_id, int)])]
             case many:
@@ -115,6 +131,11 @@ class Service:
             stop_strings=body.stop_strings,
             echo=isinstance(body, CompletionBody) and body.echo,
         )
+
+    async def _encoded(self, text: str) -> tuple[str, list[int]]:
+        if not text:
+            raise InvalidRequestError("prompt is empty: it must have at least one character", param="prompt")
+        return text, await self.encode(text)
 
     def _decoded(self, token_ids: list[int]) -> tuple[str, list[int]]:
         check_token_ids("prompt", token_ids, self.config.vocab_size)

@@ -16,6 +16,7 @@ from pydantic_settings import (
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -56,7 +57,7 @@ class ServerSection(_Section):
 class EngineSection(_Section):
     """What computes the model, and where."""
 
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     """Where the model runs: cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of weights, activations and KV cache; auto is float32 on the CPU, the checkpoint's own on a GPU."""
@@ -113,6 +114,7 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
         cli_hide_none_type=True,
         cli_implicit_flags=True,
+        cli_exit_on_error=False,
     )
 
     model: str = "shoal-moe"
@@ -141,7 +143,7 @@ def load_settings(args: list[str]) -> Settings:
 
     Raises:
         ConfigError: a key is unknown or a value wrong; the message names each of them.
-        SystemExit: after `--help`, or for arguments that cannot be parsed.
+        SystemExit: after `--help`.
     """
     toml_file = _toml_file(args)
     _refuse_unknown_environment()
@@ -166,8 +168,10 @@ def load_settings(args: list[str]) -> Settings:
         return Resolved()
     except ValidationError as error:
         raise ConfigError(_describe(error), param=_location(error.errors()[0])) from error
-    except ValueError as error:  # malformed TOML, or an environment variable that is not JSON where it must be
-        raise ConfigError(f"{toml_file or 'settings'}: {error}", param="config") from error
+    except SettingsError as error:  # an unknown option, or an environment variable that is not JSON where it must be
+        raise ConfigError(f"{error}; see shoal serve --help") from error
+    except ValueError as error:  # malformed TOML
+        raise ConfigError(f"{toml_file}: {error}", param="config") from error
 
 
 def _toml_file(args: list[str]) -> Path | None:

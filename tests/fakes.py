@@ -237,6 +237,7 @@ class Harness:
 
     def step(self) -> list[RequestOutput]:
         num_calls = len(self.executor.steps)
+        running = {request: request.num_preemptions for request in self.scheduler.running.values()}
         news = self.engine.step()
         self.now += 1
         for output in news:
@@ -247,6 +248,12 @@ class Harness:
             assert all(share.num_tokens <= self.config.max_chunk_tokens for share in shares)
             assert len(shares) <= self.config.max_num_seqs
             assert len({share.request_id for share in shares}) == len(shares)
+        for shares in self.executor.steps[num_calls : num_calls + 1]:
+            served = {share.request_id for share in shares}
+            unserved = [request for request in running if request.request_id not in served]
+            assert all(request.num_preemptions > running[request] for request in unserved), (
+                "a running request stood still"
+            )
         return news
 
     def take(self, output: RequestOutput | None) -> None:

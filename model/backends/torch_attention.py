@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.backends.torch_layers import pad_rows
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 
@@ -25,6 +26,8 @@ from model.config import ModelConfig
 _TILE_QUERIES = 64
 # Most elements of the scores, and of the gathered keys and values, of one group.
 _MAX_ELEMENTS = 1 << 24
+# Positions that are summed at once.
+_STRETCH = 128
 # Contexts are bucketed by powers of two from here on (in blocks), so that padding at most doubles the work.
 _MIN_BUCKET_BLOCKS = 16
 
@@ -43,6 +46,11 @@ class CacheLayout:
     def of(cls, config: ModelConfig, num_blocks: int, block_size: int) -> CacheLayout:
         return cls(config.num_heads, config.num_kv_heads, config.head_dim, num_blocks, block_size)
 
+    def padded(self, num_blocks: int) -> int:
+        """The number of blocks that fills up a multiple of 16 positions: MKL rounds other widths in other ways."""
+        multiple = math.lcm(16, self.block_size) // self.block_size
+        return -(-num_blocks // multiple) * multiple
+
     def rows(self, block_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of each block's keys and values: [..., num_blocks] to [2, ..., num_kv_heads, num_blocks]."""
         heads = np.arange(2 * self.num_kv_heads).reshape(2, *[1] * (block_ids.ndim - 1), self.num_kv_heads, 1)
@@ -57,7 +65,7 @@ class TileGroup:
         tokens: [S * n], which tokens of the step the queries are; a slice if all of them, in order.
         num_queries: n.
         cache_rows: [2 * S * num_kv_heads * L / block_size], rows of the cache to gather.
-        mask: [S * num_kv_heads, n * queries per KV head, L] (the middle 1 if n is), 0 where visible, else -inf.
+        mask: [S * num_kv_heads, n * queries per KV head, L] (the middle padded, or 1 if n is): 0 or -inf.
     """
 
     tokens: Tensor | slice
@@ -125,12 +133,26 @@ def attend(queries: Tensor, keys_values: Tensor, kv_cache: Tensor, plan: Attenti
         n = group.num_queries
         keys, values = kv_cache.index_select(0, group.cache_rows).view(2, len(group.mask), -1, head_dim)
         q = queries[group.tokens].view(-1, n, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        q = q.transpose(1, 2).reshape(len(group.mask), -1, head_dim)
+        q = pad_rows(q.transpose(1, 2).reshape(len(group.mask), -1, head_dim))
         scores = torch.baddbmm(group.mask, q, keys.mT, alpha=1 / math.sqrt(head_dim))
         shares = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-        result = torch.bmm(shares, values).view(-1, num_kv_heads, n, num_heads // num_kv_heads, head_dim)
+        result = weighted_sum(shares, values)[:, : n * num_heads // num_kv_heads]
+        result = result.view(-1, num_kv_heads, n, num_heads // num_kv_heads, head_dim)
         output[group.tokens] = result.transpose(1, 2).reshape(-1, num_heads * head_dim)
     return output
+
+
+def weighted_sum(shares: Tensor, values: Tensor) -> Tensor:
+    """shares @ values, [B, n, L] by [B, L, head_dim].
+
+    The sum over positions is taken in short stretches: MKL adds up longer ones in an order that hangs on L, which hangs
+    on the other sequences.  Shares past a context are 0 and change nothing.
+    """
+    result = torch.bmm(shares[:, :, :_STRETCH], values[:, :_STRETCH])
+    for start in range(_STRETCH, shares.shape[2], _STRETCH):
+        end = start + _STRETCH
+        result.baddbmm_(shares[:, :, start:end], values[:, start:end])
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +205,11 @@ def _group(
     *,
     covers_step: bool,
 ) -> TileGroup:
-    n, num_blocks = int(tiles.num_queries[0]), int(tiles.num_blocks.max())
+    n, num_blocks = int(tiles.num_queries[0]), layout.padded(int(tiles.num_blocks.max()))
     tokens = tiles.starts[:, None] + np.arange(n)
-    table = batch.block_tables[tiles.sequences, :num_blocks].astype(np.int64)
-    # Padding gathers a block of the sequence itself: another's may hold NaN.
-    table = np.where(np.arange(num_blocks) < tiles.num_blocks[:, None], table, table[:, :1])
+    # Padding gathers the last block of the sequence again, not another's: that may hold NaN, which no mask hides.
+    columns = np.minimum(np.arange(num_blocks), tiles.num_blocks[:, None] - 1)
+    table = batch.block_tables[tiles.sequences[:, None], columns].astype(np.int64)
     positions = torch.from_numpy(batch.positions[tokens]).to(device)
     return TileGroup(
         tokens=slice(None) if covers_step else torch.from_numpy(tokens.ravel()).to(device),
@@ -204,4 +226,5 @@ def _mask(positions: Tensor, context: int, layout: CacheLayout, dtype: torch.dty
     mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
     queries_per_kv_head = layout.num_heads // layout.num_kv_heads if n > 1 else 1
     mask = mask[:, None, :, None].expand(num_tiles, layout.num_kv_heads, n, queries_per_kv_head, context)
-    return mask.reshape(num_tiles * layout.num_kv_heads, -1, context)
+    mask = mask.reshape(num_tiles * layout.num_kv_heads, -1, context)
+    return pad_rows(mask) if n > 1 else mask

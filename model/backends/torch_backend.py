@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from model.backends.rope import rope_tables
 from model.backends.torch_attention import CacheLayout, attend, clear_fresh_blocks, plan_attention
@@ -17,6 +16,7 @@ from model.backends.torch_layers import (
     FeedForwardWeights,
     LayerWeights,
     feed_forward,
+    linear,
     rms_norm,
     rotate_,
 )
@@ -85,7 +85,7 @@ class TorchBackend:
     def _logits(self, batch: ForwardBatch) -> Tensor:
         """[num_logits, vocab_size] float32."""
         x = self._hidden(batch).index_select(0, self._index(batch.logits_indices))
-        return F.linear(rms_norm(x, self._norm, self._config.rms_norm_eps), self._head).float()
+        return linear(rms_norm(x, self._norm, self._config.rms_norm_eps), self._head).float()
 
     def _hidden(self, batch: ForwardBatch) -> Tensor:
         """Run all layers: the hidden states [num_tokens, hidden_size] before the last norm."""
@@ -96,11 +96,11 @@ class TorchBackend:
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         x = self._embedding.index_select(0, self._index(batch.token_ids))
         for layer, kv_cache in zip(self._layers, self._kv_cache, strict=True):
-            heads = F.linear(rms_norm(x, layer.input_norm, eps), layer.attention.qkv)
+            heads = linear(rms_norm(x, layer.input_norm, eps), layer.attention.qkv)
             heads = heads.view(len(x), num_heads + 2 * num_kv_heads, -1)
             rotate_(heads[:, : num_heads + num_kv_heads], cos, sin)
             attended = attend(heads[:, :num_heads], heads[:, num_heads:], kv_cache, plan)
-            x = x + F.linear(attended, layer.attention.output)
+            x = x + linear(attended, layer.attention.output)
             x = x + feed_forward(rms_norm(x, layer.post_attention_norm, eps), layer.feed_forward)
         return x
 

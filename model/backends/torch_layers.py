@@ -2,6 +2,9 @@
 
 Weights that are applied to the same input are stacked into one matrix, because on a small model the number of
 operations is what costs.
+
+A row's result must not depend on the rows beside it.  MKL rounds a row of a product in one and the same way as long as
+the number of rows is a multiple of 4, so every product here is given such a number.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,17 @@ class LayerWeights:
     feed_forward: FeedForwardWeights | ExpertWeights
 
 
+def pad_rows(x: Tensor) -> Tensor:
+    """[..., n, width] with rows of zeros added, up to a multiple of ROWS."""
+    missing = -x.shape[-2] % ROWS
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T: [n, in] and [out, in] to [n, out]."""
+    return F.linear(pad_rows(x), weight)[: len(x)]
+
+
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / rms(x) * gain over the last dimension (Zhang and Sennrich 2019)."""
     return F.rms_norm(x, gain.shape, gain, eps)
@@ -69,7 +85,7 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights | ExpertWeights) -> Tens
     """[T, hidden] to [T, hidden]."""
     if isinstance(weights, ExpertWeights):
         return mixture_of_experts(x, weights)
-    return F.linear(swiglu(F.linear(x, weights.gate_up)), weights.down)
+    return linear(swiglu(linear(x, weights.gate_up)), weights.down)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -81,17 +97,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def mixture_of_experts(x: Tensor, weights: ExpertWeights) -> Tensor:
     """Send each token through its experts and add their outputs by the router's shares: [T, hidden] to [T, hidden].
 
-    Tokens are sorted by expert, so that all experts run as one grouped product.
+    Tokens are placed in a buffer, expert after expert, so that all experts run as one grouped product.
     """
-    k = weights.num_experts_per_tok
     shares, experts = route(x, weights)
-    order = experts.flatten().argsort(stable=True)
-    ends = experts.flatten().bincount(minlength=len(weights.router)).cumsum(0, dtype=torch.int32)
-    sorted_x = x.index_select(0, order // k)
-    hidden = swiglu(F.grouped_mm(sorted_x, weights.gate_up.mT, offs=ends))
-    sorted_y = F.grouped_mm(hidden, weights.down.mT, offs=ends)
-    y = torch.empty_like(sorted_y).index_copy_(0, order, sorted_y)
-    return torch.bmm(shares[:, None], y.view(len(x), k, -1))[:, 0]
+    places, ends = place_by_expert(experts.flatten(), len(weights.router))
+    copies = x.repeat_interleave(weights.num_experts_per_tok, dim=0)
+    buffer = x.new_zeros(len(copies) + (ROWS - 1) * len(ends), x.shape[1]).index_copy_(0, places, copies)
+    buffer = swiglu(F.grouped_mm(buffer, weights.gate_up.mT, offs=ends))
+    buffer = F.grouped_mm(buffer, weights.down.mT, offs=ends)
+    outputs = buffer.index_select(0, places).view(*shares.shape, -1)
+    return outputs.mul_(shares[..., None]).sum(dim=1)
 
 
 def route(x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
@@ -99,5 +114,22 @@ def route(x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
 
     A softmax over all experts, renormalised over the best, is the softmax over the best alone.
     """
-    scores, experts = F.linear(x, weights.router).float().topk(weights.num_experts_per_tok, dim=-1)
+    scores, experts = linear(x, weights.router).float().topk(weights.num_experts_per_tok, dim=-1)
     return scores.softmax(dim=-1).to(x.dtype), experts
+
+
+def place_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Where each row goes if rows are gathered by expert, every expert's share of the buffer a multiple of ROWS.
+
+    Args:
+        experts: [n], the expert of each row.
+
+    Returns:
+        The places [n], and where each expert's share ends [num_experts] int32.
+    """
+    sent = experts[:, None] == torch.arange(num_experts, device=experts.device)
+    so_far = sent.cumsum(dim=0)
+    sizes = (so_far[-1] + (ROWS - 1)) & -ROWS
+    ends = sizes.cumsum(dim=0)
+    places = (so_far + (ends - sizes - 1)).gather(1, experts[:, None])[:, 0]
+    return places, ends.to(torch.int32)

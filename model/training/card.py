@@ -124,9 +124,9 @@ def _limits() -> str:
     return """\
 ## What to expect
 
-Well-formed Python that takes up the names it was given, with invented logic; long greedy completions start to
-loop. It knows no facts, follows instructions only in form, and has seen hardly any prose but documentation.
-It is a model to try a server with, not one to rely on."""
+Text in the shape of Python, with invented logic; the samples below show how well it takes up what it was given.
+Long greedy completions start to loop. It knows no facts, follows instructions only in form, and has seen hardly
+any prose but documentation. It is a model to try a server with, not one to rely on."""
 
 
 def _samples(samples: list[Sample]) -> str:

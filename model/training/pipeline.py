@@ -131,7 +131,10 @@ class Pipeline:
 
 
 class _Progress:
-    """Shows a bar with loss, tokens/s and time left, and appends every step to a log."""
+    """Shows a bar with loss, tokens/s and time left, and appends every step to a log.
+
+    Steps that a killed run took after its last checkpoint are taken, and logged, again.
+    """
 
     def __init__(self, log: Path) -> None:
         self._log = log.open("a")

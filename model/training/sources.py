@@ -29,6 +29,7 @@ _PIP_DOWNLOAD = [
     # Pure-Python wheels only, so that every machine trains on the same bytes.
     *("--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none", "--python-version=3.11"),
 ]
+_PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF)\b")
 # Tests repeat what they test; vendored packages have other licences; the rest is data in Python's clothes.
 _SKIPPED_FOLDERS = re.compile(
     r"(^|/)(tests?|testing|testsuite|_?vendor(ed)?|locales?|migrations|unicode_data|lib2to3|idlelib|turtledemo"
@@ -104,15 +105,19 @@ def read_wheel(package: str, wheel: Path) -> Iterator[SourceFile]:
 
 
 def read_licence(wheel: Path) -> str:
-    """A wheel's licence as its own metadata states it: the SPDX expression, else the classifiers, else the field."""
+    """A wheel's licence as its own metadata states it: the SPDX expression, else the classifiers, else the field.
+
+    ConfigError if it is not a permissive one.
+    """
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = BytesParser().parsebytes(archive.read(name))
-    if metadata["License-Expression"]:
-        return str(metadata["License-Expression"])
     classifiers = metadata.get_all("Classifier", [])
     licences = [line.rsplit(" :: ", 1)[1] for line in classifiers if line.startswith("License :: ")]
-    return ", ".join(licences) or str(metadata["License"]).splitlines()[0].strip()
+    licence = metadata["License-Expression"] or ", ".join(licences) or (metadata["License"] or "none").split("\n")[0]
+    if not _PERMISSIVE.search(licence) or "GPL" in licence:
+        raise ConfigError(f"{wheel.name}: its licence ({licence}) is not known to be permissive", param=wheel.name)
+    return str(licence)
 
 
 def read_stdlib() -> Iterator[SourceFile]:

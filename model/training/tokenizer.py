@@ -68,9 +68,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     What it encodes is text: the name of a special token that a text happens to spell is not that token.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing", param=path.name)
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_buffer(_read(path))
     for token in SPECIAL_TOKENS:
         special_id(tokenizer, token)
     tokenizer.encode_special_tokens = True
@@ -86,8 +84,17 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def fingerprint(path: Path) -> str:
-    """The SHA-256 of a tokenizer.json, which token arrays and checkpoints carry so that no other is used with them."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """The SHA-256 of a tokenizer.json, which token arrays and checkpoints carry so that no other is used with them.
+
+    CheckpointError if the file is missing.
+    """
+    return hashlib.sha256(_read(path)).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", param=path.name)
+    return path.read_bytes()
 
 
 def write_tokenizer_config(folder: Path, max_length: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -97,10 +98,13 @@ class Trainer:
 
 
 def load_state(path: Path, recipe: Recipe, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """Read a training checkpoint; CheckpointError if it is missing, or of another recipe or tokenizer."""
+    """Read a training checkpoint; CheckpointError if it is missing, damaged, or of another recipe or tokenizer."""
     if not path.is_file():
         raise CheckpointError(f"training checkpoint {path} is missing", param=path.name)
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"training checkpoint {path} cannot be read: {error}", param=path.name) from error
     if state["tokenizer"] != tokenizer_fingerprint:
         raise CheckpointError(f"{path} was trained with another tokenizer", param="tokenizer.json")
     if state["recipe"] != asdict(recipe):

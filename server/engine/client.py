@@ -20,8 +20,8 @@ import zmq.asyncio
 
 from scheduler.admission import check_queue, check_request
 from scheduler.config import SchedulerConfig
-from scheduler.errors import CheckpointError, ConfigError, EngineError, ShoalError
-from scheduler.output import FinishReason, RequestOutput, TokenLogprobs
+from scheduler.errors import ConfigError, EngineError, ShoalError
+from scheduler.output import FinishReason, RequestOutput, SchedulerStats, TokenLogprobs
 from server.engine.messages import Abort, Command, EngineConfig, EngineRequest, News, Ready, Report, StartFailed, Submit
 from server.errors import EngineUnavailableError
 from server.metrics import Metrics
@@ -29,6 +29,7 @@ from server.metrics import Metrics
 logger = logging.getLogger("shoal.engine")
 
 RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds before each new start in a row; the last one from then on
+NO_STATS = SchedulerStats(0, 0, 0.0, 0, 0, 0)  # of an engine that has just started, or is no more
 LAST_WORDS_SECONDS = 0.2  # how long what a dead engine sent last may still be on its way
 
 
@@ -115,7 +116,6 @@ class EngineClient:
         self.config = config
         self.state = EngineState.STARTING
         self.ready: Ready | None = None
-        self.num_restarts = 0
         self._limits: SchedulerConfig | None = None
         self._metrics = metrics
         self._unfinished: dict[str, Submission] = {}
@@ -131,7 +131,8 @@ class EngineClient:
         """Start the engine and wait until it is ready.
 
         Raises:
-            CheckpointError, ConfigError: it cannot start with this configuration.
+            ConfigError: it cannot start with this configuration.
+            EngineError: it ended before it was ready.
         """
         self._supervisor = asyncio.create_task(self._supervise())
         return await asyncio.shield(self._first_start)
@@ -162,7 +163,7 @@ class EngineClient:
             EngineUnavailableError: it is not ready.
         """
         if self._limits is None or self.state is not EngineState.READY:
-            reason = "shutting down" if self.state is EngineState.DRAINING else "starting"
+            reason = "starting" if self.state is EngineState.STARTING else "shutting down"
             raise EngineUnavailableError(f"the server is {reason}; try again later")
         return self._limits
 
@@ -218,11 +219,11 @@ class EngineClient:
             began = time.monotonic()
             try:
                 exit_code = await self._run_process()
-            except (CheckpointError, ConfigError) as error:
+            except ShoalError as error:
                 if not self._first_start.done():
                     self._first_start.set_exception(error)
                     return
-                logger.error("the engine cannot start again: %s", error.message)
+                logger.error("the engine failed: %s", error.message)
                 exit_code = 1
             if not self._first_start.done():
                 self._first_start.set_exception(
@@ -232,17 +233,18 @@ class EngineClient:
             if self.state is EngineState.READY:
                 self.state = EngineState.STARTING
             self._fail_all(EngineError("the engine died while it worked on this request; a new one is starting"))
+            self._metrics.scheduler(NO_STATS)
             num_failures = 0 if time.monotonic() - began > 60 else num_failures + 1
             delay = RESTART_DELAYS[min(num_failures, len(RESTART_DELAYS) - 1)]
             logger.error("the engine died with exit code %s; starting a new one in %.1f s", exit_code, delay)
-            self.num_restarts += 1
             await asyncio.sleep(delay)
 
     async def _run_process(self) -> int:
         """Run one engine process until it ends; returns its exit code.
 
         Raises:
-            CheckpointError, ConfigError: it says that it cannot start.
+            ConfigError: it says that it cannot start.
+            EngineError: what it says makes no sense.
         """
         folder = Path(tempfile.mkdtemp(prefix="shoal-"))
         context = zmq.asyncio.Context()
@@ -285,7 +287,12 @@ class EngineClient:
     async def _receive(self, reports: zmq.asyncio.Socket) -> None:
         decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
         while True:
-            self._take(decoder.decode(await reports.recv()))
+            message = await reports.recv()
+            try:
+                report = decoder.decode(message)
+            except msgspec.DecodeError as error:
+                raise EngineError(f"its message of {len(message)} bytes is none that is known: {error}") from error
+            self._take(report)
 
     def _take(self, report: Report) -> None:
         match report:

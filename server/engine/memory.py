@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from model.config import ModelConfig, bytes_per_block
 from scheduler.errors import ConfigError
@@ -18,14 +17,15 @@ class KVCachePlan:
     num_bytes: int
 
 
-def plan_kv_cache(config: EngineConfig, model: ModelConfig, dtype: str, max_model_len: int) -> KVCachePlan:
-    """Decide the number of blocks.
+def plan_kv_cache(
+    config: EngineConfig, model: ModelConfig, *, dtype: str, max_model_len: int, free: int
+) -> KVCachePlan:
+    """Decide the number of blocks, given the bytes that are free where the cache will be.
 
     Raises:
         ConfigError: what was asked for exceeds the memory that is free, or holds not even one block.
     """
     per_block = bytes_per_block(model, dtype, config.block_size)
-    free = available_memory(config.device)
     if config.num_blocks is not None:
         num_blocks, param = config.num_blocks, "num_blocks"
     elif config.memory_mib is not None:
@@ -42,15 +42,3 @@ def plan_kv_cache(config: EngineConfig, model: ModelConfig, dtype: str, max_mode
             param=param,
         )
     return KVCachePlan(num_blocks, num_blocks * per_block)
-
-
-def available_memory(device: str) -> int:
-    """Bytes that can be allocated on the device without swapping."""
-    if device.startswith("cuda"):
-        import torch  # noqa: PLC0415 (only where a GPU is asked for)
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("cannot tell how much memory is free: /proc/meminfo has no MemAvailable", param="memory_mib")

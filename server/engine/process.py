@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -84,7 +85,9 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
     Raises:
         CheckpointError, ConfigError: the checkpoint or a setting does not allow it.
     """
-    from model.backends.torch_backend import TorchBackend  # noqa: PLC0415 (a backend's libraries load with it)
+    # A backend's libraries load with it.
+    from model.backends.torch_backend import TorchBackend  # noqa: PLC0415
+    from model.backends.torch_device import free_memory  # noqa: PLC0415
 
     record = load_checkpoint(Path(config.checkpoint))
     limit = record.config.max_position_embeddings
@@ -92,7 +95,9 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
     if max_model_len > limit:
         raise ConfigError(f"max_model_len {max_model_len} exceeds the model's {limit} positions", param="max_model_len")
     dtype = resolve_dtype(config, record.config)
-    plan = plan_kv_cache(config, record.config, dtype, max_model_len)
+    plan = plan_kv_cache(
+        config, record.config, dtype=dtype, max_model_len=max_model_len, free=free_memory(config.device)
+    )
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=plan.num_blocks,
@@ -170,16 +175,21 @@ class EngineLoop:
         return None
 
 
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+def _end_with_parent(folder: Path) -> None:
+    """Wait for the end of standard input.  What the parent could not clean up any more is removed."""
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or supervisor may send them to both processes,
+        signal.signal(number, signal.SIG_IGN)  # but it is the API process that drains, and ends this one
+    folder = Path(sys.argv[1])
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    sockets = Sockets.connect(Path(sys.argv[1]))
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    sockets = Sockets.connect(folder)
     try:
         core, ready = build_engine(config)
     except ShoalError as error:

@@ -36,6 +36,7 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         body = parse_body(ChatBody, await request.body())
         service.check_model(body.model)
+        service.check_choices(1, body.n)
         prompt = await service.encode_chat(body.messages)
         answer = _Answer(service, body, prompt)
         headers = {"x-request-id": answer.id, "x-seed": str(answer.seed)}

@@ -26,6 +26,7 @@ def completions_router(service: Service) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         body = parse_body(CompletionBody, await request.body())
         service.check_model(body.model)
+        service.check_choices(body.num_prompts, body.n)
         prompts = await service.completion_prompts(body)
         answer = _Answer(service, body, prompts)
         headers = {"x-request-id": answer.id, "x-seed": str(answer.seed)}

@@ -1,0 +1,1 @@
+"""What goes over HTTP, as OpenAI's API defines it."""

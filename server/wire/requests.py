@@ -18,7 +18,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 
-Tokens = list[Annotated[int, Field(ge=0)]]
+# Lists are read up to their first fault: a long one could have millions, and describing them takes seconds.
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Prompts = Annotated[list[Tokens], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
 
 
@@ -77,11 +80,16 @@ class GenerationBody(_Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | Tokens | list[Tokens]
+    prompt: str | Texts | Tokens | Prompts
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
+
+    @property
+    def num_prompts(self) -> int:
+        is_list = isinstance(self.prompt, list) and not isinstance(next(iter(self.prompt), 0), int)
+        return len(self.prompt) if is_list else 1
 
 
 class TextPart(_Body):
@@ -112,15 +120,22 @@ class ResponseFormat(_Body):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
+    tools: list[Any] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _no_tools(cls, tools: list[Any] | None) -> list[Any] | None:
+        if tools:
+            raise ValueError("tool calls are not supported: leave the list empty")
+        return tools
 
 
 class TokenizeBody(_Body):
@@ -128,7 +143,7 @@ class TokenizeBody(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -156,7 +171,7 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
 
 
 def _as_request_error(error: ValidationError) -> InvalidRequestError:
-    faults = error.errors(include_url=False)
+    faults = error.errors(include_url=False, include_input=False)
     first = faults[0]
     path = [str(part) for part in first["loc"]]
     field = path[0] if path else None

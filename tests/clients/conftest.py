@@ -34,16 +34,13 @@ class SyncDriver:
         *args: Any,
         settings: dict[str, Any] | None = None,
         into: list[Chunk] | None = None,
-        stop_after: int | None = None,
         **options: Any,
     ) -> list[Chunk]:
-        """All chunks, or the first `stop_after`; what came before an error is found in `into`."""
+        """All chunks; what came before an error is found in `into`."""
         chunks = [] if into is None else into
         with ShoalClient(self.url, **settings or {}) as client, getattr(client, method)(*args, **options) as stream:
             for chunk in stream:
                 chunks.append(chunk)
-                if len(chunks) == stop_after:
-                    break
         return chunks
 
 
@@ -66,7 +63,6 @@ class AsyncDriver:
         *args: Any,
         settings: dict[str, Any] | None = None,
         into: list[Chunk] | None = None,
-        stop_after: int | None = None,
         **options: Any,
     ) -> list[Chunk]:
         chunks = [] if into is None else into
@@ -78,8 +74,6 @@ class AsyncDriver:
             ):
                 async for chunk in stream:
                     chunks.append(chunk)
-                    if len(chunks) == stop_after:
-                        break
 
         asyncio.run(run())
         return chunks

@@ -21,7 +21,7 @@ EXTENSIONS: dict[str, Any] = {
     "min_tokens": 3,
     "stop_token_ids": [1, 2],
     "priority": -1,
-    "speculation": False,
+    "speculation": "off",
 }
 
 

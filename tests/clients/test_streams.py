@@ -159,10 +159,26 @@ def test_silence_between_tokens_times_out(server: FakeServer, driver: Driver) ->
     assert server.disconnected.wait(5)
 
 
-def test_leaving_the_with_block_disconnects(server: FakeServer, driver: Driver) -> None:
+def test_leaving_the_with_block_disconnects(server: FakeServer) -> None:
     server.stream(completion_chunks("partial")[0], done=False, ending="silence")
-    driver.stream("stream_complete", "x", stop_after=1)
-    assert server.disconnected.wait(5)
+    with ShoalClient(server.url) as client:
+        with client.stream_complete("x") as stream:
+            assert next(stream).text == "partial"
+        assert server.disconnected.wait(5)
+        assert list(stream) == []
+
+
+def test_leaving_the_async_with_block_disconnects(server: FakeServer) -> None:
+    server.stream(completion_chunks("partial")[0], done=False, ending="silence")
+
+    async def run() -> None:
+        async with AsyncShoalClient(server.url) as client:
+            async with client.stream_complete("x") as stream:
+                assert (await anext(stream)).text == "partial"
+            assert server.disconnected.wait(5)  # the event loop stands still: nothing is left for it to close
+            assert [chunk async for chunk in stream] == []
+
+    asyncio.run(run())
 
 
 def test_a_dropped_stream_disconnects(server: FakeServer) -> None:

@@ -111,4 +111,5 @@ def test_a_half_computed_prompt_can_be_preempted() -> None:
     harness.drain()
     starts = [share[1] for step in harness.chunks for share in step if share[0] == "b"]
     assert starts == [0, 2, 0, 2, 4, 6, 8]
+    assert harness.first_news["b"].queue_time == 0, "it queued until its first step, not until its last admission"
     assert harness.token_ids["b"] == generate(hashed(50), "b", list(range(10)), params(1))

@@ -59,11 +59,11 @@ def test_a_mismatch_is_corrected_and_the_rest_taken_back(wrong: int, expected: l
 
 def test_a_guess_of_another_length_in_each_step() -> None:
     def draft(request_id: str, context: list[int]) -> list[int]:
-        return TEXTS["a"][len(context) :][: len(context) % 3]
+        return TEXTS["a"][len(context) :][: {3: 2, 6: 0, 7: 1, 9: 3}[len(context)]] if len(context) < 12 else []
 
     harness = Harness(scripted(TEXTS), draft)
-    assert sum(deliveries(harness), []) == OUTPUT
-    assert harness.chunks[1:4] == [[("a", 2, 1)], [("a", 3, 2)], [("a", 5, 3)]]
+    assert deliveries(harness) == [[10], [11, 12, 13], [14], [15, 16], [17, 18, 19]]
+    assert harness.chunks[1:] == [[("a", 2, 3)], [("a", 5, 1)], [("a", 6, 2)], [("a", 8, 3)]]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
@@ -76,7 +76,7 @@ def test_a_stop_token_inside_accepted_tokens_cuts_what_follows(stop: int) -> Non
     assert [entry.logprob for entry in harness.logprobs["a"]] == [-token_id for token_id in OUTPUT[: stop + 1]]
     assert len(harness.chunks) == 2
     pool = harness.scheduler.kv_cache.pool
-    assert sum(map(pool.is_evictable, range(harness.config.num_blocks))) == min(stop, 3) + 1 + 2 - (stop == 4)
+    assert sum(map(pool.is_evictable, range(harness.config.num_blocks))) == len(PROMPT) + min(stop, 3) + 1
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 10))
@@ -105,6 +105,18 @@ def test_an_executor_that_proposes_too_much_is_cut_at_max_tokens() -> None:
 def test_the_budget_cuts_drafted_tokens() -> None:
     harness = Harness(scripted(TEXTS), guesses(8), max_num_seqs=1, max_num_batched_tokens=3)
     assert deliveries(harness) == [[10], [11, 12, 13], [14, 15, 16], [17, 18, 19]]
+
+
+def test_guesses_leave_a_token_of_the_budget_for_each_running_request() -> None:
+    texts = dict.fromkeys("abc", PROMPT + OUTPUT)
+    harness = Harness(scripted(texts), lambda _, context: TEXTS["a"][len(context) :][:3], max_num_batched_tokens=8)
+    for request_id in texts:
+        harness.add(request_id, PROMPT, max_tokens=6)
+    harness.step()
+    harness.step()
+    assert harness.chunks[1] == [("a", 2, 4), ("b", 2, 3), ("c", 2, 1)]
+    harness.drain()
+    assert harness.token_ids == dict.fromkeys(texts, OUTPUT[:6])
 
 
 def test_a_chunk_limit_of_one_token_leaves_nothing_to_speculate() -> None:
@@ -148,6 +160,24 @@ def test_preemption_with_drafted_tokens_pending() -> None:
     assert late.spec_token_ids == []
     harness.drain()
     assert harness.token_ids == {"a": OUTPUT[:5], "b": OUTPUT[:5]}
+
+
+def test_a_victim_that_would_fit_without_its_guesses_waits_for_the_next_step() -> None:
+    """Six blocks of two: "b" holds four of them for its guesses, loses all, and three would do."""
+    texts = {"a": [1, 2, 3, *OUTPUT], "b": [4, 5, 6, *OUTPUT]}
+
+    def draft(request_id: str, context: list[int]) -> list[int]:
+        return [99, 99, 99] if request_id == "b" else []
+
+    harness = Harness(scripted(texts), draft, num_blocks=6, block_size=2, max_model_len=12, enable_prefix_caching=False)
+    harness.add("a", [1, 2, 3], max_tokens=4)
+    harness.add("b", [4, 5, 6], max_tokens=6)
+    for _ in range(4):
+        harness.step()
+    assert harness.chunks[1:] == [[("a", 3, 1), ("b", 3, 4)], [("a", 4, 1)], [("a", 5, 1), ("b", 0, 5)]]
+    assert harness.executor.released[2] == ["b"]
+    harness.drain()
+    assert harness.token_ids == {"a": OUTPUT[:4], "b": OUTPUT[:6]}
 
 
 def test_a_request_alone_in_the_cache_never_needs_more_for_its_guesses() -> None:

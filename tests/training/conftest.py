@@ -1,8 +1,10 @@
 """A recipe small enough to train in a test, with experts and without."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 
 from model.training.recipe import NetworkConfig, Recipe, TrainingConfig
 
@@ -34,6 +36,15 @@ TINY = Recipe(
         balance_coefficient=0.01,
     ),
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from a second thread, and lose much where the machine is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[4, 0], ids=["experts", "dense"])

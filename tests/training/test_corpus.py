@@ -4,6 +4,7 @@ import ast
 import hashlib
 import textwrap
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from model.training.sources import SourceFile
 from scheduler.errors import ConfigError
 
 
-def function(name: str, seed: int = 0) -> str:
-    lines = "\n".join(f"    value_{i} = items[{i + seed}] + other_{seed}" for i in range(8))
+def function(name: str, other: object = "other") -> str:
+    lines = "\n".join(f"    value_{i} = items[{i}] + more_{other}" for i in range(8))
     return f'def {name}(items):\n    """Add up the things called {name}."""\n{lines}\n    return value_7\n'
 
 
@@ -49,6 +50,14 @@ def test_a_wheel_gives_its_own_sources_and_its_licence(tmp_path: Path) -> None:
 )
 def test_a_licence_is_read_where_older_wheels_state_it(tmp_path: Path, metadata: str, licence: str) -> None:
     assert sources.read_licence(wheel(tmp_path, metadata=metadata)[0]) == licence
+
+
+@pytest.mark.parametrize("licence", ["GPL-3.0-or-later", "LGPL-2.1-only OR MIT", "", "Proprietary"])
+def test_a_package_that_is_not_permissive_is_refused_by_name(tmp_path: Path, licence: str) -> None:
+    path, _ = wheel(tmp_path, metadata=f"License-Expression: {licence}\n" if licence else "")
+    with pytest.raises(ConfigError, match="not known to be permissive") as error:
+        sources.read_licence(path)
+    assert error.value.param == path.name
 
 
 def test_a_missing_package_is_refused_by_name(tmp_path: Path) -> None:
@@ -119,7 +128,8 @@ def test_no_package_exceeds_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_sets_share_no_file_and_no_pair_crosses_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "VALIDATION_PER_MILLE", 200)
-    files = [SourceFile("p", f"{i}.py", function(f"f{i}", i)) for i in range(60)]
+    names = ["".join(letters) for letters in product("abcd", repeat=3)]
+    files = [SourceFile("p", f"{name}.py", function(f"make_{name}", name)) for name in names]
     train, validation = build(files)
     assert validation
     origins = [{document.path.split("#")[0] for document in documents} for documents in (train, validation)]

@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -64,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_training_sees_chats_as_the_template_writes_them(folder: Path) -> None:
-    hub = AutoTokenizer.from_pretrained(folder)
+    hub: Any = AutoTokenizer.from_pretrained(folder)
     messages = [
         {"role": "system", "content": "Be brief.\n"},
         {"role": "user", "content": " Hello\n"},
@@ -80,7 +81,7 @@ def test_training_sees_chats_as_the_template_writes_them(folder: Path) -> None:
 
 
 def test_the_template_refuses_an_unknown_role(folder: Path) -> None:
-    hub = AutoTokenizer.from_pretrained(folder)
+    hub: Any = AutoTokenizer.from_pretrained(folder)
     with pytest.raises(Exception, match="unknown role wizard"):
         hub.apply_chat_template([{"role": "wizard", "content": "x"}])
 

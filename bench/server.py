@@ -1,0 +1,136 @@
+"""What the way over HTTP costs: the same work through the server and in process, interleaved."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from bench.table import show
+from bench.workload import make_engine, make_request
+
+NUM_STREAMS = 32
+NUM_PROMPT_TOKENS = 64
+ARGUMENTS = ["--no-enable-prefix-caching"]
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of wall time, and CPU seconds of each process."""
+
+    wall: float
+    api: float = 0.0
+    engine: float = 0.0
+    client: float = 0.0
+
+
+def run(checkpoint: Path, num_repeats: int, max_tokens: int) -> dict[str, object]:
+    """Time NUM_STREAMS concurrent streams of `max_tokens` tokens each way; print a table."""
+    prompts = _prompts(checkpoint)
+    over_http, in_process = [], []
+    for _ in range(num_repeats):
+        # One after the other, never both at once: an idle engine's threads may still spin.
+        in_process.append(_in_process(checkpoint, max_tokens))
+        over_http.append(_over_http(checkpoint, prompts, max_tokens))
+    num_tokens = NUM_STREAMS * max_tokens
+    http, local = median(r.wall for r in over_http), median(r.wall for r in in_process)
+    api_share = median(r.api / r.wall for r in over_http)
+    per_token = median(r.api for r in over_http) / num_tokens * 1e6
+    rows: list[dict[str, object]] = [
+        {"way": "in process", "tokens/s": num_tokens / local},
+        {"way": "over HTTP", "tokens/s": num_tokens / http},
+    ]
+    show(f"server: {NUM_STREAMS} streams of {max_tokens} tokens, median of {num_repeats}", rows)
+    figures = {
+        "http_to_in_process": local / http,
+        "api_process_cores": api_share,
+        "api_process_us_per_token": per_token,
+        "engine_process_cores": median(r.engine / r.wall for r in over_http),
+        "client_cores": median(r.client / r.wall for r in over_http),
+    }
+    show("server: ratio, and share of a core that each process used", [figures])
+    return {"server": {"rows": rows, **figures}}
+
+
+def _prompts(checkpoint: Path) -> list[list[int]]:
+    vocab_size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    return [make_request(f"s{i}", NUM_PROMPT_TOKENS, 1, vocab_size).token_ids for i in range(NUM_STREAMS)]
+
+
+def _in_process(checkpoint: Path, max_tokens: int) -> Run:
+    """In a fresh process, so that nothing is shared with the client's."""
+    code = (
+        "import sys; from pathlib import Path; from bench.server import decode_all;"
+        "print(decode_all(Path(sys.argv[1]), int(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(max_tokens)]
+    return Run(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def decode_all(checkpoint: Path, max_tokens: int) -> float:
+    """Seconds that the engine alone needs for all requests."""
+    core, backend = make_engine(checkpoint, ARGUMENTS)
+    for warm in (True, False):
+        for index in range(NUM_STREAMS):
+            core.scheduler.add(
+                make_request(f"s{index}", NUM_PROMPT_TOKENS, 4 if warm else max_tokens, backend.vocab_size)
+            )
+        began = time.perf_counter()
+        while core.scheduler.num_unfinished:
+            core.step()
+    return time.perf_counter() - began
+
+
+def _over_http(checkpoint: Path, prompts: list[list[int]], max_tokens: int) -> Run:
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(checkpoint), "--port", "0", *ARGUMENTS]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        url = next(line.split()[-1] for line in server.stderr if "ready after" in line)
+        engine = _only_child(server.pid)
+        asyncio.run(_stream_all(url, prompts, 4))
+        before = (_cpu(server.pid), _cpu(engine), time.process_time(), time.perf_counter())
+        num_tokens = asyncio.run(_stream_all(url, prompts, max_tokens))
+        after = (_cpu(server.pid), _cpu(engine), time.process_time(), time.perf_counter())
+        assert num_tokens == NUM_STREAMS * max_tokens, f"expected {NUM_STREAMS * max_tokens} tokens, got {num_tokens}"
+        api, engine_cpu, client, wall = (b - a for a, b in zip(before, after, strict=True))
+        return Run(wall, api, engine_cpu, client)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+async def _stream_all(url: str, prompts: list[list[int]], max_tokens: int) -> int:
+    return sum(await asyncio.gather(*(_stream(url, prompt, max_tokens) for prompt in prompts)))
+
+
+async def _stream(url: str, prompt: list[int], max_tokens: int) -> int:
+    """Read one stream as cheaply as can be, for the client shares the machine; returns the tokens it was told of."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    fields = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = json.dumps(fields | {"stream_options": {"include_usage": True}}).encode()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n")
+    writer.write(b"content-length: %d\r\n\r\n%s" % (len(body), body))
+    received = await reader.read(-1)
+    writer.close()
+    usage = next(line for line in received.splitlines() if b'"completion_tokens"' in line)
+    return int(json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"])
+
+
+def _only_child(pid: int) -> int:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[0])
+
+
+def _cpu(pid: int) -> float:
+    """CPU seconds that a process has used (proc(5): utime and stime)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS

@@ -1,0 +1,48 @@
+"""The engine and the requests that the benchmarks run."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+from model.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
+from scheduler.engine import EngineCore
+from scheduler.output import SamplingParams
+from scheduler.request import Request
+from server.engine.process import build_engine
+from server.serve import engine_config
+from server.settings import load_settings
+
+
+class TimedBackend:
+    """A backend that notes how long its last step took."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.seconds = 0.0
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.vocab_size
+
+    def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
+        began = time.perf_counter()
+        output = self._backend.execute(batch, sampling)
+        self.seconds = time.perf_counter() - began
+        return output
+
+
+def make_engine(checkpoint: Path, arguments: list[str]) -> tuple[EngineCore, TimedBackend]:
+    """The engine that `shoal serve` with these arguments would run, in this process."""
+    core, _ = build_engine(engine_config(load_settings(arguments), checkpoint))
+    backend = TimedBackend(core.executor.backend)  # type: ignore[attr-defined]  # it is a ModelExecutor
+    core.executor.backend = backend  # type: ignore[attr-defined]
+    return core, backend
+
+
+def make_request(request_id: str, num_prompt_tokens: int, max_tokens: int, vocab_size: int) -> Request:
+    """A request with a random prompt that nothing ends but its length."""
+    tokens = random.Random(request_id).choices(range(vocab_size), k=num_prompt_tokens)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0)
+    return Request(request_id, tokens, params, time.monotonic())

@@ -1,0 +1,216 @@
+"""A real server process, started as its users start it, and a way to speak with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+SHOAL = str(Path(sys.executable).parent / "shoal")
+PATIENCE = 120.0  # seconds that anything may take on a busy machine; no test measures time
+
+
+class Server:
+    """`shoal serve` with a log and a folder for temporary files of its own, in a process group of its own.
+
+    Args:
+        folder: an empty folder for both.
+        args: command line; the port is chosen here.
+    """
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self.temp = folder / "tmp"
+        self.temp.mkdir()
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [SHOAL, "serve", "--port", str(self.port), "--threads", "1", *args],
+                cwd=folder,
+                env=clean_environment(TMPDIR=str(self.temp)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def until(self, what: str, holds: Callable[[], Any]) -> Any:
+        """Wait until something holds, and give it; fails with the log if it never does."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if found := holds():
+                    return found
+            time.sleep(0.02)
+        raise AssertionError(f"never happened: {what}; the server's log:\n{self.log}")
+
+    def wait_ready(self) -> Server:
+        def is_ready() -> bool:
+            code = self.process.poll()
+            assert code is None, f"the server ended with exit code {code}; its log:\n{self.log}"
+            return self.get("/health").status_code == 200
+
+        self.until("the server is ready", is_ready)
+        return self
+
+    def engine_pid(self) -> int:
+        """The engine process."""
+
+        def child() -> int | None:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            engines = [int(pid) for pid in children if b"server.engine.process" in command_line(int(pid))]
+            return engines[0] if engines else None
+
+        found: int = self.until("there is an engine process", child)
+        return found
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the API process alone."""
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the server does not end; its log:\n{self.log}") from None
+
+    def close(self) -> None:
+        self.http.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(PATIENCE)
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.http.get(path, **options)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def complete(self, prompt: Any, **body: Any) -> dict[str, Any]:
+        return self._ok(self.post("/v1/completions", prompt=prompt, **body))
+
+    def chat(self, content: str, **body: Any) -> dict[str, Any]:
+        messages = [{"role": "user", "content": content}]
+        return self._ok(self.post("/v1/chat/completions", messages=messages, **body))
+
+    def text(self, prompt: Any, **body: Any) -> str:
+        text: str = self.complete(prompt, **body)["choices"][0]["text"]
+        return text
+
+    def tokens(self, text: str) -> list[int]:
+        answer = self._ok(self.post("/tokenize", prompt=text, add_special_tokens=False))
+        token_ids: list[int] = answer["tokens"]
+        return token_ids
+
+    @contextlib.contextmanager
+    def streaming(self, path: str, **body: Any) -> Iterator[Iterator[dict[str, Any]]]:
+        """The events of a stream as they come; see `events`."""
+        with self.http.stream("POST", path, json=body | {"stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            yield events(response.iter_lines())
+
+    def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        with self.streaming(path, **body) as stream:
+            return list(stream)
+
+    @staticmethod
+    def _ok(response: httpx.Response) -> dict[str, Any]:
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    # -- metrics -----------------------------------------------------------------------------------------------------
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of a sample, `vllm:` left out."""
+        samples = [
+            sample.value
+            for family in text_string_to_metric_families(self.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == f"vllm:{name}" and labels.items() <= sample.labels.items()
+        ]
+        return sum(samples)
+
+    def wait_idle(self) -> None:
+        """Until no request is left and no block is in use."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        self.until("the server is idle", lambda: not any(self.metric(name) for name in names))
+
+
+def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The JSON of each server-sent event; every event is one `data:` line, and `[DONE]` is the last."""
+    is_done = False
+    for line in lines:
+        if line:
+            assert not is_done, f"after [DONE] came {line!r}"
+            assert line.startswith("data: "), line
+            is_done = line == "data: [DONE]"
+            if not is_done:
+                yield json.loads(line.removeprefix("data: "))
+    assert is_done, "the stream ended without [DONE]"
+
+
+def joined(chunks: list[dict[str, Any]], index: int = 0) -> str:
+    """The text of one choice of a stream, of either kind."""
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """Ours without what would be settings of the server."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SHOAL_")} | extra
+
+
+def command_line(pid: int) -> bytes:
+    """Of a process; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def run_shoal(folder: Path, *args: str, **environment: str) -> tuple[int, str]:
+    """Run a command of the console script in the folder until it ends; exit code, and what it printed."""
+    done = subprocess.run(
+        [SHOAL, *args],
+        cwd=folder,
+        env=clean_environment(**environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return done.returncode, re.sub(r"\s+", " ", done.stdout) if "--help" in args else done.stdout

@@ -1,0 +1,125 @@
+"""Engines die, servers are told to stop: what was asked for gets an answer, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.checkpoints import cycle_text
+from tests.e2e.conftest import StartServer
+from tests.e2e.harness import Server, command_line, joined
+
+LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True}
+COMPLETIONS = "/v1/completions"
+
+
+class Waiting(threading.Thread):
+    """A request that is not streamed, in the background."""
+
+    def __init__(self, server: Server, **body: Any) -> None:
+        super().__init__(daemon=True)
+        self.server = server
+        self.body = body
+        self.response: httpx.Response | None = None
+        self.start()
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self.server.url, timeout=120, trust_env=False) as client:
+            self.response = client.post(COMPLETIONS, json=self.body)
+
+    def answer(self) -> httpx.Response:
+        self.join(120)
+        assert self.response is not None
+        return self.response
+
+
+def unavailable(server: Server) -> httpx.Response | None:
+    """The answer to a new request, if it is a refusal that asks to come again later."""
+    response = server.post(COMPLETIONS, prompt="Z", max_tokens=1)
+    if response.status_code != 503:
+        return None
+    assert response.json()["error"]["code"] == "engine_unavailable"
+    assert int(response.headers["retry-after"]) >= 1
+    return response
+
+
+def nothing_left(server: Server) -> bool:
+    return not list(server.temp.iterdir())
+
+
+def test_an_engine_dies_a_new_one_comes_and_the_server_drains(start: StartServer) -> None:
+    server = start()
+    assert server.until("it answers before it is ready", lambda: server.get("/health")).status_code == 503
+    assert unavailable(server)
+    server.wait_ready()
+    engine = server.engine_pid()
+
+    waiting = Waiting(server, **LONG, max_tokens=4000)
+    server.until("it runs", lambda: server.metric("num_requests_running") == 1)
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=4000) as stream:
+        first = next(stream)
+        os.kill(engine, signal.SIGKILL)
+        *chunks, last = [first, *stream]
+    assert cycle_text(4000).startswith(joined(chunks).removesuffix("\ufffd"))
+    assert all("error" not in chunk for chunk in chunks)
+    assert last["error"].keys() == {"message", "type", "param", "code"}
+    assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "engine_error")
+    answer = waiting.answer()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+
+    server.until("new requests are refused meanwhile", lambda: unavailable(server) or server.engine_pid() != engine)
+    server.wait_ready()
+    assert server.engine_pid() != engine
+    assert server.text(**LONG, max_tokens=40) == cycle_text(40)
+    server.wait_idle()
+    assert server.metric("request_success_total", finished_reason="error") == 2
+
+    # A terminal or a service manager may signal the whole process group: it must drain all the same.
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=3000) as stream:
+        chunks = [next(stream)]
+        os.killpg(server.process.pid, signal.SIGTERM)
+        server.until("new requests are refused", lambda: unavailable(server))
+        assert server.get("/health").status_code == 503
+        chunks += stream
+    assert joined(chunks) == cycle_text(3000)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert server.wait() == 0
+    assert nothing_left(server)
+
+
+@pytest.mark.parametrize("how", ["time limit", "second signal"])
+def test_a_drain_ends(start: StartServer, how: str) -> None:
+    server = start("--drain-seconds", "0.2" if how == "time limit" else "100").wait_ready()
+    engine = server.engine_pid()
+    waiting = Waiting(server, **LONG, max_tokens=4000)
+    server.until("it runs", lambda: server.metric("num_requests_running") == 1)
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=4000) as stream:
+        next(stream)
+        server.signal(signal.SIGINT)
+        if how == "second signal":
+            server.until("it drains", lambda: unavailable(server))
+            server.signal(signal.SIGINT)
+        chunks = list(stream)
+    assert (chunks[-1]["error"]["type"], chunks[-1]["error"]["code"]) == ("server_error", "engine_unavailable")
+    assert waiting.answer().status_code == 503
+    assert server.wait() == 0
+    assert not command_line(engine)
+    assert nothing_left(server)
+
+
+def test_an_engine_ends_with_its_server(start: StartServer) -> None:
+    server = start().wait_ready()
+    engine = server.engine_pid()
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=4000) as stream:
+        next(stream)
+        server.signal(signal.SIGKILL)
+        with pytest.raises((httpx.TransportError, AssertionError)):
+            list(stream)
+    server.wait()
+    server.until("the engine has ended", lambda: not command_line(engine))
+    server.until("nothing is left", lambda: nothing_left(server))

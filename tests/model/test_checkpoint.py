@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.checkpoint import load_checkpoint, resolve_checkpoint
+from model.record import Array, Experts, FeedForward, to_float32
+from scheduler.errors import CheckpointError
+
+Write = Callable[..., Path]
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def equal(found: Array, expected: torch.Tensor) -> bool:
+    return np.array_equal(to_float32(found), expected.float().numpy())
+
+
+def test_every_tensor_lands_in_its_place(tiny_checkpoint: Write) -> None:
+    folder = tiny_checkpoint("llama")
+    record, tensors = load_checkpoint(folder), load_file(folder / "model.safetensors")
+    assert equal(record.embedding, tensors["model.embed_tokens.weight"])
+    assert equal(record.head, tensors["lm_head.weight"])
+    assert equal(record.norm, tensors["model.norm.weight"])
+    for i, layer in enumerate(record.layers):
+        prefix = f"model.layers.{i}."
+        assert isinstance(layer.feed_forward, FeedForward)
+        for array, name in [
+            (layer.input_norm, "input_layernorm"),
+            (layer.post_attention_norm, "post_attention_layernorm"),
+            (layer.attention.q_proj, "self_attn.q_proj"),
+            (layer.attention.k_proj, "self_attn.k_proj"),
+            (layer.attention.v_proj, "self_attn.v_proj"),
+            (layer.attention.o_proj, "self_attn.o_proj"),
+            (layer.feed_forward.gate_proj, "mlp.gate_proj"),
+            (layer.feed_forward.up_proj, "mlp.up_proj"),
+            (layer.feed_forward.down_proj, "mlp.down_proj"),
+        ]:
+            assert equal(array, tensors[f"{prefix}{name}.weight"])
+
+
+def test_tied_embeddings_are_one_array(tiny_checkpoint: Write) -> None:
+    record = load_checkpoint(tiny_checkpoint("llama", tie_word_embeddings=True))
+    assert record.head is record.embedding
+
+
+def test_a_head_beside_tied_embeddings_must_repeat_them(tiny_checkpoint: Write) -> None:
+    folder = tiny_checkpoint("llama", tie_word_embeddings=True)
+    change(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load_checkpoint(folder)
+    change(folder, lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs from the embedding"):
+        load_checkpoint(folder)
+
+
+def test_both_spellings_of_experts_are_the_same_model(
+    tiny_checkpoint: Write, tiny_model: Callable[..., object]
+) -> None:
+    folder = tiny_checkpoint("mixtral")
+    classic = load_checkpoint(folder)
+    model = tiny_model("mixtral")
+    assert isinstance(model, torch.nn.Module)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in state
+    save_file(state, folder / "model.safetensors")
+    fused = load_checkpoint(folder)
+    for ours, theirs in zip(fused.layers, classic.layers, strict=True):
+        assert isinstance(ours.feed_forward, Experts) and isinstance(theirs.feed_forward, Experts)
+        assert np.array_equal(ours.feed_forward.router, theirs.feed_forward.router)
+        for a, b in zip(ours.feed_forward.experts, theirs.feed_forward.experts, strict=True):
+            assert all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("gate_proj", "up_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_checkpoints_keep_their_bits(dtype: torch.dtype, tiny_checkpoint: Write) -> None:
+    folder = tiny_checkpoint("llama")
+    change(folder, lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
+    record = load_checkpoint(folder)
+    assert record.embedding.dtype == (np.uint16 if dtype == torch.bfloat16 else np.float16)
+    assert equal(record.embedding, load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
+
+
+def test_a_sharded_checkpoint_is_the_same_model(tiny_model: Callable[..., object], tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "one")  # type: ignore[attr-defined]
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")  # type: ignore[attr-defined]
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = load_checkpoint(tmp_path / "one"), load_checkpoint(tmp_path / "many")
+    assert np.array_equal(one.head, many.head)
+    assert np.array_equal(one.layers[1].attention.o_proj, many.layers[1].attention.o_proj)
+
+
+def test_arrays_are_mapped_and_read_only(tiny_checkpoint: Write) -> None:
+    record = load_checkpoint(tiny_checkpoint("llama"))
+    assert not record.embedding.flags.owndata and not record.embedding.flags.writeable
+
+
+def test_refuses_tensors_by_file_and_name(tiny_checkpoint: Write) -> None:
+    folder = tiny_checkpoint("mixtral")
+    gone = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    edits: list[tuple[Callable[[dict[str, torch.Tensor]], object], str]] = [
+        (lambda t: t.pop(gone), rf"model\.safetensors: tensor {gone}: missing; expected shape \[48, 32\]"),
+        (lambda t: t.update({gone: torch.zeros(32, 48)}), rf"{gone}: expected shape \[48, 32\], found \[32, 48\]"),
+        (lambda t: t.update({gone: torch.zeros(48, 32, dtype=torch.int8)}), rf"{gone}: dtype I8 is not supported"),
+        (lambda t: t.update({gone: torch.zeros(48, 32), "a.bias": torch.zeros(1)}), r"a\.bias: unknown to the archi"),
+    ]
+    for edit, message in edits:
+        change(folder, edit)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(folder)
+
+
+def test_rotary_buffers_are_harmless(tiny_checkpoint: Write) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    load_checkpoint(change(tiny_checkpoint("llama"), lambda t: t.update({name: torch.zeros(4)})))
+
+
+def test_refuses_damaged_files(tiny_checkpoint: Write) -> None:
+    folder = tiny_checkpoint("llama")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for damaged, message in [
+        (whole[:-10], r"model\.safetensors: truncated: tensor"),
+        (whole[:100], "truncated, or not a safetensors file"),
+        (whole[:4], "truncated, or not a safetensors file"),
+        (b"", "cannot be read"),
+        (whole[:8] + b"?" + whole[9:], "header is not valid JSON"),
+        (whole.replace(b'"shape":[96,32]', b'"shape":[96,33]', 1), "do not hold"),
+        (whole.replace(b'"shape":[96,32]', b'"shapo":[96,32]', 1), "malformed header entry"),
+    ]:
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_checkpoint(folder)
+
+
+def test_refuses_a_bad_index(tiny_model: Callable[..., object], tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")  # type: ignore[attr-defined]
+    index = tmp_path / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    first, shard = next(iter(good["weight_map"].items()))
+    for weight_map, message in [
+        (None, r"index\.json: weight_map: expected"),
+        ({**good["weight_map"], first: "absent.safetensors"}, r"names the shard absent\.safetensors"),
+        ({**good["weight_map"], first: "../config.json"}, r"names the shard \.\./config\.json"),
+        ({**good["weight_map"], "ghost": shard}, rf"{shard}: tensor ghost is missing"),
+    ]:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path)
+
+
+def test_resolves_folders_and_bundled_names(
+    tiny_checkpoint: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint("llama")
+    monkeypatch.setattr("model.checkpoint.BUNDLED", folder.parent)
+    assert resolve_checkpoint(str(folder)) == folder
+    assert resolve_checkpoint("llama") == folder
+    with pytest.raises(
+        CheckpointError, match="'gpt' is neither a checkpoint folder nor a bundled model; bundled: llama"
+    ):
+        resolve_checkpoint("gpt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        resolve_checkpoint(str(tmp_path / "empty"))

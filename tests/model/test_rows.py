@@ -1,0 +1,198 @@
+"""The table of the requests in the batch: what is gathered from it for each row of logits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.batch import SamplingBatch
+from model.rows import BatchRows
+from scheduler.output import NewRequest, SamplingParams, ScheduledRequest
+from tests.fakes import params
+
+
+def joining(
+    request_id: str, prompt: list[int], sampling: SamplingParams | None = None, output: list[int] | None = None
+) -> ScheduledRequest:
+    tokens = prompt + (output or [])
+    num_blocks = -(-len(tokens) // 4)
+    new = NewRequest(tokens, len(prompt), sampling or params())
+    return ScheduledRequest(request_id, 0, len(tokens), list(range(num_blocks)), num_blocks, True, [], new)
+
+
+def sampling_at(rows: BatchRows, *pairs: tuple[int, int], chooses: bool = True) -> SamplingBatch:
+    """What the table says for these (row, position) pairs."""
+    row, position = (np.array(column, np.int32) for column in zip(*pairs, strict=True))
+    return rows.sampling_batch(row, position, np.full(len(pairs), chooses))
+
+
+def penalties(batch: SamplingBatch) -> dict[tuple[int, int], int]:
+    keys = list(zip(batch.penalty_rows.tolist(), batch.penalty_token_ids.tolist(), strict=True))
+    assert len(set(keys)) == len(keys), "each (row, token) at most once"
+    return dict(zip(keys, batch.penalty_counts.tolist(), strict=True))
+
+
+def biases(batch: SamplingBatch) -> dict[tuple[int, int], float]:
+    keys = list(zip(batch.bias_rows.tolist(), batch.bias_token_ids.tolist(), strict=True))
+    assert len(set(keys)) == len(keys), "each (row, token) at most once"
+    return dict(zip(keys, batch.bias.tolist(), strict=True))
+
+
+def test_requests_get_rows_of_their_own_and_give_them_back() -> None:
+    rows = BatchRows(2, 16, 4)
+    first, second = rows.place(joining("a", [1])), rows.place(joining("b", [2]))
+    assert {first, second} == {0, 1}
+    rows.leave("a")
+    assert rows.row_of == {"b": second}
+    assert rows.place(joining("c", [3])) == first
+    assert rows.token_ids[first, 0] == 3
+
+
+def test_leaving_twice_or_never_having_joined_is_no_error() -> None:
+    rows = BatchRows(1, 16, 4)
+    rows.place(joining("a", [1]))
+    for request_id in ("a", "a", "never"):
+        rows.leave(request_id)
+    rows.place(joining("b", [1]))
+    assert rows.row_of == {"b": 0}
+
+
+def test_joining_twice_takes_one_row() -> None:
+    """A step that failed is given again."""
+    rows = BatchRows(1, 16, 4)
+    assert rows.place(joining("a", [1, 2])) == rows.place(joining("a", [1, 2])) == 0
+    rows.leave("a")
+    assert rows.place(joining("b", [1])) == 0
+
+
+def test_a_block_table_grows_where_the_share_says() -> None:
+    rows = BatchRows(1, 16, 4)
+    rows.place(joining("a", list(range(6))))
+    for _ in range(2):  # given twice, it grows once
+        rows.place(ScheduledRequest("a", 6, 1, [9], 3, True, [], None))
+    assert rows.block_tables[0, :3].tolist() == [0, 1, 9]
+
+
+def test_drafted_tokens_stand_at_the_end_of_the_share() -> None:
+    rows = BatchRows(1, 16, 4)
+    rows.place(joining("a", [5, 6, 7]))
+    rows.place(ScheduledRequest("a", 2, 3, [], 2, True, [8, 9], None))
+    assert rows.token_ids[0, :5].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_each_row_is_sampled_as_its_own_request_asks() -> None:
+    rows = BatchRows(3, 16, 4)
+    asked = [
+        params(temperature=0.5, top_p=0.25, min_p=0.125, top_k=7, seed=2**64 - 1, num_logprobs=3),
+        params(presence_penalty=0.5, frequency_penalty=-1.0, repetition_penalty=1.5, seed=0),
+        params(temperature=0.0),
+    ]
+    for index, sampling in enumerate(asked):
+        rows.place(joining(str(index), [index], sampling))
+    order = [2, 0, 1, 0]
+    batch = sampling_at(rows, *((rows.row_of[str(index)], 4 + index) for index in order))
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "top_k",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    ):
+        assert getattr(batch, name).tolist() == [getattr(asked[index], name) for index in order], name
+    assert batch.seeds.tolist() == [asked[index].seed for index in order]
+    assert batch.num_logprobs.tolist() == [-1, 3, -1, 3]
+    assert batch.positions.tolist() == [6, 4, 5, 4]
+    assert batch.forced_token_ids.tolist() == [-1] * 4
+
+
+def test_a_row_that_changes_hands_is_gathered_anew() -> None:
+    rows = BatchRows(1, 16, 4)
+    for index, temperature in enumerate((0.25, 0.5)):
+        row = rows.place(joining(str(index), [1], params(temperature=temperature)))
+        assert sampling_at(rows, (row, 1)).temperature.tolist() == [temperature]
+        assert sampling_at(rows, (row, 2)).temperature.tolist() == [temperature]
+        rows.leave(str(index))
+
+
+def test_known_tokens_are_forced_where_a_prompt_is_scored() -> None:
+    rows = BatchRows(2, 16, 4)
+    scored = rows.place(joining("a", [5, 6, 7], params(num_prompt_logprobs=2, num_logprobs=0)))
+    other = rows.place(joining("b", [8, 9]))
+    row = np.array([scored, scored, scored, other], np.int32)
+    batch = rows.sampling_batch(row, np.array([1, 2, 3, 2], np.int32), np.array([False, False, True, True]))
+    assert batch.forced_token_ids.tolist() == [6, 7, -1, -1]
+    assert batch.num_logprobs.tolist() == [2, 2, 0, -1]
+    rows.leave("a")
+    assert not rows.scored
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(
+    prompt=st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    output=st.lists(st.integers(0, 5), max_size=8),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+)
+def test_penalties_see_what_was_generated_before_the_position(
+    prompt: list[int], output: list[int], repetition_penalty: float
+) -> None:
+    rows = BatchRows(2, 20, 4)
+    rows.place(joining("other", [1, 2, 3]))
+    asked = params(repetition_penalty=repetition_penalty, frequency_penalty=0.5)
+    row = rows.place(joining("a", prompt, asked, output))
+    positions = [len(prompt) + index for index in range(len(output) + 1)]
+    batch = sampling_at(rows, (rows.row_of["other"], 3), *((row, position) for position in positions))
+    expected: dict[tuple[int, int], int] = {}
+    for index in range(len(positions)):
+        if repetition_penalty != 1:
+            expected |= {(index + 1, token_id): 0 for token_id in prompt}
+        expected |= {(index + 1, token_id): count for token_id, count in Counter(output[:index]).items()}
+    assert penalties(batch) == expected
+    assert all(batch.penalty_in_prompt[batch.penalty_counts == 0])
+
+
+def test_penalties_count_drafted_tokens_before_the_position_and_not_after_it() -> None:
+    rows = BatchRows(1, 16, 4)
+    row = rows.place(joining("a", [1], params(presence_penalty=1.0), [2]))
+    rows.place(ScheduledRequest("a", 1, 3, [], 1, True, [2, 3], None))
+    batch = sampling_at(rows, (row, 2), (row, 3), (row, 4))
+    assert penalties(batch) == {(0, 2): 1, (1, 2): 2, (2, 2): 2, (2, 3): 1}
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 3])
+def test_stop_tokens_are_banned_before_min_tokens(min_tokens: int) -> None:
+    rows = BatchRows(1, 16, 4)
+    asked = params(min_tokens=min_tokens, stop_token_ids=frozenset({7, 8}), logit_bias={3: 1.5, 8: 100.0})
+    row = rows.place(joining("a", [1, 2], asked))
+    batch = sampling_at(rows, *((row, 2 + index) for index in range(5)))
+    expected: dict[tuple[int, int], float] = {}
+    for index in range(5):
+        ban = dict.fromkeys((7, 8), -np.inf) if index < min_tokens else {}
+        expected |= {(index, token_id): addend for token_id, addend in ({3: 1.5, 8: 100.0} | ban).items()}
+    assert biases(batch) == expected
+
+
+def test_scored_tokens_are_neither_biased_nor_penalised() -> None:
+    rows = BatchRows(1, 16, 4)
+    asked = params(num_prompt_logprobs=0, logit_bias={3: 1.0}, repetition_penalty=2.0)
+    row = rows.place(joining("a", [1, 2, 3], asked))
+    batch = sampling_at(rows, (row, 1), (row, 2), chooses=False)
+    assert biases(batch) == {}
+    assert penalties(batch) == {}
+
+
+def test_what_a_row_asked_for_leaves_with_it() -> None:
+    rows = BatchRows(1, 16, 4)
+    asked = params(num_prompt_logprobs=0, logit_bias={3: 1.0}, repetition_penalty=2.0, min_tokens=3)
+    rows.place(joining("a", [1, 2, 3], asked))
+    rows.leave("a")
+    row = rows.place(joining("b", [4, 5, 6]))
+    batch = sampling_at(rows, (row, 3))
+    assert biases(batch) == {}
+    assert penalties(batch) == {}
+    assert batch.forced_token_ids.tolist() == [-1]

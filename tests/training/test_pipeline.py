@@ -1,0 +1,103 @@
+"""The whole recipe on a corpus of four files, and how its results are judged."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from model.training import corpus, evaluation, sources
+from model.training.card import count_active_parameters
+from model.training.corpus import Document
+from model.training.evaluation import completes_function, held_out_headers
+from model.training.network import Network
+from model.training.pipeline import Pipeline
+from model.training.recipe import Budget, Recipe
+from model.training.sources import SourceFile
+
+HEADER = 'def f(x):\n    """Do it."""\n'
+
+
+@pytest.fixture
+def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No packages, a library of one module and its parts, half of it held out, and short samples."""
+
+    def files() -> Iterator[SourceFile]:
+        for name in ("decoder", "encoder", "scanner", "tool"):
+            yield SourceFile(sources.STDLIB, f"json/{name}.py", (Path(json.__file__).parent / f"{name}.py").read_text())
+
+    monkeypatch.setattr(sources, "read_pins", list)
+    monkeypatch.setattr(sources, "download", lambda wheels: None)
+    monkeypatch.setattr(sources, "read_stdlib", files)
+    monkeypatch.setattr(corpus, "is_validation", lambda file: file.path == "json/decoder.py")
+    monkeypatch.setattr(evaluation, "_SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(evaluation, "_NUM_FUNCTIONS", 2)
+    monkeypatch.setattr(evaluation, "_FUNCTION_TOKENS", 8)
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_recipe_from_corpus_to_card(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    work, folder = tmp_path / "work", tmp_path / "model"
+    recipe = replace(tiny_recipe, network=replace(tiny_recipe.network, vocab_size=400))
+
+    def everything(pipeline: Pipeline) -> None:
+        pipeline.make_corpus()
+        pipeline.make_tokenizer()
+        pipeline.make_tokens()
+        pipeline.train(Budget(tokens=5 * 64))
+        pipeline.export(folder)
+
+    everything(Pipeline(work, recipe))
+    written = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    everything(Pipeline(work, recipe))
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == written
+
+    pipeline = Pipeline(work, recipe)
+    pipeline.describe(folder)
+    card = (folder / "README.md").read_text()
+    assert f"| budget | 0.0 M tokens of {len(pipeline.load_tokens('train')) / 1e6:.1f} M" in card
+    assert "PSF-2.0" in card
+    assert card.count("Temperature 0:") == card.count("Temperature 0.8:") == 10
+    assert ("## Experts" in card) == bool(recipe.network.num_experts)
+    loss = float(card.split("| loss | ")[1].split()[0])
+    network = pipeline.load_network()
+    hub = AutoTokenizer.from_pretrained(folder)
+    assert len(hub) == network.config.vocab_size
+    assert 0 < loss < 7
+
+
+def test_active_parameters_are_those_of_the_chosen_experts(tiny_recipe: Recipe) -> None:
+    total, dense = (
+        sum(parameter.numel() for parameter in Network(config).parameters())
+        for config in (tiny_recipe.network, replace(tiny_recipe.network, num_experts=0))
+    )
+    active = count_active_parameters(tiny_recipe.network, total)
+    if not tiny_recipe.network.num_experts:
+        assert active == total == dense
+    else:
+        one_expert, router = 3 * 32 * 24, 4 * 32
+        assert active == dense + tiny_recipe.network.num_layers * (one_expert + router)
+
+
+@pytest.mark.parametrize(
+    ("body", "good"),
+    [
+        ("    return x\n", True),
+        ("    if x:\n        return 1\n\n    return 2\n\n\ndef g(:\n", True),  # only the function itself is judged
+        ("    return x\n    cut off in the mid", True),
+        ("    return (x\n", False),
+        ("        x = 1\n    return x\n", False),
+        ("", False),
+        ("\n\nclass C:\n    pass\n", False),
+    ],
+)
+def test_a_completion_that_parses(body: str, good: bool) -> None:
+    assert completes_function(HEADER, body) == good
+
+
+def test_held_out_functions_are_asked_for_up_to_their_docstring() -> None:
+    text = f"{HEADER}    return 1\n\n\ndef g():\n    return 2\n\n\nclass C:\n    {HEADER!r}\n"
+    documents = [Document("p", "a.py", (text,)), Document("p", "a.py#0", ("q", text)), Document("p", "b.txt", (text,))]
+    assert list(held_out_headers(documents)) == [HEADER]
