@@ -75,7 +75,9 @@ def _key_check(api_keys: tuple[str, ...]):  # type: ignore[no-untyped-def]  # Fa
         if not api_keys:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not any(compare_digest(key.encode(), known.encode()) for known in api_keys):
+        if scheme.lower() != "bearer" or not any(
+            compare_digest(key.encode("latin-1"), known.encode()) for known in api_keys
+        ):
             raise AuthenticationError("missing or unknown API key: send it as 'Authorization: Bearer KEY'")
 
     return check

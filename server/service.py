@@ -64,9 +64,16 @@ class Service:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize, without holding up others if the text is long."""
-        if len(text) <= INLINE_CHARS:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        (token_ids,) = await self.encode_all([text], add_special_tokens=add_special_tokens)
+        return token_ids
+
+    async def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` for each of many texts, which are long together even where each is short."""
+
+        def work() -> list[list[int]]:
+            return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        return work() if sum(map(len, texts)) <= INLINE_CHARS else await asyncio.to_thread(work)
 
     async def encode_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
@@ -88,9 +95,9 @@ class Service:
         """
         match body.prompt:
             case str(text):
-                return [await self._encoded(text)]
+                return await self._encoded([text])
             case [str(), *_] as texts:
-                return [await self._encoded(text) for text in texts if isinstance(text, str)]
+                return await self._encoded([text for text in texts if isinstance(text, str)])
             case [int(), *_] | [] as token_ids:
                 return [self._decoded([token_id for token_id in token_ids if isinstance(token_id, int)])]
             case many:
@@ -132,10 +139,10 @@ class Service:
             echo=isinstance(body, CompletionBody) and body.echo,
         )
 
-    async def _encoded(self, text: str) -> tuple[str, list[int]]:
-        if not text:
+    async def _encoded(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
+        if not all(texts):
             raise InvalidRequestError("prompt is empty: it must have at least one character", param="prompt")
-        return text, await self.encode(text)
+        return list(zip(texts, await self.encode_all(texts), strict=True))
 
     def _decoded(self, token_ids: list[int]) -> tuple[str, list[int]]:
         check_token_ids("prompt", token_ids, self.config.vocab_size)

@@ -22,9 +22,9 @@ from model.backends.torch_layers import pad_rows
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 
-# Queries of one sequence that are computed together: bounds the scores of a long chunk.
+# Most queries of one sequence that are computed together; fewer where the context is so long that scores grow large.
 _TILE_QUERIES = 64
-# Most elements of the scores, and of the gathered keys and values, of one group.
+# Most elements of the scores, and of the gathered keys and values, of one group (one tile may exceed it).
 _MAX_ELEMENTS = 1 << 24
 # Positions that are summed at once.
 _STRETCH = 128
@@ -170,15 +170,15 @@ class _Tiles:
 
 
 def _tiles(batch: ForwardBatch, layout: CacheLayout) -> _Tiles:
+    height = max(1, min(_TILE_QUERIES, _MAX_ELEMENTS // (layout.num_heads * int(batch.context_lens.max()))))
     ends = batch.query_start_loc[1:].astype(np.int64)
     starts = batch.query_start_loc[:-1].astype(np.int64)
-    sequences = np.arange(len(starts))
-    tiles_per_sequence = -(-(ends - starts) // _TILE_QUERIES)
-    sequences = np.repeat(sequences, tiles_per_sequence)
+    tiles_per_sequence = -(-(ends - starts) // height)
+    sequences = np.repeat(np.arange(len(starts)), tiles_per_sequence)
     first_tiles = np.cumsum(tiles_per_sequence) - tiles_per_sequence
     within = np.arange(len(sequences)) - first_tiles[sequences]
-    starts = starts[sequences] + within * _TILE_QUERIES
-    num_queries = np.minimum(ends[sequences] - starts, _TILE_QUERIES)
+    starts = starts[sequences] + within * height
+    num_queries = np.minimum(ends[sequences] - starts, height)
     last_positions = batch.positions[starts + num_queries - 1]
     return _Tiles(starts, num_queries, sequences, last_positions // layout.block_size + 1)
 

@@ -15,9 +15,9 @@ from model.batch import Int32, SamplerOutput, SamplingBatch
 from model.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
 
 # Most elements of a [rows, vocab_size] temporary; more rows are drawn in turns.
-_MAX_ELEMENTS = 1 << 20
+_MAX_ELEMENTS = 1 << 18
 # How many of the most probable tokens are looked at before a whole vocabulary is sorted for top_p.
-_NARROW = 256
+_NARROW = 128
 
 
 def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
@@ -128,7 +128,7 @@ def _draw_from_all(logits: Tensor, draws: _Draws) -> Tensor:
 def _draw_from_best(logits: Tensor, draws: _Draws) -> Tensor:
     """Draw where top_k or top_p applies: from the few most probable tokens if they are sure to hold all that stay."""
     vocab_size = logits.shape[1]
-    width = min(vocab_size, max(_NARROW, int(draws.top_k.max())))
+    width = min(vocab_size, int(torch.where(draws.top_k > 0, draws.top_k, _NARROW).max()))
     token_ids, certain = _draw_among(logits, draws, width)
     if not certain.all():
         token_ids[~certain] = _draw_among(logits[~certain], draws[~certain], vocab_size)[0]

@@ -103,7 +103,7 @@ def load_state(path: Path, recipe: Recipe, tokenizer_fingerprint: str) -> dict[s
         raise CheckpointError(f"training checkpoint {path} is missing", param=path.name)
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError) as error:
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
         raise CheckpointError(f"training checkpoint {path} cannot be read: {error}", param=path.name) from error
     if state["tokenizer"] != tokenizer_fingerprint:
         raise CheckpointError(f"{path} was trained with another tokenizer", param="tokenizer.json")

@@ -52,7 +52,7 @@ class GenerationBody(_Body):
     # extensions
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     min_tokens: int = Field(0, ge=0)
     stop_token_ids: Tokens = []
     ignore_eos: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,12 +15,16 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 SPECIAL = ["<|bos|>", "<|eos|>"]
-CORPUS = ["the cat sat on the mat and the other cat did not", "größer 楽しい 楽しい naïve Übung", "def add(a, b): return a + b"]
+CORPUS = [
+    "the cat sat on the mat and the other cat did not",
+    "größer 楽しい 楽しい naïve Übung",
+    "def add(a, b): return a + b",
+]
 VOCAB_SIZE = 320
 MAX_MODEL_LEN = 4096
 # All characters of the text differ in all their bytes, so that a model which knows only the last token can write it.
 CYCLE = "a数é👍Z"
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 48,
@@ -58,7 +63,7 @@ def cycle_checkpoint(folder: Path) -> Path:
     token_ids = tokenizer.encode(CYCLE).ids
     assert len(token_ids) == len(set(token_ids)) == len(CYCLE.encode())
     torch.manual_seed(6)
-    model = LlamaForCausalLM(LlamaConfig(**_SHAPE))
+    model: Any = LlamaForCausalLM(LlamaConfig(**_SHAPE))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "o_proj" in name or "down_proj" in name or "lm_head" in name:

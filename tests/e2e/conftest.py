@@ -11,7 +11,7 @@ from tests.e2e.checkpoints import cycle_checkpoint, random_checkpoint
 from tests.e2e.harness import Server
 
 StartServer = Callable[..., Server]
-API_KEYS = ("first-key", "second-key")
+API_KEYS = ("first-key", "second-key", "dritter-Schlüssel")
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +26,8 @@ def cycle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The bundled model; no test may depend on what it says."""
-    server = Server(tmp_path_factory.mktemp("main"))
+    """The bundled model at a port that the server chose and announced; no test may depend on what it says."""
+    server = Server(tmp_path_factory.mktemp("main"), port=0)
     yield server.wait_ready()
     server.close()
 

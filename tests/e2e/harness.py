@@ -27,14 +27,14 @@ class Server:
 
     Args:
         folder: an empty folder for both.
-        args: command line; the port is chosen here.
+        args: command line.
+        port: one that is free if not given; 0 leaves the choice to the server.
     """
 
-    def __init__(self, folder: Path, *args: str) -> None:
+    def __init__(self, folder: Path, *args: str, port: int | None = None) -> None:
         self.temp = folder / "tmp"
         self.temp.mkdir()
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.port = free_port() if port is None else port
         self._log = folder / "log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -47,6 +47,10 @@ class Server:
                 start_new_session=True,
             )
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -68,6 +72,9 @@ class Server:
         def is_ready() -> bool:
             code = self.process.poll()
             assert code is None, f"the server ended with exit code {code}; its log:\n{self.log}"
+            if not self.port and (announced := re.search(r"ready after .*: http://127\.0\.0\.1:(\d+)", self.log)):
+                self.port = int(announced[1])
+                self.http.base_url = self.url
             return self.get("/health").status_code == 200
 
         self.until("the server is ready", is_ready)

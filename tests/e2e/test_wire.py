@@ -113,13 +113,13 @@ def test_tokens_go_there_and_back(tiny: Server, text: str) -> None:
 def test_api_keys(strict: Server) -> None:
     for header in ("", "Bearer", "Bearer wrong", f"Basic {API_KEYS[0]}", f"Bearer {API_KEYS[0]}x", "Bearer é"):
         for method, path in (("POST", "/v1/completions"), ("GET", "/v1/models"), ("POST", "/tokenize")):
-            response = strict.http.request(method, path, headers={"authorization": header.encode()}, json={})
+            response = strict.http.request(method, path, headers=[(b"authorization", header.encode())], json={})
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
             error = response.json()["error"]
             assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
             assert API_KEYS[0] not in error["message"]
     for key in API_KEYS:
-        assert strict.get("/v1/models", headers={"authorization": f"bearer {key}"}).status_code == 200
+        assert strict.get("/v1/models", headers=[(b"authorization", f"bearer {key}".encode())]).status_code == 200
     for path in ("/health", "/metrics", "/version"):
         assert strict.get(path, headers={"authorization": ""}).status_code == 200

@@ -117,7 +117,7 @@ def test_long_and_short_contexts_in_one_batch(tiny_checkpoint: Callable[..., Pat
 
 @pytest.mark.parametrize("shape", ["llama-wide-heads", "llama-no-groups", "mixtral", "mixtral-odd-width"])
 def test_a_row_has_the_same_bits_in_every_company(shape: str, tiny_checkpoint: Callable[..., Path], paged: Any) -> None:
-    """Alone and whole, or in any chunks beside any others: what makes a request's tokens its own."""
+    """Alone and whole, or in any chunks beside any others on two threads: what makes a request's tokens its own."""
     folder = tiny_checkpoint(shape.split("-", maxsplit=1)[0], **SHAPES[shape])
     backend = TorchBackend(load_checkpoint(folder), num_blocks=512, block_size=4)
     texts = sequences(4, 450, 7, 90, 301)
@@ -129,9 +129,24 @@ def test_a_row_has_the_same_bits_in_every_company(shape: str, tiny_checkpoint: C
         step = {n: min(left[n], int(rng.choice([1, 2, 3, 5, 30, 65, 130]))) for n in texts if rng.random() < 0.7}
         steps.append({name: count for name, count in step.items() if count})
         left = {name: left[name] - step.get(name, 0) for name in texts}
+    torch.set_num_threads(2)
     together = run_chunks(backend, paged(512, 4), texts, [step for step in steps if step])
     for name in texts:
         np.testing.assert_array_equal(together[name], alone[name])
+
+
+def test_small_limits_change_nothing(
+    tiny_checkpoint: Callable[..., Path], paged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the work is cut into tiles and groups, the numbers stay."""
+    backend = TorchBackend(load_checkpoint(tiny_checkpoint("mixtral")), num_blocks=128, block_size=4)
+    texts = sequences(6, 150, 40, 40, 9)
+    steps = [{name: len(tokens) - 1 for name, tokens in texts.items()}, dict.fromkeys(texts, 1)]
+    expected = run_chunks(backend, paged(128, 4), texts, steps)
+    monkeypatch.setattr("model.backends.torch_attention._MAX_ELEMENTS", 5_000)
+    found = run_chunks(backend, paged(128, 4), texts, steps)
+    for name in texts:
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_nan_stays_in_its_sequence_and_leaves_with_it(

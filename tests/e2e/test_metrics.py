@@ -1,0 +1,77 @@
+"""What /metrics says is what was done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.conftest import StartServer
+
+# As vLLM documents them (docs/usage/metrics.md and the dashboards in its examples).
+GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
+COUNTERS = {
+    "num_preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "prompt_tokens",
+    "generation_tokens",
+    "request_success",
+}
+HISTOGRAMS = {
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+}
+
+
+def test_counters_add_up_to_what_was_sent(start: StartServer) -> None:
+    server = start("--served-model-name", "fish", "--num-blocks", "64").wait_ready()
+    params: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+    prompt = "Z" * 40
+    used = [server.complete(prompt, **params, max_tokens=8)["usage"] for _ in range(2)]
+    used.append(server.complete([prompt, "Z"], **params, max_tokens=5, n=2)["usage"])
+    server.stream("/v1/completions", prompt="Z", **params, max_tokens=30, stop="é")
+    server.complete("Z", temperature=0, logit_bias={"1": 100})
+    assert server.post("/v1/completions", prompt="Z", max_tokens=-1).status_code == 400
+    server.wait_idle()
+
+    families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics").text)}
+    assert families.keys() >= {f"vllm:{name}" for name in GAUGES | COUNTERS | HISTOGRAMS}
+    for names, kind in ((GAUGES, "gauge"), (COUNTERS, "counter"), (HISTOGRAMS, "histogram")):
+        assert {families[f"vllm:{name}"].type for name in names} == {kind}
+    for family in families.values():
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "fish" and sample.labels["engine"] == "0"
+
+    # Requests, not calls: two prompts with two choices are four.
+    assert server.metric("request_success_total", finished_reason="length") == 6
+    assert server.metric("request_success_total", finished_reason="stop") == 2
+    num_prompt_tokens = 40 * 2 + (40 + 1) * 2 + 1 + 1
+    assert server.metric("prompt_tokens_total") == server.metric("request_prompt_tokens_sum") == num_prompt_tokens
+    assert server.metric("request_prompt_tokens_count") == server.metric("e2e_request_latency_seconds_count") == 8
+    num_whole = sum(usage["completion_tokens"] for usage in used)
+    assert num_whole == 8 + 8 + 4 * 5
+    # The stopped stream made 6 tokens, and perhaps more before the engine heard of it; the last request one.
+    assert server.metric("generation_tokens_total") >= num_whole + 6 + 1
+    assert server.metric("request_generation_tokens_sum") == server.metric("generation_tokens_total")
+    assert server.metric("time_to_first_token_seconds_count") == 8
+    assert server.metric("prefix_cache_queries_total") == num_prompt_tokens
+    assert server.metric("prefix_cache_hits_total") >= used[1]["prompt_tokens_details"]["cached_tokens"] == 32
+    assert used[0]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_preemptions_are_counted_and_invisible(start: StartServer) -> None:
+    server = start("--num-blocks", "24", "--max-num-seqs", "4").wait_ready()
+    answer = server.complete("Z", temperature=0, ignore_eos=True, max_tokens=200, n=4)
+    assert len({choice["text"] for choice in answer["choices"]}) == 1
+    assert answer["choices"][0]["text"] == server.text("Z", temperature=0, ignore_eos=True, max_tokens=200)
+    assert server.metric("num_preemptions_total") > 0
+    error = server.post("/v1/completions", prompt="Z", max_tokens=385).json()["error"]
+    assert error["code"] == "context_length_exceeded" and "24 blocks of 16" in error["message"]

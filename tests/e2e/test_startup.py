@@ -1,0 +1,144 @@
+"""What the server says instead of starting: exit code 2 and one clear line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from server.settings import Settings
+from tests.e2e.harness import run_shoal
+
+
+def refusal(folder: Path, *args: str, **environment: str) -> str:
+    """What `shoal serve` says when it refuses to start."""
+    code, printed = run_shoal(folder, "serve", "--log-level", "error", *args, **environment)
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    (line,) = printed.splitlines()
+    assert line.startswith("shoal serve: ")
+    return line.removeprefix("shoal serve: ")
+
+
+@pytest.fixture
+def copy(tmp_path: Path, tiny_folder: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model", "nowhere"], "'nowhere' is neither a checkpoint folder nor a bundled model; bundled: "),
+        (["--model", "."], "holds no config.json"),
+        (["--policy", "lifo"], "unknown policy 'lifo'; known are fcfs"),
+        (["--host", "a..b"], "host: 'a..b' is not a host name"),
+        (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line(tmp_path: Path, args: list[str], said: str) -> None:
+    assert said in refusal(tmp_path, *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            ["--num-blocks", "1000000000"],
+            r"num_blocks: a KV cache of 1000000000 blocks takes \d+ MiB, but only \d+ MiB",
+        ),
+        (["--memory-mib", "100000000"], r"memory_mib: .* but only \d+ MiB"),
+        (["--max-model-len", "5000"], "max_model_len 5000 exceeds the model's 4096 positions"),
+        (["--max-num-batched-tokens", "8"], r"max_num_batched_tokens \(8\) must be at least max_num_seqs \(64\)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_limits_that_only_the_engine_can_check(tmp_path: Path, tiny_folder: Path, args: list[str], said: str) -> None:
+    assert re.search(said, refusal(tmp_path, "--model", str(tiny_folder), *args))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file(tmp_path: Path, copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    assert name in refusal(tmp_path, "--model", str(copy))
+
+
+def truncated(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def wrong_shape(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
+    save_file(tensors, copy / "model.safetensors")
+
+
+def change(name: str, **fields: Any) -> Callable[[Path], None]:
+    def apply(copy: Path) -> None:
+        path = copy / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncated, ["model.safetensors", "truncated"]),
+        (wrong_shape, ["model.safetensors", "model.norm.weight", "[64]", "[63]"]),
+        (change("config.json", architectures=["FalconForCausalLM"]), ["config.json", "FalconForCausalLM", "Mixtral"]),
+        (change("config.json", num_hidden_layers=3), ["model.safetensors", "model.layers.2."]),
+        (change("tokenizer.json", model={"type": "other"}), ["tokenizer.json", "not a tokenizer"]),
+        (change("tokenizer_config.json", chat_template="{% if %}"), ["chat template"]),
+    ],
+    ids=["truncated", "wrong shape", "architecture", "layers", "tokenizer", "template"],
+)
+def test_a_damaged_checkpoint(tmp_path: Path, copy: Path, damage: Callable[[Path], None], said: list[str]) -> None:
+    damage(copy)
+    line = refusal(tmp_path, "--model", str(copy))
+    assert all(part in line for part in said), line
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal(tmp_path, "--port", str(port))
+    assert f"port {port}: Address already in use" in line
+
+
+def test_settings_are_read_in_their_order(tmp_path: Path) -> None:
+    """Each source has a wrong value more than the ones that win over it; the message shows what became of them."""
+    (tmp_path / "shoal.toml").write_text("[server]\nport = 70001\nprot = 1\n[cache]\nblock_size = 0\nnum_blocks = 0\n")
+    environment = {"SHOAL_SERVER__PORT": "70002", "SHOAL_CACHE__BLOCK_SIZE": "-1"}
+    code, printed = run_shoal(tmp_path, "serve", "--port", "70003", **environment)
+    assert code == 2
+    assert sorted(line.removeprefix("shoal serve: ") for line in printed.splitlines()) == [
+        "cache.block_size: input should be greater than or equal to 1 (got '-1')",
+        "cache.num_blocks: input should be greater than or equal to 1 (got 0)",
+        "server.port: input should be less than or equal to 65535 (got '70003')",
+        "server.prot: unknown setting",
+    ]
+
+
+def test_help_names_every_setting(tmp_path: Path) -> None:
+    code, printed = run_shoal(tmp_path, "serve", "--help")
+    assert code == 0
+    for name, field in Settings.model_fields.items():
+        sections = getattr(field.annotation, "model_fields", {name: field})
+        for key, inner in sections.items():
+            assert f"--{key.replace('_', '-')} " in printed
+            assert " ".join((inner.description or "nothing").split()) in printed
+
+
+def test_help_lists_the_commands(tmp_path: Path) -> None:
+    code, printed = run_shoal(tmp_path, "--help")
+    assert code == 0
+    assert all(f" {command} " in printed for command in ("serve", "chat", "complete"))

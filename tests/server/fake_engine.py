@@ -1,0 +1,84 @@
+"""An engine process that plays a script: the checkpoint's name at its start, then each prompt's first token.
+
+It is started in the real one's place, with the same arguments: `... SOCKET_FOLDER`, configuration on standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from scheduler.output import FinishReason, RequestOutput, SchedulerStats
+from server.engine.messages import Abort, Command, EngineConfig, EngineRequest, News, Ready, Report, StartFailed, Submit
+
+ANSWER, SILENCE, DIE, DIE_AFTER_A_TOKEN, GARBAGE, FAIL = range(1, 7)
+TOKENS = [11, 12, 13]
+
+
+def outputs(request: EngineRequest) -> list[RequestOutput]:
+    """A token at a time, in messages of their own."""
+    name = request.request_id
+    match request.prompt_token_ids[0]:
+        case 1:
+            return [RequestOutput(name, [TOKENS[0]], num_cached_tokens=3, queue_time=0.25)] + [
+                RequestOutput(name, [token_id], FinishReason.STOP if token_id == TOKENS[-1] else None)
+                for token_id in TOKENS[1:]
+            ]
+        case 4:
+            return [RequestOutput(name, [TOKENS[0]])]
+        case 6:
+            return [RequestOutput(name, [], FinishReason.ERROR, error="out of luck")]
+    return []
+
+
+def main() -> None:
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    folder = Path(sys.argv[-1])
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    commands, reports = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    commands.connect(f"ipc://{folder / 'commands'}")
+    reports.connect(f"ipc://{folder / 'reports'}")
+
+    def send(report: Report) -> None:
+        reports.send(msgspec.msgpack.encode(report))
+
+    def end(code: int) -> None:
+        context.destroy(linger=2000)
+        os._exit(code)
+
+    match config.checkpoint:
+        case "refuses":
+            send(StartFailed("num_blocks: too many", "num_blocks"))
+            end(1)
+        case "dies":
+            end(3)
+        case "babbles":
+            reports.send(b"\xc1 no message")
+        case _:
+            send(Ready(64, 512, 1, 2, "a fake"))
+
+    decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+    num_aborted = 0
+    while True:
+        command = decoder.decode(commands.recv())
+        match command:
+            case Submit(requests):
+                for request in requests:
+                    for output in outputs(request):
+                        send(News([output], SchedulerStats(1, num_aborted, 0.5, 1, 2, 1)))
+                    match request.prompt_token_ids[0]:
+                        case 3 | 4:
+                            end(5)
+                        case 5:
+                            reports.send(b"\xc1 no message")
+            case Abort(request_ids):
+                num_aborted += len(request_ids)
+                send(News([], SchedulerStats(0, num_aborted, 0.0, 1, 2, 1)))
+
+
+if __name__ == "__main__":
+    main()

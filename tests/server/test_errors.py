@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+import scheduler.errors
+import server.errors
+from scheduler.errors import ShoalError
+from server.errors import error_body, http_error
+
+STATUS = {
+    "ShoalError": (500, "server_error", "internal_error"),
+    "InvalidRequestError": (400, "invalid_request_error", "invalid_value"),
+    "ContextLengthError": (400, "invalid_request_error", "context_length_exceeded"),
+    "QueueFullError": (429, "rate_limit_error", "queue_full"),
+    "EngineError": (500, "server_error", "engine_error"),
+    "CheckpointError": (500, "server_error", "internal_error"),
+    "ConfigError": (500, "server_error", "internal_error"),
+    "AuthenticationError": (401, "authentication_error", "invalid_api_key"),
+    "NotFoundError": (404, "not_found_error", "not_found"),
+    "MethodNotAllowedError": (405, "invalid_request_error", "method_not_allowed"),
+    "BodyTooLargeError": (413, "invalid_request_error", "body_too_large"),
+    "EngineUnavailableError": (503, "server_error", "engine_unavailable"),
+}
+
+
+def tree(root: type[ShoalError]) -> list[type[ShoalError]]:
+    """The errors of the house; other tests may have made some of their own."""
+    ours = [root] + [error for child in root.__subclasses__() for error in tree(child)]
+    return [error for error in ours if error.__module__ in ("scheduler.errors", "server.errors")]
+
+
+def test_every_error_has_its_place_in_http() -> None:
+    assert {error.__name__ for error in tree(ShoalError)} == STATUS.keys()
+    for error in tree(ShoalError):
+        http = http_error(error("message"))
+        assert (http.status, http.type, http.code) == STATUS[error.__name__]
+        assert (http.retry_after is not None) == (http.status in (429, 503))
+
+
+def test_an_error_that_the_table_does_not_know_is_like_its_parent() -> None:
+    class Narrower(scheduler.errors.QueueFullError):
+        pass
+
+    assert http_error(Narrower("full")) == http_error(scheduler.errors.QueueFullError("full"))
+
+
+@pytest.mark.parametrize("param", [None, "max_tokens"])
+def test_the_error_object(param: str | None) -> None:
+    error = scheduler.errors.ContextLengthError("too long", param=param)
+    assert str(error) == error.message == "too long"
+    assert msgspec.to_builtins(error_body(error)) == {
+        "error": {
+            "message": "too long",
+            "type": "invalid_request_error",
+            "param": param,
+            "code": "context_length_exceeded",
+        }
+    }
+
+
+def test_the_tree_is_drawn_as_it_is() -> None:
+    drawing = scheduler.errors.__doc__ or ""
+    for error in tree(ShoalError):
+        if error.__module__ == "scheduler.errors":
+            assert error.__name__ in drawing
+    assert issubclass(scheduler.errors.ContextLengthError, scheduler.errors.InvalidRequestError)
+    assert server.errors.NotFoundError.__bases__ == (ShoalError,)

@@ -1,0 +1,56 @@
+"""What the two processes say to each other arrives as it was sent."""
+
+from __future__ import annotations
+
+import string
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerStats, TokenLogprobs
+from server.engine.messages import Abort, Command, EngineRequest, News, Ready, Report, StartFailed, Submit
+
+names = st.text(string.printable, max_size=12)
+token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=8)
+floats = st.floats(allow_nan=False)
+params = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(0, 2**31),
+    temperature=floats,
+    logit_bias=st.dictionaries(st.integers(0, 2**31), floats, max_size=4),
+    seed=st.integers(0, 2**64 - 1),
+    stop_token_ids=st.frozensets(st.integers(0, 2**31), max_size=4),
+    num_logprobs=st.none() | st.integers(0, 20),
+)
+requests = st.builds(EngineRequest, names, token_ids, params, floats, token_ids)
+logprobs = st.none() | st.lists(st.builds(TokenLogprobs, floats, st.integers(1, 2**31), token_ids, st.lists(floats)))
+outputs = st.builds(
+    RequestOutput,
+    names,
+    token_ids,
+    finish_reason=st.none() | st.sampled_from(FinishReason),
+    logprobs=logprobs,
+    prompt_logprobs=logprobs,
+    error=st.none() | names,
+)
+counts = st.integers(0, 2**31)
+stats = st.builds(SchedulerStats, counts, counts, floats, counts, counts, counts)
+commands = st.builds(Submit, st.lists(requests, max_size=3)) | st.builds(Abort, st.lists(names))
+reports = (
+    st.builds(Ready, counts, counts, counts, counts, names)
+    | st.builds(StartFailed, names, st.none() | names)
+    | st.builds(News, st.lists(outputs, max_size=3), stats)
+)
+
+
+@settings(deadline=None)
+@given(command=commands)
+def test_commands(command: Command) -> None:
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=Command) == command
+
+
+@settings(deadline=None)
+@given(report=reports)
+def test_reports(report: Report) -> None:
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=Report) == report

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler.errors import InvalidRequestError
+from server.wire.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def completion(**fields: Any) -> CompletionBody:
+    return parse_body(CompletionBody, json.dumps({"prompt": "a"} | fields).encode())
+
+
+def chat(**fields: Any) -> ChatBody:
+    return parse_body(ChatBody, json.dumps({"messages": USER} | fields).encode())
+
+
+def fault(kind: Any, raw: bytes) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_body(kind, raw)
+    return caught.value
+
+
+def test_the_defaults_are_openais() -> None:
+    body = completion()
+    assert (body.n, body.stream, body.echo, body.logprobs, body.max_tokens, body.seed) == (
+        1,
+        False,
+        False,
+        None,
+        None,
+        None,
+    )
+    assert (body.temperature, body.top_p, body.presence_penalty, body.frequency_penalty) == (None, None, 0.0, 0.0)
+    assert body.stop_strings == []
+    assert chat().top_logprobs is None
+
+
+def test_null_is_the_same_as_nothing_where_openai_says_so() -> None:
+    names = ("model", "stream_options", "max_tokens", "temperature", "top_p", "logit_bias", "seed", "stop", "user")
+    assert completion(**dict.fromkeys((*names, "logprobs", "best_of", "suffix"))) == completion()
+    assert chat(**dict.fromkeys((*names, "max_completion_tokens", "tools", "tool_choice", "response_format"))) == chat()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [("a", 1), ("", 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2], [3]], 3), ([], 1), ([[]], 1)],
+)
+def test_prompts_of_every_kind(prompt: Any, count: int) -> None:
+    assert completion(prompt=prompt).prompt == prompt
+    assert completion(prompt=prompt).num_prompts == count
+
+
+def test_stop_strings_are_one_or_many() -> None:
+    assert completion(stop="a").stop_strings == ["a"]
+    assert completion(stop=["a", "b"]).stop_strings == ["a", "b"]
+    assert completion(stop=[]).stop_strings == []
+
+
+def test_messages_for_the_template() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": parts, "name": "x"}, {"role": "assistant", "content": None}]
+    assert [message.for_template() for message in chat(messages=messages).messages] == [
+        {"role": "system", "content": "ab", "name": "x"},
+        {"role": "assistant", "content": ""},
+    ]
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
+    chat(**nothing, parallel_tool_calls=True, metadata={"a": 1}, store=False, service_tier="auto", user="me")
+    completion(best_of=1, suffix="")
+
+
+def test_a_fault_names_the_field_and_the_limit() -> None:
+    assert fault(CompletionBody, b'{"prompt": "a", "n": 0}').param == "n"
+    assert fault(CompletionBody, b"{}").message == "missing required field: prompt"
+    error = fault(ChatBody, b'{"messages": [{"role": "user", "content": "a", "colour": 1}]}')
+    assert error.message == "unrecognized request argument: messages.0.colour"
+    assert error.param == "messages"
+    assert "at most 16" in fault(CompletionBody, json.dumps({"prompt": "a", "stop": ["a"] * 17}).encode()).message
+
+
+@pytest.mark.parametrize("raw", [b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "seed": Infinity}'])
+def test_what_is_no_number_is_none(raw: bytes) -> None:
+    assert fault(CompletionBody, raw).param in ("temperature", "seed")
+
+
+@pytest.mark.parametrize("prompt", [[None] * 1_000_000, [1] * 1_000_000 + ["a"], [[None]] * 1_000_000])
+def test_a_million_faults_are_described_as_one(prompt: Any) -> None:
+    """Each would be an object in memory, and its description would hold up everyone."""
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(prompt=prompt)
+    assert caught.value.param == "prompt"
+    cause = caught.value.__cause__
+    assert cause is not None and len(str(cause)) < 2000
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+)
+kinds = st.sampled_from([CompletionBody, ChatBody, TokenizeBody, DetokenizeBody])
+
+
+@settings(max_examples=500, deadline=None)
+@given(kind=kinds, raw=st.binary(max_size=40) | anything.map(lambda value: json.dumps(value).encode()))
+def test_anything_is_read_or_refused(kind: Any, raw: bytes) -> None:
+    try:
+        body = parse_body(kind, raw)
+    except InvalidRequestError as error:
+        assert error.message
+    else:
+        assert isinstance(body, kind)
+
+
+@settings(max_examples=500, deadline=None)
+@given(field=st.sampled_from([*CompletionBody.model_fields]), value=anything)
+def test_a_fault_in_a_field_is_said_of_that_field(field: str, value: Any) -> None:
+    try:
+        completion(**{field: value})
+    except InvalidRequestError as error:
+        assert error.param == field
+        assert error.message
