@@ -1,5 +1,6 @@
 # Each target makes the virtual environment it needs, and is instant when there is one.
 PYTHON ?= python3
+BUDGET ?= 2h
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -28,6 +29,16 @@ $(VENV)/.runtime: pyproject.toml
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.runtime
+
+# BUDGET is wall time or tokens: 45min, 2h, 20Mtok. A larger one goes on from the last checkpoint in .train/.
+train: $(VENV)/.train
+	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+		nice -n 19 $(BIN)/python -m model.training run --budget $(BUDGET)
+
+$(VENV)/.train: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[train]'
 	touch $@ $(VENV)/.runtime
 
 clean:

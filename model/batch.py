@@ -17,7 +17,7 @@ UInt64 = NDArray[np.uint64]
 Float32 = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ForwardBatch:
     """One step over `num_seqs` sequences and `num_tokens` tokens; prefill chunks, single tokens and drafted tokens
     are all just queries of a sequence.
@@ -41,7 +41,7 @@ class ForwardBatch:
     logits_indices: Int32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SamplingBatch:
     """How to choose a token at each of the `num_logits` rows.  `model/sampling.py` specifies the choice exactly.
 
@@ -53,8 +53,8 @@ class SamplingBatch:
         positions: [num_logits] int64, index in the sequence of the token to be chosen.
         forced_token_ids: [num_logits] int32; -1 to choose, else this token is taken (a prompt token to be scored).
         num_logprobs: [num_logits] int32; -1 for none, else alternatives to report beside the chosen token.
-        penalty_rows, penalty_token_ids, penalty_counts, penalty_in_prompt: [num_entries] sparse history of the rows
-            that have a penalty: row, token id, times generated (int32), stands in the prompt (bool).  Each
+        penalty_rows, penalty_token_ids, penalty_counts: [num_entries] sparse history of the rows that have a penalty:
+            row, token id seen before, and how often it was generated, 0 if it stands in the prompt only.  Each
             (row, token) at most once.
         bias_rows, bias_token_ids, bias: [num_biases] sparse addends to the logits (float32); -inf bans a token.
     """
@@ -73,13 +73,12 @@ class SamplingBatch:
     penalty_rows: Int32
     penalty_token_ids: Int32
     penalty_counts: Int32
-    penalty_in_prompt: NDArray[np.bool_]
     bias_rows: Int32
     bias_token_ids: Int32
     bias: Float32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SamplerOutput:
     """The chosen tokens.
 

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Backend, ForwardBatch, Int32, SamplerOutput
+from model.layout import StepLayout
 from model.rows import BatchRows
 from scheduler.output import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
-
-
-class _Layout(NamedTuple):
-    """Where a step's tokens and logits come from.
-
-    Attributes:
-        num_logits: [num_seqs], logits rows of each; they belong to the last tokens of its share.
-        logits_rows: [num_logits in all], the batch row of each logits row.
-        logits_positions: [num_logits in all], position of the token that each predicts.
-        chooses: [num_logits in all], whether that token is to be chosen, or is known and to be scored.
-    """
-
-    num_logits: Int32
-    logits_rows: Int32
-    logits_positions: Int32
-    chooses: NDArray[np.bool_]
 
 
 class ModelExecutor:
@@ -41,6 +24,8 @@ class ModelExecutor:
         self.backend = backend
         self.block_size = block_size
         self.rows = BatchRows(max_num_seqs, max_model_len, block_size)
+        self._shape: tuple[list[int], ...] | None = None
+        self._layout: StepLayout
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Compute a step.  See `scheduler.engine.Executor`."""
@@ -49,51 +34,53 @@ class ModelExecutor:
         if not output.scheduled:
             return StepResult([])
         batch, layout = self._build(output.scheduled)
-        sampling = self.rows.sampling_batch(layout.logits_rows, layout.logits_positions, layout.chooses)
+        positions = batch.positions[layout.logits_indices] + 1
+        sampling = self.rows.sampling_batch(layout.logits_rows, positions, layout.chooses)
         chosen = self.backend.execute(batch, sampling)
-        self.rows.token_ids[layout.logits_rows, layout.logits_positions] = chosen.token_ids
+        self.rows.token_ids[layout.logits_rows, positions] = chosen.token_ids
         return self._collect(output.scheduled, layout, chosen)
 
-    def _build(self, scheduled: list[ScheduledRequest]) -> tuple[ForwardBatch, _Layout]:
-        rows = np.array([self.rows.place(share) for share in scheduled], np.int32)
+    def _build(self, scheduled: list[ScheduledRequest]) -> tuple[ForwardBatch, StepLayout]:
+        rows = [self.rows.place(share) for share in scheduled]
+        counts = [share.num_scheduled_tokens for share in scheduled]
+        num_chosen = [len(share.spec_token_ids) + 1 if share.samples else 0 for share in scheduled]
+        num_logits = self._num_logits(scheduled, rows, num_chosen) if self.rows.scored else num_chosen
+        shape = (rows, counts, num_chosen, num_logits)
+        if shape != self._shape:  # a batch that only decodes has the same shape in every step
+            self._shape, self._layout = shape, StepLayout.of(*shape)
+        layout = self._layout
+
         starts = np.array([share.num_computed_tokens for share in scheduled], np.int32)
-        counts = np.array([share.num_scheduled_tokens for share in scheduled], np.int32)
-        ends = counts.cumsum(dtype=np.int32)
-
-        token_rows, positions = _ranges(rows, starts, counts, ends)
-        num_chosen = np.array([len(s.spec_token_ids) + 1 if s.samples else 0 for s in scheduled], np.int32)
-        num_logits = np.where(self._scores_prompt(rows, starts), counts, num_chosen) if self.rows.scored else num_chosen
-        logits_rows, logits_indices = _ranges(rows, ends - num_logits, num_logits, num_logits.cumsum(dtype=np.int32))
-        chooses = logits_indices >= np.repeat(ends - num_chosen, num_logits)
-
-        context_lens = starts + counts
-        max_blocks = -(-int(context_lens.max()) // self.block_size)
+        context_lens = starts + layout.counts
+        positions = starts[layout.sequences] + layout.offsets
         block_index, offset = np.divmod(positions, self.block_size)
-        block_ids = self.rows.block_tables[token_rows, block_index]
-        query_start_loc = np.zeros(len(scheduled) + 1, np.int32)
-        query_start_loc[1:] = ends
+        block_tables = self.rows.block_tables
         batch = ForwardBatch(
-            token_ids=self.rows.token_ids[token_rows, positions],
+            token_ids=self.rows.token_ids[layout.token_rows, positions],
             positions=positions,
-            slot_mapping=block_ids * self.block_size + offset,
-            query_start_loc=query_start_loc,
+            slot_mapping=block_tables[layout.token_rows, block_index] * self.block_size + offset,
+            query_start_loc=layout.query_start_loc,
             context_lens=context_lens,
-            block_tables=self.rows.block_tables[rows, :max_blocks],
-            logits_indices=logits_indices,
+            block_tables=block_tables[layout.rows, : (context_lens.max() - 1) // self.block_size + 1],
+            logits_indices=layout.logits_indices,
         )
-        return batch, _Layout(num_logits, logits_rows, positions[logits_indices] + 1, chooses)
+        return batch, layout
 
-    def _scores_prompt(self, rows: Int32, starts: Int32) -> NDArray[np.bool_]:
-        """Which shares score prompt tokens, and so need logits for all of theirs: [num_seqs]."""
-        is_asked = self.rows.num_prompt_logprobs[rows] >= 0
-        return is_asked & (starts + 1 < self.rows.num_prompt_tokens[rows])
+    def _num_logits(self, scheduled: list[ScheduledRequest], rows: list[int], num_chosen: list[int]) -> list[int]:
+        """Shares that score prompt tokens need logits for all of their own; the others only to choose."""
+        return [
+            share.num_scheduled_tokens
+            if row in self.rows.scored and share.num_computed_tokens + 1 < self.rows.num_prompt_tokens[row]
+            else num
+            for share, row, num in zip(scheduled, rows, num_chosen, strict=True)
+        ]
 
-    def _collect(self, scheduled: list[ScheduledRequest], layout: _Layout, chosen: SamplerOutput) -> StepResult:
+    def _collect(self, scheduled: list[ScheduledRequest], layout: StepLayout, chosen: SamplerOutput) -> StepResult:
         """Split what was chosen by request, and verify drafted tokens."""
         result = StepResult([])
         token_ids: list[int] = chosen.token_ids.tolist()
         end = 0
-        for share, num_logits in zip(scheduled, layout.num_logits.tolist(), strict=True):
+        for share, num_logits in zip(scheduled, layout.num_logits, strict=True):
             begin, end = end, end + num_logits
             first = end - len(share.spec_token_ids) - 1 if share.samples else end
             accepted = _verify(share.spec_token_ids, token_ids[first:end])
@@ -116,15 +103,6 @@ class ModelExecutor:
         scored = slice(prompt.start, min(prompt.stop, prompt.start + num_scored))
         if num_prompt_logprobs >= 0 and scored.stop > scored.start:
             result.prompt_logprobs[share.request_id] = _read_logprobs(chosen, scored, num_prompt_logprobs)
-
-
-def _ranges(rows: Int32, starts: Int32, counts: Int32, ends: Int32) -> tuple[Int32, Int32]:
-    """Concatenated ranges [starts, starts + counts), each value beside its row; `ends` is the running sum of counts."""
-    if (counts == 1).all():
-        return rows, starts
-    shift = starts - ends + counts
-    values = np.arange(ends[-1], dtype=np.int32) + np.repeat(shift, counts)
-    return np.repeat(rows, counts), values
 
 
 def _verify(spec_token_ids: list[int], chosen: list[int]) -> list[int]:

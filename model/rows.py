@@ -11,6 +11,7 @@ from model.batch import Float32, Int32, SamplingBatch, UInt64
 from scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 
 Bool = NDArray[np.bool_]
+Intp = NDArray[np.intp]
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
@@ -39,7 +40,7 @@ class BatchRows:
         self._top_k = np.zeros(max_num_seqs, np.int32)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._gathered_for: bytes | None = None
-        self._gathered: tuple[Float32, Int32, UInt64, Int32]
+        self._gathered: tuple[Float32, Int32, UInt64, Int32, Int32]
         self.scored: set[int] = set()
         self._penalised: dict[int, Int32] = {}  # row -> prompt tokens that count as seen
         self._biased: dict[int, SamplingParams] = {}
@@ -64,7 +65,7 @@ class BatchRows:
             self._penalised.pop(row, None)
             self._biased.pop(row, None)
 
-    def sampling_batch(self, rows: Int32, positions: Int32, chooses: Bool) -> SamplingBatch:
+    def sampling_batch(self, rows: Intp, positions: Int32, chooses: Bool) -> SamplingBatch:
         """How to choose the token at each of `positions` of the requests in `rows`, all [num_logits].
 
         Where `chooses` is false the token is known and is only scored.
@@ -77,9 +78,9 @@ class BatchRows:
                 self._top_k[rows],
                 self._seeds[rows],
                 self.num_logprobs[rows],
+                np.full(len(rows), -1, np.int32),
             )
-        floats, top_k, seeds, num_logprobs = self._gathered
-        forced = np.full(len(rows), -1, np.int32)
+        floats, top_k, seeds, num_logprobs, forced = self._gathered
         if self.scored:
             forced = np.where(chooses, forced, self.token_ids[rows, positions])
             num_logprobs = np.where(chooses, num_logprobs, self.num_prompt_logprobs[rows])
@@ -100,7 +101,6 @@ class BatchRows:
             penalty_rows=penalties[0],
             penalty_token_ids=penalties[1],
             penalty_counts=penalties[2],
-            penalty_in_prompt=penalties[2] == 0,
             bias_rows=biases[0],
             bias_token_ids=biases[1],
             bias=biases[2],
@@ -128,7 +128,7 @@ class BatchRows:
             self._biased[row] = params
         return row
 
-    def _penalties(self, rows: Int32, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Int32]:
+    def _penalties(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Int32]:
         """Tokens seen before each choice: (logits row, token id, times generated); 0 times is of the prompt."""
         entries: list[tuple[NDArray[Any], ...]] = []
         for index in np.flatnonzero(chooses).tolist():
@@ -144,7 +144,7 @@ class BatchRows:
         columns = [np.concatenate(column).astype(np.int32) for column in zip(*entries, strict=True)]
         return columns[0], columns[1], columns[2]
 
-    def _biases(self, rows: Int32, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, NDArray[np.float32]]:
+    def _biases(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, NDArray[np.float32]]:
         """Addends to logits (logits row, token id, addend): `logit_bias`, and -inf for what may not end the text."""
         entries: list[tuple[int, int, float]] = []
         for index in np.flatnonzero(chooses).tolist():

@@ -91,8 +91,7 @@ def _with_penalties_and_bias(logits: Float32, sampling: SamplingBatch) -> Float3
     rows, ids, counts = sampling.penalty_rows, sampling.penalty_token_ids, sampling.penalty_counts
     values = logits[rows, ids]
     repetition = sampling.repetition_penalty[rows]
-    seen = (counts > 0) | sampling.penalty_in_prompt
-    values = np.where(seen, np.where(values > 0, values / repetition, values * repetition), values)
+    values = np.where(values > 0, values / repetition, values * repetition)
     penalized = values - sampling.frequency_penalty[rows] * counts.astype(np.float32) - sampling.presence_penalty[rows]
     logits[rows, ids] = np.where(counts > 0, penalized, values)
     np.add.at(logits, (sampling.bias_rows, sampling.bias_token_ids), sampling.bias)

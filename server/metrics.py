@@ -92,6 +92,8 @@ class Metrics:
         """Take in the end of a request, for whatever reason."""
         self._success.labels(**self._labels, finished_reason=reason).inc()
         num_tokens = len(journal.output_token_ids)
+        if reason == "length" and not num_tokens:  # its prompt was scored, and nothing asked for after it
+            self._prompt_tokens.inc(len(journal.request.prompt_token_ids))
         self._e2e.observe(now - journal.request.arrival_time)
         self._prompt_length.observe(len(journal.request.prompt_token_ids))
         self._output_length.observe(num_tokens)

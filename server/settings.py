@@ -42,7 +42,7 @@ class ServerSection(_Section):
     """Port to listen on; 0 takes a free one."""
     served_model_name: str | None = None
     """Name of the model in the API; the checkpoint folder's name if not set."""
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """If any are given, requests must carry one of them as a bearer token."""
     max_body_bytes: Positive = 4 * 1024 * 1024
     """Largest request body that is read."""

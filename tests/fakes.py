@@ -354,7 +354,7 @@ class FakeBackend:
             array = getattr(batch, name)
             assert array.dtype == np.int32, name
             assert array.flags.c_contiguous, name
-        dtypes = {"seeds": np.uint64, "positions": np.int64, "penalty_in_prompt": np.bool_}
+        dtypes = {"seeds": np.uint64, "positions": np.int64}
         for name in SamplingBatch.__slots__:
             array = getattr(sampling, name)
             is_float = name in ("temperature", "top_p", "min_p", "bias") or name.endswith("_penalty")

@@ -51,12 +51,11 @@ def _with_penalties_and_bias(logits: Tensor, sampling: SamplingBatch) -> Tensor:
         rows = sampling.penalty_rows
         at = (_index(rows, device), _index(sampling.penalty_token_ids, device))
         counts = torch.from_numpy(sampling.penalty_counts).to(device)
-        seen = torch.from_numpy(sampling.penalty_in_prompt).to(device) | (counts > 0)
         repetition = torch.from_numpy(sampling.repetition_penalty[rows]).to(device)
         frequency = torch.from_numpy(sampling.frequency_penalty[rows]).to(device)
         presence = torch.from_numpy(sampling.presence_penalty[rows]).to(device)
         values = logits[at]
-        values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
+        values = torch.where(values > 0, values / repetition, values * repetition)
         logits[at] = torch.where(counts > 0, values - frequency * counts.float() - presence, values)
     if sampling.bias_rows.size:
         at = (_index(sampling.bias_rows, device), _index(sampling.bias_token_ids, device))

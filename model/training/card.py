@@ -62,7 +62,7 @@ def _head(recipe: Recipe, provenance: Provenance) -> str:
         "feed-forward": f"{experts}width {config.intermediate_size}",
         "tokenizer": f"byte-level BPE, {config.vocab_size:,} tokens, a newline is always a token of its own",
         "context": f"{config.max_position_embeddings:,} tokens",
-        "budget": f"{share}; {provenance.seconds / 60:.0f} minutes on {provenance.threads} CPU threads",
+        "budget": f"{share}; {provenance.seconds / 60:.0f} minutes of wall time on {provenance.threads} CPU threads",
         "optimizer": f"AdamW, rate {training.learning_rate:g}, "
         f"{training.batch_size} x {training.sequence_length} tokens a step",
     }

@@ -219,11 +219,12 @@ class EngineClient:
             began = time.monotonic()
             try:
                 exit_code = await self._run_process()
-            except ShoalError as error:
+            except Exception as error:  # whatever it is, nobody may wait for ever
+                failure = error if isinstance(error, ShoalError) else EngineError(f"the engine failed: {error}")
                 if not self._first_start.done():
-                    self._first_start.set_exception(error)
+                    self._first_start.set_exception(failure)
                     return
-                logger.error("the engine failed: %s", error.message)
+                logger.error("%s", failure.message)
                 exit_code = 1
             if not self._first_start.done():
                 self._first_start.set_exception(
@@ -244,7 +245,6 @@ class EngineClient:
 
         Raises:
             ConfigError: it says that it cannot start.
-            EngineError: what it says makes no sense.
         """
         folder = Path(tempfile.mkdtemp(prefix="shoal-"))
         context = zmq.asyncio.Context()
@@ -253,8 +253,9 @@ class EngineClient:
             for socket, name in ((commands, "commands"), (reports, "reports")):
                 socket.set_hwm(0)
                 socket.bind(f"ipc://{folder / name}")
+            # -P: the working directory may hold a `server` or `model` of its own.
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "server.engine.process", str(folder), stdin=asyncio.subprocess.PIPE
+                sys.executable, "-P", "-m", "server.engine.process", str(folder), stdin=asyncio.subprocess.PIPE
             )
             try:
                 assert process.stdin is not None
@@ -287,12 +288,7 @@ class EngineClient:
     async def _receive(self, reports: zmq.asyncio.Socket) -> None:
         decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
         while True:
-            message = await reports.recv()
-            try:
-                report = decoder.decode(message)
-            except msgspec.DecodeError as error:
-                raise EngineError(f"its message of {len(message)} bytes is none that is known: {error}") from error
-            self._take(report)
+            self._take(decoder.decode(await reports.recv()))
 
     def _take(self, report: Report) -> None:
         match report:

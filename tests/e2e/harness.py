@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,6 +169,28 @@ class Server:
         self.until("the server is idle", lambda: not any(self.metric(name) for name in names))
 
 
+class Waiting(threading.Thread):
+    """A request that is not streamed, in the background."""
+
+    def __init__(self, server: Server, path: str, **body: Any) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self._path = path
+        self._body = body
+        self._response: httpx.Response | None = None
+        self.start()
+
+    def run(self) -> None:
+        headers = self._server.http.headers
+        with httpx.Client(base_url=self._server.url, headers=headers, timeout=PATIENCE, trust_env=False) as client:
+            self._response = client.post(self._path, json=self._body)
+
+    def answer(self) -> httpx.Response:
+        self.join(PATIENCE)
+        assert self._response is not None
+        return self._response
+
+
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     """The JSON of each server-sent event; every event is one `data:` line, and `[DONE]` is the last."""
     is_done = False
@@ -220,4 +243,4 @@ def run_shoal(folder: Path, *args: str, **environment: str) -> tuple[int, str]:
         timeout=PATIENCE,
         check=False,
     )
-    return done.returncode, re.sub(r"\s+", " ", done.stdout) if "--help" in args else done.stdout
+    return done.returncode, done.stdout

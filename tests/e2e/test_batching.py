@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import json
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -11,10 +13,10 @@ import pytest
 
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import API_KEYS
-from tests.e2e.harness import PATIENCE, Server, events, joined
+from tests.e2e.harness import PATIENCE, Server, Waiting, events, joined
 
 COMPLETIONS = "/v1/completions"
-LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True, "max_tokens": 3000}
+LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True, "max_tokens": 3900}
 
 
 def test_thirty_streams_run_in_one_batch_and_each_as_if_it_were_alone(main: Server) -> None:
@@ -68,51 +70,54 @@ def leave_before_the_answer(server: Server) -> None:
 
 
 @pytest.mark.parametrize("leave", [leave_stream, leave_before_the_answer])
-def test_who_leaves_gives_the_blocks_back(strict: Server, leave: Any) -> None:
+def test_who_leaves_gives_place_and_blocks_back(strict: Server, leave: Callable[[Server], None]) -> None:
+    """Two may run at a time: a third has its turn, long before the other is done, only if the one that left is gone."""
     aborted = strict.metric("request_success_total", finished_reason="abort")
-    with strict.streaming(COMPLETIONS, **LONG | {"max_tokens": 1500}) as other:
-        first = next(other)
-        leave(strict)
-        strict.until("only the other runs", lambda: strict.metric("num_requests_running") == 1)
-        assert joined([first, *other]) == cycle_text(1500)
+    other = Waiting(strict, COMPLETIONS, **LONG)
+    strict.until("the other runs", lambda: strict.metric("num_requests_running") == 1)
+    leave(strict)
+    assert strict.text("Z", temperature=0, max_tokens=5) == cycle_text(5)
+    assert other.is_alive()
+    assert other.answer().json()["choices"][0]["text"] == cycle_text(LONG["max_tokens"])
     strict.wait_idle()
     assert strict.metric("request_success_total", finished_reason="abort") == aborted + 1
+
+
+def raw_request(server: Server, **body: Any) -> socket.socket:
+    """A connection on which a whole request was sent and nothing is read."""
+    raw = json.dumps(body).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {API_KEYS[0]}\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+    return connection
+
+
+def test_who_leaves_at_once_leaves_nothing(strict: Server) -> None:
+    for i in range(20):
+        raw_request(strict, **LONG, stream=i % 2 == 0).close()
+    strict.wait_idle()
+    assert strict.text("Z", temperature=0, max_tokens=11) == cycle_text(11)
 
 
 def test_a_full_queue_refuses_at_once_and_who_waits_may_leave(strict: Server) -> None:
     with strict.streaming(COMPLETIONS, **LONG) as first, strict.streaming(COMPLETIONS, **LONG) as second:
         next(first), next(second)
-        with httpx.Client(base_url=strict.url, timeout=PATIENCE, trust_env=False) as client:
-            client.headers["authorization"] = f"Bearer {API_KEYS[0]}"
-
-            def wait_in_queue() -> None:
-                with pytest.raises(httpx.TransportError):
-                    client.post(COMPLETIONS, json=LONG)
-
-            waiting = threading.Thread(target=wait_in_queue)
-            waiting.start()
+        with raw_request(strict, **LONG):
             strict.until("one waits", lambda: strict.metric("num_requests_waiting") == 1)
-            for options in ({}, {"stream": True}):
-                response = strict.post(COMPLETIONS, prompt="Z", **options)
+            for stream in (False, True):
+                response = strict.post(COMPLETIONS, prompt="Z", stream=stream)
                 assert response.status_code == 429
                 assert int(response.headers["retry-after"]) >= 1
                 error = response.json()["error"]
                 assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
                 assert "max_num_seqs 2 + max_num_waiting 1" in error["message"]
-            abandon(client)
-            waiting.join(PATIENCE)
         strict.until("nobody waits", lambda: strict.metric("num_requests_waiting") == 0)
         assert strict.metric("num_requests_running") == 2
     strict.wait_idle()
-    # What can never fit is no matter of trying again.
-    response = strict.post(COMPLETIONS, prompt="Z", n=4)
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
-    response = strict.post(COMPLETIONS, prompt=["Z"] * 4)
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
-    assert strict.text("Z", temperature=0, max_tokens=11) == cycle_text(11)
 
 
-def abandon(client: httpx.Client) -> None:
-    """Cut the connection of a request that another thread waits for."""
-    for connection in client._transport._pool.connections:  # type: ignore[attr-defined]  # httpx has no call for this
-        connection._connection._network_stream.get_extra_info("socket").shutdown(2)
+def test_what_can_never_fit_is_no_matter_of_trying_again(strict: Server) -> None:
+    for prompt, n, param in (("Z", 4, "n"), (["Z"] * 4, 1, "prompt"), (["Z"] * 2, 2, "prompt")):
+        response = strict.post(COMPLETIONS, prompt=prompt, n=n)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+        assert "at most 3 at once" in response.json()["error"]["message"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from typing import Any
 
 import httpx
@@ -12,30 +11,10 @@ import pytest
 
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
-from tests.e2e.harness import Server, command_line, joined
+from tests.e2e.harness import Server, Waiting, command_line, joined
 
 LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"
-
-
-class Waiting(threading.Thread):
-    """A request that is not streamed, in the background."""
-
-    def __init__(self, server: Server, **body: Any) -> None:
-        super().__init__(daemon=True)
-        self.server = server
-        self.body = body
-        self.response: httpx.Response | None = None
-        self.start()
-
-    def run(self) -> None:
-        with httpx.Client(base_url=self.server.url, timeout=120, trust_env=False) as client:
-            self.response = client.post(COMPLETIONS, json=self.body)
-
-    def answer(self) -> httpx.Response:
-        self.join(120)
-        assert self.response is not None
-        return self.response
 
 
 def unavailable(server: Server) -> httpx.Response | None:
@@ -59,7 +38,7 @@ def test_an_engine_dies_a_new_one_comes_and_the_server_drains(start: StartServer
     server.wait_ready()
     engine = server.engine_pid()
 
-    waiting = Waiting(server, **LONG, max_tokens=4000)
+    waiting = Waiting(server, COMPLETIONS, **LONG, max_tokens=4000)
     server.until("it runs", lambda: server.metric("num_requests_running") == 1)
     with server.streaming(COMPLETIONS, **LONG, max_tokens=4000) as stream:
         first = next(stream)
@@ -96,7 +75,7 @@ def test_an_engine_dies_a_new_one_comes_and_the_server_drains(start: StartServer
 def test_a_drain_ends(start: StartServer, how: str) -> None:
     server = start("--drain-seconds", "0.2" if how == "time limit" else "100").wait_ready()
     engine = server.engine_pid()
-    waiting = Waiting(server, **LONG, max_tokens=4000)
+    waiting = Waiting(server, COMPLETIONS, **LONG, max_tokens=4000)
     server.until("it runs", lambda: server.metric("num_requests_running") == 1)
     with server.streaming(COMPLETIONS, **LONG, max_tokens=4000) as stream:
         next(stream)
@@ -109,6 +88,15 @@ def test_a_drain_ends(start: StartServer, how: str) -> None:
     assert waiting.answer().status_code == 503
     assert server.wait() == 0
     assert not command_line(engine)
+    assert nothing_left(server)
+
+
+def test_a_server_may_be_stopped_before_it_is_ready(start: StartServer) -> None:
+    server = start()
+    server.until("it answers", lambda: server.get("/health").status_code == 503)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert "Traceback" not in server.log
     assert nothing_left(server)
 
 

@@ -61,6 +61,8 @@ def test_a_wrong_command_line(tmp_path: Path, args: list[str], said: str) -> Non
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_limits_that_only_the_engine_can_check(tmp_path: Path, tiny_folder: Path, args: list[str], said: str) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "__init__.py").write_text("raise ImportError('that of the working directory')")
     assert re.search(said, refusal(tmp_path, "--model", str(tiny_folder), *args))
 
 
@@ -130,6 +132,7 @@ def test_settings_are_read_in_their_order(tmp_path: Path) -> None:
 
 def test_help_names_every_setting(tmp_path: Path) -> None:
     code, printed = run_shoal(tmp_path, "serve", "--help")
+    printed = " ".join(printed.split())
     assert code == 0
     for name, field in Settings.model_fields.items():
         sections = getattr(field.annotation, "model_fields", {name: field})
@@ -140,5 +143,6 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
 
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     code, printed = run_shoal(tmp_path, "--help")
+    printed = " ".join(printed.split())
     assert code == 0
     assert all(f" {command} " in printed for command in ("serve", "chat", "complete"))

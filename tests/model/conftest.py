@@ -90,7 +90,6 @@ def _sampling_batch(num_rows: int, **fields: Any) -> SamplingBatch:
         "penalty_rows": np.int32,
         "penalty_token_ids": np.int32,
         "penalty_counts": np.int32,
-        "penalty_in_prompt": np.bool_,
         "bias_rows": np.int32,
         "bias_token_ids": np.int32,
         "bias": np.float32,

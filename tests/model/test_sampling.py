@@ -50,7 +50,7 @@ def select(sampling: SamplingBatch, rows: np.ndarray) -> SamplingBatch:
         return [np.array([new_row[int(r)] for r in owner[keep]], np.int32), *(v[keep] for v in values)]
 
     sparse: dict[str, np.ndarray] = {}
-    for group in ("penalty_rows penalty_token_ids penalty_counts penalty_in_prompt", "bias_rows bias_token_ids bias"):
+    for group in ("penalty_rows penalty_token_ids penalty_counts", "bias_rows bias_token_ids bias"):
         names = group.split()
         sparse |= dict(zip(names, entries(*(getattr(sampling, name) for name in names)), strict=True))
     dense = {f.name: getattr(sampling, f.name)[rows] for f in fields(sampling) if f.name not in sparse}
@@ -83,7 +83,6 @@ def mixed(sampling_batch: Batches, seed: int, num_rows: int, vocab_size: int) ->
         penalty_rows=pairs // vocab_size,
         penalty_token_ids=pairs % vocab_size,
         penalty_counts=rng.integers(0, 4, num_entries),
-        penalty_in_prompt=rng.random(num_entries) < 0.5,
         bias_rows=biased // vocab_size,
         bias_token_ids=biased % vocab_size,
         bias=rng.choice([-np.inf, -100.0, -1.0, 2.5, 100.0], num_rows),
@@ -223,7 +222,6 @@ def test_repetition_penalty_as_transformers(sampler: Sampler, sampling_batch: Ba
             penalty_rows=[0] * 4,
             penalty_token_ids=seen,
             penalty_counts=[0, 1, 0, 5],
-            penalty_in_prompt=[True, False, True, True],
             bias_rows=[0] * forbidden,
             bias_token_ids=banned,
             bias=[-np.inf] * forbidden,
@@ -245,7 +243,6 @@ def test_frequency_and_presence_penalties_are_those_of_the_openai_formula(
             penalty_rows=[0, 0, 0],
             penalty_token_ids=[0, 1, 2],
             penalty_counts=counts,
-            penalty_in_prompt=[True, True, True],
         )
         return int(sampler(logits, batch).token_ids[0])
 

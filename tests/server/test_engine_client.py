@@ -100,7 +100,7 @@ def play_out(scene: Callable[[], Awaitable[None]]) -> None:
     [
         ("refuses", ConfigError, "num_blocks: too many"),
         ("dies", EngineError, "exit code 3"),
-        ("babbles", EngineError, "12 bytes"),
+        ("babbles", EngineError, "the engine failed: .*"),
     ],
 )
 def test_an_engine_that_cannot_start(checkpoint: str, error: type[ShoalError], message: str, tmp_path: Path) -> None:
@@ -112,6 +112,21 @@ def test_an_engine_that_cannot_start(checkpoint: str, error: type[ShoalError], m
 
     play_out(scene)
     assert not list((tmp_path / "temp").iterdir())
+
+
+def test_sockets_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The path of a socket is short on every system; a folder for temporary files need not be."""
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+    async def scene() -> None:
+        with pytest.raises(EngineError, match="is longer than"):
+            async with engine():
+                pass
+
+    play_out(scene)
+    assert not list(folder.iterdir())
 
 
 def test_news_come_in_order_and_are_kept(tmp_path: Path) -> None:

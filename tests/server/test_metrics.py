@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from scheduler.output import RequestOutput, SamplingParams, SchedulerStats
+from scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerStats
 from server.engine.client import Journal
 from server.engine.messages import EngineRequest
 from server.metrics import Metrics
@@ -64,6 +64,14 @@ def test_the_life_of_a_request() -> None:
     assert (value(metrics, "prompt_tokens_total"), value(metrics, "generation_tokens_total")) == (20, 4)
 
 
+def test_a_prompt_that_is_only_scored_counts() -> None:
+    metrics = Metrics("fish")
+    journal = Journal(EngineRequest("a", [1] * 20, SamplingParams(max_tokens=0, seed=0), 10.0))
+    metrics.tokens(journal, RequestOutput("a", [], FinishReason.LENGTH), 11.0)
+    metrics.finished(journal, "length", 11.0)
+    assert (value(metrics, "prompt_tokens_total"), value(metrics, "generation_tokens_total")) == (20, 0)
+
+
 def test_a_request_that_ended_in_the_queue_took_no_time_to_decode() -> None:
     metrics = Metrics("fish")
     journal = Journal(EngineRequest("a", [1], SamplingParams(max_tokens=4, seed=0), 10.0))
@@ -72,3 +80,4 @@ def test_a_request_that_ended_in_the_queue_took_no_time_to_decode() -> None:
     assert value(metrics, "e2e_request_latency_seconds_sum") == 1.0
     assert value(metrics, "request_decode_time_seconds_count") == 0
     assert value(metrics, "time_to_first_token_seconds_count") == 0
+    assert value(metrics, "prompt_tokens_total") == 0

@@ -84,6 +84,7 @@ def test_lists_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> N
         (["--dtype", "float8"], "engine.dtype: input should be 'auto', 'float32' or 'bfloat16'"),
         (["--device", "abacus"], "engine.device: "),
         (["--log-level", "loud"], "server.log_level: "),
+        (["--api-keys", ""], "server.api_keys.0: string should have at least 1 character"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
