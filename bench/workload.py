@@ -6,6 +6,8 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
+
 from model.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
 from scheduler.engine import EngineCore
 from scheduler.output import SamplingParams
@@ -16,11 +18,17 @@ from server.settings import load_settings
 
 
 class TimedBackend:
-    """A backend that notes how long its last step took."""
+    """A backend that notes how long its last step took, and can be told to compute nothing.
+
+    Attributes:
+        seconds: of the last step.
+        computes: whether a step is computed; if not, every request gets token 1 at once.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.seconds = 0.0
+        self.computes = True
 
     @property
     def vocab_size(self) -> int:
@@ -28,7 +36,10 @@ class TimedBackend:
 
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
         began = time.perf_counter()
-        output = self._backend.execute(batch, sampling)
+        if self.computes:
+            output = self._backend.execute(batch, sampling)
+        else:
+            output = SamplerOutput(np.ones(len(batch.logits_indices), np.int32))
         self.seconds = time.perf_counter() - began
         return output
 

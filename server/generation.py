@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -184,6 +185,17 @@ class Generation:
             for choice in self._choices.values():
                 if not choice.is_finished:
                     self._metrics.finished(choice.journal, reason, time.monotonic())
+
+    async def complete(self) -> list[Delta]:
+        """All choices in full, in order.  Raises as `deltas` does."""
+        whole = [Delta(index, "") for index in range(self.num_choices)]
+        async with aclosing(self.deltas()) as steps:
+            async for deltas in steps:
+                for delta in deltas:
+                    whole[delta.index].text += delta.text
+                    whole[delta.index].scored += delta.scored
+                    whole[delta.index].finish_reason = delta.finish_reason
+        return whole
 
     def _feed(self, output: RequestOutput) -> list[Delta]:
         choice = self._choices[output.request_id]

@@ -82,7 +82,7 @@ class ChatChoice(msgspec.Struct):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReasonName
+    finish_reason: FinishReasonName | None
 
 
 class ChatCompletion(msgspec.Struct):

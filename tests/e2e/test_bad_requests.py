@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.e2e.harness import Server
 
-COMPLETION: dict[str, Any] = {"prompt": "the cat", "max_tokens": 2}
+COMPLETION: dict[str, Any] = {"prompt": "the cat", "max_tokens": 2, "seed": 1, "ignore_eos": True}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 NAN, INFINITY = float("nan"), float("inf")
 

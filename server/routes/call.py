@@ -1,0 +1,58 @@
+"""What both kinds of completion have in common: one API call, answered whole or as a stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from typing import ClassVar, Generic, TypeVar
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from server.routes.answer import EventStream, unless_disconnected, whole
+from server.sampling import resolve_seed
+from server.service import Service, new_id, unix_time
+from server.wire.requests import ChatBody, CompletionBody
+
+Body = TypeVar("Body", CompletionBody, ChatBody)
+# A field that is left out of the JSON where it is unset.
+Unset = msgspec.UnsetType
+
+
+class Call(ABC, Generic[Body]):
+    """One call, submitted to the engine.
+
+    Attributes:
+        usage_in_chunks: what a stream's chunks say of usage before the last: null if it was asked for, else nothing.
+
+    Raises:
+        InvalidRequestError, QueueFullError, EngineUnavailableError: the engine refuses it.
+    """
+
+    id_prefix: ClassVar[str]
+
+    def __init__(self, service: Service, body: Body, prompts: Sequence[tuple[str, list[int]]]) -> None:
+        self.service = service
+        self.body: Body = body
+        self.id = new_id(self.id_prefix)
+        self.created = unix_time()
+        self.seed = resolve_seed(body)
+        self.include_usage = body.stream_options is not None and body.stream_options.include_usage
+        self.usage_in_chunks = None if self.include_usage else msgspec.UNSET
+        self.generation = service.generate(body, prompts, api_id=self.id, seed=self.seed)
+
+    async def answer(self, request: Request) -> Response:
+        """Answer as the body asks."""
+        headers = {"x-request-id": self.id, "x-seed": str(self.seed)}
+        if self.body.stream:
+            return EventStream(self.chunks(), headers)
+        return whole(await unless_disconnected(request.receive, self.complete()), headers)
+
+    @abstractmethod
+    async def complete(self) -> msgspec.Struct:
+        """The whole answer."""
+
+    @abstractmethod
+    def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events."""
