@@ -48,8 +48,12 @@ def run(checkpoint: Path, num_repeats: int, max_tokens: int) -> dict[str, object
         {"way": "over HTTP", "tokens/s": num_tokens / http},
     ]
     show(f"server: {NUM_STREAMS} streams of {max_tokens} tokens, median of {num_repeats}", rows)
+    # The CPU seconds of the API process over the seconds that the way over HTTP takes longer: how much of the loss they
+    # would explain if nothing ran beside them.
+    share = median(r.api for r in over_http) / (http - local)
     figures = {
         "http_to_in_process": local / http,
+        "api_share_of_overhead": share,
         "api_process_cores": api_share,
         "api_process_us_per_token": per_token,
         "engine_process_cores": median(r.engine / r.wall for r in over_http),

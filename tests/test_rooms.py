@@ -33,7 +33,7 @@ def _room(ours: str, outside: str) -> Room:
 
 ROOMS = {
     "scheduler": _room("", ""),
-    "model": _room("scheduler.output scheduler.errors", "click jinja2 ml_dtypes numpy safetensors tokenizers torch"),
+    "model": _room("scheduler.output scheduler.errors", "click jinja2 numpy safetensors tokenizers torch"),
     "server": _room(
         "scheduler model",
         "click fastapi msgspec numpy prometheus_client pydantic pydantic_settings starlette uvicorn uvloop zmq",
@@ -42,7 +42,7 @@ ROOMS = {
     "loadtest": _room("clients scheduler", "click locust matplotlib numpy"),
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")
-ONLY_IN_TRAINING = frozenset({"tqdm", "transformers"})
+ONLY_IN_TRAINING = frozenset({"click", "safetensors", "tqdm", "transformers"})
 READS_ENVIRONMENT = "server/settings.py"
 
 

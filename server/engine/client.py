@@ -317,7 +317,9 @@ class EngineClient:
                 )
                 if self.state is EngineState.STARTING:
                     self.state = EngineState.READY
-                if not self._first_start.done():
+                if self._first_start.done():
+                    logger.info("the new engine is ready")
+                else:
                     self._first_start.set_result(report)
             case StartFailed(message, param):
                 raise ConfigError(message, param=param)
