@@ -152,7 +152,7 @@ def _licences(licences: dict[str, str]) -> str:
             "",
             "The sources of these packages, pinned by hash in `model/training/corpus.txt`, with the licences that",
             "their own metadata states; tests, vendored packages, generated files and duplicates left out.",
-            "Instruction pairs are made from their docstrings.",
+            "Instruction pairs are made from their docstrings, and a share of their functions stands alone.",
             "",
             "| licence | packages |",
             "|---|---|",

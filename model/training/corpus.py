@@ -11,19 +11,22 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from scheduler.errors import ConfigError
 
-from .instructions import instruction_pairs
+from .instructions import bare_functions, instruction_pairs
 from .sources import STDLIB, SourceFile
 
 PACKAGE_CAP = 1_200_000  # characters, so that no package dominates
 STDLIB_CAP = 8_000_000
 VALIDATION_PER_MILLE = 12
-INSTRUCTION_SHARE = 0.15  # of the characters
+# Of the characters of the files.  Without bare functions, only answers in a chat would begin with "def", and a
+# completion of one would end in the fence that closes such an answer.
+INSTRUCTION_SHARE = 0.18
+FUNCTION_SHARE = 0.08
 
 _SHINGLE_LINES = 5
 _NEAR_DUPLICATE = 0.4  # share of a file's shingles that were seen before
@@ -37,8 +40,8 @@ class Document:
 
     Attributes:
         package, path: where the text is from.
-        turns: a file is one string; an instruction pair is a question and an answer, and sometimes a system
-            message before them.
+        turns: a file or a function is one string; an instruction pair is a question and an answer, and sometimes a
+            system message before them.
     """
 
     package: str
@@ -132,21 +135,30 @@ def build(files: Iterable[SourceFile]) -> tuple[list[Document], list[Document]]:
 
 
 def _documents(files: list[SourceFile]) -> list[Document]:
-    texts = [Document(file.package, file.path, (file.text,)) for file in files]
-    pairs = [
-        Document(file.package, f"{file.path}#{i}", turns)
-        for file in files
-        if file.path.endswith(".py")
-        for i, turns in enumerate(instruction_pairs(file.text))
-    ]
-    pairs.sort(key=lambda pair: stable_hash(f"{pair.package}/{pair.path}"))
-    room = INSTRUCTION_SHARE / (1 - INSTRUCTION_SHARE) * sum(len(file.text) for file in files)
-    for pair in pairs:
-        room -= sum(map(len, pair.turns))
-        if room < 0:
-            break
-        texts.append(pair)
-    return sorted(texts, key=lambda document: stable_hash(f"shuffle {document.package}/{document.path}"))
+    """The files, a share of the questions and answers that they give, and a share of their functions alone."""
+    size = sum(len(file.text) for file in files)
+    python = [file for file in files if file.path.endswith(".py")]
+    documents = [Document(file.package, file.path, (file.text,)) for file in files]
+    documents += _share(_parts(python, "#", instruction_pairs), INSTRUCTION_SHARE * size)
+    documents += _share(_parts(python, "@", bare_functions), FUNCTION_SHARE * size)
+    return sorted(documents, key=lambda document: stable_hash(f"shuffle {document.package}/{document.path}"))
+
+
+def _parts(
+    files: list[SourceFile], mark: str, parts_of: Callable[[str], Iterable[tuple[str, ...]]]
+) -> Iterator[Document]:
+    for file in files:
+        for i, turns in enumerate(parts_of(file.text)):
+            yield Document(file.package, f"{file.path}{mark}{i}", turns)
+
+
+def _share(documents: Iterable[Document], num_characters: float) -> Iterator[Document]:
+    """A choice of documents with that many characters in all, the same on every machine."""
+    for document in sorted(documents, key=lambda document: stable_hash(f"{document.package}/{document.path}")):
+        num_characters -= sum(map(len, document.turns))
+        if num_characters < 0:
+            return
+        yield document
 
 
 def write_documents(documents: list[Document], path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Instruction pairs from docstrings: a docstring asks for a function and its code answers, or the other way round."""
+"""What the functions of a file give beside the file: instruction pairs from docstrings, and the functions alone.
+
+In a pair a docstring asks for a function and its code answers, or the other way round.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +32,30 @@ def instruction_pairs(source: str) -> Iterator[tuple[str, ...]]:
     A function gives one pair if it has a docstring and is of moderate length.  Which way it is asked follows from its
     name and place, so that a file always gives the same pairs.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        tree = ast.parse(source)
     lines = source.split("\n")
-    for node in ast.walk(tree):
+    for node in ast.walk(_parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             summary = _summary(node)
             code = _code_without_docstring(node, lines)
             if summary and code:
                 yield _pair(node, summary, code)
+
+
+def bare_functions(source: str) -> Iterator[tuple[str]]:
+    """The functions and classes of a file's top level that are of moderate length, each a text of its own."""
+    lines = source.split("\n")
+    for node in _parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            end = node.end_lineno or node.lineno
+            if 3 <= end - begin < _MOST_LINES:
+                yield ("\n".join(lines[begin - 1 : end]) + "\n",)
+
+
+def _parse(source: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        return ast.parse(source)
 
 
 def _summary(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:

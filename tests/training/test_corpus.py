@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import re
 import textwrap
 import zipfile
 from itertools import product
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from model.training import corpus, sources
 from model.training.corpus import build, clean, without_duplicates
-from model.training.instructions import instruction_pairs
+from model.training.instructions import bare_functions, instruction_pairs
 from model.training.sources import SourceFile
 from scheduler.errors import ConfigError
 
@@ -132,10 +133,11 @@ def test_the_sets_share_no_file_and_no_pair_crosses_over(monkeypatch: pytest.Mon
     files = [SourceFile("p", f"{name}.py", function(f"make_{name}", name)) for name in names]
     train, validation = build(files)
     assert validation
-    origins = [{document.path.split("#")[0] for document in documents} for documents in (train, validation)]
+    origins = [{re.split("[#@]", document.path)[0] for document in documents} for documents in (train, validation)]
     assert not origins[0] & origins[1]
     assert origins[0] | origins[1] == {file.path for file in files}
     assert any(len(document.turns) == 2 for document in train)
+    assert any("@" in document.path for document in train)
 
 
 def test_documents_survive_the_file(tmp_path: Path) -> None:
@@ -173,3 +175,12 @@ def test_the_code_that_answers_parses_and_its_docstring_asked() -> None:
 )
 def test_a_function_that_makes_no_pair(source: str) -> None:
     assert list(instruction_pairs(source)) == []
+
+
+def test_bare_functions_are_those_of_the_top_level_whole_and_of_moderate_length() -> None:
+    wanted = "@decorated\n" + function("f")
+    inner = "class C:\n" + textwrap.indent(function("method"), "    ")
+    source = (
+        "import a\n\n" + wanted + "\n" + inner + "\n\ndef short():\n    return 1\n" + "def g():\n" + "    x = 1\n" * 60
+    )
+    assert list(bare_functions(source)) == [(wanted,), (inner,)]
