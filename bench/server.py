@@ -23,12 +23,14 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of wall time, and CPU seconds of each process."""
+    """Seconds of wall time, CPU seconds of each process, and MiB of memory that are resident at the end."""
 
     wall: float
     api: float = 0.0
     engine: float = 0.0
     client: float = 0.0
+    api_memory: float = 0.0
+    engine_memory: float = 0.0
 
 
 def run(checkpoint: Path, num_repeats: int, max_tokens: int) -> dict[str, object]:
@@ -58,8 +60,10 @@ def run(checkpoint: Path, num_repeats: int, max_tokens: int) -> dict[str, object
         "api_process_us_per_token": per_token,
         "engine_process_cores": median(r.engine / r.wall for r in over_http),
         "client_cores": median(r.client / r.wall for r in over_http),
+        "api_process_mib": median(r.api_memory for r in over_http),
+        "engine_process_mib": median(r.engine_memory for r in over_http),
     }
-    show("server: ratio, and share of a core that each process used", [figures])
+    show("server: ratio, share of a core that each process used, resident memory", [figures])
     return {"server": {"rows": rows, **figures}}
 
 
@@ -105,7 +109,7 @@ def _over_http(checkpoint: Path, prompts: list[list[int]], max_tokens: int) -> R
         after = (_cpu(server.pid), _cpu(engine), time.process_time(), time.perf_counter())
         assert num_tokens == NUM_STREAMS * max_tokens, f"expected {NUM_STREAMS * max_tokens} tokens, got {num_tokens}"
         api, engine_cpu, client, wall = (b - a for a, b in zip(before, after, strict=True))
-        return Run(wall, api, engine_cpu, client)
+        return Run(wall, api, engine_cpu, client, _memory(server.pid), _memory(engine))
     finally:
         server.terminate()
         server.wait()
@@ -138,3 +142,9 @@ def _cpu(pid: int) -> float:
     """CPU seconds that a process has used (proc(5): utime and stime)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def _memory(pid: int) -> float:
+    """Resident MiB of a process (proc(5): VmRSS)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
