@@ -18,7 +18,11 @@ class AuthenticationError(ShoalError):
 
 
 class NotFoundError(ShoalError):
-    """No such path, or no such model."""
+    """No such path, or what it names."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """No such model on this server."""
 
 
 class MethodNotAllowedError(ShoalError):
@@ -45,8 +49,9 @@ class HttpError(msgspec.Struct, frozen=True):
 _TABLE: dict[type[ShoalError], HttpError] = {
     InvalidRequestError: HttpError(400, "invalid_request_error", "invalid_value"),
     ContextLengthError: HttpError(400, "invalid_request_error", "context_length_exceeded"),
-    AuthenticationError: HttpError(401, "authentication_error", "invalid_api_key"),
-    NotFoundError: HttpError(404, "not_found_error", "not_found"),
+    AuthenticationError: HttpError(401, "invalid_request_error", "invalid_api_key"),
+    NotFoundError: HttpError(404, "invalid_request_error", "not_found"),
+    ModelNotFoundError: HttpError(404, "invalid_request_error", "model_not_found"),
     MethodNotAllowedError: HttpError(405, "invalid_request_error", "method_not_allowed"),
     BodyTooLargeError: HttpError(413, "invalid_request_error", "body_too_large"),
     QueueFullError: HttpError(429, "rate_limit_error", "queue_full", retry_after=1),

@@ -12,7 +12,7 @@ from model.config import GenerationDefaults, ModelConfig
 from model.tokenizer import Tokenizer
 from scheduler.errors import InvalidRequestError
 from server.engine.client import EngineClient
-from server.errors import NotFoundError
+from server.errors import ModelNotFoundError
 from server.generation import Generation, Prompt
 from server.metrics import Metrics
 from server.sampling import check_token_ids, resolve_sampling
@@ -40,10 +40,10 @@ class Service:
         """Refuse a request for another model.
 
         Raises:
-            NotFoundError: this server does not serve it.
+            ModelNotFoundError: this server does not serve it.
         """
         if name is not None and name != self.model_name:
-            raise NotFoundError(
+            raise ModelNotFoundError(
                 f"the model {name!r} does not exist: this server serves {self.model_name!r}", param="model"
             )
 

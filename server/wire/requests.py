@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from scheduler.errors import InvalidRequestError
 
@@ -183,10 +184,13 @@ def _as_request_error(error: ValidationError) -> InvalidRequestError:
         case "missing":
             return InvalidRequestError(f"missing required field: {'.'.join(path)}", param=field)
     # A field of several types has a fault for each of them.
-    messages = dict.fromkeys(_lower(fault["msg"]) for fault in faults if fault["loc"][:1] == first["loc"][:1])
+    messages = dict.fromkeys(_message(fault) for fault in faults if fault["loc"][:1] == first["loc"][:1])
     return InvalidRequestError(f"{field or 'request body'}: {' or '.join(messages)}", param=field)
 
 
-def _lower(message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
+def _message(fault: ErrorDetails) -> str:
+    """What is wrong, and where inside the field if it is an item of it."""
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    indices = [i for i, part in enumerate(fault["loc"]) if isinstance(part, int)]
+    return f"item {fault['loc'][indices[0]]}: {message}" if indices else message

@@ -177,7 +177,7 @@ def test_a_missing_field(tiny: Server) -> None:
 def test_what_does_not_exist(tiny: Server) -> None:
     for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT), ("/tokenize", {"prompt": "a"})):
         error = refused(tiny.post(path, **body, model="gpt-5"), 404)
-        assert (error["type"], error["param"]) == ("not_found_error", "model")
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
         assert "'gpt-5'" in error["message"] and "'tiny'" in error["message"]
     refused(tiny.get("/v1/models/gpt-5"), 404)
     assert "/v1/embeddings" in refused(tiny.post("/v1/embeddings"), 404)["message"]

@@ -128,7 +128,7 @@ def test_models(client: openai.OpenAI) -> None:
 def test_errors_are_of_the_clients_own_types(client: openai.OpenAI, strict: Server) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="other", prompt=PROMPT)
-    assert (missing.value.param, missing.value.code) == ("model", "not_found")
+    assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     with pytest.raises(openai.BadRequestError, match="max_tokens can be at most") as too_long:

@@ -117,7 +117,7 @@ def test_api_keys(strict: Server) -> None:
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
             error = response.json()["error"]
-            assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+            assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
             assert API_KEYS[0] not in error["message"]
     for key in API_KEYS:
         assert strict.get("/v1/models", headers=[(b"authorization", f"bearer {key}".encode())]).status_code == 200
