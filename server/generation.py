@@ -10,7 +10,8 @@ from typing import Literal
 
 from model.tokenizer import IncrementalDetokenizer, Tokenizer
 from scheduler.output import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
-from server.engine.client import EngineClient, Journal
+from server.engine.client import EngineClient
+from server.engine.journal import Journal
 from server.engine.messages import EngineRequest
 from server.metrics import Metrics
 from server.text import StopStrings

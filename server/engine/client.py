@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -21,7 +20,8 @@ import zmq.asyncio
 from scheduler.admission import check_queue, check_request
 from scheduler.config import SchedulerConfig
 from scheduler.errors import ConfigError, EngineError, ShoalError
-from scheduler.output import FinishReason, RequestOutput, SchedulerStats, TokenLogprobs
+from scheduler.output import SchedulerStats
+from server.engine.journal import Submission
 from server.engine.messages import Abort, Command, EngineConfig, EngineRequest, News, Ready, Report, StartFailed, Submit
 from server.errors import EngineUnavailableError
 from server.metrics import Metrics
@@ -38,71 +38,6 @@ class EngineState(Enum):
     READY = "ready"
     DRAINING = "draining"
     STOPPED = "stopped"
-
-
-@dataclass(slots=True)
-class Journal:
-    """What one request was and what came of it so far.
-
-    It is kept here, in the API process, because an engine may die: what a new engine needs to go on is `request` with
-    `output_token_ids`.  Times are seconds on the monotonic clock.
-    """
-
-    request: EngineRequest
-    output_token_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    num_cached_tokens: int = 0
-    queue_time: float = 0.0
-    first_token_time: float | None = None
-    last_token_time: float | None = None
-
-    def note(self, output: RequestOutput, now: float) -> None:
-        """Take in a piece of news."""
-        self.prompt_logprobs += output.prompt_logprobs or ()
-        if output.token_ids:
-            if self.first_token_time is None:
-                self.first_token_time = now
-                self.queue_time = output.queue_time
-                self.num_cached_tokens = output.num_cached_tokens
-            self.last_token_time = now
-            self.output_token_ids += output.token_ids
-
-
-class Submission:
-    """Requests that were submitted together, and one stream of the news of all of them."""
-
-    def __init__(self, requests: Sequence[EngineRequest]) -> None:
-        self.journals = {request.request_id: Journal(request) for request in requests}
-        self._news: list[RequestOutput] = []
-        self._error: ShoalError | None = None
-        self._arrived = asyncio.Event()
-
-    def put(self, output: RequestOutput) -> None:
-        if output.finish_reason is FinishReason.ERROR:
-            self.fail(EngineError(f"the engine failed on this request: {output.error}"))
-        else:
-            self._news.append(output)
-            self._arrived.set()
-
-    def fail(self, error: ShoalError) -> None:
-        self._error = self._error or error
-        self._arrived.set()
-
-    async def get(self) -> list[RequestOutput]:
-        """All news that has come since the last call, at least one.
-
-        Raises:
-            EngineError: the engine died, or failed on one of the requests.
-            EngineUnavailableError: the server is shutting down.
-        """
-        await self._arrived.wait()
-        news, self._news = self._news, []
-        if news:
-            if self._error is None:
-                self._arrived.clear()
-            return news
-        assert self._error is not None
-        raise self._error
 
 
 class EngineClient:

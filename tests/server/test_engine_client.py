@@ -15,7 +15,8 @@ import pytest
 import tests.server.fake_engine as fake
 from scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
 from scheduler.output import RequestOutput, SamplingParams
-from server.engine.client import EngineClient, EngineState, Submission
+from server.engine.client import EngineClient, EngineState
+from server.engine.journal import Submission
 from server.engine.messages import EngineConfig, EngineRequest
 from server.errors import EngineUnavailableError
 from server.metrics import Metrics

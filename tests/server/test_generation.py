@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from model.tokenizer import Tokenizer
 from scheduler.output import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
-from server.engine.client import Journal
+from server.engine.journal import Journal
 from server.engine.messages import EngineRequest
 from server.generation import Choice, Delta
 

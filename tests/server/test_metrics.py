@@ -4,7 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerStats
-from server.engine.client import Journal
+from server.engine.journal import Journal
 from server.engine.messages import EngineRequest
 from server.metrics import Metrics
 
