@@ -36,8 +36,8 @@ ROOMS = {
     "model": _room("scheduler.output scheduler.errors", "click jinja2 numpy safetensors tokenizers torch"),
     "server": _room(
         "scheduler model",
-        "click fastapi msgspec numpy prometheus_client pydantic pydantic_core pydantic_settings starlette uvicorn uvloop "
-        "zmq",
+        "click fastapi msgspec numpy prometheus_client pydantic pydantic_core pydantic_settings starlette uvicorn "
+        "uvloop zmq",
     ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room("clients scheduler", "click locust matplotlib numpy"),
