@@ -47,6 +47,7 @@ class Metrics:
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _SECONDS)
         self._queue = self._histogram("request_queue_time_seconds", "Arrival to first step.", _SECONDS)
         self._prefill = self._histogram("request_prefill_time_seconds", "First step to first token.", _SECONDS)
+        self._inference = self._histogram("request_inference_time_seconds", "First step to last token.", _SECONDS)
         self._decode = self._histogram("request_decode_time_seconds", "First token to last token.", _SECONDS)
         self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._output_length = self._histogram("request_generation_tokens", "Tokens generated in a request.", _TOKENS)
@@ -96,6 +97,7 @@ class Metrics:
         if journal.first_token_time is not None and journal.last_token_time is not None:
             decode = journal.last_token_time - journal.first_token_time
             self._decode.observe(decode)
+            self._inference.observe(journal.last_token_time - journal.request.arrival_time - journal.queue_time)
             if num_tokens > 1:
                 self._tpot.observe(decode / (num_tokens - 1))
 

@@ -209,5 +209,6 @@ def _describe(error: ValidationError) -> str:
         if one["type"] == "extra_forbidden":
             lines.append(f"{_location(one)}: unknown setting")
         else:
-            lines.append(f"{_location(one)}: {one['msg'][0].lower()}{one['msg'][1:]} (got {one['input']!r})")
+            given = "" if "api_keys" in one["loc"] else f" (got {one['input']!r})"  # a log is no place for a key
+            lines.append(f"{_location(one)}: {one['msg'][0].lower()}{one['msg'][1:]}{given}")
     return "\n".join(lines)

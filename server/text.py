@@ -8,7 +8,8 @@ from collections.abc import Sequence
 class StopStrings:
     """Looks for stop strings in text that comes piece by piece, and holds back what might become one.
 
-    A stop string may lie across any number of pieces.  If several occur, the one that begins first counts.
+    A stop string may lie across any number of pieces.  The one that is complete first counts; of those that one piece
+    completes, the one that begins first.
     """
 
     def __init__(self, stop_strings: Sequence[str]) -> None:

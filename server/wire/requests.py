@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from scheduler.errors import InvalidRequestError
@@ -72,6 +72,13 @@ class GenerationBody(_Body):
         if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
             raise ValueError(f"{len(stop)} stop strings were given, but at most {MAX_STOP_STRINGS} are allowed")
         return stop
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_for_streams(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream"):
+            raise ValueError("is only allowed when stream is true")
+        return options
 
     @property
     def stop_strings(self) -> list[str]:

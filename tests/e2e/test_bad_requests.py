@@ -62,6 +62,7 @@ FOR_BOTH: list[tuple[str, Any, str]] = [
     ("logit_bias", [5], "object"),
     ("stream", "yes", "boolean"),
     ("stream_options", {"include_usage": 1}, "boolean"),
+    ("stream_options", {"include_usage": True}, "only allowed when stream is true"),
     ("stream_options", {"other": True}, "unrecognized request argument: stream_options.other"),
     ("model", 5, "string"),
     ("temprature", 1, "unrecognized request argument: temprature"),
