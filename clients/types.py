@@ -43,8 +43,6 @@ class SamplingOptions(TypedDict, total=False):
     min_tokens: int
     stop_token_ids: list[int]
     ignore_eos: bool
-    priority: int
-    speculation: str
 
 
 class CompletionOptions(SamplingOptions, total=False):

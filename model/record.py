@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
@@ -102,10 +101,3 @@ class ModelRecord:
             feed_forward = config.num_experts * (feed_forward + config.hidden_size)
         embeddings = self.embedding.size * (1 if self.head is self.embedding else 2)
         return embeddings + layers * (attention + feed_forward + 2 * config.hidden_size) + config.hidden_size
-
-
-def to_float32(array: Array) -> NDArray[np.float32]:
-    """The array's values as float32; exact for all dtypes of a record, and no copy if it is float32 already."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32, copy=False)

@@ -120,10 +120,6 @@ class SchedulerOutput:
     scheduled: list[ScheduledRequest]
     released: list[str]
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(s.num_scheduled_tokens for s in self.scheduled)
-
 
 @dataclass(slots=True)
 class StepResult:

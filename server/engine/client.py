@@ -50,7 +50,6 @@ class EngineClient:
     def __init__(self, config: EngineConfig, metrics: Metrics) -> None:
         self.config = config
         self.state = EngineState.STARTING
-        self.ready: Ready | None = None
         self._limits: SchedulerConfig | None = None
         self._metrics = metrics
         self._unfinished: dict[str, Submission] = {}
@@ -240,7 +239,6 @@ class EngineClient:
                         if output.finish_reason is not None:
                             self._forget(output.request_id)
             case Ready():
-                self.ready = report
                 self._limits = SchedulerConfig(
                     num_blocks=report.num_blocks,
                     block_size=self.config.block_size,

@@ -20,8 +20,6 @@ EXTENSIONS: dict[str, Any] = {
     "ignore_eos": True,
     "min_tokens": 3,
     "stop_token_ids": [1, 2],
-    "priority": -1,
-    "speculation": "off",
 }
 
 
