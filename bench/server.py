@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 from bench.table import show
 from bench.workload import make_engine, make_request
@@ -96,27 +98,40 @@ def decode_all(checkpoint: Path, max_tokens: int) -> float:
     return time.perf_counter() - began
 
 
+class Server:
+    """`shoal serve` for the length of a `with` block."""
+
+    def __init__(self, checkpoint: Path, arguments: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "server.cli", "serve", "--model", str(checkpoint), "--port", "0", *arguments]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        self.url = next(line.split()[-1] for line in self._process.stderr if "ready after" in line)
+        self.api, self.engine = self._process.pid, _only_child(self._process.pid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
 def _over_http(checkpoint: Path, prompts: list[list[int]], max_tokens: int) -> Run:
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(checkpoint), "--port", "0", *ARGUMENTS]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert server.stderr is not None
-        url = next(line.split()[-1] for line in server.stderr if "ready after" in line)
-        engine = _only_child(server.pid)
-        asyncio.run(_stream_all(url, prompts, 4))
-        before = (_cpu(server.pid), _cpu(engine), time.process_time(), time.perf_counter())
-        num_tokens = asyncio.run(_stream_all(url, prompts, max_tokens))
-        after = (_cpu(server.pid), _cpu(engine), time.process_time(), time.perf_counter())
+    with Server(checkpoint, ARGUMENTS) as server:
+        asyncio.run(stream_all(server.url, prompts, 4))
+        before = (_cpu(server.api), _cpu(server.engine), time.process_time())
+        wall, num_tokens = asyncio.run(stream_all(server.url, prompts, max_tokens))
+        after = (_cpu(server.api), _cpu(server.engine), time.process_time())
         assert num_tokens == NUM_STREAMS * max_tokens, f"expected {NUM_STREAMS * max_tokens} tokens, got {num_tokens}"
-        api, engine_cpu, client, wall = (b - a for a, b in zip(before, after, strict=True))
-        return Run(wall, api, engine_cpu, client, _memory(server.pid), _memory(engine))
-    finally:
-        server.terminate()
-        server.wait()
+        api, engine, client = (b - a for a, b in zip(before, after, strict=True))
+        return Run(wall, api, engine, client, _memory(server.api), _memory(server.engine))
 
 
-async def _stream_all(url: str, prompts: list[list[int]], max_tokens: int) -> int:
-    return sum(await asyncio.gather(*(_stream(url, prompt, max_tokens) for prompt in prompts)))
+async def stream_all(url: str, prompts: list[list[int]], max_tokens: int) -> tuple[float, int]:
+    """A concurrent stream for each prompt: seconds that all took, and the tokens that came."""
+    began = time.perf_counter()
+    num_tokens = sum(await asyncio.gather(*(_stream(url, prompt, max_tokens) for prompt in prompts)))
+    return time.perf_counter() - began, num_tokens
 
 
 async def _stream(url: str, prompt: list[int], max_tokens: int) -> int:

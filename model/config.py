@@ -6,16 +6,15 @@ implements is refused by name, because a model that answers wrongly is worse tha
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from scheduler.errors import CheckpointError
+from model.checkpoint_format import open_checkpoint
+from model.checkpoint_parts import Fields
 
-RopeScaling = Literal["none", "linear", "llama3"]
+RopeScaling = Literal["none", "linear", "llama3", "factors"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -29,6 +28,7 @@ _ROPE_FIELDS: dict[str, set[str]] = {
     "none": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "factors": {"factors"},
 }
 _ROPE_COMMON_FIELDS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
@@ -40,7 +40,8 @@ class RopeConfig:
     Attributes:
         scaling: "none"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides those with
             a wavelength above original_max_position_embeddings / low_freq_factor, keeps those below
-            original_max_position_embeddings / high_freq_factor, and blends between.
+            original_max_position_embeddings / high_freq_factor, and blends between; "factors" divides each frequency
+            by its own of `factors`, head_dim / 2 of them, as a GGUF file spells out any scaling.
     """
 
     theta: float
@@ -49,6 +50,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: int = 0
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +106,21 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] = ()
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """Read `folder/config.json`, as transformers 4 (`rope_scaling`, `torch_dtype`) or 5 (`rope_parameters`, `dtype`)
-    writes it.
+def load_config(checkpoint: Path) -> ModelConfig:
+    """Read a folder's `config.json`, as transformers 4 (`rope_scaling`, `torch_dtype`) or 5 (`rope_parameters`,
+    `dtype`) writes it, or a GGUF file's metadata.
 
     Raises:
         CheckpointError: naming the file and the field that is missing, malformed, inconsistent or unsupported.
     """
-    path = folder / "config.json"
-    raw = read_json(path)
-    architecture = _architecture(path, raw)
-    fields = _Fields(path, {**_FAMILIES[architecture], **raw})
+    fields = open_checkpoint(checkpoint).config()
+    architecture = _architecture(fields)
+    fields = replace(fields, values={**_FAMILIES[architecture], **fields.values})
     _refuse_unsupported(fields)
     is_moe = architecture == "MixtralForCausalLM"
     hidden_size = fields.integer("hidden_size", minimum=1)
     num_heads = fields.integer("num_attention_heads", minimum=1)
+    head_dim = _head_dim(fields, hidden_size, num_heads)
     config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size", minimum=1),
@@ -127,11 +129,11 @@ def load_config(folder: Path) -> ModelConfig:
         num_layers=fields.integer("num_hidden_layers", minimum=1),
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", minimum=1, default=num_heads),
-        head_dim=_head_dim(fields, hidden_size, num_heads),
+        head_dim=head_dim,
         num_experts=fields.integer("num_local_experts", minimum=1) if is_moe else 0,
         num_experts_per_tok=fields.integer("num_experts_per_tok", minimum=1) if is_moe else 0,
         rms_norm_eps=fields.number("rms_norm_eps", minimum=0.0),
-        rope=_rope(fields),
+        rope=_rope(fields, head_dim),
         max_position_embeddings=fields.integer("max_position_embeddings", minimum=1),
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         dtype=_dtype(fields),
@@ -142,16 +144,13 @@ def load_config(folder: Path) -> ModelConfig:
     return config
 
 
-def load_generation_defaults(folder: Path) -> GenerationDefaults:
-    """Read `folder/generation_config.json`; a missing file recommends nothing.
+def load_generation_defaults(checkpoint: Path) -> GenerationDefaults:
+    """Read a folder's `generation_config.json`, which may be missing, or what a GGUF file recommends.
 
     Raises:
         CheckpointError: naming the file and the malformed field.
     """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return GenerationDefaults()
-    fields = _Fields(path, read_json(path))
+    fields = open_checkpoint(checkpoint).generation_config()
     greedy = not fields.flag("do_sample", default=True)
     return GenerationDefaults(
         temperature=0.0 if greedy else fields.optional_number("temperature"),
@@ -169,36 +168,16 @@ def bytes_per_block(config: ModelConfig, dtype: str, block_size: int) -> int:
     return elements * DTYPE_BYTES[dtype]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file.
-
-    Raises:
-        CheckpointError: naming the file, if it cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", param=path.name) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}", param=path.name) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}", param=path.name)
-    return value
-
-
-def _architecture(path: Path, raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures")
+def _architecture(fields: Fields) -> str:
+    names = fields.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise CheckpointError(f"{path}: architectures: expected a list of one name, found {names!r}", param=path.name)
+        raise fields.error("architectures", f"expected a list of one name, found {names!r}")
     if names[0] not in _FAMILIES:
-        raise CheckpointError(
-            f"{path}: architectures: {names[0]!r} is not supported; supported: {', '.join(_FAMILIES)}",
-            param=path.name,
-        )
+        raise fields.error("architectures", f"{names[0]!r} is not supported; supported: {', '.join(_FAMILIES)}")
     return names[0]
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: Fields) -> None:
     """Refuse whatever is set in the file, would change the numbers, and is implemented by no backend."""
     for name in ("attention_bias", "mlp_bias"):
         if fields.flag(name, default=False):
@@ -211,12 +190,12 @@ def _refuse_unsupported(fields: _Fields) -> None:
     window = fields.optional_integer("sliding_window")
     if window is not None and window < fields.integer("max_position_embeddings", minimum=1):
         raise fields.error("sliding_window", f"{window}: attention over a sliding window is not supported")
-    num_layers = fields.integer("num_hidden_layers", minimum=1)
-    if fields.get("layer_types") not in (None, ["full_attention"] * num_layers):
+    types = fields.get("layer_types")
+    if types is not None and (not isinstance(types, list) or any(kind != "full_attention" for kind in types)):
         raise fields.error("layer_types", "only full_attention is supported")
 
 
-def _head_dim(fields: _Fields, hidden_size: int, num_heads: int) -> int:
+def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
     if fields.get("head_dim") is None and hidden_size % num_heads:
         raise fields.error("hidden_size", f"{hidden_size} is not a multiple of num_attention_heads {num_heads}")
     head_dim = fields.integer("head_dim", minimum=2, default=hidden_size // num_heads)
@@ -225,7 +204,7 @@ def _head_dim(fields: _Fields, hidden_size: int, num_heads: int) -> int:
     return head_dim
 
 
-def _rope(fields: _Fields) -> RopeConfig:
+def _rope(fields: Fields, head_dim: int) -> RopeConfig:
     """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     section = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
     raw = fields.get(section) or {}
@@ -238,13 +217,15 @@ def _rope(fields: _Fields) -> RopeConfig:
     unknown = set(raw) - _ROPE_COMMON_FIELDS - _ROPE_FIELDS[scaling]
     if unknown:
         raise fields.error(section, f"{', '.join(sorted(unknown))}: unknown for rope type {kind!r}")
-    rope = _Fields(fields.path, {"rope_theta": fields.get("rope_theta"), **raw}, prefix=f"{section}.")
+    rope = fields.section(section, {"rope_theta": fields.get("rope_theta"), **raw})
     for owner in (rope, fields):
         if owner.number("partial_rotary_factor", minimum=0.0, default=1.0) != 1.0:
             raise owner.error("partial_rotary_factor", "only 1 is supported")
     theta = rope.number("rope_theta", minimum=1.0)
     if scaling == "none":
         return RopeConfig(theta)
+    if scaling == "factors":
+        return RopeConfig(theta, scaling, factors=_rope_factors(rope, head_dim // 2))
     factor = rope.number("factor", minimum=1.0)
     if scaling == "linear":
         return RopeConfig(theta, scaling, factor)
@@ -255,7 +236,16 @@ def _rope(fields: _Fields) -> RopeConfig:
     return RopeConfig(theta, scaling, factor, low, high, original)
 
 
-def _dtype(fields: _Fields) -> DType:
+def _rope_factors(rope: Fields, count: int) -> tuple[float, ...]:
+    factors = rope.get("factors")
+    if not isinstance(factors, list) or len(factors) != count:
+        raise rope.error("factors", f"expected {count} numbers, found {factors!r}")
+    if not all(isinstance(factor, float) and 0 < factor < math.inf for factor in factors):
+        raise rope.error("factors", "not all are above 0 and finite")
+    return tuple(factors)
+
+
+def _dtype(fields: Fields) -> DType:
     name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     value: DType = fields.get(name) or "float32"
     if value not in get_args(DType):
@@ -263,7 +253,7 @@ def _dtype(fields: _Fields) -> DType:
     return value
 
 
-def _check_consistent(fields: _Fields, config: ModelConfig) -> None:
+def _check_consistent(fields: Fields, config: ModelConfig) -> None:
     if config.num_heads % config.num_kv_heads:
         raise fields.error(
             "num_attention_heads", f"{config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}"
@@ -275,58 +265,3 @@ def _check_consistent(fields: _Fields, config: ModelConfig) -> None:
     for name, ids in (("bos_token_id", (config.bos_token_id,)), ("eos_token_id", config.eos_token_ids)):
         if any(i is not None and not 0 <= i < config.vocab_size for i in ids):
             raise fields.error(name, f"{list(ids)} is not within vocab_size {config.vocab_size}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    """Typed access to the fields of a JSON object; every failure names the file and the field.  null is absent."""
-
-    path: Path
-    values: Mapping[str, Any]
-    prefix: str = ""
-
-    def error(self, name: str, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {self.prefix}{name}: {message}", param=self.path.name)
-
-    def get(self, name: str) -> Any:
-        return self.values.get(name)
-
-    def integer(self, name: str, *, minimum: int, default: int | None = None) -> int:
-        value = self._present(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.error(name, f"expected an integer of at least {minimum}, found {value!r}")
-        return value
-
-    def number(self, name: str, *, minimum: float, default: float | None = None) -> float:
-        value = self._present(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
-            raise self.error(name, f"expected a number of at least {minimum}, found {value!r}")
-        return float(value)
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        value = self._present(name, default)
-        if not isinstance(value, bool):
-            raise self.error(name, f"expected true or false, found {value!r}")
-        return value
-
-    def optional_integer(self, name: str) -> int | None:
-        return None if self.get(name) is None else self.integer(name, minimum=0)
-
-    def optional_number(self, name: str) -> float | None:
-        return None if self.get(name) is None else self.number(name, minimum=0.0)
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """An id or a list of ids."""
-        value = self.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise self.error(name, f"expected a token id or a list of them, found {value!r}")
-        return tuple(ids)
-
-    def _present(self, name: str, default: Any) -> Any:
-        value = self.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(name, "missing")
-        return value

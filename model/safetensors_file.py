@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from model.record import Array
 from scheduler.errors import CheckpointError
+
+Array = NDArray[Any]
 
 # bfloat16 is carried as its bits: see model/record.py.
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -22,7 +24,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
-    """All tensors of the file by name, read-only and loaded when touched.
+    """All tensors of the file by name, read-only and loaded when touched; those that lie askew in it are copied.
 
     Raises:
         CheckpointError: naming the file, and the tensor where it is about one: not readable, not a safetensors file,
@@ -42,8 +44,8 @@ def _read_header(path: Path, data: Array) -> tuple[dict[str, Any], int]:
     if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER_BYTES):
         raise CheckpointError(f"{path}: truncated, or not a safetensors file ({len(data)} bytes)", param=path.name)
     try:
-        header = json.loads(data[8 : 8 + length].tobytes())
-    except ValueError as error:
+        header = json.loads(data[8 : 8 + length].tobytes(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: header is not valid JSON: {error}", param=path.name) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: header is not a JSON object", param=path.name)
@@ -51,25 +53,31 @@ def _read_header(path: Path, data: Array) -> tuple[dict[str, Any], int]:
 
 
 def _view(path: Path, data: Array, name: str, entry: Any) -> Array:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {name}: malformed header entry {entry!r}", param=path.name) from error
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise _error(path, name, f"malformed header entry {entry!r}")
     if dtype not in _DTYPES:
-        supported = ", ".join(_DTYPES)
-        raise CheckpointError(
-            f"{path}: tensor {name}: dtype {dtype} is not supported; supported: {supported}", param=path.name
-        )
+        raise _error(path, name, f"dtype {dtype} is not supported; supported: {', '.join(_DTYPES)}")
+    if not all(isinstance(length, int) and length > 0 for length in shape):
+        raise _error(path, name, f"shape {shape} is not one of positive integers")
     size = math.prod(shape) * _DTYPES[dtype].itemsize
-    if not 0 <= begin <= end or end - begin != size or min(shape, default=1) < 0:
-        raise CheckpointError(
-            f"{path}: tensor {name}: offsets {begin} to {end} do not hold {size} bytes of shape {shape}",
-            param=path.name,
-        )
+    if not 0 <= begin <= end or end - begin != size:
+        raise _error(path, name, f"offsets {begin} to {end} do not hold {size} bytes of shape {shape}")
     if end > len(data):
-        raise CheckpointError(
-            f"{path}: truncated: tensor {name} ends at byte {end} of the data, the file has {len(data)}",
-            param=path.name,
-        )
+        raise _error(path, name, f"truncated: it ends at byte {end} of the data, the file has {len(data)}")
     view: Array = data[begin:end].view(_DTYPES[dtype]).reshape(shape)
-    return view
+    return np.require(view, requirements=["ALIGNED"])
+
+
+def _error(path: Path, name: str, message: str) -> CheckpointError:
+    return CheckpointError(f"{path}: tensor {name}: {message}", param=path.name)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members; json would take the last of those that share a name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name appears twice")
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 
 from model.chat_template import ChatTemplate, Message
-from model.config import read_json
+from model.checkpoint_format import open_checkpoint
 from scheduler.errors import CheckpointError, InvalidRequestError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -65,24 +65,22 @@ class Tokenizer:
         self.eos_token_id = vocabulary.get(special_tokens.get("eos_token", ""))
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` where they exist.
+    def load(cls, checkpoint: Path) -> Tokenizer:
+        """Read a folder's `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` where they exist, or
+        the vocabulary of a GGUF file.
 
         Raises:
             CheckpointError: naming the file that is missing, malformed or unsupported.
         """
-        path = folder / "tokenizer.json"
-        read_json(path)  # for its messages: the library's do not name the file
+        parts = open_checkpoint(checkpoint).tokenizer()
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_str(parts.definition)
         except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{path}: not a tokenizer: {error}", param=path.name) from error
-        config_path = folder / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.exists() else {}
+            raise CheckpointError(f"{parts.path}: not a tokenizer: {error}", param=parts.path.name) from error
         try:
-            return cls(tokenizer, special_tokens=_special_tokens(config), chat_templates=_templates(folder, config))
+            return cls(tokenizer, special_tokens=parts.special_tokens, chat_templates=parts.chat_templates)
         except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error.message}", param=error.param) from error
+            raise CheckpointError(f"{checkpoint}: {error.message}", param=error.param) from error
 
     @property
     def vocab_size(self) -> int:
@@ -236,9 +234,9 @@ def _decoders(tokenizer: tokenizers.Tokenizer) -> set[str]:
     kinds = {step["type"] for step in steps}
     if kinds != {"ByteLevel"} and (not kinds <= _LOCAL_DECODERS or any(step.get("stop") for step in steps)):
         raise CheckpointError(
-            f"tokenizer.json: decoder {' + '.join(sorted(kinds))} is not supported; "
+            f"the tokenizer's decoder {' + '.join(sorted(kinds))} is not supported; "
             f"supported: ByteLevel, or any of {', '.join(sorted(_LOCAL_DECODERS))}",
-            param="tokenizer.json",
+            param="tokenizer",
         )
     return kinds
 
@@ -251,31 +249,5 @@ def _anchor(tokenizer: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> t
     """
     plain = [i for piece, i in vocabulary.items() if piece.isascii() and piece.isalnum()]
     if not plain:
-        raise CheckpointError("tokenizer.json: the vocabulary holds no plain word", param="tokenizer.json")
+        raise CheckpointError("the tokenizer's vocabulary holds no plain word", param="tokenizer")
     return min(plain), tokenizer.decode([min(plain)], skip_special_tokens=False)
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens of a tokenizer_config.json by name; each is written as text or as an object with `content`."""
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name: the file's, else the config's, which holds one or a list of named ones."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return {"default": path.read_text(encoding="utf-8")}
-    template = config.get("chat_template")
-    if template is None:
-        return {}
-    if isinstance(template, str):
-        return {"default": template}
-    try:
-        return {entry["name"]: entry["template"] for entry in template}
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(
-            "tokenizer_config.json: chat_template: expected a template or a list of {name, template}",
-            param="tokenizer_config.json",
-        ) from error

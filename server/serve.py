@@ -14,7 +14,7 @@ from pathlib import Path
 
 import uvicorn
 
-from model.checkpoint import resolve_checkpoint
+from model.checkpoint import checkpoint_name, resolve_checkpoint
 from model.config import load_config, load_generation_defaults
 from model.tokenizer import Tokenizer
 from scheduler.errors import ConfigError
@@ -37,10 +37,10 @@ async def serve(settings: Settings) -> None:
     """
     began = time.monotonic()
     create_policy(settings.scheduler.policy)
-    folder = resolve_checkpoint(settings.model)
+    checkpoint = resolve_checkpoint(settings.model)
     listener = listen(settings.server.host, settings.server.port)
     with contextlib.closing(listener):
-        service = build_service(settings, folder)
+        service = build_service(settings, checkpoint)
         server = GracefulServer(service)
         serving = asyncio.create_task(server.serve([listener]))
         starting = asyncio.create_task(service.engine.start())
@@ -56,30 +56,30 @@ async def serve(settings: Settings) -> None:
             await asyncio.gather(serving, starting, return_exceptions=True)
 
 
-def build_service(settings: Settings, folder: Path) -> Service:
+def build_service(settings: Settings, checkpoint: Path) -> Service:
     """Read what the API process needs of the checkpoint; the engine process reads the rest.
 
     Raises:
         CheckpointError: a file is missing or malformed.
     """
-    model_name = settings.server.served_model_name or folder.resolve().name
+    model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
     metrics = Metrics(model_name)
     return Service(
         settings=settings,
         model_name=model_name,
-        config=load_config(folder),
-        defaults=load_generation_defaults(folder),
-        tokenizer=Tokenizer.load(folder),
-        engine=EngineClient(engine_config(settings, folder), metrics),
+        config=load_config(checkpoint),
+        defaults=load_generation_defaults(checkpoint),
+        tokenizer=Tokenizer.load(checkpoint),
+        engine=EngineClient(engine_config(settings, checkpoint), metrics),
         metrics=metrics,
         started=unix_time(),
     )
 
 
-def engine_config(settings: Settings, folder: Path) -> EngineConfig:
+def engine_config(settings: Settings, checkpoint: Path) -> EngineConfig:
     """What the engine process is told of the settings."""
     return EngineConfig(
-        checkpoint=str(folder),
+        checkpoint=str(checkpoint),
         **settings.engine.model_dump(),
         **settings.cache.model_dump(),
         **settings.scheduler.model_dump(),
@@ -150,6 +150,8 @@ def _announce(service: Service, ready: Ready, listener: socket.socket, seconds: 
     config = service.engine.config
     logger.info("Shoal %s serves %s", version("shoal"), service.model_name)
     logger.info("model: %.1f M parameters, %s", ready.num_parameters / 1e6, ready.description)
+    if ready.warning is not None:
+        logger.warning("%s", ready.warning)
     logger.info(
         "KV cache: %d blocks of %d tokens, %d MiB; requests up to %d tokens, %d at once, policy %s",
         ready.num_blocks,

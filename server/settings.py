@@ -60,9 +60,16 @@ class EngineSection(_Section):
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     """Where the model runs: cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of weights, activations and KV cache; auto is float32 on the CPU, the checkpoint's own on a GPU."""
+    """Number format of the computation; auto is float32 on the CPU, the checkpoint's own on a GPU."""
+    backend: Literal["auto", "native", "torch"] = "auto"
+    """What computes: native is ours in C++, for the CPU in float32; torch runs anywhere.  auto is native where it can
+    be, and says why where it cannot."""
+    quantization: Literal["none", "int8"] = "none"
+    """How weights are kept: none keeps them in dtype; int8, which only native has, takes a quarter of the memory."""
     threads: Positive | None = None
     """CPU threads that compute; one per core if not set."""
+    pin_threads: bool | None = None
+    """Whether each compute thread of native stays on a core of its own; decided by itself if not set."""
     max_model_len: Positive | None = None
     """Most tokens of a request, prompt and output together; the model's own limit if not set."""
 
@@ -71,12 +78,15 @@ class CacheSection(_Section):
     """The paged KV cache."""
 
     block_size: Positive = 16
-    """Tokens per block."""
+    """Tokens per block; native needs a multiple of 16."""
     num_blocks: Positive | None = None
     """Blocks in all; if not set, as many as `memory_mib` holds."""
     memory_mib: Positive | None = None
     """Memory for the KV cache; if not set, what max_num_seqs requests of max_model_len tokens need, but at most a
     quarter of the memory that is free."""
+    kv_cache_dtype: Literal["auto", "float32", "float16"] = "auto"
+    """Number format of the KV cache; auto is that of the computation.  float16, which only native has, takes half the
+    memory of float32."""
     enable_prefix_caching: bool = True
     """Whether prompts that start alike share their blocks."""
 

@@ -33,7 +33,7 @@ def _room(ours: str, outside: str) -> Room:
 
 ROOMS = {
     "scheduler": _room("", ""),
-    "model": _room("scheduler.output scheduler.errors", "click jinja2 numpy safetensors tokenizers torch"),
+    "model": _room("scheduler.output scheduler.errors", "click gguf jinja2 numpy safetensors tokenizers torch"),
     "server": _room(
         "scheduler model",
         "click fastapi msgspec numpy prometheus_client pydantic pydantic_core pydantic_settings starlette uvicorn "
@@ -44,7 +44,7 @@ ROOMS = {
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")
 ONLY_IN_TRAINING = frozenset({"click", "safetensors", "tqdm", "transformers"})
-READS_ENVIRONMENT = "server/settings.py"
+READS_ENVIRONMENT = ("server/settings.py", "model/native/build.py")  # the build asks for the compiler
 
 
 def imports(path: str, source: str) -> Iterator[str]:
@@ -93,7 +93,7 @@ def test_a_file_imports_only_what_its_room_may(path: str) -> None:
 
 @pytest.mark.parametrize("path", files())
 def test_only_the_settings_read_the_environment(path: str) -> None:
-    assert path == READS_ENVIRONMENT or not reads_environment((ROOT / path).read_text("utf-8"))
+    assert path in READS_ENVIRONMENT or not reads_environment((ROOT / path).read_text("utf-8"))
 
 
 @pytest.mark.parametrize(

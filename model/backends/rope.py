@@ -27,6 +27,8 @@ def _frequencies(rope: RopeConfig, head_dim: int) -> NDArray[np.float64]:
         return frequencies
     if rope.scaling == "linear":
         return frequencies / rope.factor
+    if rope.scaling == "factors":
+        return frequencies / np.array(rope.factors, np.float64)
     # llama3: the share of the unscaled frequency rises from 0 to 1 with the turns made within the original context.
     turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)

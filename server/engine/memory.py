@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from model.config import ModelConfig, bytes_per_block
 from scheduler.errors import ConfigError
-from server.engine.messages import EngineConfig
+from server.engine.messages import EngineConfig, KVCacheDType
 
 MIB = 1024 * 1024
 
@@ -18,9 +19,9 @@ class KVCachePlan:
 
 
 def plan_kv_cache(
-    config: EngineConfig, model: ModelConfig, *, dtype: str, max_model_len: int, free: int
+    config: EngineConfig, model: ModelConfig, *, dtype: KVCacheDType, max_model_len: int, free: int
 ) -> KVCachePlan:
-    """Decide the number of blocks, given the bytes that are free where the cache will be.
+    """Decide the number of blocks of a cache with elements of `dtype`, given the bytes that are free where it will be.
 
     Raises:
         ConfigError: what was asked for exceeds the memory that is free, or holds not even one block.
@@ -42,3 +43,14 @@ def plan_kv_cache(
             param=param,
         )
     return KVCachePlan(num_blocks, num_blocks * per_block)
+
+
+def free_main_memory() -> int:
+    """Bytes that can be allocated without swapping: what the kernel could hand out, and no more than the container's
+    limit leaves."""
+    meminfo = Path("/proc/meminfo").read_text()
+    free = int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free

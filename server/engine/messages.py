@@ -9,6 +9,7 @@ import msgspec
 from scheduler.output import RequestOutput, SamplingParams, SchedulerStats
 
 DType = Literal["float32", "bfloat16"]
+KVCacheDType = Literal["float32", "float16", "bfloat16"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -17,11 +18,15 @@ class EngineConfig(msgspec.Struct, frozen=True):
     checkpoint: str
     device: str
     dtype: DType | Literal["auto"]
+    backend: Literal["auto", "native", "torch"]
+    quantization: Literal["none", "int8"]
     threads: int | None
+    pin_threads: bool | None
     max_model_len: int | None
     block_size: int
     num_blocks: int | None
     memory_mib: int | None
+    kv_cache_dtype: Literal["auto", "float32", "float16"]
     enable_prefix_caching: bool
     policy: str
     max_num_seqs: int
@@ -60,6 +65,7 @@ class Ready(msgspec.Struct, tag=True):
         num_parameters: of the model.
         kv_cache_bytes: size of the KV cache.
         description: of the backend, for people.
+        warning: what the user should know of the choice of backend, if anything.
     """
 
     num_blocks: int
@@ -67,6 +73,7 @@ class Ready(msgspec.Struct, tag=True):
     num_parameters: int
     kv_cache_bytes: int
     description: str
+    warning: str | None
 
 
 class StartFailed(msgspec.Struct, tag=True):

@@ -20,7 +20,6 @@ import msgspec
 import zmq
 
 from model.checkpoint import load_checkpoint
-from model.config import ModelConfig
 from model.executor import ModelExecutor
 from scheduler.config import SchedulerConfig
 from scheduler.engine import EngineCore
@@ -29,11 +28,11 @@ from scheduler.output import FinishReason, RequestOutput, SchedulerStats
 from scheduler.policies import create_policy
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler
+from server.engine.backends import plan_backend
 from server.engine.memory import plan_kv_cache
 from server.engine.messages import (
     Abort,
     Command,
-    DType,
     EngineConfig,
     EngineRequest,
     News,
@@ -85,22 +84,18 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
     Raises:
         CheckpointError, ConfigError: the checkpoint or a setting does not allow it.
     """
-    # A backend's libraries load with it.
-    from model.backends.torch_backend import TorchBackend  # noqa: PLC0415
-    from model.backends.torch_device import free_memory  # noqa: PLC0415
-
     record = load_checkpoint(Path(config.checkpoint))
     limit = record.config.max_position_embeddings
     max_model_len = config.max_model_len or limit
     if max_model_len > limit:
         raise ConfigError(f"max_model_len {max_model_len} exceeds the model's {limit} positions", param="max_model_len")
-    dtype = resolve_dtype(config, record.config)
-    plan = plan_kv_cache(
-        config, record.config, dtype=dtype, max_model_len=max_model_len, free=free_memory(config.device)
+    plan = plan_backend(config, record.config)
+    cache = plan_kv_cache(
+        config, record.config, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=plan.free_memory()
     )
     scheduler = Scheduler(
         SchedulerConfig(
-            num_blocks=plan.num_blocks,
+            num_blocks=cache.num_blocks,
             block_size=config.block_size,
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
@@ -111,28 +106,12 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
         ),
         create_policy(config.policy),
     )
-    backend = TorchBackend(
-        record,
-        device=config.device,
-        dtype=dtype,
-        num_blocks=plan.num_blocks,
-        block_size=config.block_size,
-        num_threads=config.threads,
-    )
+    backend, description = plan.create(record, cache.num_blocks)
     executor = ModelExecutor(
         backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, block_size=config.block_size
     )
-    ready = Ready(
-        plan.num_blocks, max_model_len, record.num_parameters, plan.num_bytes, f"{dtype}, torch on {config.device}"
-    )
+    ready = Ready(cache.num_blocks, max_model_len, record.num_parameters, cache.num_bytes, description, plan.warning)
     return EngineCore(scheduler, executor, time.monotonic), ready
-
-
-def resolve_dtype(config: EngineConfig, model: ModelConfig) -> DType:
-    """The number format to compute in.  On the CPU 16-bit arithmetic is slower than 32-bit."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "float32" if config.device == "cpu" or model.dtype == "float32" else "bfloat16"
 
 
 class EngineLoop:

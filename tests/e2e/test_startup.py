@@ -35,7 +35,10 @@ def copy(tmp_path: Path, tiny_folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--model", "nowhere"], "'nowhere' is neither a checkpoint folder nor a bundled model; bundled: "),
+        (
+            ["--model", "nowhere"],
+            "'nowhere' is neither a checkpoint folder, nor a .gguf file, nor the name of a model;",
+        ),
         (["--model", "."], "holds no config.json"),
         (["--policy", "lifo"], "unknown policy 'lifo'; known are fcfs"),
         (["--host", "a..b"], "host: 'a..b' is not a host name"),
@@ -56,6 +59,14 @@ def test_a_wrong_command_line(tmp_path: Path, args: list[str], said: str) -> Non
         ),
         (["--memory-mib", "100000000"], r"memory_mib: .* but only \d+ MiB"),
         (["--max-model-len", "5000"], "max_model_len 5000 exceeds the model's 4096 positions"),
+        (
+            ["--backend", "native", "--block-size", "8"],
+            "block_size 8 is not for the native backend, .* a multiple of 16",
+        ),
+        (
+            ["--backend", "torch", "--quantization", "int8"],
+            "quantization int8 needs the native backend, but backend is",
+        ),
         (["--max-num-batched-tokens", "8"], r"max_num_batched_tokens \(8\) must be at least max_num_seqs \(64\)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

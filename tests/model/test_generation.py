@@ -1,15 +1,18 @@
-"""Whole texts through scheduler, executor and torch backend, against transformers' own generation."""
+"""Whole texts through scheduler, executor and each backend, against transformers' own generation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from model.backends.native_backend import NativeBackend
+from model.backends.native_library import supported_isas
 from model.backends.torch_backend import TorchBackend
 from model.checkpoint import load_checkpoint
 from model.executor import ModelExecutor
@@ -19,17 +22,28 @@ from scheduler.output import RequestOutput, SamplingParams, SchedulerStats
 from scheduler.policies import create_policy
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler
-from tests.model.test_torch_backend import SHAPES
+from tests.model.oracles import SHAPES
 
-BLOCK_SIZE = 4
-LIMITS = {"max_model_len": 80, "max_num_seqs": 5, "max_num_batched_tokens": 24, "max_chunk_tokens": 7}
+# Backend, its options, and the size of its blocks, to which prompts and limits are in proportion.
+BACKENDS: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {
+    "torch": (TorchBackend, {}, 4),
+    "native": (NativeBackend, {"num_threads": 2}, 16),
+    "native-int8": (NativeBackend, {"num_threads": 2, "quantization": "int8", "kv_cache_dtype": "float16"}, 16),
+}
+NUM_BLOCKS = 16  # so few that some must wait for others
+LIMITS = {"max_model_len": 20, "max_num_batched_tokens": 6, "max_chunk_tokens": 2}  # in blocks
+MAX_NUM_SEQS = 5
+
+needs_native = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+NATIVE, NATIVE_INT8 = (pytest.param(name, marks=needs_native) for name in ("native", "native-int8"))
 
 
-def make_requests(temperature: float) -> list[Request]:
-    """Prompts of 1 to 40 tokens, two of which begin alike, and 3 to 24 tokens to generate."""
+def make_requests(block_size: int, temperature: float) -> list[Request]:
+    """Prompts of up to 10 blocks, two of which begin alike, and 3 to 24 tokens to generate."""
     rng = np.random.default_rng(5)
-    prompts = [rng.integers(3, 96, n).tolist() for n in (1, 40, 3, 17, 8, 29, 12, 33)]
-    prompts.insert(2, [*prompts[1][:21], 7, 7])
+    lengths = [1, *(int(blocks * block_size) for blocks in (10, 0.75, 4, 2, 7, 3, 8))]
+    prompts = [rng.integers(3, 96, length).tolist() for length in lengths]
+    prompts.insert(2, [*prompts[1][: 5 * block_size + 1], 7, 7])
     params = [
         SamplingParams(
             max_tokens=3 + 7 * i % 22, seed=i, num_logprobs=2, stop_token_ids=frozenset([2]), temperature=temperature
@@ -40,13 +54,18 @@ def make_requests(temperature: float) -> list[Request]:
 
 
 def run(
-    folder: Path, requests: Sequence[Request], *, num_blocks: int, **limits: int
+    folder: Path, backend: str, requests: Sequence[Request], *, num_blocks: int, **limits: int
 ) -> tuple[SchedulerStats, list[RequestOutput]]:
     """Let a new request join every second step, whatever the others do; check the blocks after each step."""
-    config = SchedulerConfig(num_blocks=num_blocks, block_size=BLOCK_SIZE, **{**LIMITS, **limits})
-    backend = TorchBackend(load_checkpoint(folder), num_blocks=num_blocks, block_size=BLOCK_SIZE)
+    create, options, block_size = BACKENDS[backend]
+    in_tokens = {name: blocks * block_size for name, blocks in LIMITS.items()}
+    limits = {"max_num_seqs": MAX_NUM_SEQS, **in_tokens, **limits}
+    config = SchedulerConfig(num_blocks=num_blocks, block_size=block_size, **limits)
     executor = ModelExecutor(
-        backend, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len, block_size=BLOCK_SIZE
+        create(load_checkpoint(folder), num_blocks=num_blocks, block_size=block_size, **options),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        block_size=block_size,
     )
     core = EngineCore(Scheduler(config, create_policy("fcfs")), executor, lambda: 0.0)
     news: list[RequestOutput] = []
@@ -61,11 +80,12 @@ def run(
     return core.scheduler.stats(), news
 
 
+@pytest.mark.parametrize("backend", ["torch", NATIVE])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_texts_are_those_of_transformers(shape: str, tiny_checkpoint: Callable[..., Path]) -> None:
+def test_greedy_texts_are_those_of_transformers(shape: str, backend: str, tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint(shape.partition("-")[0], **SHAPES[shape])
-    requests = make_requests(0.0)
-    stats, _ = run(folder, requests, num_blocks=19)
+    requests = make_requests(BACKENDS[backend][-1], 0.0)
+    stats, _ = run(folder, backend, requests, num_blocks=NUM_BLOCKS)
     assert stats.num_preemptions > 0, "the pool was meant to be too small"
     assert stats.num_prefix_hits > 0, "two prompts were meant to begin alike"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -76,23 +96,30 @@ def test_greedy_texts_are_those_of_transformers(shape: str, tiny_checkpoint: Cal
         assert request.token_ids == expected[0].tolist()
 
 
+@pytest.mark.parametrize("backend", ["torch", NATIVE, NATIVE_INT8])
 @pytest.mark.parametrize("shape", ["llama", "mixtral"])
 def test_texts_and_logprobs_do_not_depend_on_company_chunks_cache_or_preemption(
-    shape: str, tiny_checkpoint: Callable[..., Path]
+    shape: str, backend: str, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    """To the bit: the promise that the torch backend keeps on the CPU in float32."""
+    """To the bit: the promise that every backend keeps on the CPU."""
     folder = tiny_checkpoint(shape)
+    block_size = BACKENDS[backend][-1]
 
-    def everything(requests: list[Request], **how: int) -> dict[str, list[object]]:
-        _, news = run(folder, requests, **how)
+    def everything(requests: list[Request], **how: int) -> tuple[SchedulerStats, dict[str, list[object]]]:
+        stats, news = run(folder, backend, requests, **how)
         found: dict[str, list[object]] = {request.request_id: [] for request in requests}
         for one in news:
             found[one.request_id] += [*zip(one.token_ids, one.logprobs, strict=True)]
-        return found
+        return stats, found
 
-    together = everything(make_requests(1.0), num_blocks=19)
-    whole = everything(make_requests(1.0), num_blocks=400, max_chunk_tokens=80, max_num_batched_tokens=80)
+    stats, together = everything(make_requests(block_size, 1.0), num_blocks=NUM_BLOCKS)
+    assert stats.num_preemptions > 0
+    assert stats.num_prefix_hits > 0
+    limit = LIMITS["max_model_len"] * block_size
+    _, whole = everything(
+        make_requests(block_size, 1.0), num_blocks=400, max_chunk_tokens=limit, max_num_batched_tokens=limit
+    )
     alone = {}
-    for request in make_requests(1.0):
-        alone |= everything([request], num_blocks=400, max_num_seqs=1)
+    for request in make_requests(block_size, 1.0):
+        alone |= everything([request], num_blocks=400, max_num_seqs=1)[1]
     assert together == whole == alone

@@ -5,12 +5,19 @@ import sys
 
 import pytest
 
+from model.backends.native_library import supported_isas
+from tests.model.oracles import BUNDLED
+
 TORCH_FREE = [
-    "model.batch",
+    "model.backends.native_backend",
     "model.backends.rope",
+    "model.batch",
     "model.chat_template",
     "model.checkpoint",
+    "model.checkpoint_format",
     "model.config",
+    "model.gguf_weights",
+    "model.executor",
     "model.record",
     "model.safetensors_file",
     "model.sampling",
@@ -21,4 +28,23 @@ TORCH_FREE = [
 @pytest.mark.parametrize("names", [TORCH_FREE], ids=["all"])
 def test_torch_is_not_loaded(names: list[str]) -> None:
     code = f"import sys, {', '.join(names)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+def test_torch_is_not_loaded_by_a_native_model() -> None:
+    lines = [
+        "import sys",
+        "from pathlib import Path",
+        "from model.backends.native_backend import NativeBackend",
+        "from model.checkpoint import load_checkpoint",
+        f"NativeBackend(load_checkpoint(Path({str(BUNDLED)!r})), num_blocks=4, block_size=16)",
+        "assert 'torch' not in sys.modules",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+def test_only_what_reads_weights_loads_the_gguf_package() -> None:
+    """It costs the API process, which reads the config and the vocabulary, a tenth of a second."""
+    code = "import sys, model.checkpoint, model.config, model.tokenizer; assert 'gguf' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from model.backends.native_library import load_library, supported_isas
+from model.backends.native_sampling import sample as native_sample
 from model.backends.torch_sampler import sample as torch_sample
 from model.batch import SamplerOutput, SamplingBatch
 from model.sampling import gumbel_noise, sample_reference
@@ -31,10 +34,10 @@ def torch_sampler(logits: np.ndarray, sampling: SamplingBatch) -> SamplerOutput:
         return torch_sample(torch.from_numpy(logits), sampling)
 
 
-@pytest.fixture(params=[sample_reference, torch_sampler], ids=["reference", "torch"])
+@pytest.fixture(params=["reference", "torch", *supported_isas()])
 def sampler(request: pytest.FixtureRequest) -> Sampler:
-    chosen: Sampler = request.param
-    return chosen
+    by_name = {"reference": sample_reference, "torch": torch_sampler}
+    return by_name.get(request.param) or partial(native_sample, load_library(request.param))
 
 
 def random_logits(seed: int, num_rows: int, vocab_size: int, scale: float = 3.0) -> np.ndarray:
@@ -46,8 +49,9 @@ def select(sampling: SamplingBatch, rows: np.ndarray) -> SamplingBatch:
     new_row = {int(old): new for new, old in enumerate(rows)}
 
     def entries(owner: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
-        keep = np.array([int(row) in new_row for row in owner], bool)
-        return [np.array([new_row[int(r)] for r in owner[keep]], np.int32), *(v[keep] for v in values)]
+        kept = np.flatnonzero([int(row) in new_row for row in owner])
+        kept = kept[np.argsort([new_row[int(row)] for row in owner[kept]], kind="stable")]
+        return [np.array([new_row[int(row)] for row in owner[kept]], np.int32), *(v[kept] for v in values)]
 
     sparse: dict[str, np.ndarray] = {}
     for group in ("penalty_rows penalty_token_ids penalty_counts", "bias_rows bias_token_ids bias"):
@@ -65,8 +69,8 @@ def mixed(sampling_batch: Batches, seed: int, num_rows: int, vocab_size: int) ->
         return np.where(rng.random(num_rows) < 0.5, neutral, rng.choice(values, num_rows))
 
     num_entries = num_rows * 2
-    pairs = rng.choice(num_rows * vocab_size, num_entries, replace=False)
-    biased = rng.choice(num_rows * vocab_size, num_rows, replace=False)
+    pairs = np.sort(rng.choice(num_rows * vocab_size, num_entries, replace=False))
+    biased = np.sort(rng.choice(num_rows * vocab_size, num_rows, replace=False))
     return sampling_batch(
         num_rows,
         temperature=rng.choice([0.0, 0.3, 0.7, 1.0, 1.5], num_rows),

@@ -8,67 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from model.backends.torch_backend import TorchBackend
 from model.batch import SamplingBatch
 from model.checkpoint import load_checkpoint
 from model.sampling import sample_reference
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-tied": {"tie_word_embeddings": True},
-    "llama-one-kv-head": {"num_key_value_heads": 1},
-    "llama-no-groups": {"num_key_value_heads": 4},
-    "llama-wide-heads": {"head_dim": 24, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
-    "llama-linear-rope": {"rope_parameters": LINEAR_ROPE},
-    "llama-llama3-rope": {"rope_parameters": LLAMA3_ROPE, "head_dim": 32},
-    "llama-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "rms_norm_eps": 1e-3},
-    "mixtral": {},
-    "mixtral-tied": {"tie_word_embeddings": True, "head_dim": 16},
-    "mixtral-one-of-three": {"num_local_experts": 3, "num_experts_per_tok": 1},
-    "mixtral-all-of-eight": {"num_local_experts": 8, "num_experts_per_tok": 8, "num_key_value_heads": 1},
-    "mixtral-odd-width": {"intermediate_size": 20, "hidden_size": 40, "num_local_experts": 5, "num_experts_per_tok": 3},
-    "mixtral-llama3-rope": {"rope_parameters": LLAMA3_ROPE},
-}
-
-
-def sequences(seed: int, *lengths: int) -> dict[str, list[int]]:
-    rng = np.random.default_rng(seed)
-    return {f"sequence-{i}": rng.integers(0, 96, n).tolist() for i, n in enumerate(lengths)}
-
-
-@torch.no_grad()
-def expected_logits(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model(torch.tensor([tokens])).logits[0].float().numpy()
-
-
-def run_chunks(
-    backend: TorchBackend, pages: Any, texts: dict[str, list[int]], steps: list[dict[str, int]]
-) -> dict[str, np.ndarray]:
-    """Feed each sequence the given number of tokens in each step; give all logits by sequence."""
-    done = dict.fromkeys(texts, 0)
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in texts}
-    for step in steps:
-        parts = [(name, texts[name][done[name] : done[name] + n], done[name]) for name, n in step.items()]
-        logits = backend.forward(pages.batch(parts))
-        for name, tokens, _ in parts:
-            rows[name].append(logits[: len(tokens)])
-            logits = logits[len(tokens) :]
-            done[name] += len(tokens)
-    assert all(done[name] == len(texts[name]) for name in texts)
-    return {name: np.concatenate(parts) for name, parts in rows.items()}
+from tests.model.oracles import SHAPES, expected_logits, random_steps, run_chunks, sequences
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -122,15 +67,8 @@ def test_a_row_has_the_same_bits_in_every_company(shape: str, tiny_checkpoint: C
     backend = TorchBackend(load_checkpoint(folder), num_blocks=512, block_size=4)
     texts = sequences(4, 450, 7, 90, 301)
     alone = {name: run_chunks(backend, paged(512, 4), {name: t}, [{name: len(t)}])[name] for name, t in texts.items()}
-    rng = np.random.default_rng(5)
-    left = {name: len(tokens) for name, tokens in texts.items()}
-    steps = []
-    while any(left.values()):
-        step = {n: min(left[n], int(rng.choice([1, 2, 3, 5, 30, 65, 130]))) for n in texts if rng.random() < 0.7}
-        steps.append({name: count for name, count in step.items() if count})
-        left = {name: left[name] - step.get(name, 0) for name in texts}
     torch.set_num_threads(2)
-    together = run_chunks(backend, paged(512, 4), texts, [step for step in steps if step])
+    together = run_chunks(backend, paged(512, 4), texts, random_steps(5, texts))
     for name in texts:
         np.testing.assert_array_equal(together[name], alone[name])
 

@@ -59,7 +59,7 @@ def main() -> None:
         case "babbles":
             reports.send(b"\xc1 no message")
         case _:
-            send(Ready(64, 512, 1, 2, "a fake"))
+            send(Ready(64, 512, 1, 2, "a fake", None))
 
     decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
     num_aborted = 0

@@ -38,7 +38,7 @@ counts = st.integers(0, 2**31)
 stats = st.builds(SchedulerStats, counts, counts, floats, counts, counts, counts)
 commands = st.builds(Submit, st.lists(requests, max_size=3)) | st.builds(Abort, st.lists(names))
 reports = (
-    st.builds(Ready, counts, counts, counts, counts, names)
+    st.builds(Ready, counts, counts, counts, counts, names, st.none() | names)
     | st.builds(StartFailed, names, st.none() | names)
     | st.builds(News, st.lists(outputs, max_size=3), stats)
 )

@@ -65,6 +65,18 @@ def test_the_command_line() -> None:
     assert (settings.server.served_model_name, settings.server.drain_seconds) == ("fish", 0.5)
 
 
+def test_the_backend_on_the_command_line() -> None:
+    engine, cache = load_settings([]).engine, load_settings([]).cache
+    assert (engine.backend, engine.quantization, engine.pin_threads) == ("auto", "none", None)
+    assert cache.kv_cache_dtype == "auto"
+    args = ["--backend", "native", "--quantization=int8", "--kv-cache-dtype", "float16", "--threads", "3"]
+    settings = load_settings([*args, "--no-pin-threads"])
+    assert settings.engine.backend == "native"
+    assert (settings.engine.quantization, settings.cache.kv_cache_dtype) == ("int8", "float16")
+    assert (settings.engine.threads, settings.engine.pin_threads) == (3, False)
+    assert load_settings(["--pin-threads"]).engine.pin_threads is True
+
+
 def test_lists_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_SERVER__API_KEYS", '["a", "b"]')
     assert load_settings([]).server.api_keys == ("a", "b")
@@ -83,6 +95,10 @@ def test_lists_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> N
         (["--drain-seconds", "-1"], "server.drain_seconds: input should be greater than or equal to 0"),
         (["--dtype", "float8"], "engine.dtype: input should be 'auto', 'float32' or 'bfloat16'"),
         (["--device", "abacus"], "engine.device: "),
+        (["--backend", "cuda"], "engine.backend: input should be 'auto', 'native' or 'torch'"),
+        (["--quantization", "int4"], "engine.quantization: input should be 'none' or 'int8'"),
+        (["--kv-cache-dtype", "bfloat16"], "cache.kv_cache_dtype: input should be 'auto', 'float32' or 'float16'"),
+        (["--pin-threads", "2"], "unrecognized arguments: 2"),
         (["--log-level", "loud"], "server.log_level: "),
         (["--api-keys", ""], "server.api_keys.0: string should have at least 1 character"),
     ],

@@ -1,0 +1,102 @@
+"""Finds and loads the shared library of the native backend, and declares its interface: see model/native/shoal.h."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "native"
+
+# Instruction sets, best first, and by the number that the library gives them.
+ISAS = ("avx512", "avx2", "generic")
+_ISA_OF_NUMBER = ("generic", "avx2", "avx512")
+
+# As in shoal.h.
+MAX_HEAD_DIM = 512
+MAX_EXPERTS = 512
+TENSORS = (
+    "embedding",
+    "head",
+    "norm",
+    "input_norm",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "post_attention_norm",
+    "router",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+
+class Shape(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")),
+        *((name, c_int32) for name in ("num_kv_heads", "head_dim", "num_experts", "num_experts_per_tok")),
+        ("tie_word_embeddings", c_int32),
+        ("rms_norm_eps", c_float),
+        ("num_positions", c_int32),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+    ]
+
+
+class Options(Structure):
+    _fields_ = [
+        ("num_blocks", c_int64),
+        *((name, c_int32) for name in ("block_size", "num_threads", "pin_threads", "quantize_int8", "half_kv_cache")),
+    ]
+
+
+class Batch(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("num_tokens", "num_seqs", "num_logits", "max_blocks")),
+        *((name, c_void_p) for name in ("token_ids", "positions", "slot_mapping", "query_start_loc")),
+        *((name, c_void_p) for name in ("block_tables", "logits_indices")),
+    ]
+
+
+def library_path(isa: str) -> Path:
+    """Where the library for an instruction set is, if it was built."""
+    return FOLDER / f"libshoal-{isa}.so"
+
+
+@cache
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets for which there is a library and which this machine has, best first."""
+    generic = library_path("generic")
+    if not generic.exists():
+        return ()
+    best = _ISA_OF_NUMBER[_load(generic).shoal_best_isa()]
+    return tuple(isa for isa in ISAS[ISAS.index(best) :] if library_path(isa).exists())
+
+
+def load_library(isa: str | None = None) -> ctypes.CDLL:
+    """The library for an instruction set; the best one if not said.
+
+    Raises:
+        LookupError: there is none.
+    """
+    supported = supported_isas()
+    if not supported or (isa is not None and isa not in supported):
+        raise LookupError(f"no native library for {isa or 'this machine'} was built in {FOLDER}")
+    return _load(library_path(isa or supported[0]))
+
+
+@cache
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.shoal_best_isa.restype = c_int32
+    library.shoal_create.argtypes = [POINTER(Shape), POINTER(Options)]
+    library.shoal_create.restype = c_void_p
+    library.shoal_destroy.argtypes = [c_void_p]
+    library.shoal_destroy.restype = None
+    library.shoal_load.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32]
+    library.shoal_load.restype = None
+    library.shoal_step.argtypes = [c_void_p, POINTER(Batch), c_void_p, c_void_p, c_void_p]
+    library.shoal_step.restype = None
+    return library

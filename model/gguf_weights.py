@@ -1,0 +1,222 @@
+"""The tensors of a GGUF file of architecture llama, dequantised and in the order that `model/record.py` means."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from numpy.typing import NDArray
+
+from model.checkpoint_parts import Weights
+from model.gguf_file import BF16, F16, F32, GgufFile, TensorInfo
+from scheduler.errors import CheckpointError
+
+Array = NDArray[Any]
+
+_PLAIN: dict[int, np.dtype[Any]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2")}
+_SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+# Buffers that follow from the metadata, or that the config holds.
+_NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
+_STACKED = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
+_ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
+# Numbers that one call dequantises: 1 MB of float32, so that its intermediate arrays stay in the cache.
+_NUMBERS_AT_ONCE = 2**18
+
+_HUGGING_FACE_NAME = re.compile(r"(?:model\.layers\.(\d+)\.)?(?:block_sparse_moe\.experts\.(\d+)\.)?(.+)\.weight")
+_OWN_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "w1": "ffn_gate",
+    "w3": "ffn_up",
+    "w2": "ffn_down",
+}
+
+
+def own_name(name: str) -> str:
+    """What llama.cpp calls the tensor of a Hugging Face name; the name itself where it has none.
+
+    Experts are spelt one by one, `blk.0.ffn_gate.7.weight`, as in files before they were stacked.
+    """
+    match = _HUGGING_FACE_NAME.fullmatch(name)
+    if match is None:
+        return name
+    layer, expert, part = match.groups()
+    prefix = "" if layer is None else f"blk.{layer}."
+    suffix = ".weight" if expert is None else f".{expert}.weight"
+    return prefix + _OWN_NAMES.get(part, part) + suffix
+
+
+def read_gguf_weights(file: GgufFile, *, num_heads: int, num_kv_heads: int, num_experts: int) -> Weights:
+    """All weights: float32 where the file holds quantised blocks, else as they are.
+
+    Where anything is dequantised the rest is copied, so that the file's pages need not stay; else arrays are
+    read-only views of it.
+
+    Raises:
+        CheckpointError: naming the tensor: of an unsupported type, of a shape that its type or the number of heads or
+            experts does not allow, truncated, or lying over another one.
+    """
+    infos = [info for info in file.tensors.values() if not _NOT_WEIGHTS.fullmatch(info.name)]
+    stored = [_stored(file, info) for info in infos]
+    _check_apart(file, stored)
+    heads = {"q": num_heads, "k": num_kv_heads}
+    for tensor in stored:
+        if rotated := _ROTATED.fullmatch(tensor.info.name):
+            tensor.rows = _by_halves(file, tensor, heads[rotated[1]])
+    tensors: dict[str, Array] = {}
+    for name, array in _arrays(stored).items():
+        tensors |= _one_by_one(file, name, array, num_experts)
+    return Weights(file.path, tensors, own_name)
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A tensor as the file holds it.
+
+    Attributes:
+        rows: its bytes, uint8 [rows, bytes of a row]; a row is the tensor's last dimension.
+    """
+
+    info: TensorInfo
+    type: GGMLQuantizationType
+    rows: Array
+
+    @property
+    def is_plain(self) -> bool:
+        return self.info.type in _PLAIN
+
+
+def _stored(file: GgufFile, info: TensorInfo) -> _Stored:
+    kind = _type(file, info)
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    row = info.shape[-1]
+    if row % block_size:
+        raise _error(file, info, f"rows of {row} are not whole blocks of {block_size}, as {kind.name} needs")
+    num_rows, row_bytes = math.prod(info.shape[:-1]), row // block_size * block_bytes
+    end = info.start + num_rows * row_bytes
+    if end > len(file.data):
+        message = (
+            f"truncated: shape {list(info.shape)} in {kind.name} ends at byte {end}, the file has {len(file.data)}"
+        )
+        raise _error(file, info, message)
+    data = np.frombuffer(file.data, np.uint8, num_rows * row_bytes, info.start)
+    return _Stored(info, kind, data.reshape(num_rows, row_bytes))
+
+
+def _type(file: GgufFile, info: TensorInfo) -> GGMLQuantizationType:
+    supported = ", ".join(_SUPPORTED)
+    try:
+        kind = GGMLQuantizationType(info.type)
+    except ValueError:
+        raise _error(file, info, f"type {info.type} is unknown; supported: {supported}") from None
+    if kind.name not in _SUPPORTED:
+        raise _error(file, info, f"type {kind.name} is not supported; supported: {supported}")
+    return kind
+
+
+def _check_apart(file: GgufFile, stored: list[_Stored]) -> None:
+    for one, other in pairwise(sorted(stored, key=lambda tensor: tensor.info.start)):
+        if one.info.start + one.rows.size > other.info.start:
+            raise _error(file, other.info, f"its data overlaps that of {one.info.name}")
+
+
+def _by_halves(file: GgufFile, tensor: _Stored, num_heads: int) -> Array:
+    """The rows of a query or key projection as halves: llama.cpp turns neighbouring rows of a head together, rows 2 i
+    and 2 i + 1, the record rows i and i + head_dim / 2."""
+    num_rows, row_bytes = tensor.rows.shape
+    if num_rows % (2 * num_heads):
+        raise _error(file, tensor.info, f"{num_rows} rows are not pairs of rows for each of {num_heads} heads")
+    pairs = tensor.rows.reshape(num_heads, -1, 2, row_bytes)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(num_rows, row_bytes)
+
+
+def _arrays(stored: list[_Stored]) -> dict[str, Array]:
+    """The tensors as arrays of numbers."""
+    plain = [tensor for tensor in stored if tensor.is_plain]
+    quantised = [tensor for tensor in stored if not tensor.is_plain]
+    views = {
+        tensor.info.name: tensor.rows.view(_PLAIN[tensor.info.type]).reshape(tensor.info.shape) for tensor in plain
+    }
+    if not quantised:
+        return views
+    return {name: view.copy() for name, view in views.items()} | _dequantised(quantised)
+
+
+def _dequantised(tensors: list[_Stored]) -> dict[str, Array]:
+    """Dequantises on all cores, for numpy lets go of the lock."""
+    arrays = _room(tensors)
+    # glibc hands a large array back to the kernel when it is freed, and new pages for the next take longer than the
+    # arithmetic on it; once a larger array has been freed it keeps them (mallopt(3), M_MMAP_THRESHOLD).
+    np.empty(16 * _NUMBERS_AT_ONCE, np.float32)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(_dequantise, *part, tensor.type)
+            for tensor in tensors
+            for part in _parts(tensor, arrays[tensor.info.name])
+        ]
+        for job in jobs:
+            job.result()
+    return arrays
+
+
+def _room(tensors: list[_Stored]) -> dict[str, Array]:
+    """Uninitialised float32 arrays, those of a layer in one allocation: only large ones get large pages."""
+    arrays: dict[str, Array] = {}
+    layers: dict[str, list[TensorInfo]] = {}
+    for tensor in tensors:
+        layers.setdefault(".".join(tensor.info.name.split(".")[:2]), []).append(tensor.info)
+    for infos in layers.values():
+        sizes = [math.prod(info.shape) for info in infos]
+        parts = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
+        arrays |= {info.name: part.reshape(info.shape) for info, part in zip(infos, parts, strict=True)}
+    return arrays
+
+
+def _parts(tensor: _Stored, array: Array) -> Iterator[tuple[Array, Array]]:
+    """The tensor in parts of blocks, each with its place in the array."""
+    block_size, block_bytes = GGML_QUANT_SIZES[tensor.type]
+    blocks, numbers = tensor.rows.reshape(-1, block_bytes), array.reshape(-1, block_size)
+    step = _NUMBERS_AT_ONCE // block_size
+    for start in range(0, len(blocks), step):
+        part = slice(start, start + step)
+        yield blocks[part], numbers[part]
+
+
+def _dequantise(blocks: Array, numbers: Array, kind: GGMLQuantizationType) -> None:
+    # As one row: the library takes 16 rows at a time, which in rows of a matrix is too little work for a call.
+    with np.errstate(all="ignore"):
+        numbers[:] = quants.dequantize(blocks.reshape(1, -1), kind).reshape(numbers.shape)
+
+
+def _one_by_one(file: GgufFile, name: str, array: Array, num_experts: int) -> dict[str, Array]:
+    """The tensor by name, or the experts that are stacked in it, each by its own name."""
+    stacked = _STACKED.fullmatch(name)
+    if stacked is None:
+        return {name: array}
+    if array.ndim != 3 or len(array) != num_experts:
+        message = f"expected a matrix for each of {num_experts} experts, found shape {list(array.shape)}"
+        raise file.error(f"tensor {name}", message)
+    return {f"{stacked[1]}.{expert}.weight": matrix for expert, matrix in enumerate(array)}
+
+
+def _error(file: GgufFile, info: TensorInfo, message: str) -> CheckpointError:
+    return file.error(f"tensor {info.name}", message)

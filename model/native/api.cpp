@@ -1,0 +1,43 @@
+// The interface in shoal.h, in terms of Model.
+#include <new>
+
+#include "model.h"
+
+
+struct ShoalModel {
+    shoal::Model model;
+};
+
+ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options) {
+    try {
+        return new ShoalModel{shoal::Model(*shape, *options)};
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+void shoal_destroy(ShoalModel* model) { delete model; }
+
+void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data, int32_t type) {
+    model->model.load_tensor(static_cast<ShoalTensor>(tensor), layer, expert,
+                      {data, static_cast<shoal::Source::Type>(type)});
+}
+
+void shoal_step(ShoalModel* model, const ShoalBatch* batch, const ShoalSampling* sampling, const ShoalChosen* chosen,
+                float* logits) {
+    model->model.step(*batch, sampling, chosen, logits);
+}
+
+int32_t shoal_best_isa(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    return has_avx2 && has_avx512 ? 2 : has_avx2 ? 1 : 0;
+#else
+    return 0;
+#endif
+}

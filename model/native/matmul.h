@@ -1,0 +1,120 @@
+// The innermost loop: a few rows of inputs times a few panels of weights.
+//
+// A panel is 16 columns, depth after depth, so that a vector holds one depth of 16 outputs.  Each output is one chain of
+// additions over the depth, from first to last, in every shape of tile: its bits depend on its row and its column alone.
+#pragma once
+
+#include <type_traits>
+
+#include "simd.h"
+
+namespace shoal {
+
+// How the numbers of a product are stored and multiplied.
+//   Weight, Input: elements; Sum: 16 running sums.
+//   kUnit: depths that one multiplication takes; kStep: weights of a panel that it takes.
+struct FloatFormat {
+    using Weight = float;
+    using Input = float;
+    using Sum = Vec;
+    static constexpr int kUnit = 1, kStep = kLanes;
+    static SHOAL_INLINE Sum zero() { return broadcast(0.0F); }
+    static SHOAL_INLINE Vec weights(const Weight* panel) { return load(panel); }
+    static SHOAL_INLINE Vec input(const Input* x) { return broadcast(*x); }
+    static SHOAL_INLINE Sum add(const Vec& x, const Vec& w, const Sum& sum) { return fma(x, w, sum); }
+};
+
+// Weights in float16, computed in float32.
+struct HalfFormat : FloatFormat {
+    using Weight = uint16_t;
+    static SHOAL_INLINE Vec weights(const Weight* panel) { return load(panel); }
+};
+
+// Weights in int8 and inputs in int16, depths in pairs, sums exact in int32.
+struct Int8Format {
+    using Weight = int8_t;
+    using Input = int16_t;
+    using Sum = Ints;
+    static constexpr int kUnit = 2, kStep = 2 * kLanes;
+    static SHOAL_INLINE Sum zero() { return broadcast(int32_t{0}); }
+    static SHOAL_INLINE Ints weights(const Weight* panel) { return load_pairs(panel); }
+    static SHOAL_INLINE Ints input(const Input* x) {
+        int32_t pair;
+        std::memcpy(&pair, x, sizeof pair);
+        return broadcast(pair);
+    }
+    static SHOAL_INLINE Sum add(const Ints& x, const Ints& w, const Sum& sum) { return add_products(x, w, sum); }
+};
+
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 12;
+constexpr int panels_at_once(int rows) { return rows <= 6 ? 4 : 2; }
+#elif defined(__AVX2__)
+constexpr int kMaxRows = 6;
+constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#else
+constexpr int kMaxRows = 4;
+constexpr int panels_at_once(int) { return 1; }
+#endif
+constexpr int kMaxPanels = 4;
+// How far ahead weights are fetched, in bytes: the hardware stops at the end of each 4 KiB page.
+constexpr ptrdiff_t kPrefetch = 2048;
+
+// sums[row][panel] += rows of x times panels.
+//   x: kRows rows of `depth` inputs, row_stride apart, the odd last one of a pair followed by a zero.
+template <class Format, int kRows, int kPanels>
+SHOAL_INLINE void multiply(const typename Format::Input* x, ptrdiff_t row_stride,
+                           const typename Format::Weight* const (&panels)[kPanels], int depth,
+                           typename Format::Sum (&sums)[kRows][kPanels]) {
+    for (int k = 0; k < depth; k += Format::kUnit) {
+        const ptrdiff_t at = static_cast<ptrdiff_t>(k / Format::kUnit) * Format::kStep;
+        decltype(Format::weights(panels[0])) weights[kPanels];
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+            weights[p] = Format::weights(panels[p] + at);
+            __builtin_prefetch(reinterpret_cast<const char*>(panels[p] + at) + kPrefetch);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+            const auto input = Format::input(x + r * row_stride + k);
+#pragma GCC unroll 4
+            for (int p = 0; p < kPanels; ++p) sums[r][p] = Format::add(input, weights[p], sums[r][p]);
+        }
+    }
+}
+
+// A product with its shape in the type: sums [kRows][kPanels] in memory.
+template <class Format>
+using Tile = void (*)(const typename Format::Input* x, ptrdiff_t row_stride,
+                      const typename Format::Weight* const* panels, int depth, typename Format::Sum* sums);
+
+template <class Format, int kRows, int kPanels>
+__attribute__((noinline)) void tile(const typename Format::Input* x, ptrdiff_t row_stride,
+                                    const typename Format::Weight* const* panels, int depth,
+                                    typename Format::Sum* to) {
+    const typename Format::Weight* own_panels[kPanels];
+    typename Format::Sum sums[kRows][kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+        own_panels[p] = panels[p];
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) sums[r][p] = Format::zero();
+    }
+    multiply<Format, kRows, kPanels>(x, row_stride, own_panels, depth, sums);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) to[r * kPanels + p] = sums[r][p];
+    }
+}
+
+// Calls f with the number as a type: f(std::integral_constant<int, number>), for 1 <= number <= kMax.
+template <int kMax, class F>
+SHOAL_INLINE void with_constant(int number, const F& f) {
+    if constexpr (kMax > 1) {
+        if (number < kMax) return with_constant<kMax - 1>(number, f);
+    }
+    f(std::integral_constant<int, kMax>{});
+}
+
+}  // namespace shoal

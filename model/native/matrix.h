@@ -1,0 +1,185 @@
+// Linear layers: packed weights, and the rows of inputs that they are multiplied with.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "array.h"
+#include "matmul.h"
+#include "pool.h"
+
+namespace shoal {
+
+constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Numbers as a checkpoint holds them, [rows][columns], row after row.
+struct Source {
+    enum Type : int32_t { kFloat32, kFloat16, kBFloat16 };
+    const void* data;
+    Type type;
+
+    float operator[](size_t i) const {
+        if (type == kFloat32) return static_cast<const float*>(data)[i];
+        const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+        return type == kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
+    }
+    void read(size_t first, int count, float* to) const {
+        for (int i = 0; i < count; ++i) to[i] = (*this)[first + i];
+    }
+};
+
+// Rows that are the input of a linear layer.  Where its weights are int8, each row is also rounded to integers of its
+// own scale, as large as sums over its depth allow without overflow of an int32: 13 bits and a sign at a depth of 2048.
+class Rows {
+public:
+    Rows(int width, bool quantized)
+        : width_(width), stride_(stride_for(width)), quantized_(quantized), limit_(limit_for(width)) {}
+
+    void reserve(int num_rows) {
+        const size_t size = static_cast<size_t>(num_rows) * stride_;
+        values_.reserve(size);
+        if (!quantized_) return;
+        integers_.reserve(size);
+        scales_.reserve(num_rows);
+    }
+
+    int width() const { return width_; }
+    ptrdiff_t stride() const { return stride_; }
+    float* operator[](int row) { return values_.data() + row * stride_; }
+    const float* operator[](int row) const { return values_.data() + row * stride_; }
+    const int16_t* integers(int row) const { return integers_.data() + row * stride_; }
+    float scale(int row) const { return scales_[row]; }
+
+    // To be called when a row has its values.
+    void finish(int row) {
+        if (quantized_) quantize(row);
+    }
+
+    // A finished row of `other` becomes row `to` of this.
+    void copy(int to, const Rows& other, int from) {
+        if (!quantized_) {
+            std::memcpy((*this)[to], other[from], sizeof(float) * width_);
+            return;
+        }
+        std::memcpy(integers_.data() + to * stride_, other.integers(from), sizeof(int16_t) * stride_);
+        scales_[to] = other.scale(from);
+    }
+
+    // Rows lie apart by whole vectors, but not by a multiple of 1 KiB: the rows of a tile would meet in the cache.
+    static int stride_for(int width) {
+        const int stride = round_up(width, kLanes);
+        return stride % 256 == 0 ? stride + kLanes : stride;
+    }
+
+private:
+    static float limit_for(int width) { return static_cast<float>(std::min(32767, INT32_MAX / 127 / width)); }
+
+    void quantize(int row);
+
+    int width_;
+    int stride_;
+    bool quantized_;
+    float limit_;
+    Array<float> values_;
+    Array<int16_t> integers_;
+    Array<float> scales_;
+};
+
+// Weights [width][depth] of a linear layer, packed in panels of 16 columns (outputs), as float32 or as int8 with a scale
+// for each column.  The last panel is filled up with zeroes.
+class Matrix {
+public:
+    Matrix() = default;
+    Matrix(int width, int depth, bool quantized);
+
+    int width() const { return width_; }
+    int num_panels() const { return num_panels_; }
+    bool is_quantized() const { return quantized_; }
+
+    // Rows of the source become columns: row r column first_column + r, or where two sources share the panels in turns
+    // (panel_step 2), the columns of every other panel from panel_offset on.
+    void pack(Pool& pool, Source source, int num_rows, int first_column, int panel_step = 1, int panel_offset = 0);
+
+    // The weights of one column, as the products see them.
+    void read_column(int column, float* to) const;
+
+    // Calls take(row, panel, values of 16 outputs) for rows 0 to num_rows of x, from row `first` on, and the panels from
+    // begin to end; panels ascend for each row.
+    template <class Take>
+    void multiply(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
+        if (!quantized_) {
+            multiply_as<FloatFormat>(x[first], x.stride(), weights_.data(), num_rows, begin, end, take);
+            return;
+        }
+        auto scale = [&](int row, int panel, const Ints& sums) {
+            take(row, panel, to_floats(sums) * broadcast(x.scale(first + row)) * load(scales_.data() + panel * kLanes));
+        };
+        multiply_as<Int8Format>(x.integers(first), x.stride(), integers_.data(), num_rows, begin, end, scale);
+    }
+
+    // Panels that make a good piece of work, of `num_panels` in all.
+    static int panels_per_tile(int num_panels) { return std::max(2, num_panels / 32 / 2 * 2); }
+
+private:
+    template <class Format, class Take>
+    void multiply_as(const typename Format::Input* x, ptrdiff_t row_stride, const typename Format::Weight* weights,
+                     int num_rows, int begin, int end, const Take& take) const;
+
+    void set_column(int panel, int lane, const float* weights);
+
+    int width_ = 0;
+    int depth_ = 0;
+    int num_panels_ = 0;
+    size_t panel_size_ = 0;
+    bool quantized_ = false;
+    Array<float> weights_;    // [panel][depth][16]
+    Array<int8_t> integers_;  // [panel][depth / 2][16][2]
+    Array<float> scales_;     // [panel][16]
+};
+
+template <class Format>
+Tile<Format> find_tile(int num_rows, int num_panels) {
+    Tile<Format> found = nullptr;
+    with_constant<kMaxRows>(num_rows, [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        found = num_panels == 1 ? tile<Format, kRows, 1> : num_panels == 2 ? tile<Format, kRows, 2> : nullptr;
+        if constexpr (panels_at_once(kRows) == 4) {
+            if (num_panels == 4) found = tile<Format, kRows, 4>;
+        }
+    });
+    return found;
+}
+
+template <class Format, class Take>
+void Matrix::multiply_as(const typename Format::Input* x, ptrdiff_t row_stride,
+                         const typename Format::Weight* weights, int num_rows, int begin, int end,
+                         const Take& take) const {
+    typename Format::Sum sums[kMaxRows * kMaxPanels];
+    const typename Format::Weight* panels[kMaxPanels];
+    // Panels outside, rows inside: a panel is read from memory once, however many rows there are.
+    const int usual = panels_at_once(std::min(num_rows, kMaxRows));
+    int count;
+    for (int panel = begin; panel < end; panel += count) {
+        for (count = usual; count > end - panel;) count /= 2;
+        for (int p = 0; p < count; ++p) panels[p] = weights + (panel + p) * panel_size_;
+        for (int row = 0; row < num_rows; row += kMaxRows) {
+            const int rows = std::min(kMaxRows, num_rows - row);
+            find_tile<Format>(rows, count)(x + row * row_stride, row_stride, panels, depth_, sums);
+            for (int r = 0; r < rows; ++r) {
+                for (int p = 0; p < count; ++p) take(row + r, panel + p, sums[r * count + p]);
+            }
+        }
+    }
+}
+
+// The same for all panels, in tiles on the pool.
+template <class Take>
+void multiply_all(Pool& pool, const Matrix& matrix, const Rows& x, int first, int num_rows, const Take& take) {
+    const int step = Matrix::panels_per_tile(matrix.num_panels());
+    pool.run((matrix.num_panels() + step - 1) / step, [&](int tile, int) {
+        const int begin = tile * step;
+        matrix.multiply(x, first, num_rows, begin, std::min(begin + step, matrix.num_panels()), take);
+    });
+}
+
+}  // namespace shoal

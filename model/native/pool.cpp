@@ -1,0 +1,130 @@
+#include "pool.h"
+
+#include <algorithm>
+#include <chrono>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace shoal {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// How long a waiting thread keeps its core to itself, and how long it stays awake while nobody else wants the core.
+constexpr auto kSpin = std::chrono::microseconds(20);
+constexpr auto kStayAwake = std::chrono::milliseconds(2);
+// Whoever yields and comes back only after this long has let somebody else run.
+constexpr auto kYielded = std::chrono::microseconds(50);
+
+void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Waits awake for `condition`; false if it is better to sleep, because it takes long or somebody else wants the core.
+// A thread that sleeps is given the core at once when it wakes; one that only yields has to queue for it.
+template <class Condition>
+bool stay_awake_for(const Condition& condition) {
+    for (int i = 0; i < 64; ++i) {
+        if (condition()) return true;
+        relax();
+    }
+    const Clock::time_point begin = Clock::now();
+    for (Clock::time_point now = begin; now < begin + kStayAwake;) {
+        for (int i = 0; i < 16; ++i) {
+            if (condition()) return true;
+            relax();
+        }
+        const Clock::time_point before = now;
+        if (before > begin + kSpin) std::this_thread::yield();
+        now = Clock::now();
+        if (now > before + kYielded) break;
+    }
+    return condition();
+}
+
+void pin_to_core(std::thread& thread, int index) {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    for (int core = 0; core < CPU_SETSIZE; ++core) {
+        if (!CPU_ISSET(core, &allowed) || index-- != 0) continue;
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(core, &own);
+        pthread_setaffinity_np(thread.native_handle(), sizeof own, &own);
+        return;
+    }
+#else
+    (void)thread, (void)index;
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int num_threads, bool pin) {
+    for (int thread = 1; thread < num_threads; ++thread) {
+        threads_.emplace_back([this, thread] { live(thread); });
+        if (pin) pin_to_core(threads_.back(), thread);
+    }
+}
+
+Pool::~Pool() {
+    ends_ = true;
+    idle_.wake();
+    for (std::thread& thread : threads_) thread.join();
+}
+
+void Pool::run_all(int num_tiles) {
+    num_done_.store(0, std::memory_order_relaxed);
+    ticket_.store(++num_calls_ << 2 * Ticket::kBits | static_cast<uint64_t>(num_tiles) << Ticket::kBits);
+    idle_.wake();
+    take_tiles(0);
+    caller_.wait([&] { return num_done_.load() == num_tiles; });
+}
+
+// A tile that is taken keeps its call from returning, so what the call is about stays valid until it is done.
+void Pool::take_tiles(int thread) {
+    while (Ticket{ticket_.load(std::memory_order_relaxed)}.has_work()) {
+        const Ticket taken{ticket_.fetch_add(1, std::memory_order_acquire)};
+        if (!taken.has_work()) return;
+        call_(context_, taken.next(), thread);
+        if (num_done_.fetch_add(1) + 1 == taken.num_tiles()) caller_.wake();
+    }
+}
+
+void Pool::live(int thread) {
+    while (!ends_) {
+        take_tiles(thread);
+        idle_.wait([&] { return ends_ || Ticket{ticket_.load()}.has_work(); });
+    }
+}
+
+template <class Condition>
+void Pool::Waiting::wait(const Condition& condition) {
+    if (stay_awake_for(condition)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    num_sleeping_.fetch_add(1);
+    wake_.wait(lock, condition);
+    num_sleeping_.fetch_sub(1);
+}
+
+// Who is about to sleep has counted itself before it looks at the condition a last time, and whoever makes the condition
+// true does so before it looks at the count: one of the two sees the other.
+void Pool::Waiting::wake() {
+    if (num_sleeping_.load() == 0) return;
+    { const std::lock_guard<std::mutex> lock(mutex_); }
+    wake_.notify_all();
+}
+
+}  // namespace shoal

@@ -1,0 +1,80 @@
+// A pool of threads that works through numbered tiles.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace shoal {
+
+// The caller works too.  Threads take tiles one by one, so that a thread which another program keeps from running
+// delays nothing but the tile it holds, and a call returns when all tiles are done, not when all threads are there.
+// Idle threads spin for a moment, because the next call mostly comes within microseconds, and then sleep.
+class Pool {
+public:
+    // pin: keep each further thread on a core of its own.
+    Pool(int num_threads, bool pin);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int num_threads() const { return static_cast<int>(threads_.size()) + 1; }
+
+    // Calls body(tile, thread) for each tile from 0 to num_tiles, in any order; thread < num_threads().
+    template <class Body>
+    void run(int num_tiles, const Body& body) {
+        if (num_tiles <= 1 || threads_.empty()) {
+            for (int tile = 0; tile < num_tiles; ++tile) body(tile, 0);
+            return;
+        }
+        call_ = [](const void* context, int tile, int thread) { (*static_cast<const Body*>(context))(tile, thread); };
+        context_ = &body;
+        run_all(num_tiles);
+    }
+
+private:
+    // What is to be done, in one word that threads take from atomically: the number of the call, its number of tiles,
+    // and the next tile.
+    struct Ticket {
+        static constexpr int kBits = 20;
+        static constexpr uint64_t kMask = (1 << kBits) - 1;
+        uint64_t word;
+        int num_tiles() const { return static_cast<int>(word >> kBits & kMask); }
+        int next() const { return static_cast<int>(word & kMask); }
+        bool has_work() const { return next() < num_tiles(); }
+    };
+
+    // Threads that wait for a condition, awake for a moment and then asleep.
+    class Waiting {
+    public:
+        template <class Condition>
+        void wait(const Condition& condition);
+        // To be called when the condition has become true.
+        void wake();
+
+    private:
+        std::atomic<int> num_sleeping_{0};
+        std::mutex mutex_;
+        std::condition_variable wake_;
+    };
+
+    void run_all(int num_tiles);
+    void take_tiles(int thread);
+    void live(int thread);
+
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<int> num_done_{0};
+    alignas(64) void (*call_)(const void*, int, int) = nullptr;
+    const void* context_ = nullptr;
+    uint64_t num_calls_ = 0;
+
+    std::atomic<bool> ends_{false};
+    Waiting idle_;    // threads without a tile
+    Waiting caller_;  // for the last tile
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace shoal

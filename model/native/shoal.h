@@ -1,0 +1,122 @@
+// The interface of the native backend: plain C, called through ctypes by model/backends/native_backend.py.
+//
+// Pointers are valid during the call only, arrays are dense, and nothing is checked here: what comes from outside is
+// checked in Python before the call.
+#pragma once
+
+#include <stdint.h>
+
+#define SHOAL_API extern "C" __attribute__((visibility("default")))
+
+// Limits of a model's shape.
+enum { kMaxHeadDim = 512, kMaxExperts = 512 };
+
+// The shape of a model; see ModelConfig in model/config.py.
+struct ShoalShape {
+    int32_t vocab_size;
+    int32_t hidden_size;
+    int32_t intermediate_size;
+    int32_t num_layers;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    int32_t num_experts;  // 0 for a dense model
+    int32_t num_experts_per_tok;
+    int32_t tie_word_embeddings;
+    float rms_norm_eps;
+    int32_t num_positions;  // rows of the rotary tables
+    const float* cos;       // [num_positions, head_dim / 2]
+    const float* sin;
+};
+
+struct ShoalOptions {
+    int64_t num_blocks;
+    int32_t block_size;  // a multiple of 16
+    int32_t num_threads;
+    int32_t pin_threads;
+    int32_t quantize_int8;  // weights of linear layers
+    int32_t half_kv_cache;  // float16
+};
+
+// Which weights are meant; each is [out, in] as in model/record.py, or [size].
+enum ShoalTensor : int32_t {
+    kEmbedding,
+    kHead,
+    kNorm,
+    kInputNorm,
+    kQueryProj,
+    kKeyProj,
+    kValueProj,
+    kOutputProj,
+    kPostAttentionNorm,
+    kRouter,
+    kGateProj,
+    kUpProj,
+    kDownProj,
+};
+
+// One step of tokens; see ForwardBatch in model/batch.py.
+struct ShoalBatch {
+    int64_t num_tokens;
+    int64_t num_seqs;
+    int64_t num_logits;
+    int64_t max_blocks;
+    const int32_t* token_ids;        // [num_tokens]
+    const int32_t* positions;        // [num_tokens], consecutive within a sequence
+    const int32_t* slot_mapping;     // [num_tokens]
+    const int32_t* query_start_loc;  // [num_seqs + 1]
+    const int32_t* block_tables;     // [num_seqs, max_blocks]
+    const int32_t* logits_indices;   // [num_logits]
+};
+
+// How to choose a token at each of num_rows rows; see SamplingBatch in model/batch.py.
+struct ShoalSampling {
+    int64_t num_rows;
+    const float* temperature;
+    const float* top_p;
+    const float* min_p;
+    const float* presence_penalty;
+    const float* frequency_penalty;
+    const float* repetition_penalty;
+    const int32_t* top_k;
+    const uint64_t* seeds;
+    const int64_t* positions;
+    const int32_t* forced_token_ids;
+    const int32_t* num_logprobs;
+    int64_t num_penalties;  // entries, rows ascending
+    const int32_t* penalty_rows;
+    const int32_t* penalty_token_ids;
+    const int32_t* penalty_counts;
+    int64_t num_biases;  // entries, rows ascending
+    const int32_t* bias_rows;
+    const int32_t* bias_token_ids;
+    const float* bias;
+};
+
+// The chosen tokens; see SamplerOutput in model/batch.py.
+struct ShoalChosen {
+    int32_t* token_ids;   // [num_rows]
+    int64_t num_top;      // columns of the last two; -1 if no row asks for log-probabilities, and then all are null
+    float* logprobs;      // [num_rows]
+    int32_t* ranks;       // [num_rows]
+    int32_t* top_token_ids;  // [num_rows, num_top]
+    float* top_logprobs;     // [num_rows, num_top]
+};
+
+struct ShoalModel;
+
+// Null if there is not enough memory.
+SHOAL_API ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options);
+SHOAL_API void shoal_destroy(ShoalModel* model);
+
+// Packs one tensor's weights; type as Source::Type: 0 float32, 1 float16, 2 the bits of bfloat16.  Layer and expert are
+// 0 where there is none.
+SHOAL_API void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data, int32_t type);
+
+// Computes a step.  Where `sampling` is given, chooses a token at each row of logits_indices; where `logits` is, writes
+// them there, [num_logits, vocab_size].
+SHOAL_API void shoal_step(ShoalModel* model, const ShoalBatch* batch, const ShoalSampling* sampling,
+                          const ShoalChosen* chosen, float* logits);
+
+// The best instruction set that this machine runs: 0 generic, 1 avx2, 2 avx512.
+SHOAL_API int32_t shoal_best_isa(void);

@@ -1,0 +1,153 @@
+"""Which backend computes: what the settings ask for, as far as this machine has it.
+
+torch loads when its backend is wanted and not before: it takes seconds, and hundreds of megabytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.backends.native_backend import SLOTS, NativeBackend
+from model.backends.native_library import supported_isas
+from model.batch import Backend
+from model.config import ModelConfig
+from model.record import ModelRecord
+from scheduler.errors import ConfigError
+from server.engine.memory import free_main_memory
+from server.engine.messages import DType, EngineConfig
+
+BUILD = "`python -m model.native.build`"
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """The native backend: C++ on the CPU, in float32 but for what is kept in fewer bits.
+
+    Attributes:
+        isa: the instruction set, one of `supported_isas()`.
+    """
+
+    config: EngineConfig
+    isa: str
+    kv_cache_dtype: Literal["float32", "float16"]
+    warning: None = None
+
+    def free_memory(self) -> int:
+        """Bytes that are free where the KV cache will be."""
+        return free_main_memory()
+
+    def create(self, record: ModelRecord, num_blocks: int) -> tuple[Backend, str]:
+        """The backend with its KV cache, and its description for people."""
+        config = self.config
+        backend = NativeBackend(
+            record,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            num_threads=config.threads,
+            kv_cache_dtype=self.kv_cache_dtype,
+            quantization=config.quantization,
+            pin_threads=config.pin_threads,
+            isa=self.isa,
+        )
+        weights = "float32" if config.quantization == "none" else f"{config.quantization} weights"
+        cache = "" if self.kv_cache_dtype == "float32" else f", {self.kv_cache_dtype} KV cache"
+        threads = f"{backend.num_threads} thread{'' if backend.num_threads == 1 else 's'}"
+        return backend, f"{weights}{cache}, native ({self.isa}, {threads})"
+
+
+@dataclass(frozen=True)
+class TorchPlan:
+    """The torch backend: runs on any device, and keeps the KV cache in the number format that it computes in.
+
+    Attributes:
+        warning: why it serves although nobody asked for it; None if somebody did.
+    """
+
+    config: EngineConfig
+    kv_cache_dtype: DType
+    warning: str | None
+
+    def free_memory(self) -> int:
+        """Bytes that are free where the KV cache will be.
+
+        Raises:
+            ConfigError: this machine has no such device.
+        """
+        if self.config.device == "cpu":
+            return free_main_memory()
+        from model.backends.torch_device import free_cuda_memory  # noqa: PLC0415
+
+        return free_cuda_memory(self.config.device)
+
+    def create(self, record: ModelRecord, num_blocks: int) -> tuple[Backend, str]:
+        """The backend with its KV cache, and its description for people."""
+        from model.backends.torch_backend import TorchBackend  # noqa: PLC0415
+
+        config = self.config
+        backend = TorchBackend(
+            record,
+            device=config.device,
+            dtype=self.kv_cache_dtype,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            num_threads=config.threads,
+        )
+        return backend, f"{self.kv_cache_dtype}, torch on {config.device}"
+
+
+def plan_backend(config: EngineConfig, model: ModelConfig) -> NativePlan | TorchPlan:
+    """Choose the backend: if the settings leave it open, native wherever that can be had.
+
+    Raises:
+        ConfigError: the settings contradict each other, or ask for what is not to be had here.
+    """
+    if config.backend == "torch":
+        return _plan_torch(config, model, "backend is torch", None)
+    obstacle = _native_obstacle(config)
+    if obstacle is None:
+        return NativePlan(config, supported_isas()[0], "float16" if config.kv_cache_dtype == "float16" else "float32")
+    reason, param = obstacle
+    if config.backend == "native":
+        raise ConfigError(reason, param=param)
+    is_loss = config.device == "cpu"  # whoever asks for a GPU gets what he asked for
+    warning = f"the torch backend serves, which is slower and takes more memory: {reason}"
+    return _plan_torch(config, model, reason, warning if is_loss else None)
+
+
+def _native_obstacle(config: EngineConfig) -> tuple[str, str] | None:
+    """Why the native backend cannot be had, if so, and the setting that is at fault."""
+    if config.device != "cpu":
+        return f"device {config.device} is not for the native backend, which computes on the CPU", "device"
+    if config.dtype == "bfloat16":
+        return "dtype bfloat16 is not for the native backend, which computes in float32", "dtype"
+    if config.block_size % SLOTS:
+        reason = f"block_size {config.block_size} is not for the native backend, which needs a multiple of {SLOTS}"
+        return reason, "block_size"
+    try:
+        if not supported_isas():
+            return f"backend native is not built: install a C++ compiler, then run {BUILD}", "backend"
+    except OSError as error:  # a library that was built elsewhere
+        return f"backend native does not load: {error}; remove the library, then run {BUILD}", "backend"
+    return None
+
+
+def _plan_torch(config: EngineConfig, model: ModelConfig, reason: str, warning: str | None) -> TorchPlan:
+    """Refuse what only the native backend has; `reason` says why that is not to be had."""
+    for param, value in {"quantization": "int8", "kv_cache_dtype": "float16", "pin_threads": True}.items():
+        if getattr(config, param) == value:
+            raise ConfigError(f"{param} {str(value).lower()} needs the native backend, but {reason}", param=param)
+    dtype = _resolve_dtype(config, model)
+    if config.kv_cache_dtype not in ("auto", dtype):
+        raise ConfigError(
+            f"kv_cache_dtype {config.kv_cache_dtype} is not for the torch backend when it computes in {dtype}",
+            param="kv_cache_dtype",
+        )
+    return TorchPlan(config, dtype, warning)
+
+
+def _resolve_dtype(config: EngineConfig, model: ModelConfig) -> DType:
+    """The number format that torch computes in.  On the CPU 16-bit arithmetic is slower than 32-bit."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if config.device == "cpu" or model.dtype == "float32" else "bfloat16"

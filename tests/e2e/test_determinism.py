@@ -1,0 +1,109 @@
+"""A request's answer is a function of the request: not of its company, its place in the queue, chunks, cached prefixes,
+preemptions or threads.  Byte for byte, on the whole server."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from model.backends.native_library import supported_isas
+from tests.e2e.harness import PATIENCE, Server
+
+pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+
+NUM_REQUESTS = 200
+COMPLETIONS = "/v1/completions"
+# Too few blocks for what 64 requests at a time need.
+FEW_BLOCKS = ("--num-blocks", "48")
+INT8 = ("--quantization", "int8", "--kv-cache-dtype", "float16")
+
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "stop": ["\n\n", "return"]},
+    {"temperature": 0, "presence_penalty": 1.5, "logit_bias": {"40": 3.0, "300": -100}},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "stop": "self"},
+    {"temperature": 1.2, "min_p": 0.02, "presence_penalty": -0.5, "ignore_eos": True},
+    {"temperature": 0.7, "top_k": 30, "repetition_penalty": 0.9, "n": 2},
+    {"temperature": 1.5, "top_p": 0.8, "top_k": 100, "frequency_penalty": -0.2, "logit_bias": {"13": -5.0}},
+]
+
+
+def make_requests() -> list[dict[str, Any]]:
+    """A fifth of the prompts begins like another fifth; each goes on in its own way."""
+    source = inspect.getsource(textwrap)
+    beginnings = [source[start : start + 450] for start in range(0, 4500, 900)]
+    return [
+        {
+            "prompt": beginnings[i % 5] + source[5000 + 7 * i : 5000 + 7 * i + 10 + 3 * (i % 30)],
+            "max_tokens": 4 + i * 5 % 13,
+            "seed": i,
+            "logprobs": 2,
+            **OPTIONS[i % len(OPTIONS)],
+        }
+        for i in range(NUM_REQUESTS)
+    ]
+
+
+def choices_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """Texts, log-probabilities, and why each ended."""
+    assert response.status_code == 200, response.text
+    choices: list[dict[str, Any]] = response.json()["choices"]
+    return choices
+
+
+def send_alone(server: Server, requests: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    return [choices_of(server.post(COMPLETIONS, **request)) for request in requests]
+
+
+def send_at_once(
+    server: Server, requests: Sequence[dict[str, Any]], order: Sequence[int]
+) -> list[list[dict[str, Any]]]:
+    """Answers in the order of the requests, which are sent in another."""
+
+    async def send_all() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, trust_env=False, limits=limits) as client:
+            return await asyncio.gather(*(client.post(COMPLETIONS, json=requests[i]) for i in order))
+
+    answers = dict(zip(order, asyncio.run(send_all()), strict=True))
+    return [choices_of(answers[i]) for i in range(len(requests))]
+
+
+@pytest.fixture(params=[(), INT8], ids=["float32", "int8"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    """The bundled model twice: with room for everybody and one thread, and with little room and two threads."""
+    servers: list[Server] = []
+    for name, settings in (("wide", ()), ("narrow", ("--threads", "2", *FEW_BLOCKS))):
+        (tmp_path / name).mkdir()
+        servers.append(Server(tmp_path / name, *settings, *request.param))
+    yield servers[0].wait_ready(), servers[1].wait_ready()
+    for server in servers:
+        server.close()
+
+
+def test_200_requests(pair: tuple[Server, Server]) -> None:
+    wide, narrow = pair
+    requests = make_requests()
+    in_order, shuffled = list(range(NUM_REQUESTS)), random.Random(1).sample(range(NUM_REQUESTS), NUM_REQUESTS)
+    alone = send_alone(wide, requests)
+    for answers in (
+        send_at_once(wide, requests, in_order),
+        send_at_once(narrow, requests, in_order),
+        send_at_once(narrow, requests, shuffled),
+    ):
+        different = [i for i in range(NUM_REQUESTS) if answers[i] != alone[i]]
+        assert not different
+    assert wide.metric("num_preemptions_total") == 0
+    assert narrow.metric("num_preemptions_total") > 0
+    assert narrow.metric("prefix_cache_hits_total") > 0
+    assert len({choice["text"] for choices in alone for choice in choices}) > 150, "the requests were meant to differ"
+    assert {choice["finish_reason"] for choices in alone for choice in choices} == {"stop", "length"}

@@ -1,0 +1,424 @@
+"""The native backend against transformers, against the torch backend, and against whoever calls it wrongly."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from tokenizers import Tokenizer
+
+from model.backends.native_backend import NativeBackend
+from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
+from model.backends.torch_backend import TorchBackend
+from model.batch import ForwardBatch, SamplingBatch
+from model.checkpoint import load_checkpoint
+from model.record import ModelRecord
+from model.sampling import sample_reference
+from scheduler.errors import CheckpointError, ConfigError
+from tests.model.oracles import (
+    BUNDLED,
+    SHAPES,
+    SMOLLM2,
+    expected_logits,
+    random_record,
+    random_steps,
+    run_chunks,
+    run_whole,
+    sequences,
+)
+
+pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+
+POOL = {"num_blocks": 64, "block_size": 16}
+# What fills no vector, and groups of heads that are more than a tile's rows.
+ODD_SHAPES: dict[str, dict[str, Any]] = {
+    "llama-odd": {"hidden_size": 39, "intermediate_size": 23, "num_attention_heads": 3, "num_key_value_heads": 1}
+    | {"head_dim": 10, "vocab_size": 101},
+    "llama-odd-tied": {"hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 2}
+    | {"vocab_size": 97, "tie_word_embeddings": True},
+    "llama-sixteen-to-one": {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 8},
+    "llama-thirty-two-to-one": {"num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 6},
+    "llama-widest-heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": MAX_HEAD_DIM},
+    "mixtral-many": {"num_local_experts": 70, "num_experts_per_tok": 9, "intermediate_size": 17},
+    "mixtral-most": {"num_local_experts": MAX_EXPERTS, "num_experts_per_tok": 1, "intermediate_size": 3},
+}
+ALL_SHAPES = SHAPES | ODD_SHAPES
+NUMBERS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
+}
+
+each_numbers = pytest.mark.parametrize("numbers", NUMBERS)
+
+
+def make_backend(record: ModelRecord, numbers: str = "float32", **how: Any) -> NativeBackend:
+    return NativeBackend(record, **{**POOL, "num_threads": 1, **NUMBERS[numbers], **how})
+
+
+# -- the numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+def test_logits_equal_transformers_through_chunks_in_mixed_batches(
+    shape: str, tiny_checkpoint: Callable[..., Path], paged: Any
+) -> None:
+    folder = tiny_checkpoint(shape.partition("-")[0], **ALL_SHAPES[shape])
+    backend = make_backend(load_checkpoint(folder), num_threads=2)
+    texts = sequences(1, 150, 9, 33)
+    logits = run_chunks(backend, paged(**POOL), texts, random_steps(1, texts))
+    for name, tokens in texts.items():
+        np.testing.assert_allclose(logits[name], expected_logits(folder, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48])
+def test_long_and_short_contexts_in_one_batch(
+    block_size: int, tiny_checkpoint: Callable[..., Path], paged: Any
+) -> None:
+    folder = tiny_checkpoint("llama", max_position_embeddings=1024)
+    pool = {"num_blocks": 100, "block_size": block_size}
+    backend = make_backend(load_checkpoint(folder), num_threads=2, **pool)
+    texts = sequences(3, 700, 3, 130, 257, 1)
+    names = list(texts)
+    steps = [{name: len(texts[name]) - 1 for name in names[:4]}, dict.fromkeys(names, 1)]
+    logits = run_chunks(backend, paged(**pool), texts, steps)
+    for name, tokens in texts.items():
+        np.testing.assert_allclose(logits[name], expected_logits(folder, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("model", ["bundled", "smollm2"])
+def test_logits_equal_those_of_the_torch_backend(model: str, source: list[int], paged: Any) -> None:
+    record = load_checkpoint(BUNDLED) if model == "bundled" else random_record(**SMOLLM2, vocab_size=4096)
+    expected = run_whole(TorchBackend(record, **POOL), paged(**POOL), source[:600])
+    found = run_whole(make_backend(record, num_threads=2), paged(**POOL), source[:600])
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_checkpoints_of_16_bits(dtype: torch.dtype, tiny_model: Callable[..., Any], paged: Any, tmp_path: Path) -> None:
+    """Nothing is lost of them: they are computed in float32."""
+    tiny_model("mixtral", hidden_size=40).to(dtype).save_pretrained(tmp_path, max_shard_size="30KB")
+    backend = make_backend(load_checkpoint(tmp_path))
+    (tokens,) = sequences(2, 60).values()
+    found = run_whole(backend, paged(**POOL), tokens)
+    np.testing.assert_allclose(found, expected_logits(tmp_path, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama-odd", "llama-tied", "mixtral"])
+def test_a_cache_of_16_bits_is_near(shape: str, tiny_checkpoint: Callable[..., Path], paged: Any) -> None:
+    folder = tiny_checkpoint(shape.partition("-")[0], **ALL_SHAPES[shape])
+    backend = make_backend(load_checkpoint(folder), kv_cache_dtype="float16")
+    (tokens,) = sequences(2, 60).values()
+    error = np.abs(run_whole(backend, paged(**POOL), tokens) - expected_logits(folder, tokens))
+    assert 0 < error.mean() < 2e-3
+
+
+@pytest.fixture(scope="module")
+def source() -> list[int]:
+    """Text that people wrote: 2,048 tokens of the standard library."""
+    tokenizer: Any = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+    token_ids: list[int] = tokenizer.encode(inspect.getsource(argparse), add_special_tokens=False).ids
+    return token_ids[:2048]
+
+
+def test_int8_loses_little_on_trained_weights(source: list[int], paged: Any) -> None:
+    record = load_checkpoint(BUNDLED)
+    windows = [source[start : start + 512] for start in range(0, 2048, 512)]
+
+    def logprobs(**how: Any) -> np.ndarray:
+        backend = make_backend(record, num_threads=2, **how)
+        logits = np.concatenate([run_whole(backend, paged(**POOL), window) for window in windows])
+        return log_softmax(logits.astype(np.float64), axis=-1)
+
+    exact, coarse = logprobs(), logprobs(quantization="int8", kv_cache_dtype="float16")
+    divergence = (np.exp(exact) * (exact - coarse)).sum(-1)
+    assert 0 < divergence.mean() < 1e-3
+    assert (exact.argmax(-1) == coarse.argmax(-1)).mean() > 0.975
+
+
+INTEGERS: dict[str, Callable[[np.random.Generator, int, tuple[int, int]], np.ndarray]] = {
+    "random": lambda rng, most, size: rng.integers(-most, most + 1, size),
+    "all-greatest": lambda rng, most, size: np.full(size, most),
+    "all-least": lambda rng, most, size: np.full(size, -most),
+    "half-of-each": lambda rng, most, size: np.where(np.arange(size[1]) < size[1] // 2, most, -most) * np.ones(size),
+}
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("depth", [1, 15, 515, 2048, 8192, 16383])
+def test_int8_products_are_those_of_exact_integers(depth: int, isa: str, paged: Any) -> None:
+    """A model without layers' work whose normalised hidden states, and whose head, are integers times powers of two:
+    rounding takes nothing from them, so that logits are what integer arithmetic says, if no sum overflows."""
+    rng = np.random.default_rng(depth)
+    most = min(32767, (2**31 - 1) // 127 // depth)  # at this depth no sum exceeds an int32; see Rows in matrix.h
+    inputs = np.concatenate([make(rng, most, (2, depth)) for make in INTEGERS.values()]).astype(np.int64)
+    weights = np.concatenate([make(rng, 127, (5, depth)) for make in INTEGERS.values()]).astype(np.int64)
+    inputs[:, -1], weights[:, -1] = most, 127  # every row and column has its greatest
+    shape = {"hidden_size": depth, "vocab_size": len(weights), "intermediate_size": 1, "num_heads": 1}
+    record = random_record(**shape, num_kv_heads=1, num_layers=1, tie_word_embeddings=False, rms_norm_eps=0.0)
+    (layer,) = record.layers
+    silent = replace(
+        layer,
+        attention=replace(layer.attention, o_proj=np.zeros_like(layer.attention.o_proj)),
+        feed_forward=replace(layer.feed_forward, down_proj=np.zeros_like(layer.feed_forward.down_proj)),
+    )
+    ones = np.ones_like(record.embedding)
+    head = (weights * 2.0**-9).astype(np.float32)
+    for row in inputs:  # the norm of a row of ones gives its gain
+        gain = (row * 2.0**-4).astype(np.float32)
+        backend = make_backend(
+            replace(record, embedding=ones, layers=(silent,), norm=gain, head=head), "int8", num_blocks=1, isa=isa
+        )
+        logits = backend.forward(paged(1, 16).batch([("a", [0] * 7, 0)]))
+        expected = (weights @ row).astype(np.float32) * np.float32(2.0**-13)
+        np.testing.assert_array_equal(logits, np.broadcast_to(expected, logits.shape))
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def test_execute_samples_from_the_wanted_rows_and_may_be_repeated(
+    tiny_checkpoint: Callable[..., Path], paged: Any, sampling_batch: Callable[..., SamplingBatch]
+) -> None:
+    backend, pages = make_backend(load_checkpoint(tiny_checkpoint("mixtral"))), paged(**POOL)
+    assert backend.vocab_size == 96
+    batch = pages.batch([("a", [5, 6, 7], 0), ("b", [8], 0)], all_logits=False)
+    logits = backend.forward(batch)
+    assert logits.shape == (2, 96) and logits.dtype == np.float32
+    for _ in range(2):
+        out = backend.execute(batch, sampling_batch(2))
+        assert out.token_ids.dtype == np.int32
+        np.testing.assert_array_equal(out.token_ids, logits.argmax(-1))
+    drawn = sampling_batch(2, temperature=1.0, top_p=0.9, seeds=[1, 2], positions=[3, 1], num_logprobs=2)
+    expected = sample_reference(logits, drawn)
+    np.testing.assert_array_equal(backend.execute(batch, drawn).token_ids, expected.token_ids)
+    np.testing.assert_array_equal(backend.forward(batch), logits)
+
+
+def test_more_rows_than_are_computed_at_once(paged: Any, sampling_batch: Callable[..., SamplingBatch]) -> None:
+    """Model::kLogitsRows of model.h are; the rest follow."""
+    backend, pages = make_backend(random_record(), num_threads=2), paged(**POOL)
+    batch = pages.batch([(name, text, 0) for name, text in sequences(3, 100, 1, 52).items()])
+    logits = backend.forward(batch)
+    parts = [replace(batch, logits_indices=rows) for rows in np.split(batch.logits_indices, 3)]
+    np.testing.assert_array_equal(np.concatenate([backend.forward(part) for part in parts]), logits)
+    rows = np.arange(153)
+    drawn = sampling_batch(153, temperature=1.0, seeds=rows, positions=rows, num_logprobs=1)
+    found, expected = backend.execute(batch, drawn), sample_reference(logits, drawn)
+    np.testing.assert_array_equal(found.token_ids, expected.token_ids)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+
+
+@each_numbers
+def test_a_step_that_wants_no_logits(numbers: str, paged: Any, sampling_batch: Callable[..., SamplingBatch]) -> None:
+    backend, pages = make_backend(random_record(), numbers), paged(**POOL)
+    (prompt,) = sequences(4, 40).values()
+    silent = replace(pages.batch([("a", prompt[:20], 0)]), logits_indices=np.empty(0, np.int32))
+    assert backend.execute(silent, sampling_batch(0)).token_ids.shape == (0,)
+    assert backend.forward(silent).shape == (0, 96)
+    continued = backend.forward(pages.batch([("a", prompt[20:], 20)]))
+    np.testing.assert_array_equal(continued, run_whole(backend, pages, prompt)[20:])
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+@each_numbers
+def test_nan_stays_in_its_sequence_and_leaves_with_it(
+    numbers: str, num_experts: int, paged: Any, sampling_batch: Callable[..., SamplingBatch]
+) -> None:
+    """Through attention, whose blocks others use again, and through experts, who work for many at once."""
+    record = random_record(num_experts=num_experts, num_experts_per_tok=num_experts // 2, tie_word_embeddings=False)
+    embedding = np.array(record.embedding)
+    embedding[95] = np.nan
+    pool = {"num_blocks": 8, "block_size": 16}
+    (healthy,) = sequences(5, 40).values()
+    healthy = [token % 95 for token in healthy]
+    expected = run_whole(make_backend(record, numbers, **pool), paged(**pool), healthy)
+    backend, pages = make_backend(replace(record, embedding=embedding), numbers, **pool), paged(**pool)
+    batch = pages.batch([("bad", [7, 95, *[9] * 60], 0), ("good", healthy, 0)])
+    chosen = backend.execute(batch, sampling_batch(102)).token_ids
+    assert chosen[1:62].tolist() == [-1] * 61
+    np.testing.assert_array_equal(chosen[62:], expected.argmax(-1))
+    np.testing.assert_array_equal(backend.forward(batch)[62:], expected)
+    pages.release("bad")
+    texts = {"next": healthy[:33], "and-next": healthy[:17]}  # every block is used again, the last ones in part
+    steps = [{name: 1 for name, text in texts.items() if step < len(text)} for step in range(33)]
+    for logits in run_chunks(backend, pages, texts, steps).values():
+        np.testing.assert_array_equal(logits, expected[: len(logits)])
+    assert not pages.free
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, np.nan) for name in ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "head")],
+        *[(name, np.inf) for name in ("k_proj", "up_proj", "down_proj")],
+    ],
+)
+@each_numbers
+def test_weights_that_are_not_finite_are_not_rounded_away(
+    numbers: str, name: str, value: float, paged: Any, sampling_batch: Callable[..., SamplingBatch]
+) -> None:
+    record = random_record(num_layers=1)
+    (layer,) = record.layers
+    owner: Any = {"head": record}.get(name, layer.attention if name[0] in "qkvo" else layer.feed_forward)
+    weights = np.array(getattr(owner, name))
+    weights[3, 1] = value
+    changed = replace(owner, **{name: weights})
+    if owner is not record:
+        field = "attention" if owner is layer.attention else "feed_forward"
+        changed = replace(record, layers=(replace(layer, **{field: changed}),))
+    batch = paged(**POOL).batch([("a", [4, 5, 6], 0)])
+    assert make_backend(changed, numbers).execute(batch, sampling_batch(3)).token_ids.tolist() == [-1] * 3
+
+
+# -- who calls it wrongly ----------------------------------------------------------------------------------------------
+
+
+def changed(index: int | tuple[int, ...], value: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array[index] = value
+        return array
+
+    return change
+
+
+def shorter(array: np.ndarray) -> np.ndarray:
+    return array[:-1].copy()
+
+
+# The arrays whose memory the native code reads.
+PASSED = [field.name for field in fields(ForwardBatch) if field.name != "context_lens"]
+# The good batch: sequence a's tokens 18 to 23 and b's first 3, in blocks of 16, of 8 blocks and 40 tokens' positions.
+WRONG: list[tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = [
+    *[(f"{field}-negative", field, changed(0, -1)) for field in ("token_ids", "positions", "slot_mapping")],
+    *[(f"{field}-lowest", field, changed(0, -(2**31))) for field in ("token_ids", "positions", "slot_mapping")],
+    ("token_ids-beyond-the-vocabulary", "token_ids", changed(3, 96)),
+    ("positions-beyond-the-model", "positions", lambda a: a + np.int32(100)),
+    ("positions-that-leap", "positions", changed(2, 30)),
+    ("positions-that-repeat", "positions", changed(1, 18)),
+    ("positions-of-the-next-sequence", "positions", changed(6, 24)),
+    ("positions-before-the-context", "positions", lambda a: a - np.repeat(np.array([1, 0], np.int32), [6, 3])),
+    ("slot_mapping-beyond-the-cache", "slot_mapping", changed(8, 8 * 16)),
+    ("block_tables-negative", "block_tables", changed((0, 1), -1)),
+    ("block_tables-beyond-the-cache", "block_tables", changed((1, 0), 8)),
+    ("block_tables-too-narrow", "block_tables", lambda a: a[:, :1].copy()),
+    ("query_start_loc-not-from-0", "query_start_loc", changed(0, 1)),
+    ("query_start_loc-not-to-the-end", "query_start_loc", changed(2, 8)),
+    ("query_start_loc-beyond-the-end", "query_start_loc", changed(2, 10)),
+    ("query_start_loc-descends", "query_start_loc", changed(1, 10)),
+    ("query_start_loc-without-queries", "query_start_loc", changed(1, 9)),
+    ("context_lens-too-long", "context_lens", changed(0, 25)),
+    ("context_lens-too-short", "context_lens", changed(1, 2)),
+    ("context_lens-0", "context_lens", changed(1, 0)),
+    ("logits_indices-negative", "logits_indices", changed(0, -1)),
+    ("logits_indices-beyond-the-tokens", "logits_indices", changed(1, 9)),
+    ("logits_indices-repeated", "logits_indices", lambda a: np.zeros(100, np.int32)),
+    ("logits_indices-descend", "logits_indices", lambda a: a[::-1].copy()),
+    *[(f"{field}-shorter", field, shorter) for field in ("token_ids", "positions", "slot_mapping", "query_start_loc")],
+    *[(f"{field}-shorter", field, shorter) for field in ("context_lens", "block_tables")],
+    *[(f"{field}-of-64-bits", field, lambda a: a.astype(np.int64)) for field in PASSED],
+    *[(f"{field}-with-gaps", field, lambda a: np.repeat(a, 2, axis=-1)[..., ::2]) for field in PASSED],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "change"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_wrong_arrays_are_refused_before_the_call(
+    field: str, change: Callable[[np.ndarray], np.ndarray], paged: Any, sampling_batch: Callable[..., SamplingBatch]
+) -> None:
+    """Also right after the same batch without the fault, of which the checked parts need not be checked again."""
+    pool = {"num_blocks": 8, "block_size": 16}
+    backend, pages = make_backend(random_record(max_position_embeddings=40), **pool), paged(**pool)
+    pages.batch([("a", [0] * 18, 0)])
+    good = pages.batch([("a", [1, 2, 3, 4, 5, 6], 18), ("b", [7, 8, 9], 0)], all_logits=False)
+    bad = replace(good, **{field: change(getattr(good, field))})
+    logits = None
+    for _ in range(2):
+        with pytest.raises(AssertionError):
+            backend.forward(bad)
+        with pytest.raises(AssertionError):
+            backend.execute(bad, sampling_batch(len(bad.logits_indices)))
+        again = backend.forward(good)
+        np.testing.assert_array_equal(again, again if logits is None else logits)
+        logits = again
+
+
+def test_as_many_choices_as_logits(paged: Any, sampling_batch: Callable[..., SamplingBatch]) -> None:
+    backend, pages = make_backend(random_record()), paged(**POOL)
+    batch = pages.batch([("a", [1, 2, 3], 0)])
+    for num_rows in (0, 2, 4):
+        with pytest.raises(AssertionError):
+            backend.execute(batch, sampling_batch(num_rows))
+    assert len(backend.execute(batch, sampling_batch(3)).token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "limit", "others"),
+    [
+        ("head_dim", MAX_HEAD_DIM, {}),
+        ("num_experts", MAX_EXPERTS, {"num_experts_per_tok": 1, "intermediate_size": 1}),
+    ],
+)
+def test_shapes_that_are_too_large(field: str, limit: int, others: dict[str, int]) -> None:
+    record = random_record(**{field: limit + 2}, **others)
+    with pytest.raises(CheckpointError, match=f"{field} {limit + 2} exceeds the {limit} ") as caught:
+        make_backend(record)
+    assert caught.value.param == field
+
+
+def test_more_memory_than_there_is() -> None:
+    with pytest.raises(ConfigError, match="not enough memory"):
+        make_backend(random_record(max_position_embeddings=64), num_blocks=2**40)
+
+
+def test_a_library_that_is_not_there() -> None:
+    with pytest.raises(LookupError, match="no native library for mmx"):
+        make_backend(random_record(), isa="mmx")
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def busy_cores() -> Iterator[None]:
+    """Other programs that want every core for themselves."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
+    yield
+    for other in others:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.usefixtures("busy_cores")
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_steps_end_and_are_right_while_others_want_the_cores(num_threads: int, paged: Any) -> None:
+    record = load_checkpoint(BUNDLED)
+    texts = sequences(6, 400, 30, 2)
+    lone, backend = make_backend(record), make_backend(record, num_threads=num_threads)
+    expected = {name: run_whole(lone, paged(**POOL), text) for name, text in texts.items()}
+    steps = [{name: 1 for name, text in texts.items() if step < len(text)} for step in range(400)]
+    found = run_chunks(backend, paged(**POOL), texts, steps)
+    for name in texts:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_backends_come_and_go(paged: Any) -> None:
+    """Their threads end with them, asleep or awake."""
+    record = random_record()
+    batch = paged(**POOL).batch([("a", [1, 2, 3], 0)])
+    num_threads = len(list(Path("/proc/self/task").iterdir()))
+    expected = make_backend(record).forward(batch)
+    for _ in range(50):
+        np.testing.assert_array_equal(make_backend(record, num_threads=4).forward(batch), expected)
+    assert len(list(Path("/proc/self/task").iterdir())) == num_threads

@@ -1,0 +1,209 @@
+"""Which backend the engine process takes, and what it says when a setting cannot be had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from model.backends import native_library
+from model.backends.native_library import supported_isas
+from model.config import ModelConfig, bytes_per_block, load_config
+from scheduler.errors import ConfigError
+from server.engine import backends
+from server.engine.backends import NativePlan, TorchPlan, plan_backend
+from server.engine.memory import plan_kv_cache
+from server.engine.messages import EngineConfig
+from server.serve import engine_config
+from server.settings import load_settings
+
+ROOT = Path(__file__).parents[2]
+BUNDLED = ROOT / "model/bundled/shoal-moe"
+
+
+@pytest.fixture(autouse=True)
+def no_file_and_a_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    built(monkeypatch, ["avx2", "generic"])
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return load_config(BUNDLED)
+
+
+def built(monkeypatch: pytest.MonkeyPatch, isas: Sequence[str]) -> None:
+    monkeypatch.setattr(backends, "supported_isas", lambda: tuple(isas))
+
+
+def config(*args: str) -> EngineConfig:
+    return engine_config(load_settings(list(args)), BUNDLED)
+
+
+def refusal(model: ModelConfig, *args: str) -> tuple[str, str | None]:
+    with pytest.raises(ConfigError) as caught:
+        plan_backend(config(*args), model)
+    return caught.value.message, caught.value.param
+
+
+@pytest.mark.parametrize(
+    ("args", "kv_cache_dtype"),
+    [
+        ([], "float32"),
+        (["--backend", "native"], "float32"),
+        (["--dtype", "float32", "--block-size", "64"], "float32"),
+        (["--kv-cache-dtype", "float32"], "float32"),
+        (["--kv-cache-dtype", "float16"], "float16"),
+        (["--quantization", "int8", "--pin-threads"], "float32"),
+        (["--no-pin-threads"], "float32"),
+    ],
+    ids=" ".join,
+)
+def test_native_serves_where_it_can(model: ModelConfig, args: list[str], kv_cache_dtype: Any) -> None:
+    asked = config(*args)
+    assert plan_backend(asked, model) == NativePlan(asked, "avx2", kv_cache_dtype)
+
+
+TORCH_SERVES = "the torch backend serves, which is slower and takes more memory: "
+NEEDS_STEP = "block_size 8 is not for the native backend, which needs a multiple of 16"
+NEEDS_FLOAT32 = "dtype bfloat16 is not for the native backend, which computes in float32"
+NEEDS_CPU = "device cuda:1 is not for the native backend, which computes on the CPU"
+NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `python -m model.native.build`"
+
+
+@pytest.mark.parametrize(
+    ("args", "dtype", "warning"),
+    [
+        (["--backend", "torch"], "float32", None),
+        (["--backend", "torch", "--dtype", "bfloat16"], "bfloat16", None),
+        (["--backend", "torch", "--kv-cache-dtype", "float32", "--no-pin-threads"], "float32", None),
+        (["--device", "cuda"], "bfloat16", None),
+        (["--block-size", "8"], "float32", TORCH_SERVES + NEEDS_STEP),
+        (["--dtype", "bfloat16"], "bfloat16", TORCH_SERVES + NEEDS_FLOAT32),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_torch_serves_the_rest(model: ModelConfig, args: list[str], dtype: Any, warning: str | None) -> None:
+    asked = config(*args)
+    assert plan_backend(asked, model) == TorchPlan(asked, dtype, warning)
+
+
+def test_torch_serves_where_nothing_is_built(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(monkeypatch, [])
+    asked = config()
+    assert plan_backend(asked, model) == TorchPlan(asked, "float32", TORCH_SERVES + NEEDS_BUILD)
+    assert refusal(model, "--backend", "native") == (NEEDS_BUILD, "backend")
+    assert refusal(model, "--quantization", "int8") == (
+        f"quantization int8 needs the native backend, but {NEEDS_BUILD}",
+        "quantization",
+    )
+
+
+def test_torch_serves_where_the_library_is_of_another_machine(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "libshoal-generic.so").write_bytes(b"\x7fELF of another kind")
+    monkeypatch.setattr(native_library, "FOLDER", tmp_path)
+    monkeypatch.setattr(backends, "supported_isas", native_library.supported_isas.__wrapped__)
+    plan = plan_backend(config(), model)
+    assert isinstance(plan, TorchPlan)
+    assert plan.warning is not None
+    assert plan.warning.startswith(f"{TORCH_SERVES}backend native does not load: {tmp_path}/libshoal-generic.so: ")
+    assert refusal(model, "--backend", "native")[1] == "backend"
+
+
+@pytest.mark.parametrize("checkpoint_dtype", ["float32", "bfloat16", "float16"])
+def test_on_a_gpu_the_checkpoint_decides(model: ModelConfig, checkpoint_dtype: str) -> None:
+    model = ModelConfig(**{name: getattr(model, name) for name in model.__slots__} | {"dtype": checkpoint_dtype})
+    plan = plan_backend(config("--device", "cuda"), model)
+    assert plan.kv_cache_dtype == ("float32" if checkpoint_dtype == "float32" else "bfloat16")
+    assert plan_backend(config("--backend", "torch"), model).kv_cache_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "param"),
+    [
+        (["--backend", "native", "--device", "cuda:1"], NEEDS_CPU, "device"),
+        (["--backend", "native", "--dtype", "bfloat16"], NEEDS_FLOAT32, "dtype"),
+        (["--backend", "native", "--block-size", "8"], NEEDS_STEP, "block_size"),
+        (
+            ["--backend", "torch", "--quantization", "int8"],
+            "quantization int8 needs the native backend, but backend is torch",
+            "quantization",
+        ),
+        (
+            ["--backend", "torch", "--kv-cache-dtype", "float16"],
+            "kv_cache_dtype float16 needs the native backend, but backend is torch",
+            "kv_cache_dtype",
+        ),
+        (
+            ["--backend", "torch", "--pin-threads"],
+            "pin_threads true needs the native backend, but backend is torch",
+            "pin_threads",
+        ),
+        (
+            ["--device", "cuda:1", "--quantization", "int8"],
+            f"quantization int8 needs the native backend, but {NEEDS_CPU}",
+            "quantization",
+        ),
+        (
+            ["--dtype", "bfloat16", "--kv-cache-dtype", "float32"],
+            "kv_cache_dtype float32 is not for the torch backend when it computes in bfloat16",
+            "kv_cache_dtype",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_contradicts_itself_is_refused(model: ModelConfig, args: list[str], message: str, param: str) -> None:
+    assert refusal(model, *args) == (message, param)
+
+
+def test_a_cache_of_16_bits_holds_twice_as_much(model: ModelConfig) -> None:
+    """The plan counts in the cache's own number format."""
+    sizes = {}
+    for dtype in ("float32", "float16"):
+        asked = config("--kv-cache-dtype", dtype, "--memory-mib", "8")
+        plan = plan_backend(asked, model)
+        cache = plan_kv_cache(asked, model, dtype=plan.kv_cache_dtype, max_model_len=64, free=2**30)
+        assert cache.num_bytes == cache.num_blocks * bytes_per_block(model, dtype, asked.block_size) <= 8 * 2**20
+        sizes[dtype] = cache.num_blocks
+    assert sizes["float16"] == 2 * sizes["float32"]
+
+
+BUILD_ENGINE = """
+import sys
+import msgspec
+from server.engine.messages import EngineConfig
+from server.engine.process import build_engine
+core, ready = build_engine(msgspec.json.decode(sys.argv[1], type=EngineConfig))
+print(ready.description)
+print(*sorted({"torch", "transformers", "gguf"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+@pytest.mark.parametrize(
+    ("args", "description"),
+    [
+        ([], "float32, native ({isa}, 1 thread)"),
+        (["--kv-cache-dtype", "float16"], "float32, float16 KV cache, native ({isa}, 1 thread)"),
+        (["--quantization", "int8", "--threads", "2"], "int8 weights, native ({isa}, 2 threads)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_native_engine_loads_no_torch(args: list[str], description: str) -> None:
+    """In a fresh process, with the bundled model."""
+    asked = config("--num-blocks", "16", "--max-model-len", "64", "--threads", "1", *args)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD_ENGINE, msgspec.json.encode(asked).decode()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [description.format(isa=supported_isas()[0]), ""]
