@@ -28,6 +28,12 @@ void exponentiate(float* scores, int count, float* greatest, float* sum) {
     *sum = sum_lanes(sums);
 }
 
+// Fetches `count` elements that are needed soon: blocks lie scattered, so the hardware does not see them coming.
+template <class Element>
+SHOAL_INLINE void prefetch(const Element* from, int count) {
+    for (int i = 0; i < count; i += static_cast<int>(64 / sizeof(Element))) __builtin_prefetch(from + i, 0, 2);
+}
+
 // to[row][panel] += weights of positions begin to end times their values, kRows rows and kPanels panels.
 template <class Format, int kRows, int kPanels>
 __attribute__((noinline)) void weigh(const float* weights, ptrdiff_t stride,
@@ -178,7 +184,7 @@ void Attention::attend_to_stretch(const KVCache& cache, int layer, const QueryTi
         keys[i] = cache.keys<Element>(layer, at, head);
         values[i] = cache.values<Element>(layer, at, head);
     }
-    score<Format>(keys, num_keys, tile.num_queries * group_, scratch);
+    score<Format>(keys, values, num_keys, tile.num_queries * group_, scratch);
     int first = 0;  // the first query that sees anything here
     while (num_seen(first) == 0) ++first;
     for (int row = first * group_; row < tile.num_queries * group_; ++row) {
@@ -196,13 +202,18 @@ void Attention::attend_to_stretch(const KVCache& cache, int layer, const QueryTi
 
 // scores[row][position] of all rows with num_keys * 16 positions.
 template <class Format>
-void Attention::score(const typename Format::Weight* const* keys, int num_keys, int num_rows, Scratch& scratch) const {
+void Attention::score(const typename Format::Weight* const* keys, const typename Format::Weight* const* values,
+                      int num_keys, int num_rows, Scratch& scratch) const {
     Vec sums[kMaxRows * kMaxPanels];
     for (int row = 0; row < num_rows; row += kMaxRows) {
         const int rows = std::min(kMaxRows, num_rows - row);
         int count;
         for (int key = 0; key < num_keys; key += count) {
             for (count = panels_at_once(rows); count > num_keys - key;) count /= 2;
+            for (int p = 0; num_rows <= kMaxRows && p < count; ++p) {
+                if (key + count + p < num_keys) prefetch(keys[key + count + p], head_dim_ * kLanes);
+                prefetch(values[key + p], padded_dim_ * kLanes);
+            }
             find_tile<Format>(rows, count)(scratch.queries.data() + row * padded_dim_, padded_dim_, keys + key,
                                            head_dim_, sums);
             for (int r = 0; r < rows; ++r) {

@@ -88,7 +88,8 @@ private:
     void attend_to_stretch(const KVCache& cache, int layer, const QueryTile& tile, int head, int stretch,
                            Scratch& scratch, const State& to) const;
     template <class Format>
-    void score(const typename Format::Weight* const* keys, int num_keys, int num_rows, Scratch& scratch) const;
+    void score(const typename Format::Weight* const* keys, const typename Format::Weight* const* values, int num_keys,
+               int num_rows, Scratch& scratch) const;
     template <class Format>
     void add_values(const typename Format::Weight* const* values, int begin, int end, int first_row, int num_rows,
                     const Scratch& scratch, float* to) const;

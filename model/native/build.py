@@ -28,7 +28,7 @@ COMMON_FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"),
 )
 RELEASE_FLAGS = ("-O3",)
-SANITIZE_FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZE_FLAGS = ("-O2", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 X86_64_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512": ("-march=x86-64-v4", "-mavx512vnni"),
     "avx2": ("-march=x86-64", "-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"),

@@ -12,9 +12,9 @@ struct FeedForward {
     Matrix gate_up;  // panels of gate and up in turns
     Matrix down;
 
-    FeedForward(int hidden_size, int intermediate_size, bool quantized)
-        : gate_up(2 * round_up(intermediate_size, kLanes), hidden_size, quantized),
-          down(hidden_size, intermediate_size, quantized) {}
+    FeedForward(int hidden_size, int intermediate_size, bool quantized, Arena& arena)
+        : gate_up(2 * round_up(intermediate_size, kLanes), hidden_size, quantized, arena),
+          down(hidden_size, intermediate_size, quantized, arena) {}
 
     // Panels begin to end (both even) of silu(gate(x)) * up(x), for rows of x from `first` on; to the same rows of `to`.
     void activate(const Rows& x, int first, int num_rows, int begin, int end, Rows& to) const {

@@ -17,8 +17,8 @@ double Noise::gumbel(int32_t id) const {
 
 namespace {
 
-// At most log2(rest), and -127 for 0: the bits of a float32, read as a number, are its logarithm to base 2 with straight
-// lines between the powers of 2, which lie below it.
+// At most log2(rest), and -127 for 0: the bits of a float32, read as a number, are its logarithm to base 2 but for
+// straight lines between the powers of 2, which lie below it.
 SHOAL_INLINE float log2_from_below(int32_t rest) {
     const float value = static_cast<float>(rest);
     int32_t bits;

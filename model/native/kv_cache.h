@@ -40,7 +40,7 @@ public:
         const size_t at = offset(layer, slot / kLanes, head);
         const int lane = static_cast<int>(slot % kLanes);
         if (half_) {
-            write_to(halves_.data() + at, lane, key, value, float_to_half);
+            write_to(halves_.data() + at, lane, key, value, [](float x) { return float_to_half(x); });
         } else {
             write_to(floats_.data() + at, lane, key, value, [](float x) { return x; });
         }

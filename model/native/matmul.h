@@ -57,7 +57,8 @@ constexpr int kMaxRows = 4;
 constexpr int panels_at_once(int) { return 1; }
 #endif
 constexpr int kMaxPanels = 4;
-// How far ahead weights are fetched, in bytes: the hardware stops at the end of each 4 KiB page.
+// How far ahead the weights of a single panel are fetched, in bytes.  The hardware stops at the end of each 4 KiB page,
+// which hurts where there is but one stream; several hide each other's stops.
 constexpr ptrdiff_t kPrefetch = 2048;
 
 // sums[row][panel] += rows of x times panels.
@@ -72,7 +73,7 @@ SHOAL_INLINE void multiply(const typename Format::Input* x, ptrdiff_t row_stride
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) {
             weights[p] = Format::weights(panels[p] + at);
-            __builtin_prefetch(reinterpret_cast<const char*>(panels[p] + at) + kPrefetch);
+            if (kPanels == 1) __builtin_prefetch(reinterpret_cast<const char*>(panels[p] + at) + kPrefetch);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < kRows; ++r) {

@@ -38,7 +38,7 @@ void Rows::quantize(int row) {
     for (int i = width_; i < round_up(width_, 2); ++i) integers[i] = 0;
 }
 
-Matrix::Matrix(int width, int depth, bool quantized)
+Matrix::Matrix(int width, int depth, bool quantized, Arena& arena)
     : width_(width),
       depth_(depth),
       num_panels_(round_up(width, kLanes) / kLanes),
@@ -46,10 +46,10 @@ Matrix::Matrix(int width, int depth, bool quantized)
       quantized_(quantized) {
     const size_t size = num_panels_ * panel_size_;
     if (quantized) {
-        integers_ = Array<int8_t>(size);
-        scales_ = Array<float>(static_cast<size_t>(num_panels_) * kLanes);
+        integers_ = arena.take<int8_t>(size);
+        scales_ = arena.take<float>(static_cast<size_t>(num_panels_) * kLanes);
     } else {
-        weights_ = Array<float>(size);
+        weights_ = arena.take<float>(size);
     }
 }
 
@@ -70,14 +70,14 @@ void Matrix::pack(Pool& pool, Source source, int num_rows, int first_column, int
 
 void Matrix::set_column(int panel, int lane, const float* weights) {
     if (!quantized_) {
-        float* to = weights_.data() + panel * panel_size_ + lane;
+        float* to = weights_ + panel * panel_size_ + lane;
         for (int k = 0; k < depth_; ++k) to[k * kLanes] = weights[k];
         return;
     }
     const float greatest = greatest_magnitude(weights, depth_);
     const float inverse = greatest > 0 ? 127 / greatest : 0;
     scales_[panel * kLanes + lane] = greatest / 127;
-    int8_t* to = integers_.data() + panel * panel_size_ + lane * 2;
+    int8_t* to = integers_ + panel * panel_size_ + lane * 2;
     for (int k = 0; k < depth_; ++k) {
         to[k / 2 * Int8Format::kStep + k % 2] = static_cast<int8_t>(round_to_int(weights[k] * inverse));
     }
@@ -86,11 +86,11 @@ void Matrix::set_column(int panel, int lane, const float* weights) {
 void Matrix::read_column(int column, float* to) const {
     const int panel = column / kLanes, lane = column % kLanes;
     if (!quantized_) {
-        const float* from = weights_.data() + panel * panel_size_ + lane;
+        const float* from = weights_ + panel * panel_size_ + lane;
         for (int k = 0; k < depth_; ++k) to[k] = from[k * kLanes];
         return;
     }
-    const int8_t* from = integers_.data() + panel * panel_size_ + lane * 2;
+    const int8_t* from = integers_ + panel * panel_size_ + lane * 2;
     const float scale = scales_[column];
     for (int k = 0; k < depth_; ++k) to[k] = static_cast<float>(from[k / 2 * Int8Format::kStep + k % 2]) * scale;
 }

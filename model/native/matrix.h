@@ -89,8 +89,7 @@ private:
 // for each column.  The last panel is filled up with zeroes.
 class Matrix {
 public:
-    Matrix() = default;
-    Matrix(int width, int depth, bool quantized);
+    Matrix(int width, int depth, bool quantized, Arena& arena);
 
     int width() const { return width_; }
     int num_panels() const { return num_panels_; }
@@ -108,13 +107,13 @@ public:
     template <class Take>
     void multiply(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
         if (!quantized_) {
-            multiply_as<FloatFormat>(x[first], x.stride(), weights_.data(), num_rows, begin, end, take);
+            multiply_as<FloatFormat>(x[first], x.stride(), weights_, num_rows, begin, end, take);
             return;
         }
         auto scale = [&](int row, int panel, const Ints& sums) {
-            take(row, panel, to_floats(sums) * broadcast(x.scale(first + row)) * load(scales_.data() + panel * kLanes));
+            take(row, panel, to_floats(sums) * broadcast(x.scale(first + row)) * load(scales_ + panel * kLanes));
         };
-        multiply_as<Int8Format>(x.integers(first), x.stride(), integers_.data(), num_rows, begin, end, scale);
+        multiply_as<Int8Format>(x.integers(first), x.stride(), integers_, num_rows, begin, end, scale);
     }
 
     // Panels that make a good piece of work, of `num_panels` in all.
@@ -127,14 +126,14 @@ private:
 
     void set_column(int panel, int lane, const float* weights);
 
-    int width_ = 0;
-    int depth_ = 0;
-    int num_panels_ = 0;
-    size_t panel_size_ = 0;
-    bool quantized_ = false;
-    Array<float> weights_;    // [panel][depth][16]
-    Array<int8_t> integers_;  // [panel][depth / 2][16][2]
-    Array<float> scales_;     // [panel][16]
+    int width_;
+    int depth_;
+    int num_panels_;
+    size_t panel_size_;
+    bool quantized_;
+    float* weights_ = nullptr;    // [panel][depth][16]
+    int8_t* integers_ = nullptr;  // [panel][depth / 2][16][2]
+    float* scales_ = nullptr;     // [panel][16]
 };
 
 template <class Format>

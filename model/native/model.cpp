@@ -32,7 +32,7 @@ Model::Model(const ShoalShape& shape, const ShoalOptions& options)
               copy_floats(shape.cos, static_cast<size_t>(shape.num_positions) * (shape.head_dim / 2)),
               copy_floats(shape.sin, static_cast<size_t>(shape.num_positions) * (shape.head_dim / 2))},
       norm_(round_up(shape.hidden_size, kLanes)),
-      head_(shape.vocab_size, shape.hidden_size, options.quantize_int8 != 0),
+      head_(shape.vocab_size, shape.hidden_size, options.quantize_int8 != 0, arena_),
       cache_(shape.num_layers, shape.num_kv_heads, shape.head_dim, options.num_blocks * options.block_size,
              options.half_kv_cache != 0),
       attention_(shape.num_heads, shape.num_kv_heads, shape.head_dim, options.block_size, options.num_threads),
@@ -50,13 +50,13 @@ Model::Model(const ShoalShape& shape, const ShoalOptions& options)
     if (!shape.tie_word_embeddings) embedding_ = Array<float>(static_cast<size_t>(shape.vocab_size) * hidden);
     for (int i = 0; i < shape.num_layers; ++i) {
         Layer layer{Array<float>(norm_.size()),
-                    Matrix(heads + 2 * shape.num_kv_heads * shape.head_dim, hidden, quantized),
-                    Matrix(hidden, heads, quantized),
+                    Matrix(heads + 2 * shape.num_kv_heads * shape.head_dim, hidden, quantized, arena_),
+                    Matrix(hidden, heads, quantized, arena_),
                     Array<float>(norm_.size()),
-                    Matrix(shape.num_experts, hidden, false),
+                    Matrix(shape.num_experts, hidden, false, arena_),
                     {}};
         for (int e = 0; e < std::max(1, shape.num_experts); ++e) {
-            layer.experts.emplace_back(hidden, shape.intermediate_size, quantized);
+            layer.experts.emplace_back(hidden, shape.intermediate_size, quantized, arena_);
         }
         layers_.push_back(std::move(layer));
     }

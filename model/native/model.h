@@ -54,6 +54,7 @@ private:
     int block_size_;
     Pool pool_;
     RotaryTables rotary_;
+    Arena arena_;  // of all packed weights
     Array<float> embedding_;  // [vocab_size][hidden_size] unless it is the head
     std::vector<Layer> layers_;
     Array<float> norm_;

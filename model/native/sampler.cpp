@@ -21,7 +21,9 @@ public:
         const auto penalties = entries_of(sampling.penalty_rows, sampling.num_penalties, row);
         for (int64_t i = penalties.first; i < penalties.second; ++i) penalize(sampling, row, i);
         const auto biases = entries_of(sampling.bias_rows, sampling.num_biases, row);
-        for (int64_t i = biases.first; i < biases.second; ++i) *remember(sampling.bias_token_ids[i]) += sampling.bias[i];
+        for (int64_t i = biases.first; i < biases.second; ++i) {
+            *remember(sampling.bias_token_ids[i]) += sampling.bias[i];
+        }
     }
     ~Adjustment() {
         for (auto token = originals_.rbegin(); token != originals_.rend(); ++token) logits_[token->id] = token->logit;

@@ -131,7 +131,7 @@ def source() -> list[int]:
     return token_ids[:2048]
 
 
-def test_int8_loses_little_on_trained_weights(source: list[int], paged: Any) -> None:
+def test_int8_loses_little_of_the_bundled_model(source: list[int], paged: Any) -> None:
     record = load_checkpoint(BUNDLED)
     windows = [source[start : start + 512] for start in range(0, 2048, 512)]
 

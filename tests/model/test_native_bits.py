@@ -138,7 +138,7 @@ def test_around_the_borders_of_stretches(model: str, numbers: str, num_threads: 
 
 @each_numbers
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_a_context_of_2000_tokens(numbers: str, num_threads: int, pages: Any) -> None:
+def test_smollm2_in_a_context_of_2000_tokens(numbers: str, num_threads: int, pages: Any) -> None:
     texts = sequences(5, 2011, 9, 300)
     long, short, middle = texts
     expected = all_alone(backend_of("smollm2", numbers), pages, texts)
@@ -186,10 +186,10 @@ def test_a_prefix_that_another_sequence_computed(model: str, numbers: str, pages
     np.testing.assert_array_equal(again["again"], expected)
 
 
-# `paged` is a class, which examples cannot leave in another state.
-@settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# `paged` is a class, which no example can leave in another state.
+@each_model
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    model=st.sampled_from(list(MODELS)),
     numbers=st.sampled_from(list(NUMBERS)),
     seed=st.integers(0, 10_000),
     lengths=st.lists(st.integers(1, 300), min_size=2, max_size=6),
