@@ -91,7 +91,7 @@ def run(checkpoint: Path, num_steps: int) -> dict[str, object]:
         for j, shape in enumerate(shapes)
     ]
     limits = {"read GB/s": bandwidth / 1e9, "float32 GFLOP/s": rate / 1e9}
-    show("machine: the most of several runs of numpy's dot and matmul", [limits])
+    show("machine: median of numpy's dot and matmul", [limits])
     show(f"native: median step, context {CONTEXT}; limit = max(bytes / read, operations / float32 rate)", rows)
     return {"machine": limits, "roofline": rows}
 
@@ -114,20 +114,16 @@ class _Machine:
 
 
 def _in_turns(works: list[Callable[[], object]], num_steps: int) -> list[float]:
-    """Median seconds of each; of the first two, which are limits, the least."""
+    """Median seconds of each, one step in each of many turns: a machine's memory is not equally fast at all times."""
     times: list[list[float]] = [[] for _ in works]
-    for _ in range(NUM_TURNS):
+    for _ in range(max(NUM_TURNS, num_steps // 10)):
         for work, found in zip(works, times, strict=True):
+            time.sleep(0.01)  # threads of the one before have stopped spinning by then
             work()  # finds the caches full of what ran before
-            spent = 0.0
-            for _ in range(max(1, num_steps // NUM_TURNS)):
-                began = time.perf_counter()
-                work()
-                found.append(time.perf_counter() - began)
-                spent += found[-1]
-                if spent > 1.0:  # a long step needs fewer
-                    break
-    return [min(found) if i < 2 else median(found) for i, found in enumerate(times)]
+            began = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - began)
+    return [median(found) for found in times]
 
 
 def _batch(shape: Shape, config: ModelConfig) -> ForwardBatch:

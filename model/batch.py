@@ -54,9 +54,10 @@ class SamplingBatch:
         forced_token_ids: [num_logits] int32; -1 to choose, else this token is taken (a prompt token to be scored).
         num_logprobs: [num_logits] int32; -1 for none, else alternatives to report beside the chosen token.
         penalty_rows, penalty_token_ids, penalty_counts: [num_entries] sparse history of the rows that have a penalty:
-            row, token id seen before, and how often it was generated, 0 if it stands in the prompt only.  Each
-            (row, token) at most once.
-        bias_rows, bias_token_ids, bias: [num_biases] sparse addends to the logits (float32); -inf bans a token.
+            row, token id seen before, and how often it was generated, 0 if it stands in the prompt only.  Rows
+            ascend; each (row, token) at most once.
+        bias_rows, bias_token_ids, bias: [num_biases] sparse addends to the logits (float32); -inf bans a token.  Rows
+            ascend.
     """
 
     temperature: Float32

@@ -40,7 +40,7 @@ class BatchRows:
         self._top_k = np.zeros(max_num_seqs, np.int32)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._gathered_for: bytes | None = None
-        self._gathered: tuple[Float32, Int32, UInt64, Int32, Int32]
+        self._gathered: tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]
         self.scored: set[int] = set()
         self._penalised: dict[int, Int32] = {}  # row -> prompt tokens that count as seen
         self._biased: dict[int, SamplingParams] = {}
@@ -74,7 +74,7 @@ class BatchRows:
         if key != self._gathered_for:  # a batch that only decodes asks for the same rows in every step
             self._gathered_for = key
             self._gathered = (
-                self._floats.take(rows, axis=1),
+                tuple(self._floats.take(rows, axis=1)),
                 self._top_k[rows],
                 self._seeds[rows],
                 self.num_logprobs[rows],

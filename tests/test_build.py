@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from model.backends.native_library import supported_isas
 from model.native.build import isa_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +101,12 @@ def script(folder: Path, name: str, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+@needs_compiler
+def test_this_tree_is_built() -> None:
+    """Else the tests of the native backend skip themselves in silence."""
+    assert supported_isas()
 
 
 @needs_compiler

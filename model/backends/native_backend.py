@@ -35,8 +35,8 @@ class NativeBackend:
         kv_cache_dtype: of the KV cache's elements.
         quantization: "int8" rounds the weights of linear layers to 8 bits with a scale for each output, and their
             inputs to 13 bits or more with a scale for each row.
-        pin_threads: whether to keep each further thread on a core of its own; None does where there is a core for
-            each thread.
+        pin_threads: whether to keep each further thread on a core of its own; None does where cores are left over for
+            what else the server has to do, since without any it only keeps the threads from making room.
         isa: instruction set, one of `supported_isas()`; the best if not set.
 
     Raises:
@@ -73,7 +73,7 @@ class NativeBackend:
             num_blocks=num_blocks,
             block_size=block_size,
             num_threads=self.num_threads,
-            pin_threads=pin_threads if pin_threads is not None else self.num_threads <= num_cores,
+            pin_threads=pin_threads if pin_threads is not None else self.num_threads < num_cores,
             quantize_int8=quantization == "int8",
             half_kv_cache=kv_cache_dtype == "float16",
         )
