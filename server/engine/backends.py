@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.backends.native_backend import SLOTS, NativeBackend
-from model.backends.native_library import supported_isas
+from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
 from model.batch import Backend
 from model.config import ModelConfig
 from model.record import ModelRecord
@@ -104,7 +104,7 @@ def plan_backend(config: EngineConfig, model: ModelConfig) -> NativePlan | Torch
     """
     if config.backend == "torch":
         return _plan_torch(config, model, "backend is torch", None)
-    obstacle = _native_obstacle(config)
+    obstacle = _native_obstacle(config, model)
     if obstacle is None:
         return NativePlan(config, supported_isas()[0], "float16" if config.kv_cache_dtype == "float16" else "float32")
     reason, param = obstacle
@@ -115,8 +115,12 @@ def plan_backend(config: EngineConfig, model: ModelConfig) -> NativePlan | Torch
     return _plan_torch(config, model, reason, warning if is_loss else None)
 
 
-def _native_obstacle(config: EngineConfig) -> tuple[str, str] | None:
+def _native_obstacle(config: EngineConfig, model: ModelConfig) -> tuple[str, str] | None:
     """Why the native backend cannot be had, if so, and the setting that is at fault."""
+    return _obstacle_of_settings(config) or _obstacle_of_model(model) or _obstacle_of_library()
+
+
+def _obstacle_of_settings(config: EngineConfig) -> tuple[str, str] | None:
     if config.device != "cpu":
         return f"device {config.device} is not for the native backend, which computes on the CPU", "device"
     if config.dtype == "bfloat16":
@@ -124,6 +128,18 @@ def _native_obstacle(config: EngineConfig) -> tuple[str, str] | None:
     if config.block_size % SLOTS:
         reason = f"block_size {config.block_size} is not for the native backend, which needs a multiple of {SLOTS}"
         return reason, "block_size"
+    return None
+
+
+def _obstacle_of_model(model: ModelConfig) -> tuple[str, str] | None:
+    limits = {"head_dim": (model.head_dim, MAX_HEAD_DIM), "num_experts": (model.num_experts, MAX_EXPERTS)}
+    for name, (value, limit) in limits.items():
+        if value > limit:
+            return f"the model's {name} {value} exceeds the {limit} that the native backend is made for", "backend"
+    return None
+
+
+def _obstacle_of_library() -> tuple[str, str] | None:
     try:
         if not supported_isas():
             return f"backend native is not built: install a C++ compiler, then run {BUILD}", "backend"

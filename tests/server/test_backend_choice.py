@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ def refusal(model: ModelConfig, *args: str) -> tuple[str, str | None]:
 def test_native_serves_where_it_can(model: ModelConfig, args: list[str], kv_cache_dtype: Any) -> None:
     asked = config(*args)
     assert plan_backend(asked, model) == NativePlan(asked, "avx2", kv_cache_dtype)
+
+
+def test_a_model_beyond_the_native_backend_is_served_by_torch(model: ModelConfig) -> None:
+    wide = replace(model, head_dim=1024)
+    plan = plan_backend(config(), wide)
+    assert isinstance(plan, TorchPlan)
+    assert "head_dim 1024 exceeds the 512" in str(plan.warning)
+    message, param = refusal(wide, "--backend", "native")
+    assert (param, "head_dim 1024" in message) == ("backend", True)
 
 
 TORCH_SERVES = "the torch backend serves, which is slower and takes more memory: "
