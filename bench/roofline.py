@@ -77,14 +77,15 @@ def run(checkpoint: Path, num_steps: int) -> dict[str, object]:
         for precision in PRECISIONS
     ]
     machine = _Machine(backends[0].num_threads)
-    works: list[Callable[[], object]] = [machine.read, machine.multiply]
+    # The threads of a matmul spin for a while after it, so that no step of ours comes next.
+    works: list[Callable[[], object]] = [machine.multiply, machine.read]
     works += [
         lambda backend=backend, batch=batch, sampling=sampling: backend.execute(batch, sampling)  # type: ignore[misc]
         for backend in backends
         for batch, sampling in [(_batch(shape, record.config), _greedy(shape)) for shape in shapes]
     ]
     seconds = _in_turns(works, num_steps)
-    bandwidth, rate = machine.num_bytes / seconds[0], machine.num_flops / seconds[1]
+    rate, bandwidth = machine.num_flops / seconds[0], machine.num_bytes / seconds[1]
     rows: list[dict[str, object]] = [
         _row(precision, shape, record, seconds[2 + i * len(shapes) + j], (bandwidth, rate))
         for i, precision in enumerate(PRECISIONS)
@@ -118,7 +119,7 @@ def _in_turns(works: list[Callable[[], object]], num_steps: int) -> list[float]:
     times: list[list[float]] = [[] for _ in works]
     for _ in range(max(NUM_TURNS, num_steps // 10)):
         for work, found in zip(works, times, strict=True):
-            time.sleep(0.01)  # threads of the one before have stopped spinning by then
+            time.sleep(0.05)  # the threads of the one before have stopped spinning by then
             work()  # finds the caches full of what ran before
             began = time.perf_counter()
             work()
