@@ -47,7 +47,9 @@ async def serve(settings: Settings) -> None:
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
-                _announce(service, starting.result(), listener, time.monotonic() - began)
+                ready = starting.result()
+                if not server.should_exit:  # else it is closing already
+                    _announce(service, ready, listener, time.monotonic() - began)
             await serving
         finally:
             server.should_exit = True
