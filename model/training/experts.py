@@ -1,7 +1,8 @@
 """Tokens through their experts, one pair of matrix products for each expert, with the backward pass by hand.
 
 Sorting tokens by expert makes every expert's work contiguous.  The backward pass is written out because autograd
-would keep, and then add up, a slice of every intermediate for every expert.
+would keep, and then add up, a slice of every intermediate for every expert, and would scatter where a gather will do.
+On a GPU, where a product for each expert is lost in launches, all experts are one grouped product.
 """
 
 from __future__ import annotations
@@ -17,57 +18,81 @@ def route_through_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: T
     """The weighted sum of what each token's chosen experts make of it.
 
     Args:
-        x: [num_tokens, hidden].
+        x: [num_tokens, hidden], in the dtype that the products are computed in.
         weights: [num_tokens, k], how much each chosen expert counts.
         chosen: [num_tokens, k] int64, expert ids.
         gate_up: [num_experts, 2 * intermediate, hidden].
         down: [num_experts, hidden, intermediate].
 
     Returns:
-        [num_tokens, hidden].
+        [num_tokens, hidden], in x's dtype.
     """
-    k = chosen.shape[1]
-    order = chosen.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen.flatten(), minlength=len(gate_up)).tolist()
-    tokens = order // k
+    if x.is_cuda:
+        return _grouped(x, weights, chosen, gate_up, down)
     # torch leaves Function.apply untyped.
-    outputs = _SwigluExperts.apply(x[tokens], gate_up, down, counts)  # type: ignore[no-untyped-call]
-    return torch.zeros_like(x).index_add(0, tokens, outputs * weights.flatten()[order, None])
+    mixed: Tensor = _Experts.apply(x, weights, chosen, gate_up, down)  # type: ignore[no-untyped-call]
+    return mixed
 
 
-class _SwigluExperts(torch.autograd.Function):
-    """down(silu(gate) * up) for rows [num_rows, hidden] that are sorted by expert, `counts[e]` of them for expert e."""
+def _grouped(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`route_through_experts` with grouped products, whose bounds stay on the GPU."""
+    order, places = _sorted_by_expert(chosen)
+    ends = torch.bincount(chosen.flatten(), minlength=len(gate_up)).cumsum(0).to(torch.int32)
+    rows = x[order // chosen.shape[1]]
+    gate, up = F.grouped_mm(rows, gate_up.to(x.dtype).mT, offs=ends).chunk(2, dim=-1)
+    output = F.grouped_mm(F.silu(gate) * up, down.to(x.dtype).mT, offs=ends)
+    return (output[places].view(*chosen.shape, -1) * weights.to(x.dtype)[..., None]).sum(dim=1)
+
+
+def _sorted_by_expert(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The choices [num_tokens, k] in the order of their experts, and each choice's place in that order."""
+    order = chosen.flatten().argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return order, places
+
+
+class _Experts(torch.autograd.Function):
+    """`route_through_experts`, expert by expert; weights of any dtype are computed with in x's."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-        inner = rows.new_empty(len(rows), gate_up.shape[1])
-        output = torch.empty_like(rows)
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        x, weights, chosen, gate_up, down = inputs
+        order, places = _sorted_by_expert(chosen)
+        counts = torch.bincount(chosen.flatten(), minlength=len(gate_up)).tolist()
+        rows = x[order // chosen.shape[1]]
+        gate_up_used, down_used = gate_up.to(x.dtype), down.to(x.dtype)
+        inner, output = rows.new_empty(len(rows), gate_up.shape[1]), torch.empty_like(rows)
         parts = (torch.split(tensor, counts) for tensor in (rows, inner, output))
-        for e, (x, part, y) in enumerate(zip(*parts, strict=True)):
-            torch.mm(x, gate_up[e].T, out=part)
+        for e, (row, part, y) in enumerate(zip(*parts, strict=True)):
+            torch.mm(row, gate_up_used[e].T, out=part)
             gate, up = part.chunk(2, dim=-1)
-            torch.mm(F.silu(gate) * up, down[e].T, out=y)
-        ctx.save_for_backward(rows, gate_up, down, inner)
-        ctx.counts = counts
-        return output
+            torch.mm(F.silu(gate) * up, down_used[e].T, out=y)
+        choices = output[places].view(*chosen.shape, -1)
+        ctx.save_for_backward(rows, weights, gate_up_used, down_used, inner, choices, order, places)
+        ctx.counts, ctx.dtype = counts, gate_up.dtype
+        return torch.bmm(weights.to(x.dtype).unsqueeze(1), choices).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        rows, gate_up, down, inner = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
+        rows, weights, gate_up, down, inner, choices, order, places = ctx.saved_tensors
+        d_mixed, k = gradients[0], weights.shape[1]
+        d_weights = torch.bmm(choices, d_mixed.unsqueeze(-1)).squeeze(-1).to(weights.dtype)
+        d_output = d_mixed[order // k] * weights.to(d_mixed.dtype).flatten()[order, None]
         d_rows = torch.empty_like(rows)
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        parts = (torch.split(tensor, ctx.counts) for tensor in (rows, inner, gradients[0], d_rows))
-        for e, (x, part, d_y, d_x) in enumerate(zip(*parts, strict=True)):
+        d_gate_up, d_down = (torch.empty_like(tensor, dtype=ctx.dtype) for tensor in (gate_up, down))
+        parts = (torch.split(tensor, ctx.counts) for tensor in (rows, inner, d_output, d_rows))
+        for e, (row, part, d_y, d_row) in enumerate(zip(*parts, strict=True)):
             gate, up = part.chunk(2, dim=-1)
             sigmoid = gate.sigmoid()
             silu = gate * sigmoid
-            torch.mm(d_y.T, silu * up, out=d_down[e])
+            d_down[e] = d_y.T @ (silu * up)
             d_product = d_y @ down[e]
             d_part = torch.empty_like(part)
             d_gate, d_up = d_part.chunk(2, dim=-1)
             torch.mul(d_product, silu, out=d_up)
             # silu' = sigmoid + silu * (1 - sigmoid)
-            torch.mul(d_product * up, sigmoid + silu * (1 - sigmoid), out=d_gate)
-            torch.mm(d_part.T, x, out=d_gate_up[e])
-            torch.mm(d_part, gate_up[e], out=d_x)
-        return d_rows, d_gate_up, d_down, None
+            torch.mul(d_product.mul_(up), sigmoid + silu * (1 - sigmoid), out=d_gate)
+            d_gate_up[e] = d_part.T @ row
+            torch.mm(d_part, gate_up[e], out=d_row)
+        return d_rows[places].view(*weights.shape, -1).sum(dim=1), d_weights, None, d_gate_up, d_down

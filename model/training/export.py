@@ -54,7 +54,7 @@ def hf_config(config: NetworkConfig, end_of_text: int) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "pad_token_id": end_of_text,
@@ -74,6 +74,8 @@ def named_weights(network: Network) -> Iterator[tuple[str, Tensor]]:
     """The network's weights under the names that checkpoints of its family use."""
     yield "model.embed_tokens.weight", network.embedding.weight
     yield "model.norm.weight", network.norm.weight
+    if not network.config.tie_word_embeddings:
+        yield "lm_head.weight", network.lm_head.weight
     for i, layer in enumerate(network.layers):
         assert isinstance(layer, Layer)
         for name, weight in _layer_weights(layer):
@@ -83,8 +85,12 @@ def named_weights(network: Network) -> Iterator[tuple[str, Tensor]]:
 def _layer_weights(layer: Layer) -> Iterator[tuple[str, Tensor]]:
     yield "input_layernorm.weight", layer.input_norm.weight
     yield "post_attention_layernorm.weight", layer.post_attention_norm.weight
-    for name, weight in layer.attention.named_parameters():
-        yield f"self_attn.{name}", weight
+    attention = layer.attention
+    heads = attention.num_heads, attention.num_kv_heads, attention.num_kv_heads
+    parts = torch.split(attention.qkv_proj.weight, [count * attention.head_dim for count in heads])
+    for name, weight in zip("qkv", parts, strict=True):
+        yield f"self_attn.{name}_proj.weight", weight
+    yield "self_attn.o_proj.weight", attention.o_proj.weight
     if isinstance(layer.mlp, FeedForward):
         for name, weight in layer.mlp.named_parameters():
             yield f"mlp.{name}", weight

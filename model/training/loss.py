@@ -1,4 +1,4 @@
-"""Cross-entropy of a large vocabulary without ever holding all logits."""
+"""Losses of a large vocabulary without ever holding all logits: cross-entropy, and distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -7,39 +7,82 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_ROWS = 512
+_CHUNK_ROWS = 1024
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of softmax(hidden @ head.T) at targets.
 
     Args:
-        hidden: [num_tokens, hidden].
+        hidden: [num_tokens, hidden], in the dtype that the products are computed in.
         head: [vocab_size, hidden].
         targets: [num_tokens] int64.
     """
     # torch leaves Function.apply untyped.
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Chunked.apply(hidden, head, _TokenTargets(targets))  # type: ignore[no-untyped-call]
     return loss
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+def chunked_distillation(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of softmax(hidden @ head.T) under the teacher's distribution.
+
+    It is the Kullback-Leibler divergence of Hinton et al. 2015 at temperature 1, plus the teacher's own entropy.
+
+    Args:
+        hidden, head: as in `chunked_cross_entropy`.
+        teacher_hidden: [num_tokens, teacher's hidden].
+        teacher_head: [vocab_size, teacher's hidden].
+    """
+    targets = _TeacherTargets(teacher_hidden, teacher_head)
+    loss: Tensor = _Chunked.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _TokenTargets:
+    """The target of a row is one token."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self._targets = targets
+
+    def loss_and_gradient(self, start: int, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """For rows from `start` on: the summed loss, and its gradient to the logits (in place of the argument)."""
+        picked = self._targets[start : start + len(log_probabilities), None]
+        loss = -log_probabilities.gather(1, picked).sum()
+        gradient = log_probabilities.exp_()
+        gradient.scatter_add_(1, picked, gradient.new_full((1, 1), -1.0).expand_as(picked))
+        return loss, gradient
+
+
+class _TeacherTargets:
+    """The target of a row is a teacher's distribution."""
+
+    def __init__(self, hidden: Tensor, head: Tensor) -> None:
+        self._hidden, self._head = hidden, head.to(hidden.dtype)
+
+    def loss_and_gradient(self, start: int, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._hidden[start : start + len(log_probabilities)]
+        wanted = (rows @ self._head.T).to(log_probabilities.dtype).softmax(dim=-1)
+        loss = -torch.linalg.vecdot(wanted, log_probabilities).sum()
+        return loss, log_probabilities.exp_().sub_(wanted)
+
+
+class _Chunked(torch.autograd.Function):
     """Both gradients are made in the forward pass, chunk by chunk, while the chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: _TokenTargets | _TeacherTargets) -> Tensor:
+        used = head.to(hidden.dtype)
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        total = hidden.new_zeros(())
-        chunks = (torch.split(tensor, _CHUNK_ROWS) for tensor in (hidden, targets, d_hidden))
-        for rows, goals, d_rows in zip(*chunks, strict=True):
-            logits = rows @ head.T
-            log_probabilities = logits.log_softmax(dim=-1)
-            picked = goals[:, None]
-            total -= log_probabilities.gather(1, picked).sum()
-            d_logits = log_probabilities.exp_()
-            d_logits.scatter_add_(1, picked, d_logits.new_full((1, 1), -1.0).expand_as(picked))
-            torch.mm(d_logits, head, out=d_rows)
-            d_head.addmm_(d_logits.T, rows)
+        total = head.new_zeros(())
+        for start in range(0, len(hidden), _CHUNK_ROWS):
+            rows = hidden[start : start + _CHUNK_ROWS]
+            logits = (rows @ used.T).to(head.dtype)
+            log_probabilities = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+            loss, gradient = targets.loss_and_gradient(start, log_probabilities)
+            total += loss
+            d_logits = gradient.to(hidden.dtype)
+            torch.mm(d_logits, used, out=d_hidden[start : start + _CHUNK_ROWS])
+            d_head += d_logits.T @ rows
         ctx.save_for_backward(d_hidden.div_(len(hidden)), d_head.div_(len(hidden)))
         return total / len(hidden)
 

@@ -11,9 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import causal_attention
 from .experts import route_through_experts
-from .loss import chunked_cross_entropy
+from .loss import chunked_cross_entropy, chunked_distillation
 from .recipe import NetworkConfig
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What matrix products are computed in: bfloat16 where the processor has instructions for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
 def rotary_table(config: NetworkConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -33,28 +42,26 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023)."""
+    """Causal grouped-query attention with rotary positions.
+
+    Attributes:
+        qkv_proj: the query, key and value projections, one below the other.
+    """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """[batch, length, hidden] to the same."""
-        queries, keys, values = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = F.scaled_dot_product_attention(
-            rotate(queries, table), rotate(keys, table), values, is_causal=True, enable_gqa=True
-        )
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
-        return output
+        heads = _project(x, self.qkv_proj).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        turned = rotate(heads[:, : -self.num_kv_heads], table)
+        queries, keys = torch.split(turned, [self.num_heads, self.num_kv_heads], dim=1)
+        mixed = causal_attention(queries, keys, heads[:, -self.num_kv_heads :])
+        return _project(mixed.transpose(1, 2).flatten(2), self.o_proj)
 
 
 class FeedForward(nn.Module):
@@ -66,9 +73,11 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[batch, length, hidden] to the same, and a balance loss of nothing."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), x.new_zeros(())
+    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[batch, length, hidden] to the same, computed in `dtype`, and a balance loss of nothing."""
+        used = x.to(dtype)
+        inner = F.silu(_project(used, self.gate_proj)) * _project(used, self.up_proj)
+        return _project(inner, self.down_proj), x.new_zeros(())
 
 
 class Experts(nn.Module):
@@ -87,19 +96,24 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * inner, hidden))
         self.down = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[batch, length, hidden] to the same, and the load-balancing loss of the layer."""
+    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[batch, length, hidden] to the same, computed in `dtype`, and the load-balancing loss of the layer."""
         flat = x.flatten(0, 1)
-        probabilities = self.router(flat).softmax(dim=-1)
+        probabilities = self.router(flat).softmax(dim=-1)  # in float32: its order decides who computes
         weights, chosen = probabilities.topk(self.num_experts_per_tok, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        mixed = route_through_experts(flat, weights, chosen, self.gate_up, self.down)
+        mixed = route_through_experts(flat.to(dtype), weights, chosen, self.gate_up, self.down)
         return mixed.view_as(x), self._balance_loss(probabilities, chosen)
 
     def _balance_loss(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         """Fedus et al. 2021 (Switch): 1 when all experts get the same share of tokens, more when they do not."""
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
         return self.num_experts * (counts / chosen.numel() * probabilities.mean(dim=0)).sum()
+
+
+def _project(x: Tensor, linear: nn.Linear) -> Tensor:
+    """`linear` in the dtype of x."""
+    return F.linear(x, linear.weight.to(x.dtype))
 
 
 class Layer(nn.Module):
@@ -113,20 +127,33 @@ class Layer(nn.Module):
         self.mlp = Experts(config) if config.num_experts else FeedForward(config)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x = x + self.attention(self.input_norm(x), table)
-        update, balance = self.mlp(self.post_attention_norm(x))
+        """The stream [batch, length, hidden] after the layer, and its balance loss; products in the table's dtype."""
+        dtype = table[0].dtype
+        x = x + self.attention(self.input_norm(x).to(dtype), table)
+        update, balance = self.mlp(self.post_attention_norm(x), dtype)
         return x + update, balance
 
 
 class Network(nn.Module):
-    """The whole model; the head is the embedding."""
+    """The whole model; the head is the embedding unless the recipe unties them.
 
-    def __init__(self, config: NetworkConfig) -> None:
+    Attributes:
+        dtype: what matrix products are computed in.  Weights, the stream, norms, routers and losses are float32.
+    """
+
+    def __init__(self, config: NetworkConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab_size, hidden]."""
+        return self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def initialize(self, seed: int) -> None:
         """Draw all matrices from N(0, 0.02), those that write to the stream narrower by sqrt(2 * num_layers)."""
@@ -138,20 +165,44 @@ class Network(nn.Module):
                 nn.init.normal_(parameter, std=deviation, generator=generator)
 
     def hidden_states(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """For token_ids [batch, length]: the normed stream [batch, length, hidden], and the mean balance loss."""
-        table = rotary_table(self.config, token_ids.shape[1], token_ids.device)
+        """For token_ids [batch, length]: the normed stream [batch, length, hidden] in `dtype`, and the balance loss."""
+        cos, sin = rotary_table(self.config, token_ids.shape[1], token_ids.device)
+        table = cos.to(self.dtype), sin.to(self.dtype)
         x = self.embedding(token_ids)
         balances = []
         for layer in self.layers:
             x, balance = layer(x, table)
             balances.append(balance)
-        return self.norm(x), torch.stack(balances).mean()
+        return self.norm(x).to(self.dtype), torch.stack(balances).mean()
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Logits [batch, length, vocab_size]."""
-        return F.linear(self.hidden_states(token_ids)[0], self.embedding.weight)
+        return F.linear(self.hidden_states(token_ids)[0], self.head.to(self.dtype))
 
-    def loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """For windows [batch, length + 1] of int64: mean cross-entropy in nats a token, and the mean balance loss."""
-        hidden, balance = self.hidden_states(windows[:, :-1])
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, windows[:, 1:].flatten()), balance
+    def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of targets [batch, length] after inputs of that shape, in nats, and the balance loss."""
+        hidden, balance = self.hidden_states(inputs)
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.head, targets.flatten()), balance
+
+    def distillation_loss(self, inputs: Tensor, teacher: Network) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy under the teacher's distribution after inputs [batch, length], and the balance loss."""
+        with torch.no_grad():
+            teacher_hidden, _ = teacher.hidden_states(inputs)
+        hidden, balance = self.hidden_states(inputs)
+        flat = hidden.flatten(0, 1), self.head, teacher_hidden.flatten(0, 1), teacher.head.detach()
+        return chunked_distillation(*flat), balance
+
+
+def count_parameters(config: NetworkConfig) -> int:
+    """All parameters of a network."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Network(config).parameters())
+
+
+def count_active_parameters(config: NetworkConfig) -> int:
+    """The parameters that a token is multiplied with: an expert that is not chosen is not, nor is a looked-up row."""
+    idle = max(0, config.num_experts - config.num_experts_per_tok)
+    unused = config.num_layers * idle * 3 * config.hidden_size * config.intermediate_size
+    if not config.tie_word_embeddings:
+        unused += config.vocab_size * config.hidden_size
+    return count_parameters(config) - unused

@@ -16,11 +16,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
 
-from . import corpus, sources, tokens
-from .card import Provenance, count_active_parameters, model_card
-from .evaluation import Evaluator
+from scheduler.errors import CheckpointError
+
+from . import corpus, documentation, sources, tokens
+from .card import Provenance, model_card
+from .cost import decode_seconds
+from .evaluation import DraftEvaluation, Evaluator
 from .export import export
-from .network import Network
+from .network import Network, count_active_parameters, count_parameters, training_dtype
 from .recipe import Budget, Recipe
 from .tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from .trainer import StepReport, Trainer, load_state, run
@@ -36,7 +39,7 @@ class Pipeline:
     """The steps over one work directory, for one recipe."""
 
     def __init__(self, work: Path, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe, self._work = recipe, work
         self.wheels, self.corpus = work / "wheels", work / "corpus"
         self.tokenizer = work / f"tokenizer-{recipe.network.vocab_size}" / "tokenizer.json"
         self.tokens = work / f"tokens-{recipe.network.vocab_size}"
@@ -49,11 +52,15 @@ class Pipeline:
             return
         pins = sources.read_pins()
         sources.download(self.wheels)
-        wheels = sources.verify(self.wheels, pins)
+        documentation.download(self.wheels)
+        wheels, pages = sources.verify(self.wheels, pins), documentation.verify(self.wheels)
         self.corpus.mkdir(parents=True, exist_ok=True)
-        for name, documents in zip(SETS, corpus.build(_read_all(wheels)), strict=True):
+        for name, documents in zip(SETS, corpus.build(_read_all(wheels, pages)), strict=True):
             corpus.write_documents(documents, self.corpus / f"{name}.jsonl")
-        licences = {sources.STDLIB: sources.stdlib_licence()}
+        licences = {
+            sources.STDLIB: sources.stdlib_licence(),
+            f"{documentation.PIN.name} {documentation.PIN.version}": documentation.LICENCE,
+        }
         licences |= {f"{pin.name} {pin.version}": sources.read_licence(wheels[pin.name]) for pin in pins}
         _write_last(self.corpus / "licences.json", licences)
 
@@ -67,19 +74,20 @@ class Pipeline:
         tokenizer.save(str(self.tokenizer))
 
     def make_tokens(self) -> None:
-        """Encode both sets."""
+        """Encode both sets; of the held-out documents only the files, because what is made from them repeats them."""
         if (self.tokens / "tokenizer.json").exists():
             return
         tokenizer = load_tokenizer(self.tokenizer)
-        arrays = {
-            name: tokens.encode_documents(corpus.read_documents(self.corpus / f"{name}.jsonl"), tokenizer)
-            for name in SETS
-        }
+        train, held_out = (corpus.read_documents(self.corpus / f"{name}.jsonl") for name in SETS)
+        documents = {"train": train, "validation": [document for document in held_out if document.is_file]}
+        arrays = {name: tokens.encode_documents(documents[name], tokenizer) for name in SETS}
         tokens.save_tokens(self.tokens, arrays, fingerprint(self.tokenizer))
 
     def train(self, budget: Budget) -> None:
         """Train up to the budget, from the last checkpoint if there is one, with a progress bar and a log."""
-        trainer = Trainer(self.recipe, self.load_tokens("train"), fingerprint(self.tokenizer))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        teacher = self.load_teacher(training_dtype(device))
+        trainer = Trainer(self.recipe, self.load_tokens("train"), fingerprint(self.tokenizer), device, teacher)
         if self.checkpoint.exists():
             trainer.load(self.checkpoint)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -101,33 +109,53 @@ class Pipeline:
         """The token array of a set."""
         return tokens.load_tokens(self.tokens, name, fingerprint(self.tokenizer))
 
-    def load_network(self) -> Network:
-        """The network as the last checkpoint has it."""
+    def load_network(self, dtype: torch.dtype = torch.float32) -> Network:
+        """The network as the last checkpoint has it, on the CPU, with products in `dtype`."""
         state = load_state(self.checkpoint, self.recipe, fingerprint(self.tokenizer))
-        network = Network(self.recipe.network)
+        network = Network(self.recipe.network, dtype)
         network.load_state_dict(state["network"])
         return network
 
+    def load_teacher(self, dtype: torch.dtype) -> Network | None:
+        """The trained target that this recipe's draft is distilled from; CheckpointError if it is not trained yet."""
+        return Pipeline(self._work, self.recipe.teacher).load_network(dtype) if self.recipe.teacher else None
+
     def describe(self, folder: Path) -> None:
-        """Evaluate an exported folder and write its model card."""
+        """Evaluate an exported folder and write its model card.
+
+        A draft is judged beside its exported target, which lies next to it; CheckpointError if it does not.
+        """
         config = self.recipe.network
         documents = corpus.read_documents(self.corpus / "validation.jsonl")
-        evaluation = Evaluator(folder).evaluate(
-            self.load_tokens("validation"), documents, config.max_position_embeddings
-        )
+        evaluator = Evaluator(folder)
+        evaluation = evaluator.evaluate(self.load_tokens("validation"), documents, config.max_position_embeddings)
+        draft = self._evaluate_draft(evaluator, folder, documents) if self.recipe.teacher else None
         state = load_state(self.checkpoint, self.recipe, fingerprint(self.tokenizer))
         _, num_tokens, seconds = state["counters"]
-        num_parameters = sum(weight.numel() for weight in state["network"].values())
+        num_parameters = count_parameters(config)
         provenance = Provenance(
             num_parameters=num_parameters,
-            num_active_parameters=count_active_parameters(config, num_parameters),
+            num_active_parameters=count_active_parameters(config),
             tokens=num_tokens,
             seconds=seconds,
-            threads=torch.get_num_threads(),
+            hardware=state["hardware"],
             corpus_tokens=len(self.load_tokens("train")),
             licences=json.loads((self.corpus / "licences.json").read_text()),
         )
-        (folder / "README.md").write_text(model_card(self.recipe, provenance, evaluation))
+        (folder / "README.md").write_text(model_card(self.recipe, provenance, evaluation, draft))
+
+    def _evaluate_draft(self, evaluator: Evaluator, folder: Path, documents: list[corpus.Document]) -> DraftEvaluation:
+        assert self.recipe.teacher is not None
+        target = folder.parent / self.recipe.teacher.name
+        if not (target / "config.json").exists():
+            raise CheckpointError(f"{target} is missing: export the target first", param=self.recipe.teacher.name)
+        draft_seconds, target_seconds = decode_seconds(folder, target)
+        works = [count_active_parameters(recipe.network) for recipe in (self.recipe, self.recipe.teacher)]
+        return DraftEvaluation(
+            acceptances=evaluator.evaluate_draft(Evaluator(target), documents),
+            work_ratio=works[0] / works[1],
+            time_ratio=draft_seconds / target_seconds,
+        )
 
 
 class _Progress:
@@ -160,8 +188,9 @@ class _Progress:
         self._log.flush()
 
 
-def _read_all(wheels: dict[str, Path]) -> Iterator[sources.SourceFile]:
+def _read_all(wheels: dict[str, Path], pages: Path) -> Iterator[sources.SourceFile]:
     yield from sources.read_stdlib()
+    yield from documentation.read(pages)
     for name, path in wheels.items():
         yield from sources.read_wheel(name, path)
 

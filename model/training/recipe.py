@@ -15,9 +15,10 @@ Section = TypeVar("Section", "NetworkConfig", "TrainingConfig")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig:
-    """The architecture: Mixtral's with `num_experts` > 0, Llama's with 0; embeddings are tied.
+    """The architecture: Mixtral's with `num_experts` > 0, Llama's with 0.
 
     Attributes:
+        tie_word_embeddings: whether the head is the embedding.
         intermediate_size: width of the feed-forward network, or of each expert.
         max_position_embeddings: longest context that the exported model claims.
     """
@@ -34,6 +35,7 @@ class NetworkConfig:
     max_position_embeddings: int
     rope_theta: float
     rms_norm_eps: float
+    tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -54,6 +56,9 @@ class TrainingConfig:
 
     Attributes:
         batch_size: sequences a step, each of `sequence_length` tokens.
+        short_length: into stretches of how many tokens those are cut at first, because attention over a short
+            stretch is cheap; a divisor of `sequence_length`.
+        lengthen_from: share of the budget after which sequences stay whole.
         decay_from: share of the budget after which the learning rate falls linearly to zero.
         balance_coefficient: weight of the load-balancing loss beside the cross-entropy.
     """
@@ -61,6 +66,8 @@ class TrainingConfig:
     seed: int
     batch_size: int
     sequence_length: int
+    short_length: int
+    lengthen_from: float
     learning_rate: float
     warmup_steps: int
     decay_from: float
@@ -68,14 +75,34 @@ class TrainingConfig:
     max_gradient_norm: float
     balance_coefficient: float
 
+    def __post_init__(self) -> None:
+        if self.short_length < 1 or self.sequence_length % self.short_length:
+            raise ConfigError(
+                f"short_length ({self.short_length}) must divide sequence_length ({self.sequence_length})",
+                param="short_length",
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A model to train, by name."""
+    """A model to train, by name.
+
+    Attributes:
+        teacher: the recipe of the target that a draft model is distilled from; None trains on the text itself.
+    """
 
     name: str
     network: NetworkConfig
     training: TrainingConfig
+    teacher: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.teacher and self.teacher.network.vocab_size != self.network.vocab_size:
+            raise ConfigError(
+                f"the draft {self.name} has vocab_size {self.network.vocab_size}, "
+                f"its target {self.teacher.name} has {self.teacher.network.vocab_size}",
+                param="vocab_size",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,28 +132,29 @@ class Budget:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe; a missing, unknown or wrongly typed key is a ConfigError that names it."""
+    """Read a recipe, and its teacher's beside it; ConfigError that names a missing, unknown or wrongly typed key."""
     try:
         table = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}", param=path.name) from error
-    unknown = table.keys() - {"name", "network", "training"}
+    unknown = table.keys() - {"name", "teacher", "network", "training"}
     if unknown:
         raise ConfigError(f"{path}: unknown key {min(unknown)!r}", param=min(unknown))
     return Recipe(
         name=str(table.get("name", path.stem)),
         network=_section(NetworkConfig, table.get("network", {}), f"{path} [network]"),
         training=_section(TrainingConfig, table.get("training", {}), f"{path} [training]"),
+        teacher=load_recipe(path.parent / str(table["teacher"])) if "teacher" in table else None,
     )
 
 
 def _section(kind: type[Section], table: dict[str, Any], where: str) -> Section:
-    types: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float)}
+    types: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool}
     expected = {field.name: types[str(field.type)] for field in fields(kind)}
     for name in sorted(expected.keys() ^ table.keys()):
         problem = "missing" if name in expected else "unknown"
         raise ConfigError(f"{where}: {problem} key {name!r}", param=name)
     for name, value in table.items():
-        if not isinstance(value, expected[name]) or isinstance(value, bool):
+        if not isinstance(value, expected[name]) or (isinstance(value, bool) and expected[name] is not bool):
             raise ConfigError(f"{where}: {name} = {value!r} is of the wrong type", param=name)
     return kind(**table)

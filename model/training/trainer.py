@@ -15,10 +15,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scheduler.errors import CheckpointError
 
-from .network import Network
+from .network import Network, training_dtype
 from .recipe import Budget, Recipe, TrainingConfig
 from .tokens import Tokens, batch_of_windows, count_windows
 
@@ -51,12 +52,21 @@ class Trainer:
         tokens, seconds: how many tokens they trained, and how long that took.
     """
 
-    def __init__(self, recipe: Recipe, tokens: Tokens, tokenizer_fingerprint: str) -> None:
+    def __init__(
+        self, recipe: Recipe, tokens: Tokens, tokenizer_fingerprint: str, device: torch.device, teacher: Network | None
+    ) -> None:
+        """Start from the first step.
+
+        Args:
+            teacher: the network that a draft is distilled from, on any device; None trains on the tokens themselves.
+        """
         count_windows(tokens, recipe.training.sequence_length)
         self.recipe, self._data, self._fingerprint = recipe, tokens, tokenizer_fingerprint
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.network = Network(recipe.network)
+        self._device, self._teacher = device, teacher and teacher.to(device)
+        self.network = Network(recipe.network, training_dtype(device))
         self.network.initialize(recipe.training.seed)
+        self.network.to(device)
         self._optimizer = _adamw(self.network, recipe.training)
 
     def train_step(self, spent: float) -> tuple[float, float, float]:
@@ -66,7 +76,7 @@ class Trainer:
         rate = learning_rate(config, self.step, spent)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        loss, balance = self.network.loss(torch.from_numpy(windows))
+        loss, balance = self._loss(torch.from_numpy(windows).to(self._device), spent)
         (loss + config.balance_coefficient * balance).backward()  # type: ignore[no-untyped-call]  # torch's gap
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_gradient_norm)
         self._optimizer.step()
@@ -75,12 +85,22 @@ class Trainer:
         self.tokens += config.batch_size * config.sequence_length
         return loss.item(), balance.item(), rate
 
+    def _loss(self, windows: Tensor, spent: float) -> tuple[Tensor, Tensor]:
+        """The loss and the balance loss of windows [batch, sequence_length + 1], cut short at first."""
+        config = self.recipe.training
+        length = config.short_length if spent < config.lengthen_from else config.sequence_length
+        inputs, targets = (windows[:, cut].reshape(-1, length) for cut in (slice(None, -1), slice(1, None)))
+        if self._teacher is not None:
+            return self.network.distillation_loss(inputs, self._teacher)
+        return self.network.loss(inputs, targets)
+
     def save(self, path: Path) -> None:
         """Write the state; the file is either the old one or the new one at any time."""
         state = {
             "recipe": asdict(self.recipe),
             "tokenizer": self._fingerprint,
             "counters": (self.step, self.tokens, self.seconds),
+            "hardware": _hardware(self._device),
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
@@ -102,7 +122,7 @@ def load_state(path: Path, recipe: Recipe, tokenizer_fingerprint: str) -> dict[s
     if not path.is_file():
         raise CheckpointError(f"training checkpoint {path} is missing", param=path.name)
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
         raise CheckpointError(f"training checkpoint {path} cannot be read: {error}", param=path.name) from error
     if state["tokenizer"] != tokenizer_fingerprint:
@@ -117,6 +137,13 @@ def learning_rate(config: TrainingConfig, step: int, spent: float) -> float:
     warmup = min(1.0, (step + 1) / config.warmup_steps)
     decay = min(1.0, (1 - spent) / (1 - config.decay_from))
     return config.learning_rate * warmup * decay
+
+
+def _hardware(device: torch.device) -> str:
+    """What a model card says of the machine."""
+    if device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(device)}"
+    return f"{torch.get_num_threads()} CPU threads"
 
 
 def _adamw(network: Network, config: TrainingConfig) -> torch.optim.AdamW:

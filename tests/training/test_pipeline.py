@@ -3,19 +3,20 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from model.training import corpus, evaluation, sources
-from model.training.card import count_active_parameters
+from model.training import corpus, documentation, evaluation, sources
 from model.training.corpus import Document
 from model.training.evaluation import completes_function, held_out_headers
-from model.training.network import Network
+from model.training.network import Network, count_active_parameters, count_parameters
 from model.training.pipeline import Pipeline
 from model.training.recipe import Budget, Recipe
 from model.training.sources import SourceFile
+from scheduler.errors import CheckpointError
 
 HEADER = 'def f(x):\n    """Do it."""\n'
 
@@ -31,6 +32,9 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "read_pins", list)
     monkeypatch.setattr(sources, "download", lambda wheels: None)
     monkeypatch.setattr(sources, "read_stdlib", files)
+    monkeypatch.setattr(documentation, "download", lambda folder: None)
+    monkeypatch.setattr(documentation, "verify", lambda folder: folder)
+    monkeypatch.setattr(documentation, "read", lambda path: iter(()))
     monkeypatch.setattr(corpus, "is_validation", lambda file: file.path == "json/decoder.py")
     monkeypatch.setattr(evaluation, "_SAMPLE_TOKENS", 4)
     monkeypatch.setattr(evaluation, "_NUM_FUNCTIONS", 2)
@@ -57,7 +61,7 @@ def test_the_recipe_from_corpus_to_card(tiny_recipe: Recipe, tmp_path: Path) -> 
     pipeline = Pipeline(work, recipe)
     pipeline.describe(folder)
     card = (folder / "README.md").read_text()
-    assert f"| budget | 0.0 M tokens of {len(pipeline.load_tokens('train')) / 1e6:.1f} M" in card
+    assert f"| trained on | 0.0 M tokens of {len(pipeline.load_tokens('train')) / 1e6:.1f} M" in card
     assert "PSF-2.0" in card
     assert card.count("Temperature 0:") == card.count("Temperature 0.8:") == 10
     assert ("## Experts" in card) == bool(recipe.network.num_experts)
@@ -68,12 +72,41 @@ def test_the_recipe_from_corpus_to_card(tiny_recipe: Recipe, tmp_path: Path) -> 
     assert 0 < loss < 7
 
 
+@pytest.mark.usefixtures("small_world")
+def test_a_draft_is_distilled_and_judged_beside_its_target(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    network = replace(tiny_recipe.network, vocab_size=400)
+    target = replace(tiny_recipe, name="target", network=network)
+    thin = replace(network, num_layers=1, num_experts=0, tie_word_embeddings=False)
+    draft = replace(tiny_recipe, name="draft", network=thin, teacher=target)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        Pipeline(tmp_path, draft).train(Budget(tokens=64))
+    for recipe in (target, draft):
+        pipeline = Pipeline(tmp_path, recipe)
+        for step in (pipeline.make_corpus, pipeline.make_tokenizer, pipeline.make_tokens):
+            step()
+        pipeline.train(Budget(tokens=5 * 64))
+        pipeline.export(tmp_path / "models" / recipe.name)
+    pipeline.describe(tmp_path / "models" / "draft")
+    card = (tmp_path / "models" / "draft" / "README.md").read_text()
+    assert "| distilled from | target" in card
+    rows = [line.split("|")[1:3] for line in card.split("## As a draft")[1].splitlines() if line.count("|") == 5][2:]
+    assert [(mode.strip(), int(k)) for mode, k in rows] == list(product(["greedy", "0.8", "1"], [2, 4, 6]))
+    for path in (tmp_path / "models" / "target").iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match="export the target first") as error:
+        pipeline.describe(tmp_path / "models" / "draft")
+    assert error.value.param == "target"
+
+
 def test_active_parameters_are_those_of_the_chosen_experts(tiny_recipe: Recipe) -> None:
+    dense_config = replace(tiny_recipe.network, num_experts=0)
     total, dense = (
         sum(parameter.numel() for parameter in Network(config).parameters())
-        for config in (tiny_recipe.network, replace(tiny_recipe.network, num_experts=0))
+        for config in (tiny_recipe.network, dense_config)
     )
-    active = count_active_parameters(tiny_recipe.network, total)
+    assert count_parameters(tiny_recipe.network) == total
+    assert count_active_parameters(replace(dense_config, tie_word_embeddings=False)) == dense
+    active = count_active_parameters(tiny_recipe.network)
     if not tiny_recipe.network.num_experts:
         assert active == total == dense
     else:

@@ -7,10 +7,12 @@ from click.testing import CliRunner
 
 from model.training import pipeline
 from model.training.__main__ import main
+from model.training.network import count_active_parameters
 from model.training.recipe import Budget, load_recipe
 from scheduler.errors import ConfigError
 
-TARGET = Path(pipeline.__file__).parent / "recipes" / "target.toml"
+RECIPES = Path(pipeline.__file__).parent / "recipes"
+TARGET = RECIPES / "target.toml"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,8 @@ def test_a_budget_that_is_none(text: str) -> None:
         ("hidden_size = 256", "hidden_size = 256.5", "hidden_size"),
         ("num_kv_heads = 2", "num_kv_heads = 3", "num_kv_heads"),
         ("num_experts_per_tok = 2", "num_experts_per_tok = 9", "num_experts_per_tok"),
+        ("short_length = 256", "short_length = 300", "short_length"),
+        ("tie_word_embeddings = true", "tie_word_embeddings = 1", "tie_word_embeddings"),
         ("[training]", "[train]", "train"),
         ("seed = 1", "seed = ", "recipe.toml"),
     ],
@@ -49,6 +53,23 @@ def test_a_wrong_recipe_is_refused_by_key(tmp_path: Path, old: str, new: str, pa
     with pytest.raises(ConfigError) as error:
         load_recipe(path)
     assert error.value.param == param
+
+
+def test_the_draft_costs_a_tenth_of_its_target_at_most() -> None:
+    draft = load_recipe(RECIPES / "draft.toml")
+    assert draft.teacher == load_recipe(TARGET)
+    assert count_active_parameters(draft.network) <= 0.1 * count_active_parameters(draft.teacher.network)
+
+
+def test_a_draft_of_another_vocabulary_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "target.toml").write_text(TARGET.read_text())
+    (tmp_path / "draft.toml").write_text((RECIPES / "draft.toml").read_text().replace("4096", "2048"))
+    result = CliRunner().invoke(
+        main, ["--recipe", str(tmp_path / "draft.toml"), "--work", str(tmp_path / "work"), "run", "--budget", "1h"]
+    )
+    assert result.exit_code == 1
+    assert "the draft shoal-draft has vocab_size 2048, its target shoal-moe has 4096" in result.output
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from model.training.network import Network
 from model.training.recipe import Budget, Recipe
 from model.training.tokens import Tokens, batch_of_windows, load_tokens, save_tokens
 from model.training.trainer import StepReport, Trainer, learning_rate, run
 from scheduler.errors import CheckpointError, ConfigError
 
+CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0).integers(0, 300, size=16 * 40 + 1).astype(np.uint16)
 BUDGET = Budget(tokens=20 * 64)
 
@@ -26,12 +29,13 @@ def train(
     checkpoint: Path,
     *,
     tokens: Tokens = RANDOM,
+    teacher: Network | None = None,
     budget: Budget = BUDGET,
     resume: bool = False,
     stop_after: int | None = None,
 ) -> tuple[Trainer, list[StepReport]]:
     """Train by a clock that ticks once a step; the trainer and the reports up to the step before the run is killed."""
-    trainer = Trainer(recipe, tokens, "fingerprint")
+    trainer = Trainer(recipe, tokens, "fingerprint", CPU, teacher)
     if resume:
         trainer.load(checkpoint)
     reports: list[StepReport] = []
@@ -84,6 +88,36 @@ def test_it_learns(tiny_recipe: Recipe, tmp_path: Path) -> None:
     assert np.log(64) / 2 < np.mean([report.loss for report in reports[-20:]]) < np.log(2) + np.log(64) / 2
 
 
+def test_a_draft_learns_its_teachers_distribution(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """The loss falls towards the teacher's own entropy, which is far from what the random text would teach."""
+    teacher = Network(tiny_recipe.network)
+    teacher.initialize(seed=2)
+    with torch.no_grad():
+        teacher.embedding.weight.mul_(30)
+    _, reports = train(tiny_recipe, tmp_path / "a.pt", teacher=teacher, budget=Budget(tokens=300 * 64))
+    windows = torch.from_numpy(batch_of_windows(RANDOM, 16, 32, step=0, seed=0))[:, :-1]
+    with torch.no_grad():
+        entropy = torch.distributions.Categorical(logits=teacher(windows)).entropy().mean().item()
+    losses = [report.loss for report in reports]
+    assert np.mean(losses[-20:]) - entropy < 0.25 * (losses[0] - entropy)
+    assert entropy < np.log(300) - 0.5
+
+
+def test_sequences_are_short_at_first(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    loss = Network.loss
+
+    def spy(self: Network, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shapes.append(tuple(inputs.shape))
+        torch.testing.assert_close(inputs[:, 1:], targets[:, :-1])
+        return loss(self, inputs, targets)
+
+    monkeypatch.setattr(Network, "loss", spy)
+    config = replace(tiny_recipe.training, short_length=4, lengthen_from=0.25)
+    train(replace(tiny_recipe, training=config), tmp_path / "a.pt")
+    assert shapes == [(16, 4)] * 5 + [(4, 16)] * 15
+
+
 def test_every_epoch_visits_every_window_once() -> None:
     tokens = np.arange(10 * 8 + 1, dtype=np.uint16)
     batches = [batch_of_windows(tokens, length=8, batch_size=5, step=step, seed=3) for step in range(4)]
@@ -98,10 +132,10 @@ def test_a_checkpoint_that_does_not_belong_or_is_damaged_is_refused(tiny_recipe:
     trainer, _ = train(tiny_recipe, tmp_path / "a.pt", stop_after=1)
     trainer.save(tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="another tokenizer"):
-        Trainer(tiny_recipe, RANDOM, "other").load(tmp_path / "a.pt")
+        Trainer(tiny_recipe, RANDOM, "other", CPU, teacher=None).load(tmp_path / "a.pt")
     other = replace(tiny_recipe, network=replace(tiny_recipe.network, hidden_size=64))
     with pytest.raises(CheckpointError, match="another recipe"):
-        Trainer(other, RANDOM, "fingerprint").load(tmp_path / "a.pt")
+        Trainer(other, RANDOM, "fingerprint", CPU, teacher=None).load(tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"b\.pt is missing"):
         trainer.load(tmp_path / "b.pt")
     (tmp_path / "c.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:5000])
@@ -118,7 +152,7 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 
 def test_too_few_tokens_are_refused_before_training(tiny_recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match="16 tokens are too few for a sequence of 16"):
-        Trainer(tiny_recipe, RANDOM[:16], "fingerprint")
+        Trainer(tiny_recipe, RANDOM[:16], "fingerprint", CPU, teacher=None)
 
 
 def test_the_learning_rate_never_exceeds_its_peak(tiny_recipe: Recipe) -> None:

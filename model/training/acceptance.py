@@ -1,0 +1,92 @@
+"""How often the target takes what a draft proposes, under the rule that Shoal verifies by.
+
+Draft and target choose with the same noise, and a drafted token is accepted exactly when it is what the target chooses
+(`model/sampling.py` specifies the choice).  What is accepted is then the target's own text, so one text of the target,
+and what the draft would choose at each of its positions, tell what comes of every length of proposal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.sampling import gumbel_noise
+
+TEMPERATURES = (0.0, 0.8, 1.0)
+NUM_SPEC_TOKENS = (2, 4, 6)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What came of proposals of `num_spec_tokens` tokens.
+
+    Attributes:
+        acceptance_rate: accepted / drafted.
+        mean_acceptance_length: tokens per step of the target, the one that it always adds among them.
+    """
+
+    temperature: float
+    num_spec_tokens: int
+    acceptance_rate: float
+    mean_acceptance_length: float
+
+
+def measure_acceptance(target: Any, draft: Any, prompts: Tensor, num_tokens: int) -> list[Acceptance]:
+    """Have the target continue prompts at each temperature, and count what proposals of each length would give.
+
+    Args:
+        target, draft: causal language models of transformers, with the same vocabulary.
+        prompts: [num_prompts, length] int64.
+        num_tokens: to continue by.
+    """
+    figures = []
+    for temperature in TEMPERATURES:
+        matches = _matches(target, draft, prompts, num_tokens, temperature)
+        figures += [_count(matches, temperature, num) for num in NUM_SPEC_TOKENS]
+    return figures
+
+
+@torch.inference_mode()
+def _matches(target: Any, draft: Any, prompts: Tensor, num_tokens: int, temperature: float) -> NDArray[np.bool_]:
+    """[num_prompts, num_tokens]: whether draft and target, behind the same text, choose the same token."""
+    start = prompts.shape[1]
+    text, cache, fresh = prompts, None, prompts
+    for position in range(start, start + num_tokens):
+        output = target(fresh, past_key_values=cache, use_cache=True)
+        cache, fresh = output.past_key_values, _choose(output.logits[:, -1:], position, temperature)
+        text = torch.cat([text, fresh], dim=1)
+    proposed = _choose(draft(text[:, :-1]).logits[:, start - 1 :], start, temperature)
+    matches: NDArray[np.bool_] = (proposed == text[:, start:]).numpy()
+    return matches
+
+
+def _choose(logits: Tensor, position: int, temperature: float) -> Tensor:
+    """The tokens [num_seqs, num_tokens] that logits [.., vocab_size] choose from `position` on; the seed is the row."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    num_seqs, num_tokens, vocab_size = logits.shape
+    noise = np.stack(
+        [[gumbel_noise(seed, position + i, vocab_size) for i in range(num_tokens)] for seed in range(num_seqs)]
+    )
+    return (logits.double() / temperature + torch.from_numpy(noise)).argmax(dim=-1)
+
+
+def _count(matches: NDArray[np.bool_], temperature: float, num_spec_tokens: int) -> Acceptance:
+    """Walk through each text as a server would: propose, accept up to the first mismatch, add the target's token."""
+    drafted = accepted = tokens = steps = 0
+    for row in matches:
+        place = 0
+        while place + num_spec_tokens < len(row):
+            proposal = row[place : place + num_spec_tokens]
+            run = num_spec_tokens if proposal.all() else int(proposal.argmin())
+            drafted += num_spec_tokens
+            accepted += run
+            tokens += run + 1
+            steps += 1
+            place += run + 1
+    return Acceptance(temperature, num_spec_tokens, accepted / max(1, drafted), tokens / max(1, steps))

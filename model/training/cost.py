@@ -1,0 +1,57 @@
+"""What a token costs on Shoal's own backends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from model.backends.native_backend import NativeBackend
+from model.backends.native_library import supported_isas
+from model.backends.torch_backend import TorchBackend
+from model.batch import Backend, ForwardBatch, Int32
+from model.checkpoint import load_checkpoint
+from model.record import ModelRecord
+
+_CONTEXT = 256  # tokens before the one that is timed, at most
+_BLOCK_SIZE = 16
+_NUM_STEPS = 300
+
+
+def decode_seconds(*folders: Path) -> list[float]:
+    """The median time of computing one token of one sequence with each model, in turns.
+
+    The native backend computes, or torch where that is not built.
+    """
+    records = [load_checkpoint(folder) for folder in folders]
+    context = min(_CONTEXT, *(record.config.max_position_embeddings - 1 for record in records))
+    backends, token = [_create(record, context) for record in records], _one_token(context)
+    seconds: list[list[float]] = [[] for _ in folders]
+    for _ in range(_NUM_STEPS):
+        for backend, times in zip(backends, seconds, strict=True):
+            start = time.perf_counter()
+            backend.forward(token)
+            times.append(time.perf_counter() - start)
+    return [median(times) for times in seconds]
+
+
+def _create(record: ModelRecord, context: int) -> Backend:
+    kind = NativeBackend if supported_isas() else TorchBackend
+    return kind(record, num_blocks=context // _BLOCK_SIZE + 1, block_size=_BLOCK_SIZE)
+
+
+def _one_token(context: int) -> ForwardBatch:
+    def row(*values: int) -> Int32:
+        return np.array(values, np.int32)
+
+    return ForwardBatch(
+        token_ids=row(1),
+        positions=row(context),
+        slot_mapping=row(context),
+        query_start_loc=row(0, 1),
+        context_lens=row(context + 1),
+        block_tables=np.arange(context // _BLOCK_SIZE + 1, dtype=np.int32)[None],
+        logits_indices=row(0),
+    )
