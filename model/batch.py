@@ -110,6 +110,23 @@ class Backend(Protocol):
         """
         ...
 
-    def forward(self, batch: ForwardBatch) -> NDArray[Any]:
-        """The logits alone, [num_logits, vocab_size] float32; for tests, evaluation and tools."""
+    def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> NDArray[Any]:
+        """The logits alone, [num_logits, vocab_size] float32, of the first `num_layers` layers or of all of them."""
+        ...
+
+    def draft(
+        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: Int32, num_layers: int | None = None
+    ) -> Int32:
+        """Compute the batch, then guess on from each sequence that needs logits, token by token.
+
+        Args:
+            batch: the sequences that need logits come first, and need those of their last tokens; block tables reach
+                as far as the guesses do, but for the last.
+            sampling: how the first guess of each is chosen; positions grow from there, penalties stay.
+            num_wanted: [num_logits], at least 1 each, not ascending: how many tokens to guess.
+            num_layers: how many layers to compute with; all of them if not set.
+
+        Returns:
+            [num_logits, num_wanted[0]] int32; -1 where fewer are wanted, or where the logits were not finite.
+        """
         ...

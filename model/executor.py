@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Backend, ForwardBatch, Int32, SamplerOutput
 from model.layout import StepLayout
 from model.rows import BatchRows
+from model.speculation.speculation import Speculation
 from scheduler.output import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
 
 
@@ -18,12 +21,22 @@ class ModelExecutor:
     Args:
         max_num_seqs, max_model_len: the scheduler's limits.
         block_size: tokens per block of the KV cache.
+        speculate: makes what guesses the next tokens of the requests in the rows; None if nothing does.
     """
 
-    def __init__(self, backend: Backend, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        speculate: Callable[[BatchRows], Speculation] | None = None,
+    ) -> None:
         self.backend = backend
         self.block_size = block_size
         self.rows = BatchRows(max_num_seqs, max_model_len, block_size)
+        self._speculation = speculate(self.rows) if speculate else None
         self._shape: tuple[list[int], ...] | None = None
         self._layout: StepLayout
 
@@ -36,12 +49,22 @@ class ModelExecutor:
         batch, layout = self._build(output.scheduled)
         positions = batch.positions[layout.logits_indices] + 1
         sampling = self.rows.sampling_batch(layout.logits_rows, positions, layout.chooses)
-        chosen = self.backend.execute(batch, sampling)
+        if self._speculation is None:
+            chosen = self.backend.execute(batch, sampling)
+        else:
+            chosen = self._speculation.execute(self.backend, batch, sampling, output.scheduled, layout)
         self.rows.token_ids[layout.logits_rows, positions] = chosen.token_ids
-        return self._collect(output.scheduled, layout, chosen)
+        result = self._collect(output.scheduled, layout, chosen)
+        if self._speculation is not None:
+            result.spec_token_ids = self._speculation.propose(output.scheduled, layout, result)
+        return result
 
     def _build(self, scheduled: list[ScheduledRequest]) -> tuple[ForwardBatch, StepLayout]:
         rows = [self.rows.place(share) for share in scheduled]
+        if self._speculation is not None:
+            for row, share in zip(rows, scheduled, strict=True):
+                if share.new_block_ids or share.new:
+                    self._speculation.place(row, share)
         counts = [share.num_scheduled_tokens for share in scheduled]
         num_chosen = [len(share.spec_token_ids) + 1 if share.samples else 0 for share in scheduled]
         num_logits = self._num_logits(scheduled, rows, num_chosen) if self.rows.scored else num_chosen

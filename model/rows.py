@@ -13,6 +13,7 @@ from scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 Bool = NDArray[np.bool_]
 Intp = NDArray[np.intp]
 
+_MOST_GATHERED = 8  # verifying and guessing each ask for some
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -20,6 +21,7 @@ class BatchRows:
     """A table with a row for each request that is running.
 
     Attributes:
+        max_num_seqs, block_size: as given.
         row_of: row of each request, by id.
         token_ids: [max_num_seqs, max_model_len + 1] int32, known tokens and then drafted or freshly chosen ones.
         block_tables: [max_num_seqs, max_blocks] int32.
@@ -29,6 +31,7 @@ class BatchRows:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         max_blocks = -(-max_model_len // block_size)
+        self.max_num_seqs, self.block_size = max_num_seqs, block_size
         self.row_of: dict[str, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
@@ -39,8 +42,7 @@ class BatchRows:
         self._floats = np.zeros((len(_FLOATS), max_num_seqs), np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int32)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
-        self._gathered_for: bytes | None = None
-        self._gathered: tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]
+        self._gathered: dict[bytes, tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]] = {}
         self.scored: set[int] = set()
         self._penalised: dict[int, Int32] = {}  # row -> prompt tokens that count as seen
         self._biased: dict[int, SamplingParams] = {}
@@ -70,17 +72,7 @@ class BatchRows:
 
         Where `chooses` is false the token is known and is only scored.
         """
-        key = rows.tobytes()
-        if key != self._gathered_for:  # a batch that only decodes asks for the same rows in every step
-            self._gathered_for = key
-            self._gathered = (
-                tuple(self._floats.take(rows, axis=1)),
-                self._top_k[rows],
-                self._seeds[rows],
-                self.num_logprobs[rows],
-                np.full(len(rows), -1, np.int32),
-            )
-        floats, top_k, seeds, num_logprobs, forced = self._gathered
+        floats, top_k, seeds, num_logprobs, forced = self._gather(rows)
         if self.scored:
             forced = np.where(chooses, forced, self.token_ids[rows, positions])
             num_logprobs = np.where(chooses, num_logprobs, self.num_prompt_logprobs[rows])
@@ -106,10 +98,31 @@ class BatchRows:
             bias=biases[2],
         )
 
+    def _gather(self, rows: Intp) -> tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]:
+        """The parameters of the rows; a batch that only decodes asks for the same rows in every step."""
+        key = rows.tobytes()
+        if key not in self._gathered:
+            if len(self._gathered) == _MOST_GATHERED:
+                self._gathered.clear()
+            self._gathered[key] = (
+                tuple(self._floats.take(rows, axis=1)),
+                self._top_k[rows],
+                self._seeds[rows],
+                self.num_logprobs[rows],
+                np.full(len(rows), -1, np.int32),
+            )
+        return self._gathered[key]
+
+    def drafting_batch(self, rows: Intp, positions: Int32) -> SamplingBatch:
+        """How to guess the token at each of `positions` of the requests in `rows`, both [num_logits]."""
+        batch = self.sampling_batch(rows, positions, np.ones(len(rows), np.bool_))
+        batch.num_logprobs = np.full(len(rows), -1, np.int32)
+        return batch
+
     def _join(self, request_id: str, new: NewRequest) -> int:
         self.leave(request_id)  # a step that failed may have placed it before
         row = self.row_of[request_id] = self._free.pop()
-        self._gathered_for = None
+        self._gathered.clear()
         params = new.params
         self.token_ids[row, : len(new.token_ids)] = new.token_ids
         self.num_prompt_tokens[row] = new.num_prompt_tokens

@@ -61,6 +61,11 @@ def sample_reference(logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
     """Choose a token at each row of `logits` [num_logits, vocab_size], as this module specifies, row by row."""
     adjusted = _with_penalties_and_bias(logits, sampling)
     token_ids = np.array([_choose(adjusted[row], sampling, row) for row in range(len(logits))], np.int32)
+    return describe(token_ids, logits, sampling)
+
+
+def describe(token_ids: Int32, logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
+    """The output for tokens that were chosen at the rows of `logits`, with log-probabilities if any row asks."""
     if not (sampling.num_logprobs >= 0).any():
         return SamplerOutput(token_ids)
     return _with_logprobs(token_ids, logits, int(sampling.num_logprobs.max()))
@@ -96,6 +101,24 @@ def _with_penalties_and_bias(logits: Float32, sampling: SamplingBatch) -> Float3
     logits[rows, ids] = np.where(counts > 0, penalized, values)
     np.add.at(logits, (sampling.bias_rows, sampling.bias_token_ids), sampling.bias)
     return logits
+
+
+def probabilities(logits: Float32, sampling: SamplingBatch) -> Float64:
+    """The distribution that each row of `logits` [num_logits, vocab_size] is a draw from, over all tokens; rows that
+    have no answer, and those that are forced, have no distribution either: they are zero."""
+    adjusted = _with_penalties_and_bias(logits, sampling)
+    result = np.zeros(logits.shape, np.float64)
+    for row, values in enumerate(adjusted):
+        if not np.isfinite(values.max()) or sampling.forced_token_ids[row] >= 0:
+            continue
+        if sampling.temperature[row] == 0:
+            result[row, values.argmax()] = 1.0
+            continue
+        x = values.astype(np.float64) / np.float64(sampling.temperature[row])
+        kept = _kept(x, int(sampling.top_k[row]), float(sampling.top_p[row]), float(sampling.min_p[row]))
+        weights = np.exp(x[kept] - x[kept].max())
+        result[row, kept] = weights / weights.sum()
+    return result
 
 
 def _choose(logits: Float32, sampling: SamplingBatch, row: int) -> int:

@@ -19,6 +19,8 @@ class SchedulerConfig:
         max_chunk_tokens: most tokens of one request in one step, so that a long prompt does not hold up the others.
         max_num_waiting: most unfinished requests beyond `max_num_seqs`; more are refused.
         enable_prefix_caching: whether blocks are found again by content.
+        num_lookahead_tokens: how many tokens beyond the known ones a block table reaches if blocks are to be had, for
+            a draft that writes to the KV cache.
 
     Raises:
         ConfigError: a limit is out of range.
@@ -32,15 +34,15 @@ class SchedulerConfig:
     max_chunk_tokens: int = 512
     max_num_waiting: int = 1024
     enable_prefix_caching: bool = True
+    num_lookahead_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", param=name)
-        if self.max_num_waiting < 0:
-            raise ConfigError(
-                f"max_num_waiting must be at least 0, not {self.max_num_waiting}", param="max_num_waiting"
-            )
+        for name in ("max_num_waiting", "num_lookahead_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}", param=name)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

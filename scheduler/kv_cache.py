@@ -50,6 +50,15 @@ class KVCache:
         request.num_computed_tokens += len(hits) * self.block_size
         return gained
 
+    def reserve_ahead(self, request: Request, num_tokens: int) -> list[int]:
+        """Extend the block table to reach `num_tokens` tokens beyond the known ones, as far as blocks are available
+        and the request can become so long; returns the blocks gained."""
+        most = min(request.num_tokens_with_spec + num_tokens, request.max_num_tokens)
+        num_missing = -(-most // self.block_size) - len(request.block_ids)
+        gained = self.pool.allocate(max(0, min(num_missing, self.pool.num_available)))
+        request.block_ids += gained
+        return gained
+
     def publish(self, request: Request, num_computed_before: int) -> None:
         """Let others find the blocks that were filled since `num_computed_before`."""
         first, last = num_computed_before // self.block_size, request.num_computed_tokens // self.block_size

@@ -78,11 +78,13 @@ class NewRequest:
     Attributes:
         token_ids: all tokens known so far, the prompt's and then the generated ones.
         num_prompt_tokens: how many of them are the prompt's.
+        speculates: whether tokens may be drafted for it.
     """
 
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
+    speculates: bool = True
 
 
 @dataclass(slots=True)
@@ -149,6 +151,7 @@ class RequestOutput:
         finish_reason: set once, in the last output of the request.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         queue_time: seconds from arrival to the first step.
+        num_accepted_tokens, num_rejected_tokens: drafted tokens of the request so far that verification kept, and not.
         error: the message, if `finish_reason` is `error`.
     """
 
@@ -159,6 +162,8 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
     queue_time: float = 0.0
+    num_accepted_tokens: int = 0
+    num_rejected_tokens: int = 0
     error: str | None = None
 
 
@@ -169,6 +174,9 @@ class SchedulerStats:
     Attributes:
         kv_cache_usage: share of blocks owned by requests, 0 to 1.
         num_prefix_queries, num_prefix_hits: prompt tokens looked up in, and found in, the prefix cache.
+        num_drafts: proposals that were verified.
+        num_draft_tokens: their tokens.
+        num_accepted_tokens_per_pos: how many of the first, second, ... tokens of proposals were accepted.
     """
 
     num_running: int
@@ -177,3 +185,6 @@ class SchedulerStats:
     num_preemptions: int
     num_prefix_queries: int
     num_prefix_hits: int
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)

@@ -20,11 +20,13 @@ class Request:
     Attributes:
         token_ids: the prompt's tokens, then the generated ones.
         max_num_tokens: prompt and `max_tokens` together, the length at which the request ends.
+        speculates: whether tokens may be drafted for it.
         spec_token_ids: drafted tokens that may follow `token_ids`; the next step verifies them.
         num_computed_tokens: tokens whose keys and values stand in the KV cache.
         block_ids: the block table.
         block_hashes: content hashes of the leading full blocks, as far as they were needed.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
+        num_accepted_tokens, num_rejected_tokens: drafted tokens that verification kept, and not.
         num_scored_tokens: prompt tokens whose log-probabilities were delivered; survives a preemption.
         scheduled_time: when the request first joined a step; None before.
     """
@@ -34,15 +36,18 @@ class Request:
         "block_hashes",
         "block_ids",
         "max_num_tokens",
+        "num_accepted_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_rejected_tokens",
         "num_scored_tokens",
         "params",
         "request_id",
         "scheduled_time",
         "spec_token_ids",
+        "speculates",
         "status",
         "token_ids",
     )
@@ -54,6 +59,8 @@ class Request:
         params: SamplingParams,
         arrival_time: float,
         output_token_ids: list[int] | None = None,
+        *,
+        speculates: bool = True,
     ) -> None:
         self.request_id = request_id
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -62,7 +69,10 @@ class Request:
         self.params = params
         self.arrival_time = arrival_time
         self.status = RequestStatus.WAITING
+        self.speculates = speculates
         self.spec_token_ids: list[int] = []
+        self.num_accepted_tokens = 0
+        self.num_rejected_tokens = 0
         self.num_computed_tokens = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

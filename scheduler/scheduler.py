@@ -59,6 +59,9 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
+        self._num_drafts = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens_per_pos: list[int] = []
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -132,6 +135,9 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_prefix_queries=self._num_prefix_queries,
             num_prefix_hits=self._num_prefix_hits,
+            num_drafts=self._num_drafts,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens_per_pos=list(self._num_accepted_tokens_per_pos),
         )
 
     def check_invariants(self) -> None:
@@ -182,9 +188,11 @@ class Scheduler:
                     self._preempt(request, step)
                 return
 
+        if self.config.num_lookahead_tokens and request.speculates:
+            block_ids += self.kv_cache.reserve_ahead(request, self.config.num_lookahead_tokens)
         new = None
         if request.status is not RequestStatus.RUNNING:
-            new = NewRequest(list(request.token_ids), request.num_prompt_tokens, request.params)
+            new = NewRequest(list(request.token_ids), request.num_prompt_tokens, request.params, request.speculates)
             self._join(request, now)
         start, num_tokens = request.num_computed_tokens, request.num_tokens
         wanted = num_tokens + len(request.spec_token_ids) - start
@@ -226,6 +234,8 @@ class Scheduler:
     ) -> RequestOutput | None:
         """Move the request forward by what its share computed; its news, if there are any."""
         num_rejected = len(share.spec_token_ids) + 1 - len(token_ids) if token_ids else 0
+        if share.spec_token_ids:
+            self._count_draft(request, len(share.spec_token_ids), num_rejected)
         before = share.num_computed_tokens
         is_first = request.num_output_tokens == 0
         finish_reason, token_ids = self._append(request, token_ids)
@@ -242,12 +252,24 @@ class Scheduler:
         news = RequestOutput(share.request_id, token_ids, finish_reason, prompt_logprobs=prompt_logprobs)
         if share.request_id in result.logprobs:
             news.logprobs = result.logprobs[share.request_id][: len(token_ids)]
+        news.num_accepted_tokens, news.num_rejected_tokens = request.num_accepted_tokens, request.num_rejected_tokens
         if is_first and request.scheduled_time is not None:
             news.num_cached_tokens = request.num_cached_tokens
             news.queue_time = request.scheduled_time - request.arrival_time
         if finish_reason:
             self._leave(request, RequestStatus.FINISHED)
         return news
+
+    def _count_draft(self, request: Request, num_drafted: int, num_rejected: int) -> None:
+        num_accepted = num_drafted - num_rejected
+        request.num_accepted_tokens += num_accepted
+        request.num_rejected_tokens += num_rejected
+        self._num_drafts += 1
+        self._num_draft_tokens += num_drafted
+        per_pos = self._num_accepted_tokens_per_pos
+        per_pos += [0] * (num_drafted - len(per_pos))
+        for index in range(num_accepted):
+            per_pos[index] += 1
 
     def _append(self, request: Request, token_ids: list[int]) -> tuple[FinishReason | None, list[int]]:
         """Append chosen tokens up to the one that ends the request; why it ends, if it does, and what was appended."""

@@ -17,7 +17,7 @@ import uvicorn
 from model.checkpoint import checkpoint_name, resolve_checkpoint
 from model.config import load_config, load_generation_defaults
 from model.tokenizer import Tokenizer
-from scheduler.errors import ConfigError
+from scheduler.errors import CheckpointError, ConfigError
 from scheduler.policies import create_policy
 from server.app import create_app
 from server.engine.client import EngineClient
@@ -79,13 +79,30 @@ def build_service(settings: Settings, checkpoint: Path) -> Service:
 
 
 def engine_config(settings: Settings, checkpoint: Path) -> EngineConfig:
-    """What the engine process is told of the settings."""
+    """What the engine process is told of the settings.
+
+    Raises:
+        CheckpointError: there is no such draft model.
+    """
+    speculation = settings.speculation
     return EngineConfig(
         checkpoint=str(checkpoint),
         **settings.engine.model_dump(),
         **settings.cache.model_dump(),
         **settings.scheduler.model_dump(),
+        speculation=speculation.method,
+        num_spec_tokens=speculation.num_spec_tokens,
+        draft_checkpoint=_draft_checkpoint(speculation.draft_model) if speculation.method == "draft" else None,
+        draft_layers=speculation.draft_layers,
+        verification=speculation.verification,
     )
+
+
+def _draft_checkpoint(name_or_path: str) -> str:
+    try:
+        return str(resolve_checkpoint(name_or_path))
+    except CheckpointError as error:
+        raise CheckpointError(f"draft_model: {error.message}", param="draft_model") from error
 
 
 def listen(host: str, port: int) -> socket.socket:

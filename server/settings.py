@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from model.speculation.length import MOST_SPEC_TOKENS
 from scheduler.errors import ConfigError
 
 ENV_PREFIX = "SHOAL_"
@@ -106,6 +108,23 @@ class SchedulerSection(_Section):
     """Most unfinished requests beyond max_num_seqs; more get HTTP 429."""
 
 
+class SpeculationSection(_Section):
+    """Speculative decoding: guessing the next tokens, and verifying the guesses in one step."""
+
+    method: Literal["off", "draft", "ngram", "self"] = "off"
+    """What guesses: a draft model, n-grams of the request's own text, the first layers of the model itself, or nothing.
+    On the command line also --speculation."""
+    num_spec_tokens: int | None = Field(default=None, ge=1, le=MOST_SPEC_TOKENS)
+    """Tokens of each guess; if not set, as many for each request and step as pay, which may be none."""
+    draft_model: str = "shoal-draft"
+    """Checkpoint folder, or the name of a bundled model, of the draft model; it must have the model's tokenizer."""
+    draft_layers: Positive | None = None
+    """Layers that self guesses with; a third of the model's if not set."""
+    verification: Literal["coupled", "rejection"] = "coupled"
+    """coupled accepts a guess that is what the model chooses, so that every text is the one without speculation;
+    rejection accepts more, and keeps the distribution of texts but not each text."""
+
+
 class Settings(BaseSettings):
     """Serve a model over HTTP, with the interface of OpenAI's API.
 
@@ -135,6 +154,7 @@ class Settings(BaseSettings):
     engine: EngineSection = EngineSection()
     cache: CacheSection = CacheSection()
     scheduler: SchedulerSection = SchedulerSection()
+    speculation: SpeculationSection = SpeculationSection()
 
 
 def _shortcuts() -> dict[str, str | list[str]]:
@@ -155,6 +175,7 @@ def load_settings(args: list[str]) -> Settings:
         ConfigError: a key is unknown or a value wrong; the message names each of them.
         SystemExit: after `--help`.
     """
+    args = [re.sub(r"^--speculation(?=$|=)", "--speculation.method", arg) for arg in args]
     toml_file = _toml_file(args)
     _refuse_unknown_environment()
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from ctypes import byref
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, TENSORS, Batch, Options, Shape, load_library
+from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, TENSORS, Batch, Draft, Options, Shape, load_library
 from model.backends.native_sampling import SamplerArguments
 from model.backends.rope import rope_tables
 from model.batch import Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
@@ -38,6 +38,7 @@ class NativeBackend:
         pin_threads: whether to keep each further thread on a core of its own; None does where cores are left over for
             what else the server has to do, since without any it only keeps the threads from making room.
         isa: instruction set, one of `supported_isas()`; the best if not set.
+        sibling: a backend of the same instruction set with whose threads to compute, in turns.
 
     Raises:
         CheckpointError: the model's shape is beyond what the native code is made for.
@@ -56,17 +57,19 @@ class NativeBackend:
         quantization: Literal["none", "int8"] = "none",
         pin_threads: bool | None = None,
         isa: str | None = None,
+        sibling: NativeBackend | None = None,
     ) -> None:
         assert block_size % SLOTS == 0
         config = record.config
         _check_shape(config)
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_threads = num_threads or num_cores
+        self.num_threads = sibling.num_threads if sibling else num_threads or num_cores
         self._config = config
         self._num_blocks, self._block_size = num_blocks, block_size
         self._num_positions = min(config.max_position_embeddings, num_blocks * block_size)
         self._library = load_library(isa)
         self._sampler = SamplerArguments(config.vocab_size)
+        self._drafts = SamplerArguments(config.vocab_size)  # of guesses, whose parameters stay as long as those of steps
         self._layout: _Layout | None = None
         cos, sin = rope_tables(config.rope, config.head_dim, self._num_positions)
         options = Options(
@@ -77,7 +80,7 @@ class NativeBackend:
             quantize_int8=quantization == "int8",
             half_kv_cache=kv_cache_dtype == "float16",
         )
-        self._model = self._library.shoal_create(_shape(record, cos, sin), options)
+        self._model = self._library.shoal_create(_shape(record, cos, sin), options, sibling._model if sibling else None)
         if not self._model:
             raise ConfigError("there is not enough memory for the model and its KV cache", param="memory_mib")
         for name, layer, expert, array in _tensors(record):
@@ -94,17 +97,35 @@ class NativeBackend:
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
         output = self._sampler.bind(sampling)
         assert len(output.token_ids) == len(batch.logits_indices), "as many choices as logits are needed"
-        self._step(batch, byref(self._sampler.sampling), byref(self._sampler.chosen), None)
+        sampler = byref(self._sampler.sampling), byref(self._sampler.chosen)
+        self._library.shoal_step(self._model, self._arrays(batch), self._config.num_layers, *sampler, None)
         return output
 
-    def forward(self, batch: ForwardBatch) -> Float32:
+    def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> Float32:
         logits = np.empty((len(batch.logits_indices), self.vocab_size), np.float32)
-        self._step(batch, None, None, logits.ctypes.data)
+        depth = num_layers or self._config.num_layers
+        self._library.shoal_step(self._model, self._arrays(batch), depth, None, None, logits.ctypes.data)
         return logits
 
-    def _step(self, batch: ForwardBatch, sampling: Any, chosen: Any, logits: int | None) -> None:
+    def draft(
+        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: Int32, num_layers: int | None = None
+    ) -> Int32:
+        arrays = self._arrays(batch)
+        self._drafts.bind(sampling)
+        token_ids = np.full((len(num_wanted), num_wanted[0]), -1, np.int32)
+        last = batch.context_lens[: len(num_wanted)] + num_wanted - 1
+        assert len(num_wanted) == len(batch.logits_indices) == len(sampling.seeds), "as many guesses as logits"
+        assert (num_wanted[1:] <= num_wanted[:-1]).all(), "num_wanted ascends"
+        assert num_wanted[-1] > 0, "num_wanted of nothing"
+        assert last.max() <= batch.block_tables.shape[1] * self._block_size, "guesses beyond the block tables"
+        assert last.max() <= self._num_positions, "guesses beyond the model's positions"
+        draft = Draft(num_layers or self._config.num_layers, num_wanted.ctypes.data, token_ids.ctypes.data)
+        self._library.shoal_draft(self._model, arrays, byref(self._drafts.sampling), draft)
+        return token_ids
+
+    def _arrays(self, batch: ForwardBatch) -> Batch:
         self._check(batch)
-        arrays = Batch(
+        return Batch(
             num_tokens=len(batch.token_ids),
             num_seqs=len(batch.context_lens),
             num_logits=len(batch.logits_indices),
@@ -116,7 +137,6 @@ class NativeBackend:
             block_tables=batch.block_tables.ctypes.data,
             logits_indices=batch.logits_indices.ctypes.data,
         )
-        self._library.shoal_step(self._model, arrays, sampling, chosen, logits)
 
     def _check(self, batch: ForwardBatch) -> None:
         """The native code trusts what it is given; an array that is wrong is a bug of ours, and ends here."""

@@ -60,6 +60,10 @@ class Batch(Structure):
     ]
 
 
+class Draft(Structure):
+    _fields_ = [("num_layers", c_int32), ("num_wanted", c_void_p), ("token_ids", c_void_p)]
+
+
 def library_path(isa: str) -> Path:
     """Where the library for an instruction set is, if it was built."""
     return FOLDER / f"libshoal-{isa}.so"
@@ -91,12 +95,14 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.shoal_best_isa.restype = c_int32
-    library.shoal_create.argtypes = [POINTER(Shape), POINTER(Options)]
+    library.shoal_create.argtypes = [POINTER(Shape), POINTER(Options), c_void_p]
     library.shoal_create.restype = c_void_p
     library.shoal_destroy.argtypes = [c_void_p]
     library.shoal_destroy.restype = None
     library.shoal_load.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32]
     library.shoal_load.restype = None
-    library.shoal_step.argtypes = [c_void_p, POINTER(Batch), c_void_p, c_void_p, c_void_p]
+    library.shoal_step.argtypes = [c_void_p, POINTER(Batch), c_int32, c_void_p, c_void_p, c_void_p]
     library.shoal_step.restype = None
+    library.shoal_draft.argtypes = [c_void_p, POINTER(Batch), c_void_p, POINTER(Draft)]
+    library.shoal_draft.restype = None
     return library

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.backends.rope import rope_tables
+from model.backends.stepwise import draft_stepwise
 from model.backends.torch_attention import CacheLayout, attend, clear_fresh_blocks, plan_attention
 from model.backends.torch_layers import (
     AttentionWeights,
@@ -78,24 +79,33 @@ class TorchBackend:
         return sample(self._logits(batch), sampling)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> Float32:
-        logits: Float32 = self._logits(batch).cpu().numpy()
+    def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> Float32:
+        logits: Float32 = self._logits(batch, num_layers).cpu().numpy()
         return logits
 
-    def _logits(self, batch: ForwardBatch) -> Tensor:
+    @torch.inference_mode()
+    def draft(
+        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: Int32, num_layers: int | None = None
+    ) -> Int32:
+        def choose(step: ForwardBatch, how: SamplingBatch) -> Int32:
+            return sample(self._logits(step, num_layers), how).token_ids
+
+        return draft_stepwise(choose, batch, sampling, num_wanted, self._layout.block_size)
+
+    def _logits(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """[num_logits, vocab_size] float32."""
-        x = self._hidden(batch).index_select(0, self._index(batch.logits_indices))
+        x = self._hidden(batch, num_layers).index_select(0, self._index(batch.logits_indices))
         return linear(rms_norm(x, self._norm, self._config.rms_norm_eps), self._head).float()
 
-    def _hidden(self, batch: ForwardBatch) -> Tensor:
-        """Run all layers: the hidden states [num_tokens, hidden_size] before the last norm."""
+    def _hidden(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
+        """Run the first `num_layers` layers, or all of them: the hidden states [num_tokens, hidden_size] before the last norm."""
         eps, num_heads, num_kv_heads = self._config.rms_norm_eps, self._config.num_heads, self._config.num_kv_heads
         plan = plan_attention(batch, self._layout, self._device, self._dtype)
         clear_fresh_blocks(self._kv_cache, plan)
         positions = self._index(batch.positions)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         x = self._embedding.index_select(0, self._index(batch.token_ids))
-        for layer, kv_cache in zip(self._layers, self._kv_cache, strict=True):
+        for layer, kv_cache in zip(self._layers[:num_layers], self._kv_cache, strict=False):
             heads = linear(rms_norm(x, layer.input_norm, eps), layer.attention.qkv)
             heads = heads.view(len(x), num_heads + 2 * num_kv_heads, -1)
             rotate_(heads[:, : num_heads + num_kv_heads], cos, sin)

@@ -8,9 +8,9 @@ struct ShoalModel {
     shoal::Model model;
 };
 
-ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options) {
+ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options, const ShoalModel* sibling) {
     try {
-        return new ShoalModel{shoal::Model(*shape, *options)};
+        return new ShoalModel{shoal::Model(*shape, *options, sibling ? &sibling->model : nullptr)};
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
@@ -23,9 +23,13 @@ void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert
                       {data, static_cast<shoal::Source::Type>(type)});
 }
 
-void shoal_step(ShoalModel* model, const ShoalBatch* batch, const ShoalSampling* sampling, const ShoalChosen* chosen,
-                float* logits) {
-    model->model.step(*batch, sampling, chosen, logits);
+void shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
+                const ShoalChosen* chosen, float* logits) {
+    model->model.step(*batch, num_layers, sampling, chosen, logits);
+}
+
+void shoal_draft(ShoalModel* model, const ShoalBatch* batch, const ShoalSampling* sampling, const ShoalDraft* draft) {
+    model->model.draft(*batch, *sampling, *draft);
 }
 
 int32_t shoal_best_isa(void) {

@@ -1,5 +1,7 @@
 #include "model.h"
 
+#include <numeric>
+
 #include "sampler.h"
 
 namespace shoal {
@@ -24,10 +26,12 @@ void rms_norm(const float* x, const float* gain, int width, float eps, float* to
 
 }  // namespace
 
-Model::Model(const ShoalShape& shape, const ShoalOptions& options)
+Model::Model(const ShoalShape& shape, const ShoalOptions& options, const Model* sibling)
     : shape_(shape),
       block_size_(options.block_size),
-      pool_(options.num_threads, options.pin_threads != 0),
+      shared_pool_(sibling ? sibling->shared_pool_
+                           : std::make_shared<Pool>(options.num_threads, options.pin_threads != 0)),
+      pool_(*shared_pool_),
       rotary_{shape.head_dim / 2,
               copy_floats(shape.cos, static_cast<size_t>(shape.num_positions) * (shape.head_dim / 2)),
               copy_floats(shape.sin, static_cast<size_t>(shape.num_positions) * (shape.head_dim / 2))},
@@ -35,7 +39,7 @@ Model::Model(const ShoalShape& shape, const ShoalOptions& options)
       head_(shape.vocab_size, shape.hidden_size, options.quantize_int8 != 0, arena_),
       cache_(shape.num_layers, shape.num_kv_heads, shape.head_dim, options.num_blocks * options.block_size,
              options.half_kv_cache != 0),
-      attention_(shape.num_heads, shape.num_kv_heads, shape.head_dim, options.block_size, options.num_threads),
+      attention_(shape.num_heads, shape.num_kv_heads, shape.head_dim, options.block_size, pool_.num_threads()),
       hidden_stride_(Rows::stride_for(shape.hidden_size)),
       normalized_(shape.hidden_size, options.quantize_int8 != 0),
       heads_stride_(Rows::stride_for((shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)),
@@ -84,18 +88,55 @@ void Model::load_tensor(ShoalTensor tensor, int index, int expert, Source source
     }
 }
 
-void Model::step(const ShoalBatch& batch, const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits) {
+void Model::step(const ShoalBatch& batch, int num_layers, const ShoalSampling* sampling, const ShoalChosen* chosen,
+                 float* logits) {
     const int num_tokens = static_cast<int>(batch.num_tokens);
     reserve(num_tokens);
     attention_.plan(batch, pool_.num_threads());
     embed(batch);
-    for (int i = 0; i < shape_.num_layers; ++i) {
+    for (int i = 0; i < num_layers; ++i) {
         attend(i, batch);
-        const bool is_last = i == shape_.num_layers - 1;
+        const bool is_last = i == num_layers - 1;
         if (is_last) keep_rows_of_logits(batch);
         add_feed_forward(layers_[i], static_cast<int>(is_last ? batch.num_logits : batch.num_tokens));
     }
     choose(static_cast<int>(batch.num_logits), sampling, chosen, logits);
+}
+
+void Model::draft(const ShoalBatch& batch, const ShoalSampling& sampling, const ShoalDraft& draft) {
+    const int num_rows = static_cast<int>(batch.num_logits), width = draft.num_wanted[0];
+    std::vector<int32_t> token_ids(num_rows), positions(num_rows), slots(num_rows), ends(num_rows + 1), rows(num_rows);
+    std::vector<int64_t> choice_positions(sampling.positions, sampling.positions + num_rows);
+    for (int row = 0; row < num_rows; ++row) positions[row] = batch.positions[batch.logits_indices[row]];
+    std::iota(ends.begin(), ends.end(), 0);
+    std::iota(rows.begin(), rows.end(), 0);
+    const ShoalChosen chosen{token_ids.data(), -1, nullptr, nullptr, nullptr, nullptr};
+
+    ShoalBatch next = batch;
+    ShoalSampling choice = sampling;
+    for (int index = 0; index < width; ++index) {
+        step(next, draft.num_layers, &choice, &chosen, nullptr);
+        int num_more = 0;
+        for (int row = 0; row < choice.num_rows; ++row) {
+            draft.token_ids[row * width + index] = token_ids[row];
+            if (token_ids[row] < 0) token_ids[row] = 0;  // has no meaning, but a row in the embedding
+            if (draft.num_wanted[row] > index + 1) ++num_more;
+        }
+        for (int row = 0; row < num_more; ++row) {
+            const int32_t* table = batch.block_tables + row * batch.max_blocks;
+            ++positions[row], ++choice_positions[row];
+            slots[row] = table[positions[row] / block_size_] * block_size_ + positions[row] % block_size_;
+        }
+        next = {num_more, num_more, num_more, batch.max_blocks, token_ids.data(), positions.data(), slots.data(),
+                ends.data(), batch.block_tables, rows.data()};
+        choice.num_rows = num_more;
+        choice.positions = choice_positions.data();
+        // Entries ascend by row: those of the rows that are left are the first ones.
+        choice.num_penalties = std::lower_bound(choice.penalty_rows, choice.penalty_rows + choice.num_penalties, num_more) -
+                               choice.penalty_rows;
+        choice.num_biases =
+            std::lower_bound(choice.bias_rows, choice.bias_rows + choice.num_biases, num_more) - choice.bias_rows;
+    }
 }
 
 void Model::reserve(int num_tokens) {

@@ -20,10 +20,13 @@ struct Layer {
 
 class Model {
 public:
-    Model(const ShoalShape& shape, const ShoalOptions& options);
+    // sibling: whose threads to share, if any.
+    Model(const ShoalShape& shape, const ShoalOptions& options, const Model* sibling);
 
     void load_tensor(ShoalTensor tensor, int layer, int expert, Source source);
-    void step(const ShoalBatch& batch, const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
+    void step(const ShoalBatch& batch, int num_layers, const ShoalSampling* sampling, const ShoalChosen* chosen,
+              float* logits);
+    void draft(const ShoalBatch& batch, const ShoalSampling& sampling, const ShoalDraft& draft);
 
 private:
     // Rows of logits that are computed at once: the head's weights are read once for them.
@@ -52,7 +55,8 @@ private:
 
     ShoalShape shape_;
     int block_size_;
-    Pool pool_;
+    std::shared_ptr<Pool> shared_pool_;
+    Pool& pool_;
     RotaryTables rotary_;
     Arena arena_;  // of all packed weights
     Array<float> embedding_;  // [vocab_size][hidden_size] unless it is the head

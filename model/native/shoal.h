@@ -103,20 +103,34 @@ struct ShoalChosen {
     float* top_logprobs;     // [num_rows, num_top]
 };
 
+// What to propose behind a batch in which sequence i, for each i below num_logits, ends with the token of logits row i.
+struct ShoalDraft {
+    int32_t num_layers;         // how many of the model's layers to run before its norm and head
+    const int32_t* num_wanted;  // [num_logits], at least 1 each, not ascending: tokens to propose for each sequence
+    int32_t* token_ids;         // [num_logits, num_wanted[0]]; -1 once the logits are not finite
+};
+
 struct ShoalModel;
 
-// Null if there is not enough memory.
-SHOAL_API ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options);
+// Null if there is not enough memory.  Where `sibling` is given, both compute with its threads, never at the same time;
+// the last of them to be destroyed ends the threads.
+SHOAL_API ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options, const ShoalModel* sibling);
 SHOAL_API void shoal_destroy(ShoalModel* model);
 
 // Packs one tensor's weights; type as Source::Type: 0 float32, 1 float16, 2 the bits of bfloat16.  Layer and expert are
 // 0 where there is none.
 SHOAL_API void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data, int32_t type);
 
-// Computes a step.  Where `sampling` is given, chooses a token at each row of logits_indices; where `logits` is, writes
-// them there, [num_logits, vocab_size].
-SHOAL_API void shoal_step(ShoalModel* model, const ShoalBatch* batch, const ShoalSampling* sampling,
+// Computes a step with the first num_layers layers, then the norm and the head.  Where `sampling` is given, chooses a
+// token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size].
+SHOAL_API void shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
                           const ShoalChosen* chosen, float* logits);
+
+// Proposes tokens: computes the batch, chooses a token behind each sequence that has a row of logits, and goes on from
+// there with steps of a token each for the sequences that want more.  Their block tables reach as far as that.
+// Penalties stay what they are for the first of the tokens.
+SHOAL_API void shoal_draft(ShoalModel* model, const ShoalBatch* batch, const ShoalSampling* sampling,
+                           const ShoalDraft* draft);
 
 // The best instruction set that this machine runs: 0 generic, 1 avx2, 2 avx512.
 SHOAL_API int32_t shoal_best_isa(void);

@@ -37,23 +37,29 @@ class NativePlan:
         """Bytes that are free where the KV cache will be."""
         return free_main_memory()
 
-    def create(self, record: ModelRecord, num_blocks: int) -> tuple[Backend, str]:
-        """The backend with its KV cache, and its description for people."""
-        config = self.config
-        backend = NativeBackend(
+    def create(self, record: ModelRecord, num_blocks: int, sibling: Backend | None = None) -> Backend:
+        """A backend with its KV cache; it shares the threads of a sibling that this plan created, if one is given."""
+        assert sibling is None or isinstance(sibling, NativeBackend)
+        return NativeBackend(
             record,
             num_blocks=num_blocks,
-            block_size=config.block_size,
-            num_threads=config.threads,
+            block_size=self.config.block_size,
+            num_threads=self.config.threads,
             kv_cache_dtype=self.kv_cache_dtype,
-            quantization=config.quantization,
-            pin_threads=config.pin_threads,
+            quantization=self.config.quantization,
+            pin_threads=self.config.pin_threads,
             isa=self.isa,
+            sibling=sibling,
         )
+
+    def describe(self, backend: Backend) -> str:
+        """What a backend of this plan is, for people."""
+        assert isinstance(backend, NativeBackend)
+        config = self.config
         weights = "float32" if config.quantization == "none" else f"{config.quantization} weights"
         cache = "" if self.kv_cache_dtype == "float32" else f", {self.kv_cache_dtype} KV cache"
         threads = f"{backend.num_threads} thread{'' if backend.num_threads == 1 else 's'}"
-        return backend, f"{weights}{cache}, native ({self.isa}, {threads})"
+        return f"{weights}{cache}, native ({self.isa}, {threads})"
 
 
 @dataclass(frozen=True)
@@ -80,20 +86,22 @@ class TorchPlan:
 
         return free_cuda_memory(self.config.device)
 
-    def create(self, record: ModelRecord, num_blocks: int) -> tuple[Backend, str]:
-        """The backend with its KV cache, and its description for people."""
+    def create(self, record: ModelRecord, num_blocks: int, sibling: Backend | None = None) -> Backend:
+        """A backend with its KV cache; all backends share torch's threads."""
         from model.backends.torch_backend import TorchBackend  # noqa: PLC0415
 
-        config = self.config
-        backend = TorchBackend(
+        return TorchBackend(
             record,
-            device=config.device,
+            device=self.config.device,
             dtype=self.kv_cache_dtype,
             num_blocks=num_blocks,
-            block_size=config.block_size,
-            num_threads=config.threads,
+            block_size=self.config.block_size,
+            num_threads=self.config.threads,
         )
-        return backend, f"{self.kv_cache_dtype}, torch on {config.device}"
+
+    def describe(self, backend: Backend) -> str:
+        """What a backend of this plan is, for people."""
+        return f"{self.kv_cache_dtype}, torch on {self.config.device}"
 
 
 def plan_backend(config: EngineConfig, model: ModelConfig) -> NativePlan | TorchPlan:

@@ -19,14 +19,17 @@ class KVCachePlan:
 
 
 def plan_kv_cache(
-    config: EngineConfig, model: ModelConfig, *, dtype: KVCacheDType, max_model_len: int, free: int
+    config: EngineConfig, *models: ModelConfig, dtype: KVCacheDType, max_model_len: int, free: int
 ) -> KVCachePlan:
     """Decide the number of blocks of a cache with elements of `dtype`, given the bytes that are free where it will be.
+
+    Args:
+        models: those that keep keys and values in each block: the target, and a draft.
 
     Raises:
         ConfigError: what was asked for exceeds the memory that is free, or holds not even one block.
     """
-    per_block = bytes_per_block(model, dtype, config.block_size)
+    per_block = sum(bytes_per_block(model, dtype, config.block_size) for model in models)
     if config.num_blocks is not None:
         num_blocks, param = config.num_blocks, "num_blocks"
     elif config.memory_mib is not None:

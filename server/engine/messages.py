@@ -33,6 +33,11 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     max_chunk_tokens: int
     max_num_waiting: int
+    speculation: Literal["off", "draft", "ngram", "self"] = "off"
+    num_spec_tokens: int | None = None
+    draft_checkpoint: str | None = None
+    draft_layers: int | None = None
+    verification: Literal["coupled", "rejection"] = "coupled"
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -41,6 +46,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     Attributes:
         arrival_time: seconds on the monotonic clock that all processes of a machine share.
         output_token_ids: tokens that an earlier engine generated already; the request goes on after them.
+        speculates: whether tokens may be drafted for it.
     """
 
     request_id: str
@@ -48,6 +54,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     arrival_time: float
     output_token_ids: list[int] = []
+    speculates: bool = True
 
 
 class Submit(msgspec.Struct, tag=True):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -29,6 +30,7 @@ from scheduler.policies import create_policy
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler
 from server.engine.backends import plan_backend
+from server.engine.speculation import plan_speculation
 from server.engine.memory import plan_kv_cache
 from server.engine.messages import (
     Abort,
@@ -90,8 +92,10 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
     if max_model_len > limit:
         raise ConfigError(f"max_model_len {max_model_len} exceeds the model's {limit} positions", param="max_model_len")
     plan = plan_backend(config, record.config)
+    guessing = plan_speculation(config, record, max_model_len)
+    models = [record.config, *([guessing.draft.config] if guessing and guessing.draft else [])]
     cache = plan_kv_cache(
-        config, record.config, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=plan.free_memory()
+        config, *models, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=plan.free_memory()
     )
     scheduler = Scheduler(
         SchedulerConfig(
@@ -103,14 +107,26 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
             max_chunk_tokens=config.max_chunk_tokens,
             max_num_waiting=config.max_num_waiting,
             enable_prefix_caching=config.enable_prefix_caching,
+            num_lookahead_tokens=guessing.num_lookahead_tokens if guessing else 0,
         ),
         create_policy(config.policy),
     )
-    backend, description = plan.create(record, cache.num_blocks)
+    backend = plan.create(record, cache.num_blocks)
     executor = ModelExecutor(
-        backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, block_size=config.block_size
+        backend,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        speculate=guessing and partial(guessing.create, plan, backend, cache.num_blocks),
     )
-    ready = Ready(cache.num_blocks, max_model_len, record.num_parameters, cache.num_bytes, description, plan.warning)
+    ready = Ready(
+        cache.num_blocks,
+        max_model_len,
+        record.num_parameters,
+        cache.num_bytes,
+        plan.describe(backend),
+        plan.warning,
+    )
     return EngineCore(scheduler, executor, time.monotonic), ready
 
 
@@ -146,7 +162,7 @@ class EngineLoop:
 
     def _add(self, sent: EngineRequest) -> RequestOutput | None:
         """Hand a request to the scheduler; what it refuses gets an answer too."""
-        request = Request(sent.request_id, sent.prompt_token_ids, sent.params, sent.arrival_time, sent.output_token_ids)
+        request = Request(sent.request_id, sent.prompt_token_ids, sent.params, sent.arrival_time, sent.output_token_ids, speculates=sent.speculates)
         try:
             self.core.scheduler.add(request)
         except ShoalError as error:

@@ -1,0 +1,51 @@
+"""What steps cost, learnt while they are taken."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+
+_SHARE_OF_NEWEST = 0.1
+
+
+class StepCosts:
+    """Seconds of a step by its number of tokens: a running mean for each number, or band of large ones."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []  # those that were seen, ascending
+        self._seconds: dict[int, float] = {}
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+        size = _band(num_tokens)
+        known = self._seconds.get(size)
+        if known is None:
+            insort(self._sizes, size)
+            self._seconds[size] = seconds
+        else:
+            # What else happens on the machine only ever adds, so that a long step says less than a short one.
+            self._seconds[size] = known + _SHARE_OF_NEWEST * (min(seconds, 2 * known) - known)
+
+    def predict(self, num_tokens: int) -> float | None:
+        """Seconds of a step of so many tokens; None if none was seen yet.
+
+        Between two sizes the cost is on the line through them.  Beyond the largest it is what that one takes, which is
+        too little and gets larger sizes tried.
+        """
+        if not self._sizes:
+            return None
+        size = min(max(num_tokens, self._sizes[0]), self._sizes[-1])
+        index = bisect_left(self._sizes, size)
+        upper = self._sizes[index]
+        if upper == size:
+            return self._seconds[size]
+        lower = self._sizes[index - 1]
+        share = (size - lower) / (upper - lower)
+        return self._seconds[lower] + share * (self._seconds[upper] - self._seconds[lower])
+
+
+def _band(num_tokens: int) -> int:
+    """The number itself up to 32; above, the lower end of a band of about a tenth."""
+    if num_tokens <= 32:
+        return num_tokens
+    return int(2 ** (math.floor(7 * math.log2(num_tokens)) / 7))

@@ -1,0 +1,70 @@
+"""Verification by rejection sampling: Leviathan et al. 2022, Chen et al. 2023.
+
+A drafted token x that was drawn from q is accepted with probability min(1, p(x) / q(x)), where p is what the target
+would draw from; the first one that is not is replaced by a draw from max(p - q, 0) normalized; and where all are
+accepted the target adds a draw from p.  What comes out has the target's distribution, but is not the sample that it
+draws without speculation.  It accepts more than the comparison of two choices does.
+
+The three draws at a position must be independent of each other, and repeatable: each has a noise of its own, the
+specified one (`model/sampling.py`) under another seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from model.batch import SamplingBatch
+from model.sampling import gumbel_noise
+from model.speculation.proposer import Float64, Proposal
+
+_DRAFT_NOISE = np.uint64(0xD1B54A32D192ED03)
+_ACCEPTANCE_NOISE = 0x8CB92BA72F3D8DD7
+_REPLACEMENT_NOISE = 0xABC98388FB8FAC03
+
+
+def with_draft_noise(sampling: SamplingBatch) -> SamplingBatch:
+    """How the draft chooses: with a noise that is independent of all that decides about its choice."""
+    return replace(sampling, seeds=sampling.seeds ^ _DRAFT_NOISE)
+
+
+def verify(proposal: Proposal, target: Float64, chosen: list[int], seed: int, position: int) -> list[int]:
+    """The accepted tokens, and the one more that the target adds.
+
+    Args:
+        proposal: the drafted tokens that the step computed.
+        target: [num_tokens + 1, vocab_size], what the target draws from at each position; a row of zeros where it has
+            no finite logits.
+        chosen: the target's own draw at each of those positions, -1 where it has no finite logits.
+        seed: the request's.
+        position: of the first drafted token in its sequence.
+    """
+    for index, token_id in enumerate(proposal.token_ids):
+        if chosen[index] < 0:
+            return chosen[: index + 1]
+        p = target[index]
+        q = _certain(token_id, len(p)) if proposal.probabilities is None else proposal.probabilities[index]
+        if _uniform(seed, position + index) * q[token_id] >= p[token_id]:
+            return [*proposal.token_ids[:index], _replacement(np.maximum(p - q, 0.0), seed, position + index)]
+    return [*proposal.token_ids, chosen[len(proposal.token_ids)]]
+
+
+def _certain(token_id: int, vocab_size: int) -> Float64:
+    """The distribution of a guess that was not drawn."""
+    q = np.zeros(vocab_size, np.float64)
+    q[token_id] = 1.0
+    return q
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number between 0 and 1: what the noise of token 0 is made from."""
+    noise = gumbel_noise(seed ^ _ACCEPTANCE_NOISE, position, 1)[0]
+    return float(np.exp(-np.exp(-noise)))
+
+
+def _replacement(weights: Float64, seed: int, position: int) -> int:
+    """A draw in proportion to the weights, by Gumbel-max."""
+    kept = np.flatnonzero(weights)
+    noise = gumbel_noise(seed ^ _REPLACEMENT_NOISE, position, len(weights))
+    return int(kept[(np.log(weights[kept]) + noise[kept]).argmax()])

@@ -1,0 +1,34 @@
+"""Guesses of the target's own first layers, through its own norm and head.
+
+Elhoushi et al. 2024, "LayerSkip"; without a training of its own a model is not made for it.  The keys and values of
+those layers stand in the target's KV cache already, so that there is nothing to catch up with, and what drafting
+writes there is what verifying writes again.
+"""
+
+from __future__ import annotations
+
+from model.batch import Backend
+from model.rows import BatchRows
+from model.speculation.drafting import Drafter
+from model.speculation.proposer import Candidate, Proposal
+from scheduler.output import ScheduledRequest
+
+
+class SelfSpeculativeProposer:
+    """Implements `Proposer` with the first layers of the target.
+
+    Args:
+        backend: of the target.
+        rows: the batch.
+        num_layers: how many of its layers, from the first one on.
+        draws_apart: see `Drafter`.
+    """
+
+    def __init__(self, backend: Backend, rows: BatchRows, *, num_layers: int, draws_apart: bool) -> None:
+        self._drafter = Drafter(backend, rows, num_layers=num_layers, draws_apart=draws_apart)
+
+    def place(self, row: int, share: ScheduledRequest) -> None:
+        """There is nothing to take note of."""
+
+    def propose(self, candidates: list[Candidate]) -> list[Proposal]:
+        return self._drafter.guess(candidates, [one.num_tokens - 1 for one in candidates])

@@ -1,0 +1,146 @@
+"""What the executor knows of speculation: propose after a step, verify in the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from model.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
+from model.layout import StepLayout
+from model.rows import BatchRows
+from model.sampling import describe, probabilities, sample_reference
+from model.speculation import rejection
+from model.speculation.length import LengthRule
+from model.speculation.proposer import Candidate, Proposal, Proposer
+from scheduler.output import ScheduledRequest, StepResult
+
+# Seconds; a longer pause between two steps is an idle engine's.
+_ONE_BREATH = 2e-3
+
+
+class Speculation:
+    """Proposes tokens for the requests of a batch, as many as the length rule says, within what they have room for.
+
+    Args:
+        proposer: guesses.
+        lengths: says how much.
+        rows: the batch.
+        needs_slots: whether guessing writes to the KV cache, so that it can reach no further than the block table.
+        by_rejection: whether drafted tokens are verified by rejection sampling; else by comparison.
+        clock: seconds; what steps and proposals take is measured by it.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        lengths: LengthRule,
+        rows: BatchRows,
+        *,
+        needs_slots: bool,
+        by_rejection: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._proposer, self._lengths, self._rows = proposer, lengths, rows
+        self._needs_slots, self._by_rejection, self._clock = needs_slots, by_rejection, clock
+        self._most_tokens: dict[int, int] = {}  # by row, of the requests that want speculation
+        self._proposals: dict[int, Proposal] = {}  # by row, those under verification
+        self._ended = 0.0  # when the last step, or the guessing after it, ended
+
+    def place(self, row: int, share: ScheduledRequest) -> None:
+        """Take note of a share before its step is computed."""
+        if share.new:
+            self._proposals.pop(row, None)
+            self._most_tokens.pop(row, None)
+            if share.new.speculates:
+                self._most_tokens[row] = share.new.num_prompt_tokens + share.new.params.max_tokens
+                self._lengths.join(row)
+        self._proposer.place(row, share)
+
+    def execute(
+        self,
+        backend: Backend,
+        batch: ForwardBatch,
+        sampling: SamplingBatch,
+        scheduled: list[ScheduledRequest],
+        layout: StepLayout,
+    ) -> SamplerOutput:
+        """Compute the step; where drafted tokens are accepted, the tokens chosen are they."""
+        start = self._clock()
+        if start - self._ended < _ONE_BREATH:  # what the engine does between two steps is paid for by each step
+            start = self._ended
+        if self._by_rejection:
+            chosen = self._execute_by_rejection(backend, batch, sampling, scheduled, layout)
+        else:
+            chosen = backend.execute(batch, sampling)
+        self._ended = self._clock()
+        self._lengths.took(len(batch.token_ids), self._ended - start)
+        return chosen
+
+    def _execute_by_rejection(
+        self,
+        backend: Backend,
+        batch: ForwardBatch,
+        sampling: SamplingBatch,
+        scheduled: list[ScheduledRequest],
+        layout: StepLayout,
+    ) -> SamplerOutput:
+        logits = backend.forward(batch)
+        token_ids = sample_reference(logits, sampling).token_ids
+        target = probabilities(logits, sampling)
+        end = 0
+        for share, row, num_logits in zip(scheduled, layout.rows.tolist(), layout.num_logits, strict=True):
+            end += num_logits
+            if share.spec_token_ids:
+                count = len(share.spec_token_ids)
+                entries = slice(end - count - 1, end)
+                drawn_from = self._proposals[row].probabilities
+                proposal = Proposal(share.spec_token_ids, None if drawn_from is None else drawn_from[:count])
+                first = int(sampling.positions[entries.start])
+                seed = int(sampling.seeds[entries.start])
+                verified = rejection.verify(proposal, target[entries], token_ids[entries].tolist(), seed, first)
+                token_ids[entries.start : entries.start + len(verified)] = verified
+        return describe(token_ids, logits, sampling)
+
+    def propose(
+        self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult
+    ) -> list[list[int]]:
+        """Guess what may follow what a step has chosen; parallel to `scheduled`."""
+        candidates, places = self._candidates(scheduled, layout, result)
+        proposals: list[list[int]] = [[]] * len(scheduled)
+        if candidates:
+            start = self._clock()
+            guessed = self._proposer.propose(candidates)
+            self._ended = self._clock()
+            self._lengths.proposed([one.num_wanted for one in candidates], self._ended - start)
+            for place, candidate, proposal in zip(places, candidates, guessed, strict=True):
+                self._proposals[candidate.row] = proposal
+                proposals[place] = proposal.token_ids
+        return proposals
+
+    def _candidates(
+        self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult
+    ) -> tuple[list[Candidate], list[int]]:
+        """Who may be guessed for, and their places in the step."""
+        waiting: list[tuple[int, int, int, int]] = []  # place, row, known tokens, room for guesses
+        for place, (share, row) in enumerate(zip(scheduled, layout.rows.tolist(), strict=True)):
+            chosen = result.token_ids[place]
+            if share.spec_token_ids:
+                self._lengths.verified(row, len(share.spec_token_ids), len(chosen) - 1)
+            if not chosen or row not in self._most_tokens or share.request_id in result.errors:
+                continue
+            end = share.num_computed_tokens + share.num_scheduled_tokens
+            num_tokens = end - len(share.spec_token_ids) + len(chosen)
+            room = self._most_tokens[row] - num_tokens - 1
+            if self._needs_slots:  # the last guess is never read
+                room = min(room, share.num_blocks * self._rows.block_size - num_tokens + 1)
+            if room > 0:
+                waiting.append((place, row, num_tokens, room))
+        if not waiting:
+            return [], []
+        lengths = self._lengths.lengths([row for _, row, _, _ in waiting], num_others=len(scheduled) - len(waiting))
+        wanted = [
+            (place, Candidate(row, num_tokens, min(length, room)))
+            for (place, row, num_tokens, room), length in zip(waiting, lengths, strict=True)
+            if length
+        ]
+        return [candidate for _, candidate in wanted], [place for place, _ in wanted]

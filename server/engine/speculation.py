@@ -1,0 +1,114 @@
+"""Which proposer guesses, with what: what the settings ask for, checked against the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.batch import Backend
+from model.checkpoint import load_checkpoint
+from model.record import ModelRecord
+from model.rows import BatchRows
+from model.speculation.draft_model import DraftModelProposer
+from model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
+from model.speculation.ngram import NgramProposer
+from model.speculation.proposer import Proposer
+from model.speculation.self_speculative import SelfSpeculativeProposer
+from model.speculation.speculation import Speculation
+from scheduler.errors import ConfigError
+from server.engine.backends import NativePlan, TorchPlan
+from server.engine.messages import EngineConfig
+
+
+@dataclass(frozen=True)
+class SpeculationPlan:
+    """How tokens will be guessed.
+
+    Attributes:
+        draft: the draft model, if there is one.
+        num_layers: of the target to guess with, if it guesses itself.
+    """
+
+    config: EngineConfig
+    draft: ModelRecord | None
+    num_layers: int | None
+
+    @property
+    def num_lookahead_tokens(self) -> int:
+        """How far beyond the known tokens guessing writes to the KV cache: what is guessed last is never read."""
+        if self.config.speculation == "ngram":
+            return 0
+        return self.config.num_spec_tokens or ADAPTIVE_MOST
+
+    def create(self, backends: NativePlan | TorchPlan, target: Backend, num_blocks: int, rows: BatchRows) -> Speculation:
+        """Put it together around the target's backend and the rows of the batch."""
+        config = self.config
+        fixed = config.num_spec_tokens
+        return Speculation(
+            self._proposer(backends, target, num_blocks, rows),
+            AdaptiveLength(rows.max_num_seqs) if fixed is None else FixedLength(fixed),
+            rows,
+            needs_slots=config.speculation != "ngram",
+            by_rejection=config.verification == "rejection",
+        )
+
+    def _proposer(
+        self, backends: NativePlan | TorchPlan, target: Backend, num_blocks: int, rows: BatchRows
+    ) -> Proposer:
+        draws_apart = self.config.verification == "rejection"
+        if self.draft is not None:
+            return DraftModelProposer(
+                backends.create(self.draft, num_blocks, sibling=target),
+                rows,
+                num_blocks=num_blocks,
+                max_catch_up=self.config.max_num_batched_tokens,
+                draws_apart=draws_apart,
+            )
+        if self.num_layers is not None:
+            return SelfSpeculativeProposer(target, rows, num_layers=self.num_layers, draws_apart=draws_apart)
+        return NgramProposer(rows)
+
+
+def plan_speculation(config: EngineConfig, target: ModelRecord, max_model_len: int) -> SpeculationPlan | None:
+    """Check what the settings ask for, and load the draft model; None if nothing guesses.
+
+    Raises:
+        CheckpointError: the draft model cannot be read.
+        ConfigError: it does not fit the target, or the target has not so many layers.
+    """
+    match config.speculation:
+        case "off":
+            return None
+        case "ngram":
+            return SpeculationPlan(config, None, None)
+        case "self":
+            return SpeculationPlan(config, None, _num_layers(config, target.config.num_layers))
+        case "draft":
+            assert config.draft_checkpoint is not None
+            return SpeculationPlan(config, _load_draft(Path(config.draft_checkpoint), target, max_model_len), None)
+
+
+def _num_layers(config: EngineConfig, of: int) -> int:
+    wanted = config.draft_layers or max(1, of // 3)
+    if wanted >= of:
+        raise ConfigError(
+            f"draft_layers {wanted} leaves nothing to verify with: the model has {of} layers", param="draft_layers"
+        )
+    return wanted
+
+
+def _load_draft(path: Path, target: ModelRecord, max_model_len: int) -> ModelRecord:
+    draft = load_checkpoint(path)
+    if draft.config.vocab_size != target.config.vocab_size:
+        raise ConfigError(
+            f"draft_model {path} has a vocabulary of {draft.config.vocab_size} tokens, "
+            f"the model one of {target.config.vocab_size}: they need the same tokenizer",
+            param="draft_model",
+        )
+    if draft.config.max_position_embeddings < max_model_len:
+        raise ConfigError(
+            f"draft_model {path} has {draft.config.max_position_embeddings} positions, "
+            f"fewer than max_model_len {max_model_len}",
+            param="draft_model",
+        )
+    return draft
