@@ -27,21 +27,22 @@ class StepCosts:
             self._seconds[size] = known + _SHARE_OF_NEWEST * (min(seconds, 2 * known) - known)
 
     def predict(self, num_tokens: int) -> float | None:
-        """Seconds of a step of so many tokens; None if none was seen yet.
+        """Seconds of a step of so many tokens, on the line through the two sizes around it, or the two nearest ones.
 
-        Between two sizes the cost is on the line through them.  Beyond the largest it is what that one takes, which is
-        too little and gets larger sizes tried.
+        None if none of so few tokens was seen yet, or none of half as many.
         """
-        if not self._sizes:
+        size = _band(num_tokens)
+        if not self._sizes or not self._sizes[0] <= size <= 2 * self._sizes[-1]:
             return None
-        size = min(max(num_tokens, self._sizes[0]), self._sizes[-1])
         index = bisect_left(self._sizes, size)
-        upper = self._sizes[index]
-        if upper == size:
+        if index < len(self._sizes) and self._sizes[index] == size:
             return self._seconds[size]
-        lower = self._sizes[index - 1]
-        share = (size - lower) / (upper - lower)
-        return self._seconds[lower] + share * (self._seconds[upper] - self._seconds[lower])
+        upper = self._sizes[min(index, len(self._sizes) - 1)]
+        lower = self._sizes[max(min(index, len(self._sizes) - 1) - 1, 0)]
+        if lower == upper:
+            return self._seconds[upper]
+        slope = (self._seconds[upper] - self._seconds[lower]) / (upper - lower)
+        return self._seconds[upper] + max(slope, 0.0) * (size - upper)
 
 
 def _band(num_tokens: int) -> int:

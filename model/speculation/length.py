@@ -116,10 +116,8 @@ class AdaptiveLength:
             at_rest = not any(self._answer)
             if at_rest and self._holds >= 0 and len(rows) == len(self._asked):
                 return [0] * len(rows)  # others, but as many: no reason to look sooner
-            self._asked, self._answer = rows, self._decide(rows, num_others)
-            self._holds = _HOLDS if any(self._answer) else _RESTS
-            if not any(self._answer):
-                self._forget()
+            self._asked, self._holds = rows, _HOLDS
+            self._answer = self._decide(rows, num_others)
         return self._answer
 
     def _decide(self, rows: list[int], num_others: int) -> list[int]:
@@ -127,7 +125,8 @@ class AdaptiveLength:
         count = len(rows)
         base = self._target.predict(num_others + count)
         if base is None:
-            return [1] * count  # to have something to go by
+            self._holds = 0  # after the step that tells
+            return [0] * count
         draft = self._draft.predict(count) or 0.0
         rates = [self._rate(row) for row in rows]
         best, length, gain = _LEAST_GAIN * count / base, 0, 0.0
@@ -135,10 +134,16 @@ class AdaptiveLength:
         for k in range(1, ADAPTIVE_MOST + 1):
             expected += sum(chances)
             chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
-            seconds = (self._target.predict(num_others + count * (1 + k)) or base) + k * draft
+            step = self._target.predict(num_others + count * (1 + k))
+            if step is None:
+                break  # shorter ones have to show first what it may take
+            seconds = step + k * draft
             if expected / seconds > best:
                 best, length = expected / seconds, k
                 gain = best * (seconds - base) / (count * k)  # tokens that the time of a drafted one is worth
+        if not length:
+            self._holds = _RESTS
+            self._forget()
         return [_worthwhile(rate, gain, length) for rate in rates]
 
     def _rate(self, row: int) -> float:

@@ -42,7 +42,7 @@ def verify(proposal: Proposal, target: Float64, chosen: list[int], seed: int, po
     """
     for index, token_id in enumerate(proposal.token_ids):
         if chosen[index] < 0:
-            return chosen[: index + 1]
+            return [*proposal.token_ids[:index], chosen[index]]
         p = target[index]
         q = _certain(token_id, len(p)) if proposal.probabilities is None else proposal.probabilities[index]
         if _uniform(seed, position + index) * q[token_id] >= p[token_id]:

@@ -1,0 +1,133 @@
+"""How long proposals become, given what steps cost and what was accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from model.speculation.costs import StepCosts
+from model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
+
+
+def test_costs_are_interpolated_and_carefully_extrapolated() -> None:
+    costs = StepCosts()
+    assert costs.predict(3) is None
+    costs.observe(2, 1.0)
+    assert costs.predict(1) is None
+    assert costs.predict(2) == costs.predict(4) == 1.0
+    assert costs.predict(5) is None
+    costs.observe(6, 3.0)
+    assert costs.predict(4) == pytest.approx(2.0)
+    assert costs.predict(8) == pytest.approx(4.0)
+    costs.observe(8, 2.0)
+    assert costs.predict(10) == 2.0
+
+
+def test_a_cost_follows_what_is_seen_and_is_not_thrown_by_one_slow_step() -> None:
+    costs = StepCosts()
+    for _ in range(50):
+        costs.observe(4, 1.0)
+    costs.observe(4, 1000.0)
+    assert costs.predict(4) == pytest.approx(1.1)
+    for _ in range(100):
+        costs.observe(4, 3.0)
+    assert costs.predict(4) == pytest.approx(3.0, rel=0.01)
+
+
+def test_large_steps_of_about_the_same_size_share_their_cost() -> None:
+    costs = StepCosts()
+    for size in range(500, 520):
+        costs.observe(size, 1.0)
+    assert len(costs._sizes) <= 2
+
+
+def test_fixed_is_fixed() -> None:
+    assert FixedLength(3).lengths([4, 7], num_others=2) == [3, 3]
+
+
+def play(
+    seconds: Callable[[int], float], *, draft: float, rates: list[float], steps: int = 600
+) -> tuple[AdaptiveLength, list[list[int]], float]:
+    """Serve requests whose guesses are right at these rates on a machine where a step of n tokens takes `seconds(n)`
+    and drafting a token for all takes `draft`; the lengths step by step, and the speed over that without guessing."""
+    rng = np.random.default_rng(0)
+    rule, rows = AdaptiveLength(64), list(range(len(rates)))
+    for row in rows:
+        rule.join(row)
+    history, tokens, time = [], 0, 0.0
+    for _ in range(steps):
+        lengths = rule.lengths(rows, num_others=0)
+        history.append(lengths)
+        if any(lengths):
+            rule.proposed(lengths, draft * max(lengths))
+            time += draft * max(lengths)
+        num_tokens = len(rows) + sum(lengths)
+        rule.took(num_tokens, seconds(num_tokens))
+        time += seconds(num_tokens)
+        for row, length in zip(rows, lengths, strict=True):
+            accepted = 0
+            while accepted < length and rng.random() < rates[row]:
+                accepted += 1
+            tokens += accepted + 1
+            if length:
+                rule.verified(row, length, accepted)
+    return rule, history, tokens / time * seconds(len(rows)) / len(rows)
+
+
+def mean_length(history: list[list[int]]) -> float:
+    return float(np.mean(history[len(history) // 2 :]))
+
+
+def test_where_rows_are_free_and_guesses_are_right_proposals_are_long() -> None:
+    _, history, speed_up = play(lambda n: 1.0 + 0.01 * n, draft=0.02, rates=[0.95])
+    assert mean_length(history) > 0.8 * ADAPTIVE_MOST
+    assert speed_up > 3
+
+
+def test_where_each_row_costs_its_share_nothing_is_proposed_and_little_is_lost() -> None:
+    """A busy server: a step takes as long as it has tokens."""
+    _, history, speed_up = play(lambda n: float(n), draft=0.1, rates=[0.7] * 32)
+    assert mean_length(history) < 0.1
+    assert speed_up > 0.97
+
+
+def test_where_guesses_are_wrong_nothing_is_proposed_and_little_is_lost() -> None:
+    _, history, speed_up = play(lambda n: 1.0 + 0.05 * n, draft=0.1, rates=[0.05], steps=2000)
+    assert mean_length(history) < 0.2
+    assert speed_up > 0.97
+
+
+def test_one_request_may_be_worth_guessing_for_beside_one_that_is_not() -> None:
+    _, history, speed_up = play(lambda n: 1.0 + 0.2 * n, draft=0.0, rates=[0.95, 0.05])
+    late = np.mean(history[300:], axis=0)
+    assert late[0] > 3 * late[1] + 1
+    assert speed_up > 1.2
+
+
+def test_what_has_become_worth_it_is_found_out() -> None:
+    rule, history, _ = play(lambda n: 1.0 + 0.05 * n, draft=0.02, rates=[0.02], steps=500)
+    assert mean_length(history) < 0.3
+    found = []
+    for _ in range(1500):
+        (length,) = rule.lengths([0], num_others=0)
+        if length:
+            rule.verified(0, length, length)
+            rule.proposed([length], 0.02 * length)
+        rule.took(1 + length, 1.05 + 0.05 * length)
+        found.append(length)
+    assert np.mean(found[-200:]) > 4
+
+
+def test_the_best_length_is_close_to_the_best_fixed_one() -> None:
+    def seconds(n: int) -> float:
+        return 1.0 + 0.12 * n
+
+    _, _, adaptive = play(seconds, draft=0.08, rates=[0.75] * 2, steps=3000)
+
+    def fixed(k: int) -> float:
+        expected = (1 - 0.75 ** (k + 1)) / 0.25
+        return expected / (seconds(2 * (k + 1)) + 0.08 * k) * seconds(2)
+
+    assert adaptive > 0.95 * max(fixed(k) for k in range(ADAPTIVE_MOST + 1))

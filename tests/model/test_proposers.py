@@ -1,0 +1,262 @@
+"""What proposers guess, and what a draft model reads before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.backends.native_backend import NativeBackend
+from model.backends.native_library import supported_isas
+from model.backends.stepwise import draft_stepwise
+from model.backends.torch_backend import TorchBackend
+from model.batch import Backend, ForwardBatch, SamplingBatch
+from model.record import ModelRecord
+from model.rows import BatchRows
+from model.sampling import sample_reference
+from model.speculation.draft_model import DraftModelProposer
+from model.speculation.ngram import NgramProposer
+from model.speculation.proposer import Candidate
+from model.speculation.self_speculative import SelfSpeculativeProposer
+from scheduler.output import NewRequest, ScheduledRequest
+from tests.fakes import params
+from tests.model.oracles import random_record, sequences
+
+BLOCK_SIZE = 16
+VOCAB_SIZE = 96
+
+
+def join(
+    rows: BatchRows, proposer: Any, tokens: list[int], blocks: list[int], *, num_found: int = 0, **sampling: Any
+) -> int:
+    """A request joins with its whole block table; `num_found` of its tokens stand in the prefix cache."""
+    new = NewRequest(tokens, len(tokens), params(max_tokens=50, **sampling))
+    share = ScheduledRequest("r" + str(blocks), num_found, len(tokens) - num_found, blocks, len(blocks), True, [], new)
+    row = rows.place(share)
+    proposer.place(row, share)
+    return row
+
+
+# -- n-grams -----------------------------------------------------------------------------------------------------
+
+
+def look_up(text: list[int], num_wanted: int) -> list[int]:
+    """The specification, by brute force: the longest of the last 4, 3 or 2 tokens that stood before, where it last
+    did; what followed it there, read on into the guess itself."""
+    for size in (4, 3, 2):
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start : start + size] == text[-size:]:
+                longer = list(text)
+                for index in range(num_wanted):
+                    longer.append(longer[start + size + index])
+                return longer[len(text) :]
+    return []
+
+
+@given(
+    text=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    grown=st.lists(st.integers(1, 5), max_size=10),
+    num_wanted=st.integers(1, 8),
+)
+def test_ngrams_guess_what_followed_the_longest_run_that_stood_before(
+    text: list[int], grown: list[int], num_wanted: int
+) -> None:
+    rows = BatchRows(2, 64, BLOCK_SIZE)
+    proposer = NgramProposer(rows)
+    row = join(rows, proposer, text, [0])
+    known = 1
+    for step in [*grown, len(text)]:
+        known = min(known + step, len(text))
+        (proposal,) = proposer.propose([Candidate(row, known, num_wanted)])
+        assert proposal.token_ids == look_up(text[:known], num_wanted)
+
+
+def test_ngrams_of_a_row_end_with_its_request() -> None:
+    rows = BatchRows(1, 64, BLOCK_SIZE)
+    proposer = NgramProposer(rows)
+    row = join(rows, proposer, [1, 2, 3, 1, 2], [0])
+    assert proposer.propose([Candidate(row, 5, 1)])[0].token_ids == [3]
+    rows.leave("r[0]")
+    assert join(rows, proposer, [1, 2], [1]) == row
+    assert proposer.propose([Candidate(row, 2, 1)])[0].token_ids == []
+
+
+# -- a draft model -----------------------------------------------------------------------------------------------
+
+
+class ReadingBackend:
+    """A draft whose guess is the last token and one more; notes what it is asked to read, as (start, tokens)."""
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self) -> None:
+        self.reads: list[list[tuple[int, list[int]]]] = []
+
+    def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> np.ndarray:
+        self._note(batch)
+        assert not len(batch.logits_indices)
+        return np.empty((0, VOCAB_SIZE), np.float32)
+
+    def draft(
+        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: np.ndarray, num_layers: int | None = None
+    ) -> np.ndarray:
+        self._note(batch)
+        last = batch.token_ids[batch.logits_indices]
+        return last[:, None] + np.arange(1, num_wanted[0] + 1, dtype=np.int32)
+
+    def _note(self, batch: ForwardBatch) -> None:
+        bounds = zip(batch.query_start_loc[:-1].tolist(), batch.query_start_loc[1:].tolist(), strict=True)
+        self.reads.append([(int(batch.positions[a]), batch.token_ids[a:b].tolist()) for a, b in bounds])
+
+
+def draft_of(rows: BatchRows, *, max_catch_up: int = 100) -> tuple[DraftModelProposer, ReadingBackend]:
+    backend = ReadingBackend()
+    proposer = DraftModelProposer(
+        backend,  # type: ignore[arg-type]  # all that a draft needs of it
+        rows,
+        num_blocks=64,
+        max_catch_up=max_catch_up,
+        draws_apart=False,
+    )
+    return proposer, backend
+
+
+def guess(rows: BatchRows, proposer: DraftModelProposer, row: int, known: list[int], k: int) -> list[int]:
+    rows.token_ids[row, : len(known)] = known
+    (proposal,) = proposer.propose([Candidate(row, len(known), k)])
+    return proposal.token_ids
+
+
+@pytest.mark.parametrize(
+    ("accepted", "reads"),
+    [
+        ([14, 15, 16, 40], (6, [16, 40])),  # all: the last guess was never read
+        ([14, 15, 40], (6, [40])),
+        ([14, 40], (5, [40])),
+        ([40], (4, [40])),
+    ],
+    ids=["all", "mismatch at the last", "in the middle", "at the first"],
+)
+def test_a_draft_reads_what_it_has_not_guessed_itself(accepted: list[int], reads: tuple[int, list[int]]) -> None:
+    rows = BatchRows(2, 64, BLOCK_SIZE)
+    proposer, backend = draft_of(rows)
+    row = join(rows, proposer, [10, 11, 12], [3])
+    known = [10, 11, 12, 13]
+    assert guess(rows, proposer, row, known, 3) == [14, 15, 16]
+    assert backend.reads == [[(0, known)]]
+    guess(rows, proposer, row, known + accepted, 3)
+    assert backend.reads[1] == [reads]
+
+
+def test_a_draft_that_was_not_asked_for_a_while_catches_up() -> None:
+    rows = BatchRows(2, 64, BLOCK_SIZE)
+    proposer, backend = draft_of(rows)
+    row = join(rows, proposer, [10, 11, 12], [3])
+    guess(rows, proposer, row, [10, 11, 12, 13], 3)
+    guess(rows, proposer, row, [10, 11, 12, 13, 14, 50, 51, 52], 1)
+    assert backend.reads[1] == [(5, [50, 51, 52])]
+
+
+def test_a_long_prompt_is_read_in_parts_and_holds_up_nobody() -> None:
+    rows = BatchRows(2, 64, BLOCK_SIZE)
+    proposer, backend = draft_of(rows, max_catch_up=8)
+    long, short = list(range(21)), [60, 61, 62]
+    first = join(rows, proposer, long, [0, 1])
+    second = join(rows, proposer, short, [2])
+    candidates = [Candidate(first, 21, 2), Candidate(second, 3, 2)]
+    assert [one.token_ids for one in proposer.propose(candidates)] == [[], []]  # no budget left for the second
+    assert backend.reads == [[(0, long[:8])]]
+    assert [one.token_ids for one in proposer.propose(candidates)] == [[], []]
+    assert [one.token_ids for one in proposer.propose(candidates)] == [[21, 22], [63, 64]]
+    assert backend.reads[1:] == [[(8, long[8:16])], [(16, long[16:]), (0, short)]]
+
+
+def test_a_prefix_that_the_draft_has_read_is_not_read_again() -> None:
+    rows = BatchRows(3, 64, BLOCK_SIZE)
+    proposer, backend = draft_of(rows)
+    prompt = list(range(40))
+    row = join(rows, proposer, prompt, [5, 6, 7])
+    guess(rows, proposer, row, prompt, 1)
+    rows.leave("r[5, 6, 7]")
+    row = join(rows, proposer, [*prompt[:32], 90], [5, 6, 9], num_found=32)
+    guess(rows, proposer, row, [*prompt[:32], 90], 1)
+    assert backend.reads[-1] == [(32, [90])]
+    # A block that was given to somebody else meanwhile, of whom the draft has read nothing, is a new one.
+    join(rows, proposer, [1, 2], [6])
+    row = join(rows, proposer, [*prompt[:32], 91], [5, 6, 10], num_found=32)
+    guess(rows, proposer, row, [*prompt[:32], 91], 1)
+    assert backend.reads[-1] == [(16, [*prompt[16:32], 91])]
+
+
+# -- guessing with a real model ----------------------------------------------------------------------------------
+
+
+def make_backend(kind: str, record: ModelRecord) -> Backend:
+    if kind == "torch":
+        return TorchBackend(record, num_blocks=32, block_size=BLOCK_SIZE)
+    return NativeBackend(record, num_blocks=32, block_size=BLOCK_SIZE, num_threads=2)
+
+
+BACKENDS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")),
+]
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("num_layers", [None, 2])
+def test_guesses_are_what_the_backend_chooses_token_by_token(
+    kind: str, num_layers: int | None, paged: Any, sampling_batch: Callable[..., SamplingBatch]
+) -> None:
+    record = random_record(3, num_layers=3)
+    one, other = make_backend(kind, record), make_backend(kind, record)
+    pages = paged(32, BLOCK_SIZE)
+    texts = sequences(5, 14, 1, 40)
+    parts = [(name, text, 0) for name, text in texts.items()]
+    batch = pages.batch(parts, all_logits=False)
+    for name in texts:  # room for the guesses
+        pages.tables[name].append(pages.free.pop())
+    batch.block_tables = np.array([(pages.tables[name] + [0] * 4)[:4] for name in texts], np.int32)
+    sampling = sampling_batch(
+        3,
+        temperature=[0.0, 1.0, 0.7],
+        seeds=[1, 2, 3],
+        positions=batch.context_lens.tolist(),
+        top_p=0.9,
+        bias_rows=[0, 2],
+        bias_token_ids=[5, 7],
+        bias=[1.0, 2.0],
+    )
+    num_wanted = np.array([5, 3, 1], np.int32)
+
+    def choose(step: ForwardBatch, how: SamplingBatch) -> np.ndarray:
+        return sample_reference(other.forward(step, num_layers), how).token_ids
+
+    drafted = one.draft(batch, sampling, num_wanted, num_layers)
+    expected = draft_stepwise(choose, batch, sampling, num_wanted, BLOCK_SIZE)
+    np.testing.assert_array_equal(drafted, expected)
+    assert (drafted >= 0).sum() == 9
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_the_first_layers_alone_are_a_model_of_so_many_layers(kind: str, paged: Any) -> None:
+    record = random_record(3, num_layers=3)
+    shorter = replace(record, layers=record.layers[:2], config=replace(record.config, num_layers=2))
+    batch = paged(32, BLOCK_SIZE).batch([("a", text, 0) for text in sequences(5, 20).values()])
+    whole, part = make_backend(kind, record), make_backend(kind, shorter)
+    np.testing.assert_array_equal(whole.forward(batch, 2), part.forward(batch))
+    assert (whole.forward(batch) != part.forward(batch)).any()
+
+
+def test_self_speculation_asks_for_the_last_token_alone() -> None:
+    rows = BatchRows(2, 64, BLOCK_SIZE)
+    backend = ReadingBackend()
+    proposer = SelfSpeculativeProposer(backend, rows, num_layers=1, draws_apart=False)  # type: ignore[arg-type]
+    row = join(rows, proposer, [10, 11, 12], [3])
+    assert [one.token_ids for one in proposer.propose([Candidate(row, 3, 2)])] == [[13, 14]]
+    assert backend.reads == [[(2, [12])]]
