@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from bench import engine, peers, roofline, server
+from bench import engine, peers, roofline, server, speculation
 from model.checkpoint import resolve_checkpoint
 
 
 @click.command()
-@click.argument("names", nargs=-1, type=click.Choice(["engine", "roofline", "server", "peers"]))
+@click.argument("names", nargs=-1, type=click.Choice(["engine", "roofline", "server", "peers", "speculation"]))
 @click.option("--model", default="shoal-moe", show_default=True, help="Checkpoint folder or name of a bundled model.")
 @click.option("--steps", default=200, show_default=True, help="Steps that each engine figure is the median of.")
 @click.option("--repeats", default=5, show_default=True, help="Runs that each server figure is the median of.")
