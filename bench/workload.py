@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.batch import Backend, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
+from model.batch import Backend, DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 from scheduler.engine import EngineCore
 from scheduler.output import SamplingParams
 from scheduler.request import Request
@@ -43,14 +43,11 @@ class TimedBackend:
         self.seconds = time.perf_counter() - began
         return output
 
-
     def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> Float32:
         return self._backend.forward(batch, num_layers)
 
-    def draft(
-        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: Int32, num_layers: int | None = None
-    ) -> Int32:
-        return self._backend.draft(batch, sampling, num_wanted, num_layers)
+    def draft(self, batch: DraftBatch, sampling: SamplingBatch, num_layers: int | None = None) -> Int32:
+        return self._backend.draft(batch, sampling, num_layers)
 
 
 def make_engine(checkpoint: Path, arguments: list[str]) -> tuple[EngineCore, TimedBackend]:

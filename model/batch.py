@@ -97,6 +97,28 @@ class SamplerOutput:
     top_logprobs: Float32 | None = None
 
 
+@dataclass(slots=True)
+class DraftBatch:
+    """Requests whose next tokens are to be guessed, by their rows in two tables.
+
+    Attributes:
+        rows: [num_seqs].
+        starts, ends: [num_seqs], the tokens from `starts` to `ends` are computed before the first guess.
+        num_wanted: [num_seqs], at least 1 each, not ascending: tokens to guess.
+        token_ids: [num_rows, any], known tokens.
+        block_tables: [num_rows, any], which reach as far as the guesses do, but for the last.
+        block_size: tokens per block.
+    """
+
+    rows: Int32
+    starts: Int32
+    ends: Int32
+    num_wanted: Int32
+    token_ids: Int32
+    block_tables: Int32
+    block_size: int
+
+
 class Backend(Protocol):
     """Executes steps of one loaded model over its own paged KV cache."""
 
@@ -114,19 +136,14 @@ class Backend(Protocol):
         """The logits alone, [num_logits, vocab_size] float32, of the first `num_layers` layers or of all of them."""
         ...
 
-    def draft(
-        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: Int32, num_layers: int | None = None
-    ) -> Int32:
-        """Compute the batch, then guess on from each sequence that needs logits, token by token.
+    def draft(self, batch: DraftBatch, sampling: SamplingBatch, num_layers: int | None = None) -> Int32:
+        """Compute what the batch says, and guess on from the end of each sequence, token by token.
 
         Args:
-            batch: the sequences that need logits come first, and need those of their last tokens; block tables reach
-                as far as the guesses do, but for the last.
-            sampling: how the first guess of each is chosen; positions grow from there, penalties stay.
-            num_wanted: [num_logits], at least 1 each, not ascending: how many tokens to guess.
+            sampling: how the first guess of each sequence is chosen; positions grow from there, penalties stay.
             num_layers: how many layers to compute with; all of them if not set.
 
         Returns:
-            [num_logits, num_wanted[0]] int32; -1 where fewer are wanted, or where the logits were not finite.
+            [num_seqs, num_wanted[0]] int32; -1 where fewer are wanted, or where the logits were not finite.
         """
         ...

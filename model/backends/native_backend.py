@@ -16,7 +16,7 @@ import numpy as np
 from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, TENSORS, Batch, Draft, Options, Shape, load_library
 from model.backends.native_sampling import SamplerArguments
 from model.backends.rope import rope_tables
-from model.batch import Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
+from model.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 from model.config import ModelConfig
 from model.record import Array, Experts, FeedForward, Layer, ModelRecord
 from scheduler.errors import CheckpointError, ConfigError
@@ -69,7 +69,9 @@ class NativeBackend:
         self._num_positions = min(config.max_position_embeddings, num_blocks * block_size)
         self._library = load_library(isa)
         self._sampler = SamplerArguments(config.vocab_size)
-        self._drafts = SamplerArguments(config.vocab_size)  # of guesses, whose parameters stay as long as those of steps
+        self._drafts = SamplerArguments(
+            config.vocab_size
+        )  # of guesses, whose parameters stay as long as those of steps
         self._layout: _Layout | None = None
         cos, sin = rope_tables(config.rope, config.head_dim, self._num_positions)
         options = Options(
@@ -107,21 +109,46 @@ class NativeBackend:
         self._library.shoal_step(self._model, self._arrays(batch), depth, None, None, logits.ctypes.data)
         return logits
 
-    def draft(
-        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: Int32, num_layers: int | None = None
-    ) -> Int32:
-        arrays = self._arrays(batch)
+    def draft(self, batch: DraftBatch, sampling: SamplingBatch, num_layers: int | None = None) -> Int32:
         self._drafts.bind(sampling)
-        token_ids = np.full((len(num_wanted), num_wanted[0]), -1, np.int32)
-        last = batch.context_lens[: len(num_wanted)] + num_wanted - 1
-        assert len(num_wanted) == len(batch.logits_indices) == len(sampling.seeds), "as many guesses as logits"
+        self._check_draft(batch, len(sampling.seeds))
+        token_ids = np.full((len(batch.rows), batch.num_wanted[0]), -1, np.int32)
+        arrays = Draft(
+            num_layers=num_layers or self._config.num_layers,
+            num_seqs=len(batch.rows),
+            rows=batch.rows.ctypes.data,
+            starts=batch.starts.ctypes.data,
+            ends=batch.ends.ctypes.data,
+            num_wanted=batch.num_wanted.ctypes.data,
+            tokens_stride=batch.token_ids.shape[1],
+            tokens=batch.token_ids.ctypes.data,
+            blocks_stride=batch.block_tables.shape[1],
+            block_tables=batch.block_tables.ctypes.data,
+            token_ids=token_ids.ctypes.data,
+        )
+        self._library.shoal_draft(self._model, byref(self._drafts.sampling), arrays)
+        return token_ids
+
+    def _check_draft(self, batch: DraftBatch, num_choices: int) -> None:
+        """As `_check`, but for what stands in the tables: they are what steps are made of, and checked there."""
+        starts, ends, num_wanted = batch.starts, batch.ends, batch.num_wanted
+        assert len(batch.rows) == len(starts) == len(ends) == len(num_wanted) == num_choices, (
+            "arrays of unequal lengths"
+        )
+        assert batch.block_size == self._block_size, "blocks of another size"
+        assert _within(batch.rows, min(len(batch.token_ids), len(batch.block_tables))), "rows beyond the tables"
+        assert _within(starts, self._num_positions), "starts beyond the model's positions"
+        assert (starts < ends).all(), "nothing to guess from"
+        assert int(ends.max()) <= batch.token_ids.shape[1], "ends beyond the tokens"
         assert (num_wanted[1:] <= num_wanted[:-1]).all(), "num_wanted ascends"
         assert num_wanted[-1] > 0, "num_wanted of nothing"
-        assert last.max() <= batch.block_tables.shape[1] * self._block_size, "guesses beyond the block tables"
-        assert last.max() <= self._num_positions, "guesses beyond the model's positions"
-        draft = Draft(num_layers or self._config.num_layers, num_wanted.ctypes.data, token_ids.ctypes.data)
-        self._library.shoal_draft(self._model, arrays, byref(self._drafts.sampling), draft)
-        return token_ids
+        reach = int((ends + num_wanted).max()) - 1
+        assert reach <= min(batch.block_tables.shape[1] * self._block_size, self._num_positions), (
+            "guesses too far ahead"
+        )
+        for table in (batch.token_ids, batch.block_tables):
+            assert table.dtype == np.int32, "a table of other numbers"
+            assert table.flags.c_contiguous, "a table with gaps"
 
     def _arrays(self, batch: ForwardBatch) -> Batch:
         self._check(batch)

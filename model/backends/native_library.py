@@ -61,7 +61,16 @@ class Batch(Structure):
 
 
 class Draft(Structure):
-    _fields_ = [("num_layers", c_int32), ("num_wanted", c_void_p), ("token_ids", c_void_p)]
+    _fields_ = [
+        ("num_layers", c_int32),
+        ("num_seqs", c_int64),
+        *((name, c_void_p) for name in ("rows", "starts", "ends", "num_wanted")),
+        ("tokens_stride", c_int64),
+        ("tokens", c_void_p),
+        ("blocks_stride", c_int64),
+        ("block_tables", c_void_p),
+        ("token_ids", c_void_p),
+    ]
 
 
 def library_path(isa: str) -> Path:
@@ -103,6 +112,6 @@ def _load(path: Path) -> ctypes.CDLL:
     library.shoal_load.restype = None
     library.shoal_step.argtypes = [c_void_p, POINTER(Batch), c_int32, c_void_p, c_void_p, c_void_p]
     library.shoal_step.restype = None
-    library.shoal_draft.argtypes = [c_void_p, POINTER(Batch), c_void_p, POINTER(Draft)]
+    library.shoal_draft.argtypes = [c_void_p, c_void_p, POINTER(Draft)]
     library.shoal_draft.restype = None
     return library

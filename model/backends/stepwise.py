@@ -6,43 +6,67 @@ from collections.abc import Callable
 
 import numpy as np
 
-from model.batch import ForwardBatch, Int32, SamplingBatch
+from model.batch import DraftBatch, ForwardBatch, Int32, SamplingBatch
 
 
 def draft_stepwise(
-    choose: Callable[[ForwardBatch, SamplingBatch], Int32],
-    batch: ForwardBatch,
-    sampling: SamplingBatch,
-    num_wanted: Int32,
-    block_size: int,
+    choose: Callable[[ForwardBatch, SamplingBatch], Int32], batch: DraftBatch, sampling: SamplingBatch
 ) -> Int32:
-    """Do what `Backend.draft` does with a call of `choose` for each token of the longest proposal."""
-    width = int(num_wanted[0])
-    drafted = np.full((len(num_wanted), width), -1, np.int32)
-    token_ids = choose(batch, sampling)
+    """Do what `Backend.draft` does, given what computes a step and chooses at its rows of logits."""
+    drafted = np.full((len(batch.rows), batch.num_wanted[0]), -1, np.int32)
+    token_ids = choose(known_tokens(batch), sampling)
     drafted[:, 0] = token_ids
-    positions = batch.positions[batch.logits_indices]
-    for index in range(1, width):
-        num_more = int((num_wanted > index).sum())
-        positions = positions[:num_more] + np.int32(1)
-        tables = batch.block_tables[:num_more]
-        block_index, offset = np.divmod(positions, block_size)
-        every = np.arange(num_more + 1, dtype=np.int32)
-        step = ForwardBatch(
-            token_ids=np.maximum(token_ids[:num_more], 0),  # a row without an answer goes on with some token
-            positions=positions,
-            slot_mapping=tables[every[:-1], block_index] * block_size + offset,
-            query_start_loc=every,
-            context_lens=positions + np.int32(1),
-            block_tables=tables,
-            logits_indices=every[:-1],
-        )
-        token_ids = choose(step, first_rows(sampling, num_more, index))
+    for index in range(1, drafted.shape[1]):
+        num_more = int((batch.num_wanted > index).sum())
+        step = _one_token_each(batch, np.maximum(token_ids[:num_more], 0), index)  # -1 goes on as some token
+        token_ids = choose(step, _first_rows(sampling, num_more, index))
         drafted[:num_more, index] = token_ids
     return drafted
 
 
-def first_rows(sampling: SamplingBatch, num_rows: int, num_later: int) -> SamplingBatch:
+def known_tokens(batch: DraftBatch) -> ForwardBatch:
+    """The step over the tokens that are known, with the logits of each sequence's last one."""
+    counts = batch.ends - batch.starts
+    query_start_loc = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=query_start_loc[1:])
+    # Each token's place in its sequence's share, and from there its position.
+    offsets = np.arange(query_start_loc[-1], dtype=np.int32) - np.repeat(query_start_loc[:-1], counts)
+    positions = np.repeat(batch.starts, counts) + offsets
+    rows = np.repeat(batch.rows, counts)
+    return ForwardBatch(
+        token_ids=batch.token_ids[rows, positions],
+        positions=positions,
+        slot_mapping=_slots(batch, rows, positions),
+        query_start_loc=query_start_loc,
+        context_lens=batch.ends,
+        block_tables=batch.block_tables[batch.rows],
+        logits_indices=query_start_loc[1:] - np.int32(1),
+    )
+
+
+def _one_token_each(batch: DraftBatch, token_ids: Int32, index: int) -> ForwardBatch:
+    """The step over a guessed token of each of the first sequences; it is the `index`-th, from 1."""
+    num_seqs = len(token_ids)
+    positions = batch.ends[:num_seqs] + np.int32(index - 1)
+    every = np.arange(num_seqs + 1, dtype=np.int32)
+    return ForwardBatch(
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=_slots(batch, batch.rows[:num_seqs], positions),
+        query_start_loc=every,
+        context_lens=positions + np.int32(1),
+        block_tables=batch.block_tables[batch.rows[:num_seqs]],
+        logits_indices=every[:-1],
+    )
+
+
+def _slots(batch: DraftBatch, rows: Int32, positions: Int32) -> Int32:
+    block_index, offset = np.divmod(positions, np.int32(batch.block_size))
+    slots: Int32 = batch.block_tables[rows, block_index] * np.int32(batch.block_size) + offset
+    return slots
+
+
+def _first_rows(sampling: SamplingBatch, num_rows: int, num_later: int) -> SamplingBatch:
     """How to choose for the first rows of `sampling`, as many positions later; penalties stay what they were."""
     num_penalties = int(np.searchsorted(sampling.penalty_rows, num_rows))
     num_biases = int(np.searchsorted(sampling.bias_rows, num_rows))

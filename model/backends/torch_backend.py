@@ -22,7 +22,7 @@ from model.backends.torch_layers import (
     rotate_,
 )
 from model.backends.torch_sampler import sample
-from model.batch import Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
+from model.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 from model.record import Array, Experts, FeedForward, Layer, ModelRecord
 
 
@@ -84,13 +84,11 @@ class TorchBackend:
         return logits
 
     @torch.inference_mode()
-    def draft(
-        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: Int32, num_layers: int | None = None
-    ) -> Int32:
+    def draft(self, batch: DraftBatch, sampling: SamplingBatch, num_layers: int | None = None) -> Int32:
         def choose(step: ForwardBatch, how: SamplingBatch) -> Int32:
             return sample(self._logits(step, num_layers), how).token_ids
 
-        return draft_stepwise(choose, batch, sampling, num_wanted, self._layout.block_size)
+        return draft_stepwise(choose, batch, sampling)
 
     def _logits(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """[num_logits, vocab_size] float32."""

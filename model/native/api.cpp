@@ -28,8 +28,8 @@ void shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, 
     model->model.step(*batch, num_layers, sampling, chosen, logits);
 }
 
-void shoal_draft(ShoalModel* model, const ShoalBatch* batch, const ShoalSampling* sampling, const ShoalDraft* draft) {
-    model->model.draft(*batch, *sampling, *draft);
+void shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft) {
+    model->model.draft(*sampling, *draft);
 }
 
 int32_t shoal_best_isa(void) {

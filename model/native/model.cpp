@@ -103,42 +103,6 @@ void Model::step(const ShoalBatch& batch, int num_layers, const ShoalSampling* s
     choose(static_cast<int>(batch.num_logits), sampling, chosen, logits);
 }
 
-void Model::draft(const ShoalBatch& batch, const ShoalSampling& sampling, const ShoalDraft& draft) {
-    const int num_rows = static_cast<int>(batch.num_logits), width = draft.num_wanted[0];
-    std::vector<int32_t> token_ids(num_rows), positions(num_rows), slots(num_rows), ends(num_rows + 1), rows(num_rows);
-    std::vector<int64_t> choice_positions(sampling.positions, sampling.positions + num_rows);
-    for (int row = 0; row < num_rows; ++row) positions[row] = batch.positions[batch.logits_indices[row]];
-    std::iota(ends.begin(), ends.end(), 0);
-    std::iota(rows.begin(), rows.end(), 0);
-    const ShoalChosen chosen{token_ids.data(), -1, nullptr, nullptr, nullptr, nullptr};
-
-    ShoalBatch next = batch;
-    ShoalSampling choice = sampling;
-    for (int index = 0; index < width; ++index) {
-        step(next, draft.num_layers, &choice, &chosen, nullptr);
-        int num_more = 0;
-        for (int row = 0; row < choice.num_rows; ++row) {
-            draft.token_ids[row * width + index] = token_ids[row];
-            if (token_ids[row] < 0) token_ids[row] = 0;  // has no meaning, but a row in the embedding
-            if (draft.num_wanted[row] > index + 1) ++num_more;
-        }
-        for (int row = 0; row < num_more; ++row) {
-            const int32_t* table = batch.block_tables + row * batch.max_blocks;
-            ++positions[row], ++choice_positions[row];
-            slots[row] = table[positions[row] / block_size_] * block_size_ + positions[row] % block_size_;
-        }
-        next = {num_more, num_more, num_more, batch.max_blocks, token_ids.data(), positions.data(), slots.data(),
-                ends.data(), batch.block_tables, rows.data()};
-        choice.num_rows = num_more;
-        choice.positions = choice_positions.data();
-        // Entries ascend by row: those of the rows that are left are the first ones.
-        choice.num_penalties = std::lower_bound(choice.penalty_rows, choice.penalty_rows + choice.num_penalties, num_more) -
-                               choice.penalty_rows;
-        choice.num_biases =
-            std::lower_bound(choice.bias_rows, choice.bias_rows + choice.num_biases, num_more) - choice.bias_rows;
-    }
-}
-
 void Model::reserve(int num_tokens) {
     const int choices = std::max(1, shape_.num_experts_per_tok) * num_tokens;
     hidden_.reserve(num_tokens * hidden_stride_);

@@ -26,7 +26,7 @@ public:
     void load_tensor(ShoalTensor tensor, int layer, int expert, Source source);
     void step(const ShoalBatch& batch, int num_layers, const ShoalSampling* sampling, const ShoalChosen* chosen,
               float* logits);
-    void draft(const ShoalBatch& batch, const ShoalSampling& sampling, const ShoalDraft& draft);
+    void draft(const ShoalSampling& sampling, const ShoalDraft& draft);
 
 private:
     // Rows of logits that are computed at once: the head's weights are read once for them.

@@ -103,11 +103,19 @@ struct ShoalChosen {
     float* top_logprobs;     // [num_rows, num_top]
 };
 
-// What to propose behind a batch in which sequence i, for each i below num_logits, ends with the token of logits row i.
+// What to propose behind the tokens of some requests; see DraftBatch in model/batch.py.
 struct ShoalDraft {
-    int32_t num_layers;         // how many of the model's layers to run before its norm and head
-    const int32_t* num_wanted;  // [num_logits], at least 1 each, not ascending: tokens to propose for each sequence
-    int32_t* token_ids;         // [num_logits, num_wanted[0]]; -1 once the logits are not finite
+    int32_t num_layers;  // how many of the model's layers to run before its norm and head
+    int64_t num_seqs;
+    const int32_t* rows;        // [num_seqs], of both tables
+    const int32_t* starts;      // [num_seqs], tokens [start, end) are computed first
+    const int32_t* ends;        // [num_seqs]
+    const int32_t* num_wanted;  // [num_seqs], at least 1 each, not ascending: tokens to propose
+    int64_t tokens_stride;
+    const int32_t* tokens;  // a row of known tokens for each request
+    int64_t blocks_stride;
+    const int32_t* block_tables;  // reach as far as the last token but one of each proposal
+    int32_t* token_ids;           // [num_seqs, num_wanted[0]]; -1 once the logits are not finite
 };
 
 struct ShoalModel;
@@ -126,11 +134,9 @@ SHOAL_API void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int3
 SHOAL_API void shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
                           const ShoalChosen* chosen, float* logits);
 
-// Proposes tokens: computes the batch, chooses a token behind each sequence that has a row of logits, and goes on from
-// there with steps of a token each for the sequences that want more.  Their block tables reach as far as that.
-// Penalties stay what they are for the first of the tokens.
-SHOAL_API void shoal_draft(ShoalModel* model, const ShoalBatch* batch, const ShoalSampling* sampling,
-                           const ShoalDraft* draft);
+// Proposes tokens: computes the given ones, chooses one behind each sequence, a row of `sampling` each, and goes on from
+// there with steps of a token each for the sequences that want more.  Penalties stay what they are for the first.
+SHOAL_API void shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft);
 
 // The best instruction set that this machine runs: 0 generic, 1 avx2, 2 avx512.
 SHOAL_API int32_t shoal_best_isa(void);

@@ -86,9 +86,7 @@ class DraftModelProposer:
                 read += 1
         return min(read, candidate.num_tokens - 1)
 
-    def _within_budget(
-        self, candidates: list[Candidate], starts: list[int]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def _within_budget(self, candidates: list[Candidate], starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """The candidates that can be guessed for in this step, and up to where others can be read."""
         budget = self._max_catch_up
         ready: list[int] = []

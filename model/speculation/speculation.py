@@ -101,9 +101,7 @@ class Speculation:
                 token_ids[entries.start : entries.start + len(verified)] = verified
         return describe(token_ids, logits, sampling)
 
-    def propose(
-        self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult
-    ) -> list[list[int]]:
+    def propose(self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult) -> list[list[int]]:
         """Guess what may follow what a step has chosen; parallel to `scheduled`."""
         candidates, places = self._candidates(scheduled, layout, result)
         proposals: list[list[int]] = [[]] * len(scheduled)

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from model.backends.native_backend import NativeBackend
 from model.backends.native_library import supported_isas
-from model.backends.stepwise import draft_stepwise
 from model.backends.torch_backend import TorchBackend
-from model.batch import Backend, ForwardBatch, SamplingBatch
+from model.batch import Backend, DraftBatch, ForwardBatch, SamplingBatch
 from model.record import ModelRecord
 from model.rows import BatchRows
 from model.sampling import sample_reference
@@ -98,20 +97,16 @@ class ReadingBackend:
         self.reads: list[list[tuple[int, list[int]]]] = []
 
     def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> np.ndarray:
-        self._note(batch)
         assert not len(batch.logits_indices)
-        return np.empty((0, VOCAB_SIZE), np.float32)
-
-    def draft(
-        self, batch: ForwardBatch, sampling: SamplingBatch, num_wanted: np.ndarray, num_layers: int | None = None
-    ) -> np.ndarray:
-        self._note(batch)
-        last = batch.token_ids[batch.logits_indices]
-        return last[:, None] + np.arange(1, num_wanted[0] + 1, dtype=np.int32)
-
-    def _note(self, batch: ForwardBatch) -> None:
         bounds = zip(batch.query_start_loc[:-1].tolist(), batch.query_start_loc[1:].tolist(), strict=True)
         self.reads.append([(int(batch.positions[a]), batch.token_ids[a:b].tolist()) for a, b in bounds])
+        return np.empty((0, VOCAB_SIZE), np.float32)
+
+    def draft(self, batch: DraftBatch, sampling: SamplingBatch, num_layers: int | None = None) -> np.ndarray:
+        bounds = zip(batch.rows.tolist(), batch.starts.tolist(), batch.ends.tolist(), strict=True)
+        self.reads.append([(start, batch.token_ids[row, start:end].tolist()) for row, start, end in bounds])
+        last = batch.token_ids[batch.rows, batch.ends - 1]
+        return last[:, None] + np.arange(1, batch.num_wanted[0] + 1, dtype=np.int32)
 
 
 def draft_of(rows: BatchRows, *, max_catch_up: int = 100) -> tuple[DraftModelProposer, ReadingBackend]:
@@ -215,32 +210,57 @@ def test_guesses_are_what_the_backend_chooses_token_by_token(
 ) -> None:
     record = random_record(3, num_layers=3)
     one, other = make_backend(kind, record), make_backend(kind, record)
-    pages = paged(32, BLOCK_SIZE)
-    texts = sequences(5, 14, 1, 40)
-    parts = [(name, text, 0) for name, text in texts.items()]
-    batch = pages.batch(parts, all_logits=False)
-    for name in texts:  # room for the guesses
-        pages.tables[name].append(pages.free.pop())
-    batch.block_tables = np.array([(pages.tables[name] + [0] * 4)[:4] for name in texts], np.int32)
+    texts = list(sequences(5, 40, 14, 1).values())
+    tokens = np.zeros((6, 64), np.int32)
+    tables = np.random.default_rng(2).permutation(24).astype(np.int32).reshape(6, 4)
+    for row, text in zip((4, 0, 2), texts, strict=True):
+        tokens[row, : len(text)] = text
+    lengths = np.array([len(text) for text in texts], np.int32)
+    batch = DraftBatch(
+        rows=np.array([4, 0, 2], np.int32),
+        starts=np.zeros(3, np.int32),
+        ends=lengths,
+        num_wanted=np.array([5, 3, 1], np.int32),
+        token_ids=tokens,
+        block_tables=tables,
+        block_size=BLOCK_SIZE,
+    )
     sampling = sampling_batch(
         3,
         temperature=[0.0, 1.0, 0.7],
         seeds=[1, 2, 3],
-        positions=batch.context_lens.tolist(),
+        positions=lengths.tolist(),
         top_p=0.9,
         bias_rows=[0, 2],
         bias_token_ids=[5, 7],
         bias=[1.0, 2.0],
     )
-    num_wanted = np.array([5, 3, 1], np.int32)
 
-    def choose(step: ForwardBatch, how: SamplingBatch) -> np.ndarray:
-        return sample_reference(other.forward(step, num_layers), how).token_ids
+    def oracle(text: list[int], row: int, count: int) -> list[int]:
+        """Each guess from the logits of the whole text before it."""
+        guess: list[int] = []
+        for index in range(count):
+            whole = paged(32, BLOCK_SIZE).batch([("a", text + guess, 0)], all_logits=False)
+            how = sampling_batch(
+                1,
+                temperature=[0.0, 1.0, 0.7][row],
+                seeds=row + 1,
+                positions=len(text) + index,
+                top_p=0.9,
+                **(
+                    [
+                        {"bias_rows": [0], "bias_token_ids": [5], "bias": [1.0]},
+                        {},
+                        {"bias_rows": [0], "bias_token_ids": [7], "bias": [2.0]},
+                    ][row]
+                ),  # type: ignore[arg-type]
+            )
+            guess.append(int(sample_reference(other.forward(whole, num_layers), how).token_ids[0]))
+        return guess
 
-    drafted = one.draft(batch, sampling, num_wanted, num_layers)
-    expected = draft_stepwise(choose, batch, sampling, num_wanted, BLOCK_SIZE)
-    np.testing.assert_array_equal(drafted, expected)
-    assert (drafted >= 0).sum() == 9
+    drafted = one.draft(batch, sampling, num_layers)
+    expected = [oracle(text, row, count) for row, (text, count) in enumerate(zip(texts, (5, 3, 1), strict=True))]
+    assert [row[row >= 0].tolist() for row in drafted] == expected
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -102,7 +102,9 @@ def run(
     )
     for index, (prompt, sampling) in enumerate(requests):
         speculates = sampling.get("speculates", True)
-        request = harness.add(f"r{index}", prompt, **{name: sampling[name] for name in sampling if name != "speculates"})
+        request = harness.add(
+            f"r{index}", prompt, **{name: sampling[name] for name in sampling if name != "speculates"}
+        )
         request.speculates = speculates
         harness.step()
     harness.drain()

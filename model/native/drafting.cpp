@@ -1,0 +1,88 @@
+// Proposals: a step over what a model has not read yet, and steps of a token each from there.
+#include <algorithm>
+#include <numeric>
+
+#include "model.h"
+
+namespace shoal {
+
+namespace {
+
+// The arrays of a step, at first over the tokens [start, end) of each sequence, then over one more of each.
+struct DraftStep {
+    DraftStep(const ShoalDraft& draft, int block_size) : block_size_(block_size), ends{0} {
+        const int num_seqs = static_cast<int>(draft.num_seqs);
+        for (int s = 0; s < num_seqs; ++s) {
+            max_blocks_ = std::max<int64_t>(max_blocks_, (draft.ends[s] + draft.num_wanted[s] - 2) / block_size + 1);
+        }
+        tables.resize(num_seqs * max_blocks_);
+        for (int s = 0; s < num_seqs; ++s) {
+            const int32_t* row = draft.block_tables + draft.rows[s] * draft.blocks_stride;
+            const int64_t used = (draft.ends[s] + draft.num_wanted[s] - 2) / block_size + 1;
+            std::copy(row, row + used, tables.begin() + s * max_blocks_);
+            for (int position = draft.starts[s]; position < draft.ends[s]; ++position) {
+                token_ids.push_back(draft.tokens[draft.rows[s] * draft.tokens_stride + position]);
+                positions.push_back(position);
+                slots.push_back(slot(s, position));
+            }
+            ends.push_back(static_cast<int32_t>(positions.size()));
+            logits.push_back(ends.back() - 1);
+        }
+    }
+
+    // Goes on behind the last tokens of the first sequences.
+    void advance(int num_seqs, const std::vector<int32_t>& chosen) {
+        for (int s = 0; s < num_seqs; ++s) {
+            // Positions of the first step lie where its logits do, and from then on one after the other.
+            positions[s] = positions[logits[s]] + 1;
+            slots[s] = slot(s, positions[s]);
+            token_ids[s] = std::max(chosen[s], 0);  // a row without an answer goes on with some token
+        }
+        std::iota(ends.begin(), ends.end(), 0);
+        std::iota(logits.begin(), logits.end(), 0);
+    }
+
+    ShoalBatch batch(int num_seqs) const {
+        return {ends[num_seqs], num_seqs, num_seqs, max_blocks_, token_ids.data(), positions.data(), slots.data(),
+                ends.data(), tables.data(), logits.data()};
+    }
+
+private:
+    int32_t slot(int s, int position) const {
+        return tables[s * max_blocks_ + position / block_size_] * block_size_ + position % block_size_;
+    }
+
+    int block_size_;
+    int64_t max_blocks_ = 0;
+    std::vector<int32_t> token_ids, positions, slots, ends, logits, tables;
+};
+
+}  // namespace
+
+void Model::draft(const ShoalSampling& sampling, const ShoalDraft& draft) {
+    int num_seqs = static_cast<int>(draft.num_seqs);
+    const int width = draft.num_wanted[0];
+    std::vector<int32_t> token_ids(num_seqs);
+    std::vector<int64_t> positions(sampling.positions, sampling.positions + num_seqs);
+    const ShoalChosen chosen{token_ids.data(), -1, nullptr, nullptr, nullptr, nullptr};
+    DraftStep next(draft, block_size_);
+    ShoalSampling choice = sampling;
+    choice.positions = positions.data();
+    for (int index = 0; index < width; ++index) {
+        if (index > 0) {
+            while (draft.num_wanted[num_seqs - 1] <= index) --num_seqs;
+            next.advance(num_seqs, token_ids);
+            for (int64_t& position : positions) ++position;
+            choice.num_rows = num_seqs;
+            // Entries ascend by row: those of the rows that are left are the first ones.
+            choice.num_penalties = std::lower_bound(choice.penalty_rows, choice.penalty_rows + choice.num_penalties,
+                                                    num_seqs) - choice.penalty_rows;
+            choice.num_biases = std::lower_bound(choice.bias_rows, choice.bias_rows + choice.num_biases, num_seqs) -
+                                choice.bias_rows;
+        }
+        step(next.batch(num_seqs), draft.num_layers, &choice, &chosen, nullptr);
+        for (int s = 0; s < num_seqs; ++s) draft.token_ids[s * width + index] = token_ids[s];
+    }
+}
+
+}  // namespace shoal
