@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from scheduler.output import SamplingParams
+from scheduler.output import SamplingParams, SchedulingParams
 
 
 class RequestStatus(str, Enum):
@@ -20,6 +20,7 @@ class Request:
     Attributes:
         token_ids: the prompt's tokens, then the generated ones.
         max_num_tokens: prompt and `max_tokens` together, the length at which the request ends.
+        scheduling: what policies may know of the request beside its tokens.
         spec_token_ids: drafted tokens that may follow `token_ids`; the next step verifies them.
         num_computed_tokens: tokens whose keys and values stand in the KV cache.
         block_ids: the block table.
@@ -42,6 +43,7 @@ class Request:
         "params",
         "request_id",
         "scheduled_time",
+        "scheduling",
         "spec_token_ids",
         "status",
         "token_ids",
@@ -54,6 +56,8 @@ class Request:
         params: SamplingParams,
         arrival_time: float,
         output_token_ids: list[int] | None = None,
+        *,
+        scheduling: SchedulingParams | None = None,
     ) -> None:
         self.request_id = request_id
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -61,6 +65,7 @@ class Request:
         self.max_num_tokens = self.num_prompt_tokens + params.max_tokens
         self.params = params
         self.arrival_time = arrival_time
+        self.scheduling = scheduling or SchedulingParams()
         self.status = RequestStatus.WAITING
         self.spec_token_ids: list[int] = []
         self.num_computed_tokens = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from model.tokenizer import IncrementalDetokenizer, Tokenizer
-from scheduler.output import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulingParams, TokenLogprobs
 from server.engine.client import EngineClient
 from server.engine.journal import Journal
 from server.engine.messages import EngineRequest
@@ -124,6 +124,7 @@ class Generation:
     Args:
         api_id: id of the API call, from which the ids of the engine's requests are made.
         n: choices for each prompt.  Choice i of a prompt samples with seed + i.
+        scheduling: what the policy may know of them all.
         echo: whether a choice's text begins with its prompt's.
 
     Raises:
@@ -139,6 +140,7 @@ class Generation:
         api_id: str,
         prompts: Sequence[Prompt],
         n: int,
+        scheduling: SchedulingParams,
         stop_strings: Sequence[str],
         echo: bool = False,
     ) -> None:
@@ -152,6 +154,7 @@ class Generation:
                 prompt.token_ids,
                 replace(prompt.params, seed=(prompt.params.seed + i) % 2**64),
                 now,
+                scheduling=scheduling,
             )
             for index, prompt in enumerate(prompts)
             for i in range(n)

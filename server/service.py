@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from model.config import GenerationDefaults, ModelConfig
 from model.tokenizer import Tokenizer
 from scheduler.errors import InvalidRequestError
+from scheduler.output import SchedulingParams
 from server.engine.client import EngineClient
 from server.errors import ModelNotFoundError
 from server.generation import Generation, Prompt
@@ -104,7 +105,13 @@ class Service:
                 return [self._decoded(token_ids) for token_ids in many if isinstance(token_ids, list)]
 
     def generate(
-        self, body: CompletionBody | ChatBody, prompts: Sequence[tuple[str, list[int]]], *, api_id: str, seed: int
+        self,
+        body: CompletionBody | ChatBody,
+        prompts: Sequence[tuple[str, list[int]]],
+        *,
+        api_id: str,
+        seed: int,
+        scheduling: SchedulingParams,
     ) -> Generation:
         """Submit the prompts of a body to the engine.
 
@@ -135,6 +142,7 @@ class Service:
             api_id=api_id,
             prompts=resolved,
             n=body.n,
+            scheduling=scheduling,
             stop_strings=body.stop_strings,
             echo=isinstance(body, CompletionBody) and body.echo,
         )

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from scheduler.output import RequestOutput, SamplingParams, SchedulerStats
+from scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 
 DType = Literal["float32", "bfloat16"]
 KVCacheDType = Literal["float32", "float16", "bfloat16"]
@@ -33,6 +33,14 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     max_chunk_tokens: int
     max_num_waiting: int
+    ageing_seconds: float
+    ageing_tokens: float
+    predictor: Literal["max_tokens", "learned"]
+    prompt_weight: float
+    output_weight: float
+    ttft_slo_ms: float
+    tpot_slo_ms: float
+    static_timeout_seconds: float
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -41,6 +49,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     Attributes:
         arrival_time: seconds on the monotonic clock that all processes of a machine share.
         output_token_ids: tokens that an earlier engine generated already; the request goes on after them.
+        scheduling: what the policy may know of it.
     """
 
     request_id: str
@@ -48,6 +57,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     arrival_time: float
     output_token_ids: list[int] = []
+    scheduling: SchedulingParams = SchedulingParams()
 
 
 class Submit(msgspec.Struct, tag=True):
