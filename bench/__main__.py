@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bench import engine, peers, roofline, server, speculation
+from bench import engine, peers, roofline, server
 from model.checkpoint import resolve_checkpoint
 
 

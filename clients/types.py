@@ -23,7 +23,8 @@ class Message(TypedDict):
 class SamplingOptions(TypedDict, total=False):
     """Optional fields of every generation request.  What is not given is left to the server.
 
-    The second group are extensions of OpenAI's API; the field names are those of the server's reference.
+    The second group are extensions of OpenAI's API; the field names are those of the server's reference.  The third
+    tell the server's scheduling policy whose the request is and how urgent: when tokens come, and never which.
     """
 
     model: str
@@ -43,6 +44,11 @@ class SamplingOptions(TypedDict, total=False):
     min_tokens: int
     stop_token_ids: list[int]
     ignore_eos: bool
+
+    user: str
+    priority: int
+    ttft_slo_ms: float
+    tpot_slo_ms: float
 
 
 class CompletionOptions(SamplingOptions, total=False):

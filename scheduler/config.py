@@ -1,8 +1,10 @@
-"""The limits that the scheduler keeps."""
+"""The limits that the scheduler keeps, and the knobs of the policies."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import isfinite
+from typing import Literal
 
 from scheduler.errors import ConfigError
 
@@ -49,3 +51,37 @@ class SchedulerConfig:
                 f"({self.max_num_seqs}), so that every running request can advance by one token in a step",
                 param="max_num_batched_tokens",
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """The knobs of the policies, each of which reads its own, checked once.
+
+    Attributes:
+        ageing_seconds: priority: waiting time that makes up for one level of priority.
+        ageing_tokens: sjf: tokens of predicted work that a second of waiting makes up for.
+        predictor: sjf: what foretells the length of an output; see `scheduler/policies/predictor.py`.
+        prompt_weight, output_weight: fair: what a token of a prompt and an output token count as service.
+        ttft_slo_ms, tpot_slo_ms: deadline: the objectives of requests that name none.
+        static_timeout_seconds: static: longest time that a request waits for a batch to become full.
+
+    Raises:
+        ConfigError: a knob is out of range.
+    """
+
+    ageing_seconds: float = 10.0
+    ageing_tokens: float = 20.0
+    predictor: Literal["max_tokens", "learned"] = "learned"
+    prompt_weight: float = 1.0
+    output_weight: float = 2.0
+    ttft_slo_ms: float = 1000.0
+    tpot_slo_ms: float = 100.0
+    static_timeout_seconds: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.predictor not in ("max_tokens", "learned"):
+            raise ConfigError(f"predictor must be max_tokens or learned, not {self.predictor!r}", param="predictor")
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            if isinstance(value, int | float) and not (isfinite(value) and value > 0):
+                raise ConfigError(f"{knob.name} must be a finite number above 0, not {value}", param=knob.name)

@@ -55,6 +55,23 @@ class SamplingParams:
     num_prompt_logprobs: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingParams:
+    """What a policy may know of a request beside its tokens.  None of it changes them.
+
+    Attributes:
+        client: who asks, for policies that share among clients; empty if that is not known.
+        priority: lower goes first.
+        ttft_slo_ms: the first token is wanted within this time after arrival; None for the policy's default.
+        tpot_slo_ms: each further token is wanted within this time after the one before; None likewise.
+    """
+
+    client: str = ""
+    priority: int = 0
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probabilities (natural, of the model's own distribution) at one position.
@@ -97,6 +114,8 @@ class ScheduledRequest:
         samples: whether the share reaches the last known token, so that the next one is to be chosen.
         spec_token_ids: drafted tokens that end the share and are to be verified.
         new: set in the step in which the request joins the batch.
+        is_padding: whether the request has ended and its last position is only computed again, in place, as padded
+            batches do.  Nobody reads what comes of it.
     """
 
     request_id: str
@@ -107,6 +126,7 @@ class ScheduledRequest:
     samples: bool
     spec_token_ids: list[int]
     new: NewRequest | None
+    is_padding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +171,7 @@ class RequestOutput:
         finish_reason: set once, in the last output of the request.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         queue_time: seconds from arrival to the first step.
-        num_accepted_tokens, num_rejected_tokens: drafted tokens of the request so far that verification kept, and not.
+        num_accepted_tokens, num_rejected_tokens: drafted tokens that verification kept in this step, and not.
         error: the message, if `finish_reason` is `error`.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from scheduler.output import SamplingParams
+from scheduler.output import SamplingParams, SchedulingParams
 
 
 class RequestStatus(str, Enum):
@@ -20,13 +20,13 @@ class Request:
     Attributes:
         token_ids: the prompt's tokens, then the generated ones.
         max_num_tokens: prompt and `max_tokens` together, the length at which the request ends.
+        scheduling: what policies may know of the request beside its tokens.
         speculates: whether tokens may be drafted for it.
         spec_token_ids: drafted tokens that may follow `token_ids`; the next step verifies them.
         num_computed_tokens: tokens whose keys and values stand in the KV cache.
         block_ids: the block table.
         block_hashes: content hashes of the leading full blocks, as far as they were needed.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
-        num_accepted_tokens, num_rejected_tokens: drafted tokens that verification kept, and not.
         num_scored_tokens: prompt tokens whose log-probabilities were delivered; survives a preemption.
         scheduled_time: when the request first joined a step; None before.
     """
@@ -36,16 +36,15 @@ class Request:
         "block_hashes",
         "block_ids",
         "max_num_tokens",
-        "num_accepted_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
-        "num_rejected_tokens",
         "num_scored_tokens",
         "params",
         "request_id",
         "scheduled_time",
+        "scheduling",
         "spec_token_ids",
         "speculates",
         "status",
@@ -60,6 +59,7 @@ class Request:
         arrival_time: float,
         output_token_ids: list[int] | None = None,
         *,
+        scheduling: SchedulingParams | None = None,
         speculates: bool = True,
     ) -> None:
         self.request_id = request_id
@@ -68,11 +68,10 @@ class Request:
         self.max_num_tokens = self.num_prompt_tokens + params.max_tokens
         self.params = params
         self.arrival_time = arrival_time
+        self.scheduling = scheduling or SchedulingParams()
         self.status = RequestStatus.WAITING
         self.speculates = speculates
         self.spec_token_ids: list[int] = []
-        self.num_accepted_tokens = 0
-        self.num_rejected_tokens = 0
         self.num_computed_tokens = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

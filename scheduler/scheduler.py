@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 
 from scheduler.admission import check_queue, check_request
 from scheduler.config import SchedulerConfig
@@ -30,14 +29,16 @@ class _Step:
 
     Attributes:
         budget: tokens that are left to give out.
-        num_behind: running requests still to come, each of which is sure of one token.
+        behind: running requests still to come, each of which is sure of one token.
         shares: what was given out, by request id.
+        victims: requests that were preempted.
         is_closed: whether admission is over.
     """
 
     budget: int
-    num_behind: int = 0
+    behind: set[Request]
     shares: dict[str, ScheduledRequest] = field(default_factory=dict)
+    victims: set[Request] = field(default_factory=set)
     is_closed: bool = False
 
 
@@ -47,6 +48,11 @@ class Scheduler:
     There are no phases.  A request's `num_computed_tokens` chases its `num_tokens_with_spec`, and a step is a number
     of tokens for each request under one budget; chunked prefill, mixed batches, prefix-cache hits, preemption by
     recompute and speculation all follow from that.  No clock is read here: the time is an argument.
+
+    Attributes:
+        waiting, running: all unfinished requests, by id.
+        padding: requests that have ended and been answered, but whose rows the policy has computed on, as a share of
+            one token that recomputes their last position in place.  They give way first.
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
@@ -55,6 +61,7 @@ class Scheduler:
         self.kv_cache = KVCache(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: dict[str, Request] = {}
+        self.padding: dict[str, Request] = {}
         self._released: list[str] = []
         self._num_preemptions = 0
         self._num_prefix_queries = 0
@@ -74,9 +81,10 @@ class Scheduler:
         """
         check_request(self.config, request.num_prompt_tokens, request.params.max_tokens)
         check_queue(self.config, self.num_unfinished)
-        assert request.request_id not in self.running, "a request id is used twice"
-        assert request.request_id not in self.waiting, "a request id is used twice"
+        for requests in (self.running, self.waiting, self.padding):
+            assert request.request_id not in requests, "a request id is used twice"
         self.waiting[request.request_id] = request
+        self.policy.on_arrival(request)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request; its blocks are free at once.  None if there is no such request (any more)."""
@@ -87,15 +95,20 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self.running) + len(self.waiting)
 
+    def wake_time(self, now: float) -> float | None:
+        """When there is something to schedule: `now`, later, or not before another request comes (None)."""
+        if self.running:
+            return now
+        return max(now, self.policy.wake_time(now)) if self.waiting else None
+
     # -- a step --------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> SchedulerOutput:
-        """Give out the token budget: running requests first, then as many waiting ones as the policy and the blocks
-        allow."""
-        step = _Step(self.config.max_num_batched_tokens)
-        for request in chain(self._still_running(step), self._admissible(step, now)):
-            if step.budget == 0:
-                break
+        """Give out the token budget in the policy's order: to all running requests, each of which is sure of one token,
+        and to as many waiting ones as policy, rows and blocks allow."""
+        step = _Step(self.config.max_num_batched_tokens, set(self.running.values()))
+        self._pad(step)
+        for request in self._candidates(step, now):
             self._place(request, step, now)
         released, self._released = self._released, []
         return SchedulerOutput(list(step.shares.values()), released)
@@ -121,9 +134,12 @@ class Scheduler:
         return news
 
     def fail(self, request_id: str, message: str) -> list[RequestOutput]:
-        """End a request whose step could not be computed."""
-        request = self.running.get(request_id)
-        return [self._finish(request, FinishReason.ERROR, message)] if request else []
+        """End a request whose step could not be computed.  That of a padding row brings no news."""
+        if request := self.running.get(request_id):
+            return [self._finish(request, FinishReason.ERROR, message)]
+        if request := self.padding.get(request_id):
+            self._leave(request, RequestStatus.FINISHED)
+        return []
 
     # -- what others may see -------------------------------------------------------------------------------------
 
@@ -142,8 +158,9 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Assert that every block is accounted for and every request is where its status says."""
-        self.kv_cache.check(self.running.values())
+        self.kv_cache.check([*self.running.values(), *self.padding.values()])
         assert not self.running.keys() & self.waiting.keys()
+        assert not self.padding.keys() & (self.running.keys() | self.waiting.keys())
         for request in self.waiting.values():
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
             assert not request.block_ids
@@ -152,38 +169,62 @@ class Scheduler:
             assert request.status is RequestStatus.RUNNING
             assert request.num_computed_tokens < request.num_tokens_with_spec
             assert request.num_computed_tokens <= len(request.block_ids) * self.config.block_size
-        assert len(self.running) <= self.config.max_num_seqs
+        for request in self.padding.values():
+            assert request.status is RequestStatus.FINISHED
+            assert 0 < request.num_computed_tokens <= len(request.block_ids) * self.config.block_size
+        assert self.num_unfinished or not self.padding, "padding rows outlived their batch"
+        assert self._num_rows <= self.config.max_num_seqs
 
     # -- the parts of a step -------------------------------------------------------------------------------------
 
-    def _still_running(self, step: _Step) -> Iterator[Request]:
-        """Running requests in the order of admission, but those that fall victim to an earlier one meanwhile."""
-        requests = tuple(self.running.values())
-        step.num_behind = len(requests)
-        for request in requests:
-            step.num_behind -= 1
+    @property
+    def _num_rows(self) -> int:
+        return len(self.running) + len(self.padding)
+
+    def _pad(self, step: _Step) -> None:
+        """Give each padding row the token that it recomputes."""
+        for request in self.padding.values():
+            step.budget -= 1
+            start, samples = request.num_computed_tokens - 1, request.params.max_tokens > 0
+            step.shares[request.request_id] = ScheduledRequest(
+                request.request_id, start, 1, [], len(request.block_ids), samples, [], None, is_padding=True
+            )
+
+    def _candidates(self, step: _Step, now: float) -> Iterator[Request]:
+        """Who may have a share, in the policy's order, which is read lazily so that it sees the admissions before.
+
+        Running requests, but those that fall victim to an earlier one meanwhile, and waiting ones that find a row.
+        """
+        for request in self.policy.order((*self.running.values(), *self.waiting.values()), now):
+            if step.is_closed and not step.behind:
+                return
+            if request in step.victims:
+                continue
             if request.status is RequestStatus.RUNNING:
+                step.behind.remove(request)
+                yield request
+            elif self._is_admissible(request, step, now):
                 yield request
 
-    def _admissible(self, step: _Step, now: float) -> Iterator[Request]:
-        """Waiting requests in the policy's order; read lazily, so that each answer sees the admissions before it."""
-        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
-            return
-        for request in self.policy.order(tuple(self.waiting.values()), now):
-            if step.is_closed or len(self.running) >= self.config.max_num_seqs:
-                return
-            if self.policy.admits(request, self.running.values(), now):
-                yield request
+    def _is_admissible(self, request: Request, step: _Step, now: float) -> bool:
+        """Whether a waiting request may join the batch; if it is full, whoever gives way has left it then."""
+        if step.is_closed or not self.policy.admits(request, self.running.values(), now):
+            return False
+        if self._num_rows == self.config.max_num_seqs:
+            step.is_closed = not self._make_room(request, step, now)
+        else:
+            step.is_closed = step.budget == len(step.behind)
+        return not step.is_closed
 
     def _place(self, request: Request, step: _Step, now: float) -> None:
         """Give the request its share of the step, if there is room for it."""
         while (block_ids := self.kv_cache.reserve(request)) is None:
             if request.spec_token_ids:
                 request.spec_token_ids = []  # a guess is not worth a preemption
-            elif (victim := self.policy.victim(request, self.running.values(), now)) is not None:
-                self._preempt(victim, step)
-            else:
-                step.is_closed = True  # nobody overtakes whoever waits for blocks
+                continue
+            # Whoever is admitted after this one would overtake it, or take back blocks that others have just lost.
+            step.is_closed = True
+            if not self._make_room(request, step, now):
                 if request.status is RequestStatus.RUNNING:
                     self._preempt(request, step)
                 return
@@ -196,7 +237,7 @@ class Scheduler:
             self._join(request, now)
         start, num_tokens = request.num_computed_tokens, request.num_tokens
         wanted = num_tokens + len(request.spec_token_ids) - start
-        count = min(wanted, self.config.max_chunk_tokens, step.budget - step.num_behind)
+        count = min(wanted, self.config.max_chunk_tokens, step.budget - len(step.behind))
         end = start + count
         samples = end >= num_tokens and request.params.max_tokens > 0
         spec_token_ids = request.spec_token_ids[: end - num_tokens] if end > num_tokens else []
@@ -215,13 +256,31 @@ class Scheduler:
         if request.scheduled_time is None:
             request.scheduled_time = now
             request.num_cached_tokens = request.num_computed_tokens
+        self.policy.on_admission(request)
 
-    def _preempt(self, victim: Request, step: _Step) -> None:
-        """Take a running request's blocks and its share; it will be computed again."""
-        share = step.shares.pop(victim.request_id, None)
+    def _make_room(self, request: Request, step: _Step, now: float) -> bool:
+        """Free the row and the blocks of whoever gives way to this request; whether anybody does."""
+        if self.padding:
+            row = next(reversed(self.padding.values()))
+            self._withdraw(row, step)
+            self._leave(row, RequestStatus.FINISHED)
+        elif (victim := self.policy.victim(request, self.running.values(), now)) is not None:
+            self._preempt(victim, step)
+        else:
+            return False
+        return True
+
+    def _withdraw(self, request: Request, step: _Step) -> None:
+        """Take a share back, if one was given."""
+        share = step.shares.pop(request.request_id, None)
         if share is not None:
             step.budget += share.num_scheduled_tokens
-        step.is_closed = True  # whoever is admitted now would only take back the blocks that were lost
+
+    def _preempt(self, victim: Request, step: _Step) -> None:
+        """Take a running request's row, blocks and share; it will be computed again."""
+        self._withdraw(victim, step)
+        step.behind.discard(victim)
+        step.victims.add(victim)
         self._num_preemptions += 1
         victim.num_preemptions += 1
         victim.spec_token_ids = []
@@ -235,10 +294,12 @@ class Scheduler:
         """Move the request forward by what its share computed; its news, if there are any."""
         num_rejected = len(share.spec_token_ids) + 1 - len(token_ids) if token_ids else 0
         if share.spec_token_ids:
-            self._count_draft(request, len(share.spec_token_ids), num_rejected)
+            self._count_draft(len(share.spec_token_ids), num_rejected)
         before = share.num_computed_tokens
         is_first = request.num_output_tokens == 0
         finish_reason, token_ids = self._append(request, token_ids)
+        if token_ids:
+            self.policy.on_progress(request, len(token_ids))
         computed = before + share.num_scheduled_tokens - num_rejected
         request.num_computed_tokens = min(computed, request.num_tokens)  # less, if it ended inside accepted tokens
         if request.params.max_tokens == 0 and computed == request.num_tokens:
@@ -252,18 +313,18 @@ class Scheduler:
         news = RequestOutput(share.request_id, token_ids, finish_reason, prompt_logprobs=prompt_logprobs)
         if share.request_id in result.logprobs:
             news.logprobs = result.logprobs[share.request_id][: len(token_ids)]
-        news.num_accepted_tokens, news.num_rejected_tokens = request.num_accepted_tokens, request.num_rejected_tokens
+        if share.spec_token_ids:
+            news.num_accepted_tokens = len(share.spec_token_ids) - num_rejected
+            news.num_rejected_tokens = num_rejected
         if is_first and request.scheduled_time is not None:
             news.num_cached_tokens = request.num_cached_tokens
             news.queue_time = request.scheduled_time - request.arrival_time
         if finish_reason:
-            self._leave(request, RequestStatus.FINISHED)
+            self._end(request, finish_reason)
         return news
 
-    def _count_draft(self, request: Request, num_drafted: int, num_rejected: int) -> None:
+    def _count_draft(self, num_drafted: int, num_rejected: int) -> None:
         num_accepted = num_drafted - num_rejected
-        request.num_accepted_tokens += num_accepted
-        request.num_rejected_tokens += num_rejected
         self._num_drafts += 1
         self._num_draft_tokens += num_drafted
         per_pos = self._num_accepted_tokens_per_pos
@@ -294,12 +355,23 @@ class Scheduler:
     # -- the end of a request ------------------------------------------------------------------------------------
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
-        self._leave(request, RequestStatus.FINISHED)
+        self._end(request, reason)
         return RequestOutput(request.request_id, [], reason, error=error)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """Free what the request has, or leave it its row where the policy pads; with it may end what others pad for."""
+        self.policy.on_finish(request, reason)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH) and self.policy.pads(request):
+            request.status = RequestStatus.FINISHED
+            self.padding[request.request_id] = self.running.pop(request.request_id)
+        else:
+            self._leave(request, RequestStatus.FINISHED)
+        for row in [row for row in self.padding.values() if not self.policy.pads(row)]:
+            self._leave(row, RequestStatus.FINISHED)
 
     def _leave(self, request: Request, status: RequestStatus) -> None:
         """Take a request out of wherever it is, and give its blocks back."""
-        if self.running.pop(request.request_id, None) is not None:
+        if self.running.pop(request.request_id, None) or self.padding.pop(request.request_id, None):
             self._released.append(request.request_id)
             self.kv_cache.release(request)
         self.waiting.pop(request.request_id, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from importlib.metadata import version
-from secrets import compare_digest
 
 from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scheduler.errors import ShoalError
 from server.errors import AuthenticationError, BodyTooLargeError, MethodNotAllowedError, NotFoundError
+from server.keys import known_key
 from server.routes.answer import error_response
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
@@ -72,12 +72,7 @@ class BodyLimit:
 
 def _key_check(api_keys: tuple[str, ...]):  # type: ignore[no-untyped-def]  # FastAPI reads the inner signature
     async def check(request: Request) -> None:
-        if not api_keys:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not any(
-            compare_digest(key.encode("latin-1"), known.encode()) for known in api_keys
-        ):
+        if api_keys and known_key(request, api_keys) is None:
             raise AuthenticationError("missing or unknown API key: send it as 'Authorization: Bearer KEY'")
 
     return check

@@ -51,5 +51,16 @@ def serve(arguments: tuple[str, ...]) -> None:
         sys.exit(2)
 
 
+@click.command()
+def policies() -> None:
+    """List the scheduling policies."""
+    from scheduler.policies import describe_policies  # noqa: PLC0415
+
+    described = describe_policies()
+    width = max(map(len, described))
+    for name, line in described.items():
+        click.echo(f"{name:{width}}  {line}")
+
+
 if __name__ == "__main__":
     main()

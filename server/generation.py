@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from model.tokenizer import IncrementalDetokenizer, Tokenizer
-from scheduler.output import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulingParams, TokenLogprobs
 from server.engine.client import EngineClient
 from server.engine.journal import Journal
 from server.engine.messages import EngineRequest
 from server.metrics import Metrics
 from server.text import StopStrings
-from server.wire.responses import PromptTokensDetails, Usage
+from server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 
 NUM_CONTEXT_TOKENS = 8  # of the prompt, before which a token's text depends on nothing
 
@@ -124,6 +124,8 @@ class Generation:
     Args:
         api_id: id of the API call, from which the ids of the engine's requests are made.
         n: choices for each prompt.  Choice i of a prompt samples with seed + i.
+        scheduling: what the policy may know of them all.
+        speculates: whether tokens may be drafted for them.
         echo: whether a choice's text begins with its prompt's.
 
     Raises:
@@ -139,6 +141,8 @@ class Generation:
         api_id: str,
         prompts: Sequence[Prompt],
         n: int,
+        scheduling: SchedulingParams,
+        speculates: bool,
         stop_strings: Sequence[str],
         echo: bool = False,
     ) -> None:
@@ -152,6 +156,8 @@ class Generation:
                 prompt.token_ids,
                 replace(prompt.params, seed=(prompt.params.seed + i) % 2**64),
                 now,
+                scheduling=scheduling,
+                speculates=speculates,
             )
             for index, prompt in enumerate(prompts)
             for i in range(n)
@@ -216,4 +222,8 @@ class Generation:
         # The choices of a prompt run together, so that those after the first may find it in the cache: that is no hit.
         per_prompt = len(self._choices) // len(self._prompts)
         num_cached = sum(choice.journal.num_cached_tokens for choice in list(self._choices.values())[::per_prompt])
-        return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(num_cached))
+        drafted = CompletionTokensDetails(
+            accepted_prediction_tokens=sum(choice.journal.num_accepted_tokens for choice in self._choices.values()),
+            rejected_prediction_tokens=sum(choice.journal.num_rejected_tokens for choice in self._choices.values()),
+        )
+        return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(num_cached), drafted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from scheduler.output import RequestOutput, SchedulerStats
@@ -31,6 +33,15 @@ class Metrics:
         self._preemptions = self._counter("num_preemptions", "Preemptions.")
         self._prefix_queries = self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._drafts = self._counter("spec_decode_num_drafts", "Proposals of drafted tokens that were verified.")
+        self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafted tokens.")
+        self._accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")
+        self._accepted_per_pos = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were accepted, by their place in the proposal.",
+            (*_LABELS, "position"),
+            registry=self.registry,
+        )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._success = Counter(
@@ -66,9 +77,16 @@ class Metrics:
             (self._preemptions, "num_preemptions"),
             (self._prefix_queries, "num_prefix_queries"),
             (self._prefix_hits, "num_prefix_hits"),
+            (self._drafts, "num_drafts"),
+            (self._draft_tokens, "num_draft_tokens"),
         ):
             # When an engine dies the client reports zeros, from which the next one counts again.
             counter.inc(max(getattr(stats, name) - getattr(before, name), 0))
+        pairs = zip_longest(stats.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, fillvalue=0)
+        for position, (now, then) in enumerate(pairs):
+            if now > then:
+                self._accepted_tokens.inc(now - then)
+                self._accepted_per_pos.labels(**self._labels, position=str(position)).inc(now - then)
 
     def tokens(self, journal: Journal, output: RequestOutput, now: float) -> None:
         """Take in a request's new tokens, before its journal does."""

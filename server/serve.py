@@ -18,7 +18,7 @@ from model.checkpoint import checkpoint_name, resolve_checkpoint
 from model.config import load_config, load_generation_defaults
 from model.tokenizer import Tokenizer
 from scheduler.errors import CheckpointError, ConfigError
-from scheduler.policies import create_policy
+from scheduler.policies import find_policy
 from server.app import create_app
 from server.engine.client import EngineClient
 from server.engine.messages import EngineConfig, Ready
@@ -36,7 +36,7 @@ async def serve(settings: Settings) -> None:
         CheckpointError, ConfigError: it cannot start.
     """
     began = time.monotonic()
-    create_policy(settings.scheduler.policy)
+    find_policy(settings.scheduler.policy)
     checkpoint = resolve_checkpoint(settings.model)
     listener = listen(settings.server.host, settings.server.port)
     with contextlib.closing(listener):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from model.config import GenerationDefaults, ModelConfig
 from model.tokenizer import Tokenizer
 from scheduler.errors import InvalidRequestError
+from scheduler.output import SchedulingParams
 from server.engine.client import EngineClient
 from server.errors import ModelNotFoundError
 from server.generation import Generation, Prompt
@@ -62,6 +63,21 @@ class Service:
                 param="n" if num_prompts == 1 else "prompt",
             )
 
+    def check_speculation(self, wanted: str | None) -> bool:
+        """Whether tokens may be drafted for a request that asks for this method, or for none in particular.
+
+        Raises:
+            InvalidRequestError: the server has another one.
+        """
+        method = self.settings.speculation.method
+        if wanted not in (None, "off", method):
+            raise InvalidRequestError(
+                f"speculation {wanted!r} is not what this server was started with ({method!r}): leave it out, or say "
+                f"'off' to do without",
+                param="speculation",
+            )
+        return wanted != "off" and method != "off"
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize, without holding up others if the text is long."""
         (token_ids,) = await self.encode_all([text], add_special_tokens=add_special_tokens)
@@ -104,7 +120,13 @@ class Service:
                 return [self._decoded(token_ids) for token_ids in many if isinstance(token_ids, list)]
 
     def generate(
-        self, body: CompletionBody | ChatBody, prompts: Sequence[tuple[str, list[int]]], *, api_id: str, seed: int
+        self,
+        body: CompletionBody | ChatBody,
+        prompts: Sequence[tuple[str, list[int]]],
+        *,
+        api_id: str,
+        seed: int,
+        scheduling: SchedulingParams,
     ) -> Generation:
         """Submit the prompts of a body to the engine.
 
@@ -135,6 +157,8 @@ class Service:
             api_id=api_id,
             prompts=resolved,
             n=body.n,
+            scheduling=scheduling,
+            speculates=self.check_speculation(body.speculation),
             stop_strings=body.stop_strings,
             echo=isinstance(body, CompletionBody) and body.echo,
         )

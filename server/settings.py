@@ -29,6 +29,7 @@ ENV_PREFIX = "SHOAL_"
 CLIENT_ENVIRONMENT = {"SHOAL_URL", "SHOAL_API_KEY"}
 
 Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -97,7 +98,7 @@ class SchedulerSection(_Section):
     """What runs in a step."""
 
     policy: str = "fcfs"
-    """Scheduling policy."""
+    """Scheduling policy; `shoal policies` lists them."""
     max_num_seqs: Positive = 64
     """Most requests in one step."""
     max_num_batched_tokens: Positive = 512
@@ -106,6 +107,23 @@ class SchedulerSection(_Section):
     """Most tokens of one request in one step."""
     max_num_waiting: int = Field(default=1024, ge=0)
     """Most unfinished requests beyond max_num_seqs; more get HTTP 429."""
+    ageing_seconds: Amount = 10.0
+    """For priority: waiting time that makes up for one level of priority."""
+    ageing_tokens: Amount = 20.0
+    """For sjf: tokens of predicted work that a second of waiting makes up for."""
+    predictor: Literal["max_tokens", "learned"] = "learned"
+    """For sjf: what foretells the length of an output: max_tokens takes the request at its word, learned learns from
+    the requests that end."""
+    prompt_weight: Amount = 1.0
+    """For fair: what a token of a prompt counts as service."""
+    output_weight: Amount = 2.0
+    """For fair: what an output token counts as service."""
+    ttft_slo_ms: Amount = 1000.0
+    """For deadline: time to the first token that is wanted of requests that do not say it."""
+    tpot_slo_ms: Amount = 100.0
+    """For deadline: time for each further token that is wanted of requests that do not say it."""
+    static_timeout_seconds: float = Field(default=0.1, gt=0, le=3600)
+    """For static and static-nopad: longest time that a request waits for a batch to become full."""
 
 
 class SpeculationSection(_Section):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model.batch import ForwardBatch, SamplerOutput, SamplingBatch
-from scheduler.config import SchedulerConfig
+from scheduler.config import PolicyConfig, SchedulerConfig
 from scheduler.engine import EngineCore, Executor
 from scheduler.output import (
     FinishReason,
@@ -25,11 +25,11 @@ from scheduler.output import (
     SamplingParams,
     ScheduledRequest,
     SchedulerOutput,
+    SchedulingParams,
     StepResult,
     TokenLogprobs,
 )
-from scheduler.policies import Policy
-from scheduler.policies.fcfs import FirstComeFirstServed
+from scheduler.policies import Policy, create_policy
 from scheduler.request import Request, RequestStatus
 from scheduler.scheduler import Scheduler
 
@@ -138,12 +138,17 @@ class FakeExecutor:
         assert share.new is None or kept == 0, "a request that joins is given its whole block table"
 
         num_tokens, end = len(sequence.token_ids), share.num_computed_tokens + share.num_scheduled_tokens
+        table = tuple(sequence.block_table)
+        if share.is_padding:
+            assert share.num_scheduled_tokens == 1
+            assert end <= sequence.num_computed_tokens, "padding computes nothing new"
+            assert not (share.new_block_ids or share.spec_token_ids or share.new)
+            return Share(share.request_id, share.num_computed_tokens, 1, table)
         assert share.num_computed_tokens == sequence.num_computed_tokens
         assert share.num_scheduled_tokens > 0
         assert end == num_tokens + len(share.spec_token_ids) if share.spec_token_ids else end <= num_tokens
         assert end <= share.num_blocks * self.block_size
         assert share.samples == (end >= num_tokens and sequence.params.max_tokens > 0)
-        table = tuple(sequence.block_table)
         return Share(share.request_id, share.num_computed_tokens, share.num_scheduled_tokens, table)
 
     def _write_all(self, scheduled: list[ScheduledRequest]) -> None:
@@ -172,6 +177,12 @@ class FakeExecutor:
                     break
         if message := self.error(share):
             result.errors[share.request_id] = message
+        if share.is_padding:
+            assert chosen == sequence.token_ids[end : end + len(chosen)], "padding chose another token than before"
+            result.token_ids.append(chosen)
+            if self.draft:
+                result.spec_token_ids.append([])
+            return
         self._score(share, sequence, chosen, result)
         sequence.token_ids += chosen
         sequence.num_computed_tokens = len(sequence.token_ids) - 1 if chosen else end
@@ -201,6 +212,10 @@ class Harness:
     """An engine on a fake executor, whose every step is checked: invariants, limits, and that nobody is answered
     after the end.
 
+    Args:
+        policy: one that is made already, or the name of one.
+        knobs: of one that is named.
+
     Attributes:
         now: the time that the engine sees; each step takes one second.
         token_ids, prompt_logprobs, logprobs: what was delivered so far, by request id.
@@ -212,13 +227,15 @@ class Harness:
         self,
         choose: Choose | None = None,
         draft: Draft | None = None,
-        policy: Policy | None = None,
+        policy: Policy | str = "fcfs",
+        knobs: PolicyConfig | None = None,
         executor: Executor | None = None,
         **limits: int,
     ) -> None:
         defaults = {"num_blocks": 64, "block_size": 4, "max_model_len": 128, "max_num_seqs": 8}
         self.config = SchedulerConfig(**(defaults | {"max_num_batched_tokens": 64} | limits))  # type: ignore[arg-type]
-        self.scheduler = Scheduler(self.config, policy or FirstComeFirstServed())
+        made = create_policy(policy, self.config, knobs) if isinstance(policy, str) else policy
+        self.scheduler = Scheduler(self.config, made)
         self.executor = FakeExecutor(self.config.block_size, choose or hashed(50), draft)
         self.now = 0.0
         self.engine = EngineCore(self.scheduler, executor or self.executor, lambda: self.now)
@@ -230,7 +247,9 @@ class Harness:
         self.first_news: dict[str, RequestOutput] = {}
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int = 4, **others: object) -> Request:
-        request = Request(request_id, prompt, params(max_tokens, **others), self.now)
+        names = SchedulingParams.__dataclass_fields__.keys() & others.keys()
+        scheduling = SchedulingParams(**{name: others.pop(name) for name in names})  # type: ignore[arg-type]  # any field
+        request = Request(request_id, prompt, params(max_tokens, **others), self.now, scheduling=scheduling)
         self.scheduler.add(request)
         self.token_ids[request_id] = []
         return request

@@ -63,7 +63,7 @@ class NativeBackend:
         config = record.config
         _check_shape(config)
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_threads = sibling.num_threads if sibling else num_threads or num_cores
+        self.num_threads: int = sibling.num_threads if sibling else num_threads or num_cores
         self._config = config
         self._num_blocks, self._block_size = num_blocks, block_size
         self._num_positions = min(config.max_position_embeddings, num_blocks * block_size)
@@ -82,7 +82,9 @@ class NativeBackend:
             quantize_int8=quantization == "int8",
             half_kv_cache=kv_cache_dtype == "float16",
         )
-        self._model = self._library.shoal_create(_shape(record, cos, sin), options, sibling._model if sibling else None)
+        self._model: int | None = self._library.shoal_create(
+            _shape(record, cos, sin), options, sibling._model if sibling else None
+        )
         if not self._model:
             raise ConfigError("there is not enough memory for the model and its KV cache", param="memory_mib")
         for name, layer, expert, array in _tensors(record):

@@ -96,7 +96,7 @@ class TorchBackend:
         return linear(rms_norm(x, self._norm, self._config.rms_norm_eps), self._head).float()
 
     def _hidden(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
-        """Run the first `num_layers` layers, or all of them: the hidden states [num_tokens, hidden_size] before the last norm."""
+        """Run the first layers, or all: the hidden states [num_tokens, hidden_size] before the last norm."""
         eps, num_heads, num_kv_heads = self._config.rms_norm_eps, self._config.num_heads, self._config.num_kv_heads
         plan = plan_attention(batch, self._layout, self._device, self._dtype)
         clear_fresh_blocks(self._kv_cache, plan)

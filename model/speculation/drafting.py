@@ -66,7 +66,15 @@ class Drafter:
     def _batch(self, places: list[int], starts: list[int], ends: list[int], wanted: list[int]) -> DraftBatch:
         columns = np.array([places, starts, ends, wanted], np.int32)
         rows = self._rows
-        return DraftBatch(*columns, rows.token_ids, rows.block_tables, rows.block_size)
+        return DraftBatch(
+            rows=columns[0],
+            starts=columns[1],
+            ends=columns[2],
+            num_wanted=columns[3],
+            token_ids=rows.token_ids,
+            block_tables=rows.block_tables,
+            block_size=rows.block_size,
+        )
 
 
 def _valid(token_ids: list[int]) -> list[int]:

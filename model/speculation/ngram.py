@@ -56,7 +56,7 @@ class _Index:
             self.token_ids.append(token_id)
 
     def follow(self, num_wanted: int) -> list[int]:
-        """What followed the longest run that the text ends with and that stood before; a guess may go on from itself."""
+        """What followed the longest run at the end of the text when it stood before; a guess may go on from itself."""
         text = self.token_ids
         for size in _SIZES:
             start = self._ends.get(tuple(text[-size:])) if len(text) >= size else None

@@ -124,7 +124,7 @@ class Speculation:
             chosen = result.token_ids[place]
             if share.spec_token_ids:
                 self._lengths.verified(row, len(share.spec_token_ids), len(chosen) - 1)
-            if not chosen or row not in self._most_tokens or share.request_id in result.errors:
+            if not chosen or row not in self._most_tokens or share.is_padding or share.request_id in result.errors:
                 continue
             end = share.num_computed_tokens + share.num_scheduled_tokens
             num_tokens = end - len(share.spec_token_ids) + len(chosen)

@@ -1,4 +1,4 @@
-"""What a token costs on Shoal's own backends."""
+"""Models on Shoal's own backends, and what a token costs there."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ _NUM_STEPS = 300
 
 
 def decode_seconds(*folders: Path) -> list[float]:
-    """The median time of computing one token of one sequence with each model, in turns.
-
-    The native backend computes, or torch where that is not built.
-    """
+    """The median time of computing one token of one sequence with each model, in turns."""
     records = [load_checkpoint(folder) for folder in folders]
     context = min(_CONTEXT, *(record.config.max_position_embeddings - 1 for record in records))
-    backends, token = [_create(record, context) for record in records], _one_token(context)
+    num_blocks = context // _BLOCK_SIZE + 1
+    backends = [create_backend(record, num_blocks, _BLOCK_SIZE) for record in records]
+    token = _one_token(context)
     seconds: list[list[float]] = [[] for _ in folders]
     for _ in range(_NUM_STEPS):
         for backend, times in zip(backends, seconds, strict=True):
@@ -37,9 +36,10 @@ def decode_seconds(*folders: Path) -> list[float]:
     return [median(times) for times in seconds]
 
 
-def _create(record: ModelRecord, context: int) -> Backend:
+def create_backend(record: ModelRecord, num_blocks: int, block_size: int) -> Backend:
+    """The native backend for a model, or torch where that is not built."""
     kind = NativeBackend if supported_isas() else TorchBackend
-    return kind(record, num_blocks=context // _BLOCK_SIZE + 1, block_size=_BLOCK_SIZE)
+    return kind(record, num_blocks=num_blocks, block_size=block_size)
 
 
 def _one_token(context: int) -> ForwardBatch:

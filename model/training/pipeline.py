@@ -12,20 +12,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
 
+from model.checkpoint import load_checkpoint
 from scheduler.errors import CheckpointError
 
-from . import corpus, documentation, sources, tokens
+from . import corpus, documentation, echo, sources, tokens
 from .card import Provenance, model_card
-from .cost import decode_seconds
+from .cost import create_backend, decode_seconds
 from .evaluation import DraftEvaluation, Evaluator
 from .export import export
 from .network import Network, count_active_parameters, count_parameters, training_dtype
 from .recipe import Budget, Recipe
-from .tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from .tokenizer import END_OF_TEXT, fingerprint, load_tokenizer, special_id, train_tokenizer
 from .trainer import StepReport, Trainer, load_state, run
 
 SETS = ("train", "validation")
@@ -86,8 +90,12 @@ class Pipeline:
     def train(self, budget: Budget) -> None:
         """Train up to the budget, from the last checkpoint if there is one, with a progress bar and a log."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = self.load_teacher(training_dtype(device))
-        trainer = Trainer(self.recipe, self.load_tokens("train"), fingerprint(self.tokenizer), device, teacher)
+        teacher, data = None, self.load_tokens("train")
+        if self.recipe.teacher is not None:
+            teacher = Pipeline(self._work, self.recipe.teacher).load_network(training_dtype(device))
+            echoes = self._make_echoes(self.recipe.teacher, self.recipe.echo_tokens, data)
+            data = np.concatenate([echoes, data[: len(echoes)]])
+        trainer = Trainer(self.recipe, data, fingerprint(self.tokenizer), device, teacher)
         if self.checkpoint.exists():
             trainer.load(self.checkpoint)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -116,9 +124,28 @@ class Pipeline:
         network.load_state_dict(state["network"])
         return network
 
-    def load_teacher(self, dtype: torch.dtype) -> Network | None:
-        """The trained target that this recipe's draft is distilled from; CheckpointError if it is not trained yet."""
-        return Pipeline(self._work, self.recipe.teacher).load_network(dtype) if self.recipe.teacher else None
+    def _make_echoes(self, target: Recipe, num_tokens: int, data: tokens.Tokens) -> tokens.Tokens:
+        """Have the trained target write text for its draft, unless it has done so."""
+        path = self.checkpoint.parent / "echoes.npy"
+        if not path.exists():
+            with TemporaryDirectory() as folder:
+                Pipeline(self._work, target).export(Path(folder))
+                record = load_checkpoint(Path(folder))
+            length = min(echo.LENGTH, record.config.max_position_embeddings)
+            end_of_text = special_id(load_tokenizer(self.tokenizer), END_OF_TEXT)
+            with tqdm(total=num_tokens, unit="tok", unit_scale=True, desc="the target writes") as bar:
+                echoes = echo.write_echoes(
+                    lambda num_blocks: create_backend(record, num_blocks, echo.BLOCK_SIZE),
+                    data,
+                    num_tokens,
+                    length=length,
+                    end_of_text=end_of_text,
+                    observe=lambda done: _advance(bar, done),
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tokens.save_array(path, echoes)
+        written: tokens.Tokens = np.load(path)
+        return written
 
     def describe(self, folder: Path) -> None:
         """Evaluate an exported folder and write its model card.
@@ -186,6 +213,10 @@ class _Progress:
         self._bar.update(round(report.spent * _PROGRESS_STEPS) - self._bar.n)
         self._log.write(json.dumps(asdict(report)) + "\n")
         self._log.flush()
+
+
+def _advance(bar: Any, done: int) -> None:
+    bar.update(done - bar.n)
 
 
 def _read_all(wheels: dict[str, Path], pages: Path) -> Iterator[sources.SourceFile]:

@@ -89,12 +89,14 @@ class Recipe:
 
     Attributes:
         teacher: the recipe of the target that a draft model is distilled from; None trains on the text itself.
+        echo_tokens: how much text of its own the target writes for its draft, who reads as much of the corpus.
     """
 
     name: str
     network: NetworkConfig
     training: TrainingConfig
     teacher: Recipe | None = None
+    echo_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.teacher and self.teacher.network.vocab_size != self.network.vocab_size:
@@ -137,7 +139,7 @@ def load_recipe(path: Path) -> Recipe:
         table = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}", param=path.name) from error
-    unknown = table.keys() - {"name", "teacher", "network", "training"}
+    unknown = table.keys() - {"name", "teacher", "echo_tokens", "network", "training"}
     if unknown:
         raise ConfigError(f"{path}: unknown key {min(unknown)!r}", param=min(unknown))
     return Recipe(
@@ -145,6 +147,7 @@ def load_recipe(path: Path) -> Recipe:
         network=_section(NetworkConfig, table.get("network", {}), f"{path} [network]"),
         training=_section(TrainingConfig, table.get("training", {}), f"{path} [training]"),
         teacher=load_recipe(path.parent / str(table["teacher"])) if "teacher" in table else None,
+        echo_tokens=int(table.get("echo_tokens", 0)),
     )
 
 

@@ -58,6 +58,13 @@ def save_tokens(folder: Path, sets: dict[str, Tokens], tokenizer_fingerprint: st
     (folder / "tokenizer.json").write_text(json.dumps({"sha256": tokenizer_fingerprint}) + "\n")
 
 
+def save_array(path: Path, tokens: Tokens) -> None:
+    """Write an array whole or not at all."""
+    unfinished = path.with_suffix(".unfinished.npy")
+    np.save(unfinished, tokens)
+    unfinished.replace(path)
+
+
 def load_tokens(folder: Path, name: str, tokenizer_fingerprint: str) -> Tokens:
     """Map a set into memory; ConfigError if it was made with another tokenizer."""
     made_with = json.loads((folder / "tokenizer.json").read_text())["sha256"]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from scheduler.policies.policy import Policy
 from scheduler.request import Request
 
 
-class FirstComeFirstServed:
+class FirstComeFirstServed(Policy):
     """Requests are admitted as they arrived; the latest arrival gives way, and nobody overtakes."""
 
-    def order(self, waiting: Collection[Request], now: float) -> Iterable[Request]:
-        return waiting
-
-    def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-        return True
+    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
+        return requests
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
         if request not in running:

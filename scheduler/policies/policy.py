@@ -1,28 +1,89 @@
-"""What a scheduling policy answers."""
+"""What a scheduling policy answers, and what it is told."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
-from typing import Protocol
 
-from scheduler.request import Request
+from scheduler.config import PolicyConfig, SchedulerConfig
+from scheduler.output import FinishReason
+from scheduler.request import Request, RequestStatus
 
 
-class Policy(Protocol):
-    """Orders the waiting, says who may be admitted, and names the victim.
+class Notices:
+    """What a policy is told, for those that count or learn."""
 
-    It answers and never acts: token budget, blocks and preemption belong to the scheduler.  `running` is in the
-    order of admission, `waiting` in the order of arrival with preempted requests first.
+    def on_arrival(self, request: Request) -> None:
+        """The request begins to wait."""
+
+    def on_admission(self, request: Request) -> None:
+        """The request joins the batch, for the first time or after a preemption."""
+
+    def on_progress(self, request: Request, num_tokens: int) -> None:
+        """The request was given so many output tokens, which it counts already."""
+
+    def on_finish(self, request: Request, reason: FinishReason) -> None:
+        """The request has ended, wherever it was."""
+
+
+class Policy(Notices, ABC):
+    """Orders requests, says who may be admitted, and names the victim.
+
+    It answers and never acts: token budget, blocks and preemption belong to the scheduler.
     """
 
-    def order(self, waiting: Collection[Request], now: float) -> Iterable[Request]:
-        """The waiting requests, first to be admitted first; read lazily and only while there is room."""
-        ...
+    @classmethod
+    def create(cls, limits: SchedulerConfig, config: PolicyConfig) -> Policy:
+        """Make one with its knobs out of the configuration."""
+        return cls()
+
+    @abstractmethod
+    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
+        """All requests, first to be served first; read lazily, so that an iterator sees the admissions before it.
+
+        They come with those that run first, in the order of admission, and then those that wait, in the order of
+        arrival but preempted ones first.
+        """
 
     def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-        """Whether this waiting request may join the batch now; if not, the next in order is asked about."""
-        ...
+        """Whether this waiting request may join the batch now; if not, the next that waits is asked about."""
+        return True
+
+    @abstractmethod
+    def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
+        """Which running request to preempt so that `request` gets blocks or, if it waits and the batch is full, a row.
+
+        None if `request` itself must give way.  `running` is not empty.  Who waits may only take from somebody who
+        could not take it back, or the two would preempt each other for ever.
+        """
+
+    def wake_time(self, now: float) -> float:
+        """While requests wait and none runs: when one of them may be admitted, if nothing happens before."""
+        return now
+
+    def pads(self, request: Request) -> bool:
+        """Whether the row of this request, which has ended, is computed on; asked again whenever a request ends."""
+        return False
+
+
+class KeyedPolicy(Policy):
+    """Serves the least key first; the greatest gives way, to a waiting request too if that one's key is less.
+
+    Among equals the first comes first.
+    """
+
+    @abstractmethod
+    def key(self, request: Request) -> float: ...
+
+    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
+        return sorted(requests, key=self.key)
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
-        """Which running request to preempt so that `request` gets blocks; None if `request` itself must give way."""
-        ...
+        last = self.last(running)
+        if request.status is RequestStatus.RUNNING:
+            return None if last is request else last
+        return last if self.key(request) < self.key(last) else None
+
+    def last(self, running: Collection[Request]) -> Request:
+        """The running request with the greatest key; of equals the one admitted last."""
+        return max(reversed(tuple(running)), key=self.key)

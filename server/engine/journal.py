@@ -24,6 +24,8 @@ class Journal:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
     queue_time: float = 0.0
+    num_accepted_tokens: int = 0
+    num_rejected_tokens: int = 0
     first_token_time: float | None = None
     last_token_time: float | None = None
 
@@ -31,6 +33,8 @@ class Journal:
         """Take in a piece of news."""
         self.prompt_logprobs += output.prompt_logprobs or ()
         if output.token_ids:
+            self.num_accepted_tokens += output.num_accepted_tokens
+            self.num_rejected_tokens += output.num_rejected_tokens
             if self.first_token_time is None:
                 self.first_token_time = now
                 self.queue_time = output.queue_time

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from scheduler.output import RequestOutput, SamplingParams, SchedulerStats
+from scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 
 DType = Literal["float32", "bfloat16"]
 KVCacheDType = Literal["float32", "float16", "bfloat16"]
@@ -33,11 +33,19 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int
     max_chunk_tokens: int
     max_num_waiting: int
-    speculation: Literal["off", "draft", "ngram", "self"] = "off"
-    num_spec_tokens: int | None = None
-    draft_checkpoint: str | None = None
-    draft_layers: int | None = None
-    verification: Literal["coupled", "rejection"] = "coupled"
+    ageing_seconds: float
+    ageing_tokens: float
+    predictor: Literal["max_tokens", "learned"]
+    prompt_weight: float
+    output_weight: float
+    ttft_slo_ms: float
+    tpot_slo_ms: float
+    static_timeout_seconds: float
+    speculation: Literal["off", "draft", "ngram", "self"]
+    num_spec_tokens: int | None
+    draft_checkpoint: str | None
+    draft_layers: int | None
+    verification: Literal["coupled", "rejection"]
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -46,6 +54,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     Attributes:
         arrival_time: seconds on the monotonic clock that all processes of a machine share.
         output_token_ids: tokens that an earlier engine generated already; the request goes on after them.
+        scheduling: what the policy may know of it.
         speculates: whether tokens may be drafted for it.
     """
 
@@ -54,6 +63,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     arrival_time: float
     output_token_ids: list[int] = []
+    scheduling: SchedulingParams = SchedulingParams()
     speculates: bool = True
 
 

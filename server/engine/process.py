@@ -1,6 +1,6 @@
 """The engine process: `python -m server.engine.process SOCKET_FOLDER`, the configuration as JSON on standard input.
 
-One thread.  It waits for commands while there is nothing to do, takes what has come between steps otherwise, and
+One thread.  It waits for commands while there is nothing to do yet, takes what has come between steps otherwise, and
 sends what came of a step as one message.  It ends when its standard input does, that is, with its parent.
 """
 
@@ -13,8 +13,9 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from math import ceil
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ import zmq
 
 from model.checkpoint import load_checkpoint
 from model.executor import ModelExecutor
-from scheduler.config import SchedulerConfig
+from scheduler.config import PolicyConfig, SchedulerConfig
 from scheduler.engine import EngineCore
 from scheduler.errors import ConfigError, ShoalError
 from scheduler.output import FinishReason, RequestOutput, SchedulerStats
@@ -30,7 +31,6 @@ from scheduler.policies import create_policy
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler
 from server.engine.backends import plan_backend
-from server.engine.speculation import plan_speculation
 from server.engine.memory import plan_kv_cache
 from server.engine.messages import (
     Abort,
@@ -43,6 +43,7 @@ from server.engine.messages import (
     StartFailed,
     Submit,
 )
+from server.engine.speculation import plan_speculation
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Sockets:
     def send(self, report: Report) -> None:
         self.reports.send(_encoder.encode(report))
 
-    def receive(self, *, wait: bool) -> list[Command]:
-        """All commands that have come; waits for the first if asked to."""
+    def receive(self, seconds: float | None) -> list[Command]:
+        """All commands that have come; waits so long for the first, or for ever (None)."""
+        if seconds != 0:
+            self.commands.poll(None if seconds is None else ceil(seconds * 1000))
         commands: list[Command] = []
-        if wait:
-            commands.append(_decoder.decode(self.commands.recv()))
         while True:
             try:
                 commands.append(_decoder.decode(self.commands.recv(zmq.NOBLOCK)))
@@ -97,27 +98,26 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
     cache = plan_kv_cache(
         config, *models, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=plan.free_memory()
     )
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_blocks=cache.num_blocks,
-            block_size=config.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_chunk_tokens=config.max_chunk_tokens,
-            max_num_waiting=config.max_num_waiting,
-            enable_prefix_caching=config.enable_prefix_caching,
-            num_lookahead_tokens=guessing.num_lookahead_tokens if guessing else 0,
-        ),
-        create_policy(config.policy),
+    limits = SchedulerConfig(
+        num_blocks=cache.num_blocks,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_chunk_tokens=config.max_chunk_tokens,
+        max_num_waiting=config.max_num_waiting,
+        enable_prefix_caching=config.enable_prefix_caching,
+        num_lookahead_tokens=guessing.num_lookahead_tokens if guessing else 0,
     )
+    knobs = PolicyConfig(**{knob.name: getattr(config, knob.name) for knob in fields(PolicyConfig)})
+    scheduler = Scheduler(limits, create_policy(config.policy, limits, knobs))
     backend = plan.create(record, cache.num_blocks)
     executor = ModelExecutor(
         backend,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         block_size=config.block_size,
-        speculate=guessing and partial(guessing.create, plan, backend, cache.num_blocks),
+        speculate=partial(guessing.create, plan, backend, cache.num_blocks) if guessing else None,
     )
     ready = Ready(
         cache.num_blocks,
@@ -140,12 +140,14 @@ class EngineLoop:
 
     def run(self) -> None:
         while True:
-            self.turn(wait=self.core.scheduler.num_unfinished == 0)
+            self.turn()
 
-    def turn(self, *, wait: bool) -> None:
-        """Take the commands that have come, run one step, report."""
+    def turn(self) -> None:
+        """Wait for something to do, take the commands that have come, run one step, report."""
+        now = self.core.clock()
+        wake_time = self.core.scheduler.wake_time(now)
         outputs: list[RequestOutput] = []
-        for command in self.sockets.receive(wait=wait):
+        for command in self.sockets.receive(None if wake_time is None else wake_time - now):
             match command:
                 case Submit(requests):
                     outputs += [refusal for request in requests if (refusal := self._add(request))]
@@ -162,7 +164,15 @@ class EngineLoop:
 
     def _add(self, sent: EngineRequest) -> RequestOutput | None:
         """Hand a request to the scheduler; what it refuses gets an answer too."""
-        request = Request(sent.request_id, sent.prompt_token_ids, sent.params, sent.arrival_time, sent.output_token_ids, speculates=sent.speculates)
+        request = Request(
+            sent.request_id,
+            sent.prompt_token_ids,
+            sent.params,
+            sent.arrival_time,
+            sent.output_token_ids,
+            scheduling=sent.scheduling,
+            speculates=sent.speculates,
+        )
         try:
             self.core.scheduler.add(request)
         except ShoalError as error:

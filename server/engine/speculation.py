@@ -40,7 +40,9 @@ class SpeculationPlan:
             return 0
         return self.config.num_spec_tokens or ADAPTIVE_MOST
 
-    def create(self, backends: NativePlan | TorchPlan, target: Backend, num_blocks: int, rows: BatchRows) -> Speculation:
+    def create(
+        self, backends: NativePlan | TorchPlan, target: Backend, num_blocks: int, rows: BatchRows
+    ) -> Speculation:
         """Put it together around the target's backend and the rows of the batch."""
         config = self.config
         fixed = config.num_spec_tokens

@@ -10,8 +10,10 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
+from server.keys import known_key
 from server.routes.answer import EventStream, unless_disconnected, whole
 from server.sampling import resolve_seed
+from server.scheduling import resolve_scheduling
 from server.service import Service, new_id, unix_time
 from server.wire.requests import ChatBody, CompletionBody
 
@@ -32,22 +34,26 @@ class Call(ABC, Generic[Body]):
 
     id_prefix: ClassVar[str]
 
-    def __init__(self, service: Service, body: Body, prompts: Sequence[tuple[str, list[int]]]) -> None:
+    def __init__(
+        self, service: Service, request: Request, body: Body, prompts: Sequence[tuple[str, list[int]]]
+    ) -> None:
         self.service = service
+        self.request = request
         self.body: Body = body
         self.id = new_id(self.id_prefix)
         self.created = unix_time()
         self.seed = resolve_seed(body)
         self.include_usage = body.stream_options is not None and body.stream_options.include_usage
         self.usage_in_chunks = None if self.include_usage else msgspec.UNSET
-        self.generation = service.generate(body, prompts, api_id=self.id, seed=self.seed)
+        scheduling = resolve_scheduling(body, known_key(request, service.settings.server.api_keys))
+        self.generation = service.generate(body, prompts, api_id=self.id, seed=self.seed, scheduling=scheduling)
 
-    async def answer(self, request: Request) -> Response:
+    async def answer(self) -> Response:
         """Answer as the body asks."""
         headers = {"x-request-id": self.id, "x-seed": str(self.seed)}
         if self.body.stream:
             return EventStream(self.chunks(), headers)
-        return whole(await unless_disconnected(request.receive, self.complete()), headers)
+        return whole(await unless_disconnected(self.request.receive, self.complete()), headers)
 
     @abstractmethod
     async def complete(self) -> msgspec.Struct:

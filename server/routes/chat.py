@@ -36,7 +36,7 @@ def chat_router(service: Service) -> APIRouter:
         body = parse_body(ChatBody, await request.body())
         service.check_model(body.model)
         service.check_choices(1, body.n)
-        return await _ChatCall(service, body, [await service.encode_chat(body.messages)]).answer(request)
+        return await _ChatCall(service, request, body, [await service.encode_chat(body.messages)]).answer()
 
     return router
 

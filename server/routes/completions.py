@@ -27,7 +27,7 @@ def completions_router(service: Service) -> APIRouter:
         body = parse_body(CompletionBody, await request.body())
         service.check_model(body.model)
         service.check_choices(body.num_prompts, body.n)
-        return await _CompletionCall(service, body, await service.completion_prompts(body)).answer(request)
+        return await _CompletionCall(service, request, body, await service.completion_prompts(body)).answer()
 
     return router
 

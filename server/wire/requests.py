@@ -1,7 +1,7 @@
 """Request bodies, as OpenAI's API defines them, with the extensions that vLLM's users know.
 
 What is not listed is refused by name: a misspelt parameter would otherwise be ignored in silence.  Parameters of
-OpenAI's API that cannot change the tokens (`user`, `metadata`, ...) are accepted and ignored; those that would ask
+OpenAI's API that cannot change the tokens (`metadata`, `store`, ...) are accepted and ignored; those that would ask
 for what this server does not do are refused unless they ask for nothing.
 """
 
@@ -18,6 +18,8 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 1000
+MAX_SLO_MS = 3_600_000
 
 # Lists are read up to their first fault: a long one could have millions, and describing them takes seconds.
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
@@ -58,8 +60,16 @@ class GenerationBody(_Body):
     stop_token_ids: Tokens = []
     ignore_eos: bool = False
 
-    # accepted and ignored: they cannot change the tokens
+    # for the scheduling policy: they change when tokens come, and not which
     user: str | None = None
+    priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    ttft_slo_ms: float | None = Field(None, gt=0, le=MAX_SLO_MS)
+    tpot_slo_ms: float | None = Field(None, gt=0, le=MAX_SLO_MS)
+
+    # for those who compare: it changes how fast tokens come, and not which
+    speculation: Literal["off", "draft", "ngram", "self"] | None = None
+
+    # accepted and ignored: they cannot change the tokens
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None

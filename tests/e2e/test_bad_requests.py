@@ -64,6 +64,11 @@ FOR_BOTH: list[tuple[str, Any, str]] = [
     ("stream_options", {"include_usage": 1}, "boolean"),
     ("stream_options", {"include_usage": True}, "only allowed when stream is true"),
     ("stream_options", {"other": True}, "unrecognized request argument: stream_options.other"),
+    ("priority", 1001, "less than or equal to 1000"),
+    ("priority", "high", "integer"),
+    ("ttft_slo_ms", 0, "greater than 0"),
+    ("tpot_slo_ms", INFINITY, "finite"),
+    ("user", 5, "string"),
     ("model", 5, "string"),
     ("temprature", 1, "unrecognized request argument: temprature"),
 ]

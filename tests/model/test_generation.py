@@ -18,8 +18,8 @@ from model.checkpoint import load_checkpoint
 from model.executor import ModelExecutor
 from scheduler.config import SchedulerConfig
 from scheduler.engine import EngineCore
-from scheduler.output import RequestOutput, SamplingParams, SchedulerStats
-from scheduler.policies import create_policy
+from scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
+from scheduler.policies import POLICIES, create_policy
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler
 from tests.model.oracles import SHAPES
@@ -54,7 +54,7 @@ def make_requests(block_size: int, temperature: float) -> list[Request]:
 
 
 def run(
-    folder: Path, backend: str, requests: Sequence[Request], *, num_blocks: int, **limits: int
+    folder: Path, backend: str, requests: Sequence[Request], *, num_blocks: int, policy: str = "fcfs", **limits: int
 ) -> tuple[SchedulerStats, list[RequestOutput]]:
     """Let a new request join every second step, whatever the others do; check the blocks after each step."""
     create, options, block_size = BACKENDS[backend]
@@ -67,10 +67,10 @@ def run(
         max_model_len=config.max_model_len,
         block_size=block_size,
     )
-    core = EngineCore(Scheduler(config, create_policy("fcfs")), executor, lambda: 0.0)
     news: list[RequestOutput] = []
     to_come = list(requests)
     step = 0
+    core = EngineCore(Scheduler(config, create_policy(policy, config)), executor, lambda: float(step))
     while to_come or core.scheduler.num_unfinished:
         if to_come and step % 2 == 0:
             core.scheduler.add(to_come.pop(0))
@@ -123,3 +123,22 @@ def test_texts_and_logprobs_do_not_depend_on_company_chunks_cache_or_preemption(
     for request in make_requests(block_size, 1.0):
         alone |= everything([request], num_blocks=400, max_num_seqs=1)[1]
     assert together == whole == alone
+
+
+@pytest.mark.parametrize("backend", ["torch", NATIVE])
+def test_texts_do_not_depend_on_the_policy(backend: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    """To the bit, with few blocks, few rows and every reason to preempt; padding rows included."""
+    folder = tiny_checkpoint("llama")
+    found: dict[str, dict[str, list[object]]] = {}
+    for policy in POLICIES:
+        requests = make_requests(BACKENDS[backend][-1], 1.0)
+        for index, request in enumerate(requests):
+            slo = 9000.0 / (index + 1)
+            request.scheduling = SchedulingParams(client=str(index % 3), priority=-index, ttft_slo_ms=slo)
+        stats, news = run(folder, backend, requests, num_blocks=NUM_BLOCKS, max_num_seqs=3, policy=policy)
+        assert stats.num_preemptions > 0, policy
+        found[policy] = {request.request_id: [] for request in requests}
+        for one in news:
+            found[policy][one.request_id] += [*zip(one.token_ids, one.logprobs or (), strict=True)]
+    assert all(answers == found["fcfs"] for answers in found.values())
+    assert all(len(tokens) > 2 for tokens in found["fcfs"].values())

@@ -88,7 +88,7 @@ def test_where_rows_are_free_and_guesses_are_right_proposals_are_long() -> None:
 
 def test_where_each_row_costs_its_share_nothing_is_proposed_and_little_is_lost() -> None:
     """A busy server: a step takes as long as it has tokens."""
-    _, history, speed_up = play(lambda n: float(n), draft=0.1, rates=[0.7] * 32)
+    _, history, speed_up = play(float, draft=0.1, rates=[0.7] * 32)
     assert mean_length(history) < 0.1
     assert speed_up > 0.97
 

@@ -1,4 +1,4 @@
-"""Speculation in a whole engine: texts are those without it, whatever guesses, however much, and whoever is preempted."""
+"""Speculation in a whole engine: texts are those without it, whatever guesses, and whoever is preempted."""
 
 from __future__ import annotations
 

@@ -1,29 +1,51 @@
-"""The seam of the policies: first come first served, and others that are written here and need nothing else."""
+"""The seam of the policies: how they are found, what they are asked and told, by policies that are written here."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import fields
 
 import pytest
 
+from scheduler.config import PolicyConfig, SchedulerConfig
 from scheduler.errors import ConfigError
-from scheduler.output import FinishReason
-from scheduler.policies import POLICIES, create_policy
+from scheduler.output import FinishReason, SchedulerOutput
+from scheduler.policies import POLICIES, create_policy, describe_policies
 from scheduler.policies.fcfs import FirstComeFirstServed
 from scheduler.request import Request, RequestStatus
-from tests.fakes import Harness, generate, hashed, params
+from tests.fakes import Harness, InjectedError, generate, hashed, params
+
+LIMITS = SchedulerConfig(num_blocks=1, max_model_len=16)
 
 
-def admissions(harness: Harness) -> list[list[str]]:
-    """Who had a first share in each step."""
-    return [[request_id for request_id, start, _ in step if start == 0] for step in harness.chunks]
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_are_made_by_name(name: str) -> None:
+    assert type(create_policy(name, LIMITS)) is POLICIES[name]
 
 
-def test_policies_are_made_by_name() -> None:
-    assert isinstance(create_policy("fcfs"), FirstComeFirstServed)
+def test_an_unknown_policy_is_refused_with_the_names_known() -> None:
     with pytest.raises(ConfigError, match=f"'lifo'.*{', '.join(POLICIES)}") as caught:
-        create_policy("lifo")
+        create_policy("lifo", LIMITS)
     assert caught.value.param == "policy"
+
+
+def test_each_policy_says_in_one_line_of_its_own_what_it_does() -> None:
+    described = describe_policies()
+    assert described.keys() == POLICIES.keys()
+    assert len(set(described.values())) == len(POLICIES)
+    for name, line in described.items():
+        assert line.endswith("."), name
+        assert "__doc__" in vars(POLICIES[name]) and line in str(vars(POLICIES[name])["__doc__"]), name
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [(knob.name, value) for knob in fields(PolicyConfig) for value in (0, -1.0, float("nan"), float("inf"))],
+)
+def test_a_knob_out_of_range_is_named(knob: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{knob} must be .*, not {value}") as caught:
+        PolicyConfig(**{knob: value})  # type: ignore[arg-type]  # any knob
+    assert caught.value.param == knob
 
 
 def test_fcfs_names_the_latest_arrival_and_never_preempts_for_a_newcomer() -> None:
@@ -35,19 +57,23 @@ def test_fcfs_names_the_latest_arrival_and_never_preempts_for_a_newcomer() -> No
     assert policy.victim(third, [first, second], 0.0) is None
 
 
-class UrgentFirst(FirstComeFirstServed):
-    """Requests whose id starts with "!" go first, and may take the blocks of those that are not urgent."""
+def is_urgent(request: Request) -> bool:
+    return request.request_id.startswith("!")
 
-    @staticmethod
-    def _is_urgent(request: Request) -> bool:
-        return request.request_id.startswith("!")
 
-    def order(self, waiting: Collection[Request], now: float) -> Iterable[Request]:
-        return sorted(waiting, key=self._is_urgent, reverse=True)
+class UrgentTakes(FirstComeFirstServed):
+    """Requests whose id starts with "!" may take the blocks and the rows of those that are not urgent."""
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
-        others = [other for other in running if not self._is_urgent(other)]
-        return others[-1] if others and self._is_urgent(request) else super().victim(request, running, now)
+        others = [other for other in running if not is_urgent(other)]
+        return others[-1] if others and is_urgent(request) else super().victim(request, running, now)
+
+
+class UrgentFirst(UrgentTakes):
+    """They go first, too."""
+
+    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
+        return sorted(requests, key=is_urgent, reverse=True)
 
 
 def test_a_policy_may_order_the_waiting() -> None:
@@ -59,7 +85,7 @@ def test_a_policy_may_order_the_waiting() -> None:
 
 
 def test_a_policy_may_preempt_for_a_waiting_request() -> None:
-    harness = Harness(num_blocks=4, block_size=2, max_model_len=9, policy=UrgentFirst(), enable_prefix_caching=False)
+    harness = Harness(num_blocks=4, block_size=2, max_model_len=9, policy=UrgentTakes(), enable_prefix_caching=False)
     victims = [harness.add(request_id, [1, 2, 3], max_tokens=2) for request_id in "ab"]
     harness.step()
     harness.add("!c", [4, 5, 6, 7], max_tokens=2)
@@ -89,39 +115,156 @@ def test_the_share_of_a_victim_goes_back_into_the_budget() -> None:
     harness.drain()
 
 
-class StaticBatches(FirstComeFirstServed):
-    """Requests join an empty batch only, and nobody joins until all of it has finished."""
+def test_a_full_batch_has_a_row_for_whom_the_policy_prefers() -> None:
+    harness = Harness(max_num_seqs=2, policy=UrgentFirst(), enable_prefix_caching=False)
+    for request_id in ("a", "b"):
+        harness.add(request_id, [1, 2], max_tokens=3)
+    harness.step()
+    for request_id in ("c", "!d", "!e"):
+        harness.add(request_id, [3], max_tokens=1)
+    harness.drain()
+    assert harness.chunks == [
+        [("a", 0, 2), ("b", 0, 2)],
+        [("!d", 0, 1), ("!e", 0, 1)],
+        [("a", 0, 3), ("b", 0, 3)],
+        [("a", 3, 1), ("b", 3, 1)],
+        [("c", 0, 1)],
+    ]
+
+
+def test_a_row_is_taken_although_the_budget_is_spent() -> None:
+    """The victim's share of the step goes with it."""
+    for policy in (UrgentTakes(), UrgentFirst()):
+        harness = Harness(max_num_seqs=2, max_num_batched_tokens=2, policy=policy, enable_prefix_caching=False)
+        harness.add("a", [1], max_tokens=9)
+        harness.add("b", [2], max_tokens=9)
+        harness.step()
+        harness.add("!c", [3, 4], max_tokens=1)
+        harness.step()
+        harness.step()
+        assert list(map(sorted, harness.chunks)) == [
+            [("a", 0, 1), ("b", 0, 1)],
+            [("!c", 0, 1), ("a", 1, 1)],
+            [("!c", 1, 1), ("a", 2, 1)],
+        ]
+        harness.drain()
+
+
+def test_the_budget_is_given_out_in_the_order_of_the_policy() -> None:
+    """Who is preferred does not wait until the prompts of others are computed; but each of them advances by a token."""
+    harness = Harness(max_num_batched_tokens=8, max_num_seqs=2, policy=UrgentFirst(), enable_prefix_caching=False)
+    harness.add("a", list(range(20)), max_tokens=1)
+    harness.step()
+    harness.add("!b", list(range(20, 30)), max_tokens=1)
+    harness.drain()
+    assert harness.chunks == [
+        [("a", 0, 8)],
+        [("!b", 0, 7), ("a", 8, 1)],
+        [("!b", 7, 3), ("a", 9, 5)],
+        [("a", 14, 6)],
+    ]
+
+
+def test_nobody_joins_for_the_tokens_that_others_are_sure_of() -> None:
+    harness = Harness(max_num_batched_tokens=3, max_num_seqs=3, policy=UrgentFirst(), enable_prefix_caching=False)
+    for request_id in ("!a", "!b", "c"):
+        harness.add(request_id, [1, 2, 3], max_tokens=1)
+    harness.drain()
+    assert harness.chunks == [[("!a", 0, 3)], [("!b", 0, 3)], [("c", 0, 3)]]
+    harness = Harness(max_num_batched_tokens=3, max_num_seqs=3, policy=UrgentFirst(), enable_prefix_caching=False)
+    harness.add("a", [1, 2, 3, 4, 5], max_tokens=1)
+    harness.step()
+    for request_id in ("!b", "!c"):
+        harness.add(request_id, [1, 2], max_tokens=1)
+    harness.drain()
+    assert harness.chunks == [[("a", 0, 3)], [("!b", 0, 2), ("a", 3, 1)], [("!c", 0, 2), ("a", 4, 1)]]
+
+
+class Notes(FirstComeFirstServed):
+    """Writes down what it is told."""
 
     def __init__(self) -> None:
-        self._is_forming: bool | None = None
+        self.notes: list[str] = []
 
-    def order(self, waiting: Collection[Request], now: float) -> Iterable[Request]:
-        self._is_forming = None  # decided when the first of them is asked about
-        return waiting
+    def on_arrival(self, request: Request) -> None:
+        self.notes.append(f"{request.request_id} arrives")
 
-    def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-        if self._is_forming is None:
-            self._is_forming = not running
-        return self._is_forming
+    def on_admission(self, request: Request) -> None:
+        self.notes.append(f"{request.request_id} joins")
+
+    def on_progress(self, request: Request, num_tokens: int) -> None:
+        self.notes.append(f"{request.request_id} +{num_tokens} = {request.num_output_tokens}")
+
+    def on_finish(self, request: Request, reason: FinishReason) -> None:
+        self.notes.append(f"{request.request_id} ends by {reason.value}")
 
 
-def test_a_policy_may_admit_into_an_empty_batch_only() -> None:
-    harness = Harness(max_num_seqs=3, policy=StaticBatches())
-    for index, max_tokens in enumerate((1, 4, 2, 1, 3)):
-        harness.add(f"r{index}", [index], max_tokens)
+def notes(act: Callable[[Harness], object], **limits: int) -> list[str]:
+    policy = Notes()
+    harness = Harness(policy=policy, **limits)
+    act(harness)
     harness.drain()
-    assert admissions(harness) == [["r0", "r1", "r2"], [], [], [], ["r3", "r4"], [], []]
-    assert set(harness.finish_reasons.values()) == {FinishReason.LENGTH}
+    return policy.notes
 
 
-def test_static_batches_that_outgrow_the_cache_are_served_all_the_same() -> None:
-    harness = Harness(num_blocks=4, block_size=2, max_model_len=8, policy=StaticBatches())
-    for request_id in "abc":
-        harness.add(request_id, [ord(request_id)], max_tokens=6)
+def test_a_policy_is_told_what_becomes_of_requests() -> None:
+    def act(harness: Harness) -> None:
+        harness.add("a", [1, 2, 3], max_tokens=2)
+        harness.add("b", [1], max_tokens=0)
+
+    told = notes(act, max_num_seqs=1, max_chunk_tokens=2)
+    assert told == [
+        *("a arrives", "b arrives", "a joins", "a +1 = 1", "a +1 = 2", "a ends by length"),
+        *("b joins", "b ends by length"),
+    ]
+
+
+def test_a_policy_is_told_of_preemptions_by_the_second_admission() -> None:
+    def act(harness: Harness) -> None:
+        harness.add("a", [1, 2, 3], max_tokens=3)
+        harness.add("b", [4, 5, 6], max_tokens=3)
+
+    told = [note for note in notes(act, num_blocks=4, block_size=2, max_model_len=8) if note.startswith("b")]
+    assert told == ["b arrives", "b joins", "b +1 = 1", "b +1 = 2", "b joins", "b +1 = 3", "b ends by length"]
+
+
+def test_a_policy_is_told_of_every_end_once() -> None:
+    def act(harness: Harness) -> None:
+        for request_id in "abcd":
+            harness.add(request_id, [ord(request_id)], max_tokens=2)
+        harness.abort("d")  # while it waits
+        harness.step()
+        harness.abort("a")  # while it runs
+        harness.executor.error = lambda share: "Injected" if share.request_id == "b" else None
+
+        def fail(output: SchedulerOutput) -> None:
+            if any(share.request_id == "c" for share in output.scheduled):
+                raise InjectedError
+
+        harness.executor.fail = fail
+
+    ends = [note for note in notes(act) if "ends" in note]
+    assert ends == ["d ends by abort", "a ends by abort", "b ends by error", "c ends by error"]
+
+
+def test_the_scheduler_knows_when_there_is_something_to_do() -> None:
+    class Later(FirstComeFirstServed):
+        def wake_time(self, now: float) -> float:
+            return 5.0
+
+        def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
+            return now >= 5.0
+
+    harness = Harness(policy=Later())
+    assert harness.scheduler.wake_time(0.0) is None, "nothing without a request"
+    harness.add("a", [1], max_tokens=2)
+    assert harness.scheduler.wake_time(0.0) == 5.0
+    harness.now = 7.0
+    assert harness.scheduler.wake_time(7.0) == 7.0, "never in the past"
+    harness.step()
+    assert harness.scheduler.wake_time(8.0) == 8.0, "who runs has something to do"
     harness.drain()
-    assert harness.scheduler.stats().num_preemptions > 0
-    for request_id in "abc":
-        assert harness.token_ids[request_id] == generate(hashed(50), request_id, [ord(request_id)], params(6))
+    assert harness.scheduler.wake_time(9.0) is None
 
 
 class ShortestFirst(FirstComeFirstServed):

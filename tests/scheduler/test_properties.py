@@ -6,18 +6,24 @@ harness checks invariants and limits after every step.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from scheduler.config import PolicyConfig
 from scheduler.errors import ContextLengthError, QueueFullError
 from scheduler.output import FinishReason, SamplingParams, SchedulerOutput
+from scheduler.policies import POLICIES
 from tests.fakes import Draft, Harness, InjectedError, digest, generate, hashed
 
 VOCAB_SIZE = 4  # so few that prompts share prefixes, stop tokens come up and guesses hit
 CHOOSE = hashed(VOCAB_SIZE)
+# Steps are a second each: in the length of a run waiting must come to matter.
+KNOBS = PolicyConfig(ageing_seconds=10, ageing_tokens=0.5, ttft_slo_ms=5000, tpot_slo_ms=2000, static_timeout_seconds=3)
 
 
 @dataclass
@@ -26,7 +32,6 @@ class Asked:
 
     prompt: list[int]
     params: SamplingParams
-    must_fail: bool = False
 
 
 def noisy_guesses(longest: int, salt: int) -> Draft:
@@ -43,8 +48,28 @@ def noisy_guesses(longest: int, salt: int) -> Draft:
     return draft
 
 
+def check_answer(harness: Harness, request_id: str, asked: Asked, is_at_fault: bool) -> None:
+    """Whoever was answered to the end has what it gets alone; the others have its beginning."""
+    reason, token_ids = harness.finish_reasons[request_id], harness.token_ids[request_id]
+    alone = generate(CHOOSE, request_id, asked.prompt, asked.params)
+    if reason in (FinishReason.ABORT, FinishReason.ERROR):
+        assert token_ids == alone[: len(token_ids)]
+        assert reason is FinishReason.ABORT or is_at_fault
+        return
+    assert not is_at_fault
+    assert token_ids == alone
+    is_stopped = alone and alone[-1] in asked.params.stop_token_ids
+    assert reason is (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
+    if asked.params.num_logprobs is not None:
+        text = list(enumerate(asked.prompt + alone))
+        scored = harness.prompt_logprobs[request_id] + harness.logprobs[request_id]
+        assert [(entry.rank, -entry.logprob) for entry in scored] == text[1:]
+
+
 class Workload(RuleBasedStateMachine):
     """Requests arrive, are aborted and fail while the engine steps."""
+
+    policy: str
 
     @initialize(
         num_blocks=st.integers(1, 12),
@@ -64,6 +89,8 @@ class Workload(RuleBasedStateMachine):
             max_model_len=40,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + spare_budget,
+            policy=self.policy,
+            knobs=KNOBS,
             **limits,  # type: ignore[arg-type]  # only limits are left
         )
         self.asked: dict[str, Asked] = {}
@@ -85,13 +112,23 @@ class Workload(RuleBasedStateMachine):
         max_tokens=st.integers(0, 12),
         stop_token_ids=st.frozensets(st.integers(0, VOCAB_SIZE + 2), max_size=1),
         is_scored=st.booleans(),
+        scheduling=st.fixed_dictionaries(
+            {"client": st.sampled_from("ab"), "priority": st.integers(-3, 3), "ttft_slo_ms": st.none() | st.just(100.0)}
+        ),
     )
     def add(
-        self, prompt: list[int], repeats: int, max_tokens: int, stop_token_ids: frozenset[int], is_scored: bool
+        self,
+        *,
+        prompt: list[int],
+        repeats: int,
+        max_tokens: int,
+        stop_token_ids: frozenset[int],
+        is_scored: bool,
+        scheduling: dict[str, object],
     ) -> None:
         prompt = [0, 1, 2, 3, 3, 2, 1, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 3, 1, 3][:repeats] + prompt
         count = 0 if is_scored else None
-        others = {"stop_token_ids": stop_token_ids, "num_logprobs": count, "num_prompt_logprobs": count}
+        others = {"stop_token_ids": stop_token_ids, "num_logprobs": count, "num_prompt_logprobs": count} | scheduling
         request_id = f"r{len(self.asked)}"
         config, num_unfinished = self.harness.config, self.harness.scheduler.num_unfinished
         num_tokens = len(prompt) + max_tokens
@@ -153,37 +190,112 @@ class Workload(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "harness"):
             return
-        # Whoever is first in line advances by a token in every step, and is nobody's victim.
+        # Under fcfs whoever is first in line advances by a token in every step, and is nobody's victim.  Other policies
+        # may change their mind about who is first, but only so often, and a static batch waits until it is formed.
         bound = sum(len(asked.prompt) + asked.params.max_tokens for asked in self.asked.values())
-        self.harness.drain(max_steps=bound)
+        self.harness.drain(max_steps=bound if self.policy == "fcfs" else 3 * (bound + len(self.asked)))
         for request_id, asked in self.asked.items():
-            self._check_answer(request_id, asked)
-
-    def _check_answer(self, request_id: str, asked: Asked) -> None:
-        reason, token_ids = self.harness.finish_reasons[request_id], self.harness.token_ids[request_id]
-        alone = generate(CHOOSE, request_id, asked.prompt, asked.params)
-        if reason in (FinishReason.ABORT, FinishReason.ERROR):
-            assert token_ids == alone[: len(token_ids)]
-            assert reason is FinishReason.ABORT or request_id in self.broken | self.unwell
-            return
-        assert request_id not in self.broken | self.unwell
-        assert token_ids == alone
-        is_stopped = alone and alone[-1] in asked.params.stop_token_ids
-        assert reason is (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
-        if asked.params.num_logprobs is not None:
-            text = list(enumerate(asked.prompt + alone))
-            scored = self.harness.prompt_logprobs[request_id] + self.harness.logprobs[request_id]
-            assert [(entry.rank, -entry.logprob) for entry in scored] == text[1:]
+            check_answer(self.harness, request_id, asked, request_id in self.broken | self.unwell)
 
 
-def test_every_request_gets_what_it_gets_alone() -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_request_gets_what_it_gets_alone(policy: str) -> None:
     run_state_machine_as_test(
-        Workload,
+        type("Workload", (Workload,), {"policy": policy}),
         settings=settings(
-            max_examples=250,
+            max_examples=250 if policy == "fcfs" else 30,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# -- busy workloads --------------------------------------------------------------------------------------------------
+
+
+def busy_harness(rng: random.Random, policy: str) -> Harness:
+    """Few rows and few blocks, hardly more than the largest request needs."""
+    block_size, max_num_seqs = rng.randint(1, 4), rng.randint(1, 4)
+    return Harness(
+        CHOOSE,
+        noisy_guesses(rng.randint(1, 4), rng.randint(0, 99)) if rng.random() < 0.5 else None,
+        policy=policy,
+        knobs=KNOBS,
+        num_blocks=-(-rng.choice([24, 30, 60]) // block_size),
+        block_size=block_size,
+        max_model_len=24,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.randint(0, 12),
+        max_chunk_tokens=rng.randint(2, 12),
+        enable_prefix_caching=rng.random() < 0.5,
+    )
+
+
+def ask(rng: random.Random, harness: Harness, request_id: str) -> Asked:
+    prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 12))]
+    others: dict[str, object] = {
+        "stop_token_ids": frozenset({rng.randrange(VOCAB_SIZE)} if rng.random() < 0.2 else ()),
+        "client": rng.choice("abc"),
+        "priority": rng.randint(-3, 3),
+        "ttft_slo_ms": rng.choice([None, 100.0, 20_000.0]),
+    }
+    return Asked(prompt, harness.add(request_id, prompt, rng.randint(0, 12), **others).params)
+
+
+def run_busily(rng: random.Random, harness: Harness) -> int:
+    """Requests come in bursts; some are aborted, a few are at fault, and a step may fail for once.
+
+    Returns:
+        Over all steps, the number of padding rows after it.
+    """
+    num_padding = 0
+    asked: dict[str, Asked] = {}
+    at_fault: set[str] = set()
+    spoilt: set[str] = set()  # at fault after they were answered, as padding
+    fails_now = False
+
+    def fail(output: SchedulerOutput) -> None:
+        nonlocal fails_now
+        fails, fails_now = fails_now, False
+        if fails or any(share.request_id in at_fault | spoilt for share in output.scheduled):
+            raise InjectedError("step")
+
+    harness.executor.fail = fail
+    for _ in range(40):
+        for _ in range(rng.choice([0, 0, 0, 1, 3])):
+            request_id = f"r{len(asked)}"
+            asked[request_id] = ask(rng, harness, request_id)
+        unfinished = sorted(asked.keys() - harness.finish_reasons.keys())
+        if unfinished and rng.random() < 0.1:
+            harness.abort(rng.choice(unfinished))
+            harness.scheduler.check_invariants()
+        elif unfinished and rng.random() < 0.05:
+            at_fault.add(rng.choice(unfinished))
+        spoilt |= {request_id for request_id in harness.scheduler.padding if rng.random() < 0.02}
+        fails_now = rng.random() < 0.05
+        harness.step()
+        num_padding += len(harness.scheduler.padding)
+    harness.drain(max_steps=3 * sum(len(one.prompt) + one.params.max_tokens + 1 for one in asked.values()))
+    for request_id, one in asked.items():
+        check_answer(harness, request_id, one, request_id in at_fault)
+    return num_padding
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_under_load_every_request_gets_what_it_gets_alone(policy: str) -> None:
+    num_preemptions = num_padding = 0
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(seed=st.integers(0, 2**32))
+    def run(seed: int) -> None:
+        nonlocal num_preemptions, num_padding
+        rng = random.Random(seed)
+        harness = busy_harness(rng, policy)
+        num_padding += run_busily(rng, harness)
+        num_preemptions += harness.scheduler.stats().num_preemptions
+
+    run()
+    assert num_preemptions > 20, "blocks were meant to be few"
+    assert (num_padding > 200) == (policy == "static")

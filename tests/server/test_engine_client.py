@@ -8,11 +8,13 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import tests.server.fake_engine as fake
+from scheduler.config import PolicyConfig
 from scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
 from scheduler.output import RequestOutput, SamplingParams
 from server.engine.client import EngineClient, EngineState
@@ -57,6 +59,12 @@ def config(checkpoint: str) -> EngineConfig:
         max_num_batched_tokens=16,
         max_chunk_tokens=16,
         max_num_waiting=1,
+        speculation="off",
+        num_spec_tokens=None,
+        draft_checkpoint=None,
+        draft_layers=None,
+        verification="coupled",
+        **asdict(PolicyConfig()),
     )
 
 

@@ -8,7 +8,14 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerStats, TokenLogprobs
+from scheduler.output import (
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    SchedulerStats,
+    SchedulingParams,
+    TokenLogprobs,
+)
 from server.engine.messages import Abort, Command, EngineRequest, News, Ready, Report, StartFailed, Submit
 
 names = st.text(string.printable, max_size=12)
@@ -23,7 +30,10 @@ params = st.builds(
     stop_token_ids=st.frozensets(st.integers(0, 2**31), max_size=4),
     num_logprobs=st.none() | st.integers(0, 20),
 )
-requests = st.builds(EngineRequest, names, token_ids, params, floats, token_ids)
+scheduling = st.builds(
+    SchedulingParams, client=names, priority=st.integers(-1000, 1000), ttft_slo_ms=st.none() | floats
+)
+requests = st.builds(EngineRequest, names, token_ids, params, floats, token_ids, scheduling)
 logprobs = st.none() | st.lists(st.builds(TokenLogprobs, floats, st.integers(1, 2**31), token_ids, st.lists(floats)))
 outputs = st.builds(
     RequestOutput,

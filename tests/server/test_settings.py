@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pydantic
 import pytest
 
+from scheduler.config import PolicyConfig
 from scheduler.errors import ConfigError
 from server.settings import Settings, load_settings
 
@@ -77,6 +79,17 @@ def test_the_backend_on_the_command_line() -> None:
     assert load_settings(["--pin-threads"]).engine.pin_threads is True
 
 
+def test_the_knobs_of_the_policies_are_settings() -> None:
+    """Their defaults stand here, too, so that `--help` shows them."""
+    scheduler = load_settings([]).scheduler
+    for name, default in asdict(PolicyConfig()).items():
+        assert getattr(scheduler, name) == default, name
+    args = ["--policy", "sjf", "--predictor", "max_tokens", "--ageing-tokens=5", "--static-timeout-seconds", "0.5"]
+    scheduler = load_settings(args).scheduler
+    assert (scheduler.policy, scheduler.predictor) == ("sjf", "max_tokens")
+    assert (scheduler.ageing_tokens, scheduler.static_timeout_seconds) == (5.0, 0.5)
+
+
 def test_lists_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_SERVER__API_KEYS", '["a", "b"]')
     assert load_settings([]).server.api_keys == ("a", "b")
@@ -98,6 +111,12 @@ def test_lists_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> N
         (["--backend", "cuda"], "engine.backend: input should be 'auto', 'native' or 'torch'"),
         (["--quantization", "int4"], "engine.quantization: input should be 'none' or 'int8'"),
         (["--kv-cache-dtype", "bfloat16"], "cache.kv_cache_dtype: input should be 'auto', 'float32' or 'float16'"),
+        (["--predictor", "oracle"], "scheduler.predictor: input should be 'max_tokens' or 'learned'"),
+        (["--ageing-seconds", "0"], "scheduler.ageing_seconds: input should be greater than 0"),
+        (["--ageing-tokens", "inf"], "scheduler.ageing_tokens: input should be a finite number"),
+        (["--prompt-weight", "-1"], "scheduler.prompt_weight: input should be greater than 0"),
+        (["--ttft-slo-ms", "fast"], "scheduler.ttft_slo_ms: input should be a valid number"),
+        (["--static-timeout-seconds", "4000"], "scheduler.static_timeout_seconds: input should be less than or equal"),
         (["--pin-threads", "2"], "unrecognized arguments: 2"),
         (["--log-level", "loud"], "server.log_level: "),
         (["--api-keys", ""], "server.api_keys.0: string should have at least 1 character"),

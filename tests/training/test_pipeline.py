@@ -77,7 +77,7 @@ def test_a_draft_is_distilled_and_judged_beside_its_target(tiny_recipe: Recipe, 
     network = replace(tiny_recipe.network, vocab_size=400)
     target = replace(tiny_recipe, name="target", network=network)
     thin = replace(network, num_layers=1, num_experts=0, tie_word_embeddings=False)
-    draft = replace(tiny_recipe, name="draft", network=thin, teacher=target)
+    draft = replace(tiny_recipe, name="draft", network=thin, teacher=target, echo_tokens=5000)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         Pipeline(tmp_path, draft).train(Budget(tokens=64))
     for recipe in (target, draft):

@@ -1,0 +1,108 @@
+"""Text that the target writes itself, for a draft to learn from.
+
+A draft is asked behind the target's words, not behind those of the corpus, so it is distilled on both (Zhou et al.
+2023, "DistillSpec").  The target writes on Shoal's own backend: a batch of documents' beginnings at a time, each
+continued to the same length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from model.batch import Backend, ForwardBatch, Int32, SamplingBatch
+
+from .tokens import Tokens
+
+NUM_ROWS = 64  # texts that are written at once
+LENGTH = 512  # tokens of a text, its beginning among them, where the target's context is so long
+BLOCK_SIZE = 16
+_GIVEN = (32, 16, 8, 4)  # the part of a text that is its beginning, batch by batch
+_TEMPERATURES = (0.0, 0.8, 0.8, 1.0)  # row by row
+
+
+def write_echoes(
+    create_backend: Callable[[int], Backend],
+    tokens: Tokens,
+    num_tokens: int,
+    *,
+    length: int,
+    end_of_text: int,
+    observe: Callable[[int], None],
+) -> Tokens:
+    """Continue documents of `tokens`, chosen by their number, until there are `num_tokens` of text.
+
+    Args:
+        create_backend: makes the target's, with so many blocks of BLOCK_SIZE tokens.
+        tokens: documents, each behind an `end_of_text`.
+        length: of each text, in tokens, a multiple of BLOCK_SIZE.
+        observe: called with the number of tokens so far.
+
+    Returns:
+        The texts one after the other, each behind an `end_of_text`.
+    """
+    starts = np.flatnonzero(tokens[: len(tokens) - length] == end_of_text)
+    num_batches = -(-num_tokens // (NUM_ROWS * length))
+    backend = create_backend(NUM_ROWS * length // BLOCK_SIZE)
+    texts = []
+    for number in range(num_batches):
+        given = length // _GIVEN[number % len(_GIVEN)]
+        chosen = np.random.default_rng(number).choice(starts, NUM_ROWS)
+        beginnings = tokens[chosen[:, None] + np.arange(given)].astype(np.int32)
+        texts.append(_continue(backend, beginnings, length, seed=number))
+        observe(min(num_tokens, (number + 1) * NUM_ROWS * length))
+    return np.concatenate(texts).reshape(-1).astype(np.uint16)
+
+
+def _continue(backend: Backend, beginnings: Int32, length: int, seed: int) -> Int32:
+    """Texts [NUM_ROWS, length] that go on from beginnings [NUM_ROWS, given]."""
+    texts = np.zeros((NUM_ROWS, length), np.int32)
+    given = beginnings.shape[1]
+    texts[:, :given] = beginnings
+    seeds = np.arange(NUM_ROWS, dtype=np.uint64) + np.uint64(seed * NUM_ROWS)
+    begin = 0
+    for end in range(given, length):
+        texts[:, end] = backend.execute(_step(texts, begin, end), _sampling(seeds, end)).token_ids
+        begin = end
+    return texts
+
+
+def _step(texts: Int32, begin: int, end: int) -> ForwardBatch:
+    """Compute the tokens `begin` to `end` of every text; row r owns the r-th part of the blocks."""
+    length = texts.shape[1]
+    positions = np.arange(begin, end, dtype=np.int32)
+    ends = np.arange(NUM_ROWS + 1, dtype=np.int32) * np.int32(end - begin)
+    return ForwardBatch(
+        token_ids=texts[:, begin:end].flatten(),
+        positions=np.tile(positions, NUM_ROWS),
+        slot_mapping=(np.arange(NUM_ROWS, dtype=np.int32)[:, None] * np.int32(length) + positions).flatten(),
+        query_start_loc=ends,
+        context_lens=np.full(NUM_ROWS, end, np.int32),
+        block_tables=np.arange(NUM_ROWS * length // BLOCK_SIZE, dtype=np.int32).reshape(NUM_ROWS, -1),
+        logits_indices=ends[1:] - np.int32(1),
+    )
+
+
+def _sampling(seeds: np.ndarray[tuple[int], np.dtype[np.uint64]], position: int) -> SamplingBatch:
+    zeros, ones, none = np.zeros(NUM_ROWS, np.float32), np.ones(NUM_ROWS, np.float32), np.empty(0, np.int32)
+    minus_ones = np.full(NUM_ROWS, -1, np.int32)
+    return SamplingBatch(
+        temperature=np.resize(np.array(_TEMPERATURES, np.float32), NUM_ROWS),
+        top_k=np.zeros(NUM_ROWS, np.int32),
+        top_p=ones,
+        min_p=zeros,
+        presence_penalty=zeros,
+        frequency_penalty=zeros,
+        repetition_penalty=ones,
+        seeds=seeds,
+        positions=np.full(NUM_ROWS, position, np.int64),
+        forced_token_ids=minus_ones,
+        num_logprobs=minus_ones,
+        penalty_rows=none,
+        penalty_token_ids=none,
+        penalty_counts=none,
+        bias_rows=none,
+        bias_token_ids=none,
+        bias=np.empty(0, np.float32),
+    )

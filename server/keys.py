@@ -1,0 +1,16 @@
+"""API keys as requests carry them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from secrets import compare_digest
+
+from fastapi import Request
+
+
+def known_key(request: Request, api_keys: Collection[str]) -> str | None:
+    """Which of these keys the request carries as a bearer token, if it carries one."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        return None
+    return next((key for key in api_keys if compare_digest(given.encode("latin-1"), key.encode())), None)

@@ -1,0 +1,27 @@
+"""From a request body to `SchedulingParams`: what the policy may know of a request."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from scheduler.output import SchedulingParams
+from server.wire.requests import GenerationBody
+
+
+def resolve_scheduling(body: GenerationBody, api_key: str | None) -> SchedulingParams:
+    """What the body says of its urgency, and whose it is.
+
+    The client is who carries this API key, for nobody can claim to be several; where the server asks for none, it is
+    `user`.
+    """
+    return SchedulingParams(
+        client=_name("key", api_key) if api_key else _name("user", body.user) if body.user else "",
+        priority=body.priority,
+        ttft_slo_ms=body.ttft_slo_ms,
+        tpot_slo_ms=body.tpot_slo_ms,
+    )
+
+
+def _name(kind: str, value: str) -> str:
+    """Short, and not the value itself, for names end in logs and a key must not."""
+    return blake2b(f"{kind} {value}".encode(), digest_size=8).hexdigest()

@@ -1,0 +1,38 @@
+"""Policies on the whole server: chosen by a setting, told of by the request, and never seen in a text."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.policies import POLICIES
+from tests.e2e.checkpoints import cycle_text
+from tests.e2e.conftest import StartServer
+from tests.e2e.harness import Waiting
+
+COMPLETIONS = "/v1/completions"
+LENGTHS = (60, 3, 25, 1, 40)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_answers_everybody_and_frees_everything(policy: str, start: StartServer) -> None:
+    """Five requests for two rows; the last static batch is not full, so that the engine wakes for its timeout."""
+    server = start("--policy", policy, "--max-num-seqs", "2", "--static-timeout-seconds", "0.05").wait_ready()
+    server.until("it says which policy it has", lambda: f"policy {policy}\n" in server.log)
+    waiting = [
+        Waiting(
+            server,
+            COMPLETIONS,
+            prompt="Z",
+            temperature=0,
+            ignore_eos=True,
+            max_tokens=max_tokens,
+            user=f"user {index % 2}",
+            priority=-index,
+            ttft_slo_ms=1000.0 / (index + 1),
+            tpot_slo_ms=50,
+        )
+        for index, max_tokens in enumerate(LENGTHS)
+    ]
+    texts = [one.answer().json()["choices"][0]["text"] for one in waiting]
+    assert texts == [cycle_text(max_tokens) for max_tokens in LENGTHS]
+    server.wait_idle()

@@ -1,0 +1,116 @@
+"""The engine's loop: how long it waits, and that what crossed to it reaches the scheduler.  With fake sockets and a
+virtual clock: waiting moves the clock on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import zmq
+
+from scheduler.output import SamplingParams, SchedulingParams
+from scheduler.policies.static import Static
+from server.engine.messages import Abort, Command, EngineRequest, News, Report, Submit
+from server.engine.process import EngineLoop, Sockets, _encoder
+from tests.fakes import Harness
+
+TIMEOUT = 2.5
+
+
+class FakeSockets(Sockets):
+    """Plays commands, each at its time.
+
+    Attributes:
+        waits: how long the loop was ready to wait, in each turn.
+        reports: what it sent, with the time.
+    """
+
+    def __init__(self, harness: Harness, commands: list[tuple[float, Command]]) -> None:
+        self.harness = harness
+        self.to_come = commands
+        self.waits: list[float | None] = []
+        self.sent: list[tuple[float, Report]] = []
+
+    def send(self, report: Report) -> None:
+        self.sent.append((self.harness.now, report))
+
+    def receive(self, seconds: float | None) -> list[Command]:
+        self.waits.append(seconds)
+        until = float("inf") if seconds is None else self.harness.now + seconds
+        if self.to_come and self.to_come[0][0] <= until:
+            until = max(self.harness.now, self.to_come[0][0])
+        assert until < float("inf"), "the loop would wait for ever"
+        self.harness.now = until
+        come = [command for time, command in self.to_come if time <= until]
+        self.to_come = self.to_come[len(come) :]
+        return come
+
+
+def submit(request_id: str, arrival_time: float, max_tokens: int = 1) -> Submit:
+    scheduling = SchedulingParams(client="me", priority=3, ttft_slo_ms=5.0)
+    params = SamplingParams(max_tokens=max_tokens, seed=0)
+    return Submit([EngineRequest(request_id, [1, 2], params, arrival_time, scheduling=scheduling)])
+
+
+def run(commands: list[tuple[float, Command]], stop: Callable[[FakeSockets], bool]) -> FakeSockets:
+    harness = Harness(policy=Static(2, TIMEOUT), max_num_seqs=2)
+    sockets = FakeSockets(harness, commands)
+    loop = EngineLoop(harness.engine, sockets)
+    while not stop(sockets):
+        loop.turn()
+    return sockets
+
+
+def ends(sockets: FakeSockets) -> dict[str, float]:
+    """When each request's last news was sent."""
+    return {
+        output.request_id: time
+        for time, report in sockets.sent
+        if isinstance(report, News)
+        for output in report.outputs
+        if output.finish_reason
+    }
+
+
+def test_the_loop_wakes_for_the_timeout_of_a_static_batch() -> None:
+    sockets = run([(10.0, submit("a", 10.0))], lambda sockets: "a" in ends(sockets))
+    assert ends(sockets) == {"a": 10.0 + TIMEOUT}
+    assert sockets.waits == [None, TIMEOUT], "for the first command as long as it takes, and then no longer than needed"
+
+
+def test_a_request_that_comes_meanwhile_fills_the_batch() -> None:
+    sockets = run([(10.0, submit("a", 10.0)), (11.0, submit("b", 11.0))], lambda sockets: len(ends(sockets)) == 2)
+    assert ends(sockets) == {"a": 11.0, "b": 11.0}
+    assert sockets.waits == [None, TIMEOUT]
+
+
+def test_the_loop_does_not_wait_while_requests_run() -> None:
+    sockets = run([(0.0, submit("a", 0.0, 3)), (0.0, submit("b", 0.0, 3))], lambda sockets: len(ends(sockets)) == 2)
+    assert sockets.waits == [None, 0.0, 0.0]
+
+
+def test_after_an_abort_there_is_nothing_to_wake_for() -> None:
+    sockets = run([(1.0, submit("a", 1.0)), (2.0, Abort(["a"])), (90.0, submit("b", 90.0))], lambda s: "b" in ends(s))
+    assert sockets.waits == [None, TIMEOUT, None, TIMEOUT]
+
+
+def test_what_the_policy_may_know_reaches_the_scheduler() -> None:
+    harness = Harness(policy=Static(2, TIMEOUT), max_num_seqs=2)
+    EngineLoop(harness.engine, FakeSockets(harness, [(0.0, submit("a", 0.0))])).turn()
+    assert harness.scheduler.waiting["a"].scheduling == SchedulingParams(client="me", priority=3, ttft_slo_ms=5.0)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.002])
+def test_the_sockets_give_up_waiting(seconds: float) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    near, far = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    try:
+        near.bind("inproc://commands")
+        far.connect("inproc://commands")
+        sockets = Sockets(near, far)
+        assert sockets.receive(seconds) == []
+        for request_id in "ab":
+            far.send(_encoder.encode(Abort([request_id])))
+        assert sockets.receive(None) == [Abort(["a"]), Abort(["b"])]
+    finally:
+        context.destroy(linger=0)

@@ -1,0 +1,100 @@
+"""What a request says of its urgency, and whose it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from scheduler.errors import InvalidRequestError
+from scheduler.output import SchedulingParams
+from server.keys import known_key
+from server.scheduling import resolve_scheduling
+from server.wire.requests import ChatBody, CompletionBody, parse_body
+
+BODIES: list[tuple[Any, dict[str, Any]]] = [
+    (CompletionBody, {"prompt": "a"}),
+    (ChatBody, {"messages": [{"role": "user", "content": "a"}]}),
+]
+
+
+@pytest.fixture(params=BODIES, ids=["completion", "chat"])
+def parse(request: pytest.FixtureRequest) -> Any:
+    kind, required = request.param
+    return lambda **fields: parse_body(kind, json.dumps(required | fields).encode())
+
+
+def test_what_is_not_said_is_left_to_the_policy(parse: Any) -> None:
+    assert resolve_scheduling(parse(), None) == SchedulingParams()
+    assert resolve_scheduling(parse(ttft_slo_ms=None, tpot_slo_ms=None, user=None), None) == SchedulingParams()
+
+
+def test_what_is_said_is_handed_on(parse: Any) -> None:
+    params = resolve_scheduling(parse(priority=-7, ttft_slo_ms=250, tpot_slo_ms=12.5), None)
+    assert (params.priority, params.ttft_slo_ms, params.tpot_slo_ms) == (-7, 250.0, 12.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("priority", 1001, "less than or equal to 1000"),
+        ("priority", -1001, "greater than or equal to -1000"),
+        ("priority", 0.5, "integer"),
+        ("priority", "high", "integer"),
+        ("priority", True, "integer"),
+        ("priority", None, "integer"),
+        ("ttft_slo_ms", 0, "greater than 0"),
+        ("ttft_slo_ms", -1, "greater than 0"),
+        ("ttft_slo_ms", 3_600_001, "less than or equal to 3600000"),
+        ("ttft_slo_ms", float("nan"), "finite"),
+        ("tpot_slo_ms", 0, "greater than 0"),
+        ("tpot_slo_ms", float("inf"), "finite"),
+        ("tpot_slo_ms", 1e300, "less than or equal to 3600000"),
+        ("tpot_slo_ms", "fast", "number"),
+        ("user", 5, "string"),
+    ],
+)
+def test_a_bad_value_is_refused_with_field_and_limit(parse: Any, field: str, value: Any, limit: str) -> None:
+    with pytest.raises(InvalidRequestError, match=limit) as caught:
+        parse(**{field: value})
+    assert caught.value.param == field
+    assert caught.value.message.startswith(f"{field}: ")
+
+
+def test_the_client_is_the_key_and_else_the_user(parse: Any) -> None:
+    def client(user: str | None, key: str | None) -> str:
+        return resolve_scheduling(parse(user=user), key).client
+
+    assert client(None, None) == client("", None) == ""
+    assert client("me", None) == client("me", None)
+    names = [client(None, None), client("me", None), client("you", None), client("me", "a key"), client("me", "b key")]
+    assert len(set(names)) == len(names)
+    assert client("me", "a key") == client("you", "a key") == client(None, "a key"), "nobody is several"
+    assert client("a key", None) != client(None, "a key"), "nobody can pass for the bearer of a key"
+
+
+def test_names_of_clients_are_short_and_tell_nobody_the_key(parse: Any) -> None:
+    for params in (resolve_scheduling(parse(user="u" * 10_000), None), resolve_scheduling(parse(), "Schlüssel")):
+        assert len(params.client) == 16
+        assert "Schlüssel" not in repr(params)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("Bearer first", "first"),
+        ("bearer first", "first"),
+        ("Bearer dritter-Schlüssel", "dritter-Schlüssel"),
+        ("Bearer firs", None),
+        ("Bearer firstt", None),
+        ("Basic first", None),
+        ("Bearer", None),
+        ("", None),
+    ],
+)
+def test_the_key_that_a_request_carries(header: str, expected: str | None) -> None:
+    request = Request({"type": "http", "headers": [(b"authorization", header.encode())]})
+    assert known_key(request, ("first", "dritter-Schlüssel")) == expected
+    assert known_key(request, ()) is None
