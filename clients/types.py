@@ -25,6 +25,7 @@ class SamplingOptions(TypedDict, total=False):
 
     The second group are extensions of OpenAI's API; the field names are those of the server's reference.  The third
     tell the server's scheduling policy whose the request is and how urgent: when tokens come, and never which.
+    `speculation` "off" does without drafted tokens: slower, and the same text.
     """
 
     model: str
@@ -50,6 +51,8 @@ class SamplingOptions(TypedDict, total=False):
     ttft_slo_ms: float
     tpot_slo_ms: float
 
+    speculation: str
+
 
 class CompletionOptions(SamplingOptions, total=False):
     """Optional fields of a completion request; `logprobs` is the number of alternatives to report for each token."""
@@ -67,11 +70,18 @@ class ChatOptions(SamplingOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that a request used; `num_cached_tokens` of the prompt's were found in the prefix cache."""
+    """Tokens that a request used.
+
+    Attributes:
+        num_cached_tokens: of the prompt's, those found in the prefix cache.
+        num_accepted_tokens, num_rejected_tokens: drafted tokens that verification kept, and not.
+    """
 
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_rejected_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

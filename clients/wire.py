@@ -215,10 +215,13 @@ def _logprobs(logprobs: Any) -> tuple[TokenLogprob, ...] | None:
 
 def _usage(usage: Any) -> Usage:
     details = usage.get("prompt_tokens_details") or {}
+    drafted = usage.get("completion_tokens_details") or {}
     return Usage(
         num_prompt_tokens=usage["prompt_tokens"],
         num_output_tokens=usage.get("completion_tokens", 0),
         num_cached_tokens=details.get("cached_tokens") or 0,
+        num_accepted_tokens=drafted.get("accepted_prediction_tokens") or 0,
+        num_rejected_tokens=drafted.get("rejected_prediction_tokens") or 0,
     )
 
 

@@ -155,6 +155,7 @@ USAGE = {
     "completion_tokens": 2,
     "total_tokens": 7,
     "prompt_tokens_details": {"cached_tokens": 4},
+    "completion_tokens_details": {"accepted_prediction_tokens": 1, "rejected_prediction_tokens": 3},
 }
 
 

@@ -90,10 +90,13 @@ def test_a_completion_is_read_as_the_official_client_reads_it(
     assert ours.text == "größer"
     assert theirs.usage is not None
     assert theirs.usage.prompt_tokens_details is not None
+    assert theirs.usage.completion_tokens_details is not None
     assert ours.usage == Usage(
         theirs.usage.prompt_tokens,
         theirs.usage.completion_tokens,
         theirs.usage.prompt_tokens_details.cached_tokens or 0,
+        theirs.usage.completion_tokens_details.accepted_prediction_tokens or 0,
+        theirs.usage.completion_tokens_details.rejected_prediction_tokens or 0,
     )
     assert (ours.id, ours.created, ours.model, ours.seed) == (theirs.id, theirs.created, theirs.model, 99)
 

@@ -37,7 +37,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def make_requests() -> list[dict[str, Any]]:
+def make_requests(count: int = NUM_REQUESTS) -> list[dict[str, Any]]:
     """A fifth of the prompts begins like another fifth; each goes on in its own way."""
     source = inspect.getsource(textwrap)
     beginnings = [source[start : start + 450] for start in range(0, 4500, 900)]
@@ -49,7 +49,7 @@ def make_requests() -> list[dict[str, Any]]:
             "logprobs": 2,
             **OPTIONS[i % len(OPTIONS)],
         }
-        for i in range(NUM_REQUESTS)
+        for i in range(count)
     ]
 
 

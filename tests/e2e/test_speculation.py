@@ -1,0 +1,120 @@
+"""Speculation on the whole server: it can be switched, it is counted, and no text or log-probability shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.backends.native_library import supported_isas
+from tests.e2e.checkpoints import cycle_text
+from tests.e2e.conftest import StartServer
+from tests.e2e.harness import Server, run_shoal
+from tests.e2e.test_determinism import FEW_BLOCKS, make_requests, send_at_once
+
+COMPLETIONS = "/v1/completions"
+NUM_REQUESTS = 300
+METHODS = ("draft", "ngram", "self")
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """What 300 requests of all kinds are answered without speculation."""
+    server = Server(tmp_path_factory.mktemp("without")).wait_ready()
+    try:
+        return send_at_once(server, make_requests(NUM_REQUESTS), range(NUM_REQUESTS))
+    finally:
+        server.close()
+
+
+@pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("k", [None, *range(1, 9)])
+def test_300_requests(method: str, k: int | None, without: list[list[dict[str, Any]]], tmp_path: Path) -> None:
+    """Under preemption, and one in ten without speculation beside the others."""
+    length = () if k is None else ("--num-spec-tokens", str(k))
+    server = Server(tmp_path, "--speculation", method, *length, *FEW_BLOCKS).wait_ready()
+    try:
+        requests = [
+            request | ({"speculation": "off"} if i % 10 == 3 else {})
+            for i, request in enumerate(make_requests(NUM_REQUESTS))
+        ]
+        answers = send_at_once(server, requests, range(NUM_REQUESTS))
+        assert [i for i in range(NUM_REQUESTS) if answers[i] != without[i]] == []
+        assert server.metric("num_preemptions_total") > 0
+        if k is not None:
+            assert server.metric("spec_decode_num_accepted_tokens_total") > 0
+        server.wait_idle()
+    finally:
+        server.close()
+
+
+def test_it_is_counted_in_the_answer_and_in_the_metrics(start: StartServer) -> None:
+    """N-grams know the text after its first round: 13 bytes, of which the prompt is the last."""
+    server = start("--speculation", "ngram", "--num-spec-tokens", "4").wait_ready()
+    answer = server.complete("Z", temperature=0, ignore_eos=True, max_tokens=60)
+    assert answer["choices"][0]["text"] == cycle_text(60)
+    details = answer["usage"]["completion_tokens_details"]
+    accepted, rejected = details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]
+    assert accepted > 30
+    assert rejected == 0
+    assert server.metric("spec_decode_num_accepted_tokens_total") == accepted
+    assert server.metric("spec_decode_num_draft_tokens_total") == accepted + rejected
+    drafts = server.metric("spec_decode_num_drafts_total")
+    assert drafts * 4 >= accepted >= drafts
+    first = server.metric("spec_decode_num_accepted_tokens_per_pos_total", position="0")
+    assert drafts >= first >= server.metric("spec_decode_num_accepted_tokens_per_pos_total", position="3") > 0
+
+
+def test_a_request_can_do_without_it_and_asks_for_no_other(start: StartServer) -> None:
+    server = start("--speculation", "ngram", "--num-spec-tokens", "4").wait_ready()
+    params: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": 40}
+    off, on = (server.complete("Z", **params, speculation=method) for method in ("off", "ngram"))
+    assert off["choices"] == on["choices"]
+    assert off["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] == 0
+    assert on["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
+    for wanted, message in (
+        ("draft", "speculation 'draft' is not what this server was started with ('ngram')"),
+        ("fast", "speculation: input should be 'off', 'draft', 'ngram' or 'self'"),
+    ):
+        refused = server.post(COMPLETIONS, prompt="Z", speculation=wanted)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "speculation"
+        assert message in refused.json()["error"]["message"]
+
+
+def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> None:
+    server = start("--speculation", "ngram", "--num-spec-tokens", "8").wait_ready()
+    for max_tokens in range(20, 30):
+        params: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": max_tokens}
+        assert server.text("Z", **params) == cycle_text(max_tokens)
+        assert server.text("Z", **params, stop="楽") == server.text("Z", **params, stop="楽", speculation="off")
+    prompt = "Za数é👍Za数é👍Z"
+    whole, stopped = (server.text(prompt, temperature=0, max_tokens=40, stop=stop) for stop in (None, "é"))
+    assert stopped == whole.partition("é")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--speculation", "magic"], "speculation.method: input should be 'off', 'draft', 'ngram' or 'self'"),
+        (["--speculation", "ngram", "--num-spec-tokens", "17"], "speculation.num_spec_tokens: input should be less"),
+        (["--speculation", "ngram", "--num-spec-tokens", "0"], "speculation.num_spec_tokens: input should be greater"),
+        (["--speculation", "draft", "--draft-model", "nowhere"], "draft_model: 'nowhere' is neither"),
+        (["--speculation", "self", "--draft-layers", "99"], "draft_layers 99 leaves nothing to verify with"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_the_start(arguments: list[str], message: str, tmp_path: Path) -> None:
+    code, output = run_shoal(tmp_path, "serve", "--port", "0", *arguments)
+    assert code != 0
+    assert message in output
+
+
+def test_a_draft_with_another_vocabulary_is_refused_at_the_start(tmp_path: Path, cycle_folder: Path) -> None:
+    code, output = run_shoal(
+        tmp_path, "serve", "--port", "0", "--speculation", "draft", "--draft-model", str(cycle_folder)
+    )
+    assert code != 0
+    assert "draft_model" in output
+    assert "vocabulary of 320 tokens, the model one of 4096" in output
