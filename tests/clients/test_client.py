@@ -151,7 +151,7 @@ def test_logprobs_of_an_echoed_prompt(server: FakeServer, driver: Driver) -> Non
 
 
 def test_usage_without_details(server: FakeServer, driver: Driver) -> None:
-    server.json(completion("x", usage={**USAGE, "prompt_tokens_details": None}))
+    server.json(completion("x", usage={**USAGE, "prompt_tokens_details": None, "completion_tokens_details": None}))
     assert driver.call("complete", "x").usage == Usage(5, 2, 0)
 
 

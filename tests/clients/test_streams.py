@@ -53,7 +53,7 @@ def test_a_streamed_completion(server: FakeServer, driver: Driver) -> None:
     assert [chunk.text for chunk in ours] == ["".join(choice.text for choice in chunk.choices) for chunk in theirs]
     assert text_of(ours) == "The größte 🐟"
     assert [d.finish_reason for chunk in ours for d in chunk.choices] == [None, None, None, "stop"]
-    assert [chunk.usage for chunk in ours] == [None, None, None, None, Usage(5, 2, 4)]
+    assert [chunk.usage for chunk in ours] == [None, None, None, None, Usage(5, 2, 4, 1, 3)]
     assert {chunk.seed for chunk in ours} == {3}
     assert server.requests[0].body == server.requests[1].body
 
@@ -73,7 +73,7 @@ def test_a_streamed_chat_answer(server: FakeServer, driver: Driver) -> None:
         "".join(choice.delta.content or "" for choice in chunk.choices) for chunk in theirs
     ]
     assert text_of(ours) == "Hello"
-    assert ours[-1].usage == Usage(5, 2, 4)
+    assert ours[-1].usage == Usage(5, 2, 4, 1, 3)
     assert server.requests[0].body == server.requests[1].body
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.conftest import API_KEYS
 from tests.e2e.harness import Server, joined
 
-USAGE = {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"}
+USAGE = {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details"}
 COMPLETION_CHOICE = {"index", "text", "logprobs", "finish_reason"}
 PARAMS: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "the cat"}], **PARAMS}
