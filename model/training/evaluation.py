@@ -203,14 +203,20 @@ def held_out_headers(documents: list[Document]) -> Iterator[str]:
 
 
 def completes_function(header: str, body: str) -> bool:
-    """Whether the header and the body's lines parse, up to the end of the function or the last whole line."""
+    """Whether the header and the body's lines parse, up to the end of the function or the last whole line.
+
+    Where the limit has cut the body off right behind the head of a block, that head is no fault.
+    """
     lines = body.split("\n")
-    end = next((i for i, line in enumerate(lines) if line and not line.startswith(" ")), len(lines) - 1)
-    kept = "\n".join(lines[:end])
+    end = next((i for i, line in enumerate(lines) if line and not line.startswith(" ")), None)
+    kept = lines[: len(lines) - 1 if end is None else end]
+    while end is None and kept and kept[-1].endswith(":"):
+        kept.pop()
+    text = "\n".join(kept)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            ast.parse(f"{header}{kept}\n")
+            ast.parse(f"{header}{text}\n")
     except (SyntaxError, ValueError):
         return False
-    return bool(kept.strip())
+    return bool(text.strip())

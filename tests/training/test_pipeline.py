@@ -120,6 +120,8 @@ def test_active_parameters_are_those_of_the_chosen_experts(tiny_recipe: Recipe) 
         ("    return x\n", True),
         ("    if x:\n        return 1\n\n    return 2\n\n\ndef g(:\n", True),  # only the function itself is judged
         ("    return x\n    cut off in the mid", True),
+        ("    if x:\n        return 1\n    elif y:\n        for z in y:\n            ret", True),
+        ("    if x:\n\n\ndef g():\n    return 1\n", False),  # it had its say
         ("    return (x\n", False),
         ("        x = 1\n    return x\n", False),
         ("", False),
