@@ -33,9 +33,7 @@ def held_out(tokenizer: Any) -> list[torch.Tensor]:
     cleaned = (SourceFile(file.package, file.path, clean(file.text)) for file in read_stdlib() if is_validation(file))
     files = list(islice(filter(is_worth_reading, cleaned), 6))
     assert len(files) == 6
-    return [
-        tokenizer(file.text, return_tensors="pt", truncation=True, max_length=1024)["input_ids"] for file in files
-    ]
+    return [tokenizer(file.text, return_tensors="pt", truncation=True, max_length=1024)["input_ids"] for file in files]
 
 
 def test_they_are_small_enough_to_ship() -> None:
