@@ -67,7 +67,7 @@ class BatchRows:
             self._penalised.pop(row, None)
             self._biased.pop(row, None)
 
-    def sampling_batch(self, rows: Intp | Int32, positions: Int32, chooses: Bool) -> SamplingBatch:
+    def sampling_batch(self, rows: Intp, positions: Int32, chooses: Bool) -> SamplingBatch:
         """How to choose the token at each of `positions` of the requests in `rows`, all [num_logits].
 
         Where `chooses` is false the token is known and is only scored.
@@ -98,7 +98,7 @@ class BatchRows:
             bias=biases[2],
         )
 
-    def _gather(self, rows: Intp | Int32) -> tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]:
+    def _gather(self, rows: Intp) -> tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]:
         """The parameters of the rows; a batch that only decodes asks for the same rows in every step."""
         key = rows.tobytes()
         if key not in self._gathered:
@@ -115,7 +115,7 @@ class BatchRows:
 
     def drafting_batch(self, rows: Int32, positions: Int32) -> SamplingBatch:
         """How to guess the token at each of `positions` of the requests in `rows`, both [num_logits]."""
-        batch = self.sampling_batch(rows, positions, np.ones(len(rows), np.bool_))
+        batch = self.sampling_batch(rows.astype(np.intp), positions, np.ones(len(rows), np.bool_))
         batch.num_logprobs = np.full(len(rows), -1, np.int32)
         return batch
 
@@ -141,7 +141,7 @@ class BatchRows:
             self._biased[row] = params
         return row
 
-    def _penalties(self, rows: Intp | Int32, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Int32]:
+    def _penalties(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Int32]:
         """Tokens seen before each choice: (logits row, token id, times generated); 0 times is of the prompt."""
         entries: list[tuple[NDArray[Any], ...]] = []
         for index in np.flatnonzero(chooses).tolist():
@@ -157,7 +157,7 @@ class BatchRows:
         columns = [np.concatenate(column).astype(np.int32) for column in zip(*entries, strict=True)]
         return columns[0], columns[1], columns[2]
 
-    def _biases(self, rows: Intp | Int32, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, NDArray[np.float32]]:
+    def _biases(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, NDArray[np.float32]]:
         """Addends to logits (logits row, token id, addend): `logit_bias`, and -inf for what may not end the text."""
         entries: list[tuple[int, int, float]] = []
         for index in np.flatnonzero(chooses).tolist():

@@ -195,3 +195,15 @@ def test_what_a_row_asked_for_leaves_with_it() -> None:
     assert biases(batch) == {}
     assert penalties(batch) == {}
     assert batch.forced_token_ids.tolist() == [-1]
+
+
+def test_guesses_and_choices_do_not_take_each_others_rows_for_their_own() -> None:
+    """Rows 1 and 0 as 32-bit numbers are, byte for byte, row 1 as one of 64 bits."""
+    rows = BatchRows(2, 16, 4)
+    placed = [rows.place(joining(name, [1], params(seed=seed))) for name, seed in (("a", 7), ("b", 8))]
+    seeds = dict(zip(placed, (7, 8), strict=True))
+    chosen = rows.sampling_batch(np.array([1]), np.array([1], np.int32), np.ones(1, np.bool_))
+    guessed = rows.drafting_batch(np.array([1, 0], np.int32), np.array([1, 1], np.int32))
+    assert chosen.seeds.tolist() == [seeds[1]]
+    assert guessed.seeds.tolist() == [seeds[1], seeds[0]]
+    assert guessed.num_logprobs.tolist() == [-1, -1]
