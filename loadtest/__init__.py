@@ -1,1 +1,1 @@
-"""Measures, compares and draws: load tests of the scheduling policies."""
+"""Measures, compares, simulates and draws: load tests of a running server, and its digital twin."""
