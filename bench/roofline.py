@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -146,29 +146,8 @@ def _batch(shape: Shape, config: ModelConfig) -> ForwardBatch:
 
 
 def _greedy(shape: Shape) -> SamplingBatch:
-    def rows(value: float, dtype: type) -> Any:
-        return np.full(shape.num_logits, value, dtype)
-
-    none = np.empty(0, np.int32)
-    return SamplingBatch(
-        temperature=rows(0, np.float32),
-        top_k=rows(0, np.int32),
-        top_p=rows(1, np.float32),
-        min_p=rows(0, np.float32),
-        presence_penalty=rows(0, np.float32),
-        frequency_penalty=rows(0, np.float32),
-        repetition_penalty=rows(1, np.float32),
-        seeds=rows(0, np.uint64),
-        positions=rows(0, np.int64),
-        forced_token_ids=rows(-1, np.int32),
-        num_logprobs=rows(-1, np.int32),
-        penalty_rows=none,
-        penalty_token_ids=none,
-        penalty_counts=none,
-        bias_rows=none,
-        bias_token_ids=none,
-        bias=np.empty(0, np.float32),
-    )
+    zeros = np.zeros(shape.num_logits, np.int64)
+    return SamplingBatch.plain(zeros.astype(np.float32), zeros.astype(np.uint64), zeros)
 
 
 def _row(

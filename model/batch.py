@@ -78,6 +78,32 @@ class SamplingBatch:
     bias_token_ids: Int32
     bias: Float32
 
+    @classmethod
+    def plain(cls, temperature: Float32, seeds: UInt64, positions: Int64) -> SamplingBatch:
+        """Nothing but a temperature, [num_logits] as the other two."""
+        num_logits = len(temperature)
+        zeros, ones = np.zeros(num_logits, np.float32), np.ones(num_logits, np.float32)
+        minus_ones, none = np.full(num_logits, -1, np.int32), np.empty(0, np.int32)
+        return cls(
+            temperature=temperature,
+            top_k=np.zeros(num_logits, np.int32),
+            top_p=ones,
+            min_p=zeros,
+            presence_penalty=zeros,
+            frequency_penalty=zeros,
+            repetition_penalty=ones,
+            seeds=seeds,
+            positions=positions,
+            forced_token_ids=minus_ones,
+            num_logprobs=minus_ones,
+            penalty_rows=none,
+            penalty_token_ids=none,
+            penalty_counts=none,
+            bias_rows=none,
+            bias_token_ids=none,
+            bias=np.empty(0, np.float32),
+        )
+
 
 @dataclass(slots=True)
 class SamplerOutput:

@@ -1,6 +1,6 @@
-"""Scripted executors and backends that record what they are asked for and fail on command.
+"""Scripted executors that record what they are asked for and fail on command.
 
-All of them keep token ids where a model keeps keys and values, and choose the next token from what they read back
+They keep token ids where a model keeps keys and values, and choose the next token from what they read back
 through the block table.  Hence a wrong slot, block table, position, preemption or prefix-cache hit shows as a wrong
 token, and most of them as a failed assertion before.
 """
@@ -13,9 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
-from model.batch import ForwardBatch, SamplerOutput, SamplingBatch
 from scheduler.config import PolicyConfig, SchedulerConfig
 from scheduler.engine import EngineCore, Executor
 from scheduler.output import (
@@ -317,106 +314,3 @@ class Harness:
     def chunks(self) -> list[list[tuple[str, int, int]]]:
         """(request id, start, num_tokens) of all shares, step by step; calls that only release are left out."""
         return [[share[:3] for share in shares] for shares in self.executor.steps if shares]
-
-
-class FakeBackend:
-    """A backend whose logits at a token are a hash of the seed and of all tokens up to it, which it reads back from a
-    paged fake KV cache.
-
-    Attributes:
-        batches, samplings: what was asked for, in order; calls that fail are there too.
-        fail: called with each batch before anything is written; raises to make the step fail.
-        poison: called with each context; true makes its logits not finite.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 16) -> None:
-        self.vocab_size = vocab_size
-        self.block_size = block_size
-        self.kv = np.full((num_blocks * block_size, 2), -1)  # token id and position, by slot
-        self.batches: list[ForwardBatch] = []
-        self.samplings: list[SamplingBatch] = []
-        self.fail: Callable[[ForwardBatch], None] = lambda _: None
-        self.poison: Callable[[list[int]], bool] = lambda _: False
-
-    def logits(self, context: list[int], seed: int) -> np.ndarray:
-        """[vocab_size] float64."""
-        if self.poison(context):
-            return np.full(self.vocab_size, np.nan)
-        return np.random.default_rng(digest(context, seed)).normal(size=self.vocab_size)
-
-    def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
-        self.batches.append(batch)
-        self.samplings.append(sampling)
-        self._check(batch, sampling)
-        self.fail(batch)
-        self.kv[batch.slot_mapping, 0] = batch.token_ids
-        self.kv[batch.slot_mapping, 1] = batch.positions
-        contexts = [self._context(batch, index) for index in batch.logits_indices.tolist()]
-        logits = np.empty((len(contexts), self.vocab_size))
-        for row, (context, seed) in enumerate(zip(contexts, sampling.seeds.tolist(), strict=True)):
-            logits[row] = self.logits(context, seed)
-        return self._choose(logits, sampling)
-
-    def forward(self, batch: ForwardBatch) -> np.ndarray:
-        raise NotImplementedError("the executor asks for choices, never for logits")
-
-    def _check(self, batch: ForwardBatch, sampling: SamplingBatch) -> None:
-        """Shapes, dtypes and order, as `model/batch.py` promises them."""
-        num_tokens, num_seqs = len(batch.token_ids), len(batch.context_lens)
-        assert batch.query_start_loc[0] == 0
-        assert batch.query_start_loc[-1] == num_tokens
-        assert len(batch.query_start_loc) == num_seqs + 1
-        assert batch.block_tables.shape[0] == num_seqs
-        assert (np.diff(batch.logits_indices) > 0).all()
-        assert len(set(batch.slot_mapping.tolist())) == num_tokens, "two tokens of a step want the same slot"
-        for name in ForwardBatch.__slots__:
-            array = getattr(batch, name)
-            assert array.dtype == np.int32, name
-            assert array.flags.c_contiguous, name
-        dtypes = {"seeds": np.uint64, "positions": np.int64}
-        for name in SamplingBatch.__slots__:
-            array = getattr(sampling, name)
-            is_float = name in ("temperature", "top_p", "min_p", "bias") or name.endswith("_penalty")
-            assert array.dtype == dtypes.get(name, np.float32 if is_float else np.int32), name
-            assert array.flags.c_contiguous, name
-            if not name.startswith(("penalty_", "bias")):
-                assert len(array) == len(batch.logits_indices), name
-        assert (sampling.positions == batch.positions[batch.logits_indices] + 1).all()
-
-    def _context(self, batch: ForwardBatch, index: int) -> list[int]:
-        """The tokens up to the batch's token `index`, as a kernel would find them."""
-        seq = int(np.searchsorted(batch.query_start_loc, index, side="right")) - 1
-        positions = np.arange(batch.positions[index] + 1)
-        assert positions[-1] < batch.context_lens[seq]
-        blocks = batch.block_tables[seq, positions // self.block_size]
-        entries = self.kv[blocks * self.block_size + positions % self.block_size]
-        assert (entries[:, 1] == positions).all(), "the block table leads to other positions"
-        return [int(token_id) for token_id in entries[:, 0]]
-
-    def _choose(self, logits: np.ndarray, sampling: SamplingBatch) -> SamplerOutput:
-        """The greedy choice under biases and penalties, and log-probabilities of the logits as they were."""
-        adjusted = logits.copy()
-        adjusted[sampling.bias_rows, sampling.bias_token_ids] += sampling.bias
-        rows, token_ids = sampling.penalty_rows, sampling.penalty_token_ids
-        values = adjusted[rows, token_ids]
-        repetition = sampling.repetition_penalty[rows]
-        values = np.where(values > 0, values / repetition, values * repetition)
-        values -= sampling.frequency_penalty[rows] * sampling.penalty_counts
-        values -= sampling.presence_penalty[rows] * (sampling.penalty_counts > 0)
-        adjusted[rows, token_ids] = values
-        forced = sampling.forced_token_ids
-        chosen = np.where(forced >= 0, forced, adjusted.argmax(axis=1) if len(logits) else forced)
-        chosen = np.where(np.isnan(logits).any(axis=1), -1, chosen).astype(np.int32)
-        width = int(sampling.num_logprobs.max(initial=-1))
-        if width < 0:
-            return SamplerOutput(chosen)
-        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        own = logprobs[np.arange(len(chosen)), chosen]
-        best = np.argsort(-logprobs, axis=1, kind="stable")[:, :width]
-        return SamplerOutput(
-            chosen,
-            own.astype(np.float32),
-            (1 + (logprobs > own[:, None]).sum(axis=1)).astype(np.int32),
-            best.astype(np.int32),
-            np.take_along_axis(logprobs, best, axis=1).astype(np.float32),
-        )

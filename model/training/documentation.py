@@ -6,7 +6,6 @@ A .deb is an `ar` archive (deb(5)) with the files in a tar archive in it, so tha
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import shutil
@@ -54,12 +53,7 @@ def verify(folder: Path) -> Path:
     path = archive_path(folder)
     if not path.exists():
         raise ConfigError(f"corpus package {PIN.name}={PIN.version} is missing from {folder}", param=PIN.name)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if sha256 != PIN.sha256:
-        raise ConfigError(
-            f"corpus package {PIN.name}={PIN.version}: {path.name} has sha256 {sha256}, pinned is {PIN.sha256}",
-            param=PIN.name,
-        )
+    PIN.check(path)
     return path
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from model.batch import Backend, ForwardBatch, Int32, SamplingBatch
+from model.batch import Backend, ForwardBatch, Int32, SamplingBatch, UInt64
 
 from .tokens import Tokens
 
@@ -84,25 +84,6 @@ def _step(texts: Int32, begin: int, end: int) -> ForwardBatch:
     )
 
 
-def _sampling(seeds: np.ndarray[tuple[int], np.dtype[np.uint64]], position: int) -> SamplingBatch:
-    zeros, ones, none = np.zeros(NUM_ROWS, np.float32), np.ones(NUM_ROWS, np.float32), np.empty(0, np.int32)
-    minus_ones = np.full(NUM_ROWS, -1, np.int32)
-    return SamplingBatch(
-        temperature=np.resize(np.array(_TEMPERATURES, np.float32), NUM_ROWS),
-        top_k=np.zeros(NUM_ROWS, np.int32),
-        top_p=ones,
-        min_p=zeros,
-        presence_penalty=zeros,
-        frequency_penalty=zeros,
-        repetition_penalty=ones,
-        seeds=seeds,
-        positions=np.full(NUM_ROWS, position, np.int64),
-        forced_token_ids=minus_ones,
-        num_logprobs=minus_ones,
-        penalty_rows=none,
-        penalty_token_ids=none,
-        penalty_counts=none,
-        bias_rows=none,
-        bias_token_ids=none,
-        bias=np.empty(0, np.float32),
-    )
+def _sampling(seeds: UInt64, position: int) -> SamplingBatch:
+    temperature = np.resize(np.array(_TEMPERATURES, np.float32), NUM_ROWS)
+    return SamplingBatch.plain(temperature, seeds, np.full(NUM_ROWS, position, np.int64))

@@ -45,6 +45,15 @@ class Package:
     version: str
     sha256: str
 
+    def check(self, path: Path) -> None:
+        """Refuse a file that is not the pinned one; ConfigError with both hashes."""
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if sha256 != self.sha256:
+            raise ConfigError(
+                f"corpus package {self.name}=={self.version}: {path.name} has sha256 {sha256}, pinned is {self.sha256}",
+                param=self.name,
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -82,16 +91,12 @@ def verify(wheels: Path, packages: list[Package]) -> dict[str, Path]:
     found = {tuple(path.name.lower().split("-")[:2]): path for path in wheels.glob("*.whl")}
     checked = {}
     for package in packages:
-        pin = f"{package.name}=={package.version}"
         path = found.get((package.name.replace("-", "_"), package.version))
         if path is None:
-            raise ConfigError(f"corpus package {pin} is missing from {wheels}", param=package.name)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        if sha256 != package.sha256:
             raise ConfigError(
-                f"corpus package {pin}: {path.name} has sha256 {sha256}, pinned is {package.sha256}",
-                param=package.name,
+                f"corpus package {package.name}=={package.version} is missing from {wheels}", param=package.name
             )
+        package.check(path)
         checked[package.name] = path
     return checked
 

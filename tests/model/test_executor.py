@@ -18,7 +18,8 @@ from scheduler.output import (
     StepResult,
     TokenLogprobs,
 )
-from tests.fakes import FakeBackend, Harness, InjectedError, params
+from tests.fake_backend import FakeBackend
+from tests.fakes import Harness, InjectedError, params
 
 NUM_BLOCKS, BLOCK_SIZE = 32, 4
 
