@@ -1,4 +1,4 @@
-"""`python -m bench [engine|roofline|server|peers ...]`: run benchmarks, all if none is named."""
+"""`python -m bench [engine|roofline|server|peers|speculation ...]`: run benchmarks, all if none is named."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bench import engine, peers, roofline, server
+from bench import engine, peers, roofline, server, speculation
 from model.checkpoint import resolve_checkpoint
 
 
@@ -16,8 +16,35 @@ from model.checkpoint import resolve_checkpoint
 @click.option("--model", default="shoal-moe", show_default=True, help="Checkpoint folder or name of a bundled model.")
 @click.option("--steps", default=200, show_default=True, help="Steps that each engine figure is the median of.")
 @click.option("--repeats", default=5, show_default=True, help="Runs that each server figure is the median of.")
-@click.option("--max-tokens", default=128, show_default=True, help="Tokens of each stream in the server benchmark.")
-def main(names: tuple[str, ...], model: str, steps: int, repeats: int, max_tokens: int) -> None:
+@click.option("--max-tokens", default=128, show_default=True, help="Tokens of each stream or request.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice(speculation.METHODS),
+    help="Proposer in the speculation benchmark; may be given again [all].",
+)
+@click.option(
+    "--concurrency",
+    "concurrencies",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Requests at once in the speculation benchmark; may be given again [1 to 64].",
+)
+@click.option(
+    "--picture", type=click.Path(path_type=Path, dir_okay=False), help="PNG of the speculation benchmark to write."
+)
+def main(
+    *,
+    names: tuple[str, ...],
+    model: str,
+    steps: int,
+    repeats: int,
+    max_tokens: int,
+    methods: tuple[str, ...],
+    concurrencies: tuple[int, ...],
+    picture: Path | None,
+) -> None:
     """Run benchmarks; prints tables, and one JSON line last."""
     checkpoint: Path = resolve_checkpoint(model)
     results: dict[str, object] = {"model": checkpoint.name}
@@ -29,6 +56,15 @@ def main(names: tuple[str, ...], model: str, steps: int, repeats: int, max_token
         results |= server.run(checkpoint, repeats, max_tokens)
     if not names or "peers" in names:
         results |= peers.run(repeats, max_tokens)
+    if not names or "speculation" in names:
+        results |= speculation.run(
+            checkpoint,
+            methods=methods or speculation.METHODS,
+            concurrencies=concurrencies or speculation.CONCURRENCIES,
+            repeats=repeats,
+            max_tokens=max_tokens,
+            picture=picture,
+        )
     print(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""What steps cost, learnt while they are taken."""
+"""What steps and proposals cost, learnt while they are made."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ class StepCosts:
             # What else happens on the machine only ever adds, so that a long step says less than a short one.
             self._seconds[size] = known + _SHARE_OF_NEWEST * (min(seconds, 2 * known) - known)
 
+    @property
+    def least(self) -> int:
+        """The smallest size that was seen."""
+        return self._sizes[0]
+
     def predict(self, num_tokens: int) -> float | None:
         """Seconds of a step of so many tokens, on the line through the two sizes around it, or the two nearest ones.
 
@@ -43,6 +48,31 @@ class StepCosts:
             return self._seconds[upper]
         slope = (self._seconds[upper] - self._seconds[lower]) / (upper - lower)
         return self._seconds[upper] + max(slope, 0.0) * (size - upper)
+
+
+class ProposalCosts:
+    """Seconds that guessing takes, by the number of requests and the tokens for each."""
+
+    def __init__(self) -> None:
+        self._counts: list[int] = []  # of requests, those that were seen, ascending
+        self._costs: dict[int, StepCosts] = {}
+
+    def observe(self, num_requests: int, num_tokens: int, seconds: float) -> None:
+        """Guessing so many tokens for each of so many requests took so long."""
+        if num_requests not in self._costs:
+            insort(self._counts, num_requests)
+            self._costs[num_requests] = StepCosts()
+        self._costs[num_requests].observe(num_tokens, seconds)
+
+    def predict(self, num_requests: int, num_tokens: int) -> float | None:
+        """Seconds, as those of the nearest number of requests that was seen; nothing before any was.
+
+        None if more than twice as many tokens are asked for as were ever guessed there.
+        """
+        if not self._counts:
+            return 0.0
+        costs = self._costs[min(self._counts, key=lambda count: abs(count - num_requests))]
+        return costs.predict(max(num_tokens, costs.least))
 
 
 def _band(num_tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from model.speculation.costs import StepCosts
+from model.speculation.costs import ProposalCosts, StepCosts
 
 MOST_SPEC_TOKENS = 16  # of any proposal
 ADAPTIVE_MOST = 8
@@ -87,7 +87,7 @@ class AdaptiveLength:
 
     def __init__(self, max_num_seqs: int) -> None:
         self._target = StepCosts()
-        self._draft = StepCosts()  # of a token for so many requests
+        self._draft = ProposalCosts()
         self._accepted, self._rejected = [0.0] * max_num_seqs, [0.0] * max_num_seqs
         self._overall = [0.0, 0.0]  # accepted, rejected
         self._asked: list[int] = []
@@ -108,7 +108,7 @@ class AdaptiveLength:
         self._target.observe(num_tokens, seconds)
 
     def proposed(self, lengths: list[int], seconds: float) -> None:
-        self._draft.observe(len(lengths), seconds / max(lengths))
+        self._draft.observe(len(lengths), max(lengths), seconds)
 
     def lengths(self, rows: list[int], num_others: int) -> list[int]:
         self._holds -= 1
@@ -127,17 +127,16 @@ class AdaptiveLength:
         if base is None:
             self._holds = 0  # after the step that tells
             return [0] * count
-        draft = self._draft.predict(count) or 0.0
         rates = [self._rate(row) for row in rows]
         best, length, gain = _LEAST_GAIN * count / base, 0, 0.0
         chances, expected = rates, float(count)
         for k in range(1, ADAPTIVE_MOST + 1):
             expected += sum(chances)
             chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
-            step = self._target.predict(num_others + count * (1 + k))
-            if step is None:
+            step, draft = self._target.predict(num_others + count * (1 + k)), self._draft.predict(count, k)
+            if step is None or draft is None:
                 break  # shorter ones have to show first what it may take
-            seconds = step + k * draft
+            seconds = step + draft
             if expected / seconds > best:
                 best, length = expected / seconds, k
                 gain = best * (seconds - base) / (count * k)  # tokens that the time of a drafted one is worth

@@ -1,0 +1,123 @@
+"""What speculation gains: each proposer at each concurrency, with fixed and adaptive lengths, beside the theory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.speculation.plot import draw
+from bench.speculation.serving import Gain, Load, make_prompts
+from bench.speculation.theory import MOST_SPEC_TOKENS, Costs, Machine, expert_bytes
+from bench.table import show
+from bench.workload import make_engine
+from model.checkpoint import load_checkpoint, resolve_checkpoint
+from model.record import ModelRecord
+from model.tokenizer import Tokenizer
+from server.settings import load_settings
+
+METHODS = ("draft", "ngram", "self")
+CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
+LENGTHS: tuple[int | None, ...] = (2, 4, 8, None)
+TEMPERATURES = (0.0, 0.8)
+_COST_REPEATS = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured; `num_spec_tokens` is None for adaptive."""
+
+    method: str
+    num_spec_tokens: int | None
+    temperature: float
+    concurrency: int
+
+
+def run(
+    checkpoint: Path,
+    *,
+    methods: Sequence[str],
+    concurrencies: Sequence[int],
+    repeats: int,
+    max_tokens: int,
+    picture: Path | None,
+) -> dict[str, object]:
+    """Measure every combination; print tables, and draw a picture if a path for it is given."""
+    record, tokenizer = load_checkpoint(checkpoint), Tokenizer.load(checkpoint)
+    gains: dict[Case, Gain] = {}
+    costs: dict[tuple[str, int], Costs] = {}
+    for method in methods:
+        prompts = make_prompts(tokenizer, repeats_itself=method == "ngram")
+        costs |= _measure_costs(checkpoint, record, method, concurrencies, [token for one in prompts for token in one])
+        for length in LENGTHS:
+            core, _ = make_engine(checkpoint, _arguments(checkpoint, method, length))
+            for temperature in TEMPERATURES:
+                for concurrency in concurrencies:
+                    load = Load(core, prompts, concurrency, temperature, max_tokens)
+                    gains[Case(method, length, temperature, concurrency)] = load.measure(repeats)
+    verification = [_cost_row(record, method, concurrency, cost) for (method, concurrency), cost in costs.items()]
+    show("costs of a step of k + 1 rows a request, relative to one row: v(k); c: of a drafted token", verification)
+    rows = [
+        _row(case, gain, _acceptance(case, gains), costs[case.method, case.concurrency]) for case, gain in gains.items()
+    ]
+    show(
+        f"speculation: ratio of tokens/s, on over off, median of {repeats} pairs; theory and bound from a, v and c",
+        rows,
+    )
+    if picture is not None:
+        draw(picture, checkpoint.name, gains)
+    return {"speculation": rows, "speculation_costs": verification}
+
+
+def _arguments(checkpoint: Path, method: str, length: int | None) -> list[str]:
+    arguments = ["--model", str(checkpoint), "--speculation", method, "--no-enable-prefix-caching"]
+    return arguments if length is None else [*arguments, "--num-spec-tokens", str(length)]
+
+
+def _measure_costs(
+    checkpoint: Path, record: ModelRecord, method: str, concurrencies: Sequence[int], text: list[int]
+) -> dict[tuple[str, int], Costs]:
+    settings = load_settings(_arguments(checkpoint, method, None)).speculation
+    draft = load_checkpoint(resolve_checkpoint(settings.draft_model)) if method == "draft" else None
+    layers = (settings.draft_layers or max(1, record.config.num_layers // 3)) if method == "self" else None
+    machine = Machine(record, text, max(concurrencies), draft, layers)
+    return {(method, concurrency): machine.costs(concurrency, _COST_REPEATS) for concurrency in concurrencies}
+
+
+def _cost_row(record: ModelRecord, method: str, concurrency: int, cost: Costs) -> dict[str, object]:
+    row: dict[str, object] = {"proposer": method, "concurrency": concurrency, "step us": cost.seconds * 1e6}
+    row |= {f"v({k})": cost.verification[k] for k in (1, 2, 3, 4, 6, MOST_SPEC_TOKENS)}
+    one = expert_bytes(record, concurrency)
+    if one:
+        row["expert MB"] = one / 1e6
+        row |= {f"experts({k})": expert_bytes(record, concurrency * (k + 1)) / one for k in (1, 4, MOST_SPEC_TOKENS)}
+    return row | {"c": cost.drafting}
+
+
+def _acceptance(case: Case, gains: dict[Case, Gain]) -> float:
+    """The chance of a drafted token to be accepted: of the case itself, or, if its length adapts, with length 4."""
+    if case.num_spec_tokens is None:
+        case = replace(case, num_spec_tokens=4)
+    return gains[case].token_acceptance
+
+
+def _row(case: Case, gain: Gain, acceptance: float, cost: Costs) -> dict[str, object]:
+    """A measurement beside the theory: of its own length, and of the best one."""
+    bound, best = cost.bound(acceptance)
+    theory = cost.speed_up(acceptance, case.num_spec_tokens) if case.num_spec_tokens else bound
+    return {
+        "proposer": case.method,
+        "k": case.num_spec_tokens or "adaptive",
+        "temperature": case.temperature,
+        "concurrency": case.concurrency,
+        "off tokens/s": gain.off_speed,
+        "speed-up": gain.speed_up,
+        "theory": theory,
+        "gap": gain.speed_up / theory - 1,
+        "bound": bound,
+        "best k": best,
+        "a": acceptance,
+        "accepted/drafted": gain.acceptance_rate,
+        "mean k": gain.mean_spec_tokens,
+        "tokens/step": gain.mean_acceptance_length,
+    }

@@ -1,0 +1,156 @@
+"""What speculation can gain at most: the costs of verifying and of drafting, and what follows from an acceptance.
+
+A proposal of k tokens of which each is accepted with probability a gives (1 - a^(k+1)) / (1 - a) tokens (Leviathan et
+al. 2022, equation 1), and costs v(k) + k c steps: v(k) what verifying k + 1 rows takes relative to one row, c a drafted
+token relative to the same.  A dense model reads its weights once for all rows; a mixture of experts reads more experts
+the more rows there are, so that v(k) grows with them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.backends.native_backend import NativeBackend
+from model.batch import DraftBatch, ForwardBatch, Int32, SamplingBatch
+from model.record import ModelRecord
+
+Intp = NDArray[np.intp]
+
+BLOCK_SIZE = 16
+CONTEXT = 192
+MOST_SPEC_TOKENS = 8
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Medians of a machine, at one concurrency.
+
+    Attributes:
+        seconds: of a step without drafted tokens.
+        verification: v(k) for k from 0 on.
+        drafting: c, a drafted token of every request.
+    """
+
+    seconds: float
+    verification: tuple[float, ...]
+    drafting: float
+
+    def speed_up(self, acceptance: float, num_spec_tokens: int) -> float:
+        """What proposals of one length gain if each token is accepted with this probability."""
+        powers = [acceptance**i for i in range(num_spec_tokens + 1)]
+        return sum(powers) / (self.verification[num_spec_tokens] + num_spec_tokens * self.drafting)
+
+    def bound(self, acceptance: float) -> tuple[float, int]:
+        """The most that any length gains, and that length; 1 and 0 where none does."""
+        return max((self.speed_up(acceptance, k), k) for k in range(len(self.verification)))
+
+
+class Machine:
+    """Times steps of the target and of what drafts for it.
+
+    Args:
+        text: token ids, of which each sequence has another part, for the router of a mixture of experts to choose as it
+            does.
+        draft: the draft model, None if nothing is computed for a guess.
+        draft_layers: of the target, if its first layers draft.
+    """
+
+    def __init__(
+        self, target: ModelRecord, text: list[int], most_seqs: int, draft: ModelRecord | None, draft_layers: int | None
+    ) -> None:
+        length = CONTEXT + MOST_SPEC_TOKENS + 1
+        self._blocks_per_seq = -(-length // BLOCK_SIZE)
+        self._texts = np.resize(np.array(text, np.int32), (most_seqs, length))
+        self._target = self._backend(target, most_seqs)
+        self._draft = self._backend(draft, most_seqs) if draft else self._target if draft_layers else None
+        self._draft_layers = draft_layers
+
+    def costs(self, num_seqs: int, repeats: int) -> Costs:
+        """Measure every number of rows, in turns."""
+        sizes = range(MOST_SPEC_TOKENS + 1)
+        works = [self._verification(num_seqs, k + 1) for k in sizes]
+        if self._draft is not None:
+            works.append(self._drafting(num_seqs))
+        seconds = _in_turns(works, repeats)
+        drafting = seconds[-1] / MOST_SPEC_TOKENS / seconds[0] if self._draft is not None else 0.0
+        return Costs(seconds[0], tuple(seconds[k] / seconds[0] for k in sizes), drafting)
+
+    def _backend(self, record: ModelRecord, most_seqs: int) -> NativeBackend:
+        backend = NativeBackend(record, num_blocks=most_seqs * self._blocks_per_seq, block_size=BLOCK_SIZE)
+        for seq in range(most_seqs):
+            backend.forward(self._step(np.array([seq]), 0, CONTEXT))
+        return backend
+
+    def _verification(self, num_seqs: int, num_rows: int) -> Callable[[], object]:
+        batch = self._step(np.arange(num_seqs), CONTEXT, num_rows)
+        sampling = _greedy(num_seqs * num_rows)
+        return lambda: self._target.execute(batch, sampling)
+
+    def _drafting(self, num_seqs: int) -> Callable[[], object]:
+        assert self._draft is not None
+        backend, layers = self._draft, self._draft_layers
+        batch = DraftBatch(
+            rows=np.arange(num_seqs, dtype=np.int32),
+            starts=np.full(num_seqs, CONTEXT - 1, np.int32),
+            ends=np.full(num_seqs, CONTEXT, np.int32),
+            num_wanted=np.full(num_seqs, MOST_SPEC_TOKENS, np.int32),
+            token_ids=self._texts,
+            block_tables=self._tables(np.arange(num_seqs)),
+            block_size=BLOCK_SIZE,
+        )
+        sampling = _greedy(num_seqs)
+        return lambda: backend.draft(batch, sampling, layers)
+
+    def _tables(self, seqs: Intp) -> Int32:
+        """[num_seqs, blocks_per_seq]: each sequence has blocks of its own."""
+        first = seqs[:, None] * self._blocks_per_seq
+        return (first + np.arange(self._blocks_per_seq)).astype(np.int32)
+
+    def _step(self, seqs: Intp, start: int, num_rows: int) -> ForwardBatch:
+        """`num_rows` tokens of each sequence, from `start` on."""
+        positions = np.arange(start, start + num_rows, dtype=np.int32)
+        tables = self._tables(seqs)
+        slots = tables[:, positions // BLOCK_SIZE] * np.int32(BLOCK_SIZE) + positions % BLOCK_SIZE
+        num_tokens = len(seqs) * num_rows
+        return ForwardBatch(
+            token_ids=self._texts[seqs][:, positions].flatten(),
+            positions=np.tile(positions, len(seqs)),
+            slot_mapping=slots.flatten(),
+            query_start_loc=np.arange(0, num_tokens + 1, num_rows, dtype=np.int32),
+            context_lens=np.full(len(seqs), start + num_rows, np.int32),
+            block_tables=tables,
+            logits_indices=np.arange(num_tokens, dtype=np.int32),
+        )
+
+
+def expert_bytes(record: ModelRecord, num_rows: int) -> float:
+    """Bytes of experts, in float32, that so many rows read if the router chooses evenly; 0 for a dense model."""
+    config = record.config
+    if not config.num_experts:
+        return 0.0
+    touched = config.num_experts * (1 - (1 - config.num_experts_per_tok / config.num_experts) ** num_rows)
+    return 4.0 * config.num_layers * touched * 3 * config.intermediate_size * config.hidden_size
+
+
+def _greedy(num_logits: int) -> SamplingBatch:
+    zeros = np.zeros(num_logits, np.int64)
+    return SamplingBatch.plain(zeros.astype(np.float32), zeros.astype(np.uint64), zeros)
+
+
+def _in_turns(works: list[Callable[[], object]], repeats: int) -> list[float]:
+    times: list[list[float]] = [[] for _ in works]
+    for turn in range(_WARM_UP + repeats):
+        for work, found in zip(works, times, strict=True):
+            work()  # finds the caches full of what ran before
+            began = time.perf_counter()
+            work()
+            if turn >= _WARM_UP:
+                found.append(time.perf_counter() - began)
+    return [median(found) for found in times]
