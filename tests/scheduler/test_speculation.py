@@ -162,6 +162,26 @@ def test_preemption_with_drafted_tokens_pending() -> None:
     assert harness.token_ids == {"a": OUTPUT[:5], "b": OUTPUT[:5]}
 
 
+@pytest.mark.parametrize("is_under_way", [False, True], ids=["between two steps", "while it is verified"])
+def test_abort_with_drafted_tokens_pending(is_under_way: bool) -> None:
+    def draft(request_id: str, context: list[int]) -> list[int]:
+        return OUTPUT[len(context) - 2 :][:3] if request_id == "a" else []
+
+    harness = Harness(scripted({"a": PROMPT + OUTPUT, "b": PROMPT + OUTPUT}), draft)
+    early = harness.add("a", PROMPT, max_tokens=len(OUTPUT))
+    harness.add("b", PROMPT, max_tokens=3)
+    harness.step()
+    assert early.spec_token_ids == OUTPUT[1:4]
+    if is_under_way:
+        harness.executor.fail = lambda _: harness.abort("a") if "a" in harness.scheduler.running else None
+        harness.step()
+    else:
+        harness.abort("a")
+    assert harness.finish_reasons["a"] is FinishReason.ABORT
+    harness.drain()
+    assert harness.token_ids == {"a": OUTPUT[:1], "b": OUTPUT[:3]}
+
+
 def test_a_victim_that_would_fit_without_its_guesses_waits_for_the_next_step() -> None:
     """Six blocks of two: "b" holds four of them for its guesses, loses all, and three would do."""
     texts = {"a": [1, 2, 3, *OUTPUT], "b": [4, 5, 6, *OUTPUT]}
