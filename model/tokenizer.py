@@ -87,6 +87,11 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def has_vocabulary_of(self, other: Tokenizer) -> bool:
+        """Whether each token id stands for the same in both."""
+        mine, theirs = (one._tokenizer.get_vocab(with_added_tokens=True) for one in (self, other))
+        return mine == theirs
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of the text; special tokens written in it become themselves.
 

@@ -63,7 +63,11 @@ def build_service(settings: Settings, checkpoint: Path) -> Service:
 
     Raises:
         CheckpointError: a file is missing or malformed.
+        ConfigError: the draft model has another tokenizer.
     """
+    tokenizer, engine = Tokenizer.load(checkpoint), engine_config(settings, checkpoint)
+    if engine.draft_checkpoint is not None:
+        _check_draft(tokenizer, Path(engine.draft_checkpoint))
     model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
     metrics = Metrics(model_name)
     return Service(
@@ -71,8 +75,8 @@ def build_service(settings: Settings, checkpoint: Path) -> Service:
         model_name=model_name,
         config=load_config(checkpoint),
         defaults=load_generation_defaults(checkpoint),
-        tokenizer=Tokenizer.load(checkpoint),
-        engine=EngineClient(engine_config(settings, checkpoint), metrics),
+        tokenizer=tokenizer,
+        engine=EngineClient(engine, metrics),
         metrics=metrics,
         started=unix_time(),
     )
@@ -103,6 +107,15 @@ def _draft_checkpoint(name_or_path: str) -> str:
         return str(resolve_checkpoint(name_or_path))
     except CheckpointError as error:
         raise CheckpointError(f"draft_model: {error.message}", param="draft_model") from error
+
+
+def _check_draft(tokenizer: Tokenizer, draft: Path) -> None:
+    """A vocabulary of the same size may be another one, of which nothing would ever be accepted."""
+    if not Tokenizer.load(draft).has_vocabulary_of(tokenizer):
+        raise ConfigError(
+            f"draft_model {draft} has another vocabulary than the model: they need the same tokenizer",
+            param="draft_model",
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model.backends.native_library import supported_isas
+from model.checkpoint import resolve_checkpoint
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
 from tests.e2e.harness import Server, run_shoal
@@ -111,10 +114,23 @@ def test_what_cannot_be_is_refused_at_the_start(arguments: list[str], message: s
     assert message in output
 
 
-def test_a_draft_with_another_vocabulary_is_refused_at_the_start(tmp_path: Path, cycle_folder: Path) -> None:
-    code, output = run_shoal(
-        tmp_path, "serve", "--port", "0", "--speculation", "draft", "--draft-model", str(cycle_folder)
-    )
+@pytest.fixture
+def swapped_folder(tmp_path: Path) -> Path:
+    """The bundled draft with two tokens in each other's place."""
+    folder = tmp_path / "swapped"
+    shutil.copytree(resolve_checkpoint("shoal-draft"), folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = definition["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return folder
+
+
+@pytest.mark.parametrize("draft", ["cycle_folder", "swapped_folder"])
+def test_a_draft_with_another_vocabulary_is_refused_at_the_start(
+    draft: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(draft)
+    code, output = run_shoal(tmp_path, "serve", "--port", "0", "--speculation", "draft", "--draft-model", str(folder))
     assert code != 0
-    assert "draft_model" in output
-    assert "vocabulary of 320 tokens, the model one of 4096" in output
+    assert f"draft_model {folder} has another vocabulary than the model" in output
