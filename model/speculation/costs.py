@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 
-_SHARE_OF_NEWEST = 0.1
+LEAST_SHARE_OF_NEWEST = 0.1
 
 
 class StepCosts:
@@ -14,17 +14,20 @@ class StepCosts:
     def __init__(self) -> None:
         self._sizes: list[int] = []  # those that were seen, ascending
         self._seconds: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+    def observe(self, num_tokens: int, seconds: float, least_share: float = LEAST_SHARE_OF_NEWEST) -> None:
+        """A step of so many tokens took so long; the mean moves at least by this share of the difference."""
         size = _band(num_tokens)
         known = self._seconds.get(size)
         if known is None:
             insort(self._sizes, size)
-            self._seconds[size] = seconds
+            self._seconds[size], self._counts[size] = seconds, 1
         else:
+            self._counts[size] += 1
+            share = max(1 / self._counts[size], least_share)
             # What else happens on the machine only ever adds, so that a long step says less than a short one.
-            self._seconds[size] = known + _SHARE_OF_NEWEST * (min(seconds, 2 * known) - known)
+            self._seconds[size] = known + share * (min(seconds, 2 * known) - known)
 
     @property
     def least(self) -> int:
@@ -57,12 +60,14 @@ class ProposalCosts:
         self._counts: list[int] = []  # of requests, those that were seen, ascending
         self._costs: dict[int, StepCosts] = {}
 
-    def observe(self, num_requests: int, num_tokens: int, seconds: float) -> None:
+    def observe(
+        self, num_requests: int, num_tokens: int, seconds: float, least_share: float = LEAST_SHARE_OF_NEWEST
+    ) -> None:
         """Guessing so many tokens for each of so many requests took so long."""
         if num_requests not in self._costs:
             insort(self._counts, num_requests)
             self._costs[num_requests] = StepCosts()
-        self._costs[num_requests].observe(num_tokens, seconds)
+        self._costs[num_requests].observe(num_tokens, seconds, least_share)
 
     def predict(self, num_requests: int, num_tokens: int) -> float | None:
         """Seconds, as those of the nearest number of requests that was seen; nothing before any was.

@@ -7,8 +7,12 @@ import numpy as np
 from model.batch import Backend
 from model.rows import BatchRows
 from model.speculation.drafting import Drafter
+from model.speculation.length import MOST_SPEC_TOKENS
 from model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
 from scheduler.output import ScheduledRequest
+
+# Tokens that are read with what a guess begins with; more are caught up with before.
+_READ_ALONG = MOST_SPEC_TOKENS
 
 
 class DraftModelProposer:
@@ -22,8 +26,7 @@ class DraftModelProposer:
         backend: of the draft model, with the target's number and size of blocks.
         rows: the batch.
         num_blocks: of either KV cache.
-        max_catch_up: most tokens that are read in a step before what each guess begins with, so that a long prompt
-            does not hold up the others.
+        max_catch_up: most tokens that are caught up with in a step, so that long prompts do not hold up the others.
         draws_apart: see `Drafter`.
     """
 
@@ -53,21 +56,29 @@ class DraftModelProposer:
         if fresh:
             self._is_read[fresh] = False
 
-    def propose(self, candidates: list[Candidate]) -> list[Proposal]:
-        starts = [self._start(one) for one in candidates]
-        ready, behind = self._within_budget(candidates, starts)
-        if behind:
-            places, first = [candidates[i].row for i, _ in behind], [starts[i] for i, _ in behind]
-            ends = [end for _, end in behind]
-            self._drafter.read(places, first, ends)
+    def catch_up(self, candidates: list[Candidate]) -> None:
+        places, starts, ends = [], [], []
+        budget = self._max_catch_up
+        for one in candidates:
+            start, end = self._start(one), one.num_tokens - 1
+            if end - start > _READ_ALONG and budget:
+                places.append(one.row)
+                starts.append(start)
+                ends.append(min(end, start + budget))
+                budget -= ends[-1] - start
+        if places:
+            self._drafter.read(places, starts, ends)
             for place, end in zip(places, ends, strict=True):
                 self._note(place, end)
+
+    def propose(self, candidates: list[Candidate]) -> list[Proposal]:
+        starts = [self._start(one) for one in candidates]
+        ready = [i for i, one in enumerate(candidates) if one.num_tokens - 1 - starts[i] <= _READ_ALONG]
         proposals = [NO_PROPOSAL] * len(candidates)
         if ready:
             chosen = [candidates[i] for i in ready]
-            for i, one, proposal in zip(
-                ready, chosen, self._drafter.guess(chosen, [starts[i] for i in ready]), strict=True
-            ):
+            guesses = self._drafter.guess(chosen, [starts[i] for i in ready])
+            for i, one, proposal in zip(ready, chosen, guesses, strict=True):
                 proposals[i] = proposal
                 self._note(one.row, one.num_tokens)
                 self._guessed[one.row] = one.num_tokens, proposal.token_ids
@@ -85,20 +96,6 @@ class DraftModelProposer:
                     break
                 read += 1
         return min(read, candidate.num_tokens - 1)
-
-    def _within_budget(self, candidates: list[Candidate], starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The candidates that can be guessed for in this step, and up to where others can be read."""
-        budget = self._max_catch_up
-        ready: list[int] = []
-        behind: list[tuple[int, int]] = []
-        for i, (candidate, start) in enumerate(zip(candidates, starts, strict=True)):
-            missing = candidate.num_tokens - 1 - start
-            if missing <= max(budget, 1):
-                ready.append(i)
-            elif budget > 0:
-                behind.append((i, start + budget))
-            budget = max(0, budget - missing)
-        return ready, behind
 
     def _note(self, row: int, num_read: int) -> None:
         """The first `num_read` tokens of the row are read."""

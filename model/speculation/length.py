@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from model.speculation.costs import ProposalCosts, StepCosts
+from model.speculation.costs import LEAST_SHARE_OF_NEWEST, ProposalCosts, StepCosts
 
 MOST_SPEC_TOKENS = 16  # of any proposal
 ADAPTIVE_MOST = 8
+_SIZES_BETWEEN = 4  # that are looked at for each depth
 # A gain has to be worth the trouble of looking for it.
 _LEAST_GAIN = 1.03
 # How many steps a decision holds, for as long as the same requests ask.
 _HOLDS, _RESTS = 4, 32
 # Acceptance is counted with a fading memory; what is forgotten gives way to what other requests have, and that to hope.
-_FADES, _FADES_OVERALL = 0.9, 0.99
+_FADES, _FADES_OVERALL = 0.95, 0.99
 _FADES_AT_REST = 0.9
-_WEIGHT_OF_OTHERS = 2.0
+_TRUST_FADES_AT_REST = 0.98
+_WEIGHT_OF_OTHERS = 6.0
 _HOPE, _WEIGHT_OF_HOPE = 0.7, 1.0
 
 
@@ -76,10 +78,10 @@ class FixedLength:
 class AdaptiveLength:
     """Implements `LengthRule` by goodput: tokens that are expected to be accepted, over the time that they take.
 
-    After Liu et al. 2024 (SmartSpec) and 2025 (TurboSpec).  A proposal of k tokens of which each is accepted with
-    probability a gives (1 - a^(k+1)) / (1 - a) tokens.  The costs of steps are those measured so far.  Where nothing
-    is gained it proposes nothing, and looks again only after a rest, with less and less certain memories: so a
-    proposal is tried now and then, unless it could not pay even if it were accepted.
+    After Liu et al. 2024 (SmartSpec) and 2025 (TurboSpec).  If the tokens drafted for a request are each accepted with
+    probability a, the j-th of them gives a^j tokens.  The costs of steps and proposals are those measured so far.
+    Where nothing is gained it proposes nothing, and looks again only after a rest, with less and less certain memories
+    of what was accepted and what it cost: so a proposal is tried now and then, unless it could not pay on any account.
 
     Args:
         max_num_seqs: rows.
@@ -90,6 +92,7 @@ class AdaptiveLength:
         self._draft = ProposalCosts()
         self._accepted, self._rejected = [0.0] * max_num_seqs, [0.0] * max_num_seqs
         self._overall = [0.0, 0.0]  # accepted, rejected
+        self._trust = 1.0  # in what tokens were found to cost
         self._asked: list[int] = []
         self._answer: list[int] = []
         self._holds = 0
@@ -98,6 +101,7 @@ class AdaptiveLength:
         self._accepted[row] = self._rejected[row] = 0.0
 
     def verified(self, row: int, num_drafted: int, num_accepted: int) -> None:
+        self._trust = 1.0
         was_rejected = float(num_accepted < num_drafted)
         self._accepted[row] = _FADES * self._accepted[row] + num_accepted
         self._rejected[row] = _FADES * self._rejected[row] + was_rejected
@@ -105,10 +109,14 @@ class AdaptiveLength:
         self._overall[1] = _FADES_OVERALL * self._overall[1] + was_rejected
 
     def took(self, num_tokens: int, seconds: float) -> None:
-        self._target.observe(num_tokens, seconds)
+        self._target.observe(num_tokens, seconds, self._share_of_newest())
 
     def proposed(self, lengths: list[int], seconds: float) -> None:
-        self._draft.observe(len(lengths), max(lengths), seconds)
+        self._draft.observe(len(lengths), max(lengths), seconds, self._share_of_newest())
+
+    def _share_of_newest(self) -> float:
+        """What a new cost counts: the more, the less the old ones are trusted."""
+        return max(LEAST_SHARE_OF_NEWEST, 1 - self._trust if any(self._answer) else 0.0)
 
     def lengths(self, rows: list[int], num_others: int) -> list[int]:
         self._holds -= 1
@@ -121,29 +129,46 @@ class AdaptiveLength:
         return self._answer
 
     def _decide(self, rows: list[int], num_others: int) -> list[int]:
-        """The common length with the greatest goodput, shortened for requests whose last tokens are not worth it."""
+        """The proposals with the greatest goodput: the tokens with the best chances, as many as are worth it."""
         count = len(rows)
         base = self._target.predict(num_others + count)
         if base is None:
             self._holds = 0  # after the step that tells
             return [0] * count
         rates = [self._rate(row) for row in rows]
-        best, length, gain = _LEAST_GAIN * count / base, 0, 0.0
-        chances, expected = rates, float(count)
-        for k in range(1, ADAPTIVE_MOST + 1):
-            expected += sum(chances)
-            chances = [chance * rate for chance, rate in zip(chances, rates, strict=True)]
-            step, draft = self._target.predict(num_others + count * (1 + k)), self._draft.predict(count, k)
-            if step is None or draft is None:
-                break  # shorter ones have to show first what it may take
-            seconds = step + draft
-            if expected / seconds > best:
-                best, length = expected / seconds, k
-                gain = best * (seconds - base) / (count * k)  # tokens that the time of a drafted one is worth
-        if not length:
+        chances = sorted(
+            ((rate**depth, -depth, i) for i, rate in enumerate(rates) for depth in range(1, ADAPTIVE_MOST + 1)),
+            reverse=True,
+        )
+        num_drafted = self._num_worthwhile(chances, count, num_others, base)
+        if not num_drafted:
             self._holds = _RESTS
             self._forget()
-        return [_worthwhile(rate, gain, length) for rate in rates]
+        lengths = [0] * count
+        for _, _, i in chances[:num_drafted]:
+            lengths[i] += 1
+        return lengths
+
+    def _num_worthwhile(self, chances: list[tuple[float, int, int]], count: int, num_others: int, base: float) -> int:
+        """How many of the tokens to draft, which are given with their chances, best first, for the greatest goodput."""
+        best, num_best = _LEAST_GAIN * count / base, 0
+        expected, depth = float(count), 0
+        asked: set[int] = set()
+        stride = max(1, count // _SIZES_BETWEEN)
+        for num_tokens, (chance, negative_depth, i) in enumerate(chances, start=1):
+            expected += chance
+            depth = max(depth, -negative_depth)
+            asked.add(i)
+            if num_tokens % stride:
+                continue
+            step = self._target.predict(num_others + count + num_tokens)
+            draft = self._draft.predict(len(asked), depth)
+            if step is None or draft is None:
+                break  # smaller ones have to show first what it may take
+            goodput = expected / (base + self._trust * (max(step - base, 0.0) + draft))
+            if goodput > best:
+                best, num_best = goodput, num_tokens
+        return num_best
 
     def _rate(self, row: int) -> float:
         """The chance of a drafted token to be accepted."""
@@ -152,16 +177,8 @@ class AdaptiveLength:
         return (self._accepted[row] + _WEIGHT_OF_OTHERS * overall) / (own + _WEIGHT_OF_OTHERS)
 
     def _forget(self) -> None:
+        self._trust *= _TRUST_FADES_AT_REST
         self._overall = [_FADES_AT_REST * count for count in self._overall]
         for row in self._asked:
             self._accepted[row] *= _FADES_AT_REST
             self._rejected[row] *= _FADES_AT_REST
-
-
-def _worthwhile(rate: float, gain: float, length: int) -> int:
-    """How many of `length` tokens have a chance to be accepted that is worth their time."""
-    chance, count = rate, 0
-    while count < length and chance >= gain:
-        chance *= rate
-        count += 1
-    return count

@@ -28,14 +28,17 @@ class NgramProposer:
         if share.new:
             self._index[row] = _Index()
 
+    def catch_up(self, candidates: list[Candidate]) -> None:
+        for one in candidates:
+            index = self._index[one.row]
+            known = self._rows.token_ids[one.row, len(index.token_ids) : one.num_tokens]
+            index.extend(known.tolist())
+
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
         return [self._guess(candidate) for candidate in candidates]
 
     def _guess(self, candidate: Candidate) -> Proposal:
-        index = self._index[candidate.row]
-        known = self._rows.token_ids[candidate.row, len(index.token_ids) : candidate.num_tokens]
-        index.extend(known.tolist())
-        token_ids = index.follow(candidate.num_wanted)
+        token_ids = self._index[candidate.row].follow(candidate.num_wanted)
         return Proposal(token_ids) if token_ids else NO_PROPOSAL
 
 

@@ -51,6 +51,10 @@ class Proposer(Protocol):
         """Take note of a share before its step is computed: who joins, and which blocks were gained."""
         ...
 
+    def catch_up(self, candidates: list[Candidate]) -> None:
+        """Do what guessing for these needs once, and not in every step."""
+        ...
+
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
         """Guess for each candidate, behind its known tokens."""
         ...

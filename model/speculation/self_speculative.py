@@ -30,5 +30,8 @@ class SelfSpeculativeProposer:
     def place(self, row: int, share: ScheduledRequest) -> None:
         """There is nothing to take note of."""
 
+    def catch_up(self, candidates: list[Candidate]) -> None:
+        """There is nothing to catch up with."""
+
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
         return self._drafter.guess(candidates, [one.num_tokens - 1 for one in candidates])

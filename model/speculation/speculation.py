@@ -106,10 +106,12 @@ class Speculation:
         candidates, places = self._candidates(scheduled, layout, result)
         proposals: list[list[int]] = [[]] * len(scheduled)
         if candidates:
+            self._proposer.catch_up(candidates)  # once for all guesses to come: not what a guess costs
             start = self._clock()
             guessed = self._proposer.propose(candidates)
             self._ended = self._clock()
-            self._lengths.proposed([one.num_wanted for one in candidates], self._ended - start)
+            if any(proposal.token_ids for proposal in guessed):
+                self._lengths.proposed([one.num_wanted for one in candidates], self._ended - start)
             for place, candidate, proposal in zip(places, candidates, guessed, strict=True):
                 self._proposals[candidate.row] = proposal
                 proposals[place] = proposal.token_ids

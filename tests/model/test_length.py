@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from model.speculation.costs import StepCosts
+from model.speculation.costs import ProposalCosts, StepCosts
 from model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
 
 
@@ -34,6 +34,33 @@ def test_a_cost_follows_what_is_seen_and_is_not_thrown_by_one_slow_step() -> Non
     for _ in range(100):
         costs.observe(4, 3.0)
     assert costs.predict(4) == pytest.approx(3.0, rel=0.01)
+
+
+def test_what_proposals_cost_is_told_by_the_nearest_number_of_requests() -> None:
+    costs = ProposalCosts()
+    assert costs.predict(3, 8) == 0.0
+    costs.observe(4, 2, 3.0)
+    assert costs.predict(4, 1) == costs.predict(60, 2) == 3.0
+    assert costs.predict(4, 5) is None, "shorter ones have to show first"
+    costs.observe(4, 4, 5.0)
+    costs.observe(32, 1, 20.0)
+    assert costs.predict(5, 6) == pytest.approx(7.0)
+    assert costs.predict(19, 1) == 20.0
+
+
+def test_a_cost_that_was_once_seen_high_is_doubted_until_it_is_seen_again() -> None:
+    """Where guesses looked too dear in a bad moment, they are tried again some time."""
+    rule, _, _ = play(lambda n: 1.0 if n == 1 else 10.0, draft=0.02, rates=[0.9], steps=50)
+    found = []
+    for _ in range(10_000):
+        (length,) = rule.lengths([0], num_others=0)
+        if length:
+            rule.proposed([length], 0.02 * length)
+        rule.took(1 + length, 1.0)
+        if length:
+            rule.verified(0, length, length)
+        found.append(length)
+    assert np.mean(found[-200:]) > 4
 
 
 def test_large_steps_of_about_the_same_size_share_their_cost() -> None:
@@ -113,9 +140,10 @@ def test_what_has_become_worth_it_is_found_out() -> None:
     for _ in range(1500):
         (length,) = rule.lengths([0], num_others=0)
         if length:
-            rule.verified(0, length, length)
             rule.proposed([length], 0.02 * length)
         rule.took(1 + length, 1.05 + 0.05 * length)
+        if length:
+            rule.verified(0, length, length)
         found.append(length)
     assert np.mean(found[-200:]) > 4
 

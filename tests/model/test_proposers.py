@@ -20,7 +20,7 @@ from model.rows import BatchRows
 from model.sampling import sample_reference
 from model.speculation.draft_model import DraftModelProposer
 from model.speculation.ngram import NgramProposer
-from model.speculation.proposer import Candidate
+from model.speculation.proposer import Candidate, Proposer
 from model.speculation.self_speculative import SelfSpeculativeProposer
 from scheduler.output import NewRequest, ScheduledRequest
 from tests.fakes import params
@@ -39,6 +39,11 @@ def join(
     row = rows.place(share)
     proposer.place(row, share)
     return row
+
+
+def propose(proposer: Proposer, candidates: list[Candidate]) -> list[list[int]]:
+    proposer.catch_up(candidates)
+    return [proposal.token_ids for proposal in proposer.propose(candidates)]
 
 
 # -- n-grams -----------------------------------------------------------------------------------------------------
@@ -71,18 +76,18 @@ def test_ngrams_guess_what_followed_the_longest_run_that_stood_before(
     known = 1
     for step in [*grown, len(text)]:
         known = min(known + step, len(text))
-        (proposal,) = proposer.propose([Candidate(row, known, num_wanted)])
-        assert proposal.token_ids == look_up(text[:known], num_wanted)
+        (guessed,) = propose(proposer, [Candidate(row, known, num_wanted)])
+        assert guessed == look_up(text[:known], num_wanted)
 
 
 def test_ngrams_of_a_row_end_with_its_request() -> None:
     rows = BatchRows(1, 64, BLOCK_SIZE)
     proposer = NgramProposer(rows)
     row = join(rows, proposer, [1, 2, 3, 1, 2], [0])
-    assert proposer.propose([Candidate(row, 5, 1)])[0].token_ids == [3]
+    assert propose(proposer, [Candidate(row, 5, 1)]) == [[3]]
     rows.leave("r[0]")
     assert join(rows, proposer, [1, 2], [1]) == row
-    assert proposer.propose([Candidate(row, 2, 1)])[0].token_ids == []
+    assert propose(proposer, [Candidate(row, 2, 1)]) == [[]]
 
 
 # -- a draft model -----------------------------------------------------------------------------------------------
@@ -123,8 +128,8 @@ def draft_of(rows: BatchRows, *, max_catch_up: int = 100) -> tuple[DraftModelPro
 
 def guess(rows: BatchRows, proposer: DraftModelProposer, row: int, known: list[int], k: int) -> list[int]:
     rows.token_ids[row, : len(known)] = known
-    (proposal,) = proposer.propose([Candidate(row, len(known), k)])
-    return proposal.token_ids
+    (guessed,) = propose(proposer, [Candidate(row, len(known), k)])
+    return guessed
 
 
 @pytest.mark.parametrize(
@@ -157,18 +162,20 @@ def test_a_draft_that_was_not_asked_for_a_while_catches_up() -> None:
     assert backend.reads[1] == [(5, [50, 51, 52])]
 
 
-def test_a_long_prompt_is_read_in_parts_and_holds_up_nobody() -> None:
-    rows = BatchRows(2, 64, BLOCK_SIZE)
-    proposer, backend = draft_of(rows, max_catch_up=8)
-    long, short = list(range(21)), [60, 61, 62]
-    first = join(rows, proposer, long, [0, 1])
-    second = join(rows, proposer, short, [2])
-    candidates = [Candidate(first, 21, 2), Candidate(second, 3, 2)]
-    assert [one.token_ids for one in proposer.propose(candidates)] == [[], []]  # no budget left for the second
-    assert backend.reads == [[(0, long[:8])]]
-    assert [one.token_ids for one in proposer.propose(candidates)] == [[], []]
-    assert [one.token_ids for one in proposer.propose(candidates)] == [[21, 22], [63, 64]]
-    assert backend.reads[1:] == [[(8, long[8:16])], [(16, long[16:]), (0, short)]]
+def test_long_prompts_are_read_in_parts_before_anything_is_guessed() -> None:
+    rows = BatchRows(3, 128, BLOCK_SIZE)
+    proposer, backend = draft_of(rows, max_catch_up=24)
+    long, other, short = list(range(100, 150)), list(range(40)), [60, 61, 62]
+    first = join(rows, proposer, long, [0, 1, 2, 3])
+    second = join(rows, proposer, other, [4, 5, 6])
+    third = join(rows, proposer, short, [7])
+    candidates = [Candidate(first, 50, 2), Candidate(second, 40, 2), Candidate(third, 3, 2)]
+    assert propose(proposer, candidates) == [[], [], [63, 64]], "nobody waits for those who are behind"
+    assert backend.reads == [[(0, long[:24])], [(0, short)]]
+    assert propose(proposer, candidates[:2]) == [[150, 151], []]
+    assert propose(proposer, candidates[1:2]) == [[40, 41]]
+    assert backend.reads[2:4] == [[(24, long[24:48])], [(48, long[48:])]]
+    assert backend.reads[4:] == [[(0, other[:24])], [(24, other[24:])]]
 
 
 def test_a_prefix_that_the_draft_has_read_is_not_read_again() -> None:
@@ -278,5 +285,5 @@ def test_self_speculation_asks_for_the_last_token_alone() -> None:
     backend = ReadingBackend()
     proposer = SelfSpeculativeProposer(backend, rows, num_layers=1, draws_apart=False)  # type: ignore[arg-type]
     row = join(rows, proposer, [10, 11, 12], [3])
-    assert [one.token_ids for one in proposer.propose([Candidate(row, 3, 2)])] == [[13, 14]]
+    assert propose(proposer, [Candidate(row, 3, 2)]) == [[13, 14]]
     assert backend.reads == [[(2, [12])]]
