@@ -25,7 +25,8 @@ class SamplingOptions(TypedDict, total=False):
 
     The second group are extensions of OpenAI's API; the field names are those of the server's reference.  The third
     tell the server's scheduling policy whose the request is and how urgent: when tokens come, and never which.
-    `speculation` "off" does without drafted tokens: slower, and the same text.
+    `speculation` "off" does without drafted tokens: slower, and the same text.  `end_after` is for load tests: the text
+    ends with exactly this token.
     """
 
     model: str
@@ -52,6 +53,8 @@ class SamplingOptions(TypedDict, total=False):
     tpot_slo_ms: float
 
     speculation: str
+
+    end_after: int
 
 
 class CompletionOptions(SamplingOptions, total=False):

@@ -11,5 +11,9 @@ class WorkloadError(LoadTestError):
     """A workload is unknown, or its file is broken."""
 
 
+class TraceError(LoadTestError):
+    """A step trace is not there, or its file is broken."""
+
+
 class ServerDiedError(LoadTestError):
     """The server under test ended in the middle of a run, or did not start."""

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from loadtest.errors import TraceError
+
+MICROSECOND = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +20,7 @@ class Step:
     Attributes:
         start, seconds: on the clock of the engine (monotonic), or of the run; from before `schedule` to after `update`.
         execute_seconds: of them, in the executor.
-        rows: the requests' shares: request id, row in the batch (a request keeps it until it leaves), scheduled tokens,
-            drafted ones among them, whether it samples, and whether it is a padding row.
+        rows: the requests' shares, at least one.
         num_waiting: requests that wait after the step was scheduled.
         num_blocks, num_used_blocks: of the KV cache: in all, and owned by requests.
         num_kv_tokens: tokens whose keys and values stand in the owned blocks, shared ones counted once.
@@ -36,7 +42,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request's share of a step."""
+    """A request's share of a step.
+
+    Attributes:
+        request_id: that of the answer, for requests of one prompt and one choice; see `answer_id`.
+        row: in the batch; a request keeps it until it leaves.
+        num_tokens: scheduled ones.
+        num_spec_tokens: drafted ones among them.
+        samples: whether the next token is chosen.
+        is_padding: whether the request has ended and its row is computed for nothing.
+    """
 
     request_id: str
     row: int
@@ -53,7 +68,7 @@ class EngineRequest:
     Attributes:
         arrived_at: when the API process took it.
         joined_at: start of its first step.
-        left_at: end of its last one.
+        left_at: end of its last one, a padding row's included.
     """
 
     request_id: str
@@ -63,5 +78,81 @@ class EngineRequest:
 
 
 def read_trace(path: Path) -> tuple[list[Step], dict[str, EngineRequest]]:
-    """Read the Chrome trace that `shoal serve --trace` wrote, whole or broken off after any event."""
-    ...
+    """Read the Chrome trace that `shoal serve --trace` wrote, whole or broken off after any event.
+
+    Returns:
+        The steps in which anything was computed, and by id the requests that joined the batch.
+
+    Raises:
+        TraceError: there is no such file, or a line of it is no event, which is named by its number.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return read_events(lines, str(path))
+    except OSError as error:
+        raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
+
+
+def read_events(lines: Iterable[str], name: str) -> tuple[list[Step], dict[str, EngineRequest]]:
+    """`read_trace` of the lines that a `scheduler.trace.ChromeTrace` wrote, each with its end of line.
+
+    Args:
+        name: of what is read, for errors.
+    """
+    reader = _Reader()
+    for number, line in enumerate(lines, 1):
+        if line.strip() in ("", "[", "]"):
+            continue
+        try:
+            event = json.loads(line.strip().removesuffix(","))
+            if event["name"] == "step" and event["ph"] == "X":
+                reader.take(event)
+        except (ValueError, KeyError, TypeError) as error:
+            if line.endswith("\n"):
+                raise TraceError(f"{name}, line {number}: not an event of a step trace") from error
+            break  # the writer was ended here
+    return reader.steps, reader.requests
+
+
+def answer_id(request_id: str) -> str:
+    """The id of the answer that a request of the engine is for.
+
+    The server names its engine's requests `ANSWER-PROMPT-CHOICE`.  Of the first choice of the first prompt it is the
+    answer's own id; the others, of which a load test has none, keep theirs.
+    """
+    return request_id.removesuffix("-0-0")
+
+
+class _Reader:
+    """Takes the events of steps in their order."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.requests: dict[str, EngineRequest] = {}
+        self._last_end: dict[str, float] = {}
+
+    def take(self, event: dict[str, Any]) -> None:
+        start, seconds, args = event["ts"] * MICROSECOND, event["dur"] * MICROSECOND, event["args"]
+        rows = [Row(answer_id(request_id), *share) for request_id, *share in args["rows"]]
+        if rows:
+            self.steps.append(
+                Step(
+                    start=start,
+                    seconds=seconds,
+                    execute_seconds=args["execute"] * MICROSECOND,
+                    rows=rows,
+                    num_waiting=args["waiting"],
+                    num_blocks=args["blocks"],
+                    num_used_blocks=args["used_blocks"],
+                    num_kv_tokens=args["kv_tokens"],
+                    num_pairs=args["pairs"],
+                    num_preemptions=args["preemptions"],
+                )
+            )
+        for request_id, arrival in args["arrived"].items():
+            name = answer_id(request_id)
+            self.requests.setdefault(name, EngineRequest(name, arrival * MICROSECOND, joined_at=start, left_at=None))
+        for row in rows:
+            self._last_end[row.request_id] = start + seconds
+        for name in map(answer_id, args["left"]):
+            self.requests[name] = replace(self.requests[name], left_at=self._last_end[name])

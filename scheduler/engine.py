@@ -8,6 +8,7 @@ from typing import Protocol
 
 from scheduler.output import RequestOutput, SchedulerOutput, StepResult
 from scheduler.scheduler import Scheduler
+from scheduler.trace import StepRecord
 
 logger = logging.getLogger("shoal.engine")
 
@@ -28,24 +29,44 @@ class EngineCore:
 
     Args:
         clock: seconds; monotonic in the server, virtual elsewhere.
+        observe: told of each step when it is over, if anybody is to be.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Callable[[], float],
+        observe: Callable[[StepRecord], None] | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock
+        self.observe = observe
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns the news of each request that has any."""
-        output = self.scheduler.schedule(self.clock())
+        started_at = self.clock()
+        output = self.scheduler.schedule(started_at)
         if not output.scheduled and not output.released:
             return []
+        if self.observe is None:
+            return self._compute(output)[0]
+        record = StepRecord.begin(self.scheduler, output, started_at, self.clock())
+        news, executed_at = self._compute(output)
+        record.end(self.scheduler, news, executed_at, self.clock())
+        self.observe(record)
+        return news
+
+    def _compute(self, output: SchedulerOutput) -> tuple[list[RequestOutput], float]:
+        """Execute and update; the news, and when the first was done."""
         try:
             result = self.executor.execute(output)
         except Exception:
             logger.exception("a step of %d requests failed; trying each alone", len(output.scheduled))
-            return self._step_one_by_one(output)
-        return self.scheduler.update(output, result, self.clock())
+            return self._step_one_by_one(output), self.clock()
+        executed_at = self.clock()
+        return self.scheduler.update(output, result, executed_at), executed_at
 
     def _step_one_by_one(self, output: SchedulerOutput) -> list[RequestOutput]:
         """After a failed step: compute each share alone, so that only the requests at fault end with an error."""

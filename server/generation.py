@@ -126,6 +126,7 @@ class Generation:
         n: choices for each prompt.  Choice i of a prompt samples with seed + i.
         scheduling: what the policy may know of them all.
         speculates: whether tokens may be drafted for them.
+        end_after: the output token with which each choice ends, if that is not left to the model.
         echo: whether a choice's text begins with its prompt's.
 
     Raises:
@@ -144,6 +145,7 @@ class Generation:
         scheduling: SchedulingParams,
         speculates: bool,
         stop_strings: Sequence[str],
+        end_after: int | None = None,
         echo: bool = False,
     ) -> None:
         self._engine = engine
@@ -158,6 +160,7 @@ class Generation:
                 now,
                 scheduling=scheduling,
                 speculates=speculates,
+                end_after=end_after,
             )
             for index, prompt in enumerate(prompts)
             for i in range(n)

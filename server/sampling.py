@@ -34,14 +34,14 @@ def resolve_sampling(
     """Resolve the parameters for one prompt; what a request leaves open, `generation_config.json` says.
 
     Raises:
-        InvalidRequestError: a token id is outside the vocabulary, or min_tokens exceeds max_tokens.
+        InvalidRequestError: a token id is outside the vocabulary, min_tokens or end_after exceeds max_tokens, or
+            something contradicts end_after.
     """
     max_tokens = _max_tokens(body, num_prompt_tokens, limits)
-    if body.min_tokens > max_tokens:
-        raise InvalidRequestError(
-            f"min_tokens is {body.min_tokens}, but max_tokens is {max_tokens}: it can be at most that",
-            param="min_tokens",
-        )
+    _check_at_most("min_tokens", body.min_tokens, max_tokens)
+    if body.end_after is not None:
+        _check_at_most("end_after", body.end_after, max_tokens)
+        _check_end(body, eos_token_ids)
     for token_id in body.stop_token_ids:
         _check_token_id("stop_token_ids", token_id, vocab_size)
     num_logprobs = _num_logprobs(body)
@@ -49,7 +49,8 @@ def resolve_sampling(
     top_k = _first(body.top_k, defaults.top_k, 0)
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=body.min_tokens,
+        # Where the request says where its text ends, the model may not.
+        min_tokens=body.min_tokens if body.end_after is None else max_tokens,
         temperature=_first(body.temperature, defaults.temperature, 1.0),
         top_k=max(top_k, 0),  # vLLM's users write -1 for all
         top_p=_first(body.top_p, defaults.top_p, 1.0),
@@ -81,6 +82,31 @@ def _max_tokens(body: CompletionBody | ChatBody, num_prompt_tokens: int, limits:
     capacity = limits.num_blocks * limits.block_size + 1  # the last token chosen needs no slot
     room = max(min(limits.max_model_len, capacity) - num_prompt_tokens, 1)
     return room if isinstance(body, ChatBody) else min(COMPLETION_MAX_TOKENS, room)
+
+
+def _check_at_most(param: str, value: int, max_tokens: int) -> None:
+    if value > max_tokens:
+        raise InvalidRequestError(
+            f"{param} is {value}, but max_tokens is {max_tokens}: it can be at most that", param=param
+        )
+
+
+def _check_end(body: CompletionBody | ChatBody, eos_token_ids: tuple[int, ...]) -> None:
+    """Refuse what would end a text with `end_after` elsewhere, or tell of an end that the model did not choose."""
+    if not eos_token_ids:
+        raise InvalidRequestError(
+            "end_after needs a model with an end-of-text token, and this one has none", param="end_after"
+        )
+    contradicting = {
+        "stop": body.stop_strings,
+        "stop_token_ids": body.stop_token_ids,
+        "ignore_eos": body.ignore_eos,
+        "min_tokens": body.min_tokens,
+        "logprobs": _num_logprobs(body) is not None,
+    }
+    for name, is_set in contradicting.items():
+        if is_set:
+            raise InvalidRequestError(f"end_after and {name} contradict each other: leave one out", param="end_after")
 
 
 def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:

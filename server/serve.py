@@ -22,6 +22,7 @@ from scheduler.policies import find_policy
 from server.app import create_app
 from server.engine.client import EngineClient
 from server.engine.messages import EngineConfig, Ready
+from server.engine.tracing import begin_trace
 from server.metrics import Metrics
 from server.service import Service, unix_time
 from server.settings import Settings
@@ -41,6 +42,8 @@ async def serve(settings: Settings) -> None:
     listener = listen(settings.server.host, settings.server.port)
     with contextlib.closing(listener):
         service = build_service(settings, checkpoint)
+        if settings.engine.trace is not None:
+            begin_trace(settings.engine.trace)
         server = GracefulServer(service)
         serving = asyncio.create_task(server.serve([listener]))
         starting = asyncio.create_task(service.engine.start())
@@ -88,10 +91,11 @@ def engine_config(settings: Settings, checkpoint: Path) -> EngineConfig:
     Raises:
         CheckpointError: there is no such draft model.
     """
-    speculation = settings.speculation
+    speculation, trace = settings.speculation, settings.engine.trace
     return EngineConfig(
         checkpoint=str(checkpoint),
-        **settings.engine.model_dump(),
+        **settings.engine.model_dump(exclude={"trace"}),
+        trace=None if trace is None else str(trace),
         **settings.cache.model_dump(),
         **settings.scheduler.model_dump(),
         speculation=speculation.method,

@@ -160,6 +160,7 @@ class Service:
             scheduling=scheduling,
             speculates=self.check_speculation(body.speculation),
             stop_strings=body.stop_strings,
+            end_after=body.end_after,
             echo=isinstance(body, CompletionBody) and body.echo,
         )
 

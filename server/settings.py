@@ -75,6 +75,8 @@ class EngineSection(_Section):
     """Whether each compute thread of native stays on a core of its own; decided by itself if not set."""
     max_model_len: Positive | None = None
     """Most tokens of a request, prompt and output together; the model's own limit if not set."""
+    trace: Path | None = None
+    """File, begun anew, to which the engine writes each step as a Chrome trace, which https://ui.perfetto.dev opens."""
 
 
 class CacheSection(_Section):

@@ -23,6 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     threads: int | None
     pin_threads: bool | None
     max_model_len: int | None
+    trace: str | None
     block_size: int
     num_blocks: int | None
     memory_mib: int | None
@@ -56,6 +57,8 @@ class EngineRequest(msgspec.Struct, frozen=True):
         output_token_ids: tokens that an earlier engine generated already; the request goes on after them.
         scheduling: what the policy may know of it.
         speculates: whether tokens may be drafted for it.
+        end_after: the model is made to end the text with this output token; None leaves the end to it.  Nothing that
+            schedules is told.
     """
 
     request_id: str
@@ -65,6 +68,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     output_token_ids: list[int] = []
     scheduling: SchedulingParams = SchedulingParams()
     speculates: bool = True
+    end_after: int | None = None
 
 
 class Submit(msgspec.Struct, tag=True):

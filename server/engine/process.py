@@ -31,6 +31,7 @@ from scheduler.policies import create_policy
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler
 from server.engine.backends import plan_backend
+from server.engine.endings import Endings
 from server.engine.memory import plan_kv_cache
 from server.engine.messages import (
     Abort,
@@ -44,6 +45,7 @@ from server.engine.messages import (
     Submit,
 )
 from server.engine.speculation import plan_speculation
+from server.engine.tracing import open_trace
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,17 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
         plan.describe(backend),
         plan.warning,
     )
-    return EngineCore(scheduler, executor, time.monotonic), ready
+    observe = open_trace(Path(config.trace)) if config.trace is not None else None
+    return EngineCore(scheduler, executor, time.monotonic, observe), ready
 
 
 class EngineLoop:
-    """Feeds an `EngineCore` from the sockets, for ever."""
+    """Feeds an `EngineCore` from the sockets, for ever, and has requests end where they say."""
 
     def __init__(self, core: EngineCore, sockets: Sockets) -> None:
         self.core = core
         self.sockets = sockets
+        self._endings = core.executor = Endings(core.executor)
         self._reported: SchedulerStats | None = None
 
     def run(self) -> None:
@@ -154,7 +158,11 @@ class EngineLoop:
                 case Abort(request_ids):
                     for request_id in request_ids:
                         self.core.scheduler.abort(request_id)
+                        self._endings.forget(request_id)
         outputs += self.core.step()
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._endings.forget(output.request_id)
         stats = self.core.scheduler.stats()
         if outputs or stats != self._reported:
             self.sockets.send(News(outputs, stats))
@@ -177,6 +185,7 @@ class EngineLoop:
             self.core.scheduler.add(request)
         except ShoalError as error:
             return RequestOutput(sent.request_id, [], FinishReason.ERROR, error=error.message)
+        self._endings.expect(sent)
         return None
 
 

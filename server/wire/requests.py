@@ -69,6 +69,9 @@ class GenerationBody(_Body):
     # for those who compare: it changes how fast tokens come, and not which
     speculation: Literal["off", "draft", "ngram", "self"] | None = None
 
+    # for load tests: the model ends the text with exactly this output token, and nothing that schedules is told
+    end_after: int | None = Field(None, ge=1)
+
     # accepted and ignored: they cannot change the tokens
     metadata: dict[str, Any] | None = None
     store: bool | None = None

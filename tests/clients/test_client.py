@@ -20,6 +20,7 @@ EXTENSIONS: dict[str, Any] = {
     "ignore_eos": True,
     "min_tokens": 3,
     "stop_token_ids": [1, 2],
+    "end_after": 5,
 }
 
 

@@ -67,11 +67,13 @@ def test_a_wrong_command_line(tmp_path: Path, args: list[str], said: str) -> Non
             ["--backend", "torch", "--quantization", "int8"],
             "quantization int8 needs the native backend, but backend is",
         ),
+        (["--trace", "nowhere/a.json"], "trace: cannot write nowhere/a.json: No such file or directory"),
+        (["--trace", "."], r"trace: cannot write \.: Is a directory"),
         (["--max-num-batched-tokens", "8"], r"max_num_batched_tokens \(8\) must be at least max_num_seqs \(64\)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_limits_that_only_the_engine_can_check(tmp_path: Path, tiny_folder: Path, args: list[str], said: str) -> None:
+def test_what_only_a_start_can_tell(tmp_path: Path, tiny_folder: Path, args: list[str], said: str) -> None:
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / "__init__.py").write_text("raise ImportError('that of the working directory')")
     assert re.search(said, refusal(tmp_path, "--model", str(tiny_folder), *args))

@@ -49,6 +49,7 @@ def config(checkpoint: str) -> EngineConfig:
         threads=None,
         pin_threads=None,
         max_model_len=None,
+        trace=None,
         block_size=16,
         num_blocks=None,
         memory_mib=None,

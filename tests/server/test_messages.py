@@ -33,7 +33,17 @@ params = st.builds(
 scheduling = st.builds(
     SchedulingParams, client=names, priority=st.integers(-1000, 1000), ttft_slo_ms=st.none() | floats
 )
-requests = st.builds(EngineRequest, names, token_ids, params, floats, token_ids, scheduling)
+requests = st.builds(
+    EngineRequest,
+    names,
+    token_ids,
+    params,
+    floats,
+    token_ids,
+    scheduling,
+    st.booleans(),
+    st.none() | st.integers(1, 2**31),
+)
 logprobs = st.none() | st.lists(st.builds(TokenLogprobs, floats, st.integers(1, 2**31), token_ids, st.lists(floats)))
 outputs = st.builds(
     RequestOutput,

@@ -21,6 +21,7 @@ def resolve(
     num_prompt_tokens: int = 10,
     defaults: GenerationDefaults | None = None,
     limits: SchedulerConfig = LIMITS,
+    eos_token_ids: tuple[int, ...] = (1, 2),
 ) -> SamplingParams:
     return resolve_sampling(
         body,
@@ -28,7 +29,7 @@ def resolve(
         num_prompt_tokens=num_prompt_tokens,
         limits=limits,
         vocab_size=50,
-        eos_token_ids=(1, 2),
+        eos_token_ids=eos_token_ids,
         defaults=defaults or GenerationDefaults(),
     )
 
@@ -82,6 +83,23 @@ def test_stop_tokens() -> None:
     assert resolve(completion(stop_token_ids=[7], ignore_eos=True)).stop_token_ids == {7}
 
 
+def test_where_the_request_says_where_its_text_ends_the_model_may_not() -> None:
+    """And the parameters do not tell where: nothing that schedules may know."""
+    for ask in (completion, chat):
+        params = [resolve(ask(max_tokens=20, end_after=end_after)) for end_after in (1, 7, 20)]
+        assert params[0] == params[1] == params[2]
+        assert (params[0].min_tokens, params[0].max_tokens, params[0].stop_token_ids) == (20, 20, {1, 2})
+    harmless = {"stop": [], "stop_token_ids": [], "ignore_eos": False, "min_tokens": 0, "logit_bias": {"1": 100.0}}
+    assert resolve(completion(end_after=16, **harmless)).min_tokens == 16
+    assert resolve(chat(end_after=90, logprobs=False)).min_tokens == 90
+
+
+def test_an_end_needs_a_token_for_it() -> None:
+    with pytest.raises(InvalidRequestError, match="a model with an end-of-text token, and this one has none") as caught:
+        resolve(completion(end_after=1), eos_token_ids=())
+    assert caught.value.param == "end_after"
+
+
 def test_logprobs() -> None:
     assert (resolve(completion()).num_logprobs, resolve(chat()).num_logprobs) == (None, None)
     params = resolve(completion(logprobs=0))
@@ -108,6 +126,15 @@ def test_logit_bias() -> None:
         (completion(logit_bias={"1" * 5000: 1.0}), "logit_bias", "is not a token id"),
         (completion(stop_token_ids=[50]), "stop_token_ids", "outside the vocabulary of 50"),
         (completion(min_tokens=17), "min_tokens", "min_tokens is 17, but max_tokens is 16"),
+        (completion(end_after=17), "end_after", "end_after is 17, but max_tokens is 16: it can be at most that"),
+        (chat(end_after=4, max_tokens=9, max_completion_tokens=3), "end_after", "end_after is 4, but max_tokens is 3"),
+        (completion(end_after=2, max_tokens=0), "end_after", "end_after is 2, but max_tokens is 0"),
+        (completion(end_after=2, stop="a"), "end_after", "end_after and stop contradict each other"),
+        (completion(end_after=2, stop_token_ids=[7]), "end_after", "end_after and stop_token_ids contradict"),
+        (completion(end_after=2, ignore_eos=True), "end_after", "end_after and ignore_eos contradict each other"),
+        (chat(end_after=2, min_tokens=1), "end_after", "end_after and min_tokens contradict each other"),
+        (completion(end_after=2, logprobs=0), "end_after", "end_after and logprobs contradict each other"),
+        (chat(end_after=2, logprobs=True), "end_after", "end_after and logprobs contradict each other"),
         (chat(top_logprobs=1), "top_logprobs", "needs logprobs"),
     ],
 )

@@ -79,6 +79,13 @@ def test_the_backend_on_the_command_line() -> None:
     assert load_settings(["--pin-threads"]).engine.pin_threads is True
 
 
+def test_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings([]).engine.trace is None
+    monkeypatch.setenv("SHOAL_ENGINE__TRACE", "a.json")
+    assert load_settings([]).engine.trace == Path("a.json")
+    assert load_settings(["--trace", "folder/b.json"]).engine.trace == Path("folder/b.json")
+
+
 def test_the_knobs_of_the_policies_are_settings() -> None:
     """Their defaults stand here, too, so that `--help` shows them."""
     scheduler = load_settings([]).scheduler

@@ -1,0 +1,114 @@
+"""Exact ends and the step trace of a whole server: what the trace says is what was answered."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.steps import Step, read_trace
+from tests.e2e.checkpoints import cycle_text
+from tests.e2e.conftest import StartServer
+from tests.e2e.harness import Server, Waiting, joined
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+ENDS = (60, 1, 25, 7, 40)
+REQUIRED = {  # by phase, as the Trace Event Format has it
+    "X": {"name", "ph", "ts", "dur", "pid", "tid"},
+    "C": {"name", "ph", "ts", "pid", "args"},
+    "M": {"name", "ph", "pid", "args"},
+}
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """All of a trace, whose array is never closed."""
+    found: list[dict[str, Any]] = json.loads(path.read_text().rstrip().removesuffix(",") + "]")
+    for event in found:
+        assert event.keys() >= REQUIRED[event["ph"]]
+        assert event.get("dur", 0) >= 0
+    return found
+
+
+def chosen(steps: list[Step], server_id: str) -> list[int]:
+    """The row in each step that chose a token for a request."""
+    return [
+        row.row for step in steps for row in step.rows if row.request_id == server_id and row.samples > row.is_padding
+    ]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "static"])
+def test_the_trace_agrees_with_the_answers(start: StartServer, tmp_path: Path, policy: str) -> None:
+    path = tmp_path / "trace.json"
+    server = start("--trace", str(path), "--policy", policy, "--max-num-seqs", "2").wait_ready()
+    waiting = [
+        Waiting(server, COMPLETIONS, prompt="Z", temperature=0, max_tokens=100, end_after=end_after)
+        for end_after in ENDS
+    ]
+    answers = [one.answer().json() for one in waiting]
+    for answer, end_after in zip(answers, ENDS, strict=True):
+        (choice,) = answer["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (cycle_text(end_after - 1), "stop")
+        assert answer["usage"]["completion_tokens"] == end_after
+    server.wait_idle()
+
+    spans = [event for event in events(path) if event["ph"] == "X"]
+    steps, requests = read_trace(path)
+    assert requests.keys() == {answer["id"] for answer in answers}
+    for answer in answers:
+        usage, request, rows = answer["usage"], requests[answer["id"]], chosen(steps, answer["id"])
+        assert len(rows) == usage["completion_tokens"]
+        assert set(rows) <= {0, 1}
+        assert len(set(rows)) == 1
+        (slot,) = [span for span in spans if span["name"].startswith(answer["id"])]
+        assert slot["tid"] == 2 + rows[0]
+        assert request.joined_at is not None
+        assert request.left_at is not None
+        assert request.arrived_at < request.joined_at < request.left_at
+        assert (slot["ts"], slot["ts"] + slot["dur"]) == pytest.approx((request.joined_at * 1e6, request.left_at * 1e6))
+        computed = [row.num_tokens for step in steps for row in step.rows if row.request_id == answer["id"]]
+        is_padded = any(row.is_padding for step in steps for row in step.rows if row.request_id == answer["id"])
+        least = usage["prompt_tokens"] + usage["completion_tokens"] - 1
+        assert sum(computed) > least if is_padded else sum(computed) == least
+    assert any(row.is_padding for step in steps for row in step.rows) == (policy == "static")
+
+
+def speaks(server: Server, ends: int) -> str:
+    """The id of an answer, whose text is right."""
+    answer = server.complete("Z", temperature=0, max_tokens=50, end_after=ends)
+    assert answer["choices"][0]["text"] == cycle_text(ends - 1)
+    answer_id: str = answer["id"]
+    return answer_id
+
+
+def test_every_choice_ends_there_and_a_new_engine_goes_on_with_the_trace(start: StartServer, tmp_path: Path) -> None:
+    """With speculation, which this model's text makes easy: several tokens come with a step, and the end among them."""
+    path = tmp_path / "trace.json"
+    server = start("--trace", str(path), "--speculation", "ngram", "--num-spec-tokens", "4").wait_ready()
+    answer = server.complete(["Z", "Z"], temperature=0, max_tokens=90, end_after=50, n=2)
+    assert [choice["text"] for choice in answer["choices"]] == [cycle_text(49)] * 4
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+    assert answer["usage"]["completion_tokens"] == 4 * 50
+    assert answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
+    message = [{"role": "user", "content": "Z"}]
+    chunks = server.stream(
+        CHAT, messages=message, max_tokens=90, end_after=20, seed=1, stream_options={"include_usage": True}
+    )
+    assert chunks[-1]["usage"]["completion_tokens"] == 20
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert joined(chunks)
+    first = speaks(server, 30)
+
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGKILL)
+    server.until("a new engine has come", lambda: server.engine_pid() != engine)
+    server.wait_ready()
+    last = speaks(server, 5)
+    assert {event["pid"] for event in events(path)} == {engine, server.engine_pid()}
+    steps, requests = read_trace(path)
+    assert {first, last, chunks[0]["id"]} <= requests.keys()
+    assert {f"{answer['id']}-{rest}" for rest in ("0-1", "1-0", "1-1")} | {answer["id"]} <= requests.keys()
+    assert any(row.num_spec_tokens for step in steps for row in step.rows)
