@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class BatchRows:
         self._gathered: dict[bytes, tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]] = {}
         self.scored: set[int] = set()
         self._penalised: dict[int, Int32] = {}  # row -> prompt tokens that count as seen
-        self._biased: dict[int, SamplingParams] = {}
+        self._biased: dict[int, _Bias] = {}
 
     def place(self, share: ScheduledRequest) -> int:
         """Bring the request's row up to date with its share of the step; returns the row."""
@@ -138,7 +139,7 @@ class BatchRows:
             prompt = new.token_ids[: new.num_prompt_tokens] if is_repetition else []
             self._penalised[row] = np.unique(np.array(prompt, np.int32))
         if params.logit_bias or params.min_tokens:
-            self._biased[row] = params
+            self._biased[row] = _Bias.of(params)
         return row
 
     def _penalties(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Int32]:
@@ -157,20 +158,41 @@ class BatchRows:
         columns = [np.concatenate(column).astype(np.int32) for column in zip(*entries, strict=True)]
         return columns[0], columns[1], columns[2]
 
-    def _biases(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, NDArray[np.float32]]:
+    def _biases(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Float32]:
         """Addends to logits (logits row, token id, addend): `logit_bias`, and -inf for what may not end the text."""
-        entries: list[tuple[int, int, float]] = []
+        indices: list[int] = []
+        entries: list[tuple[Int32, Float32]] = []
         for index in np.flatnonzero(chooses).tolist():
             row = int(rows[index])
             if row in self._biased:
-                params = self._biased[row]
-                is_early = positions[index] - self.num_prompt_tokens[row] < params.min_tokens
-                addends = params.logit_bias | dict.fromkeys(params.stop_token_ids if is_early else (), -np.inf)
-                entries += [(index, token_id, addend) for token_id, addend in addends.items()]
+                bias = self._biased[row]
+                is_early = positions[index] - self.num_prompt_tokens[row] < bias.min_tokens
+                indices.append(index)
+                entries.append(bias.early if is_early else bias.late)
         if not entries:
             return _NO_BIASES
-        logits_rows, token_ids, values = zip(*entries, strict=True)
-        return np.array(logits_rows, np.int32), np.array(token_ids, np.int32), np.array(values, np.float32)
+        token_ids, values = (np.concatenate(column) for column in zip(*entries, strict=True))
+        counts = [len(token_ids) for token_ids, _ in entries]
+        return np.repeat(np.array(indices, np.int32), counts), token_ids, values
+
+
+@dataclass(frozen=True, slots=True)
+class _Bias:
+    """A request's addends to logits, (token ids, addends): before it has `min_tokens` tokens, and from then on."""
+
+    min_tokens: int
+    early: tuple[Int32, Float32]
+    late: tuple[Int32, Float32]
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> _Bias:
+        late = params.logit_bias
+        early = late | dict.fromkeys(params.stop_token_ids, -np.inf)
+        return cls(params.min_tokens, _columns(early), _columns(late))
+
+
+def _columns(addends: dict[int, float]) -> tuple[Int32, Float32]:
+    return np.array(list(addends), np.int32), np.array(list(addends.values()), np.float32)
 
 
 _EMPTY = np.empty(0, np.int32)
