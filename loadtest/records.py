@@ -56,6 +56,7 @@ class RequestRecord:
         num_output_tokens: as the server's usage says.
         finished_at: when the stream ended.
         text_hash: hex digest of the text, for comparisons.
+        priority: that of the workload's request.
         error: why there is no (whole) answer.
     """
 
@@ -72,6 +73,7 @@ class RequestRecord:
     num_rejected_tokens: int = 0
     text_hash: str = ""
     error: str | None = None
+    priority: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,7 +85,9 @@ class Run:
         requests: in the order in which they were sent.
         steps: of the engine; its clock is that of the run, so that times can be compared.
         engine_requests: when each was queued, joined and left, by `server_id`.
-        generator_cpu_seconds: processor time of the load generator.
+        block_size: of the engine's KV cache.
+        generator_cpu_seconds, api_cpu_seconds, engine_cpu_seconds: processor time of the load generator and of the
+            server's two processes; 0 where it was not measured.
         is_complete: whether all requests were sent and answered; False for what was saved of a run that broke off.
     """
 
@@ -94,5 +98,8 @@ class Run:
     requests: list[RequestRecord]
     steps: list[Step] = field(default_factory=list)
     engine_requests: dict[str, EngineRequest] = field(default_factory=dict)
+    block_size: int = 16
     generator_cpu_seconds: float = 0.0
+    api_cpu_seconds: float = 0.0
+    engine_cpu_seconds: float = 0.0
     is_complete: bool = True

@@ -1,0 +1,214 @@
+"""What a step costs, and the way of a request and its tokens outside the engine: what the digital twin knows of time.
+
+The form of the model is that of Vidur (Agrawal et al. 2024, "Vidur: A Large-Scale Simulation Framework for LLM
+Inference"): predictions from the size of a batch, fitted to a short profile.  `loadtest/fit.py` fits it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from math import isfinite
+from typing import Any, NamedTuple
+
+from loadtest.errors import LoadTestError
+from scheduler.output import SchedulerOutput
+from scheduler.policies.fair import VirtualTokenCounter
+from scheduler.policies.policy import KeyedPolicy, Policy
+
+VERSION = 1  # of the JSON
+
+
+class StepShape(NamedTuple):
+    """What the cost of a step depends on.
+
+    Attributes:
+        num_tokens: in all, those of padding rows and drafted ones too.
+        num_pairs: pairs of query and key that attention computes.
+        num_samples: rows for which a token is chosen, padding rows too.
+        num_streams: those of them whose token goes to somebody: it costs the engine a message, and takes the cores that
+            the engine computes on for the server's other process and for the client.
+        num_joins: requests that join the batch.
+        num_ordered: waiting requests that the policy puts in order; none for those that take them as they come.
+    """
+
+    num_tokens: int
+    num_pairs: int
+    num_samples: int
+    num_streams: int
+    num_joins: int
+    num_ordered: int
+
+    @classmethod
+    def of(cls, output: SchedulerOutput, num_ordered: int) -> StepShape:
+        num_tokens = num_pairs = num_samples = num_streams = num_joins = 0
+        for share in output.scheduled:
+            count = share.num_scheduled_tokens
+            num_tokens += count
+            num_pairs += count * share.num_computed_tokens + count * (count + 1) // 2
+            num_samples += share.samples
+            num_streams += share.samples and not share.is_padding
+            num_joins += share.new is not None
+        return cls(num_tokens, num_pairs, num_samples, num_streams, num_joins, num_ordered)
+
+
+def puts_in_order(policy: type[Policy]) -> bool:
+    """Whether a policy looks at all who wait, in each step, to find their order."""
+    return issubclass(policy, KeyedPolicy | VirtualTokenCounter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """Seconds of the engine's steps, and between them.
+
+    Attributes:
+        token_counts: ascending.
+        token_seconds: of a step of so many tokens; on straight lines between these counts, and beyond the last ones.
+        pair_seconds, sample_seconds, stream_seconds, join_seconds, ordered_seconds: what one more of each adds.
+        gap_seconds, stream_gap_seconds: from the end of a step to the start of the next, if the engine has not to wait,
+            and what a token that goes to somebody adds to it.
+    """
+
+    token_counts: tuple[int, ...]
+    token_seconds: tuple[float, ...]
+    pair_seconds: float
+    sample_seconds: float
+    stream_seconds: float
+    join_seconds: float
+    ordered_seconds: float
+    gap_seconds: float
+    stream_gap_seconds: float
+
+    def seconds(self, shape: StepShape) -> float:
+        """Of a step; nothing if it computes nothing."""
+        if not shape.num_tokens:
+            return 0.0
+        return (
+            self._of_tokens(shape.num_tokens)
+            + shape.num_pairs * self.pair_seconds
+            + shape.num_samples * self.sample_seconds
+            + shape.num_streams * self.stream_seconds
+            + shape.num_joins * self.join_seconds
+            + shape.num_ordered * self.ordered_seconds
+        )
+
+    def gap(self, shape: StepShape) -> float:
+        """Seconds after a step of this shape."""
+        return self.gap_seconds + shape.num_streams * self.stream_gap_seconds if shape.num_tokens else 0.0
+
+    def _of_tokens(self, count: int) -> float:
+        counts, seconds = self.token_counts, self.token_seconds
+        index = min(max(bisect_right(counts, count), 1), len(counts) - 1)
+        slope = (seconds[index] - seconds[index - 1]) / (counts[index] - counts[index - 1])
+        return seconds[index - 1] + slope * (count - counts[index - 1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """Seconds outside the engine.  The API process takes one thing after the other: requests, and tokens to send.
+
+    Attributes:
+        send: from sending a request to when the API process could begin with it.
+        request, prompt_token: that process's work on a request, and on each token of its prompt.
+        command: from when the API process has taken a request to when the engine can.
+        token: the API process's work on a token, or the client's if that is more.
+        delivery: from the end of that work, were there none before it, to the client's notice of the token.
+        end: from a stream's last token to its end.
+        turnaround: closed loop: from the end of an answer to the next request of the user, beside the time to think.
+    """
+
+    send: float
+    request: float
+    prompt_token: float
+    command: float
+    token: float
+    delivery: float
+    end: float
+    turnaround: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """All that the twin knows of time.
+
+    Attributes:
+        residuals: measured over predicted seconds of the profile's steps, ascending, each for an equal share of them;
+            the simulator draws from them, so that what the machine did beside is in its predictions too.  Empty: steps
+            take exactly what is predicted.
+    """
+
+    steps: StepCosts
+    latencies: Latencies
+    residuals: tuple[float, ...] = ()
+
+    def error_quantile(self, share: float) -> float:
+        """The relative error of the fit that this share of the profile's steps keeps within."""
+        errors = sorted(abs(residual - 1) for residual in self.residuals)
+        return errors[min(int(share * len(errors)), len(errors) - 1)] if errors else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION} | asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> CostModel:
+        """Read what `to_json` made.
+
+        Raises:
+            LoadTestError: it is something else, or of another version; names the field.
+        """
+        costs = read_object(value, "costs", ["version", *(field.name for field in fields(cls))])
+        if costs["version"] != VERSION:
+            raise LoadTestError(f"costs.version is {costs['version']!r}, but this Shoal reads {VERSION}: profile again")
+        return cls(
+            steps=_read_step_costs(costs["steps"]),
+            latencies=_read_latencies(costs["latencies"]),
+            residuals=tuple(_amounts(costs["residuals"], "costs.residuals")),
+        )
+
+
+def read_object(value: object, name: str, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    """Take a JSON object that has exactly these keys, or any (None).
+
+    Raises:
+        LoadTestError: it is something else; names the key.
+    """
+    if not isinstance(value, dict):
+        raise LoadTestError(f"{name} must be a JSON object, not {value!r:.40}")
+    if keys is None:
+        return value
+    if missing := [key for key in keys if key not in value]:
+        raise LoadTestError(f"{name}.{missing[0]} is missing")
+    if unknown := value.keys() - set(keys):
+        raise LoadTestError(f"{name}.{min(unknown)} is unknown; known are {', '.join(keys)}")
+    return value
+
+
+def _read_step_costs(value: object) -> StepCosts:
+    read = read_object(value, "costs.steps", [field.name for field in fields(StepCosts)])
+    lists = ("token_counts", "token_seconds")
+    counts, seconds = (_amounts(read[key], f"costs.steps.{key}") for key in lists)
+    if len(counts) < 2 or len(counts) != len(seconds):
+        raise LoadTestError("costs.steps.token_counts and token_seconds must have the same length, at least 2")
+    if any(after <= before for before, after in pairwise(counts)):
+        raise LoadTestError("costs.steps.token_counts must ascend")
+    amounts = {key: _amount(read[key], f"costs.steps.{key}") for key in read if key not in lists}
+    return StepCosts(token_counts=tuple(map(int, counts)), token_seconds=tuple(seconds), **amounts)
+
+
+def _read_latencies(value: object) -> Latencies:
+    read = read_object(value, "costs.latencies", [field.name for field in fields(Latencies)])
+    return Latencies(**{key: _amount(read[key], f"costs.latencies.{key}") for key in read})
+
+
+def _amounts(value: object, name: str) -> list[float]:
+    if not isinstance(value, list | tuple):
+        raise LoadTestError(f"{name} must be a list of numbers, not {value!r:.40}")
+    return [_amount(one, f"{name}[{index}]") for index, one in enumerate(value)]
+
+
+def _amount(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
+        raise LoadTestError(f"{name} must be a finite number, at least 0, not {value!r:.40}")
+    return float(value)

@@ -1,0 +1,195 @@
+"""A short series of runs of the real engine, and what the digital twin keeps of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+from loadtest.costs import CostModel, read_object
+from loadtest.errors import LoadTestError, WorkloadError
+from loadtest.fit import fit
+from loadtest.records import Load, Run, Setup
+from loadtest.server_options import apply_options
+from loadtest.workload import WorkloadRequest, read_workload, write_workload
+from scheduler.config import PolicyConfig, SchedulerConfig
+from scheduler.errors import ConfigError
+
+FILE = "profile.json"
+
+Measure = Callable[[Sequence[WorkloadRequest], Load, Setup], Run]
+MakeWorkload = Callable[[str, int, int], Sequence[WorkloadRequest]]  # name, number of requests, seed
+Config = TypeVar("Config", SchedulerConfig, PolicyConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """One run of the series: a closed loop without time to think."""
+
+    workload: str
+    num_requests: int
+    users: int
+    policy: str = "fcfs"
+    options: tuple[str, ...] = ()
+
+
+SERIES = (
+    Stretch("chat", 3, 1),
+    Stretch("chat", 6, 2),
+    Stretch("chat", 24, 8),
+    Stretch("chat", 80, 32),
+    Stretch("chat", 96, 64),
+    Stretch("code", 32, 8),
+    Stretch("chat", 48, 16, "static", ("--max-num-seqs", "16")),
+    Stretch("chat", 48, 48, "sjf", ("--max-num-seqs", "16")),
+)
+"""Batches of 1 to 64 rows (as a run ends, it passes through all below its own), prompts in chunks of all sizes, long
+contexts and found prefixes, rows that are padding, and requests that wait to be put in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What the twin must know of a server.
+
+    Attributes:
+        model: its name.
+        options: that all its servers were started with.
+        versions: of what was measured, for people.
+    """
+
+    model: str
+    options: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    limits: SchedulerConfig
+    knobs: PolicyConfig
+    costs: CostModel
+
+    def configure(self, options: Sequence[str]) -> tuple[SchedulerConfig, PolicyConfig]:
+        """Limits and knobs of a server that was started with these options of `shoal serve`.
+
+        Raises:
+            LoadTestError: one of them is wrong, or changes more than what is scheduled and was not profiled with.
+        """
+        return apply_options(options, self.options, self.limits, self.knobs)
+
+
+def make_profile(
+    measure: Measure,
+    make_workload: MakeWorkload,
+    *,
+    model: str,
+    limits: SchedulerConfig,
+    knobs: PolicyConfig,
+    options: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+    series: Iterable[Stretch] = SERIES,
+) -> Profile:
+    """Measure a series of runs, and fit the costs to them.
+
+    Args:
+        limits, knobs: those that servers with `options` have; how many blocks there are, their traces say.
+
+    Raises:
+        LoadTestError: too little was measured, or a server failed.
+    """
+    runs = [_measure(measure, make_workload, stretch, options) for stretch in series]
+    num_blocks = max((step.num_blocks for run in runs for step in run.steps), default=limits.num_blocks)
+    return Profile(
+        model=model,
+        options=tuple(options),
+        versions=dict(versions or {}),
+        limits=replace(limits, num_blocks=num_blocks),
+        knobs=knobs,
+        costs=fit(runs),
+    )
+
+
+def _measure(measure: Measure, make_workload: MakeWorkload, stretch: Stretch, options: Sequence[str]) -> Run:
+    workload = make_workload(stretch.workload, stretch.num_requests, 0)
+    setup = Setup(policy=stretch.policy, options=(*options, *stretch.options))
+    return measure(workload, Load(users=stretch.users), setup)
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def write_profile(folder: Path, profile: Profile, workloads: Mapping[str, Sequence[WorkloadRequest]]) -> None:
+    """Save a profile, and beside it workloads in the tokens of its model, so that simulations need no server."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, requests in workloads.items():
+        write_workload(_workload_file(folder, name), requests)
+    saved = asdict(profile) | {"costs": profile.costs.to_json()}
+    (folder / FILE).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+
+
+def read_profile(folder: Path) -> Profile:
+    """Read what `write_profile` saved.
+
+    Raises:
+        LoadTestError: there is none, or it is broken; names the field.
+    """
+    path = folder / FILE
+    try:
+        return _read(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise LoadTestError(f"there is no profile in {folder}: {FILE} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LoadTestError(f"{path} is not JSON: {error}") from error
+    except LoadTestError as error:
+        raise LoadTestError(f"{path} is broken: {error}") from error
+
+
+def _read(saved: object) -> Profile:
+    values = read_object(saved, "profile", [one.name for one in fields(Profile)])
+    versions = read_object(values["versions"], "versions")
+    return Profile(
+        model=_read_text(values["model"], "model"),
+        options=tuple(_read_texts(values["options"], "options")),
+        versions={name: _read_text(text, f"versions.{name}") for name, text in versions.items()},
+        limits=_read_config(SchedulerConfig, values["limits"], "limits"),
+        knobs=_read_config(PolicyConfig, values["knobs"], "knobs"),
+        costs=CostModel.from_json(values["costs"]),
+    )
+
+
+def read_profiled_workload(folder: Path, name: str, num_requests: int | None = None) -> list[WorkloadRequest]:
+    """The first so many requests of a workload that was saved with a profile, or all.
+
+    Raises:
+        WorkloadError: it was not saved, or has fewer.
+    """
+    path = _workload_file(folder, name)
+    if not path.exists():
+        known = sorted(file.stem.removeprefix("workload-") for file in folder.glob(_workload_file(Path(), "*").name))
+        raise WorkloadError(f"the profile in {folder} has no workload {name!r}; it has {', '.join(known) or 'none'}")
+    requests = read_workload(path)
+    if num_requests is not None and num_requests > len(requests):
+        raise WorkloadError(f"the profile's workload {name!r} has {len(requests)} requests, fewer than {num_requests}")
+    return requests[:num_requests]
+
+
+def _workload_file(folder: Path, name: str) -> Path:
+    return folder / f"workload-{name}.jsonl"
+
+
+def _read_config(kind: type[Config], value: object, name: str) -> Config:
+    try:
+        return kind(**read_object(value, name, [one.name for one in fields(kind)]))
+    except ConfigError as error:
+        raise LoadTestError(f"{name}.{error.message}") from error
+    except TypeError as error:
+        raise LoadTestError(f"{name} has a value of the wrong type: {error}") from error
+
+
+def _read_texts(value: object, name: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise LoadTestError(f"{name} must be a list of strings, not {value!r:.40}")
+    return value
+
+
+def _read_text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise LoadTestError(f"{name} must be a string, not {value!r:.40}")
+    return value

@@ -1,0 +1,137 @@
+"""The fit: a known cost model comes back from runs that were simulated with it.  scipy is the oracle of the solver."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls as reference
+
+from loadtest.costs import CostModel, StepCosts, StepShape
+from loadtest.errors import LoadTestError
+from loadtest.fit import fit
+from loadtest.records import Load, Run
+from loadtest.regression import fit_robustly, nnls
+from tests.loadtest.twin import REALISTIC, chat, run
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.integers(1, 8), st.integers(0, 30))
+def test_nnls_finds_what_scipy_finds(seed: int, num_columns: int, num_more: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(num_columns + num_more, num_columns))
+    target = rng.normal(size=num_columns + num_more)
+    found, (expected, residual) = nnls(table, target), reference(table, target)
+    assert (found >= 0).all()
+    assert np.linalg.norm(table @ found - target) == pytest.approx(residual, abs=1e-9)
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_columns_that_say_the_same_are_no_trouble() -> None:
+    column = np.arange(1.0, 9.0)
+    table = np.column_stack([column, column, np.zeros(8)])
+    np.testing.assert_allclose(table @ nnls(table, 3 * column), 3 * column)
+
+
+def test_outliers_do_not_move_the_fit() -> None:
+    rng = np.random.default_rng(0)
+    table = np.column_stack([np.ones(500), rng.uniform(0, 50, 500)])
+    target = table @ [2.0, 0.5] * rng.normal(1, 0.01, 500)
+    target[::25] *= 10
+    np.testing.assert_allclose(fit_robustly(table, target), [2.0, 0.5], rtol=0.02)
+
+
+def series(costs: CostModel) -> list[Run]:
+    """Runs that show all there is to know; of a real engine they would also show what is not the executor's time."""
+    runs = [
+        run(chat(3), Load(users=1), costs=costs),
+        run(chat(6, 1), Load(users=2), costs=costs),
+        run(chat(24, 2), Load(users=8), costs=costs),
+        run(chat(64, 3), Load(users=32), costs=costs),
+        run(chat(80, 4), Load(users=64), costs=costs),
+        run(chat(24, 5, num_prompt_tokens=400), Load(users=8), costs=costs),
+        run(chat(40, 6), Load(users=16), "static", costs, max_num_seqs=16),
+        run(chat(40, 7), Load(users=40), "sjf", costs, max_num_seqs=16),
+    ]
+    for one in runs:
+        each = costs.steps.ordered_seconds if one.setup.policy == "sjf" else 0.0
+        one.steps = [
+            replace(step, execute_seconds=step.seconds - each * step.num_waiting - 1e-5 * len(step.rows))
+            for step in one.steps
+        ]
+    return runs
+
+
+def seconds_of_tokens(steps: StepCosts) -> list[float]:
+    return [steps.seconds(StepShape(count, 0, 0, 0, 0, 0)) for count in (1, 2, 3, 8, 16, 40, 64, 100, 300, 512)]
+
+
+def test_a_known_cost_model_comes_back() -> None:
+    found = fit(series(REALISTIC))
+    known = REALISTIC.steps
+    assert seconds_of_tokens(found.steps) == pytest.approx(seconds_of_tokens(known), rel=1e-6)
+    for name, value in asdict(known).items():
+        if not name.startswith("token_"):
+            assert getattr(found.steps, name) == pytest.approx(value, rel=1e-4), name
+    assert asdict(found.latencies) == pytest.approx(asdict(REALISTIC.latencies), rel=1e-3)
+    assert found.residuals == pytest.approx([1.0] * len(found.residuals))
+
+
+def test_noise_goes_into_the_residuals() -> None:
+    rng = random.Random(0)
+    noise = sorted(rng.lognormvariate(0, 0.05) * (3 if rng.random() < 0.02 else 1) for _ in range(200))
+    noisy = replace(REALISTIC, residuals=tuple(noise))
+    runs = series(noisy)
+    found = fit(runs)
+    assert found.error_quantile(0.5) == pytest.approx(0.035, abs=0.01)
+    assert found.residuals[-1] == pytest.approx(3, rel=0.3)
+    assert sum(found.residuals) / 200 == pytest.approx(sum(noise) / 200, rel=0.02)
+    # What users see of another load is predicted, as far as one run is like the next.
+    for policy in ("fcfs", "static"):
+        actual, predicted = (repeated(policy, costs) for costs in (noisy, found))
+        for figure in (end, median_ttft, median_e2e):
+            expected = np.mean([figure(run) for run in actual])
+            assert np.mean([figure(run) for run in predicted]) == pytest.approx(expected, rel=0.05), figure.__name__
+
+
+def repeated(policy: str, costs: CostModel) -> list[Run]:
+    return [run(chat(80, 9), Load(users=16), policy, costs, repetition=repetition) for repetition in range(4)]
+
+
+def end(run: Run) -> float:
+    return max(record.finished_at or 0 for record in run.requests)
+
+
+def median_ttft(run: Run) -> float:
+    return float(np.median([record.token_times[0] - record.sent_at for record in run.requests]))
+
+
+def median_e2e(run: Run) -> float:
+    return float(np.median([(record.finished_at or 0) - record.sent_at for record in run.requests]))
+
+
+def test_requests_that_failed_and_events_that_lack_are_passed_over() -> None:
+    runs = series(REALISTIC)
+    for one in runs[:4]:
+        one.requests[0].error = "the connection was lost"
+        one.requests[0].finished_at = None
+        del one.requests[1].token_times[1:2]  # an incomplete character
+    assert asdict(fit(runs).latencies) == pytest.approx(asdict(REALISTIC.latencies), rel=0.05)
+
+
+def test_too_few_steps_are_refused() -> None:
+    few = run(chat(1), Load(users=1), costs=REALISTIC)
+    few.steps = few.steps[:7]
+    with pytest.raises(LoadTestError, match="7 steps were measured, but a cost model needs at least 20"):
+        fit([few])
+
+
+def test_runs_without_steps_in_common_with_the_users_are_no_trouble() -> None:
+    alone = run(chat(3), Load(users=1), costs=REALISTIC)
+    for record in alone.requests:
+        record.server_id = "another"
+    assert fit([alone]).latencies.token == 0

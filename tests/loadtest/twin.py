@@ -1,0 +1,98 @@
+"""What the tests of the digital twin share: workloads and costs that are easy to reckon with."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from loadtest.costs import CostModel, Latencies, StepCosts
+from loadtest.records import Load, Run, Setup
+from loadtest.simulator import simulate
+from loadtest.workload import WorkloadRequest
+from scheduler.config import PolicyConfig, SchedulerConfig
+
+LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
+NO_LATENCIES = Latencies(send=0, request=0, prompt_token=0, command=0, token=0, delivery=0, end=0, turnaround=0)
+# Every step takes a second.
+SECOND_STEPS = StepCosts(
+    token_counts=(1, 2),
+    token_seconds=(1.0, 1.0),
+    pair_seconds=0,
+    sample_seconds=0,
+    stream_seconds=0,
+    join_seconds=0,
+    ordered_seconds=0,
+    gap_seconds=0,
+    stream_gap_seconds=0,
+)
+SECONDS = CostModel(steps=SECOND_STEPS, latencies=NO_LATENCIES)
+# Of the order of a small model's on two cores; steps get cheaper by the token as they grow.
+REALISTIC = CostModel(
+    steps=StepCosts(
+        token_counts=(1, 4, 16, 64, 512),
+        token_seconds=(0.0007, 0.0015, 0.003, 0.006, 0.04),
+        pair_seconds=2e-8,
+        sample_seconds=1e-5,
+        stream_seconds=4e-5,
+        join_seconds=1e-4,
+        ordered_seconds=1e-6,
+        gap_seconds=1e-4,
+        stream_gap_seconds=2e-6,
+    ),
+    latencies=Latencies(
+        send=1e-3, request=8e-4, prompt_token=1e-6, command=2e-4, token=5e-5, delivery=3e-4, end=4e-4, turnaround=1e-3
+    ),
+)
+
+
+def ask(
+    request_id: str, num_prompt_tokens: int = 4, num_output_tokens: int = 2, session: str = "", **others: object
+) -> WorkloadRequest:
+    """A request whose prompt is like nobody else's."""
+    first = random.Random(request_id).randrange(10**6)
+    values: dict[str, object] = {"max_tokens": 50, "prompt": request_id}
+    return WorkloadRequest(
+        request_id=request_id,
+        session=session or request_id,
+        prompt_token_ids=list(range(first, first + num_prompt_tokens)),
+        num_output_tokens=num_output_tokens,
+        **(values | others),  # type: ignore[arg-type]  # any field
+    )
+
+
+def chat(num_requests: int, seed: int = 0, num_prompt_tokens: int = 70) -> list[WorkloadRequest]:
+    """Requests with heavy-tailed lengths, from a few clients."""
+    rng = random.Random(seed)
+    return [
+        ask(
+            f"r{index}",
+            min(max(int(num_prompt_tokens * rng.lognormvariate(0, 0.8)), 1), 700),
+            min(max(int(60 * rng.lognormvariate(0, 1)), 1), 300),
+            max_tokens=300,
+            client=f"client {rng.randrange(4)}",
+            priority=rng.randrange(3),
+        )
+        for index in range(num_requests)
+    ]
+
+
+def run(
+    workload: list[WorkloadRequest],
+    load: Load,
+    policy: str = "fcfs",
+    costs: CostModel = SECONDS,
+    *,
+    knobs: PolicyConfig | None = None,
+    repetition: int = 0,
+    **limits: int | bool,
+) -> Run:
+    """Simulate with these limits."""
+    return simulate(
+        workload,
+        load,
+        Setup(policy=policy),
+        limits=replace(LIMITS, **limits),  # type: ignore[arg-type]  # any limit
+        knobs=knobs or PolicyConfig(),
+        costs=costs,
+        repetition=repetition,
+    )
