@@ -1,0 +1,62 @@
+"""Results files: whole, cut off anywhere, and broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadtest.errors import LoadTestError
+from loadtest.records import RequestRecord
+from loadtest.results import LocustResult, ResultsWriter, read_results
+
+RECORDS = [
+    RequestRecord(request_id="late", client="é", sent_at=2.0, token_times=[2.5, 2.75], finished_at=3.0),
+    RequestRecord(request_id="early", sent_at=1.0, error="HTTP 500: no"),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "results.jsonl"
+    writer = ResultsWriter(path, started_at=12.5)
+    for record in RECORDS:
+        writer.add(record)
+    writer.end(1.25)
+    writer.close()
+    return path
+
+
+def test_what_is_read_is_what_was_written_in_the_order_in_which_it_was_sent(path: Path) -> None:
+    expected = LocustResult(records=RECORDS[::-1], cpu_seconds=1.25, started_at=12.5, is_whole=True)
+    assert read_results(path) == expected
+
+
+def test_a_file_that_is_cut_off_anywhere_gives_all_whole_lines(path: Path) -> None:
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 11):
+        path.write_bytes(whole[:size])
+        result = read_results(path)
+        num_lines = whole[:size].count(b"\n")
+        assert len(result.records) == max(min(num_lines - 1, 2), 0)
+        assert not result.is_whole
+
+
+def test_what_was_added_is_in_the_file_at_once(tmp_path: Path) -> None:
+    writer = ResultsWriter(tmp_path / "r", started_at=0.0)
+    writer.add(RECORDS[0])
+    assert len(read_results(tmp_path / "r").records) == 1
+    writer.close()
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"request_id": "a"}', '{"cpu_seconds": "much"}'])
+def test_a_broken_line_is_named_by_its_number(path: Path, line: str) -> None:
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+    with pytest.raises(LoadTestError, match=r"results\.jsonl, line 3: not a line of a results file"):
+        read_results(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LoadTestError, match="cannot be read"):
+        read_results(tmp_path / "none")

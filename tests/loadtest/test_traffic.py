@@ -1,0 +1,198 @@
+"""Who sends what, and when: with a fake of the client, so that nothing but the traffic is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import gevent
+import pytest
+
+from loadtest.arrivals import arrival_times, think_times
+from loadtest.errors import LoadTestError
+from loadtest.records import Load, RequestRecord
+from loadtest.traffic import CUT_OFF, MAX_CONNECTION_ERRORS, Share, Traffic
+from loadtest.workload import WorkloadRequest
+
+PATIENCE = 20.0
+WHOLE = Share()
+
+
+class FakeClient:
+    """Takes its time for each request, and notes who was in flight together."""
+
+    def __init__(self, seconds: float = 0.0, error: str | None = None) -> None:
+        self.sent: list[str] = []
+        self.in_flight = 0
+        self.most_at_once = 0
+        self._seconds = seconds
+        self._error = error
+
+    def stream(self, request: WorkloadRequest, record: RequestRecord, now: Callable[[], float]) -> None:
+        self.sent.append(request.request_id)
+        self.in_flight += 1
+        self.most_at_once = max(self.most_at_once, self.in_flight)
+        try:
+            gevent.sleep(self._seconds)
+        finally:
+            self.in_flight -= 1
+            record.finished_at = now()
+        record.error = self._error
+
+
+def workload(*sessions: str, arrival_times: list[float] | None = None) -> list[WorkloadRequest]:
+    """A request for each letter, its session."""
+    return [
+        WorkloadRequest(
+            request_id=f"{session}{index}",
+            session=session,
+            prompt="a",
+            prompt_token_ids=[1],
+            num_output_tokens=1,
+            max_tokens=1,
+            arrival_time=arrival_times[index] if arrival_times else None,
+        )
+        for index, session in enumerate("".join(sessions))
+    ]
+
+
+def run(
+    client: FakeClient, requests: list[WorkloadRequest], load: Load, share: Share = WHOLE
+) -> tuple[Traffic, list[RequestRecord]]:
+    """With as many users as the load has, until all has been sent."""
+    records: list[RequestRecord] = []
+    traffic = Traffic(requests, load, client, records.append, share)  # type: ignore[arg-type]  # a fake
+    traffic.start()
+    users = [gevent.spawn(use, traffic) for _ in range(load.users)]
+    assert traffic.finished.wait(PATIENCE)
+    gevent.joinall(users, timeout=PATIENCE)
+    return traffic, records
+
+
+def use(traffic: Traffic) -> None:
+    is_first = True
+    while traffic.serve_next_session(is_first=is_first):
+        is_first = False
+
+
+# -- closed loop -----------------------------------------------------------------------------------------------------
+
+
+def test_one_user_sends_all_in_the_order_of_the_workload_session_by_session() -> None:
+    client = FakeClient()
+    run(client, workload("aabcbc"), Load(users=1))
+    assert client.sent == ["a0", "a1", "b2", "b4", "c3", "c5"]
+
+
+def test_users_share_the_sessions_and_never_send_two_requests_of_one_at_once() -> None:
+    client = FakeClient(seconds=0.01)
+    _, records = run(client, workload("aaabbbccc"), Load(users=2))
+    assert client.most_at_once == 2
+    assert client.sent[:2] == ["a0", "b3"]
+    spans = {record.request_id: (record.sent_at, record.finished_at or 0.0) for record in records}
+    assert len(spans) == 9
+    for session in ("a0 a1 a2", "b3 b4 b5", "c6 c7 c8"):
+        first, second, third = (spans[name] for name in session.split())
+        assert first[1] <= second[0] <= second[1] <= third[0]
+
+
+def test_more_users_than_sessions_are_no_harm() -> None:
+    client = FakeClient(seconds=0.01)
+    run(client, workload("abc"), Load(users=10))
+    assert client.most_at_once == 3
+
+
+def test_a_user_pauses_before_each_request_but_its_first() -> None:
+    load = Load(users=1, think_seconds=0.02, seed=4)
+    _, records = run(FakeClient(), workload("abcd"), load)
+    pauses = think_times(load, 4)
+    assert records[0].sent_at < PATIENCE
+    for before, after, pause in zip(records, records[1:], pauses[1:], strict=False):
+        assert after.sent_at - (before.finished_at or 0.0) >= pause
+
+
+def test_a_user_that_is_stopped_leaves_the_rest_of_its_session_to_the_others() -> None:
+    client = FakeClient(seconds=0.05)
+    records: list[RequestRecord] = []
+    traffic = Traffic(workload("aaab"), Load(users=1), client, records.append)  # type: ignore[arg-type]  # a fake
+    stopped = gevent.spawn(use, traffic)
+    gevent.sleep(0.01)
+    stopped.kill()
+    other = gevent.spawn(use, traffic)
+    assert traffic.finished.wait(PATIENCE)
+    other.join(PATIENCE)
+    assert client.sent == ["a0", "a1", "a2", "b3"]
+    assert [record.error for record in records] == [CUT_OFF, None, None, None]
+
+
+# -- open loop -------------------------------------------------------------------------------------------------------
+
+
+def test_an_open_loop_sends_when_due_whatever_the_server_does() -> None:
+    load = Load(rate=200.0, seed=1)
+    requests = workload("aaaaaaaaaabbbbbbbbbb")
+    slow, quick = FakeClient(seconds=0.5), FakeClient()
+    _, slow_records = run(slow, requests, load)
+    _, quick_records = run(quick, requests, load)
+    due = arrival_times(load, 20).tolist()
+    for records in (slow_records, quick_records):
+        assert sorted(record.sent_at for record in records) == due
+    assert slow.sent == quick.sent == [request.request_id for request in requests]
+    assert slow.most_at_once > 10
+    # Latencies count from the due time, so nothing ends before it.
+    assert all((record.finished_at or 0.0) >= record.sent_at for record in quick_records)
+
+
+def test_a_replay_sends_at_the_times_of_the_workload_in_their_order() -> None:
+    client = FakeClient()
+    _, records = run(client, workload("abc", arrival_times=[0.03, 0.0, 0.01]), Load())
+    assert client.sent == ["b1", "c2", "a0"]
+    assert [record.sent_at for record in records] == [0.0, 0.01, 0.03]
+
+
+def test_stopping_cuts_off_what_is_in_flight_and_reports_it() -> None:
+    client = FakeClient(seconds=PATIENCE)
+    records: list[RequestRecord] = []
+    requests = workload("abc", arrival_times=[0.0, 0.0, PATIENCE])
+    traffic = Traffic(requests, Load(), client, records.append)  # type: ignore[arg-type]  # a fake
+    traffic.start()
+    gevent.sleep(0.02)
+    traffic.stop()
+    assert {record.error for record in records} == {CUT_OFF}
+    assert len(records) == 2
+    assert client.in_flight == 0
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [Load(users=3), Load(rate=1000.0, seed=2)])
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_shares_make_up_the_whole(load: Load, count: int) -> None:
+    requests = workload("aabbbcddee")
+    clients = [FakeClient() for _ in range(count)]
+    due = [run(client, requests, load, Share(index, count))[1] for index, client in enumerate(clients)]
+    sent = [name for client in clients for name in client.sent]
+    assert sorted(sent) == sorted(request.request_id for request in requests)
+    if load.rate:
+        assert sorted(record.sent_at for records in due for record in records) == arrival_times(load, 10).tolist()
+    else:
+        owners = [{name[0] for name in client.sent} for client in clients]
+        assert sum(map(len, owners)) == 5, "a session is sent by one"
+
+
+@pytest.mark.parametrize("load", [Load(users=2), Load(rate=10_000.0)])
+def test_a_server_that_is_gone_ends_the_run(load: Load) -> None:
+    client = FakeClient(error="connection: refused")
+    run(client, workload("abcdefghij" * 10), load)
+    assert MAX_CONNECTION_ERRORS <= len(client.sent) < 100
+
+
+def test_other_errors_do_not() -> None:
+    client = FakeClient(error="HTTP 429: full")
+    run(client, workload("abcdefghij" * 10), Load(users=2))
+    assert len(client.sent) == 100
+
+
+def test_a_bad_load_is_refused_before_anything_is_sent() -> None:
+    with pytest.raises(LoadTestError, match="rate must be"):
+        Traffic(workload("a"), Load(rate=-1.0), FakeClient(), print)  # type: ignore[arg-type]  # a fake
