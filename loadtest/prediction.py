@@ -1,0 +1,126 @@
+"""The digital twin beside a comparison: its profile, and what it predicts of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from loadtest.costs import CostModel, StepShape
+from loadtest.errors import LoadTestError
+from loadtest.measuring import Measurer
+from loadtest.plan import PlannedRun
+from loadtest.preparation import Facts, Key
+from loadtest.profile import SERIES, Profile, make_profile
+from loadtest.records import Load, Run, Setup
+from loadtest.simulator import simulate
+from loadtest.steps import Step
+from loadtest.storage import Storage
+from loadtest.workload import WorkloadRequest, read_workload, write_workload
+from loadtest.workload_files import Sending
+from scheduler.errors import ConfigError
+
+PROFILE_WORKLOADS: tuple[Key, ...] = tuple(
+    dict.fromkeys((stretch.workload, stretch.num_requests, 0) for stretch in SERIES)
+)
+"""What a profile needs of `Preparation.run`."""
+
+
+class ProfileRuns:
+    """Measures the runs of a profile.
+
+    Args:
+        storage: of a folder that holds nothing else.
+    """
+
+    def __init__(self, storage: Storage, measurer: Measurer, observe: Callable[[], None]) -> None:
+        self._storage = storage
+        self._measurer = measurer
+        self._observe = observe
+        self._numbers = count(1)
+
+    def measure(self, workload: Sequence[WorkloadRequest], load: Load, setup: Setup) -> Run:
+        name = f"profile-{next(self._numbers)}"
+        file = self._storage.workload_file(name)
+        write_workload(file, workload)
+        planned = PlannedRun(setup=setup, workload=name, load=load)
+        folder = self._measurer.measure(planned, Sending(file, load))
+        self._observe()
+        return self._storage.load(folder)
+
+
+def take_profile(
+    facts: Facts,
+    workloads: Mapping[Key, Sequence[WorkloadRequest]],
+    runs: ProfileRuns,
+    versions: Mapping[str, str],
+) -> Profile:
+    """Measure what the twin must know of a server.
+
+    Args:
+        workloads: those of `PROFILE_WORKLOADS`.
+
+    Raises:
+        LoadTestError: a server failed, or too little was measured.
+    """
+    limits, knobs = facts.config
+    return make_profile(
+        runs.measure,
+        lambda name, num_requests, seed: workloads[name, num_requests, seed],
+        model=facts.model,
+        limits=limits,
+        knobs=knobs,
+        options=facts.options,
+        versions=versions,
+    )
+
+
+def predict(
+    planned: Iterable[PlannedRun], sending_of: Callable[[str, Load], Sending], profile: Profile
+) -> tuple[list[Run], list[str]]:
+    """Simulate each combination once.
+
+    Returns:
+        The runs, and why others could not be simulated.
+    """
+    runs: list[Run] = []
+    reasons: dict[str, None] = {}
+    for one in dict.fromkeys(replace(run, repetition=0) for run in planned):
+        sending = sending_of(one.workload, one.load)
+        try:
+            runs.append(_simulate(one, sending.workload, sending.load, profile))
+        except (LoadTestError, ConfigError) as error:
+            reasons[f"{one.setup.name} was not simulated: {error}"] = None
+    return runs, list(reasons)
+
+
+def step_seconds(costs: CostModel) -> Callable[[Step], float]:
+    """What the costs say of a step in which nobody joins."""
+
+    def seconds(step: Step) -> float:
+        shape = StepShape(
+            num_tokens=sum(row.num_tokens for row in step.rows),
+            num_pairs=step.num_pairs,
+            num_samples=sum(row.samples for row in step.rows),
+            num_streams=sum(row.samples and not row.is_padding for row in step.rows),
+            num_joins=0,
+            num_ordered=0,
+        )
+        return costs.steps.seconds(shape)
+
+    return seconds
+
+
+def _simulate(planned: PlannedRun, workload: Path, load: Load, profile: Profile) -> Run:
+    limits, knobs = profile.configure(planned.setup.options)
+    run = simulate(
+        read_workload(workload),
+        load,
+        planned.setup,
+        limits=limits,
+        knobs=knobs,
+        costs=profile.costs,
+        name=planned.workload,
+    )
+    return replace(run, load=planned.load)

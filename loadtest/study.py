@@ -1,0 +1,201 @@
+"""A whole load test: preparation, profile, comparison, predictions, report."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
+
+from loadtest.accuracy import compare
+from loadtest.comparison import Comparison, Results
+from loadtest.errors import LoadTestError
+from loadtest.measuring import Measurer
+from loadtest.plan import Plan, interleave
+from loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns, predict, step_seconds, take_profile
+from loadtest.preparation import Facts, Key, Preparation, machine
+from loadtest.profile import SERIES, Profile, read_profile, read_profiled_workload, write_profile
+from loadtest.progress import Bars
+from loadtest.report import write_report
+from loadtest.report_data import Cell, ReportData, baseline, by_load, collect
+from loadtest.storage import Storage, write_json
+from loadtest.workload import WorkloadRequest, read_workload
+from loadtest.workload_files import WorkloadFiles
+from loadtest.workloads import WORKLOADS
+
+PROFILE_FOLDER = "profile"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What a load test came to.
+
+    Attributes:
+        report: `report.html`.
+        complaints: what must not be overlooked; empty if all went well.
+    """
+
+    cells: Sequence[Cell]
+    report: Path
+    complaints: Sequence[str]
+
+
+def conduct(plan: Plan, folder: Path, *, options: Sequence[str], is_resumed: bool, command: str) -> Study:
+    """Carry a plan out, and write its report.
+
+    Args:
+        options: of all servers.
+        command: that repeats it, for the report.
+
+    Raises:
+        LoadTestError: it cannot begin; or something else than a server under test failed in the middle, and what was
+            measured is in the folder.
+    """
+    storage = Storage(folder, plan, is_resumed=is_resumed)
+    files = WorkloadFiles(storage)
+    facts, profile = _prepare(plan, storage, files, options)
+    measurer = Measurer(model=plan.model, storage=storage)
+    with Bars(plan.num_requests) as bars:
+        results = Comparison(plan, storage, measurer.measure, files.sending, bars).run()
+    predictions, reasons = predict(results.runs, files.sending, profile)
+    cells = collect((storage.load(run) for run in results.runs.values()), predictions, plan.slo)
+    report = ReportData(
+        title="Load test of Shoal",
+        made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=command,
+        machine=machine(),
+        model=facts.model,
+        slo=plan.slo,
+        cells=cells,
+        differing_texts=results.same_work.differing,
+        warnings=[*results.failures, *reasons],
+        step_seconds=step_seconds(profile.costs),
+    )
+    write_json(folder / "summary.json", _summary(report, results))
+    write_report(folder, report)
+    return Study(cells=cells, report=folder / "report.html", complaints=results.complaints)
+
+
+def profile_servers(folder: Path, plan: Plan, *, options: Sequence[str]) -> Profile:
+    """Take a profile, and save it with all workloads in the tokens of the model.
+
+    Args:
+        plan: model, seed and number of requests.
+
+    Raises:
+        LoadTestError: a server failed, or too little was measured.
+    """
+    keys = {name: (name, plan.num_requests, plan.seed) for name in WORKLOADS}
+    with tempfile.TemporaryDirectory() as temporary:
+        storage = Storage(Path(temporary), plan)
+        preparation = Preparation(plan, storage, WorkloadFiles(storage), options)
+        facts, workloads = preparation.run([*PROFILE_WORKLOADS, *keys.values()])
+        profile = _measure_profile(plan, storage, facts, workloads)
+    write_profile(folder, profile, {name: workloads[key] for name, key in keys.items()})
+    return profile
+
+
+def rehearse(plan: Plan, costs: Path) -> list[Cell]:
+    """Simulate a plan.
+
+    Args:
+        costs: folder of a profile.
+
+    Raises:
+        LoadTestError: there is no such profile, it lacks a workload, or a run cannot be simulated.
+    """
+    profile = read_profile(costs)
+    with tempfile.TemporaryDirectory() as temporary:
+        storage = Storage(Path(temporary), plan)
+        files = WorkloadFiles(storage)
+        for name in files.missing(plan.workloads):
+            replayed = read_workload(Path(plan.replay)) if plan.replay else None
+            files.copy(name, replayed or read_profiled_workload(costs, name, plan.num_requests))
+        planned = interleave(plan.experiments, lambda experiment: experiment.loads)
+        runs, reasons = predict(planned, files.sending, profile)
+    if reasons:
+        raise LoadTestError("; ".join(reasons))
+    return collect(runs, (), plan.slo)
+
+
+def _prepare(plan: Plan, storage: Storage, files: WorkloadFiles, options: Sequence[str]) -> tuple[Facts, Profile]:
+    """What is known of the servers, and the profile: the given one, or that of before, or a new one."""
+    folder = storage.folder / PROFILE_FOLDER
+    given = Path(plan.costs) if plan.costs else folder if (folder / "profile.json").exists() else None
+    profile = None if given is None else read_profile(given)
+    facts, workloads = Preparation(plan, storage, files, options).run(() if profile else PROFILE_WORKLOADS)
+    if profile is None:
+        profile = _measure_profile(plan, Storage(folder, plan, is_resumed=True), facts, workloads)
+        names = dict.fromkeys(name.partition(":")[0] for name in plan.workloads)
+        write_profile(folder, profile, {name: read_workload(storage.workload_file(name)) for name in names})
+    return facts, profile
+
+
+def _measure_profile(
+    plan: Plan, storage: Storage, facts: Facts, workloads: Mapping[Key, Sequence[WorkloadRequest]]
+) -> Profile:
+    with tqdm(total=len(SERIES), unit="run", desc="profile") as bar:
+        runs = ProfileRuns(storage, Measurer(model=plan.model, storage=storage), bar.update)
+        return take_profile(facts, workloads, runs, machine())
+
+
+def figures(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The most important figures of each cell, for a program that reads along."""
+    return [
+        {
+            "workload": cell.workload,
+            "load": cell.load,
+            "setup": cell.setup.name,
+            "throughput": cell.measured.median.throughput,
+            "goodput": cell.measured.median.goodput,
+            "ttft": cell.measured.median.ttft,
+            "e2e": cell.measured.median.e2e,
+            "x_static": _speed_up(cell, cells),
+        }
+        for cell in cells
+    ]
+
+
+def _summary(report: ReportData, results: Results) -> dict[str, Any]:
+    return {
+        "made_at": report.made_at,
+        "command": report.command,
+        "machine": dict(report.machine),
+        "model": report.model,
+        "slo": report.slo,
+        "complaints": results.complaints,
+        "differing_texts": results.same_work.differing,
+        "cells": [
+            {
+                "workload": cell.workload,
+                "load": cell.load,
+                "setup": cell.setup,
+                "x_static": _speed_up(cell, report.cells),
+                "measured": cell.measured,
+                "predicted": cell.predicted,
+                "accuracy": _accuracy(cell),
+                "problems": cell.problems,
+            }
+            for cell in report.cells
+        ],
+    }
+
+
+def _accuracy(cell: Cell) -> list[dict[str, Any]]:
+    if cell.predicted is None:
+        return []
+    return [
+        {"name": figure.name, "predicted": figure.predicted, "measured": figure.measured, "error": figure.error}
+        for figure in compare(cell.predicted, cell.measured.median)
+    ]
+
+
+def _speed_up(cell: Cell, cells: Sequence[Cell]) -> float | None:
+    """Throughput over the static baseline's of the same workload and load."""
+    static = baseline(by_load(other for other in cells if other.workload == cell.workload)[cell.load])
+    base = static.measured.median.throughput if static else 0.0
+    return cell.measured.median.throughput / base if base else None

@@ -1,0 +1,321 @@
+"""The report of a comparison: whole, true, and made whatever is missing."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from loadtest.metrics import Slo, summarize
+from loadtest.records import Load, Run
+from loadtest.report import write_report
+from loadtest.report_data import Cell, ReportData, baseline, collect, load_name
+from loadtest.report_pictures import curves
+from tests.loadtest.made_runs import make_run, seconds_of
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+SLO = Slo(ttft=0.1, tpot=0.02)
+
+
+@dataclass
+class Page(HTMLParser):
+    """A parsed page: its ids, its links, its words and its tables as rows of texts."""
+
+    ids: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.links += [value or "" for name, value in attrs if name in {"href", "action", "data", "srcset"}]
+        self.images += [values["src"] or ""] if "src" in values else []
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if {"td", "th"} & set(self._open) and "small" not in self._open:
+            self.rows[-1][-1] += data
+
+    def row(self, label: str) -> list[str]:
+        """The first row of that label, without it."""
+        return next(row[1:] for row in self.rows if row[0] == label)
+
+
+def read(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text("utf-8"))
+    page.close()
+    assert page._open == []
+    return page
+
+
+def report_of(cells: Sequence[Cell], **changes: object) -> ReportData:
+    report = ReportData(
+        title="Policies compared",
+        made_at="2026-01-02 03:04 UTC",
+        command="shoal loadtest --policies static,fcfs",
+        machine={"Processor": "two cores"},
+        model="shoal-moe",
+        slo=SLO,
+        cells=cells,
+    )
+    return replace(report, **changes)  # type: ignore[arg-type]  # the fields that a test names
+
+
+def made(cells: Sequence[Cell], folder: Path, **changes: object) -> Page:
+    return read(write_report(folder, report_of(cells, **changes)))
+
+
+def a_quick_run(policy: str, *, repetition: int = 0) -> Run:
+    """One without a trace: fewer pictures."""
+    return replace(make_run(policy, repetition=repetition), steps=[])
+
+
+def measured_runs() -> list[Run]:
+    runs = [
+        make_run(policy, repetition=repetition, noise=0.2)
+        for repetition in range(3)
+        for policy in ("static", "static-nopad", "fcfs")
+    ]
+    runs += [make_run(policy, users=16) for policy in ("static", "static-nopad", "fcfs")]
+    tenants = ("greedy", "modest")
+    return runs + [
+        make_run(policy, workload="two-tenants", num_rows=4, client=lambda number: tenants[number % 2])
+        for policy in ("fcfs", "fair")
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    cells = collect(measured_runs(), [make_run("fcfs", noise=0.2), make_run("static", noise=1.5)], SLO)
+    write_report(folder, report_of(cells, step_seconds=seconds_of))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return read(folder / "report.html")
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_else(page: Page, folder: Path) -> None:
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert all(image.startswith("data:image/webp;base64,") for image in page.images)
+    assert "script" not in page.tags and "link" not in page.tags
+    assert "url(" not in (folder / "report.html").read_text("utf-8")
+    assert (folder / "report.html").stat().st_size < 1_500_000
+
+
+def test_sections_and_pictures_are_there(page: Page) -> None:
+    sections = ["verdict", "chat", "two-tenants", "cost", "prediction", "generator", "words"]
+    pictures = [f"chat-{name}" for name in ("throughput", "latencies", "load-1", "timeline", "batch")]
+    pictures += [f"two-tenants-{name}" for name in ("throughput", "latencies", "timeline", "batch", "client-1")]
+    pictures += ["step-cost", "twin"]
+    assert set(page.ids) == {*sections, *pictures}
+    assert len(page.images) == len(pictures) == page.tags.count("figcaption")
+
+
+def test_what_was_compared_and_how_to_repeat_it(page: Page) -> None:
+    for words in ("Policies compared", "shoal-moe", "two cores", "shoal loadtest --policies static,fcfs"):
+        assert words in page.text
+
+
+def test_pictures_are_images_and_not_blank(page: Page, folder: Path) -> None:
+    files = sorted(folder.glob("*.png"))
+    assert len(files) == len(page.images)
+    for picture in [*files, *(BytesIO(b64decode(image.partition(",")[2])) for image in page.images)]:
+        pixels = imread(picture, format=None if isinstance(picture, Path) else "webp")
+        assert pixels.shape[1] == 1140
+        assert 0.002 < (pixels[:, :, :3].min(axis=2) < 0.5 * pixels.max()).mean() < 0.9
+
+
+# -- the figures -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_a_workload_holds_the_medians(page: Page) -> None:
+    runs = [run for run in measured_runs() if run.workload == "chat" and run.load.users == 8]
+    middle = [
+        sorted(summarize(run, SLO).throughput for run in runs if run.setup.policy == policy)[1]
+        for policy in ("static", "static-nopad", "fcfs")
+    ]
+    assert page.row("output tokens/s") == [f"{value:,.0f}" for value in middle]
+    assert page.row("output tokens/s, times as many") == [f"{value / middle[0]:.2f}×" for value in middle]  # noqa: RUF001
+
+
+def test_the_range_over_repetitions_is_below_the_median(folder: Path) -> None:
+    runs = [run for run in measured_runs() if run.setup.policy == "fcfs" and run.load.users == 8]
+    values = sorted(summarize(run, SLO).throughput for run in runs if run.workload == "chat")
+    expected = f"<td>{values[1]:,.0f}<small>{values[0]:,.0f} to {values[2]:,.0f}</small></td>"
+    assert expected in (folder / "report.html").read_text("utf-8")
+
+
+def test_an_exact_table(tmp_path: Path) -> None:
+    """Two requests at once, of two and four tokens that come every quarter of a second after the first half."""
+    run = replace(make_run("fcfs", num_requests=2), steps=[])
+    for record, num_tokens in zip(run.requests, (2, 4), strict=True):
+        record.num_output_tokens = num_tokens
+        record.token_times = [0.5 + 0.25 * i for i in range(num_tokens)]
+        record.finished_at = record.token_times[-1]
+    page = made(collect([run], (), SLO), tmp_path)
+    assert page.row("output tokens/s") == ["4.80"]
+    assert page.row("TTFT, p50 [ms]") == page.row("TTFT, p99 [ms]") == ["500"]
+    assert page.row("ITL, p50 [ms]") == ["250"]
+    assert page.row("end-to-end, p50 [ms]") == ["1,000"]
+    assert page.row("goodput, share of requests [%]") == ["0.0"]
+    assert page.row("requests/s") == ["1.60"]
+
+
+def test_predictions_stand_beside_and_what_is_far_off_is_marked(page: Page, folder: Path) -> None:
+    start = next(i for i, row in enumerate(page.rows) if row[1:3] == ["throughput", "TTFT p50"])
+    errors = {row[0]: row[1] for row in page.rows[start + 1 :] if row[1:] and row[1].endswith("%")}
+    assert set(errors) == {"static", "fcfs"}
+    assert float(errors["static"].rstrip("%")) < -9
+    assert re.search(rf'class="alarm">{re.escape(errors["static"])}<', (folder / "report.html").read_text("utf-8"))
+    assert f"<td>{errors['fcfs']}<" in (folder / "report.html").read_text("utf-8")
+
+
+def test_the_same_work_is_said(page: Page) -> None:
+    tokens = sum(record.num_output_tokens for record in make_run("fcfs").requests)
+    assert f"Same work: every run answered with {tokens:,} output tokens" in page.text
+    assert "NOT" not in page.text and "Before believing" not in page.text
+
+
+def test_different_work_is_said_loudly(tmp_path: Path) -> None:
+    runs = [a_quick_run("static"), a_quick_run("fcfs")]
+    runs[1].requests[3].num_output_tokens += 5
+    page = made(collect(runs, (), SLO), tmp_path, differing_texts={"chat": ["r3"]}, warnings=["It rained."])
+    for words in (
+        "NOT the same work",
+        "NOT all identical",
+        "1 requests are not the same in all runs (r3)",
+        "It rained.",
+    ):
+        assert words in page.text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    run = make_run("a<b>&c", workload="<w>", client=lambda number: "<i>x" if number % 2 else "y")
+    page = made(collect([run], (), SLO), tmp_path, title="<script>alert(1)</script>", command="a && b < c")
+    assert "script" not in page.tags and "i" not in page.tags and "w" not in page.tags
+    for words in ("<script>alert(1)</script>", "a && b < c", "a<b>&c", "Workload <w>", "<i>x"):
+        assert words in page.text
+    assert (tmp_path / "w-throughput.png").exists()
+
+
+# -- whatever is missing -----------------------------------------------------------------------------------------------
+
+
+def test_no_run_at_all(tmp_path: Path) -> None:
+    assert "No run was measured." in made([], tmp_path).text
+
+
+def test_one_policy_alone(tmp_path: Path) -> None:
+    page = made(collect([make_run("fcfs")], (), SLO), tmp_path)
+    for words in ("Only one setup", "no static baseline", "twin was not asked", "need two loads", "no cost model"):
+        assert words in page.text
+
+
+def test_a_run_that_broke_off_counts_only_where_there_is_no_other(tmp_path: Path) -> None:
+    whole, broken = a_quick_run("static"), a_quick_run("static", repetition=1)
+    broken.is_complete = False
+    for record in broken.requests[20:]:
+        record.finished_at = None
+    alone = a_quick_run("fcfs", repetition=1)
+    alone.is_complete = False
+    cells = collect([broken, whole, alone], (), SLO)
+    assert [cell.measured.num_runs for cell in cells] == [1, 1]
+    assert cells[0].run is whole and cells[1].run is alone
+    page = made(cells, tmp_path)
+    assert "chat, 8 users, static, repetition 2 broke off: 20 requests had been answered." in page.text
+    assert "chat, 8 users, fcfs, repetition 2 broke off: 40 requests had been answered." in page.text
+
+
+def test_errors_only_and_no_steps(tmp_path: Path) -> None:
+    run = make_run("static")
+    run.steps, run.engine_requests = [], {}
+    for record in run.requests:
+        record.error, record.token_times, record.finished_at = "connection <refused>", [], None
+    page = made(collect([run, a_quick_run("fcfs")], (), SLO), tmp_path)
+    assert "40 of 40 requests were not answered, most often: connection <refused>." in page.text
+    assert "No trace of the engine's steps, and so no figures and pictures of its batch: static, fcfs." in page.text
+    assert page.row("TTFT, p50 [ms]")[0] == "–"  # noqa: RUF001
+    run_alone = made(collect([run], (), SLO), tmp_path / "alone")
+    assert "chat-timeline" not in run_alone.ids and "chat-throughput" in run_alone.ids
+
+
+# -- putting runs together ---------------------------------------------------------------------------------------------
+
+
+def test_cells_are_in_one_order_of_setups_whatever_ran_first() -> None:
+    order = [("static", 8), ("fcfs", 8), ("fcfs", 16), ("static", 16)]
+    cells = collect([make_run(policy, users=users) for policy, users in order])
+    assert [(cell.setup.policy, cell.load.users) for cell in cells] == [
+        ("static", 8),
+        ("fcfs", 8),
+        ("static", 16),
+        ("fcfs", 16),
+    ]
+
+
+def test_the_baseline_is_static_with_its_padding_rows_if_it_is_there() -> None:
+    cells = collect([make_run(policy) for policy in ("fcfs", "static-nopad", "static")])
+    assert baseline(cells) is cells[2]
+    assert baseline(cells[:2]) is cells[1]
+    assert baseline(cells[:1]) is None
+    assert baseline(collect([make_run("static", speculation="draft")])) is None
+
+
+def test_a_prediction_belongs_to_its_combination_whatever_the_seed() -> None:
+    predicted = make_run("fcfs", repetition=7)
+    other = make_run("fcfs", users=9)
+    (cell,) = collect([make_run("fcfs")], [predicted, other])
+    assert cell.predicted == summarize(predicted)
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        (Load(users=1), "1 user"),
+        (Load(users=32, think_seconds=1.5), "32 users who think for 1.5 s"),
+        (Load(rate=12.5), "12.5 requests/s"),
+        (Load(rate=8, burstiness=4), "8 requests/s, burstiness 4"),
+        (Load(), "as recorded"),
+    ],
+)
+def test_loads_in_words(load: Load, words: str) -> None:
+    assert load_name(load) == words
+
+
+def test_curves_are_of_loads_that_differ_in_one_thing() -> None:
+    loads = [Load(users=8), Load(users=4), Load(rate=5), Load(rate=9), Load(rate=7, burstiness=2)]
+    run = make_run("fcfs", num_requests=4)
+    found = curves(collect([replace(run, load=load) for load in loads]))
+    assert [[cell.load for cell in curve] for curve in found] == [[loads[2], loads[3]], [loads[1], loads[0]]]
