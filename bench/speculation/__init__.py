@@ -70,7 +70,7 @@ def run(
 
 
 def _arguments(checkpoint: Path, method: str, length: int | None) -> list[str]:
-    arguments = ["--model", str(checkpoint), "--speculation", method, "--no-enable-prefix-caching"]
+    arguments = ["--model", str(checkpoint), "--speculation", method]
     return arguments if length is None else [*arguments, "--num-spec-tokens", str(length)]
 
 

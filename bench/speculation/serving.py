@@ -108,32 +108,29 @@ class Load:
 
     def measure(self, repeats: int) -> Gain:
         """Serve the same requests with and without, in turns."""
-        self._serve(speculates=True)  # the adaptive rule gets to know the machine
-        return Gain.of([(self._serve(speculates=False), self._serve(speculates=True)) for _ in range(repeats)])
+        self._serve(speculates=True)  # the adaptive rule gets to know the machine, and the prompts are in the cache
+        return Gain.of([self._pair(is_first_on=bool(number % 2)) for number in range(repeats)])
+
+    def _pair(self, *, is_first_on: bool) -> tuple[Outcome, Outcome]:
+        """Without and with, in either order, so that neither always comes second."""
+        outcomes = {speculates: self._serve(speculates=speculates) for speculates in (is_first_on, not is_first_on)}
+        return outcomes[False], outcomes[True]
 
     def _serve(self, *, speculates: bool) -> Outcome:
+        """Tokens and seconds from the moment on that all requests have their first token."""
         scheduler = self._core.scheduler
-        before = scheduler.stats()
         for index in range(self._concurrency):
             prompt = self._prompts[index % len(self._prompts)]
             params = SamplingParams(max_tokens=self._max_tokens, temperature=self._temperature, seed=index)
             request_id = f"{next(self._numbers)}"
             scheduler.add(Request(request_id, prompt, params, time.monotonic(), speculates=speculates))
-        tokens, seconds = _drain(self._core)
-        return _outcome(tokens, seconds, before, scheduler.stats())
-
-
-def _drain(core: EngineCore) -> tuple[int, float]:
-    """Tokens and seconds from the moment on that all requests have their first token."""
-    waiting, tokens, began = set(core.scheduler.waiting), 0, 0.0
-    while core.scheduler.num_unfinished:
-        news = core.step()
-        if waiting:
-            waiting -= {output.request_id for output in news}
-            began = time.perf_counter()
-        else:
-            tokens += sum(len(output.token_ids) for output in news)
-    return tokens, time.perf_counter() - began
+        waiting = set(scheduler.waiting)
+        while waiting:
+            waiting -= {output.request_id for output in self._core.step()}
+        before, tokens, began = scheduler.stats(), 0, time.perf_counter()
+        while scheduler.num_unfinished:
+            tokens += sum(len(output.token_ids) for output in self._core.step())
+        return _outcome(tokens, time.perf_counter() - began, before, scheduler.stats())
 
 
 def _outcome(tokens: int, seconds: float, before: SchedulerStats, after: SchedulerStats) -> Outcome:

@@ -21,6 +21,7 @@ from model.batch import DraftBatch, ForwardBatch, Int32, SamplingBatch
 from model.record import ModelRecord
 
 Intp = NDArray[np.intp]
+Work = Callable[[int], Callable[[], object]]  # turn -> a step to be timed
 
 BLOCK_SIZE = 16
 CONTEXT = 192
@@ -77,7 +78,7 @@ class Machine:
         sizes = range(MOST_SPEC_TOKENS + 1)
         works = [self._verification(num_seqs, k + 1) for k in sizes]
         if self._draft is not None:
-            works.append(self._drafting(num_seqs))
+            works.append(self._drafting(num_seqs))  # of the most tokens
         seconds = _in_turns(works, repeats)
         drafting = seconds[-1] / MOST_SPEC_TOKENS / seconds[0] if self._draft is not None else 0.0
         return Costs(seconds[0], tuple(seconds[k] / seconds[0] for k in sizes), drafting)
@@ -88,12 +89,19 @@ class Machine:
             backend.forward(self._step(np.array([seq]), 0, CONTEXT))
         return backend
 
-    def _verification(self, num_seqs: int, num_rows: int) -> Callable[[], object]:
-        batch = self._step(np.arange(num_seqs), CONTEXT, num_rows)
+    def _verification(self, num_seqs: int, num_rows: int) -> Work:
+        """A step over tokens that are others in each turn, as they are when a text goes on: other experts are read."""
         sampling = _greedy(num_seqs * num_rows)
-        return lambda: self._target.execute(batch, sampling)
+        seqs = np.arange(num_seqs)
 
-    def _drafting(self, num_seqs: int) -> Callable[[], object]:
+        def prepare(turn: int) -> Callable[[], object]:
+            batch = self._step(seqs, CONTEXT, num_rows)
+            batch.token_ids = np.roll(self._texts.flatten(), -17 * turn - 5 * num_rows)[: num_seqs * num_rows].copy()
+            return lambda: self._target.execute(batch, sampling)
+
+        return prepare
+
+    def _drafting(self, num_seqs: int) -> Work:
         assert self._draft is not None
         backend, layers = self._draft, self._draft_layers
         batch = DraftBatch(
@@ -106,7 +114,7 @@ class Machine:
             block_size=BLOCK_SIZE,
         )
         sampling = _greedy(num_seqs)
-        return lambda: backend.draft(batch, sampling, layers)
+        return lambda turn: lambda: backend.draft(batch, sampling, layers)
 
     def _tables(self, seqs: Intp) -> Int32:
         """[num_seqs, blocks_per_seq]: each sequence has blocks of its own."""
@@ -144,13 +152,13 @@ def _greedy(num_logits: int) -> SamplingBatch:
     return SamplingBatch.plain(zeros.astype(np.float32), zeros.astype(np.uint64), zeros)
 
 
-def _in_turns(works: list[Callable[[], object]], repeats: int) -> list[float]:
+def _in_turns(works: list[Work], repeats: int) -> list[float]:
     times: list[list[float]] = [[] for _ in works]
     for turn in range(_WARM_UP + repeats):
         for work, found in zip(works, times, strict=True):
-            work()  # finds the caches full of what ran before
+            step = work(turn)
             began = time.perf_counter()
-            work()
+            step()
             if turn >= _WARM_UP:
                 found.append(time.perf_counter() - began)
     return [median(found) for found in times]

@@ -10,13 +10,16 @@ MOST_SPEC_TOKENS = 16  # of any proposal
 ADAPTIVE_MOST = 8
 _SIZES_BETWEEN = 4  # that are looked at for each depth
 # A gain has to be worth the trouble of looking for it.
-_LEAST_GAIN = 1.03
+_LEAST_GAIN = 1.05
 # How many steps a decision holds, for as long as the same requests ask.
 _HOLDS, _RESTS = 4, 32
+_ABOUT_AS_MANY = 0.25  # so much more or less requests are no reason to look sooner
 # Acceptance is counted with a fading memory; what is forgotten gives way to what other requests have, and that to hope.
 _FADES, _FADES_OVERALL = 0.95, 0.99
 _FADES_AT_REST = 0.9
 _TRUST_FADES_AT_REST = 0.98
+_ENOUGH_TO_KNOW = 8.0  # drafted tokens
+_TRIED_AT_ONCE = 8  # of so many requests, one, while there is not
 _WEIGHT_OF_OTHERS = 6.0
 _HOPE, _WEIGHT_OF_HOPE = 0.7, 1.0
 
@@ -26,6 +29,11 @@ class LengthRule(Protocol):
 
     def join(self, row: int) -> None:
         """Another request has the row now."""
+        ...
+
+    def rests(self, num_requests: int) -> bool:
+        """Whether nothing is to be proposed after a step of so many requests, whosoever they are; else `lengths`
+        says."""
         ...
 
     def lengths(self, rows: list[int], num_others: int) -> list[int]:
@@ -62,6 +70,9 @@ class FixedLength:
     def join(self, row: int) -> None:
         pass
 
+    def rests(self, num_requests: int) -> bool:
+        return False
+
     def lengths(self, rows: list[int], num_others: int) -> list[int]:
         return [self._num_spec_tokens] * len(rows)
 
@@ -94,6 +105,7 @@ class AdaptiveLength:
         self._overall = [0.0, 0.0]  # accepted, rejected
         self._trust = 1.0  # in what tokens were found to cost
         self._asked: list[int] = []
+        self._num_requests = 0
         self._answer: list[int] = []
         self._holds = 0
 
@@ -118,32 +130,43 @@ class AdaptiveLength:
         """What a new cost counts: the more, the less the old ones are trusted."""
         return max(LEAST_SHARE_OF_NEWEST, 1 - self._trust if any(self._answer) else 0.0)
 
-    def lengths(self, rows: list[int], num_others: int) -> list[int]:
+    def rests(self, num_requests: int) -> bool:
+        is_at_rest = self._holds > 0 and not any(self._answer)
+        if not is_at_rest or abs(num_requests - self._num_requests) > _ABOUT_AS_MANY * self._num_requests:
+            return False
         self._holds -= 1
-        if self._holds < 0 or rows != self._asked:
-            at_rest = not any(self._answer)
-            if at_rest and self._holds >= 0 and len(rows) == len(self._asked):
-                return [0] * len(rows)  # others, but as many: no reason to look sooner
-            self._asked, self._holds = rows, _HOLDS
-            self._answer = self._decide(rows, num_others)
+        return True
+
+    def lengths(self, rows: list[int], num_others: int) -> list[int]:
+        base = self._target.predict(num_others + len(rows))
+        if base is None:
+            return [0] * len(rows)  # until the step that tells
+        self._holds -= 1
+        if self._holds >= 0 and rows == self._asked:
+            return self._answer
+        if self._holds < 0 and not any(self._answer):
+            self._forget()  # a rest is over
+        self._asked, self._num_requests = rows, len(rows) + num_others
+        self._answer = self._decide(rows, num_others, base)
+        if any(self._answer):
+            self._holds = _HOLDS
+        elif self._holds < 0:
+            self._holds = _RESTS
         return self._answer
 
-    def _decide(self, rows: list[int], num_others: int) -> list[int]:
-        """The proposals with the greatest goodput: the tokens with the best chances, as many as are worth it."""
+    def _decide(self, rows: list[int], num_others: int, base: float) -> list[int]:
+        """The proposals with the greatest goodput: the tokens with the best chances, as many as are worth it.
+
+        While little is known of what is accepted, only a few requests are tried.
+        """
         count = len(rows)
-        base = self._target.predict(num_others + count)
-        if base is None:
-            self._holds = 0  # after the step that tells
-            return [0] * count
-        rates = [self._rate(row) for row in rows]
+        is_known = sum(self._overall) >= _ENOUGH_TO_KNOW
+        rates = [self._rate(row) for row in (rows if is_known else rows[: max(1, count // _TRIED_AT_ONCE)])]
         chances = sorted(
             ((rate**depth, -depth, i) for i, rate in enumerate(rates) for depth in range(1, ADAPTIVE_MOST + 1)),
             reverse=True,
         )
         num_drafted = self._num_worthwhile(chances, count, num_others, base)
-        if not num_drafted:
-            self._holds = _RESTS
-            self._forget()
         lengths = [0] * count
         for _, _, i in chances[:num_drafted]:
             lengths[i] += 1

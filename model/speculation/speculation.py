@@ -102,7 +102,9 @@ class Speculation:
         return describe(token_ids, logits, sampling)
 
     def propose(self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult) -> list[list[int]]:
-        """Guess what may follow what a step has chosen; parallel to `scheduled`."""
+        """Guess what may follow what a step has chosen; parallel to `scheduled`, or empty if nothing is guessed."""
+        if self._lengths.rests(len(scheduled)) and not any(share.spec_token_ids for share in scheduled):
+            return []
         candidates, places = self._candidates(scheduled, layout, result)
         proposals: list[list[int]] = [[]] * len(scheduled)
         if candidates:

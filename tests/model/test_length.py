@@ -159,3 +159,28 @@ def test_the_best_length_is_close_to_the_best_fixed_one() -> None:
         return expected / (seconds(2 * (k + 1)) + 0.08 * k) * seconds(2)
 
     assert adaptive > 0.95 * max(fixed(k) for k in range(ADAPTIVE_MOST + 1))
+
+
+def test_a_rest_holds_for_about_as_many_requests_whosoever_they_are() -> None:
+    rule, _, _ = play(float, draft=0.1, rates=[0.1] * 32, steps=40)
+    assert rule.rests(32)
+    assert rule.rests(39)
+    assert not rule.rests(48), "much else may pay now"
+    rests = 0
+    while rule.rests(30):
+        rests += 1
+    assert 0 < rests < 32, "a rest ends"
+
+
+def test_while_little_is_known_few_are_tried() -> None:
+    rule, rows = AdaptiveLength(64), list(range(32))
+    rule.took(32, 1.0)
+    tried = rule.lengths(rows, num_others=0)
+    assert 1 <= sum(map(bool, tried)) <= 4
+    for row in rows[:4]:
+        rule.verified(row, 4, 4)
+    rule.took(48, 1.0)
+    rule.took(64, 1.0)
+    for _ in range(5):
+        later = rule.lengths(rows, num_others=0)
+    assert all(later)
