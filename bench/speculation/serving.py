@@ -16,6 +16,7 @@ from scheduler.engine import EngineCore
 from scheduler.output import SamplingParams, SchedulerStats
 from scheduler.request import Request
 
+_FEW = 8  # requests at once
 _FUNCTIONS: tuple[Callable[..., object], ...] = (
     textwrap.wrap,
     textwrap.dedent,
@@ -105,22 +106,30 @@ class Load:
         self._core, self._prompts = core, prompts
         self._concurrency, self._temperature, self._max_tokens = concurrency, temperature, max_tokens
         self._numbers = count()
+        self._first = 0
 
     def measure(self, repeats: int) -> Gain:
-        """Serve the same requests with and without, in turns."""
-        self._serve(speculates=True)  # the adaptive rule gets to know the machine, and the prompts are in the cache
-        return Gain.of([self._pair(is_first_on=bool(number % 2)) for number in range(repeats)])
+        """Serve the same requests with and without, in turns; few at once are quick, and served more often."""
+        for _ in self._prompts:  # they are in the cache then, and the adaptive rule knows the machine
+            self._serve(speculates=True)
+            self._first += self._concurrency
+            if self._first >= len(self._prompts):
+                break
+        return Gain.of(
+            [self._pair(is_first_on=bool(number % 2)) for number in range(repeats * max(1, _FEW // self._concurrency))]
+        )
 
     def _pair(self, *, is_first_on: bool) -> tuple[Outcome, Outcome]:
-        """Without and with, in either order, so that neither always comes second."""
+        """Without and with, in either order, so that neither always comes second; other prompts in each pair."""
         outcomes = {speculates: self._serve(speculates=speculates) for speculates in (is_first_on, not is_first_on)}
+        self._first += self._concurrency
         return outcomes[False], outcomes[True]
 
     def _serve(self, *, speculates: bool) -> Outcome:
         """Tokens and seconds from the moment on that all requests have their first token."""
         scheduler = self._core.scheduler
         for index in range(self._concurrency):
-            prompt = self._prompts[index % len(self._prompts)]
+            prompt = self._prompts[(self._first + index) % len(self._prompts)]
             params = SamplingParams(max_tokens=self._max_tokens, temperature=self._temperature, seed=index)
             request_id = f"{next(self._numbers)}"
             scheduler.add(Request(request_id, prompt, params, time.monotonic(), speculates=speculates))

@@ -10,18 +10,19 @@ MOST_SPEC_TOKENS = 16  # of any proposal
 ADAPTIVE_MOST = 8
 _SIZES_BETWEEN = 4  # that are looked at for each depth
 # A gain has to be worth the trouble of looking for it.
-_LEAST_GAIN = 1.05
-# How many steps a decision holds, for as long as the same requests ask.
-_HOLDS, _RESTS = 4, 32
+_LEAST_GAIN = 1.1
+# How many steps a decision holds, for as long as the same requests ask, and how many a trial takes.
+_HOLDS, _TRIES = 4, 2
+# Where nothing is to be gained there is a rest between two trials, longer each time that one shows nothing new.
+_FIRST_REST, _SHORTEST_REST, _LONGEST_REST = 4, 16, 128
 _ABOUT_AS_MANY = 0.25  # so much more or less requests are no reason to look sooner
-# Acceptance is counted with a fading memory; what is forgotten gives way to what other requests have, and that to hope.
+_TRIED_TOKENS = 2
+_GOOD_RATE = 0.9  # of acceptance, by which a trial that could not show a gain is spared
+# Acceptance is counted with a fading memory; a request of which little is known is taken for one like the others.
 _FADES, _FADES_OVERALL = 0.95, 0.99
-_FADES_AT_REST = 0.9
-_TRUST_FADES_AT_REST = 0.98
+_WEIGHT_OF_OTHERS = 12.0
 _ENOUGH_TO_KNOW = 8.0  # drafted tokens
-_TRIED_AT_ONCE = 8  # of so many requests, one, while there is not
-_WEIGHT_OF_OTHERS = 6.0
-_HOPE, _WEIGHT_OF_HOPE = 0.7, 1.0
+_TRUST_FADES_AT_REST = 0.95
 
 
 class LengthRule(Protocol):
@@ -91,8 +92,8 @@ class AdaptiveLength:
 
     After Liu et al. 2024 (SmartSpec) and 2025 (TurboSpec).  If the tokens drafted for a request are each accepted with
     probability a, the j-th of them gives a^j tokens.  The costs of steps and proposals are those measured so far.
-    Where nothing is gained it proposes nothing, and looks again only after a rest, with less and less certain memories
-    of what was accepted and what it cost: so a proposal is tried now and then, unless it could not pay on any account.
+    Where nothing is gained it proposes nothing, but tries one request after a rest: texts change, and so does what else
+    the machine does, so that old costs are trusted less with each rest.
 
     Args:
         max_num_seqs: rows.
@@ -108,6 +109,7 @@ class AdaptiveLength:
         self._num_requests = 0
         self._answer: list[int] = []
         self._holds = 0
+        self._rest = _FIRST_REST
 
     def join(self, row: int) -> None:
         self._accepted[row] = self._rejected[row] = 0.0
@@ -144,31 +146,47 @@ class AdaptiveLength:
         self._holds -= 1
         if self._holds >= 0 and rows == self._asked:
             return self._answer
-        if self._holds < 0 and not any(self._answer):
-            self._forget()  # a rest is over
+        has_rested = self._holds < 0 and not any(self._answer)
         self._asked, self._num_requests = rows, len(rows) + num_others
         self._answer = self._decide(rows, num_others, base)
         if any(self._answer):
-            self._holds = _HOLDS
+            self._holds, self._rest = _HOLDS, _SHORTEST_REST
+        elif has_rested:
+            self._try(num_others, base)
         elif self._holds < 0:
-            self._holds = _RESTS
+            self._holds = self._rest
         return self._answer
 
     def _decide(self, rows: list[int], num_others: int, base: float) -> list[int]:
-        """The proposals with the greatest goodput: the tokens with the best chances, as many as are worth it.
+        """The proposals with the greatest goodput: the tokens with the best chances, as many as are worth it."""
+        if not self._is_known:
+            return [0] * len(rows)
+        return self._best([self._rate(row) for row in rows], num_others, base)
 
-        While little is known of what is accepted, only a few requests are tried.
+    @property
+    def _is_known(self) -> bool:
+        return sum(self._overall) >= _ENOUGH_TO_KNOW
+
+    def _try(self, num_others: int, base: float) -> None:
+        """Propose a few tokens for one request, if that could show a gain at all.
+
+        Always for the first, which a draft that must read what it guesses behind has read the most of.
         """
-        count = len(rows)
-        is_known = sum(self._overall) >= _ENOUGH_TO_KNOW
-        rates = [self._rate(row) for row in (rows if is_known else rows[: max(1, count // _TRIED_AT_ONCE)])]
+        self._trust *= _TRUST_FADES_AT_REST
+        if self._is_known:
+            self._rest = min(max(2 * self._rest, _SHORTEST_REST), _LONGEST_REST)
+        if any(self._best([_GOOD_RATE] * len(self._asked), num_others, base)):
+            self._answer[0], self._holds = _TRIED_TOKENS, _TRIES
+        else:
+            self._holds = self._rest
+
+    def _best(self, rates: list[float], num_others: int, base: float) -> list[int]:
         chances = sorted(
             ((rate**depth, -depth, i) for i, rate in enumerate(rates) for depth in range(1, ADAPTIVE_MOST + 1)),
             reverse=True,
         )
-        num_drafted = self._num_worthwhile(chances, count, num_others, base)
-        lengths = [0] * count
-        for _, _, i in chances[:num_drafted]:
+        lengths = [0] * len(rates)
+        for _, _, i in chances[: self._num_worthwhile(chances, len(rates), num_others, base)]:
             lengths[i] += 1
         return lengths
 
@@ -195,13 +213,6 @@ class AdaptiveLength:
 
     def _rate(self, row: int) -> float:
         """The chance of a drafted token to be accepted."""
-        overall = (self._overall[0] + _WEIGHT_OF_HOPE * _HOPE) / (sum(self._overall) + _WEIGHT_OF_HOPE)
         own = self._accepted[row] + self._rejected[row]
-        return (self._accepted[row] + _WEIGHT_OF_OTHERS * overall) / (own + _WEIGHT_OF_OTHERS)
-
-    def _forget(self) -> None:
-        self._trust *= _TRUST_FADES_AT_REST
-        self._overall = [_FADES_AT_REST * count for count in self._overall]
-        for row in self._asked:
-            self._accepted[row] *= _FADES_AT_REST
-            self._rejected[row] *= _FADES_AT_REST
+        others = self._overall[0] / sum(self._overall)
+        return (self._accepted[row] + _WEIGHT_OF_OTHERS * others) / (own + _WEIGHT_OF_OTHERS)

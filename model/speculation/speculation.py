@@ -44,7 +44,7 @@ class Speculation:
         self._needs_slots, self._by_rejection, self._clock = needs_slots, by_rejection, clock
         self._most_tokens: dict[int, int] = {}  # by row, of the requests that want speculation
         self._proposals: dict[int, Proposal] = {}  # by row, those under verification
-        self._ended = 0.0  # when the last step, or the guessing after it, ended
+        self._ended = 0.0  # when the last step, or the guessing after it, ended; what follows is part of the next
 
     def place(self, row: int, share: ScheduledRequest) -> None:
         """Take note of a share before its step is computed."""
@@ -73,7 +73,10 @@ class Speculation:
         else:
             chosen = backend.execute(batch, sampling)
         self._ended = self._clock()
-        self._lengths.took(len(batch.token_ids), self._ended - start)
+        if len(batch.logits_indices) == len(
+            batch.token_ids
+        ):  # a prompt's tokens cost less: only its last is chosen from
+            self._lengths.took(len(batch.token_ids), self._ended - start)
         return chosen
 
     def _execute_by_rejection(
@@ -108,8 +111,9 @@ class Speculation:
         candidates, places = self._candidates(scheduled, layout, result)
         proposals: list[list[int]] = [[]] * len(scheduled)
         if candidates:
+            caught_up = self._clock()
             self._proposer.catch_up(candidates)  # once for all guesses to come: not what a guess costs
-            start = self._clock()
+            start = self._ended + self._clock() - caught_up
             guessed = self._proposer.propose(candidates)
             self._ended = self._clock()
             if any(proposal.token_ids for proposal in guessed):
