@@ -20,7 +20,7 @@ METHODS = ("draft", "ngram", "self")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS: tuple[int | None, ...] = (2, 4, 8, None)
 TEMPERATURES = (0.0, 0.8)
-_COST_REPEATS = 40
+_COST_REPEATS = 80
 
 
 @dataclass(frozen=True)
