@@ -55,7 +55,9 @@ class KVCache:
         and the request can become so long; returns the blocks gained."""
         most = min(request.num_tokens_with_spec + num_tokens, request.max_num_tokens)
         num_missing = -(-most // self.block_size) - len(request.block_ids)
-        gained = self.pool.allocate(max(0, min(num_missing, self.pool.num_available)))
+        if num_missing <= 0:
+            return []
+        gained = self.pool.allocate(min(num_missing, self.pool.num_available))
         request.block_ids += gained
         return gained
 

@@ -57,9 +57,7 @@ def run(
                     gains[Case(method, length, temperature, concurrency)] = load.measure(repeats)
     verification = [_cost_row(record, method, concurrency, cost) for (method, concurrency), cost in costs.items()]
     show("costs of a step of k + 1 rows a request, relative to one row: v(k); c: of a drafted token", verification)
-    rows = [
-        _row(case, gain, _acceptance(case, gains), costs[case.method, case.concurrency]) for case, gain in gains.items()
-    ]
+    rows = [_row(case, gains, costs[case.method, case.concurrency]) for case in gains]
     show(
         f"speculation: ratio of tokens/s, on over off, median of {repeats} pairs; theory and bound from a, v and c",
         rows,
@@ -94,17 +92,16 @@ def _cost_row(record: ModelRecord, method: str, concurrency: int, cost: Costs) -
     return row | {"c": cost.drafting}
 
 
-def _acceptance(case: Case, gains: dict[Case, Gain]) -> float:
-    """The chance of a drafted token to be accepted: of the case itself, or, if its length adapts, with length 4."""
-    if case.num_spec_tokens is None:
-        case = replace(case, num_spec_tokens=4)
-    return gains[case].token_acceptance
+def _row(case: Case, gains: dict[Case, Gain], cost: Costs) -> dict[str, object]:
+    """A measurement beside the theory: of its own length, and of the best one.
 
-
-def _row(case: Case, gain: Gain, acceptance: float, cost: Costs) -> dict[str, object]:
-    """A measurement beside the theory: of its own length, and of the best one."""
-    bound, best = cost.bound(acceptance)
-    theory = cost.speed_up(acceptance, case.num_spec_tokens) if case.num_spec_tokens else bound
+    What an adaptive length had to choose from, proposals of 4 tokens tell.
+    """
+    gain = gains[case]
+    known = gain if case.num_spec_tokens else gains[replace(case, num_spec_tokens=4)]
+    acceptance, share = known.token_acceptance, known.share_of_steps
+    bound, best = cost.bound(acceptance, share)
+    theory = cost.speed_up(acceptance, case.num_spec_tokens, share) if case.num_spec_tokens else bound
     return {
         "proposer": case.method,
         "k": case.num_spec_tokens or "adaptive",
@@ -117,6 +114,7 @@ def _row(case: Case, gain: Gain, acceptance: float, cost: Costs) -> dict[str, ob
         "bound": bound,
         "best k": best,
         "a": acceptance,
+        "steps with one": gain.share_of_steps,
         "accepted/drafted": gain.acceptance_rate,
         "mean k": gain.mean_spec_tokens,
         "tokens/step": gain.mean_acceptance_length,

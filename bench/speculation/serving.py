@@ -8,7 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, zip_longest
+from itertools import count, islice, zip_longest
 from statistics import median
 
 from model.tokenizer import Tokenizer
@@ -17,6 +17,7 @@ from scheduler.output import SamplingParams, SchedulerStats
 from scheduler.request import Request
 
 _FEW = 8  # requests at once
+_ROUNDS = 4  # requests for each place
 _FUNCTIONS: tuple[Callable[..., object], ...] = (
     textwrap.wrap,
     textwrap.dedent,
@@ -62,6 +63,7 @@ class Gain:
         speed_up: ratio of tokens/s.
         acceptance_rate: accepted / drafted.
         token_acceptance: the chance of a drafted token to be accepted if all before it were.
+        share_of_steps: of the steps of requests, those with a proposal.
         mean_spec_tokens: drafted tokens for each step of a request.
         mean_acceptance_length: tokens for each step of a request.
     """
@@ -70,6 +72,7 @@ class Gain:
     speed_up: float
     acceptance_rate: float
     token_acceptance: float
+    share_of_steps: float
     mean_spec_tokens: float
     mean_acceptance_length: float
 
@@ -88,16 +91,18 @@ class Gain:
             speed_up=median(other.speed / off.speed for off, other in pairs),
             acceptance_rate=accepted / drafted if drafted else 0.0,
             token_acceptance=min(1.0, accepted / tried) if tried else 0.0,
+            share_of_steps=sum(one.drafts for one in on) / steps,
             mean_spec_tokens=drafted / steps,
             mean_acceptance_length=sum(one.tokens for one in on) / steps,
         )
 
 
 class Load:
-    """So many requests at once, again and again.
+    """A closed loop: so many requests at once, each followed by another when it ends, again and again.
 
     Args:
         prompts: token ids, dealt to the requests in turns.
+        max_tokens: of the longest request; the shortest has half as many, so that they do not end all at once.
     """
 
     def __init__(
@@ -106,40 +111,42 @@ class Load:
         self._core, self._prompts = core, prompts
         self._concurrency, self._temperature, self._max_tokens = concurrency, temperature, max_tokens
         self._numbers = count()
-        self._first = 0
 
     def measure(self, repeats: int) -> Gain:
         """Serve the same requests with and without, in turns; few at once are quick, and served more often."""
-        for _ in self._prompts:  # they are in the cache then, and the adaptive rule knows the machine
-            self._serve(speculates=True)
-            self._first += self._concurrency
-            if self._first >= len(self._prompts):
-                break
-        return Gain.of(
-            [self._pair(is_first_on=bool(number % 2)) for number in range(repeats * max(1, _FEW // self._concurrency))]
-        )
+        self._serve(0, speculates=True)  # the prompts are in the cache then, and the adaptive rule knows the machine
+        return Gain.of([self._pair(number) for number in range(repeats * max(1, _FEW // self._concurrency))])
 
-    def _pair(self, *, is_first_on: bool) -> tuple[Outcome, Outcome]:
+    def _pair(self, number: int) -> tuple[Outcome, Outcome]:
         """Without and with, in either order, so that neither always comes second; other prompts in each pair."""
-        outcomes = {speculates: self._serve(speculates=speculates) for speculates in (is_first_on, not is_first_on)}
-        self._first += self._concurrency
+        order = (True, False) if number % 2 else (False, True)
+        outcomes = {speculates: self._serve(number, speculates=speculates) for speculates in order}
         return outcomes[False], outcomes[True]
 
-    def _serve(self, *, speculates: bool) -> Outcome:
-        """Tokens and seconds from the moment on that all requests have their first token."""
+    def _serve(self, first: int, *, speculates: bool) -> Outcome:
+        """Tokens and seconds while all places are taken."""
         scheduler = self._core.scheduler
-        for index in range(self._concurrency):
-            prompt = self._prompts[(self._first + index) % len(self._prompts)]
-            params = SamplingParams(max_tokens=self._max_tokens, temperature=self._temperature, seed=index)
-            request_id = f"{next(self._numbers)}"
-            scheduler.add(Request(request_id, prompt, params, time.monotonic(), speculates=speculates))
+        requests = iter([self._request(first + i, speculates) for i in range(_ROUNDS * self._concurrency)])
+        for request in islice(requests, self._concurrency):
+            scheduler.add(request)
         waiting = set(scheduler.waiting)
         while waiting:
             waiting -= {output.request_id for output in self._core.step()}
         before, tokens, began = scheduler.stats(), 0, time.perf_counter()
-        while scheduler.num_unfinished:
+        while scheduler.num_unfinished == self._concurrency:
             tokens += sum(len(output.token_ids) for output in self._core.step())
-        return _outcome(tokens, time.perf_counter() - began, before, scheduler.stats())
+            for request in islice(requests, self._concurrency - scheduler.num_unfinished):
+                scheduler.add(request)
+        outcome = _outcome(tokens, time.perf_counter() - began, before, scheduler.stats())
+        while scheduler.num_unfinished:
+            self._core.step()
+        return outcome
+
+    def _request(self, index: int, speculates: bool) -> Request:
+        prompt = self._prompts[index % len(self._prompts)]
+        num_tokens = self._max_tokens // 2 + index * 5 % 8 * self._max_tokens // 14
+        params = SamplingParams(max_tokens=num_tokens, temperature=self._temperature, seed=index)
+        return Request(f"{next(self._numbers)}", prompt, params, time.monotonic(), speculates=speculates)
 
 
 def _outcome(tokens: int, seconds: float, before: SchedulerStats, after: SchedulerStats) -> Outcome:
