@@ -18,8 +18,10 @@ CTRL_C = "\x03"
 CTRL_D = "\x04"
 UP = "\x1b[A"
 
+# A shell without a terminal starts what it runs in the background with SIGINT ignored, and so are these tests run then.
 _PROGRAM = """\
-import clients.cli, fcntl, termios
+import clients.cli, fcntl, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 clients.cli.{}()
 """
