@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Backend, ForwardBatch, Int32, SamplerOutput
-from model.layout import StepLayout
+from model.layout import Layouts, StepLayout
 from model.rows import BatchRows
 from model.speculation.speculation import Speculation
 from scheduler.output import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
@@ -37,8 +37,7 @@ class ModelExecutor:
         self.block_size = block_size
         self.rows = BatchRows(max_num_seqs, max_model_len, block_size)
         self._speculation = speculate(self.rows) if speculate else None
-        self._shape: tuple[list[int], ...] | None = None
-        self._layout: StepLayout
+        self._layouts = Layouts()
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Compute a step.  See `scheduler.engine.Executor`."""
@@ -68,10 +67,7 @@ class ModelExecutor:
         counts = [share.num_scheduled_tokens for share in scheduled]
         num_chosen = [len(share.spec_token_ids) + 1 if share.samples else 0 for share in scheduled]
         num_logits = self._num_logits(scheduled, rows, num_chosen) if self.rows.scored else num_chosen
-        shape = (rows, counts, num_chosen, num_logits)
-        if shape != self._shape:  # a batch that only decodes has the same shape in every step
-            self._shape, self._layout = shape, StepLayout.of(*shape)
-        layout = self._layout
+        layout = self._layouts.of(rows, counts, num_chosen, num_logits)
 
         starts = np.array([share.num_computed_tokens for share in scheduled], np.int32)
         context_lens = starts + layout.counts

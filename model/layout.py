@@ -11,6 +11,8 @@ from model.batch import Int32
 
 Intp = NDArray[np.intp]
 
+_MOST_KEPT = 4
+
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
@@ -64,6 +66,23 @@ class StepLayout:
             logits_rows=row_of[logits_sequences],
             chooses=logits_indices >= (ends - np.array(num_chosen, np.int32))[logits_sequences],
         )
+
+
+class Layouts:
+    """Those of the last steps: a batch that only decodes has the same in every step, or one of a few if it verifies."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[tuple[list[int], ...], StepLayout]] = []  # the newest last
+
+    def of(self, rows: list[int], counts: list[int], num_chosen: list[int], num_logits: list[int]) -> StepLayout:
+        """As `StepLayout.of`."""
+        key = rows, counts, num_chosen, num_logits
+        for known, layout in reversed(self._kept):
+            if known == key:
+                return layout
+        del self._kept[: 1 - _MOST_KEPT]
+        self._kept.append((key, StepLayout.of(*key)))
+        return self._kept[-1][1]
 
 
 def _ranges(starts: Int32, counts: list[int]) -> tuple[Intp, Int32]:

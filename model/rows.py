@@ -117,7 +117,7 @@ class BatchRows:
     def drafting_batch(self, rows: Int32, positions: Int32) -> SamplingBatch:
         """How to guess the token at each of `positions` of the requests in `rows`, both [num_logits]."""
         batch = self.sampling_batch(rows.astype(np.intp), positions, np.ones(len(rows), np.bool_))
-        batch.num_logprobs = np.full(len(rows), -1, np.int32)
+        batch.num_logprobs = batch.forced_token_ids  # -1 each: nothing is forced, and nothing reported
         return batch
 
     def _join(self, request_id: str, new: NewRequest) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Batch(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("num_tokens", "num_seqs", "num_logits", "max_blocks")),
         *((name, c_void_p) for name in ("token_ids", "positions", "slot_mapping", "query_start_loc")),
-        *((name, c_void_p) for name in ("block_tables", "logits_indices")),
+        *((name, c_void_p) for name in ("context_lens", "block_tables", "logits_indices")),
     ]
 
 
@@ -65,6 +65,7 @@ class Draft(Structure):
         ("num_layers", c_int32),
         ("num_seqs", c_int64),
         *((name, c_void_p) for name in ("rows", "starts", "ends", "num_wanted")),
+        ("num_rows", c_int64),
         ("tokens_stride", c_int64),
         ("tokens", c_void_p),
         ("blocks_stride", c_int64),
@@ -111,7 +112,7 @@ def _load(path: Path) -> ctypes.CDLL:
     library.shoal_load.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32]
     library.shoal_load.restype = None
     library.shoal_step.argtypes = [c_void_p, POINTER(Batch), c_int32, c_void_p, c_void_p, c_void_p]
-    library.shoal_step.restype = None
+    library.shoal_step.restype = c_char_p
     library.shoal_draft.argtypes = [c_void_p, c_void_p, POINTER(Draft)]
-    library.shoal_draft.restype = None
+    library.shoal_draft.restype = c_char_p
     return library

@@ -1,8 +1,8 @@
 // The interface in shoal.h, in terms of Model.
 #include <new>
 
+#include "checks.h"
 #include "model.h"
-
 
 struct ShoalModel {
     shoal::Model model;
@@ -23,13 +23,17 @@ void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert
                       {data, static_cast<shoal::Source::Type>(type)});
 }
 
-void shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
-                const ShoalChosen* chosen, float* logits) {
-    model->model.step(*batch, num_layers, sampling, chosen, logits);
+const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
+                       const ShoalChosen* chosen, float* logits) {
+    const char* fault = shoal::find_fault(*batch, model->model.limits());
+    if (!fault) model->model.step(*batch, num_layers, sampling, chosen, logits);
+    return fault;
 }
 
-void shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft) {
-    model->model.draft(*sampling, *draft);
+const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft) {
+    const char* fault = shoal::find_fault(*draft, model->model.limits());
+    if (!fault) model->model.draft(*sampling, *draft);
+    return fault;
 }
 
 int32_t shoal_best_isa(void) {

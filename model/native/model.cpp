@@ -29,6 +29,7 @@ void rms_norm(const float* x, const float* gain, int width, float eps, float* to
 Model::Model(const ShoalShape& shape, const ShoalOptions& options, const Model* sibling)
     : shape_(shape),
       block_size_(options.block_size),
+      limits_{shape.vocab_size, shape.num_positions, options.num_blocks, options.block_size},
       shared_pool_(sibling ? sibling->shared_pool_
                            : std::make_shared<Pool>(options.num_threads, options.pin_threads != 0)),
       pool_(*shared_pool_),

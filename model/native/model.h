@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "checks.h"
 #include "feed_forward.h"
 
 namespace shoal {
@@ -27,6 +28,7 @@ public:
     void step(const ShoalBatch& batch, int num_layers, const ShoalSampling* sampling, const ShoalChosen* chosen,
               float* logits);
     void draft(const ShoalSampling& sampling, const ShoalDraft& draft);
+    const Limits& limits() const { return limits_; }
 
 private:
     // Rows of logits that are computed at once: the head's weights are read once for them.
@@ -55,6 +57,7 @@ private:
 
     ShoalShape shape_;
     int block_size_;
+    Limits limits_;
     std::shared_ptr<Pool> shared_pool_;
     Pool& pool_;
     RotaryTables rotary_;

@@ -1,7 +1,6 @@
 // The interface of the native backend: plain C, called through ctypes by model/backends/native_backend.py.
 //
-// Pointers are valid during the call only, arrays are dense, and nothing is checked here: what comes from outside is
-// checked in Python before the call.
+// Pointers are valid during the call only, and arrays are dense.
 #pragma once
 
 #include <stdint.h>
@@ -65,6 +64,7 @@ struct ShoalBatch {
     const int32_t* positions;        // [num_tokens], consecutive within a sequence
     const int32_t* slot_mapping;     // [num_tokens]
     const int32_t* query_start_loc;  // [num_seqs + 1]
+    const int32_t* context_lens;     // [num_seqs], where positions must lead: read only to see whether they do
     const int32_t* block_tables;     // [num_seqs, max_blocks]
     const int32_t* logits_indices;   // [num_logits]
 };
@@ -107,10 +107,11 @@ struct ShoalChosen {
 struct ShoalDraft {
     int32_t num_layers;  // how many of the model's layers to run before its norm and head
     int64_t num_seqs;
-    const int32_t* rows;        // [num_seqs], of both tables
+    const int32_t* rows;        // [num_seqs], of the tables
     const int32_t* starts;      // [num_seqs], tokens [start, end) are computed first
     const int32_t* ends;        // [num_seqs]
     const int32_t* num_wanted;  // [num_seqs], at least 1 each, not ascending: tokens to propose
+    int64_t num_rows;           // of both tables
     int64_t tokens_stride;
     const int32_t* tokens;  // a row of known tokens for each request
     int64_t blocks_stride;
@@ -131,12 +132,14 @@ SHOAL_API void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int3
 
 // Computes a step with the first num_layers layers, then the norm and the head.  Where `sampling` is given, chooses a
 // token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size].
-SHOAL_API void shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
-                          const ShoalChosen* chosen, float* logits);
+// Returns what is wrong with the batch, and then has computed nothing; null if nothing is.
+SHOAL_API const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
+                                 const ShoalChosen* chosen, float* logits);
 
 // Proposes tokens: computes the given ones, chooses one behind each sequence, a row of `sampling` each, and goes on from
 // there with steps of a token each for the sequences that want more.  Penalties stay what they are for the first.
-SHOAL_API void shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft);
+// Returns what is wrong, as shoal_step.
+SHOAL_API const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft);
 
 // The best instruction set that this machine runs: 0 generic, 1 avx2, 2 avx512.
 SHOAL_API int32_t shoal_best_isa(void);
