@@ -171,30 +171,35 @@ def _compare(
 def _everything(options: Sequence[str], seed: int, repetitions: int) -> tuple[Experiment, ...]:
     """What the full profile runs if nothing else is named: each claim of the policies on the workload that tries it.
 
-    Those of `priority` and `fair` need a queue, and so more requests than rows.
+    Those of `sjf`, `priority` and `fair` need a queue, and so more requests than rows.
     """
-    few_rows = (*options, "--max-num-seqs", "16")
+    few = min(repetitions, 2)
 
     def users(*counts: int) -> tuple[Load, ...]:
         return tuple(Load(users=count, seed=seed) for count in counts)
 
-    def setups(*policies: str, options: Sequence[str] = options) -> tuple[Setup, ...]:
-        return tuple(Setup(policy=policy, options=tuple(options)) for policy in policies)
+    def setups(*policies: str, rows: int | None = None) -> tuple[Setup, ...]:
+        limit = () if rows is None else ("--max-num-seqs", str(rows))
+        return tuple(Setup(policy=policy, options=(*options, *limit)) for policy in policies)
 
-    every = setups(*DEFAULT_POLICIES)
+    every, main, shares = setups(*DEFAULT_POLICIES), users(DEFAULT_USERS), SIZES["full"].shares
     drafting = Setup(policy="fcfs", speculation="draft", options=tuple(options))
-    main, tenants = users(DEFAULT_USERS), setups("fcfs", "fair", options=few_rows)
-    urgent = setups("fcfs", "priority", options=few_rows)
+    shortest, urgent, tenants = (
+        setups("fcfs", "sjf", rows=2),
+        setups("fcfs", "priority", rows=16),
+        setups("fcfs", "fair", rows=16),
+    )
     return (
         Experiment(workload="chat", setups=(*every, drafting), loads=main, repetitions=repetitions),
-        Experiment(workload="uniform", setups=every, loads=main, repetitions=repetitions),
-        Experiment(workload="code", setups=every, loads=main, repetitions=repetitions),
-        Experiment(workload="agent", setups=every, loads=main, repetitions=repetitions),
-        Experiment(workload="chat", setups=every, loads=users(1, 8, 64, 128)),
-        Experiment(workload="chat", setups=every, shares=SIZES["full"].shares, repetitions=min(repetitions, 2)),
-        Experiment(workload="mixed-priority", setups=urgent, loads=main, shares=(1.2,), repetitions=repetitions),
-        Experiment(workload="two-tenants", setups=tenants, loads=main, shares=(1.2,), repetitions=repetitions),
-        Experiment(workload="two-tenants:modest", setups=tenants[1:], shares=(1.2,), repetitions=repetitions),
+        Experiment(workload="uniform", setups=every, loads=main, repetitions=few),
+        Experiment(workload="code", setups=every, loads=main, repetitions=few),
+        Experiment(workload="agent", setups=every, loads=main, repetitions=few),
+        Experiment(workload="chat", setups=every, loads=users(1, 8, 64)),
+        Experiment(workload="chat", setups=every, shares=shares),
+        Experiment(workload="chat", setups=shortest, loads=main, shares=(0.8, 0.9, 1.0), repetitions=few),
+        Experiment(workload="mixed-priority", setups=urgent, loads=main, shares=(1.2,), repetitions=few),
+        Experiment(workload="two-tenants", setups=tenants, loads=main, shares=(1.2,), repetitions=few),
+        Experiment(workload="two-tenants:modest", setups=tenants[1:], shares=(1.2,), repetitions=few),
     )
 
 

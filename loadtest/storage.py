@@ -52,6 +52,12 @@ class Storage:
         self._runs.mkdir(parents=True, exist_ok=True)
         write_json(plan_file, saved)
 
+    def withdraw(self) -> None:
+        """Free the folder for another plan, if nothing was measured."""
+        if not any(self._runs.iterdir()):
+            for file in (self.folder / "plan.json", *self.folder.glob("workload-*.jsonl")):
+                file.unlink(missing_ok=True)
+
     def workload_file(self, name: str) -> Path:
         return self.folder / f"workload-{slug(name)}.jsonl"
 

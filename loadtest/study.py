@@ -127,7 +127,11 @@ def _prepare(plan: Plan, storage: Storage, files: WorkloadFiles, options: Sequen
     folder = storage.folder / PROFILE_FOLDER
     given = Path(plan.costs) if plan.costs else folder if (folder / "profile.json").exists() else None
     profile = None if given is None else read_profile(given)
-    facts, workloads = Preparation(plan, storage, files, options).run(() if profile else PROFILE_WORKLOADS)
+    try:
+        facts, workloads = Preparation(plan, storage, files, options).run(() if profile else PROFILE_WORKLOADS)
+    except LoadTestError:
+        storage.withdraw()
+        raise
     if profile is None:
         profile = _measure_profile(plan, Storage(folder, plan, is_resumed=True), facts, workloads)
         names = dict.fromkeys(name.partition(":")[0] for name in plan.workloads)

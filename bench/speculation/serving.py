@@ -127,20 +127,25 @@ class Load:
         """Tokens and seconds while all places are taken."""
         scheduler = self._core.scheduler
         requests = iter([self._request(first + i, speculates) for i in range(_ROUNDS * self._concurrency)])
-        for request in islice(requests, self._concurrency):
-            scheduler.add(request)
+        self._fill(requests)
         waiting = set(scheduler.waiting)
-        while waiting:
+        while waiting:  # the first of many may end before the last has begun
             waiting -= {output.request_id for output in self._core.step()}
+            self._fill(requests)
         before, tokens, began = scheduler.stats(), 0, time.perf_counter()
         while scheduler.num_unfinished == self._concurrency:
             tokens += sum(len(output.token_ids) for output in self._core.step())
-            for request in islice(requests, self._concurrency - scheduler.num_unfinished):
-                scheduler.add(request)
+            self._fill(requests)
         outcome = _outcome(tokens, time.perf_counter() - began, before, scheduler.stats())
         while scheduler.num_unfinished:
             self._core.step()
         return outcome
+
+    def _fill(self, requests: Iterator[Request]) -> None:
+        """Take the places that are free."""
+        scheduler = self._core.scheduler
+        for request in islice(requests, self._concurrency - scheduler.num_unfinished):
+            scheduler.add(request)
 
     def _request(self, index: int, speculates: bool) -> Request:
         prompt = self._prompts[index % len(self._prompts)]

@@ -82,6 +82,21 @@ def test_a_folder_that_holds_another_comparison_is_left_alone(tmp_path: Path) ->
         assert "holds another comparison" in result.stderr
 
 
+def test_a_folder_in_which_nothing_was_measured_is_free_for_another_plan(tmp_path: Path) -> None:
+    def plan(num_requests: int) -> Plan:
+        return Plan(experiments=(), num_requests=num_requests, slo=Slo())
+
+    storage = Storage(tmp_path, plan(3))
+    storage.workload_file("chat").touch()
+    storage.withdraw()
+    assert not list(tmp_path.glob("*.json*"))
+    (tmp_path / "runs" / "001-fcfs").mkdir()
+    other = Storage(tmp_path, plan(4))
+    other.withdraw()
+    with pytest.raises(LoadTestError, match="holds another comparison"):
+        Storage(tmp_path, plan(3))
+
+
 def test_to_go_on_needs_a_folder() -> None:
     result = invoke("loadtest", "--resume")
     assert result.exit_code == 2
