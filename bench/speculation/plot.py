@@ -37,6 +37,8 @@ def draw(path: Path, model: str, gains: Mapping[Case, Gain]) -> None:
         axes[0, column].axhline(1.0, color="black", linewidth=0.8)
         axes[0, column].set_title(method)
         axes[-1, column].set_xlabel("concurrency (requests at once)")
+    for of_figure in axes:
+        of_figure[0].set_ylim(bottom=0)  # when all is drawn: it ends the scaling of the whole row
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"Speculation on {model}")
@@ -65,4 +67,3 @@ def _lines(axes: Axes, values: Mapping[Case, float]) -> None:
     ticks = sorted({case.concurrency for case in values})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.grid(alpha=0.3)
-    axes.set_ylim(bottom=0)
