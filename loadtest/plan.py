@@ -25,7 +25,8 @@ class PlannedRun:
     @property
     def name(self) -> str:
         """Unique in a comparison, and good for a file."""
-        parts = (self.setup.name, self.workload, load_name(self.load), f"r{self.repetition + 1}")
+        setup = self.setup.name, *self.setup.options
+        parts = (*setup, self.workload, load_name(self.load), f"r{self.repetition + 1}")
         return slug("-".join(parts))
 
 

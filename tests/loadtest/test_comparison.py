@@ -168,6 +168,13 @@ def test_repetitions_are_outermost_and_no_setup_always_comes_first() -> None:
     assert len({run.name for run in runs}) == len(runs)
 
 
+def test_runs_of_setups_that_differ_in_an_option_alone_have_names_of_their_own() -> None:
+    load = Load(users=2)
+    narrow, wide = (Setup(policy="fcfs", options=("--scheduler.max-num-seqs", rows)) for rows in ("2", "16"))
+    names = {PlannedRun(setup=setup, workload="chat", load=load).name for setup in (Setup(policy="fcfs"), narrow, wide)}
+    assert len(names) == 3
+
+
 def test_the_order_turns_with_the_load_too() -> None:
     loads = (Load(users=1), Load(users=8))
     runs = interleave([experiment(STATIC, FCFS, loads=loads)], lambda one: one.loads)
