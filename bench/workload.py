@@ -22,12 +22,14 @@ class TimedBackend:
 
     Attributes:
         seconds: of the last step.
+        chooses_all: whether the last step chose a token after each that it computed: no prompt was in it.
         computes: whether a step is computed; if not, every request gets token 1 at once.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.seconds = 0.0
+        self.chooses_all = False
         self.computes = True
 
     @property
@@ -41,6 +43,7 @@ class TimedBackend:
         else:
             output = SamplerOutput(np.ones(len(batch.logits_indices), np.int32))
         self.seconds = time.perf_counter() - began
+        self.chooses_all = len(batch.logits_indices) == len(batch.token_ids)
         return output
 
     def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> Float32:

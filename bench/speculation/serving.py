@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice, zip_longest
-from statistics import median
+from statistics import fmean, median
 
+from bench.workload import TimedBackend
 from model.tokenizer import Tokenizer
 from scheduler.engine import EngineCore
 from scheduler.output import SamplingParams, SchedulerStats
@@ -35,11 +36,13 @@ class Outcome:
     """What came of serving some requests: tokens, seconds, and what the scheduler counted meanwhile.
 
     Attributes:
+        step_seconds: mean of what the target took for a step without prompts.
         accepted: how many of the first, second, ... tokens of proposals were.
     """
 
     tokens: int
     seconds: float
+    step_seconds: float
     drafts: int
     drafted: int
     accepted: tuple[int, ...]
@@ -61,6 +64,7 @@ class Gain:
     Attributes:
         off_speed: tokens/s without.
         speed_up: ratio of tokens/s.
+        verification: what a step of the target took, relative to one without; v(k) if there always was a proposal.
         acceptance_rate: accepted / drafted.
         token_acceptance: the chance of a drafted token to be accepted if all before it were.
         share_of_steps: of the steps of requests, those with a proposal.
@@ -70,6 +74,7 @@ class Gain:
 
     off_speed: float
     speed_up: float
+    verification: float
     acceptance_rate: float
     token_acceptance: float
     share_of_steps: float
@@ -89,6 +94,7 @@ class Gain:
         return cls(
             off_speed=median(off.speed for off, _ in pairs),
             speed_up=median(other.speed / off.speed for off, other in pairs),
+            verification=median(other.step_seconds / off.step_seconds for off, other in pairs),
             acceptance_rate=accepted / drafted if drafted else 0.0,
             token_acceptance=min(1.0, accepted / tried) if tried else 0.0,
             share_of_steps=sum(one.drafts for one in on) / steps,
@@ -101,19 +107,30 @@ class Load:
     """A closed loop: so many requests at once, each followed by another when it ends, again and again.
 
     Args:
+        engine: with its target.
         prompts: token ids, dealt to the requests in turns.
         max_tokens: of the longest request; the shortest has half as many, so that they do not end all at once.
     """
 
     def __init__(
-        self, core: EngineCore, prompts: list[list[int]], concurrency: int, temperature: float, max_tokens: int
+        self,
+        engine: tuple[EngineCore, TimedBackend],
+        prompts: list[list[int]],
+        concurrency: int,
+        temperature: float,
+        max_tokens: int,
     ) -> None:
-        self._core, self._prompts = core, prompts
+        self._core, self._target = engine
+        self._prompts = prompts
         self._concurrency, self._temperature, self._max_tokens = concurrency, temperature, max_tokens
         self._numbers = count()
 
     def measure(self, repeats: int) -> Gain:
-        """Serve the same requests with and without, in turns; few at once are quick, and served more often."""
+        """Serve the same requests with and without, in turns; few at once are quick, and served more often.
+
+        Args:
+            repeats: pairs of runs with eight or more requests at once.
+        """
         self._serve(0, speculates=True)  # the prompts are in the cache then, and the adaptive rule knows the machine
         return Gain.of([self._pair(number) for number in range(repeats * max(1, _FEW // self._concurrency))])
 
@@ -133,10 +150,13 @@ class Load:
             waiting -= {output.request_id for output in self._core.step()}
             self._fill(requests)
         before, tokens, began = scheduler.stats(), 0, time.perf_counter()
+        steps: list[float] = []
         while scheduler.num_unfinished == self._concurrency:
             tokens += sum(len(output.token_ids) for output in self._core.step())
+            if self._target.chooses_all:
+                steps.append(self._target.seconds)
             self._fill(requests)
-        outcome = _outcome(tokens, time.perf_counter() - began, before, scheduler.stats())
+        outcome = _outcome(tokens, time.perf_counter() - began, fmean(steps), before, scheduler.stats())
         while scheduler.num_unfinished:
             self._core.step()
         return outcome
@@ -154,11 +174,13 @@ class Load:
         return Request(f"{next(self._numbers)}", prompt, params, time.monotonic(), speculates=speculates)
 
 
-def _outcome(tokens: int, seconds: float, before: SchedulerStats, after: SchedulerStats) -> Outcome:
+def _outcome(
+    tokens: int, seconds: float, step_seconds: float, before: SchedulerStats, after: SchedulerStats
+) -> Outcome:
     places = zip_longest(after.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, fillvalue=0)
     accepted = tuple(now - then for now, then in places)
     drafted = after.num_draft_tokens - before.num_draft_tokens
-    return Outcome(tokens, seconds, after.num_drafts - before.num_drafts, drafted, accepted)
+    return Outcome(tokens, seconds, step_seconds, after.num_drafts - before.num_drafts, drafted, accepted)
 
 
 def make_prompts(tokenizer: Tokenizer, *, repeats_itself: bool) -> list[list[int]]:

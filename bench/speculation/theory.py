@@ -43,19 +43,19 @@ class Costs:
     verification: tuple[float, ...]
     drafting: float
 
-    def speed_up(self, acceptance: float, num_spec_tokens: int, share: float = 1.0) -> float:
-        """What proposals of one length gain if each token is accepted with this probability.
 
-        Args:
-            share: of the steps that there is a proposal in; a proposer that looks things up has not always one.
-        """
-        powers = [acceptance**i for i in range(num_spec_tokens + 1)]
-        cost = self.verification[num_spec_tokens] + num_spec_tokens * self.drafting
-        return (share * sum(powers) + 1 - share) / (share * cost + 1 - share)
+def speed_up(
+    acceptance: float, num_spec_tokens: int, verification: float, drafting: float, share: float = 1.0
+) -> float:
+    """What proposals of one length gain if each token is accepted with this probability.
 
-    def bound(self, acceptance: float, share: float) -> tuple[float, int]:
-        """The most that any length gains, and that length; 1 and 0 where none does."""
-        return max((self.speed_up(acceptance, k, share), k) for k in range(len(self.verification)))
+    Args:
+        verification: what a step costs, relative to one without speculation; the mean if some have no proposal.
+        drafting: what a drafted token costs, relative to the same.
+        share: of the steps that there is a proposal in; a proposer that looks things up has not always one.
+    """
+    tokens = sum(acceptance**i for i in range(num_spec_tokens + 1))
+    return (share * tokens + 1 - share) / (verification + share * num_spec_tokens * drafting)
 
 
 class Machine:

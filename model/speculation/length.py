@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import Protocol
 
 from model.speculation.costs import LEAST_SHARE_OF_NEWEST, ProposalCosts, StepCosts
+from model.speculation.yields import Yields
 
 MOST_SPEC_TOKENS = 16  # of any proposal
 ADAPTIVE_MOST = 8
 _SIZES_BETWEEN = 4  # that are looked at for each depth
 # A gain has to be worth the trouble of looking for it.
-_LEAST_GAIN = 1.1
-# How many steps a decision holds, for as long as the same requests ask, and how many a trial takes.
-_HOLDS, _TRIES = 4, 2
+_LEAST_GAIN = 1.05
+# What is expected to come close to it is tried in earnest: a few steps with guesses, among plain ones, cost more than
+# those that follow each other, when the caches of the CPU hold what they need.
+_NEAR_GAIN = 0.85
+# How many steps a decision holds, for as long as the same requests ask, and how many a trial takes: one in earnest, one
+# that only shows what is accepted.
+_HOLDS, _TRIES_IN_EARNEST, _TRIES = 4, 12, 2
+_IN_EARNEST_EACH = 4  # trials, for all requests may have to be caught up with
 # Where nothing is to be gained there is a rest between two trials, longer each time that one shows nothing new.
-_FIRST_REST, _SHORTEST_REST, _LONGEST_REST = 4, 16, 128
+_FIRST_REST, _SHORTEST_REST, _LONGEST_REST = 4, 16, 512
+# After so many decisions to propose a few plain steps show what those cost by now.
+_LOOKS_BACK = 32
 _ABOUT_AS_MANY = 0.25  # so much more or less requests are no reason to look sooner
 _TRIED_TOKENS = 2
 _GOOD_RATE = 0.9  # of acceptance, by which a trial that could not show a gain is spared
@@ -93,7 +101,8 @@ class AdaptiveLength:
     After Liu et al. 2024 (SmartSpec) and 2025 (TurboSpec).  If the tokens drafted for a request are each accepted with
     probability a, the j-th of them gives a^j tokens.  The costs of steps and proposals are those measured so far.
     Where nothing is gained it proposes nothing, but tries one request after a rest: texts change, and so does what else
-    the machine does, so that old costs are trusted less with each rest.
+    the machine does, so that old costs are trusted less with each rest.  And what was expected is compared with what
+    came, for costs that are taken one by one, in other moments, do not add up to those of a step with everything in it.
 
     Args:
         max_num_seqs: rows.
@@ -102,6 +111,7 @@ class AdaptiveLength:
     def __init__(self, max_num_seqs: int) -> None:
         self._target = StepCosts()
         self._draft = ProposalCosts()
+        self._yields = Yields()
         self._accepted, self._rejected = [0.0] * max_num_seqs, [0.0] * max_num_seqs
         self._overall = [0.0, 0.0]  # accepted, rejected
         self._trust = 1.0  # in what tokens were found to cost
@@ -110,12 +120,15 @@ class AdaptiveLength:
         self._answer: list[int] = []
         self._holds = 0
         self._rest = _FIRST_REST
+        self._num_decisions = 0  # to propose something
+        self._num_trials = 0  # since then, in which something was known
 
     def join(self, row: int) -> None:
         self._accepted[row] = self._rejected[row] = 0.0
 
     def verified(self, row: int, num_drafted: int, num_accepted: int) -> None:
         self._trust = 1.0
+        self._yields.verified(num_drafted, num_accepted)
         was_rejected = float(num_accepted < num_drafted)
         self._accepted[row] = _FADES * self._accepted[row] + num_accepted
         self._rejected[row] = _FADES * self._rejected[row] + was_rejected
@@ -124,8 +137,10 @@ class AdaptiveLength:
 
     def took(self, num_tokens: int, seconds: float) -> None:
         self._target.observe(num_tokens, seconds, self._share_of_newest())
+        self._yields.took(num_tokens, seconds)
 
     def proposed(self, lengths: list[int], seconds: float) -> None:
+        self._yields.proposed(seconds)
         self._draft.observe(len(lengths), max(lengths), seconds, self._share_of_newest())
 
     def _share_of_newest(self) -> float:
@@ -140,6 +155,7 @@ class AdaptiveLength:
         return True
 
     def lengths(self, rows: list[int], num_others: int) -> list[int]:
+        self._yields.settle(self._target)
         base = self._target.predict(num_others + len(rows))
         if base is None:
             return [0] * len(rows)  # until the step that tells
@@ -151,6 +167,9 @@ class AdaptiveLength:
         self._answer = self._decide(rows, num_others, base)
         if any(self._answer):
             self._holds, self._rest = _HOLDS, _SHORTEST_REST
+            self._num_decisions, self._num_trials = self._num_decisions + 1, 0
+            if self._num_decisions % _LOOKS_BACK == 0:
+                self._answer, self._holds = [0] * len(rows), _TRIES
         elif has_rested:
             self._try(num_others, base)
         elif self._holds < 0:
@@ -168,31 +187,42 @@ class AdaptiveLength:
         return sum(self._overall) >= _ENOUGH_TO_KNOW
 
     def _try(self, num_others: int, base: float) -> None:
-        """Propose a few tokens for one request, if that could show a gain at all.
+        """Propose what comes close to a gain, or a few tokens for one request if those could show one at all.
 
-        Always for the first, which a draft that must read what it guesses behind has read the most of.
+        One is always the first, which a draft that must read what it guesses behind has read the most of.
         """
         self._trust *= _TRUST_FADES_AT_REST
+        self._yields.fade()
         if self._is_known:
             self._rest = min(max(2 * self._rest, _SHORTEST_REST), _LONGEST_REST)
-        if any(self._best([_GOOD_RATE] * len(self._asked), num_others, base)):
+            if self._num_trials % _IN_EARNEST_EACH == 0:
+                rates = [self._rate(row) for row in self._asked]
+                self._answer = self._best(rates, num_others, base, least_gain=_NEAR_GAIN)
+            self._num_trials += 1
+        if any(self._answer):
+            self._holds = _TRIES_IN_EARNEST
+        elif any(self._best([_GOOD_RATE] * len(self._asked), num_others, base)):
             self._answer[0], self._holds = _TRIED_TOKENS, _TRIES
+            self._yields.expect(None)
         else:
             self._holds = self._rest
 
-    def _best(self, rates: list[float], num_others: int, base: float) -> list[int]:
+    def _best(self, rates: list[float], num_others: int, base: float, least_gain: float = _LEAST_GAIN) -> list[int]:
         chances = sorted(
             ((rate**depth, -depth, i) for i, rate in enumerate(rates) for depth in range(1, ADAPTIVE_MOST + 1)),
             reverse=True,
         )
         lengths = [0] * len(rates)
-        for _, _, i in chances[: self._num_worthwhile(chances, len(rates), num_others, base)]:
+        for _, _, i in chances[: self._num_worthwhile(chances, len(rates), num_others, base, least_gain)]:
             lengths[i] += 1
         return lengths
 
-    def _num_worthwhile(self, chances: list[tuple[float, int, int]], count: int, num_others: int, base: float) -> int:
+    def _num_worthwhile(
+        self, chances: list[tuple[float, int, int]], count: int, num_others: int, base: float, least_gain: float
+    ) -> int:
         """How many of the tokens to draft, which are given with their chances, best first, for the greatest goodput."""
-        best, num_best = _LEAST_GAIN * count / base, 0
+        plain = count / base
+        best, num_best = least_gain * plain / self._yields.share(count + num_others), 0
         expected, depth = float(count), 0
         asked: set[int] = set()
         stride = max(1, count // _SIZES_BETWEEN)
@@ -209,6 +239,7 @@ class AdaptiveLength:
             goodput = expected / (base + self._trust * (max(step - base, 0.0) + draft))
             if goodput > best:
                 best, num_best = goodput, num_tokens
+        self._yields.expect(best / plain if num_best else None)
         return num_best
 
     def _rate(self, row: int) -> float:

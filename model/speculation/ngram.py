@@ -1,6 +1,6 @@
 """Prompt lookup: what followed the last few tokens when they stood in the text before will follow them again.
 
-Saxena 2023, "Prompt Lookup Decoding".  No model is asked; each new token costs a few dictionary entries.
+Saxena 2023, "Prompt Lookup Decoding".  No model is asked, and nothing is kept: the text is searched each time.
 """
 
 from __future__ import annotations
@@ -22,51 +22,35 @@ class NgramProposer:
 
     def __init__(self, rows: BatchRows) -> None:
         self._rows = rows
-        self._index: dict[int, _Index] = {}
 
     def place(self, row: int, share: ScheduledRequest) -> None:
-        if share.new:
-            self._index[row] = _Index()
+        pass
 
     def catch_up(self, candidates: list[Candidate]) -> None:
-        for one in candidates:
-            index = self._index[one.row]
-            known = self._rows.token_ids[one.row, len(index.token_ids) : one.num_tokens]
-            index.extend(known.tolist())
+        pass
 
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
         return [self._guess(candidate) for candidate in candidates]
 
     def _guess(self, candidate: Candidate) -> Proposal:
-        token_ids = self._index[candidate.row].follow(candidate.num_wanted)
-        return Proposal(token_ids) if token_ids else NO_PROPOSAL
-
-
-class _Index:
-    """The tokens of one request, and where each short run of them last ended before the end."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}
-
-    def extend(self, token_ids: list[int]) -> None:
-        """Append known tokens; a run counts from the moment that a token follows it."""
-        for token_id in token_ids:
-            end = len(self.token_ids)
-            for size in _SIZES:
-                if end >= size:
-                    self._ends[tuple(self.token_ids[end - size :])] = end
-            self.token_ids.append(token_id)
-
-    def follow(self, num_wanted: int) -> list[int]:
-        """What followed the longest run at the end of the text when it stood before; a guess may go on from itself."""
-        text = self.token_ids
+        """What followed the longest run at the end of the text when it stood last; a guess may go on from itself."""
+        token_ids = self._rows.token_ids[candidate.row, : candidate.num_tokens]
+        text, token_size = token_ids.tobytes(), token_ids.itemsize
         for size in _SIZES:
-            start = self._ends.get(tuple(text[-size:])) if len(text) >= size else None
-            if start is not None:
-                period = len(text) - start
-                guess = text[start : start + num_wanted]
-                while len(guess) < num_wanted:  # the run overlaps the end: the text repeats with this period
+            end = _end_before(text, size * token_size, token_size) // token_size
+            if end > 0:
+                guess: list[int] = token_ids[end : end + candidate.num_wanted].tolist()
+                period = candidate.num_tokens - end
+                while len(guess) < candidate.num_wanted:  # the run overlaps the end: the text repeats with this period
                     guess.append(guess[len(guess) - period])
-                return guess
-        return []
+                return Proposal(guess)
+        return NO_PROPOSAL
+
+
+def _end_before(text: bytes, num_bytes: int, token_size: int) -> int:
+    """Where the last `num_bytes` of the text end when they stand in it before, the last time; -1 if they do not."""
+    run, start = text[-num_bytes:], len(text) - num_bytes
+    while (start := text.rfind(run, 0, start + num_bytes - 1)) >= 0:
+        if start % token_size == 0:
+            return start + num_bytes
+    return -1

@@ -30,7 +30,7 @@ def test_a_cost_follows_what_is_seen_and_is_not_thrown_by_one_slow_step() -> Non
     for _ in range(50):
         costs.observe(4, 1.0)
     costs.observe(4, 1000.0)
-    assert costs.predict(4) == pytest.approx(1.1)
+    assert costs.predict(4) == pytest.approx(1.05)
     for _ in range(100):
         costs.observe(4, 3.0)
     assert costs.predict(4) == pytest.approx(3.0, rel=0.01)
@@ -170,7 +170,29 @@ def test_a_rest_holds_for_about_as_many_requests_whosoever_they_are() -> None:
     rests = 0
     while rule.rests(30):
         rests += 1
-    assert rests < 128, "a rest ends"
+    assert rests < 512, "a rest ends"
+
+
+def test_what_only_looks_worth_it_is_given_up() -> None:
+    """Steps of as many tokens are cheap when they are those of other requests, again and again: no mean tells that."""
+    rule, rows = AdaptiveLength(64), list(range(8))
+    tokens = time = 0.0
+    for _ in range(200):
+        for size in (8, 12, 16, 20, 24):
+            for _ in range(4):
+                rule.took(size, 1.0 + 0.01 * size)
+        for _ in range(20):
+            lengths = rule.lengths(rows, num_others=0)
+            if any(lengths):
+                rule.proposed(lengths, 0.0)
+            seconds = 1.08 + 0.2 * sum(lengths)
+            rule.took(len(rows) + sum(lengths), seconds)
+            time += seconds
+            for row, length in zip(rows, lengths, strict=True):
+                tokens += 1 + length
+                if length:
+                    rule.verified(row, length, length)
+    assert tokens / time / len(rows) * 1.08 > 0.92
 
 
 def test_while_little_is_known_one_is_tried() -> None:
