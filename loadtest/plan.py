@@ -56,7 +56,9 @@ class Plan:
         model: of every server.
         num_requests: of each workload.
         replay: a saved workload that takes the place of the generated ones.
-        costs: a profile's folder; None takes a profile first.
+        costs: a profile's folder; None takes a profile.
+        profile_again: whether one is taken after the comparison too, and the twin fitted to both: machines change their
+            speed.
     """
 
     experiments: tuple[Experiment, ...]
@@ -66,6 +68,7 @@ class Plan:
     seed: int = 0
     replay: str | None = None
     costs: str | None = None
+    profile_again: bool = False
 
     @property
     def workloads(self) -> list[str]:

@@ -91,6 +91,7 @@ def plan_comparison(
         seed=seed,
         replay=str(replay) if replay else None,
         costs=str(costs) if costs else None,
+        profile_again=size == "full" and not costs,
     )
 
 

@@ -28,7 +28,7 @@ PROFILE_WORKLOADS: tuple[Key, ...] = tuple(
 
 
 class ProfileRuns:
-    """Measures the runs of a profile.
+    """Measures the runs of a profile, those that the folder has not yet.
 
     Args:
         storage: of a folder that holds nothing else.
@@ -42,10 +42,12 @@ class ProfileRuns:
 
     def measure(self, workload: Sequence[WorkloadRequest], load: Load, setup: Setup) -> Run:
         name = f"profile-{next(self._numbers)}"
-        file = self._storage.workload_file(name)
-        write_workload(file, workload)
         planned = PlannedRun(setup=setup, workload=name, load=load)
-        folder = self._measurer.measure(planned, Sending(file, load))
+        folder = self._storage.find(planned)
+        if folder is None:
+            file = self._storage.workload_file(name)
+            write_workload(file, workload)
+            folder = self._measurer.measure(planned, Sending(file, load))
         self._observe()
         return self._storage.load(folder)
 
@@ -55,11 +57,13 @@ def take_profile(
     workloads: Mapping[Key, Sequence[WorkloadRequest]],
     runs: ProfileRuns,
     versions: Mapping[str, str],
+    rounds: int,
 ) -> Profile:
     """Measure what the twin must know of a server.
 
     Args:
         workloads: those of `PROFILE_WORKLOADS`.
+        rounds: how often the series is run; those before the last may have been measured earlier.
 
     Raises:
         LoadTestError: a server failed, or too little was measured.
@@ -73,6 +77,7 @@ def take_profile(
         knobs=knobs,
         options=facts.options,
         versions=versions,
+        series=SERIES * rounds,
     )
 
 

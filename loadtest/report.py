@@ -72,30 +72,30 @@ def _warnings(report: ReportData) -> Iterable[str]:
 
 
 def _sections(report: ReportData) -> Iterable[Section]:
-    workloads = report.workloads
-    if not workloads:
+    sections = report.sections
+    if not sections:
         yield Section("verdict", "The verdict", missing=["No run was measured."])
         return
     yield _overview(report)
-    slugs = _slugs(workloads)
-    for workload, cells in workloads.items():
-        yield _of_workload(slugs[workload], workload, cells, report)
+    slugs = _slugs(sections)
+    for section, cells in sections.items():
+        yield _of_section(slugs[section], section, cells, report)
     yield _step_cost(report)
     yield _twin(report)
     yield _generator(report)
 
 
 def _overview(report: ReportData) -> Section:
-    workloads = report.workloads
-    if not any(baseline(cells) for own in workloads.values() for cells in by_load(own).values()):
+    sections = report.sections
+    if not any(baseline(cells) for own in sections.values() for cells in by_load(own).values()):
         return Section("verdict", "The verdict", missing=["There is no static baseline to compare with."])
     return Section(
         "verdict",
         "The verdict",
-        [sentence for cells in workloads.values() if (sentence := _verdict(main_cells(cells)))],
+        [sentence for cells in sections.values() if (sentence := _verdict(main_cells(cells)))],
         [
-            report_tables.overview(workloads, figures.THROUGHPUT),
-            report_tables.overview(workloads, figures.TTFT[0], lower_is_better=True),
+            report_tables.overview(sections, figures.THROUGHPUT),
+            report_tables.overview(sections, figures.TTFT[0], lower_is_better=True),
         ],
     )
 
@@ -110,12 +110,12 @@ def _verdict(cells: Sequence[Cell]) -> str:
     more = report_tables.speed_ups(cells, figures.THROUGHPUT)[where]
     sooner = report_tables.speed_ups(cells, figures.TTFT[0], lower_is_better=True)[where]
     return (
-        f"{base.workload}, {load_name(base.load)}: {best.setup.name} has {more} the output tokens/s of "
+        f"{base.section}, {load_name(base.load)}: {best.setup.name} has {more} the output tokens/s of "
         f"{base.setup.name}, and a median TTFT that is {sooner} lower."
     )
 
 
-def _of_workload(name: str, workload: str, cells: Sequence[Cell], report: ReportData) -> Section:
+def _of_section(name: str, section: str, cells: Sequence[Cell], report: ReportData) -> Section:
     main = main_cells(cells)
     missing = []
     if len({cell.setup for cell in cells}) == 1:
@@ -133,10 +133,10 @@ def _of_workload(name: str, workload: str, cells: Sequence[Cell], report: Report
         tables.append(report_tables.at_each_load(cells))
     return Section(
         name,
-        f"Workload {workload}",
-        [*_description(cells), *_options(cells), _same_work(workload, cells, report)],
+        f"Workload {section}",
+        [*_description(cells), *_options(cells), _same_work(cells, report)],
         tables,
-        list(report_pictures.of_workload(name, cells)),
+        list(report_pictures.of_section(name, cells)),
         missing,
     )
 
@@ -163,20 +163,24 @@ def _options(cells: Sequence[Cell]) -> Iterable[str]:
         yield f"Servers ran with {' '.join(options)}."
 
 
-def _same_work(workload: str, cells: Sequence[Cell], report: ReportData) -> str:
+def _same_work(cells: Sequence[Cell], report: ReportData) -> str:
     """Whether all that were compared did the same."""
     least = min(cell.measured.least.num_output_tokens for cell in cells)
     most = max(cell.measured.most.num_output_tokens for cell in cells)
     tokens = f"{least:,}" if least == most else f"from {least:,} to {most:,}"
     if sum(cell.measured.num_runs for cell in cells) == 1:
         return f"The run answered with {tokens} output tokens."
-    texts = "are NOT all identical" if report.differing_texts.get(workload) else "are identical, request by request"
+    texts = (
+        "are NOT all identical"
+        if report.differing_texts.get(cells[0].workload)
+        else "are identical, request by request"
+    )
     verdict = "Same work" if least == most else "NOT the same work"
     return f"{verdict}: every run answered with {tokens} output tokens, and the texts of all runs {texts}."
 
 
 def _step_cost(report: ReportData) -> Section:
-    first = main_cells(next(iter(report.workloads.values())))
+    first = main_cells(next(iter(report.sections.values())))
     picture = report_pictures.step_cost(first, report.step_seconds)
     missing = [] if picture else ["It needs a trace of the engine's steps."]
     if picture and report.step_seconds is None:

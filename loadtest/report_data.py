@@ -23,12 +23,14 @@ class Cell:
     """One setup under one load of one workload.
 
     Attributes:
+        section: what it may be compared within: the workload, and the options of the servers where they differ.
         measured: the figures of its complete runs; of all of them where none is complete.
         run: the first of those runs, from which the pictures are made.
         predicted: the twin's figures, if it was asked.
         problems: what went wrong in its runs, in words.
     """
 
+    section: str
     workload: str
     load: Load
     setup: Setup
@@ -66,9 +68,9 @@ class ReportData:
     step_seconds: Callable[[Step], float] | None = None
 
     @property
-    def workloads(self) -> dict[str, list[Cell]]:
-        """The cells of each workload."""
-        return _by(self.cells, lambda cell: cell.workload)
+    def sections(self) -> dict[str, list[Cell]]:
+        """The cells that are compared with each other."""
+        return by_section(self.cells)
 
 
 def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = SLO) -> list[Cell]:
@@ -87,8 +89,13 @@ def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = SLO
     predicted = {_combination(run): summarize(run, slo) for run in predictions}
     setups = list(dict.fromkeys(setup for _, _, setup in repetitions))
     loads = list(dict.fromkeys((workload, load) for workload, load, _ in repetitions))
+    options = {
+        name: list(dict.fromkeys(setup.options for workload, _, setup in repetitions if workload == name))
+        for name, _ in loads
+    }
     return [
         Cell(
+            section=_section(workload, setup, options[workload]),
             workload=workload,
             load=load,
             setup=setup,
@@ -147,6 +154,10 @@ def load_name(load: Load) -> str:
     return words + (f", burstiness {load.burstiness:g}" if load.burstiness != 1 else "")
 
 
+def by_section(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    return _by(cells, lambda cell: cell.section)
+
+
 def by_load(cells: Iterable[Cell]) -> dict[Load, list[Cell]]:
     return _by(cells, lambda cell: cell.load)
 
@@ -170,6 +181,15 @@ def baseline(cells: Iterable[Cell]) -> Cell | None:
 def _combination(run: Run) -> tuple[str, Load, Setup]:
     """Repetitions may differ in the seed of their arrivals."""
     return run.workload, replace(run.load, seed=0), run.setup
+
+
+def _section(workload: str, setup: Setup, all_options: Sequence[tuple[str, ...]]) -> str:
+    """The workload, and what sets these servers apart from others that ran it."""
+    num_common = 0
+    while len({options[: num_common + 1] for options in all_options}) == 1 and num_common < len(setup.options):
+        num_common += 1
+    own = setup.options[num_common:]
+    return ", ".join([workload, " ".join(own)]) if own else workload
 
 
 def _by(cells: Iterable[Cell], key: Callable[[Cell], Key]) -> dict[Key, list[Cell]]:

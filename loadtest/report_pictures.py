@@ -23,12 +23,12 @@ GROUPINGS: dict[str, Reader] = {
 MAX_GROUPS = 8  # more are neither picture nor table
 
 
-def of_workload(name: str, cells: Sequence[Cell]) -> Iterator[Picture]:
-    """The pictures of one workload, as far as there is something to draw.
+def of_section(name: str, cells: Sequence[Cell]) -> Iterator[Picture]:
+    """The pictures of one section, as far as there is something to draw.
 
     Args:
         name: what the names of the pictures begin with.
-        cells: of this workload, under all loads.
+        cells: of this section, under all loads.
     """
     main = main_cells(cells)
     load = load_name(main[0].load)
@@ -95,7 +95,7 @@ def step_cost(cells: Sequence[Cell], predict: Callable[[Step], float] | None) ->
         return None
     return Picture(
         "step-cost",
-        f"What a step costs, {plain[0].workload}",
+        f"What a step costs, {plain[0].section}",
         "A step with one row takes nearly as long as one with several: the more rows, the cheaper each of them. "
         "The flatter the curve on the left, the more a full batch gains over one that has emptied: this is what "
         "continuous batching has over a static batch without padding rows.",

@@ -44,18 +44,18 @@ class Table:
     groups: Mapping[str, Sequence[Row]]
 
 
-def overview(workloads: Mapping[str, Sequence[Cell]], figure: Figure, *, lower_is_better: bool = False) -> Table:
-    """The speed-ups of all workloads and loads, a column for each setup."""
+def overview(sections: Mapping[str, Sequence[Cell]], figure: Figure, *, lower_is_better: bool = False) -> Table:
+    """The speed-ups in all sections and under all loads, a column for each setup."""
     compared = [
-        (workload, load, own) for workload, cells in workloads.items() for load, own in in_order(cells) if baseline(own)
+        (section, load, own) for section, cells in sections.items() for load, own in in_order(cells) if baseline(own)
     ]
     names = list(dict.fromkeys(cell.setup.name for _, _, own in compared for cell in own))
     groups: dict[str, list[Row]] = {}
-    for workload, load, own in compared:
+    for section, load, own in compared:
         texts = speed_ups(own, figure, lower_is_better=lower_is_better)
         found = {cell.setup.name: text for cell, text in zip(own, texts, strict=True)}
         row = Row(load_name(load), [Value(found.get(name, NOTHING)) for name in names])
-        groups.setdefault(workload, []).append(row)
+        groups.setdefault(section, []).append(row)
     relation = "how many times lower than" if lower_is_better else "how many times that of"
     return Table(f"{figure.name}: {relation} the static baseline", names, groups)
 
@@ -105,7 +105,7 @@ def generator_cost(cells: Sequence[Cell]) -> Table:
     groups: dict[str, list[Row]] = {}
     for cell in cells:
         values = [_value(figure, cell.measured) for figure in (figures.THROUGHPUT, *figures.GENERATOR)]
-        groups.setdefault(f"{cell.workload}, {load_name(cell.load)}", []).append(Row(cell.setup.name, values))
+        groups.setdefault(f"{cell.section}, {load_name(cell.load)}", []).append(Row(cell.setup.name, values))
     columns = [figure.heading for figure in (figures.THROUGHPUT, *figures.GENERATOR)]
     return Table(_repetitions(cells), columns, groups)
 
@@ -131,7 +131,7 @@ def twin(cells: Sequence[Cell]) -> Table:
     for cell in cells:
         if own := {figure.name: figure for figure in found.get(id(cell), ())}:
             row = Row(cell.setup.name, [_twin_value(own[name]) if name in own else Value() for name in names])
-            groups.setdefault(f"{cell.workload}, {load_name(cell.load)}", []).append(row)
+            groups.setdefault(f"{cell.section}, {load_name(cell.load)}", []).append(row)
     caption = "Error of each prediction, and below it: predicted / measured; tokens/s, and latencies in ms."
     return Table(caption, [figures.title(name) for name in names], groups)
 

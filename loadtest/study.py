@@ -21,7 +21,7 @@ from loadtest.preparation import Facts, Key, Preparation, machine
 from loadtest.profile import SERIES, Profile, read_profile, read_profiled_workload, write_profile
 from loadtest.progress import Bars
 from loadtest.report import write_report
-from loadtest.report_data import Cell, ReportData, baseline, by_load, collect
+from loadtest.report_data import Cell, ReportData, baseline, by_load, by_section, collect
 from loadtest.storage import Storage, write_json
 from loadtest.workload import WorkloadRequest, read_workload
 from loadtest.workload_files import WorkloadFiles
@@ -57,11 +57,20 @@ def conduct(plan: Plan, folder: Path, *, options: Sequence[str], is_resumed: boo
     """
     storage = Storage(folder, plan, is_resumed=is_resumed)
     files = WorkloadFiles(storage)
-    facts, profile = _prepare(plan, storage, files, options)
+    try:
+        given = read_profile(Path(plan.costs)) if plan.costs else None
+        facts, workloads = Preparation(plan, storage, files, options).run(() if given else PROFILE_WORKLOADS)
+    except LoadTestError:
+        storage.withdraw()
+        raise
+    profiler = _Profiler(plan, storage, facts, workloads)
+    before = given or profiler.take(rounds=1)
     measurer = Measurer(model=plan.model, storage=storage)
     with Bars(plan.num_requests) as bars:
         results = Comparison(plan, storage, measurer.measure, files.sending, bars).run()
+    profile, failures = profiler.retake(before) if plan.profile_again else (before, [])
     predictions, reasons = predict(results.runs, files.sending, profile)
+    reasons = [*failures, *reasons]
     cells = collect((storage.load(run) for run in results.runs.values()), predictions, plan.slo)
     report = ReportData(
         title="Load test of Shoal",
@@ -122,29 +131,47 @@ def rehearse(plan: Plan, costs: Path) -> list[Cell]:
     return collect(runs, (), plan.slo)
 
 
-def _prepare(plan: Plan, storage: Storage, files: WorkloadFiles, options: Sequence[str]) -> tuple[Facts, Profile]:
-    """What is known of the servers, and the profile: the given one, or that of before, or a new one."""
-    folder = storage.folder / PROFILE_FOLDER
-    given = Path(plan.costs) if plan.costs else folder if (folder / "profile.json").exists() else None
-    profile = None if given is None else read_profile(given)
-    try:
-        facts, workloads = Preparation(plan, storage, files, options).run(() if profile else PROFILE_WORKLOADS)
-    except LoadTestError:
-        storage.withdraw()
-        raise
-    if profile is None:
-        profile = _measure_profile(plan, Storage(folder, plan, is_resumed=True), facts, workloads)
-        names = dict.fromkeys(name.partition(":")[0] for name in plan.workloads)
-        write_profile(folder, profile, {name: read_workload(storage.workload_file(name)) for name in names})
-    return facts, profile
+class _Profiler:
+    """Takes the profile of a load test, before the comparison and perhaps again after it.
+
+    Args:
+        storage: of the load test; the profile has a folder in its.
+        workloads: those of `PROFILE_WORKLOADS`.
+    """
+
+    def __init__(
+        self, plan: Plan, storage: Storage, facts: Facts, workloads: Mapping[Key, Sequence[WorkloadRequest]]
+    ) -> None:
+        self._plan, self._storage, self._facts, self._workloads = plan, storage, facts, workloads
+        self._folder = storage.folder / PROFILE_FOLDER
+
+    def take(self, rounds: int) -> Profile:
+        """Run what is missing of so many rounds, and save what follows from all.
+
+        Raises:
+            LoadTestError: a server failed, or too little was measured.
+        """
+        storage = Storage(self._folder, self._plan, is_resumed=True)
+        profile = _measure_profile(self._plan, storage, self._facts, self._workloads, rounds)
+        names = dict.fromkeys(name.partition(":")[0] for name in self._plan.workloads)
+        saved = {name: read_workload(self._storage.workload_file(name)) for name in names}
+        write_profile(self._folder, profile, saved)
+        return profile
+
+    def retake(self, before: Profile) -> tuple[Profile, list[str]]:
+        """Add the second round to the one `before`; with what went wrong, if that is all there is."""
+        try:
+            return self.take(rounds=2), []
+        except LoadTestError as error:
+            return before, [f"Predictions are those of a profile from before the comparison alone: {error}"]
 
 
 def _measure_profile(
-    plan: Plan, storage: Storage, facts: Facts, workloads: Mapping[Key, Sequence[WorkloadRequest]]
+    plan: Plan, storage: Storage, facts: Facts, workloads: Mapping[Key, Sequence[WorkloadRequest]], rounds: int = 1
 ) -> Profile:
-    with tqdm(total=len(SERIES), unit="run", desc="profile") as bar:
+    with tqdm(total=rounds * len(SERIES), unit="run", desc="profile") as bar:
         runs = ProfileRuns(storage, Measurer(model=plan.model, storage=storage), bar.update)
-        return take_profile(facts, workloads, runs, machine())
+        return take_profile(facts, workloads, runs, machine(), rounds)
 
 
 def figures(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -175,6 +202,7 @@ def _summary(report: ReportData, results: Results) -> dict[str, Any]:
         "differing_texts": results.same_work.differing,
         "cells": [
             {
+                "section": cell.section,
                 "workload": cell.workload,
                 "load": cell.load,
                 "setup": cell.setup,
@@ -200,6 +228,6 @@ def _accuracy(cell: Cell) -> list[dict[str, Any]]:
 
 def _speed_up(cell: Cell, cells: Sequence[Cell]) -> float | None:
     """Throughput over the static baseline's of the same workload and load."""
-    static = baseline(by_load(other for other in cells if other.workload == cell.workload)[cell.load])
+    static = baseline(by_load(by_section(cells)[cell.section])[cell.load])
     base = static.measured.median.throughput if static else 0.0
     return cell.measured.median.throughput / base if base else None

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from loadtest.metrics import Quantiles, Summary
-from loadtest.report_data import Cell, baseline, by_load, load_name
+from loadtest.report_data import Cell, baseline, by_load, by_section, load_name
 
 
 def tables(cells: Sequence[Cell]) -> Iterator[str]:
-    """A table for each workload and load: medians over the repetitions, columns without figures left out."""
-    for workload in dict.fromkeys(cell.workload for cell in cells):
-        for load, own in by_load(cell for cell in cells if cell.workload == workload).items():
-            yield _table(f"{workload}, {load_name(load)} (times in ms)", own)
+    """A table for each workload and load, servers with other options apart.
+
+    Figures are medians over the repetitions; columns without any are left out.
+    """
+    for section, compared in by_section(cells).items():
+        for load, own in by_load(compared).items():
+            yield _table(f"{section}, {load_name(load)} (times in ms)", own)
 
 
 def _table(title: str, cells: Sequence[Cell]) -> str:

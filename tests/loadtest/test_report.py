@@ -16,8 +16,9 @@ from matplotlib.image import imread
 from loadtest.metrics import Slo, summarize
 from loadtest.records import Load, Run
 from loadtest.report import write_report
-from loadtest.report_data import Cell, ReportData, baseline, collect, load_name
+from loadtest.report_data import Cell, ReportData, baseline, by_section, collect, load_name
 from loadtest.report_pictures import curves
+from loadtest.table import tables
 from tests.loadtest.made_runs import make_run, seconds_of
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -283,6 +284,19 @@ def test_cells_are_in_one_order_of_setups_whatever_ran_first() -> None:
         ("static", 16),
         ("fcfs", 16),
     ]
+
+
+def test_servers_with_other_options_have_a_section_of_their_own() -> None:
+    common, few = ("--threads", "1"), ("--threads", "1", "--max-num-seqs", "2")
+    made = [make_run(policy, users=2, num_requests=4) for policy in ("static", "fcfs")]
+    runs = [replace(run, setup=replace(run.setup, options=options)) for run in made for options in (common, few)]
+    cells = collect(runs)
+    sections = by_section(cells)
+    assert list(sections) == ["chat", "chat, --max-num-seqs 2"]
+    assert all(baseline(own) is own[0] and len(own) == 2 for own in sections.values())
+    text = "".join(tables(cells))
+    assert "chat, --max-num-seqs 2, 2 users" in text
+    assert set(by_section(collect(made))) == {"chat"}
 
 
 def test_the_baseline_is_static_with_its_padding_rows_if_it_is_there() -> None:
