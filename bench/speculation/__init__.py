@@ -100,9 +100,7 @@ def _row(case: Case, gains: dict[Case, Gain], cost: Costs) -> dict[str, object]:
     """
     gain = gains[case]
     theories = {
-        k: speed_up(one.token_acceptance, k, one.verification, cost.drafting, one.share_of_steps)
-        for k in LENGTHS
-        if k and (one := gains[Case(case.method, k, case.temperature, case.concurrency)])
+        k: _theory(gains[Case(case.method, k, case.temperature, case.concurrency)], k, cost) for k in LENGTHS if k
     }
     bound, best = max((1.0, 0), *((theory, k) for k, theory in theories.items()))
     theory = theories[case.num_spec_tokens] if case.num_spec_tokens else bound
@@ -124,3 +122,10 @@ def _row(case: Case, gains: dict[Case, Gain], cost: Costs) -> dict[str, object]:
         "mean k": gain.mean_spec_tokens,
         "tokens/step": gain.mean_acceptance_length,
     }
+
+
+def _theory(gain: Gain, num_spec_tokens: int, cost: Costs) -> float:
+    verification = gain.verification
+    if verification is None:
+        verification = 1 + gain.share_of_steps * (cost.verification[num_spec_tokens] - 1)
+    return speed_up(gain.token_acceptance, num_spec_tokens, verification, cost.drafting, gain.share_of_steps)

@@ -36,13 +36,13 @@ class Outcome:
     """What came of serving some requests: tokens, seconds, and what the scheduler counted meanwhile.
 
     Attributes:
-        step_seconds: mean of what the target took for a step without prompts.
+        step_seconds: mean of what the target took for a step without prompts; None if there was none.
         accepted: how many of the first, second, ... tokens of proposals were.
     """
 
     tokens: int
     seconds: float
-    step_seconds: float
+    step_seconds: float | None
     drafts: int
     drafted: int
     accepted: tuple[int, ...]
@@ -64,7 +64,8 @@ class Gain:
     Attributes:
         off_speed: tokens/s without.
         speed_up: ratio of tokens/s.
-        verification: what a step of the target took, relative to one without; v(k) if there always was a proposal.
+        verification: what a step of the target took, relative to one without; v(k) if there always was a proposal;
+            None if requests came and went in every step.
         acceptance_rate: accepted / drafted.
         token_acceptance: the chance of a drafted token to be accepted if all before it were.
         share_of_steps: of the steps of requests, those with a proposal.
@@ -74,7 +75,7 @@ class Gain:
 
     off_speed: float
     speed_up: float
-    verification: float
+    verification: float | None
     acceptance_rate: float
     token_acceptance: float
     share_of_steps: float
@@ -88,13 +89,16 @@ class Gain:
         drafted, steps = sum(one.drafted for one in on), sum(one.steps for one in on)
         per_place = [sum(counts) for counts in zip_longest(*(one.accepted for one in on), fillvalue=0)]
         accepted = sum(per_place)
+        verifications = [
+            other.step_seconds / off.step_seconds for off, other in pairs if other.step_seconds and off.step_seconds
+        ]
         tried = sum(one.drafts for one in on) + sum(
             per_place[:-1]
         )  # each place is judged where the one before was good
         return cls(
             off_speed=median(off.speed for off, _ in pairs),
             speed_up=median(other.speed / off.speed for off, other in pairs),
-            verification=median(other.step_seconds / off.step_seconds for off, other in pairs),
+            verification=median(verifications) if verifications else None,
             acceptance_rate=accepted / drafted if drafted else 0.0,
             token_acceptance=min(1.0, accepted / tried) if tried else 0.0,
             share_of_steps=sum(one.drafts for one in on) / steps,
@@ -156,7 +160,7 @@ class Load:
             if self._target.chooses_all:
                 steps.append(self._target.seconds)
             self._fill(requests)
-        outcome = _outcome(tokens, time.perf_counter() - began, fmean(steps), before, scheduler.stats())
+        outcome = _outcome(tokens, time.perf_counter() - began, steps, before, scheduler.stats())
         while scheduler.num_unfinished:
             self._core.step()
         return outcome
@@ -174,12 +178,11 @@ class Load:
         return Request(f"{next(self._numbers)}", prompt, params, time.monotonic(), speculates=speculates)
 
 
-def _outcome(
-    tokens: int, seconds: float, step_seconds: float, before: SchedulerStats, after: SchedulerStats
-) -> Outcome:
+def _outcome(tokens: int, seconds: float, steps: list[float], before: SchedulerStats, after: SchedulerStats) -> Outcome:
     places = zip_longest(after.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, fillvalue=0)
     accepted = tuple(now - then for now, then in places)
     drafted = after.num_draft_tokens - before.num_draft_tokens
+    step_seconds = fmean(steps) if steps else None
     return Outcome(tokens, seconds, step_seconds, after.num_drafts - before.num_drafts, drafted, accepted)
 
 
