@@ -71,7 +71,7 @@ TRAIN = GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179
 	nice -n 19 $(BIN)/python -m model.training
 train: $(VENV)/.train
 	$(TRAIN) run --budget $(BUDGET)
-	$(TRAIN) --recipe model/training/recipes/draft.toml run --budget $(DRAFT_BUDGET)
+	$(TRAIN) --recipe draft run --budget $(DRAFT_BUDGET)
 
 $(VENV)/.train: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -14,7 +14,7 @@ from model.checkpoint import resolve_checkpoint
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(["engine", "roofline", "server", "peers", "speculation"]))
 @click.option("--model", default="shoal-moe", show_default=True, help="Checkpoint folder or name of a bundled model.")
-@click.option("--steps", default=200, show_default=True, help="Steps that each engine figure is the median of.")
+@click.option("--steps", default=200, show_default=True, help="Steps that each time of a step is the median of.")
 @click.option("--repeats", default=5, show_default=True, help="Runs that each server figure is the median of.")
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens of each stream or request.")
 @click.option(
@@ -32,6 +32,9 @@ from model.checkpoint import resolve_checkpoint
     help="Requests at once in the speculation benchmark; may be given again [1 to 64].",
 )
 @click.option(
+    "--device", default="cpu", show_default=True, help="Where the models of the speculation benchmark run: cpu or cuda."
+)
+@click.option(
     "--picture", type=click.Path(path_type=Path, dir_okay=False), help="PNG of the speculation benchmark to write."
 )
 def main(
@@ -43,6 +46,7 @@ def main(
     max_tokens: int,
     methods: tuple[str, ...],
     concurrencies: tuple[int, ...],
+    device: str,
     picture: Path | None,
 ) -> None:
     """Run benchmarks; prints tables, and one JSON line last."""
@@ -61,8 +65,10 @@ def main(
             checkpoint,
             methods=methods or speculation.METHODS,
             concurrencies=concurrencies or speculation.CONCURRENCIES,
+            steps=steps,
             repeats=repeats,
             max_tokens=max_tokens,
+            device=device,
             picture=picture,
         )
     print(json.dumps(results))

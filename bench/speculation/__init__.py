@@ -14,13 +14,14 @@ from bench.workload import make_engine
 from model.checkpoint import load_checkpoint, resolve_checkpoint
 from model.record import ModelRecord
 from model.tokenizer import Tokenizer
+from server.engine.backends import plan_backend
+from server.serve import engine_config
 from server.settings import load_settings
 
 METHODS = ("draft", "ngram", "self")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS: tuple[int | None, ...] = (2, 4, 8, None)
 TEMPERATURES = (0.0, 0.8)
-_COST_REPEATS = 80
 _REPEATS_OF_ADAPTIVE = 4  # times those of a fixed length: it is held to the finest difference
 
 
@@ -39,19 +40,28 @@ def run(
     *,
     methods: Sequence[str],
     concurrencies: Sequence[int],
+    steps: int,
     repeats: int,
     max_tokens: int,
+    device: str,
     picture: Path | None,
 ) -> dict[str, object]:
-    """Measure every combination; print tables, and draw a picture if a path for it is given."""
+    """Measure every combination; print tables, and draw a picture if a path for it is given.
+
+    Args:
+        steps: that each cost is the median of.
+        repeats: pairs of runs that each gain is the median of.
+        device: where the models run, as `shoal serve --device` takes it.
+    """
     record, tokenizer = load_checkpoint(checkpoint), Tokenizer.load(checkpoint)
     gains: dict[Case, Gain] = {}
     costs: dict[tuple[str, int], Costs] = {}
     for method in methods:
         prompts = make_prompts(tokenizer, repeats_itself=method == "ngram")
-        costs |= _measure_costs(checkpoint, record, method, concurrencies, [token for one in prompts for token in one])
+        text = [token for one in prompts for token in one]
+        costs |= _measure_costs(checkpoint, method, concurrencies, text, steps=steps, device=device)
         for length in LENGTHS:
-            engine = make_engine(checkpoint, _arguments(checkpoint, method, length))
+            engine = make_engine(checkpoint, _arguments(checkpoint, method, device, length))
             pairs = repeats if length else _REPEATS_OF_ADAPTIVE * repeats
             for temperature in TEMPERATURES:
                 for concurrency in concurrencies:
@@ -67,19 +77,22 @@ def run(
     return {"speculation": rows, "speculation_costs": verification}
 
 
-def _arguments(checkpoint: Path, method: str, length: int | None) -> list[str]:
-    arguments = ["--model", str(checkpoint), "--speculation", method]
+def _arguments(checkpoint: Path, method: str, device: str, length: int | None) -> list[str]:
+    arguments = ["--model", str(checkpoint), "--speculation", method, "--device", device]
     return arguments if length is None else [*arguments, "--num-spec-tokens", str(length)]
 
 
 def _measure_costs(
-    checkpoint: Path, record: ModelRecord, method: str, concurrencies: Sequence[int], text: list[int]
+    checkpoint: Path, method: str, concurrencies: Sequence[int], text: list[int], *, steps: int, device: str
 ) -> dict[tuple[str, int], Costs]:
-    settings = load_settings(_arguments(checkpoint, method, None)).speculation
-    draft = load_checkpoint(resolve_checkpoint(settings.draft_model)) if method == "draft" else None
-    layers = (settings.draft_layers or max(1, record.config.num_layers // 3)) if method == "self" else None
-    machine = Machine(record, text, max(concurrencies), draft, layers)
-    return {(method, concurrency): machine.costs(concurrency, _COST_REPEATS) for concurrency in concurrencies}
+    record = load_checkpoint(checkpoint)
+    settings = load_settings(_arguments(checkpoint, method, device, None))
+    plan = plan_backend(engine_config(settings, checkpoint), record.config)
+    guessing = settings.speculation
+    draft = load_checkpoint(resolve_checkpoint(guessing.draft_model)) if method == "draft" else None
+    layers = (guessing.draft_layers or max(1, record.config.num_layers // 3)) if method == "self" else None
+    machine = Machine(record, text, max(concurrencies), create=plan.create, draft=draft, draft_layers=layers)
+    return {(method, concurrency): machine.costs(concurrency, steps) for concurrency in concurrencies}
 
 
 def _cost_row(record: ModelRecord, method: str, concurrency: int, cost: Costs) -> dict[str, object]:

@@ -16,8 +16,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from model.backends.native_backend import NativeBackend
-from model.batch import DraftBatch, ForwardBatch, Int32, SamplingBatch
+from model.batch import Backend, DraftBatch, ForwardBatch, Int32, SamplingBatch
 from model.record import ModelRecord
 
 Intp = NDArray[np.intp]
@@ -64,16 +63,25 @@ class Machine:
     Args:
         text: token ids, of which each sequence has another part, for the router of a mixture of experts to choose as it
             does.
+        create: makes the backend of a model, with so many blocks of BLOCK_SIZE tokens.
         draft: the draft model, None if nothing is computed for a guess.
         draft_layers: of the target, if its first layers draft.
     """
 
     def __init__(
-        self, target: ModelRecord, text: list[int], most_seqs: int, draft: ModelRecord | None, draft_layers: int | None
+        self,
+        target: ModelRecord,
+        text: list[int],
+        most_seqs: int,
+        *,
+        create: Callable[[ModelRecord, int], Backend],
+        draft: ModelRecord | None,
+        draft_layers: int | None,
     ) -> None:
         length = CONTEXT + MOST_SPEC_TOKENS + 1
         self._blocks_per_seq = -(-length // BLOCK_SIZE)
         self._texts = np.resize(np.array(text, np.int32), (most_seqs, length))
+        self._create = create
         self._target = self._backend(target, most_seqs)
         self._draft = self._backend(draft, most_seqs) if draft else self._target if draft_layers else None
         self._draft_layers = draft_layers
@@ -88,8 +96,8 @@ class Machine:
         drafting = seconds[-1] / MOST_SPEC_TOKENS / seconds[0] if self._draft is not None else 0.0
         return Costs(seconds[0], tuple(seconds[k] / seconds[0] for k in sizes), drafting)
 
-    def _backend(self, record: ModelRecord, most_seqs: int) -> NativeBackend:
-        backend = NativeBackend(record, num_blocks=most_seqs * self._blocks_per_seq, block_size=BLOCK_SIZE)
+    def _backend(self, record: ModelRecord, most_seqs: int) -> Backend:
+        backend = self._create(record, most_seqs * self._blocks_per_seq)
         for seq in range(most_seqs):
             backend.forward(self._step(np.array([seq]), 0, CONTEXT))
         return backend

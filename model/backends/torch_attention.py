@@ -24,8 +24,9 @@ from model.config import ModelConfig
 
 # Most queries of one sequence that are computed together; fewer where the context is so long that scores grow large.
 _TILE_QUERIES = 64
-# Most elements of the scores, and of the gathered keys and values, of one group (one tile may exceed it).
-_MAX_ELEMENTS = 1 << 24
+# Most elements of the scores, and of the gathered keys and values, of one group (one tile may exceed it): what a CPU's
+# caches take, or a small part of a GPU's memory.
+_MAX_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 # Positions that are summed at once.
 _STRETCH = 128
 # Contexts are bucketed by powers of two from here on (in blocks), so that padding at most doubles the work.
@@ -92,10 +93,11 @@ def plan_attention(batch: ForwardBatch, layout: CacheLayout, device: torch.devic
     slots = batch.slot_mapping.astype(np.int64)
     heads = np.arange(2 * layout.num_kv_heads) * layout.num_blocks * layout.block_size
     fresh = slots[slots % layout.block_size == 0] // layout.block_size
-    tiles = _tiles(batch, layout)
+    max_elements = _MAX_ELEMENTS[device.type]
+    tiles = _tiles(batch, layout, max_elements)
     groups = [
         _group(batch, tiles[members], layout, device, dtype, covers_step=len(members) == len(tiles.starts))
-        for members in _groups(tiles, layout)
+        for members in _groups(tiles, layout, max_elements)
     ]
     return AttentionPlan(
         write_index=torch.from_numpy((slots[:, None] + heads).ravel()).to(device),
@@ -169,8 +171,8 @@ class _Tiles:
         return _Tiles(self.starts[which], self.num_queries[which], self.sequences[which], self.num_blocks[which])
 
 
-def _tiles(batch: ForwardBatch, layout: CacheLayout) -> _Tiles:
-    height = max(1, min(_TILE_QUERIES, _MAX_ELEMENTS // (layout.num_heads * int(batch.context_lens.max()))))
+def _tiles(batch: ForwardBatch, layout: CacheLayout, max_elements: int) -> _Tiles:
+    height = max(1, min(_TILE_QUERIES, max_elements // (layout.num_heads * int(batch.context_lens.max()))))
     ends = batch.query_start_loc[1:].astype(np.int64)
     starts = batch.query_start_loc[:-1].astype(np.int64)
     tiles_per_sequence = -(-(ends - starts) // height)
@@ -183,7 +185,7 @@ def _tiles(batch: ForwardBatch, layout: CacheLayout) -> _Tiles:
     return _Tiles(starts, num_queries, sequences, last_positions // layout.block_size + 1)
 
 
-def _groups(tiles: _Tiles, layout: CacheLayout) -> Iterator[NDArray[np.intp]]:
+def _groups(tiles: _Tiles, layout: CacheLayout, max_elements: int) -> Iterator[NDArray[np.intp]]:
     """Numbers of tiles of equal height and similar context, ascending, few enough to be computed at once."""
     buckets = np.exp2(np.ceil(np.log2(np.maximum(tiles.num_blocks, _MIN_BUCKET_BLOCKS)))).astype(np.int64)
     keys = tiles.num_queries * (1 << 32) + buckets
@@ -191,7 +193,7 @@ def _groups(tiles: _Tiles, layout: CacheLayout) -> Iterator[NDArray[np.intp]]:
         members = np.flatnonzero(keys == key)
         n, context = int(key >> 32), int(key & 0xFFFFFFFF) * layout.block_size
         elements = context * max(n * layout.num_heads, 2 * layout.num_kv_heads * layout.head_dim)
-        step = max(1, _MAX_ELEMENTS // elements)
+        step = max(1, max_elements // elements)
         for start in range(0, len(members), step):
             yield members[start : start + step]
 

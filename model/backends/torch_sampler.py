@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from model.batch import Int32, SamplerOutput, SamplingBatch
 from model.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
 
-# Most elements of a [rows, vocab_size] temporary; more rows are drawn in turns.
-_MAX_ELEMENTS = 1 << 18
+# Most elements of a [rows, vocab_size] temporary; more rows are drawn in turns: what a CPU's caches take, or a small
+# part of a GPU's memory.
+_MAX_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
 # How many of the most probable tokens are looked at before a whole vocabulary is sorted for top_p.
 _NARROW = 128
 
@@ -26,7 +27,7 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     greatest, greedy = adjusted.max(dim=-1)
     token_ids = greedy.to(torch.int32).cpu().numpy()
     rows = np.flatnonzero((sampling.temperature > 0) & (sampling.forced_token_ids < 0))
-    for turn in _turns(rows, logits.shape[1]):
+    for turn in _turns(rows, logits.shape[1], _MAX_ELEMENTS[logits.device.type]):
         token_ids[turn] = _draw(adjusted, _Draws.of(sampling, turn, logits.device)).cpu().numpy()
     token_ids = np.where(sampling.forced_token_ids >= 0, sampling.forced_token_ids, token_ids)
     token_ids = np.where(torch.isfinite(greatest).cpu().numpy(), token_ids, np.int32(-1))
@@ -36,8 +37,8 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     return _with_logprobs(token_ids, logits, asked, int(sampling.num_logprobs.max()))
 
 
-def _turns(rows: NDArray[np.intp], vocab_size: int) -> list[NDArray[np.intp]]:
-    step = max(1, _MAX_ELEMENTS // vocab_size)
+def _turns(rows: NDArray[np.intp], vocab_size: int, max_elements: int) -> list[NDArray[np.intp]]:
+    step = max(1, max_elements // vocab_size)
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 

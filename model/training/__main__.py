@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from scheduler.errors import ShoalError
 
@@ -28,17 +29,23 @@ class _Commands(click.Group):
 @click.group(cls=_Commands)
 @click.option(
     "--recipe",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=_HERE / "recipes" / "target.toml",
-    help="TOML file with the sizes and settings.",
+    default="target",
+    show_default=True,
+    help="target or draft, which stand in recipes/gpu or recipes/cpu, whichever is at hand; or a TOML file.",
 )
 @click.option(
     "--work", type=click.Path(path_type=Path), default=Path(".train"), help="Folder of everything in between."
 )
 @click.pass_context
-def main(context: click.Context, recipe: Path, work: Path) -> None:
+def main(context: click.Context, recipe: str, work: Path) -> None:
     """Train a model from the sources of pinned packages and export it."""
-    context.obj = Pipeline(work, load_recipe(recipe))
+    context.obj = Pipeline(work, load_recipe(_find(recipe)))
+
+
+def _find(recipe: str) -> Path:
+    if recipe not in ("target", "draft"):
+        return Path(recipe)
+    return _HERE / "recipes" / ("gpu" if torch.cuda.is_available() else "cpu") / f"{recipe}.toml"
 
 
 @main.command("run")
@@ -55,6 +62,24 @@ def run_all(pipeline: Pipeline, budget: str, output: Path | None) -> None:
     _export_and_describe(pipeline, output)
 
 
+@main.command("train")
+@click.option("--budget", required=True, help="How long to train, as for `run`.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the model [model/bundled/NAME].")
+@click.pass_obj
+def train_only(pipeline: Pipeline, budget: str, output: Path | None) -> None:
+    """Train and export, on a machine that has the work folder's tokenizer and tokens but nothing else."""
+    pipeline.train(Budget.parse(budget))
+    pipeline.export(_folder(pipeline, output))
+
+
+@main.command("describe")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the model [model/bundled/NAME].")
+@click.pass_obj
+def describe(pipeline: Pipeline, output: Path | None) -> None:
+    """Evaluate an exported model, wherever it was trained, and write its model card."""
+    pipeline.describe(_folder(pipeline, output))
+
+
 @main.command("export")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the model [model/bundled/NAME].")
 @click.pass_obj
@@ -64,9 +89,13 @@ def export_checkpoint(pipeline: Pipeline, output: Path | None) -> None:
 
 
 def _export_and_describe(pipeline: Pipeline, output: Path | None) -> None:
-    folder = output or _HERE.parent / "bundled" / pipeline.recipe.name
+    folder = _folder(pipeline, output)
     pipeline.export(folder)
     pipeline.describe(folder)
+
+
+def _folder(pipeline: Pipeline, output: Path | None) -> Path:
+    return output or _HERE.parent / "bundled" / pipeline.recipe.name
 
 
 if __name__ == "__main__":

@@ -55,25 +55,29 @@ def measure_acceptance(target: Any, draft: Any, prompts: Tensor, num_tokens: int
 def _matches(target: Any, draft: Any, prompts: Tensor, num_tokens: int, temperature: float) -> NDArray[np.bool_]:
     """[num_prompts, num_tokens]: whether draft and target, behind the same text, choose the same token."""
     start = prompts.shape[1]
-    text, cache, fresh = prompts, None, prompts
-    for position in range(start, start + num_tokens):
-        output = target(fresh, past_key_values=cache, use_cache=True)
-        cache, fresh = output.past_key_values, _choose(output.logits[:, -1:], position, temperature)
-        text = torch.cat([text, fresh], dim=1)
-    proposed = _choose(draft(text[:, :-1]).logits[:, start - 1 :], start, temperature)
+    # No token is of the number -1: a text ends by its length alone.
+    how: Any = {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    text = target.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        logits_processor=[lambda ids, logits: _scores(logits[:, None], ids.shape[1], temperature)[:, 0]],
+        **how,
+    )
+    proposed = _scores(draft(text[:, :-1]).logits[:, start - 1 :], start, temperature).argmax(dim=-1)
     matches: NDArray[np.bool_] = (proposed == text[:, start:]).numpy()
     return matches
 
 
-def _choose(logits: Tensor, position: int, temperature: float) -> Tensor:
-    """The tokens [num_seqs, num_tokens] that logits [.., vocab_size] choose from `position` on; the seed is the row."""
+def _scores(logits: Tensor, position: int, temperature: float) -> Tensor:
+    """What the choice from `position` on is the greatest of: logits [num_seqs, num_tokens, vocab_size] with temperature
+    and noise; the seed is the row."""
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits
     num_seqs, num_tokens, vocab_size = logits.shape
     noise = np.stack(
         [[gumbel_noise(seed, position + i, vocab_size) for i in range(num_tokens)] for seed in range(num_seqs)]
     )
-    return (logits.double() / temperature + torch.from_numpy(noise)).argmax(dim=-1)
+    return logits.double() / temperature + torch.from_numpy(noise)
 
 
 def _count(matches: NDArray[np.bool_], temperature: float, num_spec_tokens: int) -> Acceptance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 
@@ -36,10 +37,12 @@ def decode_seconds(*folders: Path) -> list[float]:
     return [median(times) for times in seconds]
 
 
-def create_backend(record: ModelRecord, num_blocks: int, block_size: int) -> Backend:
-    """The native backend for a model, or torch where that is not built."""
-    kind = NativeBackend if supported_isas() else TorchBackend
-    return kind(record, num_blocks=num_blocks, block_size=block_size)
+def create_backend(record: ModelRecord, num_blocks: int, block_size: int, device: str = "cpu") -> Backend:
+    """What serves a model there: the native backend, or torch on a GPU and where that is not built."""
+    if device == "cpu" and supported_isas():
+        return NativeBackend(record, num_blocks=num_blocks, block_size=block_size)
+    dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"
+    return TorchBackend(record, device=device, dtype=dtype, num_blocks=num_blocks, block_size=block_size)
 
 
 def _one_token(context: int) -> ForwardBatch:

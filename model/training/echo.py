@@ -15,7 +15,7 @@ from model.batch import Backend, ForwardBatch, Int32, SamplingBatch, UInt64
 
 from .tokens import Tokens
 
-NUM_ROWS = 64  # texts that are written at once
+NUM_ROWS = {"cpu": 64, "cuda": 4096}  # texts that are written at once
 LENGTH = 512  # tokens of a text, its beginning among them, where the target's context is so long
 BLOCK_SIZE = 16
 _GIVEN = (32, 16, 8, 4)  # the part of a text that is its beginning, batch by batch
@@ -27,6 +27,7 @@ def write_echoes(
     tokens: Tokens,
     num_tokens: int,
     *,
+    num_rows: int,
     length: int,
     end_of_text: int,
     observe: Callable[[int], None],
@@ -36,6 +37,7 @@ def write_echoes(
     Args:
         create_backend: makes the target's, with so many blocks of BLOCK_SIZE tokens.
         tokens: documents, each behind an `end_of_text`.
+        num_rows: texts that are written at once, a multiple of four.
         length: of each text, in tokens, a multiple of BLOCK_SIZE.
         observe: called with the number of tokens so far.
 
@@ -43,24 +45,24 @@ def write_echoes(
         The texts one after the other, each behind an `end_of_text`.
     """
     starts = np.flatnonzero(tokens[: len(tokens) - length] == end_of_text)
-    num_batches = -(-num_tokens // (NUM_ROWS * length))
-    backend = create_backend(NUM_ROWS * length // BLOCK_SIZE)
+    num_batches = -(-num_tokens // (num_rows * length))
+    backend = create_backend(num_rows * length // BLOCK_SIZE)
     texts = []
     for number in range(num_batches):
         given = length // _GIVEN[number % len(_GIVEN)]
-        chosen = np.random.default_rng(number).choice(starts, NUM_ROWS)
+        chosen = np.random.default_rng(number).choice(starts, num_rows)
         beginnings = tokens[chosen[:, None] + np.arange(given)].astype(np.int32)
         texts.append(_continue(backend, beginnings, length, seed=number))
-        observe(min(num_tokens, (number + 1) * NUM_ROWS * length))
+        observe(min(num_tokens, (number + 1) * num_rows * length))
     return np.concatenate(texts).reshape(-1).astype(np.uint16)
 
 
 def _continue(backend: Backend, beginnings: Int32, length: int, seed: int) -> Int32:
-    """Texts [NUM_ROWS, length] that go on from beginnings [NUM_ROWS, given]."""
-    texts = np.zeros((NUM_ROWS, length), np.int32)
-    given = beginnings.shape[1]
+    """Texts [num_rows, length] that go on from beginnings [num_rows, given]."""
+    num_rows, given = beginnings.shape
+    texts = np.zeros((num_rows, length), np.int32)
     texts[:, :given] = beginnings
-    seeds = np.arange(NUM_ROWS, dtype=np.uint64) + np.uint64(seed * NUM_ROWS)
+    seeds = np.arange(num_rows, dtype=np.uint64) + np.uint64(seed * num_rows)
     begin = 0
     for end in range(given, length):
         texts[:, end] = backend.execute(_step(texts, begin, end), _sampling(seeds, end)).token_ids
@@ -70,20 +72,20 @@ def _continue(backend: Backend, beginnings: Int32, length: int, seed: int) -> In
 
 def _step(texts: Int32, begin: int, end: int) -> ForwardBatch:
     """Compute the tokens `begin` to `end` of every text; row r owns the r-th part of the blocks."""
-    length = texts.shape[1]
+    num_rows, length = texts.shape
     positions = np.arange(begin, end, dtype=np.int32)
-    ends = np.arange(NUM_ROWS + 1, dtype=np.int32) * np.int32(end - begin)
+    ends = np.arange(num_rows + 1, dtype=np.int32) * np.int32(end - begin)
     return ForwardBatch(
         token_ids=texts[:, begin:end].flatten(),
-        positions=np.tile(positions, NUM_ROWS),
-        slot_mapping=(np.arange(NUM_ROWS, dtype=np.int32)[:, None] * np.int32(length) + positions).flatten(),
+        positions=np.tile(positions, num_rows),
+        slot_mapping=(np.arange(num_rows, dtype=np.int32)[:, None] * np.int32(length) + positions).flatten(),
         query_start_loc=ends,
-        context_lens=np.full(NUM_ROWS, end, np.int32),
-        block_tables=np.arange(NUM_ROWS * length // BLOCK_SIZE, dtype=np.int32).reshape(NUM_ROWS, -1),
+        context_lens=np.full(num_rows, end, np.int32),
+        block_tables=np.arange(num_rows * length // BLOCK_SIZE, dtype=np.int32).reshape(num_rows, -1),
         logits_indices=ends[1:] - np.int32(1),
     )
 
 
 def _sampling(seeds: UInt64, position: int) -> SamplingBatch:
-    temperature = np.resize(np.array(_TEMPERATURES, np.float32), NUM_ROWS)
-    return SamplingBatch.plain(temperature, seeds, np.full(NUM_ROWS, position, np.int64))
+    temperature = np.resize(np.array(_TEMPERATURES, np.float32), len(seeds))
+    return SamplingBatch.plain(temperature, seeds, np.full(len(seeds), position, np.int64))

@@ -37,11 +37,36 @@ def route_through_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: T
 def _grouped(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`route_through_experts` with grouped products, whose bounds stay on the GPU."""
     order, places = _sorted_by_expert(chosen)
-    ends = torch.bincount(chosen.flatten(), minlength=len(gate_up)).cumsum(0).to(torch.int32)
-    rows = x[order // chosen.shape[1]]
+    ends = count_by_expert(chosen, len(gate_up)).cumsum(0).to(torch.int32)
+    rows = _permute(x.repeat_interleave(chosen.shape[1], dim=0), order, places)
     gate, up = F.grouped_mm(rows, gate_up.to(x.dtype).mT, offs=ends).chunk(2, dim=-1)
     output = F.grouped_mm(F.silu(gate) * up, down.to(x.dtype).mT, offs=ends)
-    return (output[places].view(*chosen.shape, -1) * weights.to(x.dtype)[..., None]).sum(dim=1)
+    choices = _permute(output, places, order).view(*chosen.shape, -1)
+    return (choices * weights.to(x.dtype)[..., None]).sum(dim=1)
+
+
+def count_by_expert(chosen: Tensor, num_experts: int) -> Tensor:
+    """How often each expert was chosen, [num_experts] int64, without a GPU having to be waited for."""
+    return (chosen.flatten() == torch.arange(num_experts, device=chosen.device)[:, None]).sum(dim=1)
+
+
+def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`rows[order]`, whose backward pass is a gather too because the inverse order is known."""
+    permuted: Tensor = _Permutation.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
+    return permuted
+
+
+class _Permutation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        rows, order, inverse = inputs
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse), None, None
 
 
 def _sorted_by_expert(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_ROWS = 1024
+ACCEPTANCE_TEMPERATURE = 0.8
+
+# Rows whose logits are held at once.
+_CHUNK_ROWS = {"cpu": 1 << 10, "cuda": 1 << 14}
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -38,6 +41,21 @@ def chunked_distillation(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, t
     return loss
 
 
+def chunked_acceptance_loss(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """Mean of -log(a), a the chance that a token drafted from softmax(hidden @ head.T) is what the teacher accepts.
+
+    That is the sum over the tokens of the lesser of both probabilities (Leviathan et al. 2022, corollary 3.6), here at
+    the temperature ACCEPTANCE_TEMPERATURE.  Where a model is too small to be like its teacher, the divergence has it
+    attend to all that might come, and this to what is likely to come.
+
+    Args:
+        hidden, head, teacher_hidden, teacher_head: as in `chunked_distillation`.
+    """
+    targets = _AcceptanceTargets(teacher_hidden, teacher_head)
+    loss: Tensor = _Chunked.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
 class _TokenTargets:
     """The target of a row is one token."""
 
@@ -60,10 +78,24 @@ class _TeacherTargets:
         self._hidden, self._head = hidden, head.to(hidden.dtype)
 
     def loss_and_gradient(self, start: int, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self._hidden[start : start + len(log_probabilities)]
-        wanted = (rows @ self._head.T).to(log_probabilities.dtype).softmax(dim=-1)
+        wanted = self._logits(start, log_probabilities).softmax(dim=-1)
         loss = -torch.linalg.vecdot(wanted, log_probabilities).sum()
         return loss, log_probabilities.exp_().sub_(wanted)
+
+    def _logits(self, start: int, like: Tensor) -> Tensor:
+        return (self._hidden[start : start + len(like)] @ self._head.T).to(like.dtype)
+
+
+class _AcceptanceTargets(_TeacherTargets):
+    """The target of a row is to be taken by a teacher."""
+
+    def loss_and_gradient(self, start: int, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = self._logits(start, log_probabilities).div_(ACCEPTANCE_TEMPERATURE).softmax(dim=-1)
+        drafted = log_probabilities.div_(ACCEPTANCE_TEMPERATURE).softmax(dim=-1)
+        chance = torch.minimum(wanted, drafted).sum(dim=-1, keepdim=True)
+        lacking = drafted * (drafted < wanted)  # more of these would raise the chance
+        gradient = drafted.mul_(lacking.sum(dim=-1, keepdim=True)).sub_(lacking).div_(ACCEPTANCE_TEMPERATURE * chance)
+        return -chance.log().sum(), gradient
 
 
 class _Chunked(torch.autograd.Function):
@@ -73,15 +105,15 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: _TokenTargets | _TeacherTargets) -> Tensor:
         used = head.to(hidden.dtype)
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        total = head.new_zeros(())
-        for start in range(0, len(hidden), _CHUNK_ROWS):
-            rows = hidden[start : start + _CHUNK_ROWS]
+        total, chunk_rows = head.new_zeros(()), _CHUNK_ROWS[hidden.device.type]
+        for start in range(0, len(hidden), chunk_rows):
+            rows = hidden[start : start + chunk_rows]
             logits = (rows @ used.T).to(head.dtype)
             log_probabilities = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
             loss, gradient = targets.loss_and_gradient(start, log_probabilities)
             total += loss
             d_logits = gradient.to(hidden.dtype)
-            torch.mm(d_logits, used, out=d_hidden[start : start + _CHUNK_ROWS])
+            torch.mm(d_logits, used, out=d_hidden[start : start + chunk_rows])
             d_head += d_logits.T @ rows
         ctx.save_for_backward(d_hidden.div_(len(hidden)), d_head.div_(len(hidden)))
         return total / len(hidden)

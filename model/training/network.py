@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import causal_attention
-from .experts import route_through_experts
-from .loss import chunked_cross_entropy, chunked_distillation
+from .experts import count_by_expert, route_through_experts
+from .loss import chunked_acceptance_loss, chunked_cross_entropy, chunked_distillation
 from .recipe import NetworkConfig
 
 
@@ -107,7 +107,7 @@ class Experts(nn.Module):
 
     def _balance_loss(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         """Fedus et al. 2021 (Switch): 1 when all experts get the same share of tokens, more when they do not."""
-        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        counts = count_by_expert(chosen, self.num_experts)
         return self.num_experts * (counts / chosen.numel() * probabilities.mean(dim=0)).sum()
 
 
@@ -184,13 +184,16 @@ class Network(nn.Module):
         hidden, balance = self.hidden_states(inputs)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.head, targets.flatten()), balance
 
-    def distillation_loss(self, inputs: Tensor, teacher: Network) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy under the teacher's distribution after inputs [batch, length], and the balance loss."""
+    def distillation_loss(self, inputs: Tensor, teacher: Network, *, by_acceptance: bool) -> tuple[Tensor, Tensor]:
+        """What is to be learnt from a teacher after inputs [batch, length], in nats a token, and the balance loss.
+
+        The mean cross-entropy under the teacher's distribution; or -log of the chance to be accepted by it.
+        """
         with torch.no_grad():
             teacher_hidden, _ = teacher.hidden_states(inputs)
         hidden, balance = self.hidden_states(inputs)
         flat = hidden.flatten(0, 1), self.head, teacher_hidden.flatten(0, 1), teacher.head.detach()
-        return chunked_distillation(*flat), balance
+        return (chunked_acceptance_loss if by_acceptance else chunked_distillation)(*flat), balance
 
 
 def count_parameters(config: NetworkConfig) -> int:

@@ -49,6 +49,7 @@ class Pipeline:
         self.tokens = work / f"tokens-{recipe.network.vocab_size}"
         self.checkpoint = work / recipe.name / "checkpoint.pt"
         self.log = work / recipe.name / "log.jsonl"
+        self.provenance = work / recipe.name / "provenance.json"
 
     def make_corpus(self) -> None:
         """Download and verify the packages; clean, de-duplicate, cap and split; note the licences."""
@@ -93,8 +94,9 @@ class Pipeline:
         teacher, data = None, self.load_tokens("train")
         if self.recipe.teacher is not None:
             teacher = Pipeline(self._work, self.recipe.teacher).load_network(training_dtype(device))
-            echoes = self._make_echoes(self.recipe.teacher, self.recipe.echo_tokens, data)
-            data = np.concatenate([echoes, data[: len(echoes)]])
+            echoes = self._make_echoes(self.recipe.teacher, self.recipe.echo_tokens, data, device.type)
+            times = max(1, len(data) // len(echoes))
+            data = np.concatenate([np.tile(echoes, times), data[: times * len(echoes) // 2]])
         trainer = Trainer(self.recipe, data, fingerprint(self.tokenizer), device, teacher)
         if self.checkpoint.exists():
             trainer.load(self.checkpoint)
@@ -110,8 +112,12 @@ class Pipeline:
             )
 
     def export(self, folder: Path) -> None:
-        """Write the last checkpoint as a folder for inference."""
+        """Write the last checkpoint as a folder for inference, and note how it came about."""
         export(self.load_network(), self.tokenizer, folder)
+        state = load_state(self.checkpoint, self.recipe, fingerprint(self.tokenizer))
+        _, num_tokens, seconds = state["counters"]
+        notes = {"tokens": num_tokens, "seconds": seconds, "hardware": state["hardware"]}
+        self.provenance.write_text(json.dumps(notes, indent=2) + "\n")
 
     def load_tokens(self, name: str) -> tokens.Tokens:
         """The token array of a set."""
@@ -124,7 +130,7 @@ class Pipeline:
         network.load_state_dict(state["network"])
         return network
 
-    def _make_echoes(self, target: Recipe, num_tokens: int, data: tokens.Tokens) -> tokens.Tokens:
+    def _make_echoes(self, target: Recipe, num_tokens: int, data: tokens.Tokens, device: str) -> tokens.Tokens:
         """Have the trained target write text for its draft, unless it has done so."""
         path = self.checkpoint.parent / "echoes.npy"
         if not path.exists():
@@ -135,9 +141,10 @@ class Pipeline:
             end_of_text = special_id(load_tokenizer(self.tokenizer), END_OF_TEXT)
             with tqdm(total=num_tokens, unit="tok", unit_scale=True, desc="the target writes") as bar:
                 echoes = echo.write_echoes(
-                    lambda num_blocks: create_backend(record, num_blocks, echo.BLOCK_SIZE),
+                    lambda num_blocks: create_backend(record, num_blocks, echo.BLOCK_SIZE, device),
                     data,
                     num_tokens,
+                    num_rows=echo.NUM_ROWS[device],
                     length=length,
                     end_of_text=end_of_text,
                     observe=lambda done: _advance(bar, done),
@@ -148,24 +155,21 @@ class Pipeline:
         return written
 
     def describe(self, folder: Path) -> None:
-        """Evaluate an exported folder and write its model card.
+        """Evaluate an exported folder and write its model card, wherever it was trained.
 
         A draft is judged beside its exported target, which lies next to it; CheckpointError if it does not.
         """
+        if not self.provenance.exists():
+            raise CheckpointError(f"{self.provenance} is missing: export the model first", param=self.provenance.name)
         config = self.recipe.network
         documents = corpus.read_documents(self.corpus / "validation.jsonl")
         evaluator = Evaluator(folder)
         evaluation = evaluator.evaluate(self.load_tokens("validation"), documents, config.max_position_embeddings)
         draft = self._evaluate_draft(evaluator, folder, documents) if self.recipe.teacher else None
-        state = load_state(self.checkpoint, self.recipe, fingerprint(self.tokenizer))
-        _, num_tokens, seconds = state["counters"]
-        num_parameters = count_parameters(config)
         provenance = Provenance(
-            num_parameters=num_parameters,
+            num_parameters=count_parameters(config),
             num_active_parameters=count_active_parameters(config),
-            tokens=num_tokens,
-            seconds=seconds,
-            hardware=state["hardware"],
+            **json.loads(self.provenance.read_text()),
             corpus_tokens=len(self.load_tokens("train")),
             licences=json.loads((self.corpus / "licences.json").read_text()),
         )

@@ -89,7 +89,9 @@ class Recipe:
 
     Attributes:
         teacher: the recipe of the target that a draft model is distilled from; None trains on the text itself.
-        echo_tokens: how much text of its own the target writes for its draft, who reads as much of the corpus.
+        echo_tokens: how much text of its own the target writes for its draft, who reads half as much of the corpus.
+        acceptance_from: share of the budget from which a draft is trained for the chance that its target accepts its
+            tokens; before, to expect what the target expects.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Recipe:
     training: TrainingConfig
     teacher: Recipe | None = None
     echo_tokens: int = 0
+    acceptance_from: float = 1.0
 
     def __post_init__(self) -> None:
         if self.teacher and self.teacher.network.vocab_size != self.network.vocab_size:
@@ -139,7 +142,7 @@ def load_recipe(path: Path) -> Recipe:
         table = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}", param=path.name) from error
-    unknown = table.keys() - {"name", "teacher", "echo_tokens", "network", "training"}
+    unknown = table.keys() - {"name", "teacher", "echo_tokens", "acceptance_from", "network", "training"}
     if unknown:
         raise ConfigError(f"{path}: unknown key {min(unknown)!r}", param=min(unknown))
     return Recipe(
@@ -148,6 +151,7 @@ def load_recipe(path: Path) -> Recipe:
         training=_section(TrainingConfig, table.get("training", {}), f"{path} [training]"),
         teacher=load_recipe(path.parent / str(table["teacher"])) if "teacher" in table else None,
         echo_tokens=int(table.get("echo_tokens", 0)),
+        acceptance_from=float(table.get("acceptance_from", 1.0)),
     )
 
 

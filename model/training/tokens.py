@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +84,14 @@ def batch_of_windows(tokens: Tokens, length: int, batch_size: int, step: int, se
     rows = []
     for index in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(index, num_windows)
-        window = np.random.default_rng([seed, epoch]).permutation(num_windows)[place]
+        window = _order(num_windows, seed, epoch)[place]
         rows.append(tokens[window * length : (window + 1) * length + 1])
     return np.stack(rows).astype(np.int64)
+
+
+@lru_cache(maxsize=2)  # a batch reaches into the next epoch at most
+def _order(num_windows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(num_windows)
 
 
 def count_windows(tokens: Tokens, length: int) -> int:

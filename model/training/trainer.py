@@ -91,7 +91,8 @@ class Trainer:
         length = config.short_length if spent < config.lengthen_from else config.sequence_length
         inputs, targets = (windows[:, cut].reshape(-1, length) for cut in (slice(None, -1), slice(1, None)))
         if self._teacher is not None:
-            return self.network.distillation_loss(inputs, self._teacher)
+            by_acceptance = spent >= self.recipe.acceptance_from
+            return self.network.distillation_loss(inputs, self._teacher, by_acceptance=by_acceptance)
         return self.network.loss(inputs, targets)
 
     def save(self, path: Path) -> None:

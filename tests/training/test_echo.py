@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from model.backends.torch_backend import TorchBackend
 from model.sampling import gumbel_noise
@@ -12,8 +11,7 @@ from tests.model.conftest import Paged
 from tests.model.oracles import random_record
 
 
-def test_a_text_is_a_documents_beginning_and_what_the_target_chooses_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(echo, "NUM_ROWS", 4)
+def test_a_text_is_a_documents_beginning_and_what_the_target_chooses_behind_it() -> None:
     record = random_record(1, vocab_size=64)
     rng = np.random.default_rng(0)
     documents = np.concatenate([np.r_[0, rng.integers(1, 64, 40)] for _ in range(9)]).astype(np.uint16)
@@ -22,6 +20,7 @@ def test_a_text_is_a_documents_beginning_and_what_the_target_chooses_behind_it(m
         lambda num_blocks: TorchBackend(record, num_blocks=num_blocks, block_size=echo.BLOCK_SIZE),
         documents,
         200,
+        num_rows=4,
         length=32,
         end_of_text=0,
         observe=seen.append,

@@ -15,7 +15,12 @@ from model.training import experts
 from model.training.attention import causal_attention
 from model.training.experts import route_through_experts
 from model.training.export import export
-from model.training.loss import chunked_cross_entropy, chunked_distillation
+from model.training.loss import (
+    ACCEPTANCE_TEMPERATURE,
+    chunked_acceptance_loss,
+    chunked_cross_entropy,
+    chunked_distillation,
+)
 from model.training.network import Network
 from model.training.recipe import Recipe
 from model.training.tokenizer import train_tokenizer
@@ -96,6 +101,20 @@ def test_chunked_distillation_is_cross_entropy_with_soft_targets() -> None:
     teacher_hidden, teacher_head = torch.randn(1100, 6).double(), torch.randn(30, 6).double()
     actual = chunked_distillation(hidden, head, teacher_hidden, teacher_head)
     expected = F.cross_entropy(hidden @ head.T, (teacher_hidden @ teacher_head.T).softmax(-1))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * actual, (hidden, head)), torch.autograd.grad(3 * expected, (hidden, head))
+    )
+
+
+def test_the_acceptance_loss_is_the_log_of_what_both_distributions_have_in_common() -> None:
+    torch.manual_seed(0)
+    hidden, head = doubles(1100, 4), doubles(30, 4)
+    teacher_hidden, teacher_head = torch.randn(1100, 6).double(), torch.randn(30, 6).double()
+    actual = chunked_acceptance_loss(hidden, head, teacher_hidden, teacher_head)
+    logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    drafted, wanted = ((one / ACCEPTANCE_TEMPERATURE).softmax(-1) for one in logits)
+    expected = -torch.minimum(drafted, wanted).sum(-1).log().mean()
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(
         torch.autograd.grad(3 * actual, (hidden, head)), torch.autograd.grad(3 * expected, (hidden, head))

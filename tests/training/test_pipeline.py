@@ -51,7 +51,6 @@ def test_the_recipe_from_corpus_to_card(tiny_recipe: Recipe, tmp_path: Path) -> 
         pipeline.make_tokenizer()
         pipeline.make_tokens()
         pipeline.train(Budget(tokens=5 * 64))
-        pipeline.export(folder)
 
     everything(Pipeline(work, recipe))
     written = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
@@ -59,7 +58,12 @@ def test_the_recipe_from_corpus_to_card(tiny_recipe: Recipe, tmp_path: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == written
 
     pipeline = Pipeline(work, recipe)
+    with pytest.raises(CheckpointError, match=r"provenance\.json is missing: export the model first"):
+        pipeline.describe(folder)
+    pipeline.export(folder)
+    pipeline.checkpoint.rename(tmp_path / "elsewhere")  # where a model was trained is not where it is described
     pipeline.describe(folder)
+    (tmp_path / "elsewhere").rename(pipeline.checkpoint)
     card = (folder / "README.md").read_text()
     assert f"| trained on | 0.0 M tokens of {len(pipeline.load_tokens('train')) / 1e6:.1f} M" in card
     assert "PSF-2.0" in card

@@ -12,7 +12,7 @@ from model.training.recipe import Budget, load_recipe
 from scheduler.errors import ConfigError
 
 RECIPES = Path(pipeline.__file__).parent / "recipes"
-TARGET = RECIPES / "target.toml"
+TARGET = RECIPES / "cpu" / "target.toml"
 
 
 @pytest.mark.parametrize(
@@ -55,15 +55,16 @@ def test_a_wrong_recipe_is_refused_by_key(tmp_path: Path, old: str, new: str, pa
     assert error.value.param == param
 
 
-def test_the_draft_costs_a_tenth_of_its_target_at_most() -> None:
-    draft = load_recipe(RECIPES / "draft.toml")
-    assert draft.teacher == load_recipe(TARGET)
+@pytest.mark.parametrize("hardware", ["cpu", "gpu"])
+def test_the_draft_costs_a_tenth_of_its_target_at_most(hardware: str) -> None:
+    draft = load_recipe(RECIPES / hardware / "draft.toml")
+    assert draft.teacher == load_recipe(RECIPES / hardware / "target.toml")
     assert count_active_parameters(draft.network) <= 0.1 * count_active_parameters(draft.teacher.network)
 
 
 def test_a_draft_of_another_vocabulary_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "target.toml").write_text(TARGET.read_text())
-    (tmp_path / "draft.toml").write_text((RECIPES / "draft.toml").read_text().replace("4096", "2048"))
+    (tmp_path / "draft.toml").write_text((RECIPES / "cpu" / "draft.toml").read_text().replace("4096", "2048"))
     result = CliRunner().invoke(
         main, ["--recipe", str(tmp_path / "draft.toml"), "--work", str(tmp_path / "work"), "run", "--budget", "1h"]
     )
