@@ -55,13 +55,14 @@ def measure_acceptance(target: Any, draft: Any, prompts: Tensor, num_tokens: int
 def _matches(target: Any, draft: Any, prompts: Tensor, num_tokens: int, temperature: float) -> NDArray[np.bool_]:
     """[num_prompts, num_tokens]: whether draft and target, behind the same text, choose the same token."""
     start = prompts.shape[1]
-    # No token is of the number -1: a text ends by its length alone.
-    how: Any = {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     text = target.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         logits_processor=[lambda ids, logits: _scores(logits[:, None], ids.shape[1], temperature)[:, 0]],
-        **how,
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=target.config.vocab_size,  # no token has this number: a text ends by its length alone
+        pad_token_id=0,
     )
     proposed = _scores(draft(text[:, :-1]).logits[:, start - 1 :], start, temperature).argmax(dim=-1)
     matches: NDArray[np.bool_] = (proposed == text[:, start:]).numpy()
