@@ -44,7 +44,8 @@ ROOMS = {
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")
 ONLY_IN_TRAINING = frozenset({"click", "safetensors", "tqdm", "transformers"})
-READS_ENVIRONMENT = ("server/settings.py", "model/native/build.py")  # the build asks for the compiler
+# The build asks for the compiler, and MKL takes its orders from the environment alone.
+READS_ENVIRONMENT = ("server/settings.py", "model/native/build.py", "model/backends/torch_layers.py")
 
 
 def imports(path: str, source: str) -> Iterator[str]:
