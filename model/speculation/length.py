@@ -24,13 +24,15 @@ _FIRST_REST, _SHORTEST_REST, _LONGEST_REST = 4, 16, 512
 # After so many decisions to propose a few plain steps show what those cost by now.
 _LOOKS_BACK = 32
 _ABOUT_AS_MANY = 0.25  # so much more or less requests are no reason to look sooner
+_MOSTLY_OTHERS = 0.5  # but so many new ones among them are
 _TRIED_TOKENS = 2
 _GOOD_RATE = 0.9  # of acceptance, by which a trial that could not show a gain is spared
 # Acceptance is counted with a fading memory; a request of which little is known is taken for one like the others.
-_FADES, _FADES_OVERALL = 0.95, 0.99
+_FADES, _FADES_OVERALL = 0.97, 0.99
 _WEIGHT_OF_OTHERS = 12.0
 _ENOUGH_TO_KNOW = 8.0  # drafted tokens
 _TRUST_FADES_AT_REST = 0.95
+_FADES_AT_REST = 0.7  # what was seen of a request: its text has gone on meanwhile
 
 
 class LengthRule(Protocol):
@@ -117,6 +119,7 @@ class AdaptiveLength:
         self._trust = 1.0  # in what tokens were found to cost
         self._asked: list[int] = []
         self._num_requests = 0
+        self._num_joined = 0  # since the last look
         self._answer: list[int] = []
         self._holds = 0
         self._rest = _FIRST_REST
@@ -125,6 +128,7 @@ class AdaptiveLength:
 
     def join(self, row: int) -> None:
         self._accepted[row] = self._rejected[row] = 0.0
+        self._num_joined += 1
 
     def verified(self, row: int, num_drafted: int, num_accepted: int) -> None:
         self._trust = 1.0
@@ -151,6 +155,8 @@ class AdaptiveLength:
         is_at_rest = self._holds > 0 and not any(self._answer)
         if not is_at_rest or abs(num_requests - self._num_requests) > _ABOUT_AS_MANY * self._num_requests:
             return False
+        if self._num_joined >= _MOSTLY_OTHERS * self._num_requests:
+            return False
         self._holds -= 1
         return True
 
@@ -163,7 +169,7 @@ class AdaptiveLength:
         if self._holds >= 0 and rows == self._asked:
             return self._answer
         has_rested = self._holds < 0 and not any(self._answer)
-        self._asked, self._num_requests = rows, len(rows) + num_others
+        self._asked, self._num_requests, self._num_joined = rows, len(rows) + num_others, 0
         self._answer = self._decide(rows, num_others, base)
         if any(self._answer):
             self._holds, self._rest = _HOLDS, _SHORTEST_REST
@@ -193,6 +199,9 @@ class AdaptiveLength:
         """
         self._trust *= _TRUST_FADES_AT_REST
         self._yields.fade()
+        for row in self._asked:
+            self._accepted[row] *= _FADES_AT_REST
+            self._rejected[row] *= _FADES_AT_REST
         if self._is_known:
             self._rest = min(max(2 * self._rest, _SHORTEST_REST), _LONGEST_REST)
             if self._num_trials % _IN_EARNEST_EACH == 0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from model.speculation.costs import StepCosts
 
-_NEWEST = 0.1  # share of the newest step in the mean
+# Share of the newest step in the mean.  What is accepted is luck in part, and more so the fewer requests there are.
+_NEWEST_OF_ONE, _MOST_OF_NEWEST = 0.02, 0.1
 _FADES = 0.05  # of what was missed, while nothing is tried
 _LEAST_GAIN = 0.5  # that a step is believed to have had; what makes it less is something else on the machine
 
@@ -56,7 +57,8 @@ class Yields:
         gain = (1 + self._num_accepted / num_requests) * plain / self._seconds
         gain = max(gain, _LEAST_GAIN)
         known = self.share(num_requests)
-        self._shares[num_requests.bit_length()] = known + _NEWEST * (gain / self._expected - known)
+        newest = min(_NEWEST_OF_ONE * num_requests, _MOST_OF_NEWEST)
+        self._shares[num_requests.bit_length()] = known + newest * (gain / self._expected - known)
 
     def fade(self) -> None:
         """Nothing was gained for a while: doubt what was seen, for it may not be so any more."""
