@@ -36,7 +36,7 @@ class Size:
 
 SIZES = {
     "fast": Size(num_requests=96, repetitions=1),
-    "full": Size(num_requests=256, repetitions=3, shares=(0.4, 0.6, 0.8, 0.9, 1.0, 1.1)),
+    "full": Size(num_requests=384, repetitions=2, shares=(0.4, 0.7, 0.9, 1.0, 1.1)),
 }
 
 
@@ -174,7 +174,7 @@ def _everything(options: Sequence[str], seed: int, repetitions: int) -> tuple[Ex
 
     Those of `sjf`, `priority` and `fair` need a queue, and so more requests than rows.
     """
-    few = min(repetitions, 2)
+    few = max(1, repetitions // 2)
 
     def users(*counts: int) -> tuple[Load, ...]:
         return tuple(Load(users=count, seed=seed) for count in counts)
@@ -197,7 +197,7 @@ def _everything(options: Sequence[str], seed: int, repetitions: int) -> tuple[Ex
         Experiment(workload="agent", setups=every, loads=main, repetitions=few),
         Experiment(workload="chat", setups=every, loads=users(1, 8, 64)),
         Experiment(workload="chat", setups=every, shares=shares),
-        Experiment(workload="chat", setups=shortest, loads=main, shares=(0.8, 0.9, 1.0), repetitions=few),
+        Experiment(workload="chat", setups=shortest, loads=main, shares=(0.8, 0.9, 1.0), repetitions=repetitions),
         Experiment(workload="mixed-priority", setups=urgent, loads=main, shares=(1.2,), repetitions=few),
         Experiment(workload="two-tenants", setups=tenants, loads=main, shares=(1.2,), repetitions=few),
         Experiment(workload="two-tenants:modest", setups=tenants[1:], shares=(1.2,), repetitions=few),
