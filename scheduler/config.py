@@ -62,6 +62,7 @@ class PolicyConfig:
         ageing_tokens: sjf: tokens of predicted work that a second of waiting makes up for.
         predictor: sjf: what foretells the length of an output; see `scheduler/policies/predictor.py`.
         prompt_weight, output_weight: fair: what a token of a prompt and an output token count as service.
+        fair_lead: fair: weighted tokens by which a client may be ahead of another before it sits out.
         ttft_slo_ms, tpot_slo_ms: deadline: the objectives of requests that name none.
         static_timeout_seconds: static: longest time that a request waits for a batch to become full.
 
@@ -74,6 +75,7 @@ class PolicyConfig:
     predictor: Literal["max_tokens", "learned"] = "learned"
     prompt_weight: float = 1.0
     output_weight: float = 2.0
+    fair_lead: float = 256.0
     ttft_slo_ms: float = 1000.0
     tpot_slo_ms: float = 100.0
     static_timeout_seconds: float = 0.1

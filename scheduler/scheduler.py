@@ -29,7 +29,7 @@ class _Step:
 
     Attributes:
         budget: tokens that are left to give out.
-        behind: running requests still to come, each of which is sure of one token.
+        behind: running requests still to come, each of which is sure of one token unless it sits out.
         shares: what was given out, by request id.
         victims: requests that were preempted.
         is_closed: whether admission is over.
@@ -104,12 +104,14 @@ class Scheduler:
     # -- a step --------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> SchedulerOutput:
-        """Give out the token budget in the policy's order: to all running requests, each of which is sure of one token,
-        and to as many waiting ones as policy, rows and blocks allow."""
+        """Give out the token budget in the policy's order: to all running requests that do not sit out, each of which
+        is sure of one token, and to as many waiting ones as policy, rows and blocks allow."""
         step = _Step(self.config.max_num_batched_tokens, set(self.running.values()))
         self._pad(step)
         for request in self._candidates(step, now):
             self._place(request, step, now)
+        while self.running and self.running.keys().isdisjoint(step.shares):  # a step must not be for nothing
+            self._place(next(iter(self.running.values())), step, now)
         released, self._released = self._released, []
         return SchedulerOutput(list(step.shares.values()), released)
 
@@ -193,7 +195,7 @@ class Scheduler:
     def _candidates(self, step: _Step, now: float) -> Iterator[Request]:
         """Who may have a share, in the policy's order, which is read lazily so that it sees the admissions before.
 
-        Running requests, but those that fall victim to an earlier one meanwhile, and waiting ones that find a row.
+        Running requests, but those that sit out or fall victim to an earlier one, and waiting ones that find a row.
         """
         for request in self.policy.order((*self.running.values(), *self.waiting.values()), now):
             if step.is_closed and not step.behind:
@@ -202,7 +204,8 @@ class Scheduler:
                 continue
             if request.status is RequestStatus.RUNNING:
                 step.behind.remove(request)
-                yield request
+                if not self.policy.pauses(request, now):
+                    yield request
             elif self._is_admissible(request, step, now):
                 yield request
 

@@ -25,6 +25,7 @@ class StepRecord:
         num_waiting: requests that wait after the step was scheduled.
         num_blocks, block_size: of the KV cache.
         num_used_blocks: blocks that requests own while the step is executed.
+        num_idle_slots: empty slots at the ends of the block tables of those that sit the step out.
         news: what came of it.
         left: ids of the requests that had a share and are in the batch no more after the step.
     """
@@ -40,6 +41,7 @@ class StepRecord:
     num_blocks: int
     block_size: int
     num_used_blocks: int
+    num_idle_slots: int
     news: list[RequestOutput] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
@@ -47,6 +49,9 @@ class StepRecord:
     def begin(cls, scheduler: Scheduler, output: SchedulerOutput, started_at: float, scheduled_at: float) -> StepRecord:
         """What is seen of a step before it is executed."""
         joining = [share.request_id for share in output.scheduled if share.new]
+        served = {share.request_id for share in output.scheduled}
+        idle = [request for request_id, request in scheduler.running.items() if request_id not in served]
+        block_size = scheduler.config.block_size
         return cls(
             started_at=started_at,
             scheduled_at=scheduled_at,
@@ -55,8 +60,9 @@ class StepRecord:
             preempted=[request_id for request_id in output.released if request_id in scheduler.waiting],
             num_waiting=len(scheduler.waiting),
             num_blocks=scheduler.config.num_blocks,
-            block_size=scheduler.config.block_size,
+            block_size=block_size,
             num_used_blocks=scheduler.kv_cache.pool.num_owned,
+            num_idle_slots=sum(len(one.block_ids) * block_size - one.num_computed_tokens for one in idle),
         )
 
     def end(self, scheduler: Scheduler, news: list[RequestOutput], executed_at: float, updated_at: float) -> None:
@@ -72,14 +78,14 @@ class StepRecord:
     def num_kv_tokens(self) -> int:
         """Tokens whose keys and values stand in the owned blocks when the step has been executed, shared ones once.
 
-        All who own blocks have a share, and blocks are shared only when they are full: so what is owned in all, less
-        what is empty at the ends of the block tables.
+        Blocks are shared only when they are full: so what is owned in all, less what is empty at the ends of the block
+        tables.
         """
         empty = sum(
             share.num_blocks * self.block_size - share.num_computed_tokens - share.num_scheduled_tokens
             for share in self.output.scheduled
         )
-        return self.num_used_blocks * self.block_size - empty
+        return self.num_used_blocks * self.block_size - empty - self.num_idle_slots
 
     @property
     def num_pairs(self) -> int:

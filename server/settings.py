@@ -120,6 +120,9 @@ class SchedulerSection(_Section):
     """For fair: what a token of a prompt counts as service."""
     output_weight: Amount = 2.0
     """For fair: what an output token counts as service."""
+    fair_lead: Amount = 256.0
+    """For fair: service by which a client may be ahead of another in the batch before it sits out.  A client that comes
+    back may catch up on twice as much of what it missed."""
     ttft_slo_ms: Amount = 1000.0
     """For deadline: time to the first token that is wanted of requests that do not say it."""
     tpot_slo_ms: Amount = 100.0

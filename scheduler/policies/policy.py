@@ -27,7 +27,7 @@ class Notices:
 
 
 class Policy(Notices, ABC):
-    """Orders requests, says who may be admitted, and names the victim.
+    """Orders requests, says who may be admitted and who sits out a step, and names the victim.
 
     It answers and never acts: token budget, blocks and preemption belong to the scheduler.
     """
@@ -48,6 +48,13 @@ class Policy(Notices, ABC):
     def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
         """Whether this waiting request may join the batch now; if not, the next that waits is asked about."""
         return True
+
+    def pauses(self, request: Request, now: float) -> bool:
+        """Whether this running request sits out the step in the making: it keeps row and blocks, and gets no share.
+
+        Asked when its turn comes in `order`.  If all that run sat out, the scheduler would serve one nevertheless.
+        """
+        return False
 
     @abstractmethod
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:

@@ -39,6 +39,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     predictor: Literal["max_tokens", "learned"]
     prompt_weight: float
     output_weight: float
+    fair_lead: float
     ttft_slo_ms: float
     tpot_slo_ms: float
     static_timeout_seconds: float

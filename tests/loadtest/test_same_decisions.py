@@ -26,7 +26,7 @@ from tests.loadtest.twin import LIMITS, SECONDS, ask
 STOP = -1
 # Few rows and few blocks, so that there is something to decide.
 TIGHT = replace(LIMITS, num_blocks=24, max_num_seqs=5, max_num_batched_tokens=48, max_chunk_tokens=32)
-KNOBS = PolicyConfig(ageing_seconds=0.5, ageing_tokens=40, static_timeout_seconds=0.0305)
+KNOBS = PolicyConfig(ageing_seconds=0.5, ageing_tokens=40, static_timeout_seconds=0.0305, fair_lead=20)
 
 
 class Clock:

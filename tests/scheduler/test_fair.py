@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 
 from scheduler.policies.fair import VirtualTokenCounter
 from scheduler.request import Request, RequestStatus
-from tests.fakes import Harness
+from tests.fakes import Harness, scripted
 
 Sizes = Sequence[tuple[int, int]]  # of each request: tokens of the prompt, and of the output
 
+LEAD = 4  # weighted tokens
+
 
 def one_row(**limits: int) -> Harness:
-    policy = VirtualTokenCounter(prompt_weight=1, output_weight=2)
+    policy = VirtualTokenCounter(prompt_weight=1, output_weight=2, lead=LEAD)
     return Harness(max_num_seqs=1, policy=policy, enable_prefix_caching=False, **limits)
 
 
@@ -36,7 +38,7 @@ def test_clients_take_turns_however_many_requests_they_have() -> None:
 
 
 def test_rows_of_one_step_are_shared_too() -> None:
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2))
+    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
     add(harness, "a", 6)
     add(harness, "b", 6)
     harness.step()
@@ -54,14 +56,14 @@ def test_service_is_weighted_tokens() -> None:
 
 
 def test_who_is_alone_has_everything() -> None:
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2))
+    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
     add(harness, "a", 8, max_tokens=2)
     harness.drain()
     assert [len(step) for step in harness.chunks] == [4, 4, 4, 4]
 
 
 def test_idleness_earns_no_credit() -> None:
-    """Whoever comes when others have been served much is lifted to their level, and takes turns from there."""
+    """A new client that comes when others were served much is lifted to their level, and takes turns from there."""
     harness = one_row()
     add(harness, "a", 10, max_tokens=5)
     for _ in range(20):
@@ -82,7 +84,7 @@ def test_who_comes_to_an_empty_queue_is_lifted_to_whoever_left_it_last() -> None
 
 
 def test_what_a_preemption_has_computed_again_is_nobodys_service() -> None:
-    policy = VirtualTokenCounter(1, 2)
+    policy = VirtualTokenCounter(1, 2, LEAD)
     harness = Harness(num_blocks=4, block_size=2, max_model_len=8, policy=policy, enable_prefix_caching=False)
     late = harness.add("a", [1, 2, 3], max_tokens=4, client="a")
     other = harness.add("b", [4, 5, 6], max_tokens=4, client="b")
@@ -92,7 +94,7 @@ def test_what_a_preemption_has_computed_again_is_nobodys_service() -> None:
 
 
 def test_the_client_that_was_served_most_gives_way_for_blocks() -> None:
-    policy = VirtualTokenCounter(1, 2)
+    policy = VirtualTokenCounter(1, 2, LEAD)
     harness = Harness(num_blocks=6, block_size=2, max_model_len=12, policy=policy, enable_prefix_caching=False)
     greedy = [harness.add(f"a{i}", [1, 2, 3], max_tokens=4, client="a") for i in range(2)]
     modest = harness.add("b0", [1, 2, 3], max_tokens=4, client="b")
@@ -106,36 +108,169 @@ def test_the_client_that_was_served_most_gives_way_for_blocks() -> None:
     harness.drain()
 
 
-def test_nobody_takes_a_row() -> None:
-    harness = one_row()
-    add(harness, "a", 1, max_tokens=9)
-    harness.step()
-    add(harness, "b", 1)
-    harness.drain()
-    assert harness.scheduler.stats().num_preemptions == 0
-
-
 def test_aborts_leave_the_queue() -> None:
-    """Whoever has nothing waiting any more is lifted when it comes back."""
+    """Whoever has nothing waiting any more is lifted when it comes back, to the level less two leads: 22 - 8."""
     harness = one_row()
-    add(harness, "a", 4, max_tokens=5)
+    add(harness, "a", 5, max_tokens=5)
     add(harness, "b", 1, max_tokens=5)
     harness.abort("b0")
-    for _ in range(5):
+    for _ in range(10):
         harness.step()
-    add(harness, "b", 2, max_tokens=5)
+    add(harness, "b", 3, max_tokens=5)
     harness.drain()
-    assert [name for name in harness.finish_reasons if name != "b0"] == ["a0", "a1", "b1", "a2", "b2", "a3"]
+    assert list(harness.finish_reasons) == ["b0", "a0", "a1", "b1", "a2", "b2", "a3", "b3", "a4"]
 
 
 def test_clients_that_are_gone_are_forgotten() -> None:
-    harness = Harness(policy=VirtualTokenCounter(1, 2))
+    harness = Harness(policy=VirtualTokenCounter(1, 2, LEAD))
     for index in range(4000):
         harness.add(f"r{index}", [1], max_tokens=1, client=str(index))
         harness.engine.step()
     policy = harness.scheduler.policy
     assert isinstance(policy, VirtualTokenCounter)
     assert len(policy._clients) < 3000
+
+
+# -- within a step ---------------------------------------------------------------------------------------------------
+
+
+def test_who_is_ahead_sits_out_until_the_other_has_caught_up() -> None:
+    """After the first step "a" was served 9 and "b" 3; a step of "a" is 6, one of "b" 2."""
+    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    add(harness, "a", 3, max_tokens=5)
+    add(harness, "b", 1, max_tokens=5)
+    harness.drain()
+    assert harness.chunks == [
+        [("a0", 0, 1), ("b0", 0, 1), ("a1", 0, 1), ("a2", 0, 1)],
+        [("b0", 1, 1)],
+        [("b0", 2, 1), ("a0", 1, 1), ("a1", 1, 1), ("a2", 1, 1)],
+        [("b0", 3, 1)],
+        [("b0", 4, 1)],
+        *([(f"a{index}", step, 1) for index in range(3)] for step in range(2, 5)),
+    ]
+
+
+def test_with_a_long_lead_nobody_sits_out() -> None:
+    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, 1e9))
+    add(harness, "a", 3, max_tokens=5)
+    add(harness, "b", 1, max_tokens=5)
+    harness.drain()
+    assert [len(step) for step in harness.chunks] == [4] * 5
+
+
+def test_nobody_joins_a_client_that_sits_out() -> None:
+    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    add(harness, "a", 2, max_tokens=5)
+    add(harness, "b", 1, max_tokens=5)
+    harness.step()
+    add(harness, "a", 1)
+    harness.step()
+    harness.step()
+    assert harness.chunks[1:] == [[("b0", 1, 1), ("a0", 1, 1), ("a1", 1, 1), ("a2", 0, 1)], [("b0", 2, 1)]]
+    add(harness, "a", 1)
+    harness.step()
+    harness.step()
+    assert harness.chunks[3:] == [[("b0", 3, 1)], [("b0", 4, 1), ("a0", 2, 1), ("a1", 2, 1), ("a3", 0, 1)]]
+    harness.drain()
+
+
+def test_a_row_is_taken_from_whoever_was_served_more() -> None:
+    """ "b" comes at the level of "a", 12, and takes the row when "a" has 20; then "a" sits out until "b" has 16."""
+    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    add(harness, "a", 5, max_tokens=6)
+    harness.step()
+    add(harness, "b", 2, max_tokens=3)
+    harness.drain()
+    older = [("a0", 1), ("a1", 1), ("a2", 1)]
+
+    def older_at(place: int) -> list[tuple[str, int, int]]:
+        return [(name, place, count) for name, count in older]
+
+    assert harness.chunks[:10] == [
+        [*older_at(0), ("a3", 0, 1)],
+        [*older_at(1), ("a3", 1, 1)],
+        [("b0", 0, 1)],
+        [("b0", 1, 1)],
+        [("b0", 2, 1), *older_at(2)],
+        [("b1", 0, 1)],
+        [("b1", 1, 1), *older_at(3)],
+        [("b1", 2, 1)],
+        [*older_at(4), ("a3", 0, 3)],
+        [*older_at(5), ("a3", 3, 1)],
+    ]
+    assert harness.scheduler.stats().num_preemptions == 1
+
+
+def test_who_comes_back_has_a_row_at_once() -> None:
+    """ "b" has 8 of credit: it is lifted to 20 - 8, and taking a row of "a" costs 2."""
+    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    add(harness, "b", 1)
+    harness.step()
+    add(harness, "a", 5, max_tokens=9)
+    harness.step()
+    harness.step()
+    add(harness, "b", 1, max_tokens=3)
+    harness.step()
+    harness.step()
+    assert harness.chunks[3:] == [[("b1", 0, 1)], [("b1", 1, 1)]]
+    harness.drain()
+
+
+@pytest.mark.parametrize(("num_rows", "num_preemptions"), [(1, 0), (2, 1), (3, 1), (6, 2), (16, 5)])
+def test_rows_are_taken_from_clients_that_have_twice_as_many(num_rows: int, num_preemptions: int) -> None:
+    policy = VirtualTokenCounter(1, 2, lead=100)
+    harness = Harness(max_num_seqs=num_rows, policy=policy, num_blocks=200)
+    add(harness, "b", 1)
+    harness.step()
+    add(harness, "a", num_rows + 1, max_tokens=100)
+    for _ in range(40):
+        harness.step()
+    add(harness, "b", num_rows, max_tokens=20)
+    harness.step()
+    assert harness.scheduler.stats().num_preemptions == num_preemptions
+    harness.drain()
+
+
+def test_no_row_is_taken_for_less_than_it_costs() -> None:
+    harness = Harness(max_num_seqs=2, policy=VirtualTokenCounter(1, 2, LEAD))
+    add(harness, "b", 1)
+    harness.step()
+    add(harness, "a", 3, num_prompt_tokens=20, max_tokens=4)
+    harness.step()
+    add(harness, "b", 1)
+    harness.step()
+    assert harness.chunks[2:] == [[("a0", 20, 1), ("a1", 20, 1)]], "8 of credit against 20 tokens"
+    harness.drain()
+
+
+def test_guesses_outlast_a_step_that_is_sat_out() -> None:
+    texts = {name: list(range(start, start + 12)) for name, start in (("a0", 10), ("a1", 30), ("b0", 50))}
+
+    def draft(request_id: str, context: list[int]) -> list[int]:
+        return texts[request_id][len(context) : len(context) + 2] if request_id != "b0" else []
+
+    harness = Harness(scripted(texts), draft, max_num_seqs=3, policy=VirtualTokenCounter(1, 2, LEAD))
+    for name, text in texts.items():
+        harness.add(name, text[:1], max_tokens=9, client=name[0])
+    harness.drain()
+    assert harness.chunks[:8] == [
+        [("a0", 0, 1), ("b0", 0, 1), ("a1", 0, 1)],
+        [("b0", 1, 1), ("a0", 1, 3), ("a1", 1, 3)],
+        *([("b0", place, 1)] for place in range(2, 7)),
+        [("b0", 7, 1), ("a0", 4, 3), ("a1", 4, 3)],
+    ]
+    assert harness.token_ids == {name: text[1:10] for name, text in texts.items()}
+
+
+@pytest.mark.parametrize("lead", [0.5, 10.0, 1e6])
+def test_an_endless_stream_of_short_requests_starves_nobody(lead: float) -> None:
+    harness = Harness(max_num_seqs=3, policy=VirtualTokenCounter(1, 2, lead), max_num_waiting=10**6)
+    add(harness, "a", 4, max_tokens=20)
+    for _ in range(200):
+        add(harness, "b", 1, max_tokens=3)
+        harness.step()
+    assert {"a0", "a1", "a2", "a3"} <= harness.finish_reasons.keys()
+    harness.drain()
 
 
 # -- the bound -------------------------------------------------------------------------------------------------------
@@ -184,13 +319,14 @@ sizes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=8, 
     max_num_seqs=st.integers(1, 4),
     num_blocks=st.integers(6, 16),
     budget=st.integers(4, 20),
+    lead=st.sampled_from([0.5, 10.0, 1000.0]),
 )
 def test_two_clients_that_wait_are_served_alike(
-    *, first: Sizes, second: Sizes, disturbances: Sizes, max_num_seqs: int, num_blocks: int, budget: int
+    *, first: Sizes, second: Sizes, disturbances: Sizes, max_num_seqs: int, num_blocks: int, budget: int, lead: float
 ) -> None:
     """In any interval of the time in which both have requests waiting, the paper's bound holds."""
     harness = Harness(
-        policy=VirtualTokenCounter(1, 2),
+        policy=VirtualTokenCounter(1, 2, lead),
         max_num_seqs=max_num_seqs,
         num_blocks=num_blocks,
         max_num_batched_tokens=budget,

@@ -180,6 +180,31 @@ def test_nobody_joins_for_the_tokens_that_others_are_sure_of() -> None:
     assert harness.chunks == [[("a", 0, 3)], [("!b", 0, 2), ("a", 3, 1)], [("!c", 0, 2), ("a", 4, 1)]]
 
 
+class Rests(FirstComeFirstServed):
+    """Would have every running request sit out every step."""
+
+    def pauses(self, request: Request, now: float) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("num_blocks", [64, 4])
+def test_not_all_can_sit_out(num_blocks: int) -> None:
+    """Who has just joined is not asked; after that the first goes on alone, and takes blocks of those who sit out."""
+    harness = Harness(max_num_seqs=2, policy=Rests(), num_blocks=num_blocks, block_size=2, enable_prefix_caching=False)
+    for request_id in "abc":
+        harness.add(request_id, [1, 2, 3], max_tokens=4)
+    harness.drain()
+    again = [("b", 3, 1)] if num_blocks == 64 else [("b", 0, 4)]
+    assert harness.chunks[:6] == [
+        [("a", 0, 3), ("b", 0, 3)],
+        *([("a", 3 + step, 1)] for step in range(3)),
+        [("c", 0, 3)] if num_blocks == 64 else [*again, ("c", 0, 3)],
+        again if num_blocks == 64 else [("b", 4, 1)],
+    ]
+    for request_id in "abc":
+        assert harness.token_ids[request_id] == generate(hashed(50), request_id, [1, 2, 3], params(4))
+
+
 class Notes(FirstComeFirstServed):
     """Writes down what it is told."""
 

@@ -7,7 +7,7 @@ harness checks invariants and limits after every step.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +24,11 @@ VOCAB_SIZE = 4  # so few that prompts share prefixes, stop tokens come up and gu
 CHOOSE = hashed(VOCAB_SIZE)
 # Steps are a second each: in the length of a run waiting must come to matter.
 KNOBS = PolicyConfig(ageing_seconds=10, ageing_tokens=0.5, ttft_slo_ms=5000, tpot_slo_ms=2000, static_timeout_seconds=3)
+# With its own lead, `fair` lets nobody sit out in so short a run.
+CASES = [
+    *(pytest.param(policy, KNOBS, id=policy) for policy in POLICIES),
+    *(pytest.param("fair", replace(KNOBS, fair_lead=lead), id=f"fair-{lead}") for lead in (1, 10)),
+]
 
 
 @dataclass
@@ -70,6 +75,7 @@ class Workload(RuleBasedStateMachine):
     """Requests arrive, are aborted and fail while the engine steps."""
 
     policy: str
+    knobs: PolicyConfig
 
     @initialize(
         num_blocks=st.integers(1, 12),
@@ -90,7 +96,7 @@ class Workload(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + spare_budget,
             policy=self.policy,
-            knobs=KNOBS,
+            knobs=self.knobs,
             **limits,  # type: ignore[arg-type]  # only limits are left
         )
         self.asked: dict[str, Asked] = {}
@@ -198,10 +204,10 @@ class Workload(RuleBasedStateMachine):
             check_answer(self.harness, request_id, asked, request_id in self.broken | self.unwell)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_request_gets_what_it_gets_alone(policy: str) -> None:
+@pytest.mark.parametrize(("policy", "knobs"), CASES)
+def test_every_request_gets_what_it_gets_alone(policy: str, knobs: PolicyConfig) -> None:
     run_state_machine_as_test(
-        type("Workload", (Workload,), {"policy": policy}),
+        type("Workload", (Workload,), {"policy": policy, "knobs": knobs}),
         settings=settings(
             max_examples=250 if policy == "fcfs" else 30,
             stateful_step_count=40,
@@ -215,14 +221,14 @@ def test_every_request_gets_what_it_gets_alone(policy: str) -> None:
 # -- busy workloads --------------------------------------------------------------------------------------------------
 
 
-def busy_harness(rng: random.Random, policy: str) -> Harness:
+def busy_harness(rng: random.Random, policy: str, knobs: PolicyConfig) -> Harness:
     """Few rows and few blocks, hardly more than the largest request needs."""
     block_size, max_num_seqs = rng.randint(1, 4), rng.randint(1, 4)
     return Harness(
         CHOOSE,
         noisy_guesses(rng.randint(1, 4), rng.randint(0, 99)) if rng.random() < 0.5 else None,
         policy=policy,
-        knobs=KNOBS,
+        knobs=knobs,
         num_blocks=-(-rng.choice([24, 30, 60]) // block_size),
         block_size=block_size,
         max_model_len=24,
@@ -283,19 +289,21 @@ def run_busily(rng: random.Random, harness: Harness) -> int:
     return num_padding
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_under_load_every_request_gets_what_it_gets_alone(policy: str) -> None:
-    num_preemptions = num_padding = 0
+@pytest.mark.parametrize(("policy", "knobs"), CASES)
+def test_under_load_every_request_gets_what_it_gets_alone(policy: str, knobs: PolicyConfig) -> None:
+    num_preemptions = num_padding = num_pauses = 0
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(seed=st.integers(0, 2**32))
     def run(seed: int) -> None:
-        nonlocal num_preemptions, num_padding
+        nonlocal num_preemptions, num_padding, num_pauses
         rng = random.Random(seed)
-        harness = busy_harness(rng, policy)
+        harness = busy_harness(rng, policy, knobs)
         num_padding += run_busily(rng, harness)
         num_preemptions += harness.scheduler.stats().num_preemptions
+        num_pauses += harness.num_pauses
 
     run()
     assert num_preemptions > 20, "blocks were meant to be few"
     assert (num_padding > 200) == (policy == "static")
+    assert (num_pauses > 200) == (knobs.fair_lead < KNOBS.fair_lead)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.config import PolicyConfig
 from scheduler.policies import POLICIES
 from scheduler.trace import ChromeTrace, StepRecord
 from tests.fakes import Choose, Harness, InjectedError, hashed
@@ -244,6 +245,7 @@ def test_what_it_says_of_memory_and_work_is_what_was_done(
         choose,
         (lambda request_id, context: guess(choose, request_id, context)) if speculates else None,
         policy=policy,
+        knobs=PolicyConfig(fair_lead=2),
         num_blocks=num_blocks,
         max_num_seqs=4,
         max_chunk_tokens=7,
@@ -255,7 +257,7 @@ def test_what_it_says_of_memory_and_work_is_what_was_done(
     harness.engine.observe = records.append
     for now in itertools.count():
         for _, request_id, prompt, max_tokens in (one for one in arriving if one[0] == now):
-            harness.add(request_id, prompt, max_tokens=max_tokens)
+            harness.add(request_id, prompt, max_tokens=max_tokens, client=request_id[-1])
         num_preemptions = harness.scheduler.stats().num_preemptions
         harness.step()
         for record in records[num_seen:]:
@@ -269,7 +271,7 @@ def test_what_it_says_of_memory_and_work_is_what_was_done(
 
 
 def check(record: StepRecord, harness: Harness) -> None:
-    """Count what the executor was asked for, block by block and position by position."""
+    """Count what the executor was asked for and what others keep, block by block and position by position."""
     size = harness.config.block_size
     shares = harness.executor.steps[-1]
     slots = {
@@ -277,8 +279,15 @@ def check(record: StepRecord, harness: Harness) -> None:
         for share in shares
         for position in range(share.start + share.num_tokens)
     }
+    blocks = {block for share in shares for block in share.blocks}
+    served = {share.request_id for share in shares}
+    for request in harness.scheduler.running.values():
+        if request.request_id not in served:
+            filled = range(request.num_computed_tokens)
+            slots |= {request.block_ids[position // size] * size + position % size for position in filled}
+            blocks.update(request.block_ids)
     assert record.num_kv_tokens == len(slots)
-    assert record.num_used_blocks == len({block for share in shares for block in share.blocks})
+    assert record.num_used_blocks == len(blocks)
     pairs = [position + 1 for share in shares for position in range(share.start, share.start + share.num_tokens)]
     assert record.num_pairs == sum(pairs)
 
