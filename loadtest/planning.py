@@ -172,23 +172,25 @@ def _compare(
 def _everything(options: Sequence[str], seed: int, repetitions: int) -> tuple[Experiment, ...]:
     """What the full profile runs if nothing else is named: each claim of the policies on the workload that tries it.
 
-    Those of `sjf`, `priority` and `fair` need a queue, and so more requests than rows.
+    Those of `sjf`, `priority` and `fair` need a queue, and so more requests than rows; and `fair` short chunks, for a
+    client waits for the prompts of others that are under way.
     """
     few = max(1, repetitions // 2)
 
     def users(*counts: int) -> tuple[Load, ...]:
         return tuple(Load(users=count, seed=seed) for count in counts)
 
-    def setups(*policies: str, rows: int | None = None) -> tuple[Setup, ...]:
-        limit = () if rows is None else ("--max-num-seqs", str(rows))
-        return tuple(Setup(policy=policy, options=(*options, *limit)) for policy in policies)
+    def setups(*policies: str, rows: int | None = None, chunk: int | None = None) -> tuple[Setup, ...]:
+        limits = {"--max-num-seqs": rows, "--max-chunk-tokens": chunk}
+        added = [text for name, limit in limits.items() if limit is not None for text in (name, str(limit))]
+        return tuple(Setup(policy=policy, options=(*options, *added)) for policy in policies)
 
     every, main, shares = setups(*DEFAULT_POLICIES), users(DEFAULT_USERS), SIZES["full"].shares
     drafting = Setup(policy="fcfs", speculation="draft", options=tuple(options))
     shortest, urgent, tenants = (
         setups("fcfs", "sjf", rows=2),
         setups("fcfs", "priority", rows=16),
-        setups("fcfs", "fair", rows=16),
+        setups("fcfs", "fair", rows=16, chunk=128),
     )
     return (
         Experiment(workload="chat", setups=(*every, drafting), loads=main, repetitions=repetitions),

@@ -298,16 +298,20 @@ def check_spans(found: list[dict[str, Any]], harness: Harness) -> None:
     for tid in {event["tid"] for event in spans} - {1}:
         row = sorted((event["ts"], event["ts"] + event["dur"]) for event in spans if event["tid"] == tid)
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(row))
-    steps = [event["args"] for event in spans if event["name"] == "step"]
     occupied: dict[str, int] = {}
-    for step in steps:
-        now = {share[0]: share[1] for share in step["rows"]}
-        assert len(set(now.values())) == len(now)
-        stayed = now.keys() & occupied.keys() - step["arrived"].keys()
-        assert all(now[request_id] == occupied[request_id] for request_id in stayed)
-        for request_id in step["arrived"]:
-            assert now[request_id] <= len(now) - 1, "a lower row was free"
-        occupied = now
+    for event in spans:  # in the order in which they were written
+        if event["tid"] != 1:
+            del occupied[event["name"]]  # who leaves, or is preempted
+        elif event["name"] == "step":
+            step = event["args"]
+            now = {share[0]: share[1] for share in step["rows"]}
+            assert len(set(now.values())) == len(now)
+            stayed = now.keys() & occupied.keys() - step["arrived"].keys()
+            assert all(now[request_id] == occupied[request_id] for request_id in stayed)
+            occupied |= now  # who sits out keeps a row too
+            for request_id in step["arrived"]:
+                assert now[request_id] <= len(occupied) - 1, "a lower row was free"
+    steps = [event["args"] for event in spans if event["name"] == "step"]
     assert sorted(name for step in steps for name in step["left"]) == sorted(harness.finish_reasons)
 
 
