@@ -36,7 +36,7 @@ class Size:
 
 SIZES = {
     "fast": Size(num_requests=96, repetitions=1),
-    "full": Size(num_requests=384, repetitions=2, shares=(0.4, 0.7, 0.9, 1.0, 1.1)),
+    "full": Size(num_requests=256, repetitions=2, shares=(0.4, 0.7, 0.9, 1.0, 1.1)),
 }
 
 

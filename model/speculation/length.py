@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from model.speculation.costs import LEAST_SHARE_OF_NEWEST, ProposalCosts, StepCosts
@@ -10,8 +11,8 @@ from model.speculation.yields import Yields
 MOST_SPEC_TOKENS = 16  # of any proposal
 ADAPTIVE_MOST = 8
 _SIZES_BETWEEN = 4  # that are looked at for each depth
-# A gain has to be worth the trouble of looking for it.
-_LEAST_GAIN = 1.05
+# A gain has to be worth the trouble of looking for it; once there it may be small for a while.
+_LEAST_GAIN, _LEAST_TO_STAY = 1.05, 1.0
 # What is expected to come close to it is tried in earnest: a few steps with guesses, among plain ones, cost more than
 # those that follow each other, when the caches of the CPU hold what they need.
 _NEAR_GAIN = 0.85
@@ -25,6 +26,11 @@ _FIRST_REST, _SHORTEST_REST, _LONGEST_REST = 4, 16, 512
 _LOOKS_BACK = 32
 _ABOUT_AS_MANY = 0.25  # so much more or less requests are no reason to look sooner
 _MOSTLY_OTHERS = 0.5  # but so many new ones among them are
+# Of the time of plain steps, what may be lost with guesses that gain nothing: no rest ends before it is made up for.
+# Gains make up for it too, and beforehand for as many plain steps of one request; to begin with there is as much to
+# spend.
+_MAY_BE_LOST = 0.015
+_MOST_CREDIT = 32
 _TRIED_TOKENS = 2
 _GOOD_RATE = 0.9  # of acceptance, by which a trial that could not show a gain is spared
 # Acceptance is counted with a fading memory; a request of which little is known is taken for one like the others.
@@ -63,6 +69,10 @@ class LengthRule(Protocol):
         """The target's step of so many tokens took so long."""
         ...
 
+    def caught_up(self, seconds: float) -> None:
+        """What guessing needs once, before it can begin, took so long."""
+        ...
+
     def proposed(self, lengths: list[int], seconds: float) -> None:
         """Proposing so many tokens each took so long."""
         ...
@@ -93,6 +103,9 @@ class FixedLength:
     def took(self, num_tokens: int, seconds: float) -> None:
         pass
 
+    def caught_up(self, seconds: float) -> None:
+        pass
+
     def proposed(self, lengths: list[int], seconds: float) -> None:
         pass
 
@@ -120,6 +133,7 @@ class AdaptiveLength:
         self._asked: list[int] = []
         self._num_requests = 0
         self._num_joined = 0  # since the last look
+        self._lost = -math.inf  # seconds, with guesses, that are not made up for; a credit if negative
         self._answer: list[int] = []
         self._holds = 0
         self._rest = _FIRST_REST
@@ -142,6 +156,11 @@ class AdaptiveLength:
     def took(self, num_tokens: int, seconds: float) -> None:
         self._target.observe(num_tokens, seconds, self._share_of_newest())
         self._yields.took(num_tokens, seconds)
+        if not any(self._answer) and self._lost > 0:
+            self._lost -= _MAY_BE_LOST * seconds
+
+    def caught_up(self, seconds: float) -> None:
+        self._lost += seconds
 
     def proposed(self, lengths: list[int], seconds: float) -> None:
         self._yields.proposed(seconds)
@@ -152,19 +171,21 @@ class AdaptiveLength:
         return max(LEAST_SHARE_OF_NEWEST, 1 - self._trust if any(self._answer) else 0.0)
 
     def rests(self, num_requests: int) -> bool:
-        is_at_rest = self._holds > 0 and not any(self._answer)
-        if not is_at_rest or abs(num_requests - self._num_requests) > _ABOUT_AS_MANY * self._num_requests:
+        if any(self._answer):
             return False
-        if self._num_joined >= _MOSTLY_OTHERS * self._num_requests:
-            return False
-        self._holds -= 1
-        return True
+        is_as_before = abs(num_requests - self._num_requests) <= _ABOUT_AS_MANY * self._num_requests
+        is_as_before &= self._num_joined < _MOSTLY_OTHERS * self._num_requests
+        if self._lost > 0 or (self._holds > 0 and is_as_before):
+            self._holds -= 1
+            return True
+        return False
 
     def lengths(self, rows: list[int], num_others: int) -> list[int]:
-        self._yields.settle(self._target)
+        self._lost += self._yields.settle(self._target)
         base = self._target.predict(num_others + len(rows))
         if base is None:
             return [0] * len(rows)  # until the step that tells
+        self._lost = max(self._lost, -_MOST_CREDIT * base / (num_others + len(rows)))
         self._holds -= 1
         if self._holds >= 0 and rows == self._asked:
             return self._answer
@@ -186,7 +207,8 @@ class AdaptiveLength:
         """The proposals with the greatest goodput: the tokens with the best chances, as many as are worth it."""
         if not self._is_known:
             return [0] * len(rows)
-        return self._best([self._rate(row) for row in rows], num_others, base)
+        least_gain = _LEAST_TO_STAY if any(self._answer) else _LEAST_GAIN
+        return self._best([self._rate(row) for row in rows], num_others, base, least_gain)
 
     @property
     def _is_known(self) -> bool:
@@ -206,17 +228,17 @@ class AdaptiveLength:
             self._rest = min(max(2 * self._rest, _SHORTEST_REST), _LONGEST_REST)
             if self._num_trials % _IN_EARNEST_EACH == 0:
                 rates = [self._rate(row) for row in self._asked]
-                self._answer = self._best(rates, num_others, base, least_gain=_NEAR_GAIN)
+                self._answer = self._best(rates, num_others, base, _NEAR_GAIN)
             self._num_trials += 1
         if any(self._answer):
             self._holds = _TRIES_IN_EARNEST
-        elif any(self._best([_GOOD_RATE] * len(self._asked), num_others, base)):
+        elif any(self._best([_GOOD_RATE] * len(self._asked), num_others, base, _LEAST_GAIN)):
             self._answer[0], self._holds = _TRIED_TOKENS, _TRIES
             self._yields.expect(None)
         else:
             self._holds = self._rest
 
-    def _best(self, rates: list[float], num_others: int, base: float, least_gain: float = _LEAST_GAIN) -> list[int]:
+    def _best(self, rates: list[float], num_others: int, base: float, least_gain: float) -> list[int]:
         chances = sorted(
             ((rate**depth, -depth, i) for i, rate in enumerate(rates) for depth in range(1, ADAPTIVE_MOST + 1)),
             reverse=True,

@@ -111,9 +111,11 @@ class Speculation:
         candidates, places = self._candidates(scheduled, layout, result)
         proposals: list[list[int]] = [[]] * len(scheduled)
         if candidates:
-            caught_up = self._clock()
+            began = self._clock()
             self._proposer.catch_up(candidates)  # once for all guesses to come: not what a guess costs
-            start = self._ended + self._clock() - caught_up
+            catching_up = self._clock() - began
+            self._lengths.caught_up(catching_up)
+            start = self._ended + catching_up
             guessed = self._proposer.propose(candidates)
             self._ended = self._clock()
             if any(proposal.token_ids for proposal in guessed):

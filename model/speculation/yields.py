@@ -47,18 +47,25 @@ class Yields:
         self._num_drafted += num_drafted
         self._num_accepted += num_accepted
 
-    def settle(self, costs: StepCosts) -> None:
-        """Take in the step that was timed last, if tokens had been drafted for it."""
+    def settle(self, costs: StepCosts) -> float:
+        """Take in the step that was timed last, if tokens had been drafted for it; the seconds that it lost by them.
+
+        What its tokens would have taken without guessing is known from `costs`; less than nothing is lost by a gain.
+        """
         num_requests = self._num_tokens - self._num_drafted
         plain = costs.predict(num_requests) if self._num_tokens and self._num_drafted else None
         self._num_tokens = 0
-        if plain is None or self._expected is None:
-            return
-        gain = (1 + self._num_accepted / num_requests) * plain / self._seconds
-        gain = max(gain, _LEAST_GAIN)
+        if plain is None:
+            return 0.0
+        usual = (1 + self._num_accepted / num_requests) * plain
+        if self._expected is not None:
+            self._compare(num_requests, max(usual / self._seconds, _LEAST_GAIN) / self._expected)
+        return self._seconds - usual
+
+    def _compare(self, num_requests: int, share: float) -> None:
         known = self.share(num_requests)
         newest = min(_NEWEST_OF_ONE * num_requests, _MOST_OF_NEWEST)
-        self._shares[num_requests.bit_length()] = known + newest * (gain / self._expected - known)
+        self._shares[num_requests.bit_length()] = known + newest * (share - known)
 
     def fade(self) -> None:
         """Nothing was gained for a while: doubt what was seen, for it may not be so any more."""

@@ -16,7 +16,7 @@ from model.backends.native_library import supported_isas
 from model.backends.torch_backend import TorchBackend
 from model.checkpoint import load_checkpoint
 from model.executor import ModelExecutor
-from scheduler.config import SchedulerConfig
+from scheduler.config import PolicyConfig, SchedulerConfig
 from scheduler.engine import EngineCore
 from scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 from scheduler.policies import POLICIES, create_policy
@@ -54,7 +54,14 @@ def make_requests(block_size: int, temperature: float) -> list[Request]:
 
 
 def run(
-    folder: Path, backend: str, requests: Sequence[Request], *, num_blocks: int, policy: str = "fcfs", **limits: int
+    folder: Path,
+    backend: str,
+    requests: Sequence[Request],
+    *,
+    num_blocks: int,
+    policy: str = "fcfs",
+    fair_lead: float = 256.0,
+    **limits: int,
 ) -> tuple[SchedulerStats, list[RequestOutput]]:
     """Let a new request join every second step, whatever the others do; check the blocks after each step."""
     create, options, block_size = BACKENDS[backend]
@@ -70,7 +77,11 @@ def run(
     news: list[RequestOutput] = []
     to_come = list(requests)
     step = 0
-    core = EngineCore(Scheduler(config, create_policy(policy, config)), executor, lambda: float(step))
+    core = EngineCore(
+        Scheduler(config, create_policy(policy, config, PolicyConfig(fair_lead=fair_lead))),
+        executor,
+        lambda: float(step),
+    )
     while to_come or core.scheduler.num_unfinished:
         if to_come and step % 2 == 0:
             core.scheduler.add(to_come.pop(0))
@@ -135,7 +146,8 @@ def test_texts_do_not_depend_on_the_policy(backend: str, tiny_checkpoint: Callab
         for index, request in enumerate(requests):
             slo = 9000.0 / (index + 1)
             request.scheduling = SchedulingParams(client=str(index % 3), priority=-index, ttft_slo_ms=slo)
-        stats, news = run(folder, backend, requests, num_blocks=NUM_BLOCKS, max_num_seqs=3, policy=policy)
+        how = {"policy": policy, "fair_lead": 4.0 * BACKENDS[backend][-1]}  # so that fair has some sit out
+        stats, news = run(folder, backend, requests, num_blocks=NUM_BLOCKS, max_num_seqs=3, **how)
         assert stats.num_preemptions > 0, policy
         found[policy] = {request.request_id: [] for request in requests}
         for one in news:

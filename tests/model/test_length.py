@@ -161,10 +161,38 @@ def test_the_best_length_is_close_to_the_best_fixed_one() -> None:
     assert adaptive > 0.95 * max(fixed(k) for k in range(ADAPTIVE_MOST + 1))
 
 
-def test_a_rest_holds_for_about_as_many_requests_whosoever_they_are() -> None:
+def at_rest() -> AdaptiveLength:
+    """With 32 requests, and nothing lost that is not made up for."""
     rule, _, _ = play(float, draft=0.1, rates=[0.1] * 32, steps=40)
+    for _ in range(1000):
+        rule.took(32, 32.0)
     while not rule.rests(32):
         rule.lengths(list(range(32)), num_others=0)
+    return rule
+
+
+def test_what_guesses_have_cost_is_made_up_for_before_the_next() -> None:
+    """However dear catching up is, whoever comes and goes: little of the time is lost."""
+    rule, rows = AdaptiveLength(64), list(range(16))
+    lost, num_trials, is_on = 0.0, 0, False
+    for step in range(20_000):
+        rule.join(step % 16)
+        lengths = [0] * 16 if rule.rests(16) else rule.lengths(rows, num_others=0)
+        if any(lengths):
+            num_trials += not is_on
+            rule.caught_up(5.0 * (not is_on))
+            lost += 5.0 * (not is_on) + 0.05 * sum(lengths)
+        is_on = any(lengths)
+        rule.took(16 + sum(lengths), 1.0 + 0.05 * sum(lengths))
+        for row, length in zip(rows, lengths, strict=True):
+            if length:
+                rule.verified(row, length, 0)
+    assert num_trials > 10
+    assert lost < 0.02 * 20_000
+
+
+def test_a_rest_holds_for_about_as_many_requests_whosoever_they_are() -> None:
+    rule = at_rest()
     assert rule.rests(39)
     assert not rule.rests(48), "much else may pay now"
     rests = 0
@@ -174,9 +202,7 @@ def test_a_rest_holds_for_about_as_many_requests_whosoever_they_are() -> None:
 
 
 def test_a_rest_ends_when_half_of_the_requests_are_others() -> None:
-    rule, _, _ = play(float, draft=0.1, rates=[0.1] * 32, steps=40)
-    while not rule.rests(32):
-        rule.lengths(list(range(32)), num_others=0)
+    rule = at_rest()
     for row in range(15):
         rule.join(row)
     assert rule.rests(32)

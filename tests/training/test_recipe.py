@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from model.training import pipeline
-from model.training.__main__ import main
+from model.training.__main__ import _find, main
 from model.training.network import count_active_parameters
 from model.training.recipe import Budget, load_recipe
 from scheduler.errors import ConfigError
@@ -81,3 +81,16 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path: Path) -> None
     result = CliRunner().invoke(main, ["--work", work, "export", "--output", work])
     assert result.exit_code == 1
     assert "tokenizer.json is missing" in result.output
+    result = CliRunner().invoke(main, ["--work", work, "--recipe", "draft", "describe", "--output", work])
+    assert result.exit_code == 1
+    assert "shoal-draft/provenance.json is missing: export the model first" in result.output
+    result = CliRunner().invoke(main, ["--work", work, "train", "--budget", "1Mtok", "--output", work])
+    assert result.exit_code == 1
+    assert "tokenizer.json" in result.output
+
+
+@pytest.mark.parametrize(("has_gpu", "folder"), [(True, "gpu"), (False, "cpu")])
+def test_a_recipe_is_for_the_hardware_at_hand(monkeypatch: pytest.MonkeyPatch, has_gpu: bool, folder: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    assert _find("draft") == RECIPES / folder / "draft.toml"
+    assert _find("some/recipe.toml") == Path("some/recipe.toml")
