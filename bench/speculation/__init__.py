@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
 
 from bench.speculation.plot import draw
 from bench.speculation.serving import Gain, Load, make_prompts
 from bench.speculation.theory import MOST_SPEC_TOKENS, Costs, Machine, expert_bytes, speed_up
 from bench.table import show
-from bench.workload import make_engine
+from bench.workload import TimedBackend, make_engine
 from model.checkpoint import load_checkpoint, resolve_checkpoint
 from model.record import ModelRecord
 from model.tokenizer import Tokenizer
+from scheduler.engine import EngineCore
 from server.engine.backends import plan_backend
 from server.serve import engine_config
 from server.settings import load_settings
@@ -56,17 +59,18 @@ def run(
     record, tokenizer = load_checkpoint(checkpoint), Tokenizer.load(checkpoint)
     gains: dict[Case, Gain] = {}
     costs: dict[tuple[str, int], Costs] = {}
-    for method in methods:
-        prompts = make_prompts(tokenizer, repeats_itself=method == "ngram")
-        text = [token for one in prompts for token in one]
-        costs |= _measure_costs(checkpoint, method, concurrencies, text, steps=steps, device=device)
-        for length in LENGTHS:
-            engine = make_engine(checkpoint, _arguments(checkpoint, method, device, length))
-            pairs = repeats if length else _REPEATS_OF_ADAPTIVE * repeats
-            for temperature in TEMPERATURES:
-                for concurrency in concurrencies:
-                    load = Load(engine, prompts, concurrency, temperature, max_tokens)
-                    gains[Case(method, length, temperature, concurrency)] = load.measure(pairs)
+    num_cells = len(methods) * len(TEMPERATURES) * len(concurrencies)
+    with tqdm(total=num_cells * sum(_num_pairs(length, repeats) for length in LENGTHS), unit="pair") as bar:
+        for method in methods:
+            prompts = make_prompts(tokenizer, repeats_itself=method == "ngram")
+            text = [token for one in prompts for token in one]
+            costs |= _measure_costs(checkpoint, method, concurrencies, text, steps=steps, device=device)
+            for case, engine in _cases(checkpoint, method, concurrencies, device):
+                bar.set_postfix_str(f"{method}, k = {case.num_spec_tokens or 'adaptive'}, {case.concurrency} at once")
+                num_pairs = _num_pairs(case.num_spec_tokens, repeats)
+                load = Load(engine, prompts, case.concurrency, case.temperature, max_tokens)
+                gains[case] = load.measure(num_pairs)
+                bar.update(num_pairs)
     verification = [_cost_row(record, method, concurrency, cost) for (method, concurrency), cost in costs.items()]
     show("costs of a step of k + 1 rows a request, relative to one row: v(k); c: of a drafted token", verification)
     rows = [_row(case, gains, costs[case.method, case.concurrency]) for case in gains]
@@ -75,6 +79,21 @@ def run(
     if picture is not None:
         draw(picture, checkpoint.name, gains)
     return {"speculation": rows, "speculation_costs": verification}
+
+
+def _num_pairs(length: int | None, repeats: int) -> int:
+    return repeats if length else _REPEATS_OF_ADAPTIVE * repeats
+
+
+def _cases(
+    checkpoint: Path, method: str, concurrencies: Sequence[int], device: str
+) -> Iterator[tuple[Case, tuple[EngineCore, TimedBackend]]]:
+    """All cases of a method, and the engine of each; those of one length share it."""
+    for length in LENGTHS:
+        engine = make_engine(checkpoint, _arguments(checkpoint, method, device, length))
+        for temperature in TEMPERATURES:
+            for concurrency in concurrencies:
+                yield Case(method, length, temperature, concurrency), engine
 
 
 def _arguments(checkpoint: Path, method: str, device: str, length: int | None) -> list[str]:
