@@ -42,7 +42,7 @@ def test_they_are_small_enough_to_ship() -> None:
         assert (folder / "README.md").read_text().count("## ") >= 4
 
 
-@pytest.mark.parametrize(("folder", "share"), [(TARGET, 0.35), (DRAFT, 0.5)], ids=["target", "draft"])
+@pytest.mark.parametrize(("folder", "share"), [(TARGET, 0.28), (DRAFT, 0.39)], ids=["target", "draft"])
 def test_they_predict_held_out_files_far_better_than_chance(
     folder: Path, share: float, models: dict[Path, Any], held_out: list[torch.Tensor]
 ) -> None:
@@ -61,8 +61,8 @@ def test_the_draft_has_learnt_from_this_target(models: dict[Path, Any], held_out
             target, draft = (models[folder](token_ids).logits[0, :-1].argmax(-1) for folder in (TARGET, DRAFT))
         agreement.append((draft == target).float().mean().item())
         luck.append((draft == token_ids[0, 1:]).float().mean().item())
-    assert sum(agreement) / len(agreement) > 0.45
-    assert sum(agreement) > 1.15 * sum(luck)
+    assert sum(agreement) / len(agreement) > 0.54
+    assert sum(agreement) > 1.2 * sum(luck)
 
 
 def test_draft_and_target_have_the_same_tokenizer() -> None:
