@@ -64,7 +64,11 @@ def _head(recipe: Recipe, provenance: Provenance) -> str:
         f"{training.batch_size} x {training.sequence_length} tokens a step",
     }
     if recipe.teacher:
-        facts["distilled from"] = f"{recipe.teacher.name}, whose distribution over the next token it is taught"
+        facts["distilled from"] = (
+            f"{recipe.teacher.name}, whose distribution over the next token it is taught, mostly on "
+            f"{recipe.echo_tokens / 1e6:g} M tokens that this one wrote; from {recipe.acceptance_from:.0%} of the "
+            "budget on, to be accepted by it"
+        )
     purpose = (
         "A small model of Python source, trained by `make train` and bundled so that a fresh clone answers with text."
     )
