@@ -18,7 +18,7 @@ from scheduler.output import SchedulerOutput
 from scheduler.policies.fair import VirtualTokenCounter
 from scheduler.policies.policy import KeyedPolicy, Policy
 
-VERSION = 1  # of the JSON
+VERSION = 2  # of the JSON
 
 
 class StepShape(NamedTuple):
@@ -27,6 +27,7 @@ class StepShape(NamedTuple):
     Attributes:
         num_tokens: in all, those of padding rows and drafted ones too.
         num_pairs: pairs of query and key that attention computes.
+        num_keys: keys that the rows see, each row's counted once: what attention reads.
         num_samples: rows for which a token is chosen, padding rows too.
         num_streams: those of them whose token goes to somebody: it costs the engine a message, and takes the cores that
             the engine computes on for the server's other process and for the client.
@@ -34,24 +35,26 @@ class StepShape(NamedTuple):
         num_ordered: waiting requests that the policy puts in order; none for those that take them as they come.
     """
 
-    num_tokens: int
-    num_pairs: int
-    num_samples: int
-    num_streams: int
-    num_joins: int
-    num_ordered: int
+    num_tokens: int = 0
+    num_pairs: int = 0
+    num_keys: int = 0
+    num_samples: int = 0
+    num_streams: int = 0
+    num_joins: int = 0
+    num_ordered: int = 0
 
     @classmethod
     def of(cls, output: SchedulerOutput, num_ordered: int) -> StepShape:
-        num_tokens = num_pairs = num_samples = num_streams = num_joins = 0
+        num_tokens = num_pairs = num_keys = num_samples = num_streams = num_joins = 0
         for share in output.scheduled:
             count = share.num_scheduled_tokens
             num_tokens += count
             num_pairs += count * share.num_computed_tokens + count * (count + 1) // 2
+            num_keys += share.num_computed_tokens + count
             num_samples += share.samples
             num_streams += share.samples and not share.is_padding
             num_joins += share.new is not None
-        return cls(num_tokens, num_pairs, num_samples, num_streams, num_joins, num_ordered)
+        return cls(num_tokens, num_pairs, num_keys, num_samples, num_streams, num_joins, num_ordered)
 
 
 def puts_in_order(policy: type[Policy]) -> bool:
@@ -66,20 +69,23 @@ class StepCosts:
     Attributes:
         token_counts: ascending.
         token_seconds: of a step of so many tokens; on straight lines between these counts, and beyond the last ones.
-        pair_seconds, sample_seconds, stream_seconds, join_seconds, ordered_seconds: what one more of each adds.
-        gap_seconds, stream_gap_seconds: from the end of a step to the start of the next, if the engine has not to wait,
-            and what a token that goes to somebody adds to it.
+        pair_seconds, key_seconds, sample_seconds, stream_seconds, join_seconds, ordered_seconds: what one more of each
+            adds.
+        gap_seconds, stream_gap_seconds, arrival_gap_seconds: from the end of a step to the start of the next, if the
+            engine has not to wait, and what a token that goes to somebody and a request that comes add to it.
     """
 
     token_counts: tuple[int, ...]
     token_seconds: tuple[float, ...]
     pair_seconds: float
+    key_seconds: float
     sample_seconds: float
     stream_seconds: float
     join_seconds: float
     ordered_seconds: float
     gap_seconds: float
     stream_gap_seconds: float
+    arrival_gap_seconds: float
 
     def seconds(self, shape: StepShape) -> float:
         """Of a step; nothing if it computes nothing."""
@@ -88,6 +94,7 @@ class StepCosts:
         return (
             self._of_tokens(shape.num_tokens)
             + shape.num_pairs * self.pair_seconds
+            + shape.num_keys * self.key_seconds
             + shape.num_samples * self.sample_seconds
             + shape.num_streams * self.stream_seconds
             + shape.num_joins * self.join_seconds
@@ -95,7 +102,7 @@ class StepCosts:
         )
 
     def gap(self, shape: StepShape) -> float:
-        """Seconds after a step of this shape."""
+        """Seconds after a step of this shape, but for requests that come."""
         return self.gap_seconds + shape.num_streams * self.stream_gap_seconds if shape.num_tokens else 0.0
 
     def _of_tokens(self, count: int) -> float:
@@ -110,6 +117,7 @@ class Latencies:
     """Seconds outside the engine.  The API process takes one thing after the other: requests, and tokens to send.
 
     Attributes:
+        lateness: open loop: from when a request is due to when the load generator sends it; latencies count from then.
         send: from sending a request to when the API process could begin with it.
         request, prompt_token: that process's work on a request, and on each token of its prompt.
         command: from when the API process has taken a request to when the engine can.
@@ -119,6 +127,7 @@ class Latencies:
         turnaround: closed loop: from the end of an answer to the next request of the user, beside the time to think.
     """
 
+    lateness: float
     send: float
     request: float
     prompt_token: float
@@ -130,23 +139,36 @@ class Latencies:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deviations:
+    """How steps of some number of streams deviate from what is predicted of them.
+
+    Attributes:
+        num_streams: the least; the most is below that of the next.
+        ratios: measured over predicted seconds of the profile's steps, ascending, each for an equal share of them.
+    """
+
+    num_streams: int
+    ratios: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
     """All that the twin knows of time.
 
     Attributes:
-        residuals: measured over predicted seconds of the profile's steps, ascending, each for an equal share of them;
-            the simulator draws from them, so that what the machine did beside is in its predictions too.  Empty: steps
-            take exactly what is predicted.
+        deviations: by the number of streams, ascending.  The simulator draws from them, so that what the machine did
+            beside is in its predictions too: above all, passing on the tokens of the step before, on the cores that
+            the engine computes on.  Empty: steps take exactly what is predicted.
     """
 
     steps: StepCosts
     latencies: Latencies
-    residuals: tuple[float, ...] = ()
+    deviations: tuple[Deviations, ...] = ()
 
-    def error_quantile(self, share: float) -> float:
-        """The relative error of the fit that this share of the profile's steps keeps within."""
-        errors = sorted(abs(residual - 1) for residual in self.residuals)
-        return errors[min(int(share * len(errors)), len(errors) - 1)] if errors else 0.0
+    def ratios(self, num_streams: int) -> tuple[float, ...]:
+        """Of steps with so many streams; those of the fewest, if there were never so few."""
+        place = bisect_right(self.deviations, num_streams, key=lambda one: one.num_streams)
+        return self.deviations[max(place - 1, 0)].ratios if self.deviations else ()
 
     def to_json(self) -> dict[str, Any]:
         return {"version": VERSION} | asdict(self)
@@ -164,7 +186,7 @@ class CostModel:
         return cls(
             steps=_read_step_costs(costs["steps"]),
             latencies=_read_latencies(costs["latencies"]),
-            residuals=tuple(_amounts(costs["residuals"], "costs.residuals")),
+            deviations=_read_deviations(costs["deviations"]),
         )
 
 
@@ -200,6 +222,24 @@ def _read_step_costs(value: object) -> StepCosts:
 def _read_latencies(value: object) -> Latencies:
     read = read_object(value, "costs.latencies", [field.name for field in fields(Latencies)])
     return Latencies(**{key: _amount(read[key], f"costs.latencies.{key}") for key in read})
+
+
+def _read_deviations(value: object) -> tuple[Deviations, ...]:
+    if not isinstance(value, list):
+        raise LoadTestError(f"costs.deviations must be a list, not {value!r:.40}")
+    read: list[Deviations] = []
+    for index, one in enumerate(value):
+        name = f"costs.deviations[{index}]"
+        fields_of = read_object(one, name, ["num_streams", "ratios"])
+        ratios = _amounts(fields_of["ratios"], f"{name}.ratios")
+        if not ratios:
+            raise LoadTestError(f"{name}.ratios must not be empty")
+        read.append(
+            Deviations(num_streams=int(_amount(fields_of["num_streams"], f"{name}.num_streams")), ratios=tuple(ratios))
+        )
+    if any(after.num_streams <= before.num_streams for before, after in pairwise(read)):
+        raise LoadTestError("costs.deviations must ascend by num_streams")
+    return tuple(read)
 
 
 def _amounts(value: object, name: str) -> list[float]:

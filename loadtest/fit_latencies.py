@@ -22,16 +22,23 @@ from scheduler.policies import Policy, find_policy
 _MIN_PAIRS = 5
 
 
-def fit_latencies(runs: Sequence[Run]) -> Latencies:
-    """The typical latencies of these runs; 0 for those that none of the requests shows."""
+def fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
+    """The typical latencies of these runs; 0 for those that none of the requests shows.
+
+    Args:
+        arrival_gap: seconds of the engine's work on a request that comes, before the step.
+    """
     request, prompt_token = _fit_handling(runs)
     token, delivery = _fit_delivery(runs)
     whole = [record for run in runs for record in run.requests if _is_whole(record)]
+    send = _typical(_sendings((run for run in runs if run.load.users), request, prompt_token))
+    late = _typical(_sendings((run for run in runs if not run.load.users), request, prompt_token))
     return Latencies(
-        send=_typical(_sendings(runs, request, prompt_token)),
+        lateness=max(late - send, 0.0),
+        send=send,
         request=request,
         prompt_token=prompt_token,
-        command=_typical(wait for run in runs for wait in _commands(run)),
+        command=_typical(wait - arrival_gap for run in runs for wait in _commands(run)),
         token=token,
         delivery=delivery,
         end=_typical(record.finished_at - record.token_times[-1] for record in whole if record.finished_at is not None),
@@ -96,7 +103,7 @@ def _queued(run: Run) -> Iterator[tuple[int, float]]:
             yield after.num_prompt_tokens, after.arrived_at - before.arrived_at
 
 
-def _sendings(runs: Sequence[Run], request: float, prompt_token: float) -> Iterator[float]:
+def _sendings(runs: Iterable[Run], request: float, prompt_token: float) -> Iterator[float]:
     """How much longer than the API process's work it took until requests had arrived that nothing was in the way of."""
     for run in runs:
         ends = [step.start + step.seconds for step in run.steps]

@@ -57,8 +57,8 @@ class Plan:
         num_requests: of each workload.
         replay: a saved workload that takes the place of the generated ones.
         costs: a profile's folder; None takes a profile.
-        profile_again: whether one is taken after the comparison too, and the twin fitted to both: machines change their
-            speed.
+        profile_again: whether runs of a profile are also measured amid the comparison, and the twin fitted to all:
+            machines change their speed.
     """
 
     experiments: tuple[Experiment, ...]

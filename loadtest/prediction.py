@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import chain, repeat
 from pathlib import Path
 
 from loadtest.costs import CostModel, StepShape
@@ -12,7 +12,7 @@ from loadtest.errors import LoadTestError
 from loadtest.measuring import Measurer
 from loadtest.plan import PlannedRun
 from loadtest.preparation import Facts, Key
-from loadtest.profile import SERIES, Profile, make_profile
+from loadtest.profile import SERIES, Profile, make_profile, measure_series
 from loadtest.records import Load, Run, Setup
 from loadtest.simulator import simulate
 from loadtest.steps import Step
@@ -28,57 +28,62 @@ PROFILE_WORKLOADS: tuple[Key, ...] = tuple(
 
 
 class ProfileRuns:
-    """Measures the runs of a profile, those that the folder has not yet.
+    """The runs of a profile, the series again and again: those that the folder has, and further ones as they are asked
+    for.
 
     Args:
+        workloads: those of `PROFILE_WORKLOADS`.
         storage: of a folder that holds nothing else.
+        measurer: of that storage.
+
+    Attributes:
+        taken: all so far.
     """
 
-    def __init__(self, storage: Storage, measurer: Measurer, observe: Callable[[], None]) -> None:
+    def __init__(
+        self, facts: Facts, workloads: Mapping[Key, Sequence[WorkloadRequest]], storage: Storage, measurer: Measurer
+    ) -> None:
+        self.taken: list[Run] = []
+        self._facts = facts
         self._storage = storage
         self._measurer = measurer
-        self._observe = observe
-        self._numbers = count(1)
+        self._series = measure_series(
+            self._measure, lambda *key: workloads[key], facts.options, chain.from_iterable(repeat(SERIES))
+        )
 
-    def measure(self, workload: Sequence[WorkloadRequest], load: Load, setup: Setup) -> Run:
-        name = f"profile-{next(self._numbers)}"
+    def take(self) -> None:
+        """Measure the next one.
+
+        Raises:
+            LoadTestError: a server failed.
+        """
+        self.taken.append(next(self._series))
+
+    def profile(self, versions: Mapping[str, str]) -> Profile:
+        """What follows from all that were taken.
+
+        Raises:
+            LoadTestError: they are too little.
+        """
+        limits, knobs = self._facts.config
+        return make_profile(
+            self.taken,
+            model=self._facts.model,
+            limits=limits,
+            knobs=knobs,
+            options=self._facts.options,
+            versions=versions,
+        )
+
+    def _measure(self, workload: Sequence[WorkloadRequest], load: Load, setup: Setup) -> Run:
+        name = f"profile-{len(self.taken) + 1}"
         planned = PlannedRun(setup=setup, workload=name, load=load)
         folder = self._storage.find(planned)
         if folder is None:
             file = self._storage.workload_file(name)
             write_workload(file, workload)
             folder = self._measurer.measure(planned, Sending(file, load))
-        self._observe()
         return self._storage.load(folder)
-
-
-def take_profile(
-    facts: Facts,
-    workloads: Mapping[Key, Sequence[WorkloadRequest]],
-    runs: ProfileRuns,
-    versions: Mapping[str, str],
-    rounds: int,
-) -> Profile:
-    """Measure what the twin must know of a server.
-
-    Args:
-        workloads: those of `PROFILE_WORKLOADS`.
-        rounds: how often the series is run; those before the last may have been measured earlier.
-
-    Raises:
-        LoadTestError: a server failed, or too little was measured.
-    """
-    limits, knobs = facts.config
-    return make_profile(
-        runs.measure,
-        lambda name, num_requests, seed: workloads[name, num_requests, seed],
-        model=facts.model,
-        limits=limits,
-        knobs=knobs,
-        options=facts.options,
-        versions=versions,
-        series=SERIES * rounds,
-    )
 
 
 def predict(
@@ -107,6 +112,7 @@ def step_seconds(costs: CostModel) -> Callable[[Step], float]:
         shape = StepShape(
             num_tokens=sum(row.num_tokens for row in step.rows),
             num_pairs=step.num_pairs,
+            num_keys=step.num_keys,
             num_samples=sum(row.samples for row in step.rows),
             num_streams=sum(row.samples and not row.is_padding for row in step.rows),
             num_joins=0,

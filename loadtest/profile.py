@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
@@ -26,27 +26,30 @@ Config = TypeVar("Config", SchedulerConfig, PolicyConfig)
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """One run of the series: a closed loop without time to think."""
+    """One run of the series: a closed loop without time to think, or an open one if there are no users."""
 
     workload: str
     num_requests: int
     users: int
     policy: str = "fcfs"
     options: tuple[str, ...] = ()
+    rate: float = 0.0
 
 
 SERIES = (
-    Stretch("chat", 3, 1),
-    Stretch("chat", 6, 2),
-    Stretch("chat", 24, 8),
-    Stretch("chat", 80, 32),
-    Stretch("chat", 96, 64),
-    Stretch("code", 32, 8),
-    Stretch("chat", 48, 16, "static", ("--max-num-seqs", "16")),
-    Stretch("chat", 48, 48, "sjf", ("--max-num-seqs", "16")),
+    Stretch("chat", 8, 1),
+    Stretch("chat", 12, 2),
+    Stretch("chat", 64, 8),
+    Stretch("chat", 256, 32),
+    Stretch("chat", 256, 64),
+    Stretch("code", 64, 16),
+    Stretch("chat", 64, 32, "static"),
+    Stretch("chat", 64, 48, "sjf", ("--max-num-seqs", "16")),
+    Stretch("chat", 32, 0, rate=16.0),
 )
 """Batches of 1 to 64 rows (as a run ends, it passes through all below its own), prompts in chunks of all sizes, long
-contexts and found prefixes, rows that are padding, and requests that wait to be put in order."""
+contexts and found prefixes, rows that are padding, requests that wait to be put in order, and requests that come when
+they are due."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,26 +78,37 @@ class Profile:
         return apply_options(options, self.options, self.limits, self.knobs)
 
 
+def measure_series(
+    measure: Measure, make_workload: MakeWorkload, options: Sequence[str] = (), series: Iterable[Stretch] = SERIES
+) -> Iterator[Run]:
+    """The runs of the series, each measured when it is asked for.
+
+    Raises:
+        LoadTestError: a server failed.
+    """
+    for stretch in series:
+        workload = make_workload(stretch.workload, stretch.num_requests, 0)
+        setup = Setup(policy=stretch.policy, options=(*options, *stretch.options))
+        yield measure(workload, Load(users=stretch.users, rate=stretch.rate), setup)
+
+
 def make_profile(
-    measure: Measure,
-    make_workload: MakeWorkload,
+    runs: Sequence[Run],
     *,
     model: str,
     limits: SchedulerConfig,
     knobs: PolicyConfig,
     options: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
-    series: Iterable[Stretch] = SERIES,
 ) -> Profile:
-    """Measure a series of runs, and fit the costs to them.
+    """Fit the costs to the runs of the series, which may have been run several times.
 
     Args:
         limits, knobs: those that servers with `options` have; how many blocks there are, their traces say.
 
     Raises:
-        LoadTestError: too little was measured, or a server failed.
+        LoadTestError: too little was measured.
     """
-    runs = [_measure(measure, make_workload, stretch, options) for stretch in series]
     num_blocks = max((step.num_blocks for run in runs for step in run.steps), default=limits.num_blocks)
     return Profile(
         model=model,
@@ -104,12 +118,6 @@ def make_profile(
         knobs=knobs,
         costs=fit(runs),
     )
-
-
-def _measure(measure: Measure, make_workload: MakeWorkload, stretch: Stretch, options: Sequence[str]) -> Run:
-    workload = make_workload(stretch.workload, stretch.num_requests, 0)
-    setup = Setup(policy=stretch.policy, options=(*options, *stretch.options))
-    return measure(workload, Load(users=stretch.users), setup)
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------

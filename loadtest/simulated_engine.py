@@ -57,18 +57,17 @@ class SimulatedExecutor:
         seed: int,
     ) -> None:
         self._requests = requests
-        self._costs = costs.steps
-        self._residuals = costs.residuals
+        self._costs = costs
         self._scheduler = scheduler
         self._orders = puts_in_order(type(scheduler.policy))
         self._clock = clock
         self._random = Random(seed)
-        self.shape = StepShape(0, 0, 0, 0, 0, 0)
+        self.shape = StepShape()
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         self.shape = StepShape.of(output, len(self._scheduler.waiting) if self._orders else 0)
-        deviation = self._random.choice(self._residuals) if self._residuals else 1.0
-        self._clock.now += self._costs.seconds(self.shape) * deviation
+        ratios = self._costs.ratios(self.shape.num_streams)
+        self._clock.now += self._costs.steps.seconds(self.shape) * (self._random.choice(ratios) if ratios else 1.0)
         return StepResult([[self._choose(share)] if share.samples else [] for share in output.scheduled])
 
     def _choose(self, share: ScheduledRequest) -> int:
@@ -113,6 +112,7 @@ class StepLog:
                     num_used_blocks=record.num_used_blocks,
                     num_kv_tokens=record.num_kv_tokens,
                     num_pairs=record.num_pairs,
+                    num_keys=record.num_keys,
                     num_preemptions=len(record.preempted),
                 )
             )

@@ -114,6 +114,7 @@ class Simulation:
         self._users: Users = (
             ClosedLoop(workload, load, costs.latencies.turnaround) if load.users else OpenLoop(workload, load)
         )
+        self._lateness = 0.0 if load.users else costs.latencies.lateness
         self._api_free_at = 0.0
         self._sendings: list[tuple[float, int, WorkloadRequest]] = []  # a heap: what users will have sent when
         self._order = count()
@@ -130,6 +131,7 @@ class Simulation:
     def _turn(self) -> None:
         """`EngineLoop.turn`: wait for something to do, take the commands that have come, run one step, report."""
         for request in self._receive(self._scheduler.wake_time(self.clock.now)):
+            self.clock.now += self._costs.arrival_gap_seconds
             try:
                 self._scheduler.add(request)
             except ShoalError as error:
@@ -201,7 +203,8 @@ class Simulation:
             sent_at=sent_at,
             num_prompt_tokens=len(request.prompt_token_ids),
         )
-        heappush(self._sendings, (sent_at + self._latencies.send, next(self._order), request))
+        reaches_at = sent_at + self._lateness + self._latencies.send
+        heappush(self._sendings, (reaches_at, next(self._order), request))
 
     def _refuse(self, request_id: str, message: str) -> None:
         self.records[request_id].error = message

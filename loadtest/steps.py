@@ -25,6 +25,7 @@ class Step:
         num_blocks, num_used_blocks: of the KV cache: in all, and owned by requests.
         num_kv_tokens: tokens whose keys and values stand in the owned blocks, shared ones counted once.
         num_pairs: pairs of query and key that attention computes.
+        num_keys: keys that the rows see, each row's counted once.
         num_preemptions: in this step.
     """
 
@@ -37,6 +38,7 @@ class Step:
     num_used_blocks: int
     num_kv_tokens: int
     num_pairs: int
+    num_keys: int
     num_preemptions: int
 
 
@@ -146,6 +148,7 @@ class _Reader:
                     num_used_blocks=args["used_blocks"],
                     num_kv_tokens=args["kv_tokens"],
                     num_pairs=args["pairs"],
+                    num_keys=args["keys"],
                     num_preemptions=args["preemptions"],
                 )
             )

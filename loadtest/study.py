@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
 
 from loadtest.accuracy import compare
-from loadtest.comparison import Comparison, Results
+from loadtest.comparison import Comparison, Measure, Results
 from loadtest.errors import LoadTestError
 from loadtest.measuring import Measurer
-from loadtest.plan import Plan, interleave
-from loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns, predict, step_seconds, take_profile
+from loadtest.plan import Plan, PlannedRun, interleave
+from loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns, predict, step_seconds
 from loadtest.preparation import Facts, Key, Preparation, machine
 from loadtest.profile import SERIES, Profile, read_profile, read_profiled_workload, write_profile
 from loadtest.progress import Bars
@@ -24,10 +24,11 @@ from loadtest.report import write_report
 from loadtest.report_data import Cell, ReportData, baseline, by_load, by_section, collect
 from loadtest.storage import Storage, write_json
 from loadtest.workload import WorkloadRequest, read_workload
-from loadtest.workload_files import WorkloadFiles
+from loadtest.workload_files import Sending, WorkloadFiles
 from loadtest.workloads import WORKLOADS
 
 PROFILE_FOLDER = "profile"
+RUNS_BETWEEN = 3  # of the comparison, between two of a profile that is taken amid it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +65,15 @@ def conduct(plan: Plan, folder: Path, *, options: Sequence[str], is_resumed: boo
         storage.withdraw()
         raise
     profiler = _Profiler(plan, storage, facts, workloads)
-    before = given or profiler.take(rounds=1)
-    measurer = Measurer(model=plan.model, storage=storage)
+    profile = given or profiler.take_first()
+    measure = Measurer(model=plan.model, storage=storage).measure
     with Bars(plan.num_requests) as bars:
-        results = Comparison(plan, storage, measurer.measure, files.sending, bars).run()
-    profile, failures = profiler.retake(before) if plan.profile_again else (before, [])
+        again = profiler.amid(measure) if plan.profile_again else measure
+        results = Comparison(plan, storage, again, files.sending, bars).run()
+    if plan.profile_again:
+        profile = profiler.take_rest()
     predictions, reasons = predict(results.runs, files.sending, profile)
-    reasons = [*failures, *reasons]
+    reasons = [*profiler.failures, *reasons]
     cells = collect((storage.load(run) for run in results.runs.values()), predictions, plan.slo)
     report = ReportData(
         title="Load test of Shoal",
@@ -103,7 +106,9 @@ def profile_servers(folder: Path, plan: Plan, *, options: Sequence[str]) -> Prof
         storage = Storage(Path(temporary), plan)
         preparation = Preparation(plan, storage, WorkloadFiles(storage), options)
         facts, workloads = preparation.run([*PROFILE_WORKLOADS, *keys.values()])
-        profile = _measure_profile(plan, storage, facts, workloads)
+        runs = ProfileRuns(facts, workloads, storage, Measurer(model=plan.model, storage=storage))
+        _take_series(runs)
+        profile = runs.profile(machine())
     write_profile(folder, profile, {name: workloads[key] for name, key in keys.items()})
     return profile
 
@@ -132,46 +137,71 @@ def rehearse(plan: Plan, costs: Path) -> list[Cell]:
 
 
 class _Profiler:
-    """Takes the profile of a load test, before the comparison and perhaps again after it.
+    """Takes the profile of a load test: the series before the comparison, and perhaps further runs of it amid.
 
     Args:
         storage: of the load test; the profile has a folder in its.
         workloads: those of `PROFILE_WORKLOADS`.
+
+    Attributes:
+        failures: what went wrong amid the comparison, in words.
     """
 
     def __init__(
         self, plan: Plan, storage: Storage, facts: Facts, workloads: Mapping[Key, Sequence[WorkloadRequest]]
     ) -> None:
-        self._plan, self._storage, self._facts, self._workloads = plan, storage, facts, workloads
+        self.failures: list[str] = []
+        self._plan, self._storage = plan, storage
         self._folder = storage.folder / PROFILE_FOLDER
+        own = Storage(self._folder, plan, is_resumed=True)
+        self._runs = ProfileRuns(facts, workloads, own, Measurer(model=plan.model, storage=own))
+        self._num_measured = 0
 
-    def take(self, rounds: int) -> Profile:
-        """Run what is missing of so many rounds, and save what follows from all.
+    def take_first(self) -> Profile:
+        """Run the series, and save what follows from it.
 
         Raises:
             LoadTestError: a server failed, or too little was measured.
         """
-        storage = Storage(self._folder, self._plan, is_resumed=True)
-        profile = _measure_profile(self._plan, storage, self._facts, self._workloads, rounds)
+        _take_series(self._runs)
+        return self._save()
+
+    def amid(self, measure: Measure) -> Measure:
+        """Measures as `measure` does, and between every few measurements a run of the series."""
+
+        def measure_and_profile(planned: PlannedRun, sending: Sending, observe: Callable[[int], None]) -> Path:
+            self._num_measured += 1
+            if self._num_measured % RUNS_BETWEEN == 0 and not self.failures:
+                try:
+                    self._runs.take()
+                except LoadTestError as error:
+                    self.failures.append(f"Predictions are those of a profile that broke off: {error}")
+            return measure(planned, sending, observe)
+
+        return measure_and_profile
+
+    def take_rest(self) -> Profile:
+        """Complete the series that was begun last, and save what follows from all."""
+        try:
+            if not self.failures:
+                _take_series(self._runs)
+        except LoadTestError as error:
+            self.failures.append(f"Predictions are those of a profile that broke off: {error}")
+        return self._save()
+
+    def _save(self) -> Profile:
+        profile = self._runs.profile(machine())
         names = dict.fromkeys(name.partition(":")[0] for name in self._plan.workloads)
         saved = {name: read_workload(self._storage.workload_file(name)) for name in names}
         write_profile(self._folder, profile, saved)
         return profile
 
-    def retake(self, before: Profile) -> tuple[Profile, list[str]]:
-        """Add the second round to the one `before`; with what went wrong, if that is all there is."""
-        try:
-            return self.take(rounds=2), []
-        except LoadTestError as error:
-            return before, [f"Predictions are those of a profile from before the comparison alone: {error}"]
 
-
-def _measure_profile(
-    plan: Plan, storage: Storage, facts: Facts, workloads: Mapping[Key, Sequence[WorkloadRequest]], rounds: int = 1
-) -> Profile:
-    with tqdm(total=rounds * len(SERIES), unit="run", desc="profile") as bar:
-        runs = ProfileRuns(storage, Measurer(model=plan.model, storage=storage), bar.update)
-        return take_profile(facts, workloads, runs, machine(), rounds)
+def _take_series(runs: ProfileRuns) -> None:
+    """Complete the series that was begun; begin with a whole one."""
+    num_left = -len(runs.taken) % len(SERIES) if runs.taken else len(SERIES)
+    for _ in tqdm(range(num_left), unit="run", desc="profile"):
+        runs.take()
 
 
 def figures(cells: Sequence[Cell]) -> list[dict[str, Any]]:

@@ -95,6 +95,11 @@ class StepRecord:
             for share in self.output.scheduled
         )
 
+    @property
+    def num_keys(self) -> int:
+        """Keys that the rows see, each row's counted once, however many queries it has."""
+        return sum(share.num_computed_tokens + share.num_scheduled_tokens for share in self.output.scheduled)
+
 
 @dataclass(slots=True)
 class _Seat:
@@ -199,6 +204,7 @@ class ChromeTrace:
             "left": left,
             "execute": _microseconds(executed - scheduled),
             "pairs": record.num_pairs,
+            "keys": record.num_keys,
             "waiting": record.num_waiting,
             "blocks": record.num_blocks,
             "used_blocks": record.num_used_blocks,

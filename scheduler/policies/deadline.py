@@ -23,6 +23,7 @@ class EarliestDeadlineFirst(KeyedPolicy):
     """
 
     def __init__(self, ttft_slo_ms: float, tpot_slo_ms: float) -> None:
+        super().__init__()
         self._ttft_slo_ms = ttft_slo_ms
         self._tpot_slo_ms = tpot_slo_ms
 

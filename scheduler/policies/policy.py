@@ -79,11 +79,25 @@ class KeyedPolicy(Policy):
     Among equals the first comes first.
     """
 
+    def __init__(self) -> None:
+        self._waiting_keys: dict[Request, float] = {}
+
     @abstractmethod
-    def key(self, request: Request) -> float: ...
+    def key(self, request: Request) -> float:
+        """Must not change while the request waits: a long queue is put in order in every step."""
 
     def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
-        return sorted(requests, key=self.key)
+        known = self._waiting_keys
+        for request in requests:
+            if request not in known and request.status is not RequestStatus.RUNNING:
+                known[request] = self.key(request)
+        return sorted(requests, key=lambda request: known[request] if request in known else self.key(request))
+
+    def on_admission(self, request: Request) -> None:
+        self._waiting_keys.pop(request, None)
+
+    def on_finish(self, request: Request, reason: FinishReason) -> None:
+        self._waiting_keys.pop(request, None)
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
         last = self.last(running)

@@ -20,6 +20,7 @@ class Priority(KeyedPolicy):
     """
 
     def __init__(self, ageing_seconds: float) -> None:
+        super().__init__()
         self._ageing_seconds = ageing_seconds
 
     @classmethod

@@ -31,6 +31,7 @@ class ShortestJobFirst(KeyedPolicy):
     """
 
     def __init__(self, predictor: Predictor, ageing_tokens: float) -> None:
+        super().__init__()
         self._predictor = predictor
         self._ageing_tokens = ageing_tokens
         self._predicted: dict[Request, float] = {}
@@ -56,6 +57,7 @@ class ShortestJobFirst(KeyedPolicy):
         self._predicted[request] = self._predictor.predict(request)
 
     def on_finish(self, request: Request, reason: FinishReason) -> None:
+        super().on_finish(request, reason)
         del self._predicted[request]
         if reason is not FinishReason.ERROR:  # whoever was aborted wanted no more than it had
             self._predictor.learn(request)

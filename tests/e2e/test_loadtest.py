@@ -26,12 +26,14 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         token_counts=(1, 512),
         token_seconds=(0.001, 0.1),
         pair_seconds=0.0,
+        key_seconds=0.0,
         sample_seconds=0.0001,
         stream_seconds=0.0,
         join_seconds=0.0,
         ordered_seconds=0.0,
         gap_seconds=0.0,
         stream_gap_seconds=0.0,
+        arrival_gap_seconds=0.0,
     )
     latencies = Latencies(**dict.fromkeys(Latencies.__slots__, 0.001))
     folder = tmp_path_factory.mktemp("profile")

@@ -117,6 +117,7 @@ def make_run(
                 num_used_blocks=sum(occupant.num_blocks for occupant in rows.values()),
                 num_kv_tokens=sum(o.num_prompt_tokens + o.num_chosen for o in rows.values()),
                 num_pairs=sum(o.num_prompt_tokens + o.num_chosen for o in rows.values()),
+                num_keys=sum(o.num_prompt_tokens + o.num_chosen for o in rows.values()),
                 num_preemptions=0,
             )
         )

@@ -206,7 +206,7 @@ def test_everything_is_measured_and_saved(tmp_path: Path) -> None:
 
 def test_steps_are_on_the_clock_of_the_run_and_without_the_warming(tmp_path: Path) -> None:
     def trace(path: Path) -> tuple[list[Step], dict[str, EngineRequest]]:
-        steps = [Step(start, 0.5, 0.4, [], 0, 8, 0, 0, 0, 0) for start in (STARTED_AT - 1, STARTED_AT + 2)]
+        steps = [Step(start, 0.5, 0.4, [], 0, 8, 0, 0, 0, 0, 0) for start in (STARTED_AT - 1, STARTED_AT + 2)]
         ways = [EngineRequest(name, at, at, None) for name, at in (("warm", STARTED_AT - 1), ("a", STARTED_AT + 1))]
         return steps, {way.request_id: way for way in ways}
 

@@ -39,7 +39,14 @@ def run(*records: RequestRecord, **values: object) -> Run:
 
 def step(start: float, seconds: float, num_working: int, num_padding: int = 0, **values: int) -> Step:
     rows = [Row(f"r{i}", i, 1, 0, True, i >= num_working) for i in range(num_working + num_padding)]
-    figures = {"num_waiting": 0, "num_blocks": 10, "num_used_blocks": 4, "num_kv_tokens": 32, "num_pairs": 9}
+    figures = {
+        "num_waiting": 0,
+        "num_blocks": 10,
+        "num_used_blocks": 4,
+        "num_kv_tokens": 32,
+        "num_pairs": 9,
+        "num_keys": 9,
+    }
     return Step(start, seconds, seconds, rows, **figures | {"num_preemptions": 0} | values)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.arrivals import think_times
-from loadtest.costs import Latencies
+from loadtest.costs import Deviations, Latencies
 from loadtest.errors import LoadTestError
 from loadtest.records import Load, RequestRecord, Run, Setup
 from loadtest.simulator import SJF_ORACLE, Simulation, simulate
@@ -122,6 +122,7 @@ def test_an_open_loop_with_a_rate_draws_its_own_times() -> None:
 # -- latencies outside the engine --------------------------------------------------------------------------------------
 
 LATENCIES = Latencies(
+    lateness=1 / 128,
     send=1 / 2,
     request=1 / 4,
     prompt_token=1 / 32,
@@ -157,14 +158,22 @@ def test_the_api_process_takes_one_thing_after_the_other() -> None:
 def test_a_request_that_comes_first_holds_up_tokens() -> None:
     workload = [ask("a", 8, arrival_time=0.0), ask("b", 8, arrival_time=1.5)]
     found = run(workload, Load(), costs=LATE)
-    # a's first step ends at 2.0625; b came at 2 and is worked on until 2.5.
-    assert times(found)["a"][1][0] == 2.5 + 1 / 64 + 1 / 8
+    # Both are sent 1/128 late.  a's first step ends 2.0625 after that; b came at 2 and is worked on until 2.5.
+    assert times(found)["a"][1][0] == 1 / 128 + 2.5 + 1 / 64 + 1 / 8
+    assert sent(found) == {"a": 0, "b": 1.5}, "when they were due"
 
 
 def test_gaps_between_steps_pass_too() -> None:
     steps = replace(SECONDS.steps, gap_seconds=1 / 4, stream_gap_seconds=1 / 8)
     found = run([ask("a", num_output_tokens=3)], Load(users=1), costs=replace(SECONDS, steps=steps))
     assert times(found)["a"][1] == [1, 1 + 3 / 8 + 1, 1 + 3 / 8 + 1 + 3 / 8 + 1]
+
+
+def test_requests_that_come_take_time_between_steps() -> None:
+    steps = replace(SECONDS.steps, arrival_gap_seconds=1 / 4)
+    workload = [ask("a", num_output_tokens=4, arrival_time=0.0), *(ask(name, arrival_time=1.5) for name in "bc")]
+    found = run(workload, Load(), costs=replace(SECONDS, steps=steps))
+    assert times(found)["a"][1] == [1.25, 2.25, 2.25 + 2 / 4 + 1, 2.25 + 2 / 4 + 2]
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------
@@ -212,6 +221,7 @@ def test_a_row_is_taken_again_when_it_is_free() -> None:
 def test_a_steps_figures_are_those_of_its_schedule() -> None:
     first, second = run([ask("a", num_prompt_tokens=20)], Load(users=1)).steps
     assert (first.num_pairs, second.num_pairs) == (20 * 21 // 2, 21)
+    assert (first.num_keys, second.num_keys) == (20, 21)
     assert (first.num_blocks, first.num_used_blocks, first.num_kv_tokens, first.num_waiting) == (4096, 2, 20, 0)
     assert (second.start, second.seconds, second.execute_seconds, second.num_kv_tokens) == (1, 1, 1, 21)
 
@@ -250,11 +260,11 @@ def test_what_the_server_would_refuse_is_refused() -> None:
 
 
 def test_deviations_are_seeded_and_keep_the_profiles_mean() -> None:
-    costs = replace(SECONDS, residuals=(0.5, 0.75, 1.75))
+    costs = replace(SECONDS, deviations=(Deviations(num_streams=1, ratios=(0.5, 0.75, 1.75)),))
     workload = [ask("a", num_output_tokens=999, max_tokens=999)]
     found = [run(workload, Load(users=1), costs=costs, repetition=repetition) for repetition in (0, 0, 1)]
     assert times(found[0]) == times(found[1]) != times(found[2])
-    assert sorted({round(step.seconds, 6) for step in found[0].steps}) == list(costs.residuals)
+    assert sorted({round(step.seconds, 6) for step in found[0].steps}) == [0.5, 0.75, 1.75]
     assert found[0].requests[0].finished_at == pytest.approx(999, rel=0.05)
 
 

@@ -69,6 +69,7 @@ def test_steps_and_requests_are_read_back(traced: Traced) -> None:
         num_used_blocks=6,
         num_kv_tokens=6 + 6 + 5,
         num_pairs=6 + 6 + 5,
+        num_keys=6 + 6 + 5,
         num_preemptions=0,
     )
     assert requests == {

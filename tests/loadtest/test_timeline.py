@@ -30,6 +30,7 @@ def a_step(start: float, *rows: Row, used: int = 0, kv_tokens: int = 0, seconds:
         num_used_blocks=used,
         num_kv_tokens=kv_tokens,
         num_pairs=0,
+        num_keys=0,
         num_preemptions=0,
     )
 

@@ -12,18 +12,22 @@ from loadtest.workload import WorkloadRequest
 from scheduler.config import PolicyConfig, SchedulerConfig
 
 LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
-NO_LATENCIES = Latencies(send=0, request=0, prompt_token=0, command=0, token=0, delivery=0, end=0, turnaround=0)
+NO_LATENCIES = Latencies(
+    lateness=0, send=0, request=0, prompt_token=0, command=0, token=0, delivery=0, end=0, turnaround=0
+)
 # Every step takes a second.
 SECOND_STEPS = StepCosts(
     token_counts=(1, 2),
     token_seconds=(1.0, 1.0),
     pair_seconds=0,
+    key_seconds=0,
     sample_seconds=0,
     stream_seconds=0,
     join_seconds=0,
     ordered_seconds=0,
     gap_seconds=0,
     stream_gap_seconds=0,
+    arrival_gap_seconds=0,
 )
 SECONDS = CostModel(steps=SECOND_STEPS, latencies=NO_LATENCIES)
 # Of the order of a small model's on two cores; steps get cheaper by the token as they grow.
@@ -32,15 +36,25 @@ REALISTIC = CostModel(
         token_counts=(1, 4, 16, 64, 512),
         token_seconds=(0.0007, 0.0015, 0.003, 0.006, 0.04),
         pair_seconds=2e-8,
+        key_seconds=3e-7,
         sample_seconds=1e-5,
         stream_seconds=4e-5,
         join_seconds=1e-4,
         ordered_seconds=1e-6,
         gap_seconds=1e-4,
         stream_gap_seconds=2e-6,
+        arrival_gap_seconds=1e-4,
     ),
     latencies=Latencies(
-        send=1e-3, request=8e-4, prompt_token=1e-6, command=2e-4, token=5e-5, delivery=3e-4, end=4e-4, turnaround=1e-3
+        lateness=7e-4,
+        send=1e-3,
+        request=8e-4,
+        prompt_token=1e-6,
+        command=2e-4,
+        token=5e-5,
+        delivery=3e-4,
+        end=4e-4,
+        turnaround=1e-3,
     ),
 )
 

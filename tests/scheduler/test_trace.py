@@ -85,6 +85,7 @@ def test_the_events_of_two_requests() -> None:
             arrived={"a": -1e6},
             left=[],
             pairs=15,
+            keys=5,
             waiting=1,
             used_blocks=2,
             kv_tokens=5,
@@ -96,6 +97,7 @@ def test_the_events_of_two_requests() -> None:
             arrived={},
             left=["a"],
             pairs=6,
+            keys=6,
             waiting=1,
             used_blocks=2,
             kv_tokens=6,
@@ -108,6 +110,7 @@ def test_the_events_of_two_requests() -> None:
             arrived={"b": -1e6},
             left=["b"],
             pairs=1,
+            keys=1,
             waiting=0,
             used_blocks=1,
             kv_tokens=1,
@@ -239,7 +242,7 @@ def guess(choose: Choose, request_id: str, context: list[int]) -> list[int]:
 def test_what_it_says_of_memory_and_work_is_what_was_done(
     workload: list[tuple[list[int], int, int]], policy: str, num_blocks: int, speculates: bool, lookahead: int
 ) -> None:
-    """Against slots and pairs that are counted one by one."""
+    """Against slots, pairs and keys that are counted one by one."""
     choose = hashed(50)
     harness = Harness(
         choose,
@@ -290,6 +293,7 @@ def check(record: StepRecord, harness: Harness) -> None:
     assert record.num_used_blocks == len(blocks)
     pairs = [position + 1 for share in shares for position in range(share.start, share.start + share.num_tokens)]
     assert record.num_pairs == sum(pairs)
+    assert record.num_keys == sum(share.start + share.num_tokens for share in shares)
 
 
 def check_spans(found: list[dict[str, Any]], harness: Harness) -> None:
