@@ -194,9 +194,9 @@ def _everything(options: Sequence[str], seed: int, repetitions: int) -> tuple[Ex
     )
     return (
         Experiment(workload="chat", setups=(*every, drafting), loads=main, repetitions=repetitions),
-        Experiment(workload="uniform", setups=every, loads=main, repetitions=few),
-        Experiment(workload="code", setups=every, loads=main, repetitions=few),
-        Experiment(workload="agent", setups=every, loads=main, repetitions=few),
+        Experiment(workload="uniform", setups=every, loads=main, repetitions=repetitions),
+        Experiment(workload="code", setups=every, loads=main, repetitions=repetitions),
+        Experiment(workload="agent", setups=every, loads=main, repetitions=repetitions),
         Experiment(workload="chat", setups=every, loads=users(1, 8, 64)),
         Experiment(workload="chat", setups=every, shares=shares),
         Experiment(workload="chat", setups=shortest, loads=main, shares=(0.8, 0.9, 1.0), repetitions=repetitions),

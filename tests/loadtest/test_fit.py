@@ -91,15 +91,15 @@ def test_noise_goes_into_the_deviations() -> None:
     # Steps with few streams are even; those with many are often slowed down by what passes their tokens on.
     few, many = (
         tuple(sorted(rng.lognormvariate(0, 0.05) * (slower if rng.random() < share else 1) for _ in range(200)))
-        for slower, share in ((3, 0.02), (2.5, 0.3))
+        for slower, share in ((3, 0.02), (2, 0.3))
     )
     bands = (Deviations(num_streams=0, ratios=few), Deviations(num_streams=16, ratios=many))
     noisy = replace(REALISTIC, deviations=bands)
     found = fit(series(noisy))
     predicted, actual = mean_seconds(found), mean_seconds(noisy)
-    assert predicted == pytest.approx(actual, rel=0.12)
+    assert predicted == pytest.approx(actual, rel=0.1)
     assert np.quantile(found.ratios(1), 0.95) / np.median(found.ratios(1)) == pytest.approx(1.09, abs=0.04)
-    assert np.quantile(found.ratios(32), 0.95) / np.median(found.ratios(32)) == pytest.approx(2.6, abs=0.25)
+    assert np.quantile(found.ratios(32), 0.95) / np.median(found.ratios(32)) == pytest.approx(2.1, abs=0.2)
     # What users see of another load is predicted, as far as one run is like the next.
     for policy in ("fcfs", "static"):
         actual, predicted = (repeated(policy, costs) for costs in (noisy, found))
