@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 
@@ -12,6 +13,7 @@ from scheduler.errors import ConfigError
 from scheduler.output import FinishReason, SchedulerOutput
 from scheduler.policies import POLICIES, create_policy, describe_policies
 from scheduler.policies.fcfs import FirstComeFirstServed
+from scheduler.policies.policy import KeyedPolicy
 from scheduler.request import Request, RequestStatus
 from tests.fakes import Harness, InjectedError, generate, hashed, params
 
@@ -337,3 +339,36 @@ def test_a_policy_is_told_the_time_and_may_pass_over_a_request() -> None:
         "2": 2,
         "3": 3,
     }
+
+
+class Counting(KeyedPolicy):
+    """Counts how often each request's key is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+
+    def key(self, request: Request) -> float:
+        self.asked[request.request_id] += 1
+        return -request.arrival_time
+
+
+def test_keys_are_computed_once_for_each_wait() -> None:
+    policy = Counting()
+    first, second = (Request(name, [1], params(), float(i)) for i, name in enumerate("ab"))
+    for _ in range(3):
+        assert list(policy.order([first, second], 0.0)) == [second, first]
+    assert policy.asked == {"a": 1, "b": 1}
+    policy.on_admission(second)
+    second.status = RequestStatus.RUNNING  # its key may change in each step
+    for _ in range(2):
+        policy.order([first, second], 0.0)
+    assert policy.asked == {"a": 1, "b": 3}
+    second.status = RequestStatus.PREEMPTED
+    for _ in range(2):
+        policy.order([first, second], 0.0)
+    assert policy.asked == {"a": 1, "b": 4}
+    for request in (first, second):
+        policy.on_finish(request, FinishReason.ABORT)
+    policy.order([first], 0.0)
+    assert policy.asked["a"] == 2, "nothing is kept of who has ended"
