@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+from model.speculation.acceptance import Acceptance
 from model.speculation.costs import LEAST_SHARE_OF_NEWEST, ProposalCosts, StepCosts
 from model.speculation.yields import Yields
 
 MOST_SPEC_TOKENS = 16  # of any proposal
-ADAPTIVE_MOST = 8
+ADAPTIVE_MOST = 8  # unless a guess costs next to nothing
 _SIZES_BETWEEN = 4  # that are looked at for each depth
 # A gain has to be worth the trouble of looking for it; once there it may be small for a while.
 _LEAST_GAIN, _LEAST_TO_STAY = 1.05, 1.0
@@ -22,7 +23,8 @@ _HOLDS, _TRIES_IN_EARNEST, _TRIES = 4, 12, 2
 _IN_EARNEST_EACH = 4  # trials, for all requests may have to be caught up with
 # Where nothing is to be gained there is a rest between two trials, longer each time that one shows nothing new.
 _FIRST_REST, _SHORTEST_REST, _LONGEST_REST = 4, 16, 512
-# After so many decisions to propose a few plain steps show what those cost by now.
+# After so many decisions to propose a few plain steps show what those cost by now; and half way between, proposals of
+# twice the length, for what they cost may have been learnt in a bad moment.
 _LOOKS_BACK = 32
 _ABOUT_AS_MANY = 0.25  # so much more or less requests are no reason to look sooner
 _MOSTLY_OTHERS = 0.5  # but so many new ones among them are
@@ -32,13 +34,13 @@ _MOSTLY_OTHERS = 0.5  # but so many new ones among them are
 _MAY_BE_LOST = 0.015
 _MOST_CREDIT = 32
 _TRIED_TOKENS = 2
-_GOOD_RATE = 0.9  # of acceptance, by which a trial that could not show a gain is spared
-# Acceptance is counted with a fading memory; a request of which little is known is taken for one like the others.
-_FADES, _FADES_OVERALL = 0.97, 0.99
-_WEIGHT_OF_OTHERS = 12.0
+_UNKNOWN_RATE = 0.5
+_GOOD_RATES = 0.9, 0.9  # of acceptance, by which a trial that could not show a gain is spared
 _ENOUGH_TO_KNOW = 8.0  # drafted tokens
 _TRUST_FADES_AT_REST = 0.95
-_FADES_AT_REST = 0.7  # what was seen of a request: its text has gone on meanwhile
+
+
+Rates = tuple[float, float]  # the chance of a first drafted token, and of a further one if those before it are right
 
 
 class LengthRule(Protocol):
@@ -113,22 +115,25 @@ class FixedLength:
 class AdaptiveLength:
     """Implements `LengthRule` by goodput: tokens that are expected to be accepted, over the time that they take.
 
-    After Liu et al. 2024 (SmartSpec) and 2025 (TurboSpec).  If the tokens drafted for a request are each accepted with
-    probability a, the j-th of them gives a^j tokens.  The costs of steps and proposals are those measured so far.
+    After Liu et al. 2024 (SmartSpec) and 2025 (TurboSpec).  If the first token drafted for a request is accepted with
+    probability a, and each further one with b if those before it are, the j-th of them gives a b^(j-1) tokens; where
+    the first is right, others often are, above all if they were looked up.  The costs of steps and proposals are those
+    measured so far.
     Where nothing is gained it proposes nothing, but tries one request after a rest: texts change, and so does what else
     the machine does, so that old costs are trusted less with each rest.  And what was expected is compared with what
     came, for costs that are taken one by one, in other moments, do not add up to those of a step with everything in it.
 
     Args:
         max_num_seqs: rows.
+        most: tokens for any request.
     """
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, most: int = ADAPTIVE_MOST) -> None:
+        self._most = most
         self._target = StepCosts()
         self._draft = ProposalCosts()
         self._yields = Yields()
-        self._accepted, self._rejected = [0.0] * max_num_seqs, [0.0] * max_num_seqs
-        self._overall = [0.0, 0.0]  # accepted, rejected
+        self._first, self._further = Acceptance(max_num_seqs), Acceptance(max_num_seqs)  # tokens of proposals
         self._trust = 1.0  # in what tokens were found to cost
         self._asked: list[int] = []
         self._num_requests = 0
@@ -141,17 +146,15 @@ class AdaptiveLength:
         self._num_trials = 0  # since then, in which something was known
 
     def join(self, row: int) -> None:
-        self._accepted[row] = self._rejected[row] = 0.0
+        self._first.join(row)
+        self._further.join(row)
         self._num_joined += 1
 
     def verified(self, row: int, num_drafted: int, num_accepted: int) -> None:
         self._trust = 1.0
         self._yields.verified(num_drafted, num_accepted)
-        was_rejected = float(num_accepted < num_drafted)
-        self._accepted[row] = _FADES * self._accepted[row] + num_accepted
-        self._rejected[row] = _FADES * self._rejected[row] + was_rejected
-        self._overall[0] = _FADES_OVERALL * self._overall[0] + num_accepted
-        self._overall[1] = _FADES_OVERALL * self._overall[1] + was_rejected
+        self._first.count(row, min(num_accepted, 1), int(num_accepted == 0))
+        self._further.count(row, max(num_accepted - 1, 0), int(0 < num_accepted < num_drafted))
 
     def took(self, num_tokens: int, seconds: float) -> None:
         self._target.observe(num_tokens, seconds, self._share_of_newest())
@@ -197,6 +200,9 @@ class AdaptiveLength:
             self._num_decisions, self._num_trials = self._num_decisions + 1, 0
             if self._num_decisions % _LOOKS_BACK == 0:
                 self._answer, self._holds = [0] * len(rows), _TRIES
+            elif self._num_decisions % _LOOKS_BACK == _LOOKS_BACK // 2:
+                self._answer, self._holds = [min(2 * length, self._most) for length in self._answer], _TRIES
+                self._yields.expect(None)
         elif has_rested:
             self._try(num_others, base)
         elif self._holds < 0:
@@ -208,11 +214,11 @@ class AdaptiveLength:
         if not self._is_known:
             return [0] * len(rows)
         least_gain = _LEAST_TO_STAY if any(self._answer) else _LEAST_GAIN
-        return self._best([self._rate(row) for row in rows], num_others, base, least_gain)
+        return self._best(self._rates(rows), num_others, base, least_gain)
 
     @property
     def _is_known(self) -> bool:
-        return sum(self._overall) >= _ENOUGH_TO_KNOW
+        return self._first.num_seen + self._further.num_seen >= _ENOUGH_TO_KNOW
 
     def _try(self, num_others: int, base: float) -> None:
         """Propose what comes close to a gain, or a few tokens for one request if those could show one at all.
@@ -222,25 +228,29 @@ class AdaptiveLength:
         self._trust *= _TRUST_FADES_AT_REST
         self._yields.fade()
         for row in self._asked:
-            self._accepted[row] *= _FADES_AT_REST
-            self._rejected[row] *= _FADES_AT_REST
+            self._first.fade(row)
+            self._further.fade(row)
         if self._is_known:
             self._rest = min(max(2 * self._rest, _SHORTEST_REST), _LONGEST_REST)
             if self._num_trials % _IN_EARNEST_EACH == 0:
-                rates = [self._rate(row) for row in self._asked]
-                self._answer = self._best(rates, num_others, base, _NEAR_GAIN)
+                self._answer = self._best(self._rates(self._asked), num_others, base, _NEAR_GAIN)
             self._num_trials += 1
         if any(self._answer):
             self._holds = _TRIES_IN_EARNEST
-        elif any(self._best([_GOOD_RATE] * len(self._asked), num_others, base, _LEAST_GAIN)):
+        elif any(self._best([_GOOD_RATES] * len(self._asked), num_others, base, _LEAST_GAIN)):
             self._answer[0], self._holds = _TRIED_TOKENS, _TRIES
             self._yields.expect(None)
         else:
             self._holds = self._rest
 
-    def _best(self, rates: list[float], num_others: int, base: float, least_gain: float) -> list[int]:
+    def _best(self, rates: list[Rates], num_others: int, base: float, least_gain: float) -> list[int]:
+        depths = range(1, self._most + 1)
         chances = sorted(
-            ((rate**depth, -depth, i) for i, rate in enumerate(rates) for depth in range(1, ADAPTIVE_MOST + 1)),
+            (
+                (first * further ** (depth - 1), -depth, i)
+                for i, (first, further) in enumerate(rates)
+                for depth in depths
+            ),
             reverse=True,
         )
         lengths = [0] * len(rates)
@@ -273,8 +283,7 @@ class AdaptiveLength:
         self._yields.expect(best / plain if num_best else None)
         return num_best
 
-    def _rate(self, row: int) -> float:
-        """The chance of a drafted token to be accepted."""
-        own = self._accepted[row] + self._rejected[row]
-        others = self._overall[0] / sum(self._overall)
-        return (self._accepted[row] + _WEIGHT_OF_OTHERS * others) / (own + _WEIGHT_OF_OTHERS)
+    def _rates(self, rows: list[int]) -> list[Rates]:
+        """As long as little is known of further tokens, they are taken for as good as the first."""
+        first = [self._first.rate(row, _UNKNOWN_RATE) for row in rows]
+        return [(rate, self._further.rate(row, rate)) for row, rate in zip(rows, first, strict=True)]

@@ -9,8 +9,9 @@ from model.rows import BatchRows
 from model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
 from scheduler.output import ScheduledRequest
 
-# Lengths of the runs of tokens that are looked up, longest first.
-_SIZES = (4, 3, 2)
+# Lengths of the runs of tokens that are looked up, longest first.  What stood behind a short run comes again for a few
+# tokens: twice as many as the run has are guessed, and behind the longest all that are wanted.
+_SIZES = (8, 4, 3, 2)
 
 
 class NgramProposer:
@@ -39,9 +40,10 @@ class NgramProposer:
         for size in _SIZES:
             end = _end_before(text, size * token_size, token_size) // token_size
             if end > 0:
-                guess: list[int] = token_ids[end : end + candidate.num_wanted].tolist()
+                count = candidate.num_wanted if size == _SIZES[0] else min(candidate.num_wanted, 2 * size)
+                guess: list[int] = token_ids[end : end + count].tolist()
                 period = candidate.num_tokens - end
-                while len(guess) < candidate.num_wanted:  # the run overlaps the end: the text repeats with this period
+                while len(guess) < count:  # the run overlaps the end: the text repeats with this period
                     guess.append(guess[len(guess) - period])
                 return Proposal(guess)
         return NO_PROPOSAL

@@ -10,7 +10,7 @@ from model.checkpoint import load_checkpoint
 from model.record import ModelRecord
 from model.rows import BatchRows
 from model.speculation.draft_model import DraftModelProposer
-from model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
+from model.speculation.length import ADAPTIVE_MOST, MOST_SPEC_TOKENS, AdaptiveLength, FixedLength
 from model.speculation.ngram import NgramProposer
 from model.speculation.proposer import Proposer
 from model.speculation.self_speculative import SelfSpeculativeProposer
@@ -46,9 +46,10 @@ class SpeculationPlan:
         """Put it together around the target's backend and the rows of the batch."""
         config = self.config
         fixed = config.num_spec_tokens
+        most = MOST_SPEC_TOKENS if config.speculation == "ngram" else ADAPTIVE_MOST
         return Speculation(
             self._proposer(backends, target, num_blocks, rows),
-            AdaptiveLength(rows.max_num_seqs) if fixed is None else FixedLength(fixed),
+            AdaptiveLength(rows.max_num_seqs, most) if fixed is None else FixedLength(fixed),
             rows,
             needs_slots=config.speculation != "ngram",
             by_rejection=config.verification == "rejection",

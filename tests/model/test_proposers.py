@@ -50,13 +50,13 @@ def propose(proposer: Proposer, candidates: list[Candidate]) -> list[list[int]]:
 
 
 def look_up(text: list[int], num_wanted: int) -> list[int]:
-    """The specification, by brute force: the longest of the last 4, 3 or 2 tokens that stood before, where it last
-    did; what followed it there, read on into the guess itself."""
-    for size in (4, 3, 2):
+    """The specification, by brute force: the longest of the last 8, 4, 3 or 2 tokens that stood before, where it last
+    did; what followed it there, read on into the guess itself, up to twice its length, or more behind 8."""
+    for size in (8, 4, 3, 2):
         for start in range(len(text) - size - 1, -1, -1):
             if text[start : start + size] == text[-size:]:
                 longer = list(text)
-                for index in range(num_wanted):
+                for index in range(num_wanted if size == 8 else min(num_wanted, 2 * size)):
                     longer.append(longer[start + size + index])
                 return longer[len(text) :]
     return []
@@ -65,7 +65,7 @@ def look_up(text: list[int], num_wanted: int) -> list[int]:
 @given(
     text=st.lists(st.integers(0, 3), min_size=1, max_size=40),
     grown=st.lists(st.integers(1, 5), max_size=10),
-    num_wanted=st.integers(1, 8),
+    num_wanted=st.integers(1, 16),
 )
 def test_ngrams_guess_what_followed_the_longest_run_that_stood_before(
     text: list[int], grown: list[int], num_wanted: int
