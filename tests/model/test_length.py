@@ -148,6 +148,42 @@ def test_what_has_become_worth_it_is_found_out() -> None:
     assert np.mean(found[-200:]) > 4
 
 
+def test_long_proposals_that_were_seen_to_be_dear_are_tried_again() -> None:
+    """A size that nobody asks for any more shows nothing of what it costs by now."""
+    rule, most = AdaptiveLength(1, most=16), 16
+    rule.join(0)
+    found = []
+    for step in range(3000):
+        (length,) = rule.lengths([0], num_others=0)
+        if length:
+            rule.proposed([length], 0.01)
+        hiccup = 5.0 if step < 200 and length > 4 else 0.0
+        rule.took(1 + length, 1.0 + 0.02 * length + hiccup)
+        if length:
+            rule.verified(0, length, length)
+        found.append(length)
+    assert np.mean(found[100:200]) < 6
+    assert np.mean(found[-500:]) > 0.8 * most
+
+
+def test_where_the_first_guess_is_hard_and_further_ones_are_sure_proposals_are_long() -> None:
+    """As where a text is looked up: a first token that is right says that the place is the right one."""
+    rng = np.random.default_rng(0)
+    rule = AdaptiveLength(1, most=16)
+    rule.join(0)
+    found = []
+    for _ in range(1000):
+        (length,) = rule.lengths([0], num_others=0)
+        if length:
+            rule.proposed([length], 0.01)
+        rule.took(1 + length, 1.0 + 0.08 * length)
+        if length:
+            rule.verified(0, length, length if rng.random() < 0.6 else 0)
+        found.append(length)
+    # With one chance for all tokens, that of 16 accepted in a row would be next to nothing.
+    assert np.mean(found[-500:]) > 12
+
+
 def test_the_best_length_is_close_to_the_best_fixed_one() -> None:
     def seconds(n: int) -> float:
         return 1.0 + 0.12 * n
