@@ -14,6 +14,7 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from loadtest.errors import LoadTestError
+from loadtest.steps import Step
 from scheduler.output import SchedulerOutput
 from scheduler.policies.fair import VirtualTokenCounter
 from scheduler.policies.policy import KeyedPolicy, Policy
@@ -55,6 +56,19 @@ class StepShape(NamedTuple):
             num_streams += share.samples and not share.is_padding
             num_joins += share.new is not None
         return cls(num_tokens, num_pairs, num_keys, num_samples, num_streams, num_joins, num_ordered)
+
+    @classmethod
+    def of_step(cls, step: Step, num_joins: int, num_ordered: int) -> StepShape:
+        """That of a step that was traced."""
+        return cls(
+            num_tokens=sum(row.num_tokens for row in step.rows),
+            num_pairs=step.num_pairs,
+            num_keys=step.num_keys,
+            num_samples=sum(row.samples for row in step.rows),
+            num_streams=sum(row.samples and not row.is_padding for row in step.rows),
+            num_joins=num_joins,
+            num_ordered=num_ordered,
+        )
 
 
 def puts_in_order(policy: type[Policy]) -> bool:

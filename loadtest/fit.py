@@ -14,7 +14,6 @@ from loadtest.errors import LoadTestError
 from loadtest.fit_latencies import fit_latencies
 from loadtest.records import Run
 from loadtest.regression import fit_robustly
-from loadtest.steps import Step
 from scheduler.policies import find_policy
 
 Array = NDArray[np.float64]
@@ -52,20 +51,9 @@ def _shapes(run: Run) -> Iterator[StepShape]:
     before: set[str] = set()
     for step in run.steps:
         if step.rows:
-            yield _shape(step, before, orders)
+            num_joins = sum(row.request_id not in before for row in step.rows)
+            yield StepShape.of_step(step, num_joins, step.num_waiting if orders else 0)
         before = {row.request_id for row in step.rows}
-
-
-def _shape(step: Step, before: set[str], orders: bool) -> StepShape:
-    return StepShape(
-        num_tokens=sum(row.num_tokens for row in step.rows),
-        num_pairs=step.num_pairs,
-        num_keys=step.num_keys,
-        num_samples=sum(row.samples for row in step.rows),
-        num_streams=sum(row.samples and not row.is_padding for row in step.rows),
-        num_joins=sum(row.request_id not in before for row in step.rows),
-        num_ordered=step.num_waiting if orders else 0,
-    )
 
 
 def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:

@@ -107,20 +107,7 @@ def predict(
 
 def step_seconds(costs: CostModel) -> Callable[[Step], float]:
     """What the costs say of a step in which nobody joins."""
-
-    def seconds(step: Step) -> float:
-        shape = StepShape(
-            num_tokens=sum(row.num_tokens for row in step.rows),
-            num_pairs=step.num_pairs,
-            num_keys=step.num_keys,
-            num_samples=sum(row.samples for row in step.rows),
-            num_streams=sum(row.samples and not row.is_padding for row in step.rows),
-            num_joins=0,
-            num_ordered=0,
-        )
-        return costs.steps.seconds(shape)
-
-    return seconds
+    return lambda step: costs.steps.seconds(StepShape.of_step(step, num_joins=0, num_ordered=0))
 
 
 def _simulate(planned: PlannedRun, workload: Path, load: Load, profile: Profile) -> Run:
