@@ -51,15 +51,7 @@ def test_what_proposals_cost_is_told_by_the_nearest_number_of_requests() -> None
 def test_a_cost_that_was_once_seen_high_is_doubted_until_it_is_seen_again() -> None:
     """Where guesses looked too dear in a bad moment, they are tried again some time."""
     rule, _, _ = play(lambda n: 1.0 if n == 1 else 10.0, draft=0.02, rates=[0.9], steps=50)
-    found = []
-    for _ in range(10_000):
-        (length,) = rule.lengths([0], num_others=0)
-        if length:
-            rule.proposed([length], 0.02 * length)
-        rule.took(1 + length, 1.0)
-        if length:
-            rule.verified(0, length, length)
-        found.append(length)
+    found = serve_one(rule, 10_000, lambda *_: 1.0, draft=0.02)
     assert np.mean(found[-200:]) > 4
 
 
@@ -103,6 +95,28 @@ def play(
     return rule, history, tokens / time * seconds(len(rows)) / len(rows)
 
 
+def serve_one(
+    rule: AdaptiveLength,
+    steps: int,
+    seconds: Callable[[int, int], float],
+    *,
+    draft: float,
+    accept: Callable[[int], int] = lambda length: length,
+) -> list[int]:
+    """Serve one request on a machine where step i takes `seconds(i, length)`, and of so many drafted tokens
+    `accept(length)` are accepted; the lengths step by step."""
+    found = []
+    for step in range(steps):
+        (length,) = rule.lengths([0], num_others=0)
+        if length:
+            rule.proposed([length], draft * length)
+        rule.took(1 + length, seconds(step, length))
+        if length:
+            rule.verified(0, length, accept(length))
+        found.append(length)
+    return found
+
+
 def mean_length(history: list[list[int]]) -> float:
     return float(np.mean(history[len(history) // 2 :]))
 
@@ -136,50 +150,31 @@ def test_one_request_may_be_worth_guessing_for_beside_one_that_is_not() -> None:
 def test_what_has_become_worth_it_is_found_out() -> None:
     rule, history, _ = play(lambda n: 1.0 + 0.05 * n, draft=0.02, rates=[0.02], steps=500)
     assert mean_length(history) < 0.3
-    found = []
-    for _ in range(1500):
-        (length,) = rule.lengths([0], num_others=0)
-        if length:
-            rule.proposed([length], 0.02 * length)
-        rule.took(1 + length, 1.05 + 0.05 * length)
-        if length:
-            rule.verified(0, length, length)
-        found.append(length)
+    found = serve_one(rule, 1500, lambda _, length: 1.05 + 0.05 * length, draft=0.02)
     assert np.mean(found[-200:]) > 4
 
 
 def test_long_proposals_that_were_seen_to_be_dear_are_tried_again() -> None:
     """A size that nobody asks for any more shows nothing of what it costs by now."""
-    rule, most = AdaptiveLength(1, most=16), 16
-    rule.join(0)
-    found = []
-    for step in range(3000):
-        (length,) = rule.lengths([0], num_others=0)
-        if length:
-            rule.proposed([length], 0.01)
-        hiccup = 5.0 if step < 200 and length > 4 else 0.0
-        rule.took(1 + length, 1.0 + 0.02 * length + hiccup)
-        if length:
-            rule.verified(0, length, length)
-        found.append(length)
+
+    def seconds(step: int, length: int) -> float:
+        return 1.0 + 0.02 * length + (5.0 if step < 200 and length > 4 else 0.0)
+
+    found = serve_one(AdaptiveLength(1, most=16), 3000, seconds, draft=0.001)
     assert np.mean(found[100:200]) < 6
-    assert np.mean(found[-500:]) > 0.8 * most
+    assert np.mean(found[-500:]) > 0.8 * 16
 
 
 def test_where_the_first_guess_is_hard_and_further_ones_are_sure_proposals_are_long() -> None:
     """As where a text is looked up: a first token that is right says that the place is the right one."""
     rng = np.random.default_rng(0)
-    rule = AdaptiveLength(1, most=16)
-    rule.join(0)
-    found = []
-    for _ in range(1000):
-        (length,) = rule.lengths([0], num_others=0)
-        if length:
-            rule.proposed([length], 0.01)
-        rule.took(1 + length, 1.0 + 0.08 * length)
-        if length:
-            rule.verified(0, length, length if rng.random() < 0.6 else 0)
-        found.append(length)
+    found = serve_one(
+        AdaptiveLength(1, most=16),
+        1000,
+        lambda _, length: 1.0 + 0.08 * length,
+        draft=0.001,
+        accept=lambda length: length if rng.random() < 0.6 else 0,
+    )
     # With one chance for all tokens, that of 16 accepted in a row would be next to nothing.
     assert np.mean(found[-500:]) > 12
 
