@@ -5,7 +5,7 @@ DRAFT_BUDGET ?= 20min
 VENV := .venv
 BIN := $(VENV)/bin
 # Compiles only what is older than its sources.  Where it cannot, it says so, and all but its own targets go on.
-BUILD_NATIVE := $(BIN)/python -m model.native.build
+BUILD_NATIVE := $(BIN)/python -m shoal.model.native.build
 
 .PHONY: serve test check bench loadtest native sanitize train clean
 
@@ -68,7 +68,7 @@ $(VENV)/.smollm2: pyproject.toml | $(VENV)/.runtime
 # The target, then the draft that is distilled from it. Budgets are wall time or tokens: 45min, 2h, 20Mtok. A larger one
 # goes on from the last checkpoint in .train/. The allocator is told to keep what is freed: mapping it anew took a fifth of the time.
 TRAIN = GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=1073741824 \
-	nice -n 19 $(BIN)/python -m model.training
+	nice -n 19 $(BIN)/python -m shoal.model.training
 train: $(VENV)/.train
 	$(TRAIN) run --budget $(BUDGET)
 	$(TRAIN) --recipe draft run --budget $(DRAFT_BUDGET)

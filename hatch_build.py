@@ -21,7 +21,7 @@ class NativeBuildHook(BuildHookInterface[Any]):
         if libraries:
             build_data["pure_python"] = False
             build_data["infer_tag"] = True
-            build_data["artifacts"] += [path.relative_to(root).as_posix() for path in libraries]
+            build_data["artifacts"] += [f"src/shoal/{path.relative_to(root).as_posix()}" for path in libraries]
 
 
 def _load(path: Path) -> ModuleType:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from bench import engine, peers, roofline, server, speculation
-from model.checkpoint import resolve_checkpoint
+from shoal.model.checkpoint.find import resolve_checkpoint
 
 
 @click.command()

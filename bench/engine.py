@@ -10,9 +10,9 @@ from typing import Protocol
 
 from bench.table import show
 from bench.workload import TimedBackend, make_engine, make_request
-from model.backends.native_library import supported_isas
-from scheduler.engine import EngineCore
-from scheduler.request import Request
+from shoal.model.backends.native_library import supported_isas
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.request import Request
 
 BATCH_SIZES = (1, 8, 32, 64)
 CONTEXT = 256

@@ -13,11 +13,10 @@ from typing import Literal
 import numpy as np
 
 from bench.table import show
-from model.backends.native_backend import NativeBackend
-from model.batch import ForwardBatch, SamplingBatch
-from model.checkpoint import load_checkpoint
-from model.config import ModelConfig
-from model.record import ModelRecord
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import ModelConfig, ModelRecord
+from shoal.model.step.batch import ForwardBatch, SamplingBatch
 
 CONTEXT = 256
 BLOCK_SIZE = 16

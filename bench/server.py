@@ -102,7 +102,17 @@ class Server:
     """`shoal serve` for the length of a `with` block."""
 
     def __init__(self, checkpoint: Path, arguments: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve", "--model", str(checkpoint), "--port", "0", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "shoal.server.cli",
+            "serve",
+            "--model",
+            str(checkpoint),
+            "--port",
+            "0",
+            *arguments,
+        ]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self._process.stderr is not None
         self.url = next(line.split()[-1] for line in self._process.stderr if "ready after" in line)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from model.batch import Backend, DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
-from scheduler.engine import EngineCore
-from scheduler.output import SamplingParams
-from scheduler.request import Request
-from server.engine.process import build_engine
-from server.serve import engine_config
-from server.settings import load_settings
+from shoal.model.step.batch import Backend, DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.output import SamplingParams
+from shoal.scheduler.request import Request
+from shoal.server.engine.process import build_engine
+from shoal.server.serve import engine_config
+from shoal.server.settings import load_settings
 
 
 class TimedBackend:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from clients.errors import (
+from shoal.clients.errors import (
     ApiError,
     BrokenConnectionError,
     ClientError,
@@ -21,7 +21,7 @@ from clients.errors import (
     UnreachableError,
     UnsendableError,
 )
-from clients.types import (
+from shoal.clients.types import (
     ChatOptions,
     Choice,
     ChoiceDelta,
@@ -38,8 +38,8 @@ from clients.types import (
 )
 
 if TYPE_CHECKING:
-    from clients.async_client import AsyncShoalClient, AsyncStream
-    from clients.client import ShoalClient, Stream
+    from shoal.clients.async_client import AsyncShoalClient, AsyncStream
+    from shoal.clients.client import ShoalClient, Stream
 
 __all__ = [
     "ApiError",
@@ -72,10 +72,10 @@ __all__ = [
 ]
 
 _LOADED_LATE = {
-    "AsyncShoalClient": "clients.async_client",
-    "AsyncStream": "clients.async_client",
-    "ShoalClient": "clients.client",
-    "Stream": "clients.client",
+    "AsyncShoalClient": "shoal.clients.async_client",
+    "AsyncStream": "shoal.clients.async_client",
+    "ShoalClient": "shoal.clients.client",
+    "Stream": "shoal.clients.client",
 }
 
 

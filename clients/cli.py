@@ -9,11 +9,11 @@ from typing import Any, TypeVar, cast
 
 import click
 
-import clients
-from clients.errors import ClientError
-from clients.live import LiveAnswer, explain
-from clients.repl import Repl
-from clients.wire import DEFAULT_URL
+from shoal import clients
+from shoal.clients.errors import ClientError
+from shoal.clients.live import LiveAnswer, explain
+from shoal.clients.repl import Repl
+from shoal.clients.wire import DEFAULT_URL
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

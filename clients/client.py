@@ -11,16 +11,16 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 from httpx_sse import EventSource
 
-from clients import wire
-from clients.errors import ClientError, StatusError
-from clients.transport import (
+from shoal.clients import wire
+from shoal.clients.errors import ClientError, StatusError
+from shoal.clients.transport import (
     headers,
     httpx_settings,
     retry_delay,
     status_error,
     translated_errors,
 )
-from clients.types import (
+from shoal.clients.types import (
     ChatOptions,
     Chunk,
     Completion,
@@ -30,7 +30,7 @@ from clients.types import (
     Prompt,
     Tokenization,
 )
-from clients.wire import DEFAULT_URL
+from shoal.clients.wire import DEFAULT_URL
 
 T = TypeVar("T")
 

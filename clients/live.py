@@ -7,8 +7,8 @@ from time import perf_counter
 
 import click
 
-from clients.errors import ClientError, StatusError, UnreachableError
-from clients.types import Chunk, Usage
+from shoal.clients.errors import ClientError, StatusError, UnreachableError
+from shoal.clients.types import Chunk, Usage
 
 
 class LiveAnswer:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from clients.errors import ApiError, ClientError
-from clients.live import LiveAnswer, explain
-from clients.types import ChatOptions, Message
+from shoal.clients.errors import ApiError, ClientError
+from shoal.clients.live import LiveAnswer, explain
+from shoal.clients.types import ChatOptions, Message
 
 if TYPE_CHECKING:
-    from clients.client import ShoalClient
+    from shoal.clients.client import ShoalClient
 
 HELP = """\
 /help           show this

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 from httpx_sse import SSEError
 
-from clients import wire
-from clients.errors import (
+from shoal.clients import wire
+from shoal.clients.errors import (
     BrokenConnectionError,
     ClientError,
     ProtocolError,

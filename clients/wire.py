@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from clients.errors import BrokenConnectionError, ProtocolError, StatusError, StreamError, UnsendableError
-from clients.types import (
+from shoal.clients.errors import BrokenConnectionError, ProtocolError, StatusError, StreamError, UnsendableError
+from shoal.clients.types import (
     ChatOptions,
     Choice,
     ChoiceDelta,

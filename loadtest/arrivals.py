@@ -8,9 +8,9 @@ from math import isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtest.errors import LoadTestError
-from loadtest.records import Load
-from loadtest.workload import WorkloadRequest
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import Load
+from shoal.loadtest.workload import WorkloadRequest
 
 _ARRIVALS, _PAUSES = 0, 1  # streams of random numbers that are independent of each other
 

@@ -95,9 +95,9 @@ def loadtest(output: Path | None, resume: bool, options: tuple[str, ...], **aske
     its pictures.  What stands after -- is passed to every server.
     """  # fmt: skip
     with _exit_codes("loadtest"):
-        from loadtest.errors import LoadTestError  # noqa: PLC0415
-        from loadtest.planning import plan_comparison  # noqa: PLC0415 (only the command that is called loads what it needs)
-        from loadtest.study import conduct  # noqa: PLC0415
+        from shoal.loadtest.errors import LoadTestError  # noqa: PLC0415
+        from shoal.loadtest.planning import plan_comparison  # noqa: PLC0415 (only the command that is called loads what it needs)
+        from shoal.loadtest.study import conduct  # noqa: PLC0415
 
         if resume and output is None:
             raise LoadTestError("--resume needs --output, the folder of the comparison that is to go on")
@@ -129,8 +129,8 @@ def simulate(costs: Path, options: tuple[str, ...], **asked: Any) -> None:
     What stands after -- changes the limits and knobs of the scheduler.
     """  # fmt: skip
     with _exit_codes("simulate"):
-        from loadtest.planning import plan_simulation  # noqa: PLC0415
-        from loadtest.study import rehearse  # noqa: PLC0415
+        from shoal.loadtest.planning import plan_simulation  # noqa: PLC0415
+        from shoal.loadtest.study import rehearse  # noqa: PLC0415
 
         _show(rehearse(plan_simulation(options=options, **asked), costs), ())
 
@@ -160,8 +160,8 @@ def profile(output: Path, options: tuple[str, ...], **asked: Any) -> None:
     What stands after -- is passed to every server.
     """  # fmt: skip
     with _exit_codes("profile"):
-        from loadtest.planning import plan_profile  # noqa: PLC0415
-        from loadtest.study import profile_servers  # noqa: PLC0415
+        from shoal.loadtest.planning import plan_profile  # noqa: PLC0415
+        from shoal.loadtest.study import profile_servers  # noqa: PLC0415
 
         profile_servers(output, plan_profile(options=options, **asked), options=options)
         click.echo(f"{output}/profile.json")
@@ -169,9 +169,9 @@ def profile(output: Path, options: tuple[str, ...], **asked: Any) -> None:
 
 def _show(cells: Any, complaints: Any, **further: str) -> None:
     """Tables for people, what must not be overlooked, and one line of JSON."""
-    from loadtest.storage import to_json  # noqa: PLC0415
-    from loadtest.study import figures  # noqa: PLC0415
-    from loadtest.table import tables  # noqa: PLC0415
+    from shoal.loadtest.storage import to_json  # noqa: PLC0415
+    from shoal.loadtest.study import figures  # noqa: PLC0415
+    from shoal.loadtest.table import tables  # noqa: PLC0415
 
     for table in tables(cells):
         click.echo(f"\n{table}")
@@ -189,8 +189,8 @@ def _exit_codes(command: str) -> Iterator[None]:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         _fail(command, f"{', '.join(missing)} not installed: pip install 'shoal[loadtest]'")
-    from loadtest.errors import LoadTestError  # noqa: PLC0415
-    from scheduler.errors import ShoalError  # noqa: PLC0415
+    from shoal.loadtest.errors import LoadTestError  # noqa: PLC0415
+    from shoal.scheduler.errors import ShoalError  # noqa: PLC0415
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from loadtest.errors import LoadTestError
-from loadtest.metrics import is_answered, summarize
-from loadtest.plan import Experiment, Plan, PlannedRun, interleave, open_loop
-from loadtest.records import Load, Run, Setup
-from loadtest.report_data import load_name, problems
-from loadtest.storage import Storage
-from loadtest.workload_files import Sending
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.metrics import is_answered, summarize
+from shoal.loadtest.plan import Experiment, Plan, PlannedRun, interleave, open_loop
+from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.report_data import load_name, problems
+from shoal.loadtest.storage import Storage
+from shoal.loadtest.workload_files import Sending
 
 
 class Measure(Protocol):

@@ -13,11 +13,11 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any, NamedTuple
 
-from loadtest.errors import LoadTestError
-from loadtest.steps import Step
-from scheduler.output import SchedulerOutput
-from scheduler.policies.fair import VirtualTokenCounter
-from scheduler.policies.policy import KeyedPolicy, Policy
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.steps import Step
+from shoal.scheduler.output import SchedulerOutput
+from shoal.scheduler.policies.fair import VirtualTokenCounter
+from shoal.scheduler.policies.policy import KeyedPolicy, Policy
 
 VERSION = 2  # of the JSON
 

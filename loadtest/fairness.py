@@ -9,7 +9,7 @@ from math import ceil, floor
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtest.records import RequestRecord
+from shoal.loadtest.records import RequestRecord
 
 WINDOW_SECONDS = 1.0
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # of a token as service, as VTC has them

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import isfinite
 
-from loadtest.metrics import EngineSummary, Quantiles, Summary
+from shoal.loadtest.metrics import EngineSummary, Quantiles, Summary
 
 NOTHING = "–"  # noqa: RUF001 -- the dash of an empty cell
 

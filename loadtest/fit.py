@@ -9,12 +9,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtest.costs import CostModel, Deviations, StepCosts, StepShape, puts_in_order
-from loadtest.errors import LoadTestError
-from loadtest.fit_latencies import fit_latencies
-from loadtest.records import Run
-from loadtest.regression import fit_robustly
-from scheduler.policies import find_policy
+from shoal.loadtest.costs import CostModel, Deviations, StepCosts, StepShape, puts_in_order
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.fit_latencies import fit_latencies
+from shoal.loadtest.records import Run
+from shoal.loadtest.regression import fit_robustly
+from shoal.scheduler.policies import find_policy
 
 Array = NDArray[np.float64]
 

@@ -13,11 +13,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from loadtest.costs import Latencies
-from loadtest.records import RequestRecord, Run
-from loadtest.regression import fit_robustly
-from loadtest.steps import EngineRequest, Step
-from scheduler.policies import Policy, find_policy
+from shoal.loadtest.costs import Latencies
+from shoal.loadtest.records import RequestRecord, Run
+from shoal.loadtest.regression import fit_robustly
+from shoal.loadtest.steps import EngineRequest, Step
+from shoal.scheduler.policies import Policy, find_policy
 
 _MIN_PAIRS = 5
 

@@ -17,12 +17,12 @@ from locust.event import EventHook
 from locust.rpc import Message
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtest.errors import LoadTestError
-from loadtest.records import Load, RequestRecord
-from loadtest.results import ResultsWriter
-from loadtest.stream import PATH, CompletionClient
-from loadtest.traffic import Share, Traffic
-from loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import Load, RequestRecord
+from shoal.loadtest.results import ResultsWriter
+from shoal.loadtest.stream import PATH, CompletionClient
+from shoal.loadtest.traffic import Share, Traffic
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 
 logger = logging.getLogger("shoal.loadtest")
 

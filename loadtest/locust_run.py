@@ -11,13 +11,13 @@ from pathlib import Path
 
 import httpx
 
-from loadtest.arrivals import check_load
-from loadtest.errors import LoadTestError, ServerDiedError
-from loadtest.records import Load, RequestRecord
-from loadtest.results import RECORD_PREFIX, LocustResult, read_results
-from loadtest.stream import is_connection_error
-from loadtest.traffic import CUT_OFF
-from loadtest.workload import read_workload
+from shoal.loadtest.arrivals import check_load
+from shoal.loadtest.errors import LoadTestError, ServerDiedError
+from shoal.loadtest.records import Load, RequestRecord
+from shoal.loadtest.results import RECORD_PREFIX, LocustResult, read_results
+from shoal.loadtest.stream import is_connection_error
+from shoal.loadtest.traffic import CUT_OFF
+from shoal.loadtest.workload import read_workload
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 

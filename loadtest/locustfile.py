@@ -27,7 +27,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
 
-from loadtest.locust_nodes import SendingTest, locust_test
+from shoal.loadtest.locust_nodes import SendingTest, locust_test
 
 
 @events.init_command_line_parser.add_listener

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from clients import ClientError, ShoalClient
-from loadtest.errors import LoadTestError, ServerDiedError
-from loadtest.locust_run import run_locust
-from loadtest.metrics import is_answered
-from loadtest.plan import PlannedRun
-from loadtest.records import Load, Run, Setup
-from loadtest.results import LocustResult, read_results
-from loadtest.server_process import ServerProcess
-from loadtest.storage import LOG_FILE, REQUESTS_FILE, Storage, pack
-from loadtest.workload import read_workload
-from loadtest.workload_files import Sending
+from shoal.clients import ClientError, ShoalClient
+from shoal.loadtest.errors import LoadTestError, ServerDiedError
+from shoal.loadtest.locust_run import run_locust
+from shoal.loadtest.metrics import is_answered
+from shoal.loadtest.plan import PlannedRun
+from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.results import LocustResult, read_results
+from shoal.loadtest.server_process import ServerProcess
+from shoal.loadtest.storage import LOG_FILE, REQUESTS_FILE, Storage, pack
+from shoal.loadtest.workload import read_workload
+from shoal.loadtest.workload_files import Sending
 
 WARMING_ROUNDS, WARMING_REQUESTS, WARMING_TOKENS = 2, 8, 16
 

@@ -16,9 +16,9 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from loadtest.fairness import fairness
-from loadtest.records import RequestRecord, Run
-from loadtest.steps import Step
+from shoal.loadtest.fairness import fairness
+from shoal.loadtest.records import RequestRecord, Run
+from shoal.loadtest.steps import Step
 
 T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from loadtest.errors import LoadTestError
-from loadtest.metrics import Slo
-from loadtest.records import Load, Setup
-from loadtest.report_data import load_name
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.metrics import Slo
+from shoal.loadtest.records import Load, Setup
+from shoal.loadtest.report_data import load_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from loadtest.errors import LoadTestError
-from loadtest.metrics import Slo
-from loadtest.plan import Experiment, Plan, check_at_least, closed_loop, open_loop, slug
-from loadtest.records import Load, Setup
-from loadtest.simulator import SJF_ORACLE
-from loadtest.workload import read_workload
-from loadtest.workloads import WORKLOADS
-from scheduler.policies import POLICIES
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.metrics import Slo
+from shoal.loadtest.plan import Experiment, Plan, check_at_least, closed_loop, open_loop, slug
+from shoal.loadtest.records import Load, Setup
+from shoal.loadtest.simulator import SJF_ORACLE
+from shoal.loadtest.workload import read_workload
+from shoal.loadtest.workloads import WORKLOADS
+from shoal.scheduler.policies import POLICIES
 
 SPECULATION = ("off", "draft", "ngram", "self")
 SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys")

@@ -7,19 +7,19 @@ from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 
-from loadtest.costs import CostModel, StepShape
-from loadtest.errors import LoadTestError
-from loadtest.measuring import Measurer
-from loadtest.plan import PlannedRun
-from loadtest.preparation import Facts, Key
-from loadtest.profile import SERIES, Profile, make_profile, measure_series
-from loadtest.records import Load, Run, Setup
-from loadtest.simulator import simulate
-from loadtest.steps import Step
-from loadtest.storage import Storage
-from loadtest.workload import WorkloadRequest, read_workload, write_workload
-from loadtest.workload_files import Sending
-from scheduler.errors import ConfigError
+from shoal.loadtest.costs import CostModel, StepShape
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.measuring import Measurer
+from shoal.loadtest.plan import PlannedRun
+from shoal.loadtest.preparation import Facts, Key
+from shoal.loadtest.profile import SERIES, Profile, make_profile, measure_series
+from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.simulator import simulate
+from shoal.loadtest.steps import Step
+from shoal.loadtest.storage import Storage
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.loadtest.workload_files import Sending
+from shoal.scheduler.errors import ConfigError
 
 PROFILE_WORKLOADS: tuple[Key, ...] = tuple(
     dict.fromkeys((stretch.workload, stretch.num_requests, 0) for stretch in SERIES)

@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from clients import ClientError, ShoalClient
-from loadtest.errors import ServerDiedError
-from loadtest.measuring import server_options
-from loadtest.plan import Plan
-from loadtest.records import Setup
-from loadtest.server_options import apply_options
-from loadtest.server_process import Announced, ServerProcess
-from loadtest.storage import Storage, write_json
-from loadtest.workload import WorkloadRequest, read_workload
-from loadtest.workload_files import WorkloadFiles
-from loadtest.workloads import make_workload
-from scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.clients import ClientError, ShoalClient
+from shoal.loadtest.errors import ServerDiedError
+from shoal.loadtest.measuring import server_options
+from shoal.loadtest.plan import Plan
+from shoal.loadtest.records import Setup
+from shoal.loadtest.server_options import apply_options
+from shoal.loadtest.server_process import Announced, ServerProcess
+from shoal.loadtest.storage import Storage, write_json
+from shoal.loadtest.workload import WorkloadRequest, read_workload
+from shoal.loadtest.workload_files import WorkloadFiles
+from shoal.loadtest.workloads import make_workload
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
 
 Key = tuple[str, int, int]  # name of a workload, number of requests, seed
 

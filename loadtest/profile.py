@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from loadtest.costs import CostModel, read_object
-from loadtest.errors import LoadTestError, WorkloadError
-from loadtest.fit import fit
-from loadtest.records import Load, Run, Setup
-from loadtest.server_options import apply_options
-from loadtest.workload import WorkloadRequest, read_workload, write_workload
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.errors import ConfigError
+from shoal.loadtest.costs import CostModel, read_object
+from shoal.loadtest.errors import LoadTestError, WorkloadError
+from shoal.loadtest.fit import fit
+from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.server_options import apply_options
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.errors import ConfigError
 
 FILE = "profile.json"
 

@@ -7,8 +7,8 @@ from typing import Self
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
 
-from loadtest.comparison import describe
-from loadtest.plan import PlannedRun
+from shoal.loadtest.comparison import describe
+from shoal.loadtest.plan import PlannedRun
 
 
 class Bars:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loadtest.steps import EngineRequest, Step
+from shoal.loadtest.steps import EngineRequest, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

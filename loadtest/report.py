@@ -11,11 +11,11 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from loadtest import figures, report_pictures, report_tables
-from loadtest.metrics import is_answered
-from loadtest.plots.style import Picture
-from loadtest.report_data import Cell, ReportData, baseline, by_load, load_name, main_cells
-from loadtest.report_tables import Table
+from shoal.loadtest import figures, report_pictures, report_tables
+from shoal.loadtest.metrics import is_answered
+from shoal.loadtest.plots.style import Picture
+from shoal.loadtest.report_data import Cell, ReportData, baseline, by_load, load_name, main_cells
+from shoal.loadtest.report_tables import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from loadtest.metrics import Combined, Slo, Summary, combine, is_answered, summarize
-from loadtest.records import Load, Run, Setup
-from loadtest.steps import Step
+from shoal.loadtest.metrics import Combined, Slo, Summary, combine, is_answered, summarize
+from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.steps import Step
 
 Key = TypeVar("Key")
 

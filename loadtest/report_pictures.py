@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loadtest.metrics import Group, Summary
-from loadtest.plots import batch, comparison, twin
-from loadtest.plots.style import Picture, render
-from loadtest.records import Load
-from loadtest.report_data import Cell, baseline, by_load, in_order, load_name, main_cells
-from loadtest.steps import Step
-from loadtest.timeline import window
+from shoal.loadtest.metrics import Group, Summary
+from shoal.loadtest.plots import batch, comparison, twin
+from shoal.loadtest.plots.style import Picture, render
+from shoal.loadtest.records import Load
+from shoal.loadtest.report_data import Cell, baseline, by_load, in_order, load_name, main_cells
+from shoal.loadtest.steps import Step
+from shoal.loadtest.timeline import window
 
 Reader = Callable[[Summary], Mapping[Any, Group]]
 GROUPINGS: dict[str, Reader] = {

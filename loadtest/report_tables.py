@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest import accuracy, figures
-from loadtest.accuracy import compare
-from loadtest.figures import NOTHING, Figure, Unit
-from loadtest.metrics import Combined, Group, Summary
-from loadtest.report_data import Cell, baseline, in_order, load_name
+from shoal.loadtest import accuracy, figures
+from shoal.loadtest.accuracy import compare
+from shoal.loadtest.figures import NOTHING, Figure, Unit
+from shoal.loadtest.metrics import Combined, Group, Summary
+from shoal.loadtest.report_data import Cell, baseline, in_order, load_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from loadtest.errors import LoadTestError
-from loadtest.records import RequestRecord
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import RequestRecord
 
 _RECORD_FIELDS = {one.name for one in fields(RequestRecord)}
 RECORD_PREFIX = b'{"request_id": '

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from loadtest.errors import LoadTestError
-from scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.loadtest.errors import LoadTestError
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
 
 Config = TypeVar("Config", SchedulerConfig, PolicyConfig)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from loadtest.errors import ServerDiedError
+from shoal.loadtest.errors import ServerDiedError
 
 START_SECONDS = 120.0
 END_SECONDS = 10.0
@@ -55,7 +55,7 @@ class ServerProcess:
         options: Sequence[str],
         log: Path,
         *,
-        command: Sequence[str] = (sys.executable, "-m", "server.cli", "serve"),
+        command: Sequence[str] = (sys.executable, "-m", "shoal.server.cli", "serve"),
         start_seconds: float = START_SECONDS,
     ) -> None:
         self._command = [*command, *options, "--port", "0"]

@@ -8,12 +8,12 @@ from heapq import heappop, heappush
 from random import Random
 from zlib import crc32
 
-from loadtest.costs import CostModel, StepShape, puts_in_order
-from loadtest.steps import EngineRequest, Row, Step
-from loadtest.workload import WorkloadRequest
-from scheduler.output import ScheduledRequest, SchedulerOutput, StepResult
-from scheduler.scheduler import Scheduler
-from scheduler.trace import StepRecord
+from shoal.loadtest.costs import CostModel, StepShape, puts_in_order
+from shoal.loadtest.steps import EngineRequest, Row, Step
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler.output import ScheduledRequest, SchedulerOutput, StepResult
+from shoal.scheduler.scheduler import Scheduler
+from shoal.scheduler.trace import StepRecord
 
 STOP_TOKEN_ID = -1  # none of a prompt's, whatever the vocabulary
 _PLACE_BITS = 24  # more places than any context has
@@ -34,7 +34,7 @@ class VirtualClock:
 
 
 class SimulatedExecutor:
-    """Implements `scheduler.engine.Executor` with a cost model in place of a model.
+    """Implements `shoal.scheduler.engine.Executor` with a cost model in place of a model.
 
     A request's outputs are tokens that depend on its id and their place, so that no two texts meet by accident, and
     the stop token where its text ends.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from loadtest.arrivals import due_times, think_times
-from loadtest.records import Load
-from loadtest.workload import WorkloadRequest
+from shoal.loadtest.arrivals import due_times, think_times
+from shoal.loadtest.records import Load
+from shoal.loadtest.workload import WorkloadRequest
 
 Sending = tuple[float, WorkloadRequest]  # when, what
 

@@ -12,22 +12,22 @@ from heapq import heappop, heappush
 from itertools import count
 from math import ceil, inf
 
-from loadtest.arrivals import check_load
-from loadtest.costs import CostModel
-from loadtest.errors import LoadTestError
-from loadtest.records import Load, RequestRecord, Run, Setup
-from loadtest.simulated_engine import STOP_TOKEN_ID, SimulatedExecutor, StepLog, VirtualClock
-from loadtest.simulated_users import ClosedLoop, OpenLoop, Sending, Users
-from loadtest.workload import WorkloadRequest
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.engine import EngineCore
-from scheduler.errors import ShoalError
-from scheduler.output import RequestOutput, SamplingParams, SchedulingParams
-from scheduler.policies import Policy, create_policy
-from scheduler.policies.predictor import Oracle
-from scheduler.policies.sjf import ShortestJobFirst
-from scheduler.request import Request
-from scheduler.scheduler import Scheduler
+from shoal.loadtest.arrivals import check_load
+from shoal.loadtest.costs import CostModel
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import Load, RequestRecord, Run, Setup
+from shoal.loadtest.simulated_engine import STOP_TOKEN_ID, SimulatedExecutor, StepLog, VirtualClock
+from shoal.loadtest.simulated_users import ClosedLoop, OpenLoop, Sending, Users
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulingParams
+from shoal.scheduler.policies import Policy, create_policy
+from shoal.scheduler.policies.predictor import Oracle
+from shoal.scheduler.policies.sjf import ShortestJobFirst
+from shoal.scheduler.request import Request
+from shoal.scheduler.scheduler import Scheduler
 
 SJF_ORACLE = "sjf-oracle"
 """The policy `sjf` that was told all lengths; there is none such outside of simulations."""

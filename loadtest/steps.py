@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loadtest.errors import TraceError
+from shoal.loadtest.errors import TraceError
 
 MICROSECOND = 1e-6
 

@@ -21,10 +21,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from loadtest.errors import LoadTestError
-from loadtest.plan import Plan, PlannedRun, slug
-from loadtest.records import Load, RequestRecord, Run, Setup
-from loadtest.steps import EngineRequest, Step, read_trace
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.plan import Plan, PlannedRun, slug
+from shoal.loadtest.records import Load, RequestRecord, Run, Setup
+from shoal.loadtest.steps import EngineRequest, Step, read_trace
 
 RUN_FILE, TRACE_FILE, REQUESTS_FILE, LOG_FILE = "run.json", "trace.json.gz", "requests.jsonl", "server.log"
 

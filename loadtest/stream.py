@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPParseError
 
-from loadtest.errors import LoadTestError
-from loadtest.records import RequestRecord
-from loadtest.workload import WorkloadRequest
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import RequestRecord
+from shoal.loadtest.workload import WorkloadRequest
 
 PATH = "/v1/completions"
 _HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}

@@ -11,21 +11,21 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
 
-from loadtest.accuracy import compare
-from loadtest.comparison import Comparison, Measure, Results
-from loadtest.errors import LoadTestError
-from loadtest.measuring import Measurer
-from loadtest.plan import Plan, PlannedRun, interleave
-from loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns, predict, step_seconds
-from loadtest.preparation import Facts, Key, Preparation, machine
-from loadtest.profile import SERIES, Profile, read_profile, read_profiled_workload, write_profile
-from loadtest.progress import Bars
-from loadtest.report import write_report
-from loadtest.report_data import Cell, ReportData, baseline, by_load, by_section, collect
-from loadtest.storage import Storage, write_json
-from loadtest.workload import WorkloadRequest, read_workload
-from loadtest.workload_files import Sending, WorkloadFiles
-from loadtest.workloads import WORKLOADS
+from shoal.loadtest.accuracy import compare
+from shoal.loadtest.comparison import Comparison, Measure, Results
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.measuring import Measurer
+from shoal.loadtest.plan import Plan, PlannedRun, interleave
+from shoal.loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns, predict, step_seconds
+from shoal.loadtest.preparation import Facts, Key, Preparation, machine
+from shoal.loadtest.profile import SERIES, Profile, read_profile, read_profiled_workload, write_profile
+from shoal.loadtest.progress import Bars
+from shoal.loadtest.report import write_report
+from shoal.loadtest.report_data import Cell, ReportData, baseline, by_load, by_section, collect
+from shoal.loadtest.storage import Storage, write_json
+from shoal.loadtest.workload import WorkloadRequest, read_workload
+from shoal.loadtest.workload_files import Sending, WorkloadFiles
+from shoal.loadtest.workloads import WORKLOADS
 
 PROFILE_FOLDER = "profile"
 RUNS_BETWEEN = 3  # of the comparison, between two of a profile that is taken amid it

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from loadtest.metrics import Quantiles, Summary
-from loadtest.report_data import Cell, baseline, by_load, by_section, load_name
+from shoal.loadtest.metrics import Quantiles, Summary
+from shoal.loadtest.report_data import Cell, baseline, by_load, by_section, load_name
 
 
 def tables(cells: Sequence[Cell]) -> Iterator[str]:

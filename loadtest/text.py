@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from loadtest.errors import WorkloadError
+from shoal.loadtest.errors import WorkloadError
 
 Tokenize = Callable[[str], list[int]]
 

@@ -11,8 +11,8 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtest.records import Run
-from loadtest.steps import Row, Step
+from shoal.loadtest.records import Run
+from shoal.loadtest.steps import Row, Step
 
 Floats = NDArray[np.float64]
 

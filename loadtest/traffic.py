@@ -11,10 +11,10 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
-from loadtest.arrivals import check_load, due_times, think_times
-from loadtest.records import Load, RequestRecord
-from loadtest.stream import CompletionClient, is_connection_error
-from loadtest.workload import WorkloadRequest
+from shoal.loadtest.arrivals import check_load, due_times, think_times
+from shoal.loadtest.records import Load, RequestRecord
+from shoal.loadtest.stream import CompletionClient, is_connection_error
+from shoal.loadtest.workload import WorkloadRequest
 
 CUT_OFF = "cut off: the run ended before the answer"
 # So many requests in a row that found no server mean that there is none any more.

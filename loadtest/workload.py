@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from loadtest.errors import WorkloadError
+from shoal.loadtest.errors import WorkloadError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from loadtest.arrivals import due_times
-from loadtest.errors import WorkloadError
-from loadtest.records import Load
-from loadtest.storage import Storage
-from loadtest.workload import WorkloadRequest, read_workload, write_workload
-from loadtest.workloads import make_workload
+from shoal.loadtest.arrivals import due_times
+from shoal.loadtest.errors import WorkloadError
+from shoal.loadtest.records import Load
+from shoal.loadtest.storage import Storage
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.loadtest.workloads import make_workload
 
 Tokenize = Callable[[str], list[int]]
 

@@ -8,13 +8,68 @@ weight is [out, in], as in the checkpoint.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from model.config import ModelConfig
-
 Array = NDArray[Any]
+RopeScaling = Literal["none", "linear", "llama3", "factors"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021): pair i of a head turns by position * theta ** (-2 i / head_dim).
+
+    Attributes:
+        scaling: "none"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides those with
+            a wavelength above original_max_position_embeddings / low_freq_factor, keeps those below
+            original_max_position_embeddings / high_freq_factor, and blends between; "factors" divides each frequency
+            by its own of `factors`, head_dim / 2 of them, as a GGUF file spells out any scaling.
+    """
+
+    theta: float
+    scaling: RopeScaling = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The architecture of a decoder-only transformer.
+
+    Attributes:
+        architecture: the name in the checkpoint, such as "MixtralForCausalLM".
+        intermediate_size: width of the feed-forward block, or of each expert.
+        num_experts: 0 for a dense model.
+        num_experts_per_tok: experts a token is routed to; 0 for a dense model.
+        max_position_embeddings: most tokens of one sequence.
+        dtype: of the checkpoint's tensors, as the file claims.
+        bos_token_id, eos_token_ids: None and empty where the file names none.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: DType
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +156,9 @@ class ModelRecord:
             feed_forward = config.num_experts * (feed_forward + config.hidden_size)
         embeddings = self.embedding.size * (1 if self.head is self.embedding else 2)
         return embeddings + layers * (attention + feed_forward + 2 * config.hidden_size) + config.hidden_size
+
+
+def bytes_per_block(config: ModelConfig, dtype: str, block_size: int) -> int:
+    """Bytes of KV cache that one block of `block_size` tokens takes, over all layers, with elements of `dtype`."""
+    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size
+    return elements * DTYPE_BYTES[dtype]

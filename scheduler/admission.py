@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from scheduler.config import SchedulerConfig
-from scheduler.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.errors import ContextLengthError, InvalidRequestError, QueueFullError
 
 
 def check_request(config: SchedulerConfig, num_prompt_tokens: int, max_tokens: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Literal
 
-from scheduler.errors import ConfigError
+from shoal.scheduler.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

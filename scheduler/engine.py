@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from scheduler.output import RequestOutput, SchedulerOutput, StepResult
-from scheduler.scheduler import Scheduler
-from scheduler.trace import StepRecord
+from shoal.scheduler.output import RequestOutput, SchedulerOutput, StepResult
+from shoal.scheduler.scheduler import Scheduler
+from shoal.scheduler.trace import StepRecord
 
 logger = logging.getLogger("shoal.engine")
 

@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from scheduler.block_pool import BlockPool
-from scheduler.request import Request
+from shoal.scheduler.block_pool import BlockPool
+from shoal.scheduler.request import Request
 
 
 class KVCache:

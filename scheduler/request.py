@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from scheduler.output import SamplingParams, SchedulingParams
+from shoal.scheduler.output import SamplingParams, SchedulingParams
 
 
 class RequestStatus(str, Enum):

@@ -6,10 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from scheduler.admission import check_queue, check_request
-from scheduler.config import SchedulerConfig
-from scheduler.kv_cache import KVCache
-from scheduler.output import (
+from shoal.scheduler.admission import check_queue, check_request
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.kv_cache import KVCache
+from shoal.scheduler.output import (
     FinishReason,
     NewRequest,
     RequestOutput,
@@ -19,8 +19,8 @@ from scheduler.output import (
     StepResult,
     TokenLogprobs,
 )
-from scheduler.policies import Policy
-from scheduler.request import Request, RequestStatus
+from shoal.scheduler.policies import Policy
+from shoal.scheduler.request import Request, RequestStatus
 
 
 @dataclass(slots=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any
 
-from scheduler.output import RequestOutput, SchedulerOutput
-from scheduler.scheduler import Scheduler
+from shoal.scheduler.output import RequestOutput, SchedulerOutput
+from shoal.scheduler.scheduler import Scheduler
 
 
 @dataclass(slots=True, kw_only=True)

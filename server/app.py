@@ -11,16 +11,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from scheduler.errors import ShoalError
-from server.errors import AuthenticationError, BodyTooLargeError, MethodNotAllowedError, NotFoundError
-from server.keys import known_key
-from server.routes.answer import error_response
-from server.routes.chat import chat_router
-from server.routes.completions import completions_router
-from server.routes.models import models_router
-from server.routes.operations import operations_router
-from server.routes.tokenize import tokenize_router
-from server.service import Service
+from shoal.scheduler.errors import ShoalError
+from shoal.server.errors import AuthenticationError, BodyTooLargeError, MethodNotAllowedError, NotFoundError
+from shoal.server.keys import known_key
+from shoal.server.routes.answer import error_response
+from shoal.server.routes.chat import chat_router
+from shoal.server.routes.completions import completions_router
+from shoal.server.routes.models import models_router
+from shoal.server.routes.operations import operations_router
+from shoal.server.routes.tokenize import tokenize_router
+from shoal.server.service import Service
 
 logger = logging.getLogger("shoal.api")
 

@@ -35,9 +35,9 @@ def serve(arguments: tuple[str, ...]) -> None:
     """Serve a model over HTTP (`shoal serve --help` lists all settings)."""
     import uvloop  # noqa: PLC0415 (only this command needs what follows)
 
-    from scheduler.errors import ShoalError  # noqa: PLC0415
-    from server.serve import serve as run  # noqa: PLC0415
-    from server.settings import load_settings  # noqa: PLC0415
+    from shoal.scheduler.errors import ShoalError  # noqa: PLC0415
+    from shoal.server.serve import serve as run  # noqa: PLC0415
+    from shoal.server.settings import load_settings  # noqa: PLC0415
 
     try:
         settings = load_settings(list(arguments))
@@ -54,7 +54,7 @@ def serve(arguments: tuple[str, ...]) -> None:
 @click.command()
 def policies() -> None:
     """List the scheduling policies."""
-    from scheduler.policies import describe_policies  # noqa: PLC0415
+    from shoal.scheduler.policies import describe_policies  # noqa: PLC0415
 
     described = describe_policies()
     width = max(map(len, described))

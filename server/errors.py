@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from scheduler.errors import (
+from shoal.scheduler.errors import (
     ContextLengthError,
     EngineError,
     InvalidRequestError,

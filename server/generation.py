@@ -8,14 +8,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from model.tokenizer import IncrementalDetokenizer, Tokenizer
-from scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulingParams, TokenLogprobs
-from server.engine.client import EngineClient
-from server.engine.journal import Journal
-from server.engine.messages import EngineRequest
-from server.metrics import Metrics
-from server.text import StopStrings
-from server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
+from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulingParams, TokenLogprobs
+from shoal.server.engine.client import EngineClient
+from shoal.server.engine.journal import Journal
+from shoal.server.engine.messages import EngineRequest
+from shoal.server.metrics import Metrics
+from shoal.server.text import StopStrings
+from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 
 NUM_CONTEXT_TOKENS = 8  # of the prompt, before which a token's text depends on nothing
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from model.tokenizer import Tokenizer
-from scheduler.output import TokenLogprobs
-from server.generation import Scored
-from server.wire.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.output import TokenLogprobs
+from shoal.server.generation import Scored
+from shoal.server.wire.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token that cannot occur
 

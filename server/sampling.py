@@ -6,11 +6,11 @@ import re
 import secrets
 from typing import TypeVar
 
-from model.config import GenerationDefaults
-from scheduler.config import SchedulerConfig
-from scheduler.errors import InvalidRequestError
-from scheduler.output import SamplingParams
-from server.wire.requests import ChatBody, CompletionBody, GenerationBody
+from shoal.model.checkpoint.config import GenerationDefaults
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.errors import InvalidRequestError
+from shoal.scheduler.output import SamplingParams
+from shoal.server.wire.requests import ChatBody, CompletionBody, GenerationBody
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 _TOKEN_ID = re.compile("[0-9]{1,10}")

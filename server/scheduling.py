@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from scheduler.output import SchedulingParams
-from server.wire.requests import GenerationBody
+from shoal.scheduler.output import SchedulingParams
+from shoal.server.wire.requests import GenerationBody
 
 
 def resolve_scheduling(body: GenerationBody, api_key: str | None) -> SchedulingParams:

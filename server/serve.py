@@ -14,18 +14,18 @@ from pathlib import Path
 
 import uvicorn
 
-from model.checkpoint import checkpoint_name, resolve_checkpoint
-from model.config import load_config, load_generation_defaults
-from model.tokenizer import Tokenizer
-from scheduler.errors import CheckpointError, ConfigError
-from scheduler.policies import find_policy
-from server.app import create_app
-from server.engine.client import EngineClient
-from server.engine.messages import EngineConfig, Ready
-from server.engine.tracing import begin_trace
-from server.metrics import Metrics
-from server.service import Service, unix_time
-from server.settings import Settings
+from shoal.model.checkpoint.config import load_config, load_generation_defaults
+from shoal.model.checkpoint.find import checkpoint_name, resolve_checkpoint
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.errors import CheckpointError, ConfigError
+from shoal.scheduler.policies import find_policy
+from shoal.server.app import create_app
+from shoal.server.engine.client import EngineClient
+from shoal.server.engine.messages import EngineConfig, Ready
+from shoal.server.engine.tracing import begin_trace
+from shoal.server.metrics import Metrics
+from shoal.server.service import Service, unix_time
+from shoal.server.settings import Settings
 
 logger = logging.getLogger("shoal")
 

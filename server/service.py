@@ -8,17 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model.config import GenerationDefaults, ModelConfig
-from model.tokenizer import Tokenizer
-from scheduler.errors import InvalidRequestError
-from scheduler.output import SchedulingParams
-from server.engine.client import EngineClient
-from server.errors import ModelNotFoundError
-from server.generation import Generation, Prompt
-from server.metrics import Metrics
-from server.sampling import check_token_ids, resolve_sampling
-from server.settings import Settings
-from server.wire.requests import ChatBody, CompletionBody, Message
+from shoal.model.checkpoint.config import GenerationDefaults
+from shoal.model.record import ModelConfig
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.errors import InvalidRequestError
+from shoal.scheduler.output import SchedulingParams
+from shoal.server.engine.client import EngineClient
+from shoal.server.errors import ModelNotFoundError
+from shoal.server.generation import Generation, Prompt
+from shoal.server.metrics import Metrics
+from shoal.server.sampling import check_token_ids, resolve_sampling
+from shoal.server.settings import Settings
+from shoal.server.wire.requests import ChatBody, CompletionBody, Message
 
 # Tokenizing this many characters takes well under a millisecond; more would hold up the event loop.
 INLINE_CHARS = 4096

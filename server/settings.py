@@ -21,8 +21,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from model.speculation.length import MOST_SPEC_TOKENS
-from scheduler.errors import ConfigError
+from shoal.model.speculation.length import MOST_SPEC_TOKENS
+from shoal.scheduler.errors import ConfigError
 
 ENV_PREFIX = "SHOAL_"
 # Read by the terminal client, whose settings are not the server's.

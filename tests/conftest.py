@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from model.backends import native_library
-from model.native import build
+from shoal.model.backends import native_library
+from shoal.model.native import build
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from model.batch import ForwardBatch, SamplerOutput, SamplingBatch
+from shoal.model.step.batch import ForwardBatch, SamplerOutput, SamplingBatch
 from tests.fakes import digest
 
 
@@ -52,7 +52,7 @@ class FakeBackend:
         raise NotImplementedError("the executor asks for choices, never for logits")
 
     def _check(self, batch: ForwardBatch, sampling: SamplingBatch) -> None:
-        """Shapes, dtypes and order, as `model/batch.py` promises them."""
+        """Shapes, dtypes and order, as `model/step/batch.py` promises them."""
         num_tokens, num_seqs = len(batch.token_ids), len(batch.context_lens)
         assert batch.query_start_loc[0] == 0
         assert batch.query_start_loc[-1] == num_tokens

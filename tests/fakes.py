@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.engine import EngineCore, Executor
-from scheduler.output import (
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.engine import EngineCore, Executor
+from shoal.scheduler.output import (
     FinishReason,
     NewRequest,
     RequestOutput,
@@ -26,9 +26,9 @@ from scheduler.output import (
     StepResult,
     TokenLogprobs,
 )
-from scheduler.policies import Policy, create_policy
-from scheduler.request import Request, RequestStatus
-from scheduler.scheduler import Scheduler
+from shoal.scheduler.policies import Policy, create_policy
+from shoal.scheduler.request import Request, RequestStatus
+from shoal.scheduler.scheduler import Scheduler
 
 Choose = Callable[[str, list[int]], int]  # request id, context -> the token after it
 Draft = Callable[[str, list[int]], list[int]]  # request id, context -> guesses for the tokens after it

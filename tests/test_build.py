@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from model.backends.native_library import supported_isas
-from model.native.build import isa_flags
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.native.build import isa_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -54,6 +54,7 @@ def folder(tmp_path: Path) -> Path:
     for room in ("scheduler", "model", "server", "clients", "loadtest", "model/native"):
         (tmp_path / room).mkdir()
         (tmp_path / room / "__init__.py").touch()
+    shutil.copytree(ROOT / "src", tmp_path / "src", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     native = tmp_path / "model" / "native"
     shutil.copy(ROOT / "model/native/build.py", native)
     (native / "answer.cpp").write_text(SOURCE)
@@ -241,7 +242,7 @@ def build_wheel(tree: Path, kind: str, **environment: str) -> tuple[str, set[str
 @needs_compiler
 def test_a_wheel_carries_the_libraries(folder: Path) -> None:
     name, files = build_wheel(folder.parents[1], "build_wheel")
-    assert {f"model/native/libshoal-{isa}.so" for isa in ISAS} <= files
+    assert {f"shoal/model/native/libshoal-{isa}.so" for isa in ISAS} <= files
     assert not name.endswith("-none-any.whl")
 
 
@@ -254,7 +255,7 @@ def test_an_editable_installation_builds_too(folder: Path) -> None:
 def test_a_wheel_without_a_compiler_is_pure(folder: Path, tmp_path: Path) -> None:
     name, files = build_wheel(folder.parents[1], "build_wheel", PATH=str(tmp_path))
     assert name.endswith("-py3-none-any.whl")
-    assert "model/native/answer.cpp" in files
+    assert "shoal/model/native/answer.cpp" in files
     assert not any(file.endswith(".so") for file in files)
 
 

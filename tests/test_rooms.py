@@ -33,14 +33,18 @@ def _room(ours: str, outside: str) -> Room:
 
 ROOMS = {
     "scheduler": _room("", ""),
-    "model": _room("scheduler.output scheduler.errors", "click gguf jinja2 numpy safetensors tokenizers torch"),
+    "model": _room(
+        "shoal.scheduler.output shoal.scheduler.errors", "click gguf jinja2 numpy safetensors tokenizers torch"
+    ),
     "server": _room(
-        "scheduler model",
+        "shoal.scheduler shoal.model",
         "click fastapi msgspec numpy prometheus_client pydantic pydantic_core pydantic_settings starlette uvicorn "
         "uvloop zmq",
     ),
     "clients": _room("", "click httpx httpx_sse"),
-    "loadtest": _room("clients scheduler", "click gevent geventhttpclient httpx jinja2 locust matplotlib numpy tqdm"),
+    "loadtest": _room(
+        "shoal.clients shoal.scheduler", "click gevent geventhttpclient httpx jinja2 locust matplotlib numpy tqdm"
+    ),
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")
 ONLY_IN_TRAINING = frozenset({"click", "safetensors", "tqdm", "transformers"})
@@ -50,7 +54,7 @@ READS_ENVIRONMENT = ("server/settings.py", "model/native/build.py", "model/backe
 
 def imports(path: str, source: str) -> Iterator[str]:
     """All modules that a file imports, wherever in it, with the names taken from them."""
-    package = path.split("/")[:-1]
+    package = ["shoal", *path.split("/")[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,8 +68,8 @@ def is_allowed(path: str, module: str) -> bool:
     room, top = path.partition("/")[0], module.partition(".")[0]
     if top == "torch":
         return "torch" in ROOMS[room].outside and path.startswith(TORCH_MAY_BE_IN)
-    if top in ROOMS:
-        return top == room or any(f"{module}.".startswith(f"{ours}.") for ours in ROOMS[room].ours)
+    if top == "shoal":
+        return any(f"{module}.".startswith(f"{ours}.") for ours in (f"shoal.{room}", *ROOMS[room].ours))
     if path.startswith("model/training/") and top in ONLY_IN_TRAINING:
         return True
     return top in sys.stdlib_module_names or top in ROOMS[room].outside
@@ -100,28 +104,28 @@ def test_only_the_settings_read_the_environment(path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source", "allowed"),
     [
-        ("scheduler/a.py", "import heapq, scheduler.output", True),
+        ("scheduler/a.py", "import heapq, shoal.scheduler.output", True),
         ("scheduler/a.py", "import numpy", False),
-        ("scheduler/a.py", "from model.batch import ForwardBatch", False),
+        ("scheduler/a.py", "from shoal.model.step.batch import ForwardBatch", False),
         ("scheduler/a.py", "def f():\n    import torch.nn", False),
-        ("model/a.py", "from scheduler import output", True),
-        ("model/a.py", "from scheduler.errors import ConfigError", True),
-        ("model/a.py", "from scheduler import scheduler", False),
-        ("model/a.py", "import scheduler", False),
-        ("model/a.py", "from scheduler.request import Request", False),
-        ("model/a.py", "from server import cli", False),
+        ("model/a.py", "from shoal.scheduler import output", True),
+        ("model/a.py", "from shoal.scheduler.errors import ConfigError", True),
+        ("model/a.py", "from shoal.scheduler import scheduler", False),
+        ("model/a.py", "import shoal.scheduler", False),
+        ("model/a.py", "from shoal.scheduler.request import Request", False),
+        ("model/a.py", "from shoal.server import cli", False),
         ("model/a.py", "import torch", False),
         ("model/backends/torch_layers.py", "import torch", True),
         ("model/backends/native.py", "from torch import Tensor", False),
         ("model/training/loss.py", "import torch, tqdm\nfrom .. import batch", True),
         ("model/training/loss.py", "from ...scheduler import request", False),
-        ("server/a.py", "import scheduler.scheduler, model.executor, zmq", True),
+        ("server/a.py", "import shoal.scheduler.scheduler, shoal.model.step.executor, zmq", True),
         ("server/a.py", "import torch", False),
-        ("server/a.py", "import clients", False),
+        ("server/a.py", "import shoal.clients", False),
         ("clients/a.py", "import httpx", True),
-        ("clients/a.py", "from scheduler.errors import ShoalError", False),
-        ("loadtest/a.py", "import clients, scheduler.engine, locust", True),
-        ("loadtest/a.py", "import model", False),
+        ("clients/a.py", "from shoal.scheduler.errors import ShoalError", False),
+        ("loadtest/a.py", "import shoal.clients, shoal.scheduler.engine, locust", True),
+        ("loadtest/a.py", "import shoal.model", False),
         ("loadtest/a.py", "from tests.fakes import Harness", False),
     ],
 )
@@ -147,9 +151,9 @@ def test_the_scheduler_loads_neither_torch_nor_numpy() -> None:
     """In a fresh process, with every module of it."""
     script = """
 import importlib, pkgutil, sys
-import scheduler
-names = [module.name for module in pkgutil.walk_packages(scheduler.__path__, "scheduler.")]
-assert "scheduler.policies.fcfs" in names
+from shoal import scheduler
+names = [module.name for module in pkgutil.walk_packages(scheduler.__path__, "shoal.scheduler.")]
+assert "shoal.scheduler.policies.fcfs" in names
 for name in names:
     importlib.import_module(name)
 print(*({"torch", "numpy"} & sys.modules.keys()))

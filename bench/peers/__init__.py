@@ -23,9 +23,9 @@ from typing import Protocol, Self
 from bench.peers.gguf import write_gguf
 from bench.server import Server, stream_all
 from bench.table import show
-from model.checkpoint import resolve_checkpoint
-from model.tokenizer import Tokenizer
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.find import resolve_checkpoint
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.errors import CheckpointError
 
 MODEL = "smollm2-135m"
 CONCURRENCIES = (1, 8, 32)

@@ -13,13 +13,14 @@ from bench.speculation.serving import Gain, Load, make_prompts
 from bench.speculation.theory import MOST_SPEC_TOKENS, Costs, Machine, expert_bytes, speed_up
 from bench.table import show
 from bench.workload import TimedBackend, make_engine
-from model.checkpoint import load_checkpoint, resolve_checkpoint
-from model.record import ModelRecord
-from model.tokenizer import Tokenizer
-from scheduler.engine import EngineCore
-from server.engine.backends import plan_backend
-from server.serve import engine_config
-from server.settings import load_settings
+from shoal.model.checkpoint.find import resolve_checkpoint
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import ModelRecord
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.engine import EngineCore
+from shoal.server.engine.backends import plan_backend
+from shoal.server.serve import engine_config
+from shoal.server.settings import load_settings
 
 METHODS = ("draft", "ngram", "self")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)

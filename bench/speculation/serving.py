@@ -12,10 +12,10 @@ from itertools import count, islice, zip_longest
 from statistics import fmean, median
 
 from bench.workload import TimedBackend
-from model.tokenizer import Tokenizer
-from scheduler.engine import EngineCore
-from scheduler.output import SamplingParams, SchedulerStats
-from scheduler.request import Request
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.output import SamplingParams, SchedulerStats
+from shoal.scheduler.request import Request
 
 _FEW = 8  # requests at once
 _ROUNDS = 4  # requests for each place

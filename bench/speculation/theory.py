@@ -16,8 +16,8 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Backend, DraftBatch, ForwardBatch, Int32, SamplingBatch
-from model.record import ModelRecord
+from shoal.model.record import ModelRecord
+from shoal.model.step.batch import Backend, DraftBatch, ForwardBatch, Int32, SamplingBatch
 
 Intp = NDArray[np.intp]
 Work = Callable[[int], Callable[[], object]]  # turn -> a step to be timed

@@ -12,12 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from loadtest.figures import group_name
-from loadtest.plots import style
-from loadtest.records import Run
-from loadtest.report_data import Cell
-from loadtest.steps import Step
-from loadtest.timeline import Bar, Work, bars, course
+from shoal.loadtest.figures import group_name
+from shoal.loadtest.plots import style
+from shoal.loadtest.records import Run
+from shoal.loadtest.report_data import Cell
+from shoal.loadtest.steps import Step
+from shoal.loadtest.timeline import Bar, Work, bars, course
 
 # Of each hue one that is light, for decoding, and one that is dark, for prefill.
 HUES = (("#8ec1e0", "#1b62a5"), ("#fbc07c", "#c8600a"), ("#a3d8a0", "#1e8449"), ("#cdb4e3", "#5e3c99"))

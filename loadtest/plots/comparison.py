@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from loadtest.figures import group_name
-from loadtest.metrics import Group, Quantiles, Summary, e2e, is_answered, itl, ttft
-from loadtest.plots import style
-from loadtest.records import Run
-from loadtest.report_data import Cell, by_load
+from shoal.loadtest.figures import group_name
+from shoal.loadtest.metrics import Group, Quantiles, Summary, e2e, is_answered, itl, ttft
+from shoal.loadtest.plots import style
+from shoal.loadtest.records import Run
+from shoal.loadtest.report_data import Cell, by_load
 
 MAX_POINTS = 400  # of a curve, more than can be seen
 

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from loadtest.records import Setup
+from shoal.loadtest.records import Setup
 
 WIDTH = 9.5  # inches
 DPI = 120

@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from loadtest import accuracy
-from loadtest.accuracy import compare
-from loadtest.figures import title
-from loadtest.plots import style
-from loadtest.records import Setup
-from loadtest.report_data import Cell
+from shoal.loadtest import accuracy
+from shoal.loadtest.accuracy import compare
+from shoal.loadtest.figures import title
+from shoal.loadtest.plots import style
+from shoal.loadtest.records import Setup
+from shoal.loadtest.report_data import Cell
 
 LARGEST = 40.0  # percent; what is beyond is drawn at the edge, as a triangle
 

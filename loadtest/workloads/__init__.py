@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from loadtest.errors import WorkloadError
-from loadtest.text import Tokenize
-from loadtest.workload import WorkloadRequest
-from loadtest.workloads.agent import agent
-from loadtest.workloads.chat import chat
-from loadtest.workloads.classes import mixed_priority, two_tenants
-from loadtest.workloads.code import code
-from loadtest.workloads.maker import MIN_MODEL_LEN, Maker
-from loadtest.workloads.uniform import uniform
+from shoal.loadtest.errors import WorkloadError
+from shoal.loadtest.text import Tokenize
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workloads.agent import agent
+from shoal.loadtest.workloads.chat import chat
+from shoal.loadtest.workloads.classes import mixed_priority, two_tenants
+from shoal.loadtest.workloads.code import code
+from shoal.loadtest.workloads.maker import MIN_MODEL_LEN, Maker
+from shoal.loadtest.workloads.uniform import uniform
 
 WORKLOADS: dict[str, Callable[[Maker], list[WorkloadRequest]]] = {
     "chat": chat,

@@ -8,9 +8,9 @@ output.
 
 from __future__ import annotations
 
-from loadtest.text import code, passage, prose
-from loadtest.workload import WorkloadRequest
-from loadtest.workloads.maker import MIN_MODEL_LEN, Maker
+from shoal.loadtest.text import code, passage, prose
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workloads.maker import MIN_MODEL_LEN, Maker
 
 MAX_TOKENS = 160
 MAX_PROMPT_TOKENS = MIN_MODEL_LEN - MAX_TOKENS

@@ -22,9 +22,9 @@ from __future__ import annotations
 from math import log, sqrt
 from statistics import NormalDist
 
-from loadtest.text import prompt, prose
-from loadtest.workload import WorkloadRequest
-from loadtest.workloads.maker import Maker, length
+from shoal.loadtest.text import prompt, prose
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workloads.maker import Maker, length
 
 MAX_TOKENS = 640
 MAX_PROMPT_TOKENS = 384

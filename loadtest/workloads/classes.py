@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loadtest.text import prompt, prose
-from loadtest.workload import WorkloadRequest
-from loadtest.workloads.maker import Maker
+from shoal.loadtest.text import prompt, prose
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workloads.maker import Maker
 
 EVERY = 8
 MAX_TOKENS = 400

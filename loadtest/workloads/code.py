@@ -7,9 +7,9 @@ short to medium ones: log-normal with a median of 40 tokens and sigma 0.8.
 
 from __future__ import annotations
 
-from loadtest.text import Tokenize, cut, modules
-from loadtest.workload import WorkloadRequest
-from loadtest.workloads.maker import Maker
+from shoal.loadtest.text import Tokenize, cut, modules
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workloads.maker import Maker
 
 NUM_FILES = 6
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 300, 700

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from math import ceil, exp, log
 from random import Random
 
-from loadtest.text import Tokenize
-from loadtest.workload import WorkloadRequest
+from shoal.loadtest.text import Tokenize
+from shoal.loadtest.workload import WorkloadRequest
 
 MIN_MODEL_LEN = 1024
 CHAT_TEMPERATURE = 0.8

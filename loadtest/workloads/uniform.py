@@ -5,9 +5,9 @@ The control: batches of such requests end together, so that static batching shou
 
 from __future__ import annotations
 
-from loadtest.text import prompt, prose
-from loadtest.workload import WorkloadRequest
-from loadtest.workloads.maker import Maker
+from shoal.loadtest.text import prompt, prose
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workloads.maker import Maker
 
 NUM_PROMPT_TOKENS = 128
 NUM_OUTPUT_TOKENS = 128

@@ -13,13 +13,21 @@ from typing import Literal
 
 import numpy as np
 
-from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, TENSORS, Batch, Draft, Options, Shape, load_library
-from model.backends.native_sampling import SamplerArguments
-from model.backends.rope import rope_tables
-from model.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
-from model.config import ModelConfig
-from model.record import Array, Experts, FeedForward, Layer, ModelRecord
-from scheduler.errors import CheckpointError, ConfigError
+from shoal.model.backends.native_library import (
+    MAX_EXPERTS,
+    MAX_HEAD_DIM,
+    TENSORS,
+    Batch,
+    Draft,
+    Options,
+    Shape,
+    load_library,
+)
+from shoal.model.backends.native_sampling import SamplerArguments
+from shoal.model.backends.rope import rope_tables
+from shoal.model.record import Array, Experts, FeedForward, Layer, ModelConfig, ModelRecord
+from shoal.model.step.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
+from shoal.scheduler.errors import CheckpointError, ConfigError
 
 # Slots of the KV cache that the native code gathers.
 SLOTS = 16
@@ -28,7 +36,7 @@ _TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16):
 
 
 class NativeBackend:
-    """Implements `model.batch.Backend` on the CPU, with float32 activations.
+    """Implements `shoal.model.step.batch.Backend` on the CPU, with float32 activations.
 
     Args:
         num_blocks, block_size: of the KV cache; block_size is a multiple of 16.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Float32, Int32, SamplerOutput, SamplingBatch
+from shoal.model.step.batch import Float32, Int32, SamplerOutput, SamplingBatch
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _OF_ROWS = (*_FLOATS, "top_k", "seeds", "positions", "forced_token_ids", "num_logprobs")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from model.config import RopeConfig
+from shoal.model.record import RopeConfig
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

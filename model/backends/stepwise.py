@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from model.batch import DraftBatch, ForwardBatch, Int32, SamplingBatch
+from shoal.model.step.batch import DraftBatch, ForwardBatch, Int32, SamplingBatch
 
 
 def draft_stepwise(

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.backends.torch_layers import pad_rows
-from model.batch import ForwardBatch
-from model.config import ModelConfig
+from shoal.model.backends.torch_layers import pad_rows
+from shoal.model.record import ModelConfig
+from shoal.model.step.batch import ForwardBatch
 
 # Most queries of one sequence that are computed together; fewer where the context is so long that scores grow large.
 _TILE_QUERIES = 64

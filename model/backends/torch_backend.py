@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.rope import rope_tables
-from model.backends.stepwise import draft_stepwise
-from model.backends.torch_attention import CacheLayout, attend, clear_fresh_blocks, plan_attention
-from model.backends.torch_layers import (
+from shoal.model.backends.rope import rope_tables
+from shoal.model.backends.stepwise import draft_stepwise
+from shoal.model.backends.torch_attention import CacheLayout, attend, clear_fresh_blocks, plan_attention
+from shoal.model.backends.torch_layers import (
     AttentionWeights,
     ExpertWeights,
     FeedForwardWeights,
@@ -21,13 +21,13 @@ from model.backends.torch_layers import (
     rms_norm,
     rotate_,
 )
-from model.backends.torch_sampler import sample
-from model.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
-from model.record import Array, Experts, FeedForward, Layer, ModelRecord
+from shoal.model.backends.torch_sampler import sample
+from shoal.model.record import Array, Experts, FeedForward, Layer, ModelRecord
+from shoal.model.step.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 
 
 class TorchBackend:
-    """Implements `model.batch.Backend`.
+    """Implements `shoal.model.step.batch.Backend`.
 
     Args:
         device: as torch names it, such as "cpu" or "cuda:0".

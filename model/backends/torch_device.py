@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scheduler.errors import ConfigError
+from shoal.scheduler.errors import ConfigError
 
 
 def free_cuda_memory(device: str) -> int:

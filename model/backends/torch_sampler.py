@@ -1,4 +1,4 @@
-"""Chooses tokens with torch, on the device of the logits, exactly as `model/sampling.py` specifies; steps are its."""
+"""Chooses tokens with torch, on the device of the logits, exactly as `model/step/sampling.py` specifies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.batch import Int32, SamplerOutput, SamplingBatch
-from model.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
+from shoal.model.step.batch import Int32, SamplerOutput, SamplingBatch
+from shoal.model.step.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
 
 # Most elements of a [rows, vocab_size] temporary; more rows are drawn in turns: what a CPU's caches take, or a small
 # part of a GPU's memory.

@@ -1,4 +1,4 @@
-"""Compiles the native backend: `python -m model.native.build [--sanitize] [--only ISA]`.
+"""Compiles the native backend: `python -m shoal.model.native.build [--sanitize] [--only ISA]`.
 
 Every instruction set gets a shared library of its own, `libshoal-ISA.so`, made of all the sources in this folder; the
 program chooses among them when it runs.  Only the standard library is used: this runs before anything is installed.

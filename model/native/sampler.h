@@ -1,4 +1,4 @@
-// Chooses tokens from logits, exactly as model/sampling.py specifies; the numbers of steps are its.
+// Chooses tokens from logits, exactly as model/step/sampling.py specifies; the numbers of steps are its.
 #pragma once
 
 #include "pool.h"

@@ -10,7 +10,7 @@
 // Limits of a model's shape.
 enum { kMaxHeadDim = 512, kMaxExperts = 512 };
 
-// The shape of a model; see ModelConfig in model/config.py.
+// The shape of a model; see ModelConfig in model/record.py.
 struct ShoalShape {
     int32_t vocab_size;
     int32_t hidden_size;
@@ -54,7 +54,7 @@ enum ShoalTensor : int32_t {
     kDownProj,
 };
 
-// One step of tokens; see ForwardBatch in model/batch.py.
+// One step of tokens; see ForwardBatch in model/step/batch.py.
 struct ShoalBatch {
     int64_t num_tokens;
     int64_t num_seqs;
@@ -69,7 +69,7 @@ struct ShoalBatch {
     const int32_t* logits_indices;   // [num_logits]
 };
 
-// How to choose a token at each of num_rows rows; see SamplingBatch in model/batch.py.
+// How to choose a token at each of num_rows rows; see SamplingBatch in model/step/batch.py.
 struct ShoalSampling {
     int64_t num_rows;
     const float* temperature;
@@ -93,7 +93,7 @@ struct ShoalSampling {
     const float* bias;
 };
 
-// The chosen tokens; see SamplerOutput in model/batch.py.
+// The chosen tokens; see SamplerOutput in model/step/batch.py.
 struct ShoalChosen {
     int32_t* token_ids;   // [num_rows]
     int64_t num_top;      // columns of the last two; -1 if no row asks for log-probabilities, and then all are null
@@ -103,7 +103,7 @@ struct ShoalChosen {
     float* top_logprobs;     // [num_rows, num_top]
 };
 
-// What to propose behind the tokens of some requests; see DraftBatch in model/batch.py.
+// What to propose behind the tokens of some requests; see DraftBatch in model/step/batch.py.
 struct ShoalDraft {
     int32_t num_layers;  // how many of the model's layers to run before its norm and head
     int64_t num_seqs;

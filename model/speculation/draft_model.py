@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.batch import Backend
-from model.rows import BatchRows
-from model.speculation.drafting import Drafter
-from model.speculation.length import MOST_SPEC_TOKENS
-from model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
-from scheduler.output import ScheduledRequest
+from shoal.model.speculation.drafting import Drafter
+from shoal.model.speculation.length import MOST_SPEC_TOKENS
+from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
+from shoal.model.step.batch import Backend
+from shoal.model.step.rows import BatchRows
+from shoal.scheduler.output import ScheduledRequest
 
 # Tokens that are read with what a guess begins with; more are caught up with before.
 _READ_ALONG = MOST_SPEC_TOKENS

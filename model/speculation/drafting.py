@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.backends.stepwise import draft_stepwise, known_tokens
-from model.batch import Backend, DraftBatch, ForwardBatch, Int32, SamplingBatch
-from model.rows import BatchRows
-from model.sampling import probabilities, sample_reference
-from model.speculation.proposer import NO_PROPOSAL, Candidate, Float64, Proposal
-from model.speculation.rejection import with_draft_noise
+from shoal.model.backends.stepwise import draft_stepwise, known_tokens
+from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Float64, Proposal
+from shoal.model.speculation.rejection import with_draft_noise
+from shoal.model.step.batch import Backend, DraftBatch, ForwardBatch, Int32, SamplingBatch
+from shoal.model.step.rows import BatchRows
+from shoal.model.step.sampling import probabilities, sample_reference
 
 
 class Drafter:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from model.speculation.acceptance import Acceptance
-from model.speculation.costs import LEAST_SHARE_OF_NEWEST, ProposalCosts, StepCosts
-from model.speculation.yields import Yields
+from shoal.model.speculation.acceptance import Acceptance
+from shoal.model.speculation.costs import LEAST_SHARE_OF_NEWEST, ProposalCosts, StepCosts
+from shoal.model.speculation.yields import Yields
 
 MOST_SPEC_TOKENS = 16  # of any proposal
 ADAPTIVE_MOST = 8  # unless a guess costs next to nothing

@@ -5,9 +5,9 @@ Saxena 2023, "Prompt Lookup Decoding".  No model is asked, and nothing is kept: 
 
 from __future__ import annotations
 
-from model.rows import BatchRows
-from model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
-from scheduler.output import ScheduledRequest
+from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
+from shoal.model.step.rows import BatchRows
+from shoal.scheduler.output import ScheduledRequest
 
 # Lengths of the runs of tokens that are looked up, longest first.  What stood behind a short run comes again for a few
 # tokens: twice as many as the run has are guessed, and behind the longest all that are wanted.

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.output import ScheduledRequest
+from shoal.scheduler.output import ScheduledRequest
 
 Float64 = NDArray[np.float64]
 

@@ -6,7 +6,7 @@ accepted the target adds a draw from p.  What comes out has the target's distrib
 draws without speculation.  It accepts more than the comparison of two choices does.
 
 The three draws at a position must be independent of each other, and repeatable: each has a noise of its own, the
-specified one (`model/sampling.py`) under another seed.
+specified one (`model/step/sampling.py`) under another seed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from model.batch import SamplingBatch
-from model.sampling import gumbel_noise
-from model.speculation.proposer import Float64, Proposal
+from shoal.model.speculation.proposer import Float64, Proposal
+from shoal.model.step.batch import SamplingBatch
+from shoal.model.step.sampling import gumbel_noise
 
 _DRAFT_NOISE = np.uint64(0xD1B54A32D192ED03)
 _ACCEPTANCE_NOISE = 0x8CB92BA72F3D8DD7

@@ -7,11 +7,11 @@ writes there is what verifying writes again.
 
 from __future__ import annotations
 
-from model.batch import Backend
-from model.rows import BatchRows
-from model.speculation.drafting import Drafter
-from model.speculation.proposer import Candidate, Proposal
-from scheduler.output import ScheduledRequest
+from shoal.model.speculation.drafting import Drafter
+from shoal.model.speculation.proposer import Candidate, Proposal
+from shoal.model.step.batch import Backend
+from shoal.model.step.rows import BatchRows
+from shoal.scheduler.output import ScheduledRequest
 
 
 class SelfSpeculativeProposer:

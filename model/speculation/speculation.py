@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from model.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
-from model.layout import StepLayout
-from model.rows import BatchRows
-from model.sampling import describe, probabilities, sample_reference
-from model.speculation import rejection
-from model.speculation.length import LengthRule
-from model.speculation.proposer import Candidate, Proposal, Proposer
-from scheduler.output import ScheduledRequest, StepResult
+from shoal.model.speculation import rejection
+from shoal.model.speculation.length import LengthRule
+from shoal.model.speculation.proposer import Candidate, Proposal, Proposer
+from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
+from shoal.model.step.layout import StepLayout
+from shoal.model.step.rows import BatchRows
+from shoal.model.step.sampling import describe, probabilities, sample_reference
+from shoal.scheduler.output import ScheduledRequest, StepResult
 
 # Seconds; a longer pause between two steps is an idle engine's.
 _ONE_BREATH = 2e-3

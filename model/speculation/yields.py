@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.speculation.costs import StepCosts
+from shoal.model.speculation.costs import StepCosts
 
 # Share of the newest step in the mean.  What is accepted is luck in part, and more so the fewer requests there are.
 _NEWEST_OF_ONE, _MOST_OF_NEWEST = 0.02, 0.1

@@ -1,4 +1,4 @@
-"""The command line of the recipe: `python -m model.training run --budget 45min`."""
+"""The command line of the recipe: `python -m shoal.model.training run --budget 45min`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import click
 import torch
 
-from scheduler.errors import ShoalError
+from shoal.scheduler.errors import ShoalError
 
 from .pipeline import Pipeline
 from .recipe import Budget, load_recipe

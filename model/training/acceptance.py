@@ -1,7 +1,7 @@
 """How often the target takes what a draft proposes, under the rule that Shoal verifies by.
 
 Draft and target choose with the same noise, and a drafted token is accepted exactly when it is what the target chooses
-(`model/sampling.py` specifies the choice).  What is accepted is then the target's own text, so one text of the target,
+(`model/step/sampling.py` specifies the choice).  What is accepted is then the target's own text: one such text,
 and what the draft would choose at each of its positions, tell what comes of every length of proposal.
 """
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.sampling import gumbel_noise
+from shoal.model.step.sampling import gumbel_noise
 
 TEMPERATURES = (0.0, 0.8, 1.0)
 NUM_SPEC_TOKENS = (2, 4, 6)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from scheduler.errors import ConfigError
+from shoal.scheduler.errors import ConfigError
 
 from .documentation import DOCUMENTATION
 from .instructions import bare_functions, instruction_pairs

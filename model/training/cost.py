@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from model.backends.native_backend import NativeBackend
-from model.backends.native_library import supported_isas
-from model.backends.torch_backend import TorchBackend
-from model.batch import Backend, ForwardBatch, Int32
-from model.checkpoint import load_checkpoint
-from model.record import ModelRecord
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import ModelRecord
+from shoal.model.step.batch import Backend, ForwardBatch, Int32
 
 _CONTEXT = 256  # tokens before the one that is timed, at most
 _BLOCK_SIZE = 16

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from scheduler.errors import ConfigError
+from shoal.scheduler.errors import ConfigError
 
 from .sources import Package, SourceFile
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from model.batch import Backend, ForwardBatch, Int32, SamplingBatch, UInt64
+from shoal.model.step.batch import Backend, ForwardBatch, Int32, SamplingBatch, UInt64
 
 from .tokens import Tokens
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
 
-from model.checkpoint import load_checkpoint
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.scheduler.errors import CheckpointError
 
 from . import corpus, documentation, echo, sources, tokens
 from .card import Provenance, model_card

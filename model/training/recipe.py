@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scheduler.errors import ConfigError
+from shoal.scheduler.errors import ConfigError
 
 Section = TypeVar("Section", "NetworkConfig", "TrainingConfig")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from email.parser import BytesParser
 from pathlib import Path
 
-from scheduler.errors import ConfigError
+from shoal.scheduler.errors import ConfigError
 
 CORPUS_FILE = Path(__file__).parent / "corpus.txt"
 STDLIB = "python-stdlib"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from scheduler.errors import CheckpointError, ConfigError
+from shoal.scheduler.errors import CheckpointError, ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from scheduler.errors import ConfigError
+from shoal.scheduler.errors import ConfigError
 
 from .corpus import Document
 from .tokenizer import END_OF_TEXT, END_OF_TURN, ROLES, special_id

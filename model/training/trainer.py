@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scheduler.errors import CheckpointError
+from shoal.scheduler.errors import CheckpointError
 
 from .network import Network, training_dtype
 from .recipe import Budget, Recipe, TrainingConfig

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.errors import ConfigError
-from scheduler.policies.deadline import EarliestDeadlineFirst
-from scheduler.policies.fair import VirtualTokenCounter
-from scheduler.policies.fcfs import FirstComeFirstServed
-from scheduler.policies.policy import Policy
-from scheduler.policies.priority import Priority
-from scheduler.policies.sjf import ShortestJobFirst
-from scheduler.policies.static import Static, StaticWithoutPadding
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.policies.deadline import EarliestDeadlineFirst
+from shoal.scheduler.policies.fair import VirtualTokenCounter
+from shoal.scheduler.policies.fcfs import FirstComeFirstServed
+from shoal.scheduler.policies.policy import Policy
+from shoal.scheduler.policies.priority import Priority
+from shoal.scheduler.policies.sjf import ShortestJobFirst
+from shoal.scheduler.policies.static import Static, StaticWithoutPadding
 
 POLICIES: dict[str, type[Policy]] = {
     "fcfs": FirstComeFirstServed,

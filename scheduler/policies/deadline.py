@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.policies.policy import KeyedPolicy
-from scheduler.request import Request, RequestStatus
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.policies.policy import KeyedPolicy
+from shoal.scheduler.request import Request, RequestStatus
 
 
 class EarliestDeadlineFirst(KeyedPolicy):

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.output import FinishReason
-from scheduler.policies.policy import Policy
-from scheduler.request import Request, RequestStatus
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.output import FinishReason
+from shoal.scheduler.policies.policy import Policy
+from shoal.scheduler.request import Request, RequestStatus
 
 _MAX_IDLE_CLIENTS = 1024  # that are remembered before it is looked which of them may be forgotten
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from scheduler.policies.policy import Policy
-from scheduler.request import Request
+from shoal.scheduler.policies.policy import Policy
+from shoal.scheduler.request import Request
 
 
 class FirstComeFirstServed(Policy):

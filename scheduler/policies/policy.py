@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.output import FinishReason
-from scheduler.request import Request, RequestStatus
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.output import FinishReason
+from shoal.scheduler.request import Request, RequestStatus
 
 
 class Notices:

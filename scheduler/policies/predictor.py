@@ -7,7 +7,7 @@ from math import exp, log, sqrt
 from typing import Protocol
 from zlib import crc32
 
-from scheduler.request import Request
+from shoal.scheduler.request import Request
 
 
 class Predictor(Protocol):

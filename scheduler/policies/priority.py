@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.policies.policy import KeyedPolicy
-from scheduler.request import Request
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.policies.policy import KeyedPolicy
+from shoal.scheduler.request import Request
 
 
 class Priority(KeyedPolicy):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.output import FinishReason
-from scheduler.policies.policy import KeyedPolicy
-from scheduler.policies.predictor import PREDICTORS, Predictor
-from scheduler.request import Request, RequestStatus
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.output import FinishReason
+from shoal.scheduler.policies.policy import KeyedPolicy
+from shoal.scheduler.policies.predictor import PREDICTORS, Predictor
+from shoal.scheduler.request import Request, RequestStatus
 
 _PROMPT_WEIGHT = 0.1  # tokens of a prompt are computed many at a time, those of an output one by one
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import islice
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.output import FinishReason
-from scheduler.policies.fcfs import FirstComeFirstServed
-from scheduler.request import Request
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.output import FinishReason
+from shoal.scheduler.policies.fcfs import FirstComeFirstServed
+from shoal.scheduler.request import Request
 
 
 class StaticWithoutPadding(FirstComeFirstServed):

@@ -8,16 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from model.backends.native_backend import SLOTS, NativeBackend
-from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
-from model.batch import Backend
-from model.config import ModelConfig
-from model.record import ModelRecord
-from scheduler.errors import ConfigError
-from server.engine.memory import free_main_memory
-from server.engine.messages import DType, EngineConfig
+from shoal.model.backends.native_backend import SLOTS, NativeBackend
+from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
+from shoal.model.record import ModelConfig, ModelRecord
+from shoal.model.step.batch import Backend
+from shoal.scheduler.errors import ConfigError
+from shoal.server.engine.memory import free_main_memory
+from shoal.server.engine.messages import DType, EngineConfig
 
-BUILD = "`python -m model.native.build`"
+BUILD = "`python -m shoal.model.native.build`"
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,13 @@ class TorchPlan:
         """
         if self.config.device == "cpu":
             return free_main_memory()
-        from model.backends.torch_device import free_cuda_memory  # noqa: PLC0415
+        from shoal.model.backends.torch_device import free_cuda_memory  # noqa: PLC0415
 
         return free_cuda_memory(self.config.device)
 
     def create(self, record: ModelRecord, num_blocks: int, sibling: Backend | None = None) -> Backend:
         """A backend with its KV cache; all backends share torch's threads."""
-        from model.backends.torch_backend import TorchBackend  # noqa: PLC0415
+        from shoal.model.backends.torch_backend import TorchBackend  # noqa: PLC0415
 
         return TorchBackend(
             record,

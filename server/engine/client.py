@@ -17,14 +17,24 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from scheduler.admission import check_queue, check_request
-from scheduler.config import SchedulerConfig
-from scheduler.errors import ConfigError, EngineError, ShoalError
-from scheduler.output import SchedulerStats
-from server.engine.journal import Submission
-from server.engine.messages import Abort, Command, EngineConfig, EngineRequest, News, Ready, Report, StartFailed, Submit
-from server.errors import EngineUnavailableError
-from server.metrics import Metrics
+from shoal.scheduler.admission import check_queue, check_request
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.errors import ConfigError, EngineError, ShoalError
+from shoal.scheduler.output import SchedulerStats
+from shoal.server.engine.journal import Submission
+from shoal.server.engine.messages import (
+    Abort,
+    Command,
+    EngineConfig,
+    EngineRequest,
+    News,
+    Ready,
+    Report,
+    StartFailed,
+    Submit,
+)
+from shoal.server.errors import EngineUnavailableError
+from shoal.server.metrics import Metrics
 
 logger = logging.getLogger("shoal.engine")
 
@@ -189,7 +199,7 @@ class EngineClient:
                 socket.bind(f"ipc://{folder / name}")
             # -P: the working directory may hold a `server` or `model` of its own.
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "server.engine.process", str(folder), stdin=asyncio.subprocess.PIPE
+                sys.executable, "-P", "-m", "shoal.server.engine.process", str(folder), stdin=asyncio.subprocess.PIPE
             )
             try:
                 assert process.stdin is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from scheduler.engine import Executor
-from scheduler.output import SchedulerOutput, StepResult
-from server.engine.messages import EngineRequest
+from shoal.scheduler.engine import Executor
+from shoal.scheduler.output import SchedulerOutput, StepResult
+from shoal.server.engine.messages import EngineRequest
 
 
 class Endings:
@@ -30,7 +30,7 @@ class Endings:
         self._ends.pop(request_id, None)
 
     def execute(self, output: SchedulerOutput) -> StepResult:
-        """Compute a step.  See `scheduler.engine.Executor`."""
+        """Compute a step.  See `shoal.scheduler.engine.Executor`."""
         result = self._executor.execute(output)
         if self._ends:
             for share, token_ids in zip(output.scheduled, result.token_ids, strict=True):

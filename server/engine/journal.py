@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from scheduler.errors import EngineError, ShoalError
-from scheduler.output import FinishReason, RequestOutput, TokenLogprobs
-from server.engine.messages import EngineRequest
+from shoal.scheduler.errors import EngineError, ShoalError
+from shoal.scheduler.output import FinishReason, RequestOutput, TokenLogprobs
+from shoal.server.engine.messages import EngineRequest
 
 
 @dataclass(slots=True)

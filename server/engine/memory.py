@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.config import ModelConfig, bytes_per_block
-from scheduler.errors import ConfigError
-from server.engine.messages import EngineConfig, KVCacheDType
+from shoal.model.record import ModelConfig, bytes_per_block
+from shoal.scheduler.errors import ConfigError
+from shoal.server.engine.messages import EngineConfig, KVCacheDType
 
 MIB = 1024 * 1024
 

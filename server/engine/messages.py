@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
+from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 
 DType = Literal["float32", "bfloat16"]
 KVCacheDType = Literal["float32", "float16", "bfloat16"]

@@ -1,4 +1,4 @@
-"""The engine process: `python -m server.engine.process SOCKET_FOLDER`, the configuration as JSON on standard input.
+"""The engine process: `python -m shoal.server.engine.process SOCKET_FOLDER`, configured by JSON on standard input.
 
 One thread.  It waits for commands while there is nothing to do yet, takes what has come between steps otherwise, and
 sends what came of a step as one message.  It ends when its standard input does, that is, with its parent.
@@ -21,19 +21,19 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from model.checkpoint import load_checkpoint
-from model.executor import ModelExecutor
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.engine import EngineCore
-from scheduler.errors import ConfigError, ShoalError
-from scheduler.output import FinishReason, RequestOutput, SchedulerStats
-from scheduler.policies import create_policy
-from scheduler.request import Request
-from scheduler.scheduler import Scheduler
-from server.engine.backends import plan_backend
-from server.engine.endings import Endings
-from server.engine.memory import plan_kv_cache
-from server.engine.messages import (
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.step.executor import ModelExecutor
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.errors import ConfigError, ShoalError
+from shoal.scheduler.output import FinishReason, RequestOutput, SchedulerStats
+from shoal.scheduler.policies import create_policy
+from shoal.scheduler.request import Request
+from shoal.scheduler.scheduler import Scheduler
+from shoal.server.engine.backends import plan_backend
+from shoal.server.engine.endings import Endings
+from shoal.server.engine.memory import plan_kv_cache
+from shoal.server.engine.messages import (
     Abort,
     Command,
     EngineConfig,
@@ -44,8 +44,8 @@ from server.engine.messages import (
     StartFailed,
     Submit,
 )
-from server.engine.speculation import plan_speculation
-from server.engine.tracing import open_trace
+from shoal.server.engine.speculation import plan_speculation
+from shoal.server.engine.tracing import open_trace
 
 
 @dataclass(frozen=True)

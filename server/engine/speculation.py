@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.batch import Backend
-from model.checkpoint import load_checkpoint
-from model.record import ModelRecord
-from model.rows import BatchRows
-from model.speculation.draft_model import DraftModelProposer
-from model.speculation.length import ADAPTIVE_MOST, MOST_SPEC_TOKENS, AdaptiveLength, FixedLength
-from model.speculation.ngram import NgramProposer
-from model.speculation.proposer import Proposer
-from model.speculation.self_speculative import SelfSpeculativeProposer
-from model.speculation.speculation import Speculation
-from scheduler.errors import ConfigError
-from server.engine.backends import NativePlan, TorchPlan
-from server.engine.messages import EngineConfig
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import ModelRecord
+from shoal.model.speculation.draft_model import DraftModelProposer
+from shoal.model.speculation.length import ADAPTIVE_MOST, MOST_SPEC_TOKENS, AdaptiveLength, FixedLength
+from shoal.model.speculation.ngram import NgramProposer
+from shoal.model.speculation.proposer import Proposer
+from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
+from shoal.model.speculation.speculation import Speculation
+from shoal.model.step.batch import Backend
+from shoal.model.step.rows import BatchRows
+from shoal.scheduler.errors import ConfigError
+from shoal.server.engine.backends import NativePlan, TorchPlan
+from shoal.server.engine.messages import EngineConfig
 
 
 @dataclass(frozen=True)

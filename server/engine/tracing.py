@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scheduler.errors import ConfigError
-from scheduler.trace import ChromeTrace, StepRecord
+from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.trace import ChromeTrace, StepRecord
 
 logger = logging.getLogger("shoal.engine")
 

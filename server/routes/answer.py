@@ -12,8 +12,8 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from scheduler.errors import ShoalError
-from server.errors import error_body, http_error
+from shoal.scheduler.errors import ShoalError
+from shoal.server.errors import error_body, http_error
 
 logger = logging.getLogger("shoal.api")
 

@@ -10,12 +10,12 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from server.keys import known_key
-from server.routes.answer import EventStream, unless_disconnected, whole
-from server.sampling import resolve_seed
-from server.scheduling import resolve_scheduling
-from server.service import Service, new_id, unix_time
-from server.wire.requests import ChatBody, CompletionBody
+from shoal.server.keys import known_key
+from shoal.server.routes.answer import EventStream, unless_disconnected, whole
+from shoal.server.sampling import resolve_seed
+from shoal.server.scheduling import resolve_scheduling
+from shoal.server.service import Service, new_id, unix_time
+from shoal.server.wire.requests import ChatBody, CompletionBody
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
 # A field that is left out of the JSON where it is unset.

@@ -9,14 +9,14 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.generation import Delta, Scored
-from server.logprobs import chat_logprobs
-from server.routes.answer import event
-from server.routes.call import Call, Unset
-from server.routes.schema import documented
-from server.service import Service
-from server.wire.requests import ChatBody, parse_body
-from server.wire.responses import (
+from shoal.server.generation import Delta, Scored
+from shoal.server.logprobs import chat_logprobs
+from shoal.server.routes.answer import event
+from shoal.server.routes.call import Call, Unset
+from shoal.server.routes.schema import documented
+from shoal.server.service import Service
+from shoal.server.wire.requests import ChatBody, parse_body
+from shoal.server.wire.responses import (
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,

@@ -9,14 +9,14 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.generation import Delta
-from server.logprobs import completion_logprobs
-from server.routes.answer import event
-from server.routes.call import Call, Unset
-from server.routes.schema import documented
-from server.service import Service
-from server.wire.requests import CompletionBody, parse_body
-from server.wire.responses import Completion, CompletionChoice, Usage
+from shoal.server.generation import Delta
+from shoal.server.logprobs import completion_logprobs
+from shoal.server.routes.answer import event
+from shoal.server.routes.call import Call, Unset
+from shoal.server.routes.schema import documented
+from shoal.server.service import Service
+from shoal.server.wire.requests import CompletionBody, parse_body
+from shoal.server.wire.responses import Completion, CompletionChoice, Usage
 
 
 def completions_router(service: Service) -> APIRouter:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from server.routes.answer import whole
-from server.service import Service
-from server.wire.responses import ModelCard, ModelList
+from shoal.server.routes.answer import whole
+from shoal.server.service import Service
+from shoal.server.wire.responses import ModelCard, ModelList
 
 
 def models_router(service: Service) -> APIRouter:

@@ -8,9 +8,9 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from server.routes.answer import whole
-from server.service import Service
-from server.wire.responses import Version
+from shoal.server.routes.answer import whole
+from shoal.server.service import Service
+from shoal.server.wire.responses import Version
 
 
 def operations_router(service: Service) -> APIRouter:

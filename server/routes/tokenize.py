@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from scheduler.errors import InvalidRequestError
-from server.routes.answer import whole
-from server.routes.schema import documented
-from server.sampling import check_token_ids
-from server.service import Service
-from server.wire.requests import DetokenizeBody, TokenizeBody, parse_body
-from server.wire.responses import DetokenizeResult, TokenizeResult
+from shoal.scheduler.errors import InvalidRequestError
+from shoal.server.routes.answer import whole
+from shoal.server.routes.schema import documented
+from shoal.server.sampling import check_token_ids
+from shoal.server.service import Service
+from shoal.server.wire.requests import DetokenizeBody, TokenizeBody, parse_body
+from shoal.server.wire.responses import DetokenizeResult, TokenizeResult
 
 
 def tokenize_router(service: Service) -> APIRouter:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
-from scheduler.errors import InvalidRequestError
+from shoal.scheduler.errors import InvalidRequestError
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16

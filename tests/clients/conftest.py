@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clients import AsyncShoalClient, Chunk, ShoalClient
+from shoal.clients import AsyncShoalClient, Chunk, ShoalClient
 from tests.clients.fake_server import FakeServer
 
 

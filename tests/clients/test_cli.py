@@ -9,8 +9,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-import clients
-from clients.cli import chat, complete
+from shoal import clients
+from shoal.clients.cli import chat, complete
 from tests.clients.fake_server import FakeServer, chat_chunks, completion_chunks, error_body
 
 

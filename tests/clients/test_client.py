@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from clients import Completion, Model, ShoalClient, StatusError, Tokenization, TokenLogprob, Usage
+from shoal.clients import Completion, Model, ShoalClient, StatusError, Tokenization, TokenLogprob, Usage
 from tests.clients.conftest import Driver
 from tests.clients.fake_server import USAGE, Answer, FakeServer, chat_completion, completion
 

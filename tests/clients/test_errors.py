@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clients import (
+from shoal.clients import (
     AsyncShoalClient,
     BrokenConnectionError,
     ClientError,
@@ -21,7 +21,7 @@ from clients import (
     UnreachableError,
     UnsendableError,
 )
-from clients.transport import retry_after, retry_delay
+from shoal.clients.transport import retry_after, retry_delay
 from tests.clients.conftest import Driver
 from tests.clients.fake_server import Answer, FakeServer, completion, completion_chunks, error_body
 

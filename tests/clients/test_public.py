@@ -7,9 +7,8 @@ import re
 import subprocess
 import sys
 
-import clients
-import clients.errors
-from clients import AsyncShoalClient, ClientError, ShoalClient
+from shoal import clients
+from shoal.clients import AsyncShoalClient, ClientError, ShoalClient
 
 
 def test_the_public_names_are_pinned() -> None:
@@ -45,5 +44,5 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
 
 
 def test_the_command_line_is_imported_without_httpx() -> None:
-    code = "import sys, clients.cli; sys.exit('httpx' in sys.modules)"
+    code = "import sys, shoal.clients.cli; sys.exit('httpx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients import (
+from shoal.clients import (
     AsyncShoalClient,
     BrokenConnectionError,
     Chunk,

@@ -20,10 +20,11 @@ UP = "\x1b[A"
 
 # A shell without a terminal starts what it runs in the background with SIGINT ignored, and so are these tests run then.
 _PROGRAM = """\
-import clients.cli, fcntl, signal, termios
+import fcntl, signal, termios
+from shoal.clients import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-clients.cli.{}()
+cli.{}()
 """
 
 

@@ -86,7 +86,7 @@ class Server:
 
         def child() -> int | None:
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            engines = [int(pid) for pid in children if b"server.engine.process" in command_line(int(pid))]
+            engines = [int(pid) for pid in children if b"shoal.server.engine.process" in command_line(int(pid))]
             return engines[0] if engines else None
 
         found: int = self.until("there is an engine process", child)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from model.backends.native_library import supported_isas
+from shoal.model.backends.native_library import supported_isas
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
 from tests.e2e.harness import Server

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.backends.native_library import supported_isas
+from shoal.model.backends.native_library import supported_isas
 from tests.e2e.harness import PATIENCE, Server
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")

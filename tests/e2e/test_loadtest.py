@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from loadtest.cli import loadtest, simulate
-from loadtest.costs import CostModel, Latencies, StepCosts
-from loadtest.profile import Profile, write_profile
-from loadtest.workload import WorkloadRequest, read_workload
-from scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.loadtest.cli import loadtest, simulate
+from shoal.loadtest.costs import CostModel, Latencies, StepCosts
+from shoal.loadtest.profile import Profile, write_profile
+from shoal.loadtest.workload import WorkloadRequest, read_workload
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
 
 NUM_REQUESTS = 5
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.arrivals import arrival_times
-from loadtest.locust_run import LOCUSTFILE, run_locust
-from loadtest.records import Load, RequestRecord
-from loadtest.results import read_results
-from loadtest.workload import WorkloadRequest, read_workload, write_workload
-from loadtest.workloads import make_workload
-from server.wire.requests import CompletionBody
+from shoal.loadtest.arrivals import arrival_times
+from shoal.loadtest.locust_run import LOCUSTFILE, run_locust
+from shoal.loadtest.records import Load, RequestRecord
+from shoal.loadtest.results import read_results
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.loadtest.workloads import make_workload
+from shoal.server.wire.requests import CompletionBody
 from tests.e2e.harness import PATIENCE, Server
 
 pytestmark = pytest.mark.skipif("end_after" not in CompletionBody.model_fields, reason="needs the field end_after")

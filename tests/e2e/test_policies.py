@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.policies import POLICIES
+from shoal.scheduler.policies import POLICIES
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
 from tests.e2e.harness import Waiting

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from model.backends.native_library import supported_isas
-from model.checkpoint import resolve_checkpoint
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.checkpoint.find import resolve_checkpoint
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
 from tests.e2e.harness import Server, run_shoal

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from server.settings import Settings
+from shoal.server.settings import Settings
 from tests.e2e.harness import run_shoal
 
 

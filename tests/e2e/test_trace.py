@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.steps import Step, read_trace
+from shoal.loadtest.steps import Step, read_trace
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
 from tests.e2e.harness import Server, Waiting, joined

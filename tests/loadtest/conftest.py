@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.workload import WorkloadRequest
-from loadtest.workloads import make_workload
-from model.tokenizer import Tokenizer
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workloads import make_workload
+from shoal.model.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "model" / "bundled" / "shoal-moe"
 MAX_MODEL_LEN = 1024

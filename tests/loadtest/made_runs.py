@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from loadtest.records import Load, RequestRecord, Run, Setup
-from loadtest.steps import EngineRequest, Row, Step
+from shoal.loadtest.records import Load, RequestRecord, Run, Setup
+from shoal.loadtest.steps import EngineRequest, Row, Step
 
 BASE_SECONDS, ROW_SECONDS, PROMPT_TOKEN_SECONDS = 4e-3, 2e-4, 5e-5
 BLOCK_SIZE, NUM_BLOCKS = 16, 1024

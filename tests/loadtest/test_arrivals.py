@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadtest.arrivals import arrival_times, check_load, due_times, think_times
-from loadtest.errors import LoadTestError
-from loadtest.records import Load
-from loadtest.workload import WorkloadRequest
+from shoal.loadtest.arrivals import arrival_times, check_load, due_times, think_times
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import Load
+from shoal.loadtest.workload import WorkloadRequest
 
 NUM = 20_000
 SURE = 1e-3  # a p-value below this is no accident; seeds are fixed, so a test that passes always does

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.comparison import Comparison, Results
-from loadtest.errors import LoadTestError, ServerDiedError, WorkloadError
-from loadtest.measuring import Measurer, server_options
-from loadtest.metrics import Slo
-from loadtest.plan import Experiment, Plan, PlannedRun, interleave
-from loadtest.records import Load, RequestRecord, Setup
-from loadtest.results import LocustResult, ResultsWriter, read_results
-from loadtest.server_process import Announced, ServerProcess
-from loadtest.steps import EngineRequest, Step
-from loadtest.storage import RUN_FILE, TRACE_FILE, Storage
-from loadtest.workload import WorkloadRequest, read_workload
-from loadtest.workload_files import WorkloadFiles
+from shoal.loadtest.comparison import Comparison, Results
+from shoal.loadtest.errors import LoadTestError, ServerDiedError, WorkloadError
+from shoal.loadtest.measuring import Measurer, server_options
+from shoal.loadtest.metrics import Slo
+from shoal.loadtest.plan import Experiment, Plan, PlannedRun, interleave
+from shoal.loadtest.records import Load, RequestRecord, Setup
+from shoal.loadtest.results import LocustResult, ResultsWriter, read_results
+from shoal.loadtest.server_process import Announced, ServerProcess
+from shoal.loadtest.steps import EngineRequest, Step
+from shoal.loadtest.storage import RUN_FILE, TRACE_FILE, Storage
+from shoal.loadtest.workload import WorkloadRequest, read_workload
+from shoal.loadtest.workload_files import WorkloadFiles
 
 STATIC, FCFS, SJF = (Setup(policy=policy) for policy in ("static", "fcfs", "sjf"))
 USERS = Load(users=2)
@@ -338,7 +338,7 @@ def test_a_server_says_where_and_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadtest.server_process.END_SECONDS", 0.1)
+    monkeypatch.setattr("shoal.loadtest.server_process.END_SECONDS", 0.1)
     with server(tmp_path, READY.format(ignore="signal.signal(signal.SIGTERM, signal.SIG_IGN)")) as process:
         pass
     with pytest.raises(ServerDiedError, match=f"{signal.SIGKILL.name}|{signal.SIGTERM.name}"):

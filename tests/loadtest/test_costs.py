@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.accuracy import compare
-from loadtest.costs import CostModel, Deviations, Latencies, StepCosts, StepShape, puts_in_order
-from loadtest.errors import LoadTestError
-from scheduler.output import NewRequest, SamplingParams, ScheduledRequest, SchedulerOutput
-from scheduler.policies import POLICIES
+from shoal.loadtest.accuracy import compare
+from shoal.loadtest.costs import CostModel, Deviations, Latencies, StepCosts, StepShape, puts_in_order
+from shoal.loadtest.errors import LoadTestError
+from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest, SchedulerOutput
+from shoal.scheduler.policies import POLICIES
 from tests.loadtest.twin import REALISTIC
 
 EMPTY = StepShape()

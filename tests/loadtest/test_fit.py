@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls as reference
 
-from loadtest.costs import CostModel, Deviations, StepCosts, StepShape
-from loadtest.errors import LoadTestError
-from loadtest.fit import fit
-from loadtest.records import Load, Run
-from loadtest.regression import fit_robustly, nnls
+from shoal.loadtest.costs import CostModel, Deviations, StepCosts, StepShape
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.fit import fit
+from shoal.loadtest.records import Load, Run
+from shoal.loadtest.regression import fit_robustly, nnls
 from tests.loadtest.twin import REALISTIC, chat, run
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from loadtest import cli
-from loadtest.errors import LoadTestError
-from loadtest.metrics import Slo
-from loadtest.plan import Experiment, Plan
-from loadtest.planning import SIZES, plan_comparison
-from loadtest.records import Load, Setup
-from loadtest.storage import Storage
+from shoal.loadtest import cli
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.metrics import Slo
+from shoal.loadtest.plan import Experiment, Plan
+from shoal.loadtest.planning import SIZES, plan_comparison
+from shoal.loadtest.records import Load, Setup
+from shoal.loadtest.storage import Storage
 
 
 def invoke(command: str, *args: str) -> Result:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.errors import LoadTestError, ServerDiedError, WorkloadError
-from loadtest.locust_run import BrokenOffError, run_locust
-from loadtest.records import Load
-from loadtest.results import read_results
-from loadtest.workload import WorkloadRequest, write_workload
+from shoal.loadtest.errors import LoadTestError, ServerDiedError, WorkloadError
+from shoal.loadtest.locust_run import BrokenOffError, run_locust
+from shoal.loadtest.records import Load
+from shoal.loadtest.results import read_results
+from shoal.loadtest.workload import WorkloadRequest, write_workload
 from tests.loadtest.streaming_server import StreamingServer
 
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from loadtest.fairness import fairness, jain
-from loadtest.metrics import Slo, combine, quantiles, summarize
-from loadtest.records import Load, RequestRecord, Run, Setup
-from loadtest.report_data import collect
-from loadtest.steps import EngineRequest, Row, Step
-from loadtest.storage import to_json
-from loadtest.table import tables
+from shoal.loadtest.fairness import fairness, jain
+from shoal.loadtest.metrics import Slo, combine, quantiles, summarize
+from shoal.loadtest.records import Load, RequestRecord, Run, Setup
+from shoal.loadtest.report_data import collect
+from shoal.loadtest.steps import EngineRequest, Row, Step
+from shoal.loadtest.storage import to_json
+from shoal.loadtest.table import tables
 
 
 def record(name: str, sent_at: float, *token_times: float, **values: object) -> RequestRecord:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.costs import CostModel
-from loadtest.errors import LoadTestError, WorkloadError
-from loadtest.profile import (
+from shoal.loadtest.costs import CostModel
+from shoal.loadtest.errors import LoadTestError, WorkloadError
+from shoal.loadtest.profile import (
     FILE,
     SERIES,
     Profile,
@@ -21,12 +21,12 @@ from loadtest.profile import (
     read_profiled_workload,
     write_profile,
 )
-from loadtest.records import Load, Run, Setup
-from loadtest.server_options import apply_options
-from loadtest.simulator import simulate
-from loadtest.workload import WorkloadRequest
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.errors import ConfigError
+from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.server_options import apply_options
+from shoal.loadtest.simulator import simulate
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.errors import ConfigError
 from tests.loadtest.twin import LIMITS, REALISTIC, chat
 
 PROFILE = Profile(

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from loadtest.metrics import Slo, summarize
-from loadtest.records import Load, Run
-from loadtest.report import write_report
-from loadtest.report_data import Cell, ReportData, baseline, by_section, collect, load_name
-from loadtest.report_pictures import curves
-from loadtest.table import tables
+from shoal.loadtest.metrics import Slo, summarize
+from shoal.loadtest.records import Load, Run
+from shoal.loadtest.report import write_report
+from shoal.loadtest.report_data import Cell, ReportData, baseline, by_section, collect, load_name
+from shoal.loadtest.report_pictures import curves
+from shoal.loadtest.table import tables
 from tests.loadtest.made_runs import make_run, seconds_of
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.errors import LoadTestError
-from loadtest.records import RequestRecord
-from loadtest.results import LocustResult, ResultsWriter, read_results
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import RequestRecord
+from shoal.loadtest.results import LocustResult, ResultsWriter, read_results
 
 RECORDS = [
     RequestRecord(request_id="late", client="é", sent_at=2.0, token_times=[2.5, 2.75], finished_at=3.0),

@@ -10,17 +10,17 @@ from math import ceil, inf
 
 import pytest
 
-from loadtest.arrivals import due_times
-from loadtest.records import Load
-from loadtest.simulator import Simulation
-from loadtest.workload import WorkloadRequest
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.engine import EngineCore
-from scheduler.output import SamplingParams, SchedulerOutput, SchedulingParams, StepResult
-from scheduler.policies import POLICIES, create_policy
-from scheduler.scheduler import Scheduler
-from server.engine.messages import Command, EngineRequest, News, Report, Submit
-from server.engine.process import EngineLoop, Sockets
+from shoal.loadtest.arrivals import due_times
+from shoal.loadtest.records import Load
+from shoal.loadtest.simulator import Simulation
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.output import SamplingParams, SchedulerOutput, SchedulingParams, StepResult
+from shoal.scheduler.policies import POLICIES, create_policy
+from shoal.scheduler.scheduler import Scheduler
+from shoal.server.engine.messages import Command, EngineRequest, News, Report, Submit
+from shoal.server.engine.process import EngineLoop, Sockets
 from tests.loadtest.twin import LIMITS, SECONDS, ask
 
 STOP = -1

@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.arrivals import think_times
-from loadtest.costs import Deviations, Latencies
-from loadtest.errors import LoadTestError
-from loadtest.records import Load, RequestRecord, Run, Setup
-from loadtest.simulator import SJF_ORACLE, Simulation, simulate
-from loadtest.steps import Row
-from loadtest.workload import WorkloadRequest
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.errors import ConfigError
-from scheduler.policies import POLICIES, create_policy
-from scheduler.policies.fcfs import FirstComeFirstServed
-from scheduler.request import Request
-from scheduler.trace import StepRecord
+from shoal.loadtest.arrivals import think_times
+from shoal.loadtest.costs import Deviations, Latencies
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import Load, RequestRecord, Run, Setup
+from shoal.loadtest.simulator import SJF_ORACLE, Simulation, simulate
+from shoal.loadtest.steps import Row
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.policies import POLICIES, create_policy
+from shoal.scheduler.policies.fcfs import FirstComeFirstServed
+from shoal.scheduler.request import Request
+from shoal.scheduler.trace import StepRecord
 from tests.loadtest.twin import LIMITS, REALISTIC, SECONDS, ask, chat, run
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.errors import TraceError
-from loadtest.steps import EngineRequest, Row, Step, answer_id, read_events, read_trace
-from scheduler.trace import ChromeTrace
+from shoal.loadtest.errors import TraceError
+from shoal.loadtest.steps import EngineRequest, Row, Step, answer_id, read_events, read_trace
+from shoal.scheduler.trace import ChromeTrace
 from tests.fakes import Harness
 
 

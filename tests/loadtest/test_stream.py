@@ -11,10 +11,10 @@ from typing import Any
 import gevent
 import pytest
 
-from loadtest.errors import LoadTestError
-from loadtest.records import RequestRecord
-from loadtest.stream import CompletionClient, is_connection_error, request_body
-from loadtest.workload import WorkloadRequest
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import RequestRecord
+from shoal.loadtest.stream import CompletionClient, is_connection_error, request_body
+from shoal.loadtest.workload import WorkloadRequest
 from tests.clients.fake_server import USAGE, Answer, FakeServer, error_body, sse
 from tests.loadtest.streaming_server import closed_port, completion_events
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from loadtest.errors import LoadTestError, ServerDiedError
-from loadtest.metrics import Slo
-from loadtest.plan import Plan, PlannedRun
-from loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns
-from loadtest.preparation import Facts
-from loadtest.profile import SERIES
-from loadtest.records import Load, Setup
-from loadtest.storage import Storage
-from loadtest.study import RUNS_BETWEEN, _Profiler
-from loadtest.workload_files import Sending
+from shoal.loadtest.errors import LoadTestError, ServerDiedError
+from shoal.loadtest.metrics import Slo
+from shoal.loadtest.plan import Plan, PlannedRun
+from shoal.loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns
+from shoal.loadtest.preparation import Facts
+from shoal.loadtest.profile import SERIES
+from shoal.loadtest.records import Load, Setup
+from shoal.loadtest.storage import Storage
+from shoal.loadtest.study import RUNS_BETWEEN, _Profiler
+from shoal.loadtest.workload_files import Sending
 
 PLAN = Plan(experiments=(), num_requests=1, slo=Slo())
 FACTS = Facts(model="m", options=("--threads", "2"), announced=None)  # type: ignore[arg-type]  # not looked at

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loadtest.records import Load, Run, Setup
-from loadtest.steps import EngineRequest, Row, Step
-from loadtest.timeline import Bar, Work, bars, batch_starts, course, window
+from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.steps import EngineRequest, Row, Step
+from shoal.loadtest.timeline import Bar, Work, bars, batch_starts, course, window
 from tests.loadtest.made_runs import make_run
 
 SECONDS = 1.0

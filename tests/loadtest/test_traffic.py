@@ -7,11 +7,11 @@ from collections.abc import Callable
 import gevent
 import pytest
 
-from loadtest.arrivals import arrival_times, think_times
-from loadtest.errors import LoadTestError
-from loadtest.records import Load, RequestRecord
-from loadtest.traffic import CUT_OFF, MAX_CONNECTION_ERRORS, Share, Traffic
-from loadtest.workload import WorkloadRequest
+from shoal.loadtest.arrivals import arrival_times, think_times
+from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import Load, RequestRecord
+from shoal.loadtest.traffic import CUT_OFF, MAX_CONNECTION_ERRORS, Share, Traffic
+from shoal.loadtest.workload import WorkloadRequest
 
 PATIENCE = 20.0
 WHOLE = Share()

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.errors import WorkloadError
-from loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.loadtest.errors import WorkloadError
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 
 RIGHT: dict[str, Any] = {
     "request_id": "a",

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loadtest.errors import WorkloadError
-from loadtest.workload import WorkloadRequest
-from loadtest.workloads import WORKLOADS, make_workload
-from loadtest.workloads.agent import MAX_PROMPT_TOKENS
-from loadtest.workloads.chat import KINDS, MAX_TOKENS, OUTPUT_MEDIAN, OUTPUT_SIGMA, PROMPT_SIGMA, _offsets
-from loadtest.workloads.maker import Maker
-from model.tokenizer import Tokenizer
+from shoal.loadtest.errors import WorkloadError
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workloads import WORKLOADS, make_workload
+from shoal.loadtest.workloads.agent import MAX_PROMPT_TOKENS
+from shoal.loadtest.workloads.chat import KINDS, MAX_TOKENS, OUTPUT_MEDIAN, OUTPUT_SIGMA, PROMPT_SIGMA, _offsets
+from shoal.loadtest.workloads.maker import Maker
+from shoal.model.text.tokenizer import Tokenizer
 from tests.loadtest.conftest import MAX_MODEL_LEN, NUM_REQUESTS, Make
 
 

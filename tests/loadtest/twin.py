@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from loadtest.costs import CostModel, Latencies, StepCosts
-from loadtest.records import Load, Run, Setup
-from loadtest.simulator import simulate
-from loadtest.workload import WorkloadRequest
-from scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.loadtest.costs import CostModel, Latencies, StepCosts
+from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.simulator import simulate
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
 
 LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
 NO_LATENCIES = Latencies(

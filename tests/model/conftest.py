@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from model.batch import ForwardBatch, SamplingBatch
+from shoal.model.step.batch import ForwardBatch, SamplingBatch
 
 
 @pytest.fixture(autouse=True)

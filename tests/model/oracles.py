@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.batch import Backend
-from model.config import ModelConfig, RopeConfig
-from model.record import Attention, Experts, FeedForward, Layer, ModelRecord
+from shoal.model.record import Attention, Experts, FeedForward, Layer, ModelConfig, ModelRecord, RopeConfig
+from shoal.model.step.batch import Backend
 
 BUNDLED = Path(__file__).parents[2] / "model/bundled/shoal-moe"
 

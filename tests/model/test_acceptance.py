@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from model.speculation.acceptance import Acceptance
+from shoal.model.speculation.acceptance import Acceptance
 
 
 def test_nothing_is_known_before_anything_was_seen() -> None:

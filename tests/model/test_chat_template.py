@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from model.tokenizer import Tokenizer
-from scheduler.errors import CheckpointError, InvalidRequestError
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
 CHATML = """{{ bos_token }}{% for message in messages %}
     {% if loop.first and message.role != 'system' %}

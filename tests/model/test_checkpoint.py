@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import load_checkpoint, resolve_checkpoint
-from model.record import Array, Experts, FeedForward
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.find import resolve_checkpoint
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import Array, Experts, FeedForward
+from shoal.scheduler.errors import CheckpointError
 
 Write = Callable[..., Path]
 
@@ -182,7 +183,7 @@ def test_resolves_folders_and_bundled_names(
     tiny_checkpoint: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_checkpoint("llama")
-    monkeypatch.setattr("model.checkpoint.BUNDLED", folder.parent)
+    monkeypatch.setattr("shoal.model.checkpoint.find.BUNDLED", folder.parent)
     assert resolve_checkpoint(str(folder)) == folder
     assert resolve_checkpoint("llama") == folder
     with pytest.raises(

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from model.config import GenerationDefaults, RopeConfig, bytes_per_block, load_config, load_generation_defaults
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.config import GenerationDefaults, load_config, load_generation_defaults
+from shoal.model.record import RopeConfig, bytes_per_block
+from shoal.scheduler.errors import CheckpointError
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

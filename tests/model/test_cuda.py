@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.backends.torch_backend import TorchBackend
-from model.backends.torch_sampler import sample
-from model.batch import SamplingBatch
-from model.checkpoint import load_checkpoint
-from model.sampling import sample_reference
-from model.training.experts import route_through_experts
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.backends.torch_sampler import sample
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.step.batch import SamplingBatch
+from shoal.model.step.sampling import sample_reference
+from shoal.model.training.experts import route_through_experts
 from tests.model.oracles import BUNDLED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.batch import ForwardBatch
-from model.executor import ModelExecutor
-from scheduler.output import (
+from shoal.model.step.batch import ForwardBatch
+from shoal.model.step.executor import ModelExecutor
+from shoal.scheduler.output import (
     FinishReason,
     NewRequest,
     SamplingParams,

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from model.checkpoint import load_checkpoint
-from model.config import load_config, load_generation_defaults
-from model.record import ModelRecord
-from model.tokenizer import Tokenizer
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.config import load_config, load_generation_defaults
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import ModelRecord
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.errors import CheckpointError
 from tests.gguf_writer import write
 
 # A loader may take a few times what the file holds, dequantised, beside the buffers that it works in.

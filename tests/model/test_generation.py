@@ -11,17 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from model.backends.native_backend import NativeBackend
-from model.backends.native_library import supported_isas
-from model.backends.torch_backend import TorchBackend
-from model.checkpoint import load_checkpoint
-from model.executor import ModelExecutor
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.engine import EngineCore
-from scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
-from scheduler.policies import POLICIES, create_policy
-from scheduler.request import Request
-from scheduler.scheduler import Scheduler
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.step.executor import ModelExecutor
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
+from shoal.scheduler.policies import POLICIES, create_policy
+from shoal.scheduler.request import Request
+from shoal.scheduler.scheduler import Scheduler
 from tests.model.oracles import SHAPES
 
 # Backend, its options, and the size of its blocks, to which prompts and limits are in proportion.

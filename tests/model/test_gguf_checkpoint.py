@@ -11,10 +11,12 @@ from gguf import GGMLQuantizationType as Type
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from model.backends.torch_backend import TorchBackend
-from model.checkpoint import checkpoint_name, load_checkpoint, resolve_checkpoint
-from model.config import GenerationDefaults, RopeConfig, load_config, load_generation_defaults
-from scheduler.errors import CheckpointError
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.checkpoint.config import GenerationDefaults, load_config, load_generation_defaults
+from shoal.model.checkpoint.find import checkpoint_name, resolve_checkpoint
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import RopeConfig
+from shoal.scheduler.errors import CheckpointError
 from tests.gguf_writer import write_gguf
 from tests.model.oracles import SHAPES, expected_logits, run_chunks, sequences
 

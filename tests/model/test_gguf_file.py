@@ -11,8 +11,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
-from model.gguf_file import ArrayValue, TensorInfo, read_gguf
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.gguf_file import ArrayValue, TensorInfo, read_gguf
+from shoal.scheduler.errors import CheckpointError
 
 HUGE = 2**60
 

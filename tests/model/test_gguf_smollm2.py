@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from model.backends.torch_backend import TorchBackend
-from model.checkpoint import load_checkpoint, resolve_checkpoint
-from model.config import load_config, load_generation_defaults
-from model.gguf_file import read_gguf
-from model.tokenizer import Tokenizer
-from scheduler.errors import CheckpointError
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.checkpoint.config import load_config, load_generation_defaults
+from shoal.model.checkpoint.find import resolve_checkpoint
+from shoal.model.checkpoint.gguf_file import read_gguf
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.errors import CheckpointError
 
 # What llama.cpp makes of each text.
 LLAMA_CPP: dict[str, list[int]] = {

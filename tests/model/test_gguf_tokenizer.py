@@ -13,10 +13,10 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from model.gguf_file import read_gguf
-from model.gguf_tokenizer import read_gguf_tokenizer
-from model.tokenizer import IncrementalDetokenizer, Tokenizer
-from scheduler.errors import CheckpointError, InvalidRequestError
+from shoal.model.checkpoint.gguf_file import read_gguf
+from shoal.model.checkpoint.gguf_tokenizer import read_gguf_tokenizer
+from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 from tests.gguf_writer import write
 
 CORPUS = [

@@ -9,9 +9,9 @@ import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from model.gguf_file import read_gguf
-from model.gguf_weights import own_name, read_gguf_weights
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.gguf_file import read_gguf
+from shoal.model.checkpoint.gguf_weights import own_name, read_gguf_weights
+from shoal.scheduler.errors import CheckpointError
 from tests.gguf_writer import write
 
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: np.uint16}

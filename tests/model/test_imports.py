@@ -5,23 +5,23 @@ import sys
 
 import pytest
 
-from model.backends.native_library import supported_isas
+from shoal.model.backends.native_library import supported_isas
 from tests.model.oracles import BUNDLED
 
 TORCH_FREE = [
-    "model.backends.native_backend",
-    "model.backends.rope",
-    "model.batch",
-    "model.chat_template",
-    "model.checkpoint",
-    "model.checkpoint_format",
-    "model.config",
-    "model.gguf_weights",
-    "model.executor",
-    "model.record",
-    "model.safetensors_file",
-    "model.sampling",
-    "model.tokenizer",
+    "shoal.model.backends.native_backend",
+    "shoal.model.backends.rope",
+    "shoal.model.step.batch",
+    "shoal.model.text.chat_template",
+    "shoal.model.checkpoint.load",
+    "shoal.model.checkpoint.format",
+    "shoal.model.checkpoint.config",
+    "shoal.model.checkpoint.gguf_weights",
+    "shoal.model.step.executor",
+    "shoal.model.record",
+    "shoal.model.checkpoint.safetensors_file",
+    "shoal.model.step.sampling",
+    "shoal.model.text.tokenizer",
 ]
 
 
@@ -36,8 +36,8 @@ def test_torch_is_not_loaded_by_a_native_model() -> None:
     lines = [
         "import sys",
         "from pathlib import Path",
-        "from model.backends.native_backend import NativeBackend",
-        "from model.checkpoint import load_checkpoint",
+        "from shoal.model.backends.native_backend import NativeBackend",
+        "from shoal.model.checkpoint.load import load_checkpoint",
         f"NativeBackend(load_checkpoint(Path({str(BUNDLED)!r})), num_blocks=4, block_size=16)",
         "assert 'torch' not in sys.modules",
     ]
@@ -46,5 +46,6 @@ def test_torch_is_not_loaded_by_a_native_model() -> None:
 
 def test_only_what_reads_weights_loads_the_gguf_package() -> None:
     """It costs the API process, which reads the config and the vocabulary, a tenth of a second."""
-    code = "import sys, model.checkpoint, model.config, model.tokenizer; assert 'gguf' not in sys.modules"
+    names = "shoal.model.checkpoint.find, shoal.model.checkpoint.config, shoal.model.text.tokenizer"
+    code = f"import sys, {names}; assert 'gguf' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

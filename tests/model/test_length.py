@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from model.speculation.costs import ProposalCosts, StepCosts
-from model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
+from shoal.model.speculation.costs import ProposalCosts, StepCosts
+from shoal.model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
 
 
 def test_costs_are_interpolated_and_carefully_extrapolated() -> None:

@@ -18,13 +18,13 @@ import torch
 from scipy.special import log_softmax
 from tokenizers import Tokenizer
 
-from model.backends.native_backend import NativeBackend
-from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
-from model.backends.torch_backend import TorchBackend
-from model.batch import SamplingBatch
-from model.checkpoint import load_checkpoint
-from model.record import ModelRecord
-from model.sampling import sample_reference
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import ModelRecord
+from shoal.model.step.batch import SamplingBatch
+from shoal.model.step.sampling import sample_reference
 from tests.model.oracles import (
     BUNDLED,
     SHAPES,

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.backends.native_backend import NativeBackend
-from model.backends.native_library import supported_isas
-from model.checkpoint import load_checkpoint
-from model.record import ModelRecord
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.record import ModelRecord
 from tests.model.oracles import BUNDLED, SMOLLM2, random_record, random_steps, run_chunks, run_whole, sequences
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.backends.native_backend import NativeBackend
-from model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
-from model.batch import ForwardBatch, SamplingBatch
-from model.record import ModelRecord
-from scheduler.errors import CheckpointError, ConfigError
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
+from shoal.model.record import ModelRecord
+from shoal.model.step.batch import ForwardBatch, SamplingBatch
+from shoal.scheduler.errors import CheckpointError, ConfigError
 from tests.model.oracles import random_record
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")

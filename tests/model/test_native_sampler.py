@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from model.backends.native_library import load_library, supported_isas
-from model.backends.native_sampling import SamplerArguments, sample
-from model.batch import SamplerOutput, SamplingBatch
-from model.sampling import sample_reference
+from shoal.model.backends.native_library import load_library, supported_isas
+from shoal.model.backends.native_sampling import SamplerArguments, sample
+from shoal.model.step.batch import SamplerOutput, SamplingBatch
+from shoal.model.step.sampling import sample_reference
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
 

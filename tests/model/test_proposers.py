@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.backends.native_backend import NativeBackend
-from model.backends.native_library import supported_isas
-from model.backends.torch_backend import TorchBackend
-from model.batch import Backend, DraftBatch, ForwardBatch, SamplingBatch
-from model.record import ModelRecord
-from model.rows import BatchRows
-from model.sampling import sample_reference
-from model.speculation.draft_model import DraftModelProposer
-from model.speculation.ngram import NgramProposer
-from model.speculation.proposer import Candidate, Proposer
-from model.speculation.self_speculative import SelfSpeculativeProposer
-from scheduler.output import NewRequest, ScheduledRequest
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.record import ModelRecord
+from shoal.model.speculation.draft_model import DraftModelProposer
+from shoal.model.speculation.ngram import NgramProposer
+from shoal.model.speculation.proposer import Candidate, Proposer
+from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
+from shoal.model.step.batch import Backend, DraftBatch, ForwardBatch, SamplingBatch
+from shoal.model.step.rows import BatchRows
+from shoal.model.step.sampling import sample_reference
+from shoal.scheduler.output import NewRequest, ScheduledRequest
 from tests.fakes import params
 from tests.model.oracles import random_record, sequences
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.batch import SamplingBatch
-from model.rows import BatchRows
-from scheduler.output import NewRequest, SamplingParams, ScheduledRequest
+from shoal.model.step.batch import SamplingBatch
+from shoal.model.step.rows import BatchRows
+from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 from tests.fakes import params
 
 

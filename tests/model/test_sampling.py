@@ -19,11 +19,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.backends.native_library import load_library, supported_isas
-from model.backends.native_sampling import sample as native_sample
-from model.backends.torch_sampler import sample as torch_sample
-from model.batch import SamplerOutput, SamplingBatch
-from model.sampling import gumbel_noise, sample_reference
+from shoal.model.backends.native_library import load_library, supported_isas
+from shoal.model.backends.native_sampling import sample as native_sample
+from shoal.model.backends.torch_sampler import sample as torch_sample
+from shoal.model.step.batch import SamplerOutput, SamplingBatch
+from shoal.model.step.sampling import gumbel_noise, sample_reference
 
 Sampler = Callable[[np.ndarray, SamplingBatch], SamplerOutput]
 Batches = Callable[..., SamplingBatch]

@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from model.backends.native_backend import NativeBackend
-from model.backends.native_library import supported_isas
-from model.backends.torch_backend import TorchBackend
-from model.batch import Backend, SamplingBatch
-from model.executor import ModelExecutor
-from model.rows import BatchRows
-from model.sampling import probabilities
-from model.speculation import rejection
-from model.speculation.draft_model import DraftModelProposer
-from model.speculation.drafting import Drafter
-from model.speculation.length import AdaptiveLength, FixedLength, LengthRule
-from model.speculation.ngram import NgramProposer
-from model.speculation.proposer import Candidate, Proposal, Proposer
-from model.speculation.self_speculative import SelfSpeculativeProposer
-from model.speculation.speculation import Speculation
-from scheduler.output import NewRequest, SamplingParams, ScheduledRequest
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.speculation import rejection
+from shoal.model.speculation.draft_model import DraftModelProposer
+from shoal.model.speculation.drafting import Drafter
+from shoal.model.speculation.length import AdaptiveLength, FixedLength, LengthRule
+from shoal.model.speculation.ngram import NgramProposer
+from shoal.model.speculation.proposer import Candidate, Proposal, Proposer
+from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
+from shoal.model.speculation.speculation import Speculation
+from shoal.model.step.batch import Backend, SamplingBatch
+from shoal.model.step.executor import ModelExecutor
+from shoal.model.step.rows import BatchRows
+from shoal.model.step.sampling import probabilities
+from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 from tests.fakes import Harness
 from tests.model.oracles import random_record
 

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HubTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from model.tokenizer import IncrementalDetokenizer, Tokenizer
-from scheduler.errors import CheckpointError, InvalidRequestError
+from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
 CORPUS = [
     "the cat sat on the mat, and the dog did not",

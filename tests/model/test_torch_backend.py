@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.backends.torch_backend import TorchBackend
-from model.batch import SamplingBatch
-from model.checkpoint import load_checkpoint
-from model.sampling import sample_reference
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.step.batch import SamplingBatch
+from shoal.model.step.sampling import sample_reference
 from tests.model.oracles import SHAPES, expected_logits, random_steps, run_chunks, sequences
 
 
@@ -81,7 +81,7 @@ def test_small_limits_change_nothing(
     texts = sequences(6, 150, 40, 40, 9)
     steps = [{name: len(tokens) - 1 for name, tokens in texts.items()}, dict.fromkeys(texts, 1)]
     expected = run_chunks(backend, paged(128, 4), texts, steps)
-    monkeypatch.setattr("model.backends.torch_attention._MAX_ELEMENTS", {"cpu": 5_000})
+    monkeypatch.setattr("shoal.model.backends.torch_attention._MAX_ELEMENTS", {"cpu": 5_000})
     found = run_chunks(backend, paged(128, 4), texts, steps)
     for name in texts:
         np.testing.assert_array_equal(found[name], expected[name])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from model.speculation.costs import StepCosts
-from model.speculation.yields import Yields
+from shoal.model.speculation.costs import StepCosts
+from shoal.model.speculation.yields import Yields
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.admission import check_queue, check_request
-from scheduler.config import SchedulerConfig
-from scheduler.errors import ConfigError, ContextLengthError, InvalidRequestError, QueueFullError
+from shoal.scheduler.admission import check_queue, check_request
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.errors import ConfigError, ContextLengthError, InvalidRequestError, QueueFullError
 from tests.fakes import Harness
 
 LARGE_CACHE = SchedulerConfig(num_blocks=100, block_size=4, max_model_len=20)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from scheduler.policies.deadline import EarliestDeadlineFirst
-from scheduler.request import RequestStatus
+from shoal.scheduler.policies.deadline import EarliestDeadlineFirst
+from shoal.scheduler.request import RequestStatus
 from tests.fakes import Harness, generate, hashed, params
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from scheduler.output import FinishReason, SchedulerOutput, StepResult
+from shoal.scheduler.output import FinishReason, SchedulerOutput, StepResult
 from tests.fakes import Harness, InjectedError, Share, generate, hashed, params
 
 PROMPTS = {"a": [1, 2, 3], "b": [4, 5, 6, 7, 8, 9], "c": [10]}

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.policies.fair import VirtualTokenCounter
-from scheduler.request import Request, RequestStatus
+from shoal.scheduler.policies.fair import VirtualTokenCounter
+from shoal.scheduler.request import Request, RequestStatus
 from tests.fakes import Harness, scripted
 
 Sizes = Sequence[tuple[int, int]]  # of each request: tokens of the prompt, and of the output

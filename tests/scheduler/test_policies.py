@@ -8,13 +8,13 @@ from dataclasses import fields
 
 import pytest
 
-from scheduler.config import PolicyConfig, SchedulerConfig
-from scheduler.errors import ConfigError
-from scheduler.output import FinishReason, SchedulerOutput
-from scheduler.policies import POLICIES, create_policy, describe_policies
-from scheduler.policies.fcfs import FirstComeFirstServed
-from scheduler.policies.policy import KeyedPolicy
-from scheduler.request import Request, RequestStatus
+from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.output import FinishReason, SchedulerOutput
+from shoal.scheduler.policies import POLICIES, create_policy, describe_policies
+from shoal.scheduler.policies.fcfs import FirstComeFirstServed
+from shoal.scheduler.policies.policy import KeyedPolicy
+from shoal.scheduler.request import Request, RequestStatus
 from tests.fakes import Harness, InjectedError, generate, hashed, params
 
 LIMITS = SchedulerConfig(num_blocks=1, max_model_len=16)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.output import SchedulingParams
-from scheduler.policies.predictor import PREDICTORS, LearnedLengths, MaxTokens, Oracle, Predictor
-from scheduler.request import Request
+from shoal.scheduler.output import SchedulingParams
+from shoal.scheduler.policies.predictor import PREDICTORS, LearnedLengths, MaxTokens, Oracle, Predictor
+from shoal.scheduler.request import Request
 from tests.fakes import params
 
 Kind = Callable[[random.Random, int], tuple[str, list[int]]]  # class of request -> client, prompt

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from scheduler.output import FinishReason
-from scheduler.request import RequestStatus
+from shoal.scheduler.output import FinishReason
+from shoal.scheduler.request import RequestStatus
 from tests.fakes import Harness, generate, hashed, params
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.block_pool import BlockPool
+from shoal.scheduler.block_pool import BlockPool
 from tests.fakes import Harness, generate, hashed, params
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from scheduler.policies.priority import Priority
-from scheduler.request import RequestStatus
+from shoal.scheduler.policies.priority import Priority
+from shoal.scheduler.request import RequestStatus
 from tests.fakes import Harness, generate, hashed, params
 
 

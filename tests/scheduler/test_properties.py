@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from scheduler.config import PolicyConfig
-from scheduler.errors import ContextLengthError, QueueFullError
-from scheduler.output import FinishReason, SamplingParams, SchedulerOutput
-from scheduler.policies import POLICIES
+from shoal.scheduler.config import PolicyConfig
+from shoal.scheduler.errors import ContextLengthError, QueueFullError
+from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
+from shoal.scheduler.policies import POLICIES
 from tests.fakes import Draft, Harness, InjectedError, digest, generate, hashed
 
 VOCAB_SIZE = 4  # so few that prompts share prefixes, stop tokens come up and guesses hit

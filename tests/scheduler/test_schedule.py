@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.output import FinishReason
+from shoal.scheduler.output import FinishReason
 from tests.fakes import Harness, generate, hashed, params, scripted
 
 

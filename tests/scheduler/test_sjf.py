@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from scheduler.policies.fcfs import FirstComeFirstServed
-from scheduler.policies.policy import Policy
-from scheduler.policies.predictor import LearnedLengths, MaxTokens, Oracle
-from scheduler.policies.sjf import ShortestJobFirst
-from scheduler.request import RequestStatus
+from shoal.scheduler.policies.fcfs import FirstComeFirstServed
+from shoal.scheduler.policies.policy import Policy
+from shoal.scheduler.policies.predictor import LearnedLengths, MaxTokens, Oracle
+from shoal.scheduler.policies.sjf import ShortestJobFirst
+from shoal.scheduler.request import RequestStatus
 from tests.fakes import Harness, generate, hashed, params
 
 FAST, SLOW = 1e6, 1e-6  # tokens a second: waiting counts for everything, or for nothing

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.output import FinishReason, SchedulerOutput
-from scheduler.request import RequestStatus
+from shoal.scheduler.output import FinishReason, SchedulerOutput
+from shoal.scheduler.request import RequestStatus
 from tests.fakes import Draft, Harness, InjectedError, scripted
 
 PROMPT = [1, 2]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from scheduler.output import FinishReason, SchedulerOutput
-from scheduler.policies.static import Static, StaticWithoutPadding
-from scheduler.request import RequestStatus
+from shoal.scheduler.output import FinishReason, SchedulerOutput
+from shoal.scheduler.policies.static import Static, StaticWithoutPadding
+from shoal.scheduler.request import RequestStatus
 from tests.fakes import Draft, Harness, InjectedError, generate, hashed, params
 
 TIMEOUT = 5.0

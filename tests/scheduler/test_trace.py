@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.config import PolicyConfig
-from scheduler.policies import POLICIES
-from scheduler.trace import ChromeTrace, StepRecord
+from shoal.scheduler.config import PolicyConfig
+from shoal.scheduler.policies import POLICIES
+from shoal.scheduler.trace import ChromeTrace, StepRecord
 from tests.fakes import Choose, Harness, InjectedError, hashed
 
 

@@ -12,8 +12,18 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from scheduler.output import FinishReason, RequestOutput, SchedulerStats
-from server.engine.messages import Abort, Command, EngineConfig, EngineRequest, News, Ready, Report, StartFailed, Submit
+from shoal.scheduler.output import FinishReason, RequestOutput, SchedulerStats
+from shoal.server.engine.messages import (
+    Abort,
+    Command,
+    EngineConfig,
+    EngineRequest,
+    News,
+    Ready,
+    Report,
+    StartFailed,
+    Submit,
+)
 
 ANSWER, SILENCE, DIE, DIE_AFTER_A_TOKEN, GARBAGE, FAIL = range(1, 7)
 TOKENS = [11, 12, 13]

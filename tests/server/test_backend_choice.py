@@ -12,16 +12,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from model.backends import native_library
-from model.backends.native_library import supported_isas
-from model.config import ModelConfig, bytes_per_block, load_config
-from scheduler.errors import ConfigError
-from server.engine import backends
-from server.engine.backends import NativePlan, TorchPlan, plan_backend
-from server.engine.memory import plan_kv_cache
-from server.engine.messages import EngineConfig
-from server.serve import engine_config
-from server.settings import load_settings
+from shoal.model.backends import native_library
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.checkpoint.config import load_config
+from shoal.model.record import ModelConfig, bytes_per_block
+from shoal.scheduler.errors import ConfigError
+from shoal.server.engine import backends
+from shoal.server.engine.backends import NativePlan, TorchPlan, plan_backend
+from shoal.server.engine.memory import plan_kv_cache
+from shoal.server.engine.messages import EngineConfig
+from shoal.server.serve import engine_config
+from shoal.server.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "model/bundled/shoal-moe"
@@ -188,8 +189,8 @@ def test_a_cache_of_16_bits_holds_twice_as_much(model: ModelConfig) -> None:
 BUILD_ENGINE = """
 import sys
 import msgspec
-from server.engine.messages import EngineConfig
-from server.engine.process import build_engine
+from shoal.server.engine.messages import EngineConfig
+from shoal.server.engine.process import build_engine
 core, ready = build_engine(msgspec.json.decode(sys.argv[1], type=EngineConfig))
 print(ready.description)
 print(*sorted({"torch", "transformers", "gguf"} & sys.modules.keys()))

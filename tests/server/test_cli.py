@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from click.testing import CliRunner
 
-from scheduler.policies import describe_policies
-from server.cli import policies
+from shoal.scheduler.policies import describe_policies
+from shoal.server.cli import policies
 
 
 def test_the_policies_are_listed_with_a_line_each() -> None:

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.output import FinishReason, SamplingParams, SchedulerOutput
-from scheduler.policies import POLICIES
-from scheduler.request import Request
-from server.engine.journal import Journal
-from server.engine.messages import Abort, Command, EngineRequest, News, Report, Submit
-from server.engine.process import EngineLoop, Sockets
+from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
+from shoal.scheduler.policies import POLICIES
+from shoal.scheduler.request import Request
+from shoal.server.engine.journal import Journal
+from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Submit
+from shoal.server.engine.process import EngineLoop, Sockets
 from tests.fakes import Harness, InjectedError, generate, hashed, params
 
 CHOOSE = hashed(50)

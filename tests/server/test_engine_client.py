@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 import tests.server.fake_engine as fake
-from scheduler.config import PolicyConfig
-from scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
-from scheduler.output import RequestOutput, SamplingParams
-from server.engine.client import EngineClient, EngineState
-from server.engine.journal import Submission
-from server.engine.messages import EngineConfig, EngineRequest
-from server.errors import EngineUnavailableError
-from server.metrics import Metrics
+from shoal.scheduler.config import PolicyConfig
+from shoal.scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
+from shoal.scheduler.output import RequestOutput, SamplingParams
+from shoal.server.engine.client import EngineClient, EngineState
+from shoal.server.engine.journal import Submission
+from shoal.server.engine.messages import EngineConfig, EngineRequest
+from shoal.server.errors import EngineUnavailableError
+from shoal.server.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 

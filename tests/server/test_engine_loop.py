@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import zmq
 
-from scheduler.output import SamplingParams, SchedulingParams
-from scheduler.policies.static import Static
-from server.engine.messages import Abort, Command, EngineRequest, News, Report, Submit
-from server.engine.process import EngineLoop, Sockets, _encoder
+from shoal.scheduler.output import SamplingParams, SchedulingParams
+from shoal.scheduler.policies.static import Static
+from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Submit
+from shoal.server.engine.process import EngineLoop, Sockets, _encoder
 from tests.fakes import Harness
 
 TIMEOUT = 2.5

@@ -3,10 +3,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-import scheduler.errors
-import server.errors
-from scheduler.errors import ShoalError
-from server.errors import error_body, http_error
+from shoal.scheduler import errors
+from shoal.scheduler.errors import ShoalError
+from shoal.server.errors import NotFoundError, error_body, http_error
 
 STATUS = {
     "ShoalError": (500, "server_error", "internal_error"),
@@ -28,7 +27,7 @@ STATUS = {
 def tree(root: type[ShoalError]) -> list[type[ShoalError]]:
     """The errors of the house; other tests may have made some of their own."""
     ours = [root] + [error for child in root.__subclasses__() for error in tree(child)]
-    return [error for error in ours if error.__module__ in ("scheduler.errors", "server.errors")]
+    return [error for error in ours if error.__module__ in ("shoal.scheduler.errors", "shoal.server.errors")]
 
 
 def test_every_error_has_its_place_in_http() -> None:
@@ -40,15 +39,15 @@ def test_every_error_has_its_place_in_http() -> None:
 
 
 def test_an_error_that_the_table_does_not_know_is_like_its_parent() -> None:
-    class Narrower(scheduler.errors.QueueFullError):
+    class Narrower(errors.QueueFullError):
         pass
 
-    assert http_error(Narrower("full")) == http_error(scheduler.errors.QueueFullError("full"))
+    assert http_error(Narrower("full")) == http_error(errors.QueueFullError("full"))
 
 
 @pytest.mark.parametrize("param", [None, "max_tokens"])
 def test_the_error_object(param: str | None) -> None:
-    error = scheduler.errors.ContextLengthError("too long", param=param)
+    error = errors.ContextLengthError("too long", param=param)
     assert str(error) == error.message == "too long"
     assert msgspec.to_builtins(error_body(error)) == {
         "error": {
@@ -61,9 +60,9 @@ def test_the_error_object(param: str | None) -> None:
 
 
 def test_the_tree_is_drawn_as_it_is() -> None:
-    drawing = scheduler.errors.__doc__ or ""
+    drawing = errors.__doc__ or ""
     for error in tree(ShoalError):
-        if error.__module__ == "scheduler.errors":
+        if error.__module__ == "shoal.scheduler.errors":
             assert error.__name__ in drawing
-    assert issubclass(scheduler.errors.ContextLengthError, scheduler.errors.InvalidRequestError)
-    assert server.errors.NotFoundError.__bases__ == (ShoalError,)
+    assert issubclass(errors.ContextLengthError, errors.InvalidRequestError)
+    assert NotFoundError.__bases__ == (ShoalError,)

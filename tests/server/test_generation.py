@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from model.tokenizer import Tokenizer
-from scheduler.output import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
-from server.engine.journal import Journal
-from server.engine.messages import EngineRequest
-from server.generation import Choice, Delta
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from shoal.server.engine.journal import Journal
+from shoal.server.engine.messages import EngineRequest
+from shoal.server.generation import Choice, Delta
 
 EOS = 256
 

@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.output import (
+from shoal.scheduler.output import (
     FinishReason,
     RequestOutput,
     SamplingParams,
@@ -16,7 +16,7 @@ from scheduler.output import (
     SchedulingParams,
     TokenLogprobs,
 )
-from server.engine.messages import Abort, Command, EngineRequest, News, Ready, Report, StartFailed, Submit
+from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Report, StartFailed, Submit
 
 names = st.text(string.printable, max_size=12)
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=8)

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerStats
-from server.engine.journal import Journal
-from server.engine.messages import EngineRequest
-from server.metrics import Metrics
+from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerStats
+from shoal.server.engine.journal import Journal
+from shoal.server.engine.messages import EngineRequest
+from shoal.server.metrics import Metrics
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:

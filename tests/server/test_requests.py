@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.errors import InvalidRequestError
-from server.wire.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
+from shoal.scheduler.errors import InvalidRequestError
+from shoal.server.wire.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 
 USER = [{"role": "user", "content": "hi"}]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from scheduler.errors import InvalidRequestError
-from scheduler.output import SchedulingParams
-from server.keys import known_key
-from server.scheduling import resolve_scheduling
-from server.wire.requests import ChatBody, CompletionBody, parse_body
+from shoal.scheduler.errors import InvalidRequestError
+from shoal.scheduler.output import SchedulingParams
+from shoal.server.keys import known_key
+from shoal.server.scheduling import resolve_scheduling
+from shoal.server.wire.requests import ChatBody, CompletionBody, parse_body
 
 BODIES: list[tuple[Any, dict[str, Any]]] = [
     (CompletionBody, {"prompt": "a"}),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from scheduler.config import PolicyConfig
-from scheduler.errors import ConfigError
-from server.settings import Settings, load_settings
+from shoal.scheduler.config import PolicyConfig
+from shoal.scheduler.errors import ConfigError
+from shoal.server.settings import Settings, load_settings
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.text import StopStrings
+from shoal.server.text import StopStrings
 
 letters = st.text("ab数", max_size=30)
 stops = st.lists(st.text("ab数", min_size=1, max_size=4), max_size=4)

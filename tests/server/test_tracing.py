@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.steps import read_trace
-from scheduler.errors import ConfigError
-from server.engine.tracing import begin_trace, open_trace
+from shoal.loadtest.steps import read_trace
+from shoal.scheduler.errors import ConfigError
+from shoal.server.engine.tracing import begin_trace, open_trace
 from tests.fakes import Harness
 
 

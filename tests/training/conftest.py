@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.training.recipe import NetworkConfig, Recipe, TrainingConfig
+from shoal.model.training.recipe import NetworkConfig, Recipe, TrainingConfig
 
 TINY = Recipe(
     name="tiny",

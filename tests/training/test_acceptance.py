@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.training import acceptance
-from model.training.acceptance import Acceptance, measure_acceptance
-from model.training.cost import decode_seconds
+from shoal.model.training import acceptance
+from shoal.model.training.acceptance import Acceptance, measure_acceptance
+from shoal.model.training.cost import decode_seconds
 
 
 def walk(pattern: str, num_spec_tokens: int) -> Acceptance:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import model
-from model.training.corpus import clean, is_validation, is_worth_reading
-from model.training.sources import SourceFile, read_stdlib
+from shoal import model
+from shoal.model.training.corpus import clean, is_validation, is_worth_reading
+from shoal.model.training.sources import SourceFile, read_stdlib
 
 BUNDLED = Path(model.__file__).parent / "bundled"
 TARGET, DRAFT = BUNDLED / "shoal-moe", BUNDLED / "shoal-draft"

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.training import corpus, documentation, sources
-from model.training.corpus import build, clean, without_duplicates
-from model.training.instructions import bare_functions, instruction_pairs
-from model.training.sources import SourceFile
-from scheduler.errors import ConfigError
+from shoal.model.training import corpus, documentation, sources
+from shoal.model.training.corpus import build, clean, without_duplicates
+from shoal.model.training.instructions import bare_functions, instruction_pairs
+from shoal.model.training.sources import SourceFile
+from shoal.scheduler.errors import ConfigError
 
 
 def function(name: str, other: object = "other") -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.backends.torch_backend import TorchBackend
-from model.sampling import gumbel_noise
-from model.training import echo
+from shoal.model.backends.torch_backend import TorchBackend
+from shoal.model.step.sampling import gumbel_noise
+from shoal.model.training import echo
 from tests.model.conftest import Paged
 from tests.model.oracles import random_record
 

@@ -11,20 +11,20 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from model.training import experts
-from model.training.attention import causal_attention
-from model.training.experts import route_through_experts
-from model.training.export import export
-from model.training.loss import (
+from shoal.model.training import experts
+from shoal.model.training.attention import causal_attention
+from shoal.model.training.experts import route_through_experts
+from shoal.model.training.export import export
+from shoal.model.training.loss import (
     ACCEPTANCE_TEMPERATURE,
     chunked_acceptance_loss,
     chunked_cross_entropy,
     chunked_distillation,
 )
-from model.training.network import Network
-from model.training.recipe import Recipe
-from model.training.tokenizer import train_tokenizer
-from scheduler.errors import CheckpointError
+from shoal.model.training.network import Network
+from shoal.model.training.recipe import Recipe
+from shoal.model.training.tokenizer import train_tokenizer
+from shoal.scheduler.errors import CheckpointError
 
 
 def doubles(*shape: int) -> torch.Tensor:

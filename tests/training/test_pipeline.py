@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from model.training import corpus, documentation, evaluation, sources
-from model.training.corpus import Document
-from model.training.evaluation import completes_function, held_out_headers
-from model.training.network import Network, count_active_parameters, count_parameters
-from model.training.pipeline import Pipeline
-from model.training.recipe import Budget, Recipe
-from model.training.sources import SourceFile
-from scheduler.errors import CheckpointError
+from shoal.model.training import corpus, documentation, evaluation, sources
+from shoal.model.training.corpus import Document
+from shoal.model.training.evaluation import completes_function, held_out_headers
+from shoal.model.training.network import Network, count_active_parameters, count_parameters
+from shoal.model.training.pipeline import Pipeline
+from shoal.model.training.recipe import Budget, Recipe
+from shoal.model.training.sources import SourceFile
+from shoal.scheduler.errors import CheckpointError
 
 HEADER = 'def f(x):\n    """Do it."""\n'
 

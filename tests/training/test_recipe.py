@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from model.training import pipeline
-from model.training.__main__ import _find, main
-from model.training.network import count_active_parameters
-from model.training.recipe import Budget, load_recipe
-from scheduler.errors import ConfigError
+from shoal.model.training import pipeline
+from shoal.model.training.__main__ import _find, main
+from shoal.model.training.network import count_active_parameters
+from shoal.model.training.recipe import Budget, load_recipe
+from shoal.scheduler.errors import ConfigError
 
 RECIPES = Path(pipeline.__file__).parent / "recipes"
 TARGET = RECIPES / "cpu" / "target.toml"

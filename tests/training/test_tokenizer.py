@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from model.training.corpus import Document
-from model.training.tokenizer import (
+from shoal.model.training.corpus import Document
+from shoal.model.training.tokenizer import (
     END_OF_TEXT,
     SPECIAL_TOKENS,
     load_tokenizer,
     train_tokenizer,
     write_tokenizer_config,
 )
-from model.training.tokens import encode_documents
-from scheduler.errors import CheckpointError, ConfigError
+from shoal.model.training.tokens import encode_documents
+from shoal.scheduler.errors import CheckpointError, ConfigError
 
 texts = st.text(st.characters(exclude_categories=["Cs"])) | st.text(alphabet="ab_1( \t\n\r.é漢🙂")
 TINY = train_tokenizer([inspect.getsource(json.decoder), inspect.getsource(inspect)], vocab_size=600)

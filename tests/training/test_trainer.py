@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.training.network import Network
-from model.training.recipe import Budget, Recipe
-from model.training.tokens import Tokens, batch_of_windows, load_tokens, save_tokens
-from model.training.trainer import StepReport, Trainer, learning_rate, run
-from scheduler.errors import CheckpointError, ConfigError
+from shoal.model.training.network import Network
+from shoal.model.training.recipe import Budget, Recipe
+from shoal.model.training.tokens import Tokens, batch_of_windows, load_tokens, save_tokens
+from shoal.model.training.trainer import StepReport, Trainer, learning_rate, run
+from shoal.scheduler.errors import CheckpointError, ConfigError
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0).integers(0, 300, size=16 * 40 + 1).astype(np.uint16)

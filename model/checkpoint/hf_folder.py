@@ -10,9 +10,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from model.checkpoint_parts import Fields, TokenizerParts, Weights
-from model.safetensors_file import read_safetensors
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
+from shoal.model.checkpoint.safetensors_file import read_safetensors
+from shoal.scheduler.errors import CheckpointError
 
 CONFIG = "config.json"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Int32
+from shoal.model.step.batch import Int32
 
 Intp = NDArray[np.intp]
 

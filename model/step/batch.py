@@ -43,7 +43,7 @@ class ForwardBatch:
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """How to choose a token at each of the `num_logits` rows.  `model/sampling.py` specifies the choice exactly.
+    """How to choose a token at each of the `num_logits` rows.  `model/step/sampling.py` specifies the choice exactly.
 
     Attributes:
         temperature, top_p, min_p: [num_logits] float32.

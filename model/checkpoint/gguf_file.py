@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.checkpoint_parts import Fields
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.parts import Fields
+from shoal.scheduler.errors import CheckpointError
 
 # The types of tensors that are plain numbers; all others are blocks of quantised ones.
 F32, F16, BF16 = 0, 1, 30

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Backend, ForwardBatch, Int32, SamplerOutput
-from model.layout import Layouts, StepLayout
-from model.rows import BatchRows
-from model.speculation.speculation import Speculation
-from scheduler.output import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
+from shoal.model.speculation.speculation import Speculation
+from shoal.model.step.batch import Backend, ForwardBatch, Int32, SamplerOutput
+from shoal.model.step.layout import Layouts, StepLayout
+from shoal.model.step.rows import BatchRows
+from shoal.scheduler.output import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
 
 
 class ModelExecutor:
@@ -40,7 +40,7 @@ class ModelExecutor:
         self._layouts = Layouts()
 
     def execute(self, output: SchedulerOutput) -> StepResult:
-        """Compute a step.  See `scheduler.engine.Executor`."""
+        """Compute a step.  See `shoal.scheduler.engine.Executor`."""
         for request_id in output.released:
             self.rows.leave(request_id)
         if not output.scheduled:

@@ -48,7 +48,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Float32, Int32, SamplerOutput, SamplingBatch, UInt64
+from shoal.model.step.batch import Float32, Int32, SamplerOutput, SamplingBatch, UInt64
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MIX_MULTIPLIER_1 = 0xBF58476D1CE4E5B9

@@ -11,9 +11,9 @@ from typing import Any
 
 import tokenizers
 
-from model.chat_template import ChatTemplate, Message
-from model.checkpoint_format import open_checkpoint
-from scheduler.errors import CheckpointError, InvalidRequestError
+from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.text.chat_template import ChatTemplate, Message
+from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Decoders under which a token's text depends on nothing but whether it comes first (and bytes on their neighbours).

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.checkpoint_parts import TokenizerParts
-from model.gguf_file import GgufFile
+from shoal.model.checkpoint.gguf_file import GgufFile
+from shoal.model.checkpoint.parts import TokenizerParts
 
 Json = dict[str, Any]
 

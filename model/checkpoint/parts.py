@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from scheduler.errors import CheckpointError
+from shoal.scheduler.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
 
-from scheduler.errors import CheckpointError, InvalidRequestError
+from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
 Message = Mapping[str, Any]
 

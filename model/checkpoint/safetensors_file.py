@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.errors import CheckpointError
+from shoal.scheduler.errors import CheckpointError
 
 Array = NDArray[Any]
 

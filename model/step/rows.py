@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Float32, Int32, SamplingBatch, UInt64
-from scheduler.output import NewRequest, SamplingParams, ScheduledRequest
+from shoal.model.step.batch import Float32, Int32, SamplingBatch, UInt64
+from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 
 Bool = NDArray[np.bool_]
 Intp = NDArray[np.intp]

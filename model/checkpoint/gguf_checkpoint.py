@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from model.checkpoint_parts import Fields, TokenizerParts, Weights
-from model.gguf_file import BF16, F16, F32, ArrayValue, GgufFile, read_gguf
-from model.gguf_tokenizer import read_gguf_tokenizer, special_token_ids
+from shoal.model.checkpoint.gguf_file import BF16, F16, F32, ArrayValue, GgufFile, read_gguf
+from shoal.model.checkpoint.gguf_tokenizer import read_gguf_tokenizer, special_token_ids
+from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
 
 _ARCHITECTURE = "llama"
 # The fields of config.json, by the keys that hold them.
@@ -109,7 +109,7 @@ class GgufCheckpoint:
 
     def weights(self) -> Weights:
         # The gguf package takes 0.1 s to load, and the API process does not need it.
-        from model.gguf_weights import read_gguf_weights  # noqa: PLC0415
+        from shoal.model.checkpoint.gguf_weights import read_gguf_weights  # noqa: PLC0415
 
         num_heads = self._own.integer("attention.head_count", minimum=1)
         return read_gguf_weights(

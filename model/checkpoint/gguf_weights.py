@@ -15,9 +15,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from model.checkpoint_parts import Weights
-from model.gguf_file import BF16, F16, F32, GgufFile, TensorInfo
-from scheduler.errors import CheckpointError
+from shoal.model.checkpoint.gguf_file import BF16, F16, F32, GgufFile, TensorInfo
+from shoal.model.checkpoint.parts import Weights
+from shoal.scheduler.errors import CheckpointError
 
 Array = NDArray[Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from model.checkpoint_parts import Fields, TokenizerParts, Weights
-from model.gguf_checkpoint import GgufCheckpoint
-from model.hf_folder import CONFIG, HuggingFaceFolder
+from shoal.model.checkpoint.gguf_checkpoint import GgufCheckpoint
+from shoal.model.checkpoint.hf_folder import CONFIG, HuggingFaceFolder
+from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
 
 
 class CheckpointFormat(Protocol):

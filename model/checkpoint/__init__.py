@@ -1,0 +1,1 @@
+"""Reads checkpoints, whatever their format, into a `ModelRecord`."""

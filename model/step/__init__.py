@@ -1,0 +1,1 @@
+"""One step: a schedule becomes arrays, and logits become tokens."""
