@@ -115,7 +115,7 @@ def _usage(one: Declared) -> str:
 def _help(one: Declared) -> str:
     default = one.field.default
     shown = "" if default in (None, ()) else f"  [{str(default).lower() if isinstance(default, bool) else default}]"
-    return one.field.metadata["help"] + shown
+    return f"{one.field.metadata['help']}{shown}"
 
 
 # -- the sources -------------------------------------------------------------------------------------------------------

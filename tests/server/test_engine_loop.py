@@ -54,7 +54,7 @@ def submit(request_id: str, max_tokens: int = 1, *, age: float = 0.0) -> Submit:
 
 
 def run(commands: list[tuple[float, Command]], stop: Callable[[FakeWire], bool]) -> FakeWire:
-    harness = Harness(policy=Static(2, TIMEOUT), max_num_seqs=2)
+    harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
     sockets = FakeWire(harness, commands)
     loop = EngineLoop(harness.engine, sockets)
     while not stop(sockets):
@@ -97,19 +97,19 @@ def test_after_an_abort_there_is_nothing_to_wake_for() -> None:
 
 def test_a_request_arrived_before_it_was_sent() -> None:
     """Its age crosses, and no reading of the sender's clock."""
-    harness = Harness(policy=Static(2, TIMEOUT), max_num_seqs=2)
-    EngineLoop(harness.engine, FakeWire(harness, [(10.0, submit("a", age=4.0))])).turn()
-    assert harness.scheduler.waiting["a"].arrival_time == 6.0
+    harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
+    EngineLoop(harness.engine, FakeWire(harness, [(10.0, submit("a", age=1.0))])).turn()
+    assert harness.scheduler.waiting["a"].arrival_time == 9.0
 
 
 def test_a_stop_ends_the_loop() -> None:
-    harness = Harness(policy=Static(2, TIMEOUT), max_num_seqs=2)
+    harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
     EngineLoop(harness.engine, FakeWire(harness, [(0.0, submit("a")), (1.0, Stop())])).run()
     assert "a" in harness.scheduler.waiting
 
 
 def test_what_the_policy_may_know_reaches_the_scheduler() -> None:
-    harness = Harness(policy=Static(2, TIMEOUT), max_num_seqs=2)
+    harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
     EngineLoop(harness.engine, FakeWire(harness, [(0.0, submit("a"))])).turn()
     assert harness.scheduler.waiting["a"].scheduling == SchedulingParams(client="me", priority=3, ttft_slo_ms=5.0)
 
