@@ -42,7 +42,7 @@ def serve(arguments: list[str]) -> None:
         sys.exit(2)
 
 
-serve_command = _Serve("serve", help="Serve a model over HTTP, with the interface of OpenAI's API.")
+serve_command = _Serve("serve")
 
 
 @click.command()

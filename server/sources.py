@@ -31,6 +31,7 @@ _TITLES = {
     "scheduler": "Scheduler and policies ([scheduler])",
     "speculation": "Speculation ([speculation])",
 }
+_HELP = "Serve a model over HTTP, with the interface of OpenAI's API."
 _EPILOG = """\
 Examples:
   shoal serve --model smollm2-135m --port 9000
@@ -62,13 +63,13 @@ def load_settings(args: list[str]) -> Settings:
 class SettingsCommand(click.Command):
     """A command with an option for each setting, in groups as in the file; any function may be its callback."""
 
-    def __init__(self, name: str, **attributes: Any) -> None:
+    def __init__(self, name: str) -> None:
         options = [
             click.Option(["--model"], metavar="MODEL"),
             click.Option(["--config"], metavar="FILE"),
             *(_option(one) for section in declared().values() for one in section.values()),
         ]
-        super().__init__(name, params=[*options], **attributes)
+        super().__init__(name, params=[*options], help=_HELP, context_settings={"max_content_width": 110})
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Model"):
