@@ -17,7 +17,14 @@ def set_up_logs(config: ServerConfig) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if config.log_format == "json" else TextLines(colour=sys.stderr.isatty()))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn.access").addFilter(is_news)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says of its start, the server says better
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a request is worth a line: those that ask how the server is come every few seconds."""
+    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+    return path not in ("/health", "/metrics")
 
 
 class TextLines(logging.Formatter):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from shoal.scheduler.output import SchedulerStats
-from shoal.server.logs import JsonLines, TextLines
+from shoal.server.logs import JsonLines, TextLines, is_news
 from shoal.server.metrics import Metrics
 from shoal.server.serve import log_statistics
 
@@ -35,6 +35,13 @@ def test_lines_of_json() -> None:
     except ValueError:
         failed.exc_info = sys.exc_info()
     assert "ValueError: why" in json.loads(JsonLines().format(failed))["exception"]
+
+
+def test_whoever_asks_how_the_server_is_leaves_no_line() -> None:
+    access = logging.getLogger("uvicorn.access")
+    paths = ["/health", "/v1/models", "/metrics"]
+    lines = [access.makeRecord("uvicorn.access", 20, "", 0, "%s %s %s", ("a", "GET", path), None) for path in paths]
+    assert [is_news(line) for line in lines] == [False, True, False]
 
 
 def test_statistics_are_logged_while_there_is_something_to_say(caplog: pytest.LogCaptureFixture) -> None:
