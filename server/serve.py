@@ -20,9 +20,9 @@ from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import CheckpointError, ConfigError
 from shoal.scheduler.policies import find_policy
 from shoal.server.app import create_app
+from shoal.server.engine.chrome_trace import begin_trace
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import EngineConfig, Ready
-from shoal.server.engine.tracing import begin_trace
 from shoal.server.metrics import Metrics
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings

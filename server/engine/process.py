@@ -31,6 +31,7 @@ from shoal.scheduler.policies import create_policy, select_knobs
 from shoal.scheduler.request import Request
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.backends import plan_backend
+from shoal.server.engine.chrome_trace import ChromeTrace
 from shoal.server.engine.endings import Endings
 from shoal.server.engine.memory import plan_kv_cache
 from shoal.server.engine.messages import (
@@ -45,7 +46,6 @@ from shoal.server.engine.messages import (
     Submit,
 )
 from shoal.server.engine.speculation import plan_speculation
-from shoal.server.engine.tracing import open_trace
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
         plan.describe(backend),
         plan.warning,
     )
-    observe = open_trace(Path(config.trace)) if config.trace is not None else None
-    return EngineCore(scheduler, executor, time.monotonic, observe), ready
+    observers = [ChromeTrace(Path(config.trace))] if config.trace is not None else []
+    return EngineCore(scheduler, executor, time.monotonic, observers), ready
 
 
 class EngineLoop:

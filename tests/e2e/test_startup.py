@@ -40,7 +40,7 @@ def copy(tmp_path: Path, tiny_folder: Path) -> Path:
             "'nowhere' is neither a checkpoint folder, nor a .gguf file, nor the name of a model;",
         ),
         (["--model", "."], "holds no config.json"),
-        (["--policy", "lifo"], "unknown policy 'lifo'; known are fcfs, priority, sjf, fair, deadline, static"),
+        (["--policy", "lifo"], "unknown policy 'lifo'; known are deadline, fair, fcfs, priority, sjf, static"),
         (["--host", "a..b"], "host: 'a..b' is not a host name"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
