@@ -7,9 +7,11 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from functools import cache
 from pathlib import Path
 
+from shoal.model.step.sampling import SAMPLING_ROW
+
 FOLDER = Path(__file__).resolve().parent.parent / "native"
 
-# Instruction sets, best first, and by the number that the library gives them.
+# The instruction sets, best first; and in the order of the numbers that `shoal_best_isa` returns.
 ISAS = ("avx512", "avx2", "generic")
 _ISA_OF_NUMBER = ("generic", "avx2", "avx512")
 
@@ -115,4 +117,13 @@ def _load(path: Path) -> ctypes.CDLL:
     library.shoal_step.restype = c_char_p
     library.shoal_draft.argtypes = [c_void_p, c_void_p, POINTER(Draft)]
     library.shoal_draft.restype = c_char_p
+    library.shoal_sample.restype = c_char_p
+    library.shoal_sampling_row.restype = c_char_p
+    if library.shoal_sampling_row().decode() != _fields_of_rows():
+        raise OSError(f"{path} was built from other sources")
     return library
+
+
+def _fields_of_rows() -> str:
+    """SAMPLING_ROW as `shoal_sampling_row` describes it.  Offsets follow: both sides align fields alike."""
+    return "".join(f"{SAMPLING_ROW[name].name} {name};" for name in SAMPLING_ROW.names or ())
