@@ -77,25 +77,30 @@ class Draft(Structure):
 
 
 def library_path(isa: str) -> Path:
-    """Where the library for an instruction set is, if it was built."""
+    """The path of the library for an instruction set, which need not be built."""
     return FOLDER / f"libshoal-{isa}.so"
 
 
 @cache
 def supported_isas() -> tuple[str, ...]:
-    """The instruction sets for which there is a library and which this machine has, best first."""
-    generic = library_path("generic")
-    if not generic.exists():
+    """The instruction sets for which there is a library and which this machine has, best first.
+
+    Raises:
+        OSError: a library does not load, or was built from other sources.
+    """
+    built = [isa for isa in ISAS if library_path(isa).exists()]
+    if not built:
         return ()
-    best = _ISA_OF_NUMBER[_load(generic).shoal_best_isa()]
-    return tuple(isa for isa in ISAS[ISAS.index(best) :] if library_path(isa).exists())
+    best = _ISA_OF_NUMBER[_load(library_path(built[-1])).shoal_best_isa()]  # the plainest one loads anywhere
+    return tuple(isa for isa in built if ISAS.index(isa) >= ISAS.index(best))
 
 
 def load_library(isa: str | None = None) -> ctypes.CDLL:
-    """The library for an instruction set; the best one if not said.
+    """The library for an instruction set, by default the best one.
 
     Raises:
-        LookupError: there is none.
+        LookupError: there is no such library.
+        OSError: it does not load, or was built from other sources.
     """
     supported = supported_isas()
     if not supported or (isa is not None and isa not in supported):
