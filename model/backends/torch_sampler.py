@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from shoal.model.step.batch import Int32, Records, SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
 
-# Most elements of a [rows, vocab_size] temporary; more rows are drawn in turns: what a CPU's caches take, or a small
-# part of a GPU's memory.
+# The most elements of a [rows, vocab_size] temporary: it fits into a CPU's caches, or takes a small part of a GPU's
+# memory.  Further rows are drawn in turns.
 _MAX_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
-# How many of the most probable tokens are looked at before a whole vocabulary is sorted for top_p.
+# For top_p this many of the most probable tokens are tried before the whole vocabulary is sorted.
 _NARROW = 128
 
 
@@ -70,7 +70,7 @@ def _column(values: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _index(array: Int32 | NDArray[np.intp], device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(device)
+    return _column(array.astype(np.int64), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,7 @@ class _Draws:
 
     def __getitem__(self, which: Tensor) -> _Draws:
         """The draws where `which` [n] is true."""
-        fields = (self.rows, self.keys, self.temperature, self.top_k, self.top_p, self.min_p)
-        return _Draws(*(values[which] for values in fields))
+        return _Draws(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 def _draw(logits: Tensor, draws: _Draws) -> Tensor:
