@@ -6,8 +6,10 @@ torch loads when its backend is wanted and not before: it takes seconds, and hun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
+from shoal.extras import install_command
 from shoal.model.backends.native_backend import SLOTS, NativeBackend
 from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
 from shoal.model.record import ModelConfig, ModelRecord
@@ -156,7 +158,11 @@ def _obstacle_of_library() -> tuple[str, str] | None:
 
 
 def _plan_torch(config: EngineConfig, model: ModelConfig, reason: str, warning: str | None) -> TorchPlan:
-    """Refuse what only the native backend has; `reason` says why that is not to be had."""
+    """Refuse what only the native backend has; `reason` says why that is not to be had.
+
+    Raises:
+        ConfigError: a setting needs the native backend, or torch is not installed.
+    """
     for param, value in {"quantization": "int8", "kv_cache_dtype": "float16", "pin_threads": True}.items():
         if getattr(config, param) == value:
             raise ConfigError(f"{param} {str(value).lower()} needs the native backend, but {reason}", param=param)
@@ -166,6 +172,9 @@ def _plan_torch(config: EngineConfig, model: ModelConfig, reason: str, warning: 
             f"kv_cache_dtype {config.kv_cache_dtype} is not for the torch backend when it computes in {dtype}",
             param="kv_cache_dtype",
         )
+    if find_spec("torch") is None:
+        needs = f"the torch backend needs torch, which is not installed: run `{install_command('torch')}`"
+        raise ConfigError(f"{reason}; {needs}", param="backend")
     return TorchPlan(config, dtype, warning)
 
 

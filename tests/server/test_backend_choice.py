@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from shoal.extras import install_command
 from shoal.model.backends import native_library
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.checkpoint.config import load_config
@@ -84,7 +85,7 @@ TORCH_SERVES = "the torch backend serves, which is slower and takes more memory:
 NEEDS_STEP = "block_size 8 is not for the native backend, which needs a multiple of 16"
 NEEDS_FLOAT32 = "dtype bfloat16 is not for the native backend, which computes in float32"
 NEEDS_CPU = "device cuda:1 is not for the native backend, which computes on the CPU"
-NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `python -m model.native.build`"
+NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `python -m shoal.model.native.build`"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,24 @@ def test_torch_serves_where_the_library_is_of_another_machine(
     assert plan.warning is not None
     assert plan.warning.startswith(f"{TORCH_SERVES}backend native does not load: {tmp_path}/libshoal-generic.so: ")
     assert refusal(model, "--backend", "native")[1] == "backend"
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--backend", "torch"], "backend is torch"),
+        (["--device", "cuda:1"], NEEDS_CPU),
+        ([], NEEDS_BUILD),
+    ],
+    ids=["asked for", "for a GPU", "in place of native"],
+)
+def test_a_torch_that_is_not_installed(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, args: list[str], reason: str
+) -> None:
+    built(monkeypatch, [])
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    needs = f"the torch backend needs torch, which is not installed: run `{install_command('torch')}`"
+    assert refusal(model, *args) == (f"{reason}; {needs}", "backend")
 
 
 @pytest.mark.parametrize("checkpoint_dtype", ["float32", "bfloat16", "float16"])
