@@ -12,7 +12,7 @@ import click
 from shoal import clients
 from shoal.clients.errors import ClientError
 from shoal.clients.live import LiveAnswer, explain
-from shoal.clients.repl import Repl
+from shoal.clients.repl import Repl, default_max_tokens
 from shoal.clients.wire import DEFAULT_URL
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -66,9 +66,15 @@ def chat(url: str, api_key: str | None, system: str | None, **fields: object) ->
     """Talk with the model; /help lists the commands.
 
     Ctrl-C stops an answer, Ctrl-D ends. If input or output is not a terminal, each line of standard input is a turn.
+
+    An answer has at most 512 tokens, or a quarter of the model's context, unless --max-tokens says otherwise. When the
+    context is full, the oldest turns are forgotten.
     """
     with _exit_codes(), clients.ShoalClient(url, api_key=api_key, max_retries=0) as client:
-        Repl(client, cast(clients.ChatOptions, _given(fields)), system).run()
+        options = cast(clients.ChatOptions, _given(fields))
+        if "max_tokens" not in options:
+            options["max_tokens"] = default_max_tokens(client, options.get("model"))
+        Repl(client, options, system).run()
 
 
 def _given(fields: dict[str, object]) -> dict[str, object]:

@@ -71,7 +71,7 @@ class ShoalClient:
     What goes wrong is raised as one of the errors drawn in `clients/errors.py`, httpx's never come through.
 
     Args:
-        base_url: where the server is, without "/v1".
+        base_url: where the server is, with or without "/v1".
         api_key: sent as a bearer token.
         connect_timeout: seconds to wait for a connection.
         read_timeout: seconds that the server may be silent: for the first token, between two tokens, and for the

@@ -35,6 +35,9 @@ def httpx_settings(
     The number of connections is not limited: a request should wait in the server's queue, where the scheduler sees
     it, rather than in one here.
 
+    Args:
+        base_url: where the server is.  A "/v1" at its end is dropped, because the path of each call has its own.
+
     Raises:
         UnsendableError: the address or the key is malformed.
     """
@@ -43,7 +46,7 @@ def httpx_settings(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
         raise UnsendableError("api_key must be printable ASCII")
     try:
-        url = httpx.URL(base_url)
+        url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
         raise UnsendableError(f"base_url {base_url!r} is not an address: {error}") from error
     return {
