@@ -34,7 +34,7 @@ def _request_options(function: Function) -> Function:
         click.option("--top-p", type=float, help="Sample from the likeliest tokens that make up this probability."),
         click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens."),
         click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one's probability."),
-        click.option("--repetition-penalty", type=float, help="Above 1, disfavours tokens that were there before."),
+        click.option("--repetition-penalty", type=float, help="Above 1, makes tokens that occurred before rarer."),
         click.option("--seed", type=int, help="The same seed gives the same text."),
         click.option("--stop", multiple=True, help="Stop before this text; may be given several times."),
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def chat(url: str, api_key: str | None, system: str | None, **fields: object) ->
 
 
 def _given(fields: dict[str, object]) -> dict[str, object]:
-    """The fields of the request that were given on the command line, as JSON has them."""
+    """The fields of the request that were given on the command line, in the types of JSON."""
     given = {name: value for name, value in fields.items() if value is not None and value != ()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
