@@ -17,8 +17,9 @@ from shoal.loadtest.arrivals import check_load
 from shoal.loadtest.costs import CostModel
 from shoal.loadtest.errors import LoadTestError
 from shoal.loadtest.records import Load, RequestRecord, Run, Setup
-from shoal.loadtest.simulated_engine import STOP_TOKEN_ID, SimulatedExecutor, StepLog, VirtualClock
+from shoal.loadtest.simulated_engine import STOP_TOKEN_ID, SimulatedExecutor, VirtualClock
 from shoal.loadtest.simulated_users import ClosedLoop, OpenLoop, Sending, Users
+from shoal.loadtest.steps import StepLog
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
@@ -111,7 +112,7 @@ class Simulation:
         self._scheduler = Scheduler(limits, policy)
         requests = {request.request_id: request for request in workload}
         self._executor = SimulatedExecutor(requests, costs, self._scheduler, self.clock, seed)
-        self.core = EngineCore(self._scheduler, self._executor, self.clock, self.log.observe)
+        self.core = EngineCore(self._scheduler, self._executor, self.clock, [self.log.observe])
         self._users: Users = (
             ClosedLoop(workload, load, costs.latencies.turnaround) if load.users else OpenLoop(workload, load)
         )

@@ -19,10 +19,10 @@ from shoal.loadtest.steps import Row
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.output import RequestOutput
 from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
 from shoal.scheduler.policies.fcfs import FirstComeFirstServed
 from shoal.scheduler.request import Request
-from shoal.scheduler.trace import StepRecord
 from tests.loadtest.twin import LIMITS, REALISTIC, SECONDS, ask, chat, run
 
 
@@ -44,14 +44,15 @@ def generate(workload: list[WorkloadRequest], load: Load, policy: str, limits: S
     knobs = select_knobs(policy, {"ageing_seconds": 1, "static_timeout_seconds": 0.05})
     simulation = Simulation(workload, load, policy=create_policy(policy, limits, knobs), limits=limits, costs=REALISTIC)
     found: dict[str, list[int]] = {request.request_id: [] for request in workload}
-    observe = simulation.log.observe
+    step = simulation.core.step
 
-    def take(record: StepRecord) -> None:
-        for news in record.news:
-            found[news.request_id] += news.token_ids
-        observe(record)
+    def take() -> list[RequestOutput]:
+        news = step()
+        for output in news:
+            found[output.request_id] += output.token_ids
+        return news
 
-    simulation.core.observe = take
+    simulation.core.step = take  # type: ignore[method-assign]
     simulation.run()
     scheduler = simulation.core.scheduler
     assert scheduler.kv_cache.pool.num_available == limits.num_blocks, "blocks are free after a drain"
