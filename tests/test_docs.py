@@ -11,14 +11,19 @@ from typing import cast
 
 import pytest
 
+from shoal.model.checkpoint.config import load_config
+from shoal.model.checkpoint.find import resolve_checkpoint
+from shoal.model.record import bytes_per_block
+from shoal.model.speculation.config import MOST_SPEC_TOKENS
 from shoal.scheduler import policies
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.policies import POLICIES, describe_policies, discover_policies
 from shoal.server.app import create_app
 from shoal.server.errors import http_error
 from shoal.server.metrics import Metrics
+from shoal.server.sampling import COMPLETION_MAX_TOKENS
 from shoal.server.service import Service
-from shoal.server.settings import Declared, declared, describe, resolve
+from shoal.server.settings import DEFAULT_MODEL, Declared, declared, describe, resolve
 from shoal.server.sources import load_settings
 from shoal.server.wire import requests
 from tests.fakes import Harness
@@ -79,6 +84,26 @@ def test_every_metric_is_described() -> None:
     assert sorted(re.findall(r"^\| `vllm:\w+` \| \w+ \|", OPERATIONS, re.MULTILINE)) == sorted(rows)
 
 
+def test_the_example_of_sizing_is_the_bundled_model() -> None:
+    config = load_config(resolve_checkpoint(DEFAULT_MODEL))
+    block = bytes_per_block(config, "float32", 16)
+    num_blocks = 64 * config.max_position_embeddings // 16
+    assert re.search(rf"= +{block // 16:,} bytes a token\n.*= +{block:,} bytes a block\n", OPERATIONS)
+    assert f"{num_blocks:,} blocks = {num_blocks * block // 2**20} MiB" in OPERATIONS
+
+
+def test_every_limit_is_named() -> None:
+    for row in (
+        f"| `n` | {requests.MAX_CHOICES} |",
+        f"| stop strings, characters of each | {requests.MAX_STOP_STRINGS}, {requests.MAX_STOP_STRING_CHARS} |",
+        f"| `logprobs`, `top_logprobs` | {requests.MAX_LOGPROBS} |",
+        f"| `priority` | -{requests.MAX_PRIORITY} to {requests.MAX_PRIORITY} |",
+        f"| `ttft_slo_ms`, `tpot_slo_ms` | {requests.MAX_SLO_MS:,} |",
+        f"| drafted tokens of a request in a step | {MOST_SPEC_TOKENS} |",
+    ):
+        assert row in OPERATIONS
+
+
 # -- api.md ------------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +139,7 @@ def test_every_limit_of_a_request_is_named() -> None:
         f"| `priority` | integer, -{requests.MAX_PRIORITY} to {requests.MAX_PRIORITY} |",
         f"| `ttft_slo_ms` | number, above 0, at most {requests.MAX_SLO_MS:,},",
         f"| `tpot_slo_ms` | number, above 0, at most {requests.MAX_SLO_MS:,},",
+        f"- `/v1/completions`: {COMPLETION_MAX_TOKENS}, as in OpenAI's API",
     ):
         assert row in API
 
