@@ -73,9 +73,19 @@ def row_of(one: Declared) -> str:
     names = ("at_least", "above", "at_most", "pattern")
     limits = [(name.replace("_", " "), one.field.metadata[name]) for name in names]
     kind = ", ".join([describe(one.type), *(f"{name} {limit}" for name, limit in limits if limit is not None)])
-    kind, default = kind.replace("|", r"\|"), one.field.default
-    shown = str(default).lower() if isinstance(default, bool) else {None: "not set", (): "none"}.get(default, default)
-    return f"| `{one.field.name}` | {kind} | {shown} |"
+    kind = kind.replace("|", r"\|")
+    return f"| `{one.field.name}` | {kind} | {shown(one.field.default)} |"
+
+
+def shown(default: object) -> str:
+    match default:
+        case None:
+            return "not set"
+        case ():
+            return "none"
+        case bool():
+            return str(default).lower()
+    return str(default)
 
 
 def test_every_metric_is_described() -> None:
