@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.extras import install_command
+from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.model.backends.native_backend import SLOTS, NativeBackend
 from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
 from shoal.model.record import ModelConfig, ModelRecord
