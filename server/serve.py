@@ -16,6 +16,7 @@ import uvicorn
 
 from shoal.model.checkpoint.config import load_config, load_generation_defaults
 from shoal.model.checkpoint.find import checkpoint_name, resolve_checkpoint
+from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import CheckpointError, ConfigError
 from shoal.scheduler.policies import find_policy
@@ -68,7 +69,8 @@ def build_service(settings: Settings, checkpoint: Path) -> Service:
         CheckpointError: a file is missing or malformed.
         ConfigError: the draft model has another tokenizer.
     """
-    tokenizer, engine = Tokenizer.load(checkpoint), engine_config(settings, checkpoint)
+    opened, engine = open_checkpoint(checkpoint), engine_config(settings, checkpoint)
+    tokenizer = Tokenizer.load(opened)
     if engine.draft_checkpoint is not None:
         _check_draft(tokenizer, Path(engine.draft_checkpoint))
     model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
@@ -76,8 +78,8 @@ def build_service(settings: Settings, checkpoint: Path) -> Service:
     return Service(
         settings=settings,
         model_name=model_name,
-        config=load_config(checkpoint),
-        defaults=load_generation_defaults(checkpoint),
+        config=load_config(opened),
+        defaults=load_generation_defaults(opened),
         tokenizer=tokenizer,
         engine=EngineClient(engine, metrics),
         metrics=metrics,
