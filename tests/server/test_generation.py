@@ -13,7 +13,7 @@ from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
 from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import EngineRequest
-from shoal.server.generation import Choice, Delta
+from shoal.server.text import Choice, Delta
 
 EOS = 256
 
