@@ -84,7 +84,7 @@ TORCH_SERVES = "the torch backend serves, which is slower and takes more memory:
 NEEDS_STEP = "block_size 8 is not for the native backend, which needs a multiple of 16"
 NEEDS_FLOAT32 = "dtype bfloat16 is not for the native backend, which computes in float32"
 NEEDS_CPU = "device cuda:1 is not for the native backend, which computes on the CPU"
-NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `python -m model.native.build`"
+NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `python -m shoal.model.native.build`"
 
 
 @pytest.mark.parametrize(
