@@ -35,7 +35,7 @@ check: $(VENV)/.dev
 
 # As check, but with the tests of what has changed since origin/main (tests/changed.py), as many as begin in 40 seconds.
 quick: $(VENV)/.dev
-	@$(call BUILD_NATIVE,--dev) || true
+	@$(call BUILD_NATIVE,--only best) || true
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -52,7 +52,7 @@ loadtest: $(VENV)/.loadtest
 
 # For work on the C++: compiles for this machine alone.
 native: $(VENV)/.runtime
-	@$(call BUILD_NATIVE,--dev)
+	@$(call BUILD_NATIVE,--only best)
 
 # The tests of the native backend with every access to memory and all arithmetic watched: many times slower, so without
 # those on the larger models.
