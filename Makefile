@@ -33,7 +33,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
-# As check, but with the tests of what has changed since origin/main (tests/changed.py), as many as begin in 40 seconds.
+# As check, but with the tests nearest to what has changed since origin/main (tests/changed.py): as many as begin in 40 s.
 quick: $(VENV)/.dev
 	@$(call BUILD_NATIVE,--dev) || true
 	$(BIN)/ruff format --check .
