@@ -1,19 +1,15 @@
-"""An executor that computes nothing but the time, and what it saw of the steps."""
+"""An executor that computes nothing but the time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from heapq import heappop, heappush
+from collections.abc import Mapping
 from random import Random
 from zlib import crc32
 
-from shoal.loadtest.costs import CostModel, StepShape, puts_in_order
-from shoal.loadtest.steps import EngineRequest, Row, Step
+from shoal.loadtest.costs import CostModel, StepShape
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.output import ScheduledRequest, SchedulerOutput, StepResult
 from shoal.scheduler.scheduler import Scheduler
-from shoal.scheduler.trace import StepRecord
 
 STOP_TOKEN_ID = -1  # none of a prompt's, whatever the vocabulary
 _PLACE_BITS = 24  # more places than any context has
@@ -59,7 +55,7 @@ class SimulatedExecutor:
         self._requests = requests
         self._costs = costs
         self._scheduler = scheduler
-        self._orders = puts_in_order(type(scheduler.policy))
+        self._orders = scheduler.policy.sorts
         self._clock = clock
         self._random = Random(seed)
         self.shape = StepShape()
@@ -77,67 +73,3 @@ class SimulatedExecutor:
         if place + 1 >= request.num_output_tokens:
             return STOP_TOKEN_ID
         return (crc32(share.request_id.encode()) << _PLACE_BITS) + place
-
-
-class StepLog:
-    """The steps of an engine as plain data: the observer to give to an `EngineCore`.
-
-    Attributes:
-        requests: by id, those that joined the batch.
-    """
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.requests: dict[str, EngineRequest] = {}
-        self._rows: dict[str, Row] = {}  # what each request of the batch had in its last step
-        self._free_rows: list[int] = []
-        self._num_rows = 0
-
-    def observe(self, record: StepRecord) -> None:
-        output = record.output
-        self._leave([name for name in output.released if name in self._rows], record.preempted)
-        for request_id, arrival_time in record.arrival_times.items():
-            new = EngineRequest(request_id, arrival_time, joined_at=record.started_at, left_at=None)
-            self.requests.setdefault(request_id, new)
-        if output.scheduled:
-            seconds = record.updated_at - record.started_at
-            self.steps.append(
-                Step(
-                    start=record.started_at,
-                    seconds=seconds,
-                    execute_seconds=record.executed_at - record.scheduled_at,
-                    rows=self._place(output.scheduled),
-                    num_waiting=record.num_waiting,
-                    num_blocks=record.num_blocks,
-                    num_used_blocks=record.num_used_blocks,
-                    num_kv_tokens=record.num_kv_tokens,
-                    num_pairs=record.num_pairs,
-                    num_keys=record.num_keys,
-                    num_preemptions=len(record.preempted),
-                )
-            )
-        self._leave(record.left)
-
-    def _place(self, scheduled: Sequence[ScheduledRequest]) -> list[Row]:
-        """The shares with their rows: the lowest free one when a request joins, kept until it leaves."""
-        for share in scheduled:
-            request_id, last = share.request_id, self._rows.get(share.request_id)
-            wanted = share.num_scheduled_tokens, len(share.spec_token_ids), share.samples, share.is_padding
-            if last is None or wanted != (last.num_tokens, last.num_spec_tokens, last.samples, last.is_padding):
-                row = self._take_row() if last is None else last.row
-                self._rows[request_id] = Row(request_id, row, *wanted)
-        return [self._rows[share.request_id] for share in scheduled]
-
-    def _take_row(self) -> int:
-        if self._free_rows:
-            return heappop(self._free_rows)
-        self._num_rows += 1
-        return self._num_rows - 1
-
-    def _leave(self, request_ids: Sequence[str], preempted: Sequence[str] = ()) -> None:
-        """Note who is in the batch no more since the last step; those that were preempted come back."""
-        for request_id in request_ids:
-            heappush(self._free_rows, self._rows.pop(request_id).row)
-            if request_id not in preempted:
-                left_at = self.steps[-1].start + self.steps[-1].seconds
-                self.requests[request_id] = replace(self.requests[request_id], left_at=left_at)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from shoal.loadtest.errors import TraceError
-
-MICROSECOND = 1e-6
+from shoal.scheduler.step_record import StepRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +95,24 @@ def read_trace(path: Path) -> tuple[list[Step], dict[str, EngineRequest]]:
 
 
 def read_events(lines: Iterable[str], name: str) -> tuple[list[Step], dict[str, EngineRequest]]:
-    """`read_trace` of the lines that a `scheduler.trace.ChromeTrace` wrote, each with its end of line.
+    """`read_trace` of the lines that a server wrote, each with its end of line.
 
     Args:
         name: of what is read, for errors.
     """
-    reader = _Reader()
+    log = StepLog()
     for number, line in enumerate(lines, 1):
         if line.strip() in ("", "[", "]"):
             continue
         try:
-            event = json.loads(line.strip().removesuffix(","))
-            if event["name"] == "step" and event["ph"] == "X":
-                reader.take(event)
-        except (ValueError, KeyError, TypeError) as error:
+            event = msgspec.json.decode(line.strip().removesuffix(","), type=_Event)
+            if event.name == "step" and event.ph == "X":
+                log.observe(msgspec.json.decode(event.args, type=StepRecord))
+        except msgspec.MsgspecError as error:
             if line.endswith("\n"):
                 raise TraceError(f"{name}, line {number}: not an event of a step trace") from error
             break  # the writer was ended here
-    return reader.steps, reader.requests
+    return log.steps, log.requests
 
 
 def answer_id(request_id: str) -> str:
@@ -125,37 +124,55 @@ def answer_id(request_id: str) -> str:
     return request_id.removesuffix("-0-0")
 
 
-class _Reader:
-    """Takes the events of steps in their order."""
+class _Event(msgspec.Struct):
+    """An event of a trace, as far as it is read."""
+
+    name: str
+    ph: str
+    args: msgspec.Raw = msgspec.Raw()
+
+
+class StepLog:
+    """The steps of an engine, of which it is an observer, and the requests that joined the batch, by id."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.requests: dict[str, EngineRequest] = {}
         self._last_end: dict[str, float] = {}
 
-    def take(self, event: dict[str, Any]) -> None:
-        start, seconds, args = event["ts"] * MICROSECOND, event["dur"] * MICROSECOND, event["args"]
-        rows = [Row(answer_id(request_id), *share) for request_id, *share in args["rows"]]
+    def observe(self, record: StepRecord) -> None:
+        rows = [
+            Row(
+                answer_id(share.request_id),
+                share.row,
+                share.num_scheduled_tokens,
+                share.num_spec_tokens,
+                share.samples,
+                share.is_padding,
+            )
+            for share in record.shares
+        ]
         if rows:
             self.steps.append(
                 Step(
-                    start=start,
-                    seconds=seconds,
-                    execute_seconds=args["execute"] * MICROSECOND,
+                    start=record.start,
+                    seconds=record.seconds,
+                    execute_seconds=record.execute_seconds,
                     rows=rows,
-                    num_waiting=args["waiting"],
-                    num_blocks=args["blocks"],
-                    num_used_blocks=args["used_blocks"],
-                    num_kv_tokens=args["kv_tokens"],
-                    num_pairs=args["pairs"],
-                    num_keys=args["keys"],
-                    num_preemptions=args["preemptions"],
+                    num_waiting=record.num_waiting,
+                    num_blocks=record.num_blocks,
+                    num_used_blocks=record.num_used_blocks,
+                    num_kv_tokens=record.num_kv_tokens,
+                    num_pairs=record.num_pairs,
+                    num_keys=record.num_keys,
+                    num_preemptions=record.num_preemptions,
                 )
             )
-        for request_id, arrival in args["arrived"].items():
+        for request_id, waited in record.joined.items():
             name = answer_id(request_id)
-            self.requests.setdefault(name, EngineRequest(name, arrival * MICROSECOND, joined_at=start, left_at=None))
+            new = EngineRequest(name, record.start - waited, joined_at=record.start, left_at=None)
+            self.requests.setdefault(name, new)
         for row in rows:
-            self._last_end[row.request_id] = start + seconds
-        for name in map(answer_id, args["left"]):
+            self._last_end[row.request_id] = record.start + record.seconds
+        for name in map(answer_id, record.left):
             self.requests[name] = replace(self.requests[name], left_at=self._last_end[name])

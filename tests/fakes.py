@@ -11,9 +11,9 @@ import zlib
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.engine import EngineCore, Executor
 from shoal.scheduler.output import (
     FinishReason,
@@ -32,10 +32,16 @@ from shoal.scheduler.scheduler import Scheduler
 
 Choose = Callable[[str, list[int]], int]  # request id, context -> the token after it
 Draft = Callable[[str, list[int]], list[int]]  # request id, context -> guesses for the tokens after it
+AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
+LIMITS = SchedulerConfig(num_blocks=1, max_model_len=16)  # for policies that read none of them
 
 
 def params(max_tokens: int = 4, **others: object) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, **({"seed": 0} | others))  # type: ignore[arg-type]  # any field
+
+
+def make_policy(kind: type[AnyPolicy], **knobs: object) -> AnyPolicy:
+    return kind(LIMITS, kind.Knobs(**knobs))
 
 
 def digest(context: list[int], seed: int = 0) -> int:
@@ -80,6 +86,7 @@ class InjectedError(Exception):
 class _Sequence:
     """What an executor knows of a request in the batch."""
 
+    request_id: str
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
@@ -87,8 +94,9 @@ class _Sequence:
     block_table: list[int] = field(default_factory=list)
 
     @classmethod
-    def joining(cls, new: NewRequest, num_computed_tokens: int) -> _Sequence:
-        return cls(list(new.token_ids), new.num_prompt_tokens, new.params, num_computed_tokens)
+    def joining(cls, share: ScheduledRequest, new: NewRequest) -> _Sequence:
+        tokens = list(new.token_ids)
+        return cls(share.request_id, tokens, new.num_prompt_tokens, new.params, share.num_computed_tokens)
 
 
 class FakeExecutor:
@@ -96,7 +104,8 @@ class FakeExecutor:
 
     Attributes:
         steps: the shares of each call, in order; calls that fail are there too.
-        released: the released ids of each call.
+        released: the released rows of each call.
+        sequences: what is known of the requests in the batch, by row.
         fail: called with each schedule before it is computed; raises to make the step fail.
         error: called with each share; a message makes that request fail on its own account.
     """
@@ -106,15 +115,15 @@ class FakeExecutor:
         self.choose = choose
         self.draft = draft
         self.steps: list[list[Share]] = []
-        self.released: list[list[str]] = []
+        self.released: list[list[int]] = []
         self.fail: Callable[[SchedulerOutput], None] = lambda _: None
         self.error: Callable[[ScheduledRequest], str | None] = lambda _: None
-        self.sequences: dict[str, _Sequence] = {}
+        self.sequences: dict[int, _Sequence] = {}
         self.kv: dict[int, int] = {}  # slot -> token id
 
     def execute(self, output: SchedulerOutput) -> StepResult:
-        for request_id in output.released:
-            self.sequences.pop(request_id, None)
+        for row in output.released:
+            self.sequences.pop(row, None)
         self.released.append(list(output.released))
         self.steps.append([self._place(share) for share in output.scheduled])
         self.fail(output)
@@ -127,8 +136,11 @@ class FakeExecutor:
     def _place(self, share: ScheduledRequest) -> Share:
         """Take in what is new of a request, and check that the share agrees with what is known of it."""
         if share.new:
-            self.sequences[share.request_id] = _Sequence.joining(share.new, share.num_computed_tokens)
-        sequence = self.sequences[share.request_id]
+            known = self.sequences.get(share.row)
+            assert known is None or known.request_id == share.request_id, "the row has another request"
+            self.sequences[share.row] = _Sequence.joining(share, share.new)
+        sequence = self.sequences[share.row]
+        assert sequence.request_id == share.request_id, "the row is another request's"
         kept = share.num_blocks - len(share.new_block_ids)
         sequence.block_table[kept:] = share.new_block_ids
         assert len(sequence.block_table) == share.num_blocks
@@ -151,7 +163,7 @@ class FakeExecutor:
     def _write_all(self, scheduled: list[ScheduledRequest]) -> None:
         written: set[int] = set()
         for share in scheduled:
-            sequence = self.sequences[share.request_id]
+            sequence = self.sequences[share.row]
             tokens = sequence.token_ids + share.spec_token_ids
             for position in range(share.num_computed_tokens, share.num_computed_tokens + share.num_scheduled_tokens):
                 slot = self._slot(sequence, position)
@@ -161,7 +173,7 @@ class FakeExecutor:
 
     def _read(self, share: ScheduledRequest, result: StepResult) -> None:
         """Read the context back, choose after it, verify drafted tokens, propose the next ones."""
-        sequence = self.sequences[share.request_id]
+        sequence = self.sequences[share.row]
         end = share.num_computed_tokens + share.num_scheduled_tokens
         context = [self.kv[self._slot(sequence, position)] for position in range(end)]
         assert context == (sequence.token_ids + share.spec_token_ids)[:end], "the KV cache holds other tokens"
@@ -217,7 +229,7 @@ class Harness:
         now: the time that the engine sees; each step takes one second.
         token_ids, prompt_logprobs, logprobs: what was delivered so far, by request id.
         finish_reasons, errors: of the requests that ended, by request id.
-        num_pauses: how often a running request sat out a step.
+        num_pauses: how often a running request paused for a step.
         first_news: the first output of each request that brings news, by request id.
     """
 
@@ -226,7 +238,7 @@ class Harness:
         choose: Choose | None = None,
         draft: Draft | None = None,
         policy: Policy | str = "fcfs",
-        knobs: PolicyConfig | None = None,
+        knobs: Config | None = None,
         executor: Executor | None = None,
         **limits: int,
     ) -> None:
@@ -235,7 +247,7 @@ class Harness:
         made = create_policy(policy, self.config, knobs) if isinstance(policy, str) else policy
         self.scheduler = Scheduler(self.config, made)
         self._pauses, made.pauses = made.pauses, self._note_pause  # type: ignore[method-assign]
-        self._paused: set[Request] = set()  # who was to sit out the step
+        self._paused: set[Request] = set()  # requests that were to pause
         self.num_pauses = 0
         self.executor = FakeExecutor(self.config.block_size, choose or hashed(50), draft)
         self.now = 0.0

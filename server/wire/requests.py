@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from shoal.scheduler.errors import InvalidRequestError
@@ -25,6 +25,7 @@ MAX_SLO_MS = 3_600_000
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Prompts = Annotated[list[Tokens], Field(fail_fast=True)]
+TopK = Annotated[int, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]  # vLLM's users write -1 for all
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
 
 
@@ -36,13 +37,10 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class GenerationBody(_Body):
-    """What both kinds of completion have in common."""
+class SamplingBody(_Body):
+    """How tokens are chosen, and where a text ends."""
 
-    model: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -53,12 +51,31 @@ class GenerationBody(_Body):
     stop: StopString | list[StopString] | None = None
 
     # extensions
-    top_k: int | None = Field(None, ge=-1)
+    top_k: TopK | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     min_tokens: int = Field(0, ge=0)
     stop_token_ids: Tokens = []
     ignore_eos: bool = False
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"{len(stop)} stop strings were given, but at most {MAX_STOP_STRINGS} are allowed")
+        return stop
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class GenerationBody(SamplingBody):
+    """What both kinds of completion have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
 
     # for the scheduling policy: they change when tokens come, and not which
     user: str | None = None
@@ -79,23 +96,12 @@ class GenerationBody(_Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    @field_validator("stop")
-    @classmethod
-    def _few_stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
-            raise ValueError(f"{len(stop)} stop strings were given, but at most {MAX_STOP_STRINGS} are allowed")
-        return stop
-
     @field_validator("stream_options")
     @classmethod
     def _only_for_streams(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if options is not None and not info.data.get("stream"):
             raise ValueError("is only allowed when stream is true")
         return options
-
-    @property
-    def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class CompletionBody(GenerationBody):
@@ -188,10 +194,11 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        raise _as_request_error(error) from error
+        raise request_error(error) from error
 
 
-def _as_request_error(error: ValidationError) -> InvalidRequestError:
+def request_error(error: ValidationError) -> InvalidRequestError:
+    """What is wrong with a body, in one sentence that names the field."""
     faults = error.errors(include_url=False, include_input=False)
     first = faults[0]
     path = [str(part) for part in first["loc"]]

@@ -1,9 +1,9 @@
 """Shoal, a miniature LLM inference server.
 
-    from shoal import ShoalClient
+    from shoal import LLM, SamplingParams
 
-    with ShoalClient() as client:
-        print(client.complete("def fib(n):", max_tokens=64).text)
+    with LLM("shoal-moe") as llm:
+        print(llm.generate("def fib(n):", SamplingParams(max_tokens=64))[0].text)
 
 Each name is loaded when it is first asked for, so that `import shoal` is cheap.
 
@@ -17,13 +17,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shoal.clients import AsyncShoalClient, ClientError, ShoalClient
+    from shoal.scheduler.errors import ShoalError
+    from shoal.server.llm import LLM, SamplingParams
 
-__all__ = ["AsyncShoalClient", "ClientError", "ShoalClient"]
+__all__ = ["LLM", "AsyncShoalClient", "ClientError", "SamplingParams", "ShoalClient", "ShoalError"]
 
 _MODULES = {
     "AsyncShoalClient": "shoal.clients",
     "ClientError": "shoal.clients",
+    "LLM": "shoal.server.llm",
+    "SamplingParams": "shoal.server.llm",
     "ShoalClient": "shoal.clients",
+    "ShoalError": "shoal.scheduler.errors",
 }
 
 

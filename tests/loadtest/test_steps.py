@@ -8,21 +8,22 @@ import pytest
 
 from shoal.loadtest.errors import TraceError
 from shoal.loadtest.steps import EngineRequest, Row, Step, answer_id, read_events, read_trace
-from shoal.scheduler.trace import ChromeTrace
+from shoal.server.engine.chrome_trace import ChromeTrace
 from tests.fakes import Harness
 
 
 class Traced(Harness):
     """An engine whose steps start at whole seconds and take the parts of one that a clock says.
 
-    Attributes:
-        text: of the trace so far.
+    Args:
+        path: of the trace.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(max_num_seqs=3, num_blocks=8)
-        self.text = ""
-        self.engine.observe = ChromeTrace(self._write).step
+        self.path = path
+        self.trace = ChromeTrace(path)
+        self.engine.observers = [self.trace]
         self.engine.clock = self._clock
         self._num_reads = 0
 
@@ -31,17 +32,19 @@ class Traced(Harness):
         self._num_reads += 1
         return self.now + (self._num_reads - 1) % 4 / 4
 
-    def _write(self, text: str) -> None:
-        self.text += text
+    @property
+    def text(self) -> str:
+        """All of the trace so far."""
+        return self.path.read_text()
 
     def read(self) -> tuple[list[Step], dict[str, EngineRequest]]:
         return read_events(self.text.splitlines(keepends=True), "trace")
 
 
 @pytest.fixture
-def traced() -> Traced:
+def traced(tmp_path: Path) -> Traced:
     """`x` waits for a row, `y` is aborted, and `z` is still in the batch."""
-    harness = Traced()
+    harness = Traced(tmp_path / "trace.json")
     for request_id, max_tokens in (("w", 1), ("y", 9), ("z", 9), ("x", 2)):
         harness.add(f"{request_id}-0-0", [1, 2, 3, 4, 5], max_tokens=max_tokens)
     harness.step()
@@ -83,8 +86,9 @@ def test_steps_and_requests_are_read_back(traced: Traced) -> None:
 def test_a_trace_may_be_broken_off_anywhere(traced: Traced) -> None:
     steps, _ = traced.read()
     numbers = set()
-    for end in range(len(traced.text) + 1):
-        found, requests = read_events(traced.text[:end].splitlines(keepends=True), "trace")
+    text = traced.text
+    for end in range(len(text) + 1):
+        found, requests = read_events(text[:end].splitlines(keepends=True), "trace")
         assert found == steps[: len(found)]
         assert {row.request_id for step in found for row in step.rows} == requests.keys()
         numbers.add(len(found))
@@ -92,8 +96,10 @@ def test_a_trace_may_be_broken_off_anywhere(traced: Traced) -> None:
 
 
 def test_a_closed_array_is_read_too(traced: Traced) -> None:
-    lines = [*traced.text.rstrip(",\n").splitlines(keepends=True), "\n", "]\n"]
-    assert read_events(lines, "trace") == traced.read()
+    found = traced.read()
+    traced.trace.close()
+    assert traced.text.endswith("}\n]\n")
+    assert traced.read() == found
 
 
 @pytest.mark.parametrize("damage", ["{", "no event,", "7,", '{"name": "step", "ph": "X"},', '{"ph": "X"},'])

@@ -254,7 +254,7 @@ def next_distribution(tokens: list[int], sampling: SamplingParams) -> np.ndarray
     rows = BatchRows(1, 64, BLOCK_SIZE)
     backend = TorchBackend(RECORD, num_blocks=4, block_size=BLOCK_SIZE)
     new = NewRequest(tokens, len(tokens), sampling)
-    row = rows.place(ScheduledRequest("a", 0, len(tokens), [2], 1, True, [], new))
+    row = rows.place(ScheduledRequest("a", 0, 0, len(tokens), [2], 1, True, [], new))
     drafter = Drafter(backend, rows, num_layers=None, draws_apart=True)
     (proposal,) = drafter.guess([Candidate(row, len(tokens), 1)], [0])
     assert proposal.probabilities is not None
@@ -263,9 +263,7 @@ def next_distribution(tokens: list[int], sampling: SamplingParams) -> np.ndarray
 
 def test_probabilities_are_of_the_kept_tokens(sampling_batch: Callable[..., SamplingBatch]) -> None:
     logits = np.array([[0.0, 1.0, 2.0, 3.0]] * 4, np.float32)
-    sampling = sampling_batch(
-        4, temperature=[0.0, 1.0, 0.5, 1.0], top_k=[0, 2, 0, 0], bias_rows=[3], bias_token_ids=[3], bias=[-np.inf]
-    )
+    sampling = sampling_batch(4, temperature=[0.0, 1.0, 0.5, 1.0], top_k=[0, 2, 0, 0], biases=[(3, 3, -np.inf)])
     expected = np.zeros((4, 4))
     expected[0, 3] = 1
     expected[1, 2:] = np.exp([2, 3]) / np.exp([2, 3]).sum()

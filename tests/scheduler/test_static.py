@@ -7,21 +7,27 @@ from collections.abc import Callable
 import pytest
 
 from shoal.scheduler.output import FinishReason, SchedulerOutput
-from shoal.scheduler.policies.static import Static, StaticWithoutPadding
+from shoal.scheduler.policies.static import Static
 from shoal.scheduler.request import RequestStatus
 from tests.fakes import Draft, Harness, InjectedError, generate, hashed, params
 
 TIMEOUT = 5.0
+KNOBS = Static.Knobs(static_timeout_seconds=TIMEOUT)
 
 
 def static(max_num_seqs: int = 3, *, draft: Draft | None = None, **limits: int) -> Harness:
-    policy = Static(max_num_seqs, TIMEOUT)
-    return Harness(draft=draft, policy=policy, max_num_seqs=max_num_seqs, enable_prefix_caching=False, **limits)
+    return Harness(
+        draft=draft,
+        policy="static",
+        knobs=KNOBS,
+        max_num_seqs=max_num_seqs,
+        enable_prefix_caching=False,
+        **limits,
+    )
 
 
 def unpadded(max_num_seqs: int = 3, **limits: int) -> Harness:
-    policy = StaticWithoutPadding(max_num_seqs, TIMEOUT)
-    return Harness(policy=policy, max_num_seqs=max_num_seqs, enable_prefix_caching=False, **limits)
+    return Harness(policy="static-nopad", knobs=KNOBS, max_num_seqs=max_num_seqs, enable_prefix_caching=False, **limits)
 
 
 def add_all(harness: Harness, *lengths: int) -> None:
@@ -81,7 +87,7 @@ def test_all_rows_are_computed_until_the_longest_ends() -> None:
         [("a", 1, 1), ("c", 2, 1), ("b", 4, 1)],
     ]
     assert harness.executor.released[:4] == [[], [], [], []]
-    assert sorted(harness.executor.released[4]) == ["a", "b", "c"]
+    assert sorted(harness.executor.released[4]) == [0, 1, 2]
     assert blocks == harness.config.num_blocks - 3, "padding takes no blocks that the request had not"
     check_tokens(harness)
 
@@ -175,7 +181,7 @@ def test_padding_gives_way_first_and_is_no_preemption() -> None:
         [("b", 5, 1)],
         [("b", 6, 1)],
     ]
-    assert harness.executor.released[3] == ["a"]
+    assert harness.executor.released[3] == [0]
     assert harness.scheduler.stats().num_preemptions == 0
     check_tokens(harness)
 
