@@ -138,7 +138,7 @@ class AdaptiveLength(LengthRule):
         rates = [self._acceptance[row].rates(self._acceptance_of_all) for row in rows]
         chances = [first for first, _ in rates]  # of the next token of each request
         row_seconds = self._costs.row(self._num_requests)
-        tokens, seconds = self._num_requests, self._costs.plain(self._num_requests)
+        tokens, seconds = float(self._num_requests), self._costs.plain(self._num_requests)
         goodput, best = tokens / seconds, [0] * len(rows)
         lengths, growing = best.copy(), list(range(len(rows)))
         for length in range(1, self._most + 1):

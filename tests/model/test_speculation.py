@@ -256,7 +256,7 @@ def next_distribution(tokens: list[int], sampling: SamplingParams) -> np.ndarray
     new = NewRequest(tokens, len(tokens), sampling)
     row = rows.place(ScheduledRequest("a", 0, len(tokens), [2], 1, True, [], new))
     drafter = Drafter(backend, rows, num_layers=None, draws_apart=True)
-    (proposal,) = drafter.guess([Candidate(row, len(tokens), 1)], [0])
+    (proposal,) = drafter.draft([Candidate(row, len(tokens), 1)], [0])
     assert proposal.probabilities is not None
     return proposal.probabilities[0]
 
