@@ -186,7 +186,7 @@ def _outcome(tokens: int, seconds: float, steps: list[float], before: SchedulerS
 
 
 def make_prompts(tokenizer: Tokenizer, *, repeats_itself: bool) -> list[list[int]]:
-    """Return beginnings of functions; for proposers that look up, functions that are to be written again with a change."""
+    """Return beginnings of functions, or functions to be written again with a change, for proposers that look up."""
     return [tokenizer.encode(text) for text in (_edits() if repeats_itself else _beginnings())]
 
 
