@@ -1,7 +1,7 @@
 """What speculation can gain at most, by the costs of verification and drafting and by the acceptance rate.
 
 A proposal of k tokens, each accepted with probability a if those before it are, gives (1 - a^(k+1)) / (1 - a) tokens
-(Leviathan et al. 2022, equation 1).  It costs v(k) + k c steps: v(k) is the time of a step of k + 1 rows relative to one
+(Leviathan et al. 2022, equation 1).  It costs v(k) + k c steps: v(k) is the time of k + 1 rows relative to that of one
 row, and c that of a drafted token.  A dense model reads its weights once for all rows.  A mixture of experts reads more
 experts the more rows there are, so that v(k) grows with them.
 """
