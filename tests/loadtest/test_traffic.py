@@ -13,7 +13,7 @@ from shoal.loadtest.records import Load, RequestRecord
 from shoal.loadtest.traffic import CUT_OFF, MAX_CONNECTION_ERRORS, Share, Traffic
 from shoal.loadtest.workload import WorkloadRequest
 
-PATIENCE = 20.0
+PATIENCE = 120.0
 WHOLE = Share()
 
 

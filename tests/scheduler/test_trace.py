@@ -231,7 +231,7 @@ def guess(choose: Choose, request_id: str, context: list[int]) -> list[int]:
     return [first, second, 49 - choose(request_id, [*context, first, second])]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     workload=workloads,
     policy=st.sampled_from(sorted(POLICIES)),
