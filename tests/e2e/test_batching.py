@@ -16,7 +16,7 @@ from tests.e2e.conftest import API_KEYS
 from tests.e2e.harness import PATIENCE, Server, Waiting, events, joined
 
 COMPLETIONS = "/v1/completions"
-LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True, "max_tokens": 3900}
+LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True, "max_tokens": 12_000}
 
 
 def test_thirty_streams_run_in_one_batch_and_each_as_if_it_were_alone(main: Server) -> None:

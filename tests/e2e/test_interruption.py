@@ -24,7 +24,7 @@ def test_that_never_ends(start):
     server = start().wait_ready()
     Path("pids.new").write_text(f"{orphan} {server.process.pid} {server.engine_pid()}")
     Path("pids.new").rename("pids")
-    with server.streaming("/v1/completions", prompt="Z", ignore_eos=True, max_tokens=4000) as stream:
+    with server.streaming("/v1/completions", prompt="Z", ignore_eos=True, max_tokens=12_000) as stream:
         next(stream)
         time.sleep(1000)
 """
