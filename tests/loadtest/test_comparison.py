@@ -322,7 +322,7 @@ time.sleep(60)
 """
 
 
-def server(tmp_path: Path, script: str, start_seconds: float = 30.0) -> ServerProcess:
+def server(tmp_path: Path, script: str, start_seconds: float = 120.0) -> ServerProcess:
     return ServerProcess([], tmp_path / "log", command=(sys.executable, "-c", script), start_seconds=start_seconds)
 
 
