@@ -36,9 +36,7 @@ def open_arrivals(load: Load, requests: Sequence[WorkloadRequest]) -> list[Arriv
         return list(map(Arrival, np.cumsum(gaps).tolist(), requests))
     for request in requests:
         if request.arrival_time is None:
-            raise LoadTestError(
-                f"request {request.request_id!r} of the workload has no arrival_time; a load of it needs users or a rate"
-            )
+            raise LoadTestError(f"request {request.request_id!r} has no arrival_time; a load needs users or a rate")
     recorded = [Arrival(request.arrival_time or 0.0, request) for request in requests]
     return sorted(recorded, key=lambda arrival: arrival.seconds)
 

@@ -97,7 +97,9 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
             raise LoadTestError("--resume needs --output, the folder of the comparison that is to go on")
         folder = output or Path("loadtest-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
         plan = open_folder(folder, None if resume else make_plan(Asked(**asked), POLICIES))
-        click.echo(f"Everything is saved in {folder}; if this ends early, --output {folder} --resume goes on.", err=True)
+        click.echo(
+            f"Everything is saved in {folder}; if this ends early, --output {folder} --resume goes on.", err=True
+        )
         report = conduct(plan, folder, shlex.join(["shoal", *sys.argv[1:]]))
         _show(report.cells, report.complaints, report=str(folder / "report.html"))
     if report.complaints:
@@ -143,9 +145,10 @@ def profile(output: Path, **asked: Any) -> None:
 
 def _show(cells: Any, complaints: Sequence[str], **further: str) -> None:
     """Tables for people, what must not be overlooked, and one line of JSON."""
-    from shoal.loadtest.records import to_json  # noqa: PLC0415
+    import msgspec  # noqa: PLC0415
+
     from shoal.loadtest.report import terminal_tables  # noqa: PLC0415
-    from shoal.loadtest.study import figures  # noqa: PLC0415
+    from shoal.loadtest.study import summaries  # noqa: PLC0415
 
     for table in terminal_tables(cells):
         click.echo(f"\n{table}")
@@ -154,7 +157,7 @@ def _show(cells: Any, complaints: Sequence[str], **further: str) -> None:
         click.echo(f"! {complaint}", err=True)
     for name, value in further.items():
         click.echo(f"{name}: {value}")
-    click.echo(to_json({**further, "complaints": complaints, "results": figures(cells)}))
+    click.echo(msgspec.json.encode({**further, "complaints": complaints, "results": summaries(cells)}))
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from __future__ import annotations
 import logging
 import resource
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gevent
+import msgspec
 from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
@@ -35,7 +36,7 @@ from msgspec.structs import replace
 
 from shoal.loadtest.records import Load, LoadTestError, RequestRecord
 from shoal.loadtest.stream import PATH, CompletionClient
-from shoal.loadtest.traffic import End, ResultsWriter, Traffic
+from shoal.loadtest.traffic import Begin, End, Traffic
 from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 
 logger = logging.getLogger("shoal.loadtest")
@@ -96,7 +97,7 @@ class Sender:
         self.is_worker = isinstance(self.runner, WorkerRunner)
         self.options: Any = environment.parsed_options
         self.traffic: Traffic | None = None
-        self._writer: ResultsWriter | None = None
+        self._results: BinaryIO | None = None
         self._sent: list[tuple[float, str]] = []
         self._cpu_seconds_before = 0.0
         environment.events.test_start.add_listener(self._start)
@@ -104,7 +105,7 @@ class Sender:
         environment.events.test_stop.add_listener(self._end)
 
     def _start(self, **_: Any) -> None:
-        self.traffic, self._writer, self._sent = None, None, []
+        self.traffic, self._results, self._sent = None, None, []
         self._cpu_seconds_before = cpu_seconds()
         try:
             traffic = self.traffic = self._traffic()
@@ -115,7 +116,8 @@ class Sender:
             return
         traffic.start()
         if self.options.results:
-            self._writer = ResultsWriter(self._own_file(self.options.results), traffic.started_at)
+            self._results = self._own_file(self.options.results).open("wb", buffering=0)
+            self._write(Begin(traffic.started_at))
         gevent.spawn(self._watch, traffic)  # on its own, because what belongs to the run is killed at its end
 
     def _traffic(self) -> Traffic:
@@ -134,9 +136,9 @@ class Sender:
             burstiness=options.burstiness,
             seed=options.load_seed,
         )
-        share = (self.runner.worker_index, options.expect_workers) if self.is_worker else (0, 1)
+        index, count = (self.runner.worker_index, options.expect_workers) if self.is_worker else (0, 1)
         client = CompletionClient(self.environment.host or "", timeout_seconds=options.request_timeout)
-        return Traffic(self._workload(), load, client, self._report, *share)
+        return Traffic(self._workload(), load, client, self._report, index=index, count=count)
 
     def _workload(self) -> list[WorkloadRequest]:
         if not self.options.workload:
@@ -161,16 +163,19 @@ class Sender:
     def _report(self, record: RequestRecord) -> None:
         fire_events(self.environment, record)
         self._sent.append((record.sent_at, record.request_id))
-        if self._writer:
-            self._writer.add(record)
+        self._write(record)
+
+    def _write(self, line: Begin | RequestRecord | End) -> None:
+        """What was written is in the file at once."""
+        if self._results:
+            self._results.write(msgspec.json.encode(line) + b"\n")
 
     def _stop(self, **_: Any) -> None:
         if self.traffic:
             self.traffic.stop()
 
     def _end(self, **_: Any) -> None:
-        if self._writer:
-            self._writer.add(End(cpu_seconds() - self._cpu_seconds_before))
+        self._write(End(cpu_seconds() - self._cpu_seconds_before))
         if self.options.record and self.traffic:
             requests = {request.request_id: request for request in self._workload()}
             recorded = [replace(requests[name], arrival_time=at) for at, name in sorted(self._sent)]

@@ -24,15 +24,9 @@ from shoal.loadtest.records import Load, LoadTestError, Run, ServerDiedError, Se
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.trace import pack, read_trace
 from shoal.loadtest.traffic import read_results
-from shoal.loadtest.workload import read_workload
+from shoal.loadtest.workload import WorkloadRequest, write_workload
 
-RUN_FILE, TRACE_FILE, REQUESTS_FILE, LOCUST_LOG, SERVER_LOG = (
-    "run.json",
-    "trace.json.gz",
-    "requests.jsonl",
-    "locust.log",
-    "server.log",
-)
+RUN_FILE, REQUESTS_FILE, TRACE_FILE = "run.json", "requests.jsonl", "trace.json.gz"
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 REQUEST_TIMEOUT_SECONDS = 600.0
 STALLED_SECONDS = REQUEST_TIMEOUT_SECONDS + 60
@@ -42,31 +36,39 @@ NUM_LOG_LINES = 15
 Observe = Callable[[int], None]
 
 
-class Tools(NamedTuple):
-    """What a run is measured with; tests put fakes here."""
+class Sent(NamedTuple):
+    """What is sent in a run."""
 
-    start_server: Callable[[Sequence[str], Path], AbstractContextManager[ServerProcess]] = ServerProcess
-    run_load: Callable[[str, Path, Load, Path, Observe], None] = lambda *args: run_locust(*args)
-    warm: Callable[[str], None] = lambda url: warm(url)
+    requests: Sequence[WorkloadRequest]
+    load: Load
+
+
+class Tools(NamedTuple):
+    """What a run is measured with: `TOOLS`, or a test's fakes."""
+
+    start_server: Callable[[Sequence[str], Path], AbstractContextManager[ServerProcess]]
+    run_load: Callable[[str, Path, Load, Path, Observe], None]
+    warm: Callable[[str], None]
 
 
 def measure(
-    planned: PlannedRun, model: str, workload: Path, load: Load, folder: Path, observe: Observe, tools: Tools = Tools()
+    planned: PlannedRun, options: Sequence[str], sent: Sent, folder: Path, observe: Observe, tools: Tools
 ) -> None:
     """Measure a run into its empty folder.
 
     Args:
-        workload, load: what is sent for the planned run.
+        options: of the server.
+        sent: what is sent for the planned run.
         observe: is told the number of requests that have ended.
 
     Raises:
         ServerDiedError: the server did not start, or died.
         LoadTestError: the load generator failed.  What was measured until then is saved.
     """
-    trace = folder / "trace.json"
-    options = server_options(model, planned.setup, trace)
+    trace, workload = folder / "trace.json", folder / "workload.jsonl"
+    write_workload(workload, sent.requests)
     try:
-        with tools.start_server(options, folder / SERVER_LOG) as server:
+        with tools.start_server([*options, "--trace", str(trace.absolute())], folder / "server.log") as server:
             try:
                 tools.warm(server.url)
             except ClientError as error:
@@ -81,7 +83,7 @@ def measure(
             )
             before = server.cpu_seconds()
             try:
-                tools.run_load(server.url, workload, load, folder / REQUESTS_FILE, observe)
+                tools.run_load(server.url, workload, sent.load, folder / REQUESTS_FILE, observe)
                 server.check()
             except LoadTestError:
                 _save(folder, run, num_requests=0)
@@ -89,8 +91,9 @@ def measure(
             run.api_cpu_seconds, run.engine_cpu_seconds = (
                 now - then for now, then in zip(server.cpu_seconds(), before, strict=True)
             )
-            _save(folder, run, len(read_workload(workload)))
+            _save(folder, run, len(sent.requests))
     finally:
+        workload.unlink()
         pack(trace, folder / TRACE_FILE)
 
 
@@ -119,10 +122,9 @@ def load_run(folder: Path, *, with_steps: bool = True) -> Run:
     return replace(run, requests=read_results(folder / REQUESTS_FILE).records, steps=steps)
 
 
-def server_options(model: str, setup: Setup, trace: Path | None = None) -> list[str]:
+def server_options(model: str, setup: Setup) -> list[str]:
     """The command line of `shoal serve` for a setup."""
-    tracing = [] if trace is None else ["--trace", str(trace.absolute())]
-    return ["--model", model, "--policy", setup.policy, "--speculation", setup.speculation, *tracing, *setup.options]
+    return ["--model", model, "--policy", setup.policy, "--speculation", setup.speculation, *setup.options]
 
 
 def warm(url: str) -> None:
@@ -170,7 +172,7 @@ def run_locust(url: str, workload: Path, load: Load, results: Path, observe: Obs
     if not (load.users or load.rate):
         command.append("--replay")
     results.unlink(missing_ok=True)
-    log = results.with_name(LOCUST_LOG)
+    log = results.with_name("locust.log")
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
@@ -202,3 +204,6 @@ def _follow(process: subprocess.Popen[bytes], results: Path, observe: Observe) -
             raise LoadTestError(f"nothing was measured for {STALLED_SECONDS:g} s")
         if is_running:
             time.sleep(POLL_SECONDS)
+
+
+TOOLS = Tools(start_server=ServerProcess, run_load=run_locust, warm=warm)

@@ -24,30 +24,9 @@ from shoal.loadtest.trace import Stay, stays
 from shoal.scheduler.step_record import StepRecord
 
 Figures = dict[str, float]
-"""Figures by name; what was not measured is absent.
+"""Figures by name, as docs/loadtest/files.md lists them; latencies in seconds, shares as parts of one.
 
-requests, errors                requests that were sent, and those that were not answered whole
-prompt tokens, output tokens    of the answers, as are all figures below
-seconds                         from the first request that was sent to the end of the last
-throughput, request rate        output tokens/s, answers/s
-goodput, goodput share          answers/s that kept the objectives, and their share of all requests
-                                (Zhong et al. 2024, "DistServe")
-LATENCY p50, p90, p99, mean     in seconds:
-    ttft                        from sending to the first token
-    ttft from admission         from the request's first step to the first token
-    itl                         between events of a stream that carry text; tokens accepted together come in one
-    tpot                        of each request, the mean for each token after the first
-    e2e                         from sending to the end of the stream
-    queueing                    in the engine, from arrival to the first step
-cached share, acceptance rate   of prompt tokens found in the prefix cache; of drafted tokens accepted
-jain                            see `fairness`
-generator cores, api cores, engine cores    cores that the load generator and the server's two processes used
-generator cores per 1000        for each 1,000 output tokens/s
-steps, step seconds, tokens per step, preemptions    of the engine; means and shares are over the time of its steps
-batch, padding rows, padding share    rows that work, rows computed for requests that ended, their share of all rows
-kv usage, kv usage peak         share of all blocks of the KV cache that requests own
-kv utilisation, kv waste        share of the slots of owned blocks that are filled; blocks of empty slots for each row
-GROUP: ...                      the same for each client and each priority, where there are several
+What was not measured is absent.  The figures of a client or priority are named "client NAME: FIGURE" and so on.
 """
 
 
@@ -56,6 +35,9 @@ class Slo(Struct, frozen=True, kw_only=True):
 
     ttft: float = 1.0
     tpot: float = 0.1
+
+
+DEFAULT_SLO = Slo()
 
 
 class Measured(Struct, kw_only=True):
@@ -67,7 +49,7 @@ class Measured(Struct, kw_only=True):
     most: Figures
 
 
-def summarize(run: Run, slo: Slo = Slo()) -> Figures:
+def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
     """The figures of a run, whole or broken off."""
     begin = min((record.sent_at for record in run.requests), default=0.0)
     end = max(map(_last_seen, run.requests), default=begin)
@@ -172,7 +154,9 @@ def _of_requests(answered: Sequence[RequestRecord], seconds: float) -> Figures:
     }
     latencies = {"ttft": ttft, "tpot": tpot, "e2e": e2e}
     return counts | {
-        figure: value for name, read in latencies.items() for figure, value in quantiles(name, map(read, answered)).items()
+        figure: value
+        for name, read in latencies.items()
+        for figure, value in quantiles(name, map(read, answered)).items()
     }
 
 
@@ -182,7 +166,7 @@ def _of_groups(answered: Sequence[RequestRecord], seconds: float, kind: str) -> 
         groups[getattr(record, kind)].append(record)
     return {
         f"{kind} {name}: {figure}": value
-        for name, own in sorted(groups.items(), key=lambda group: (str(group[0]).zfill(12)))
+        for name, own in sorted(groups.items(), key=lambda group: str(group[0]).zfill(12))
         if len(groups) > 1
         for figure, value in _of_requests(own, seconds).items()
     }
@@ -237,7 +221,7 @@ Interval = tuple[float, float]
 
 
 def jain(shares: Sequence[float]) -> float:
-    """Jain's index of shares of at least 0: 1 if all are the same, 1/n if one of n has everything (Jain et al. 1984)."""
+    """Jain's index of shares: 1 if all are the same, 1/n if one of n has everything (Jain et al. 1984)."""
     most = max(shares)
     if not most:
         return 1.0
@@ -337,7 +321,7 @@ class Cell(Struct, kw_only=True):
     problems: list[str]
 
 
-def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = Slo()) -> list[Cell]:
+def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEFAULT_SLO) -> list[Cell]:
     """Put the repetitions of each combination together, and beside them what the twin predicts.
 
     The steps of one run of each combination are kept, so that `runs` may be read from files one by one.

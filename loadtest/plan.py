@@ -181,7 +181,8 @@ def make_plan(asked: Asked, known_policies: Iterable[str]) -> Plan:
         model=asked.model,
         num_requests=_checked("requests", num_requests),
         slo=Slo(
-            ttft=_checked("ttft-slo-ms", asked.ttft_slo_ms) / 1000, tpot=_checked("tpot-slo-ms", asked.tpot_slo_ms) / 1000
+            ttft=_checked("ttft-slo-ms", asked.ttft_slo_ms) / 1000,
+            tpot=_checked("tpot-slo-ms", asked.tpot_slo_ms) / 1000,
         ),
         seed=asked.seed,
         replay=str(asked.replay) if asked.replay else None,

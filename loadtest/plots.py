@@ -1,4 +1,4 @@
-"""The pictures of a report: each a legend and panels, in SVG, as wide as a telephone so that any screen can show them."""
+"""The pictures of a report: each a legend and panels in SVG, of a width that a telephone can show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from shoal.loadtest.metrics import Cell, baseline, e2e, groups, itl, ttft
 from shoal.loadtest.records import RequestRecord, Setup
-from shoal.loadtest.trace import Bar, bars, window
+from shoal.loadtest.trace import bars, window
 from shoal.loadtest.twin import compare
 from shoal.scheduler.step_record import StepRecord
 
@@ -82,13 +82,13 @@ class Picture(Struct, kw_only=True):
     """A picture as the report shows it.
 
     Attributes:
+        kind: what is drawn, by which the page has its caption.
         name: of its files and its anchor.
-        caption: what to look for.
     """
 
+    kind: str
     name: str
     title: str
-    caption: str
     panels: list[Panel]
 
 
@@ -110,7 +110,9 @@ def legend(handles: Sequence[Artist]) -> Panel:
 
 
 def legend_of(setups: Iterable[Setup], *, markers: bool = False) -> Panel:
-    return legend([Line2D([], [], label=setup.name, **style(setup, markers=markers)) for setup in dict.fromkeys(setups)])
+    return legend(
+        [Line2D([], [], label=setup.name, **style(setup, markers=markers)) for setup in dict.fromkeys(setups)]
+    )
 
 
 def _svg(figure: Figure) -> str:
@@ -132,7 +134,13 @@ def log_seconds(axes: Axes, axis: str) -> None:
     """Make an axis on which everything is drawn logarithmic, with ticks in the unit that fits."""
 
     def duration(seconds: float, _: object) -> str:
-        return f"{seconds:g} s" if seconds >= 1 else f"{1e3 * seconds:g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:g} µs"
+        return (
+            f"{seconds:g} s"
+            if seconds >= 1
+            else f"{1e3 * seconds:g} ms"
+            if seconds >= 1e-3
+            else f"{1e6 * seconds:g} µs"
+        )
 
     own = axes.xaxis if axis == "x" else axes.yaxis
     axes.set(**{f"{axis}scale": "log"})
@@ -282,7 +290,10 @@ def timeline(cells: Sequence[Cell]) -> list[Panel]:
         axes.set(xlim=span, ylim=(num_rows - 0.5, -0.5), xlabel="time [s]", ylabel="row of the batch")
 
     handles = [
-        *(Patch(facecolor=HUES[hue][0], label=name) for hue, name in enumerate(names or ["decode, a request a colour"])),
+        *(
+            Patch(facecolor=HUES[hue][0], label=name)
+            for hue, name in enumerate(names or ["decode, a request a colour"])
+        ),
         Patch(facecolor=HUES[0][1], label="prefill (dark)"),
         Patch(facecolor=FAINT, edgecolor=PADDING, hatch="//////", linewidth=0, label="padding row"),
         Patch(facecolor="white", edgecolor="#888888", linewidth=0.6, label="empty row"),
@@ -379,7 +390,9 @@ def step_cost(cells: Sequence[Cell], predict: Callable[[StepRecord], float]) -> 
             return
         tokens = np.array([sum(share.num_scheduled_tokens for share in step.shares) for step in shown])
         scale = 1e3 / (tokens if is_for_each else np.ones_like(tokens))
-        measured, predicted = (np.array([read(step) for step in shown]) * scale for read in (attrgetter("seconds"), predict))
+        measured, predicted = (
+            np.array([read(step) for step in shown]) * scale for read in (attrgetter("seconds"), predict)
+        )
         axes.scatter(tokens, measured, s=7, color=POINTS, alpha=0.35, linewidth=0)
         counts = np.unique(tokens)
         axes.plot(counts, [np.median(predicted[tokens == count]) for count in counts], color=INK)
@@ -416,7 +429,13 @@ def twin_errors(cells: Sequence[Cell]) -> list[Panel]:
                 if error.error is not None:
                     percent = 100 * error.error
                     inside = min(max(percent, -LARGEST_ERROR), LARGEST_ERROR)
-                    marker = LINES.get(setup.speculation, OTHER_LINE)[1] if inside == percent else "<" if percent < 0 else ">"
+                    marker = (
+                        LINES.get(setup.speculation, OTHER_LINE)[1]
+                        if inside == percent
+                        else "<"
+                        if percent < 0
+                        else ">"
+                    )
                     axes.plot(inside, place + offset, marker, color=colour(setup), markersize=4.5, alpha=0.8)
         axes.axvline(0, color="#888888", linewidth=0.8)
         axes.set_yticks(range(len(names)), names)

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct, field
 
 from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.step_record import StepRecord
 
 T = TypeVar("T")
@@ -158,54 +159,50 @@ class Run(Struct, kw_only=True):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def read_bytes(path: Path) -> bytes:
-    """Raises:
-    LoadTestError: the file cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise LoadTestError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def decode(content: bytes, kind: type[T] | Any, place: str) -> T:
     """A value from JSON.
 
     Args:
-        place: file, and line if it has several values; errors begin with it.
+        place: where the content stands, with which errors begin.
 
     Raises:
         LoadTestError: the content is not JSON, or a field is missing, unknown or wrong; the field is named.
     """
     try:
         value: T = msgspec.json.decode(content, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ShoalError) as error:
         raise LoadTestError(f"{place}: {error}") from error
     return value
 
 
-def read_json(path: Path, kind: type[T]) -> T:
-    """A file of one value; raises as `read_bytes` and `decode` do."""
-    return decode(read_bytes(path), kind, str(path))
-
-
 def read_lines(path: Path, kind: type[T] | Any, *, may_be_cut: bool = False) -> Iterator[T]:
-    """A file with a value on each line; raises as `read_bytes` and `decode` do, and names the line.
+    """The values of a file, one on each line.
 
     Args:
         may_be_cut: whether a last line without its end is left out.
+
+    Raises:
+        LoadTestError: the file cannot be read, or a line is broken, whose number and field are named.
     """
-    lines = read_bytes(path).split(b"\n")
-    last = lines.pop()
-    if last and not may_be_cut:
-        lines.append(last)
-    for number, line in enumerate(lines, 1):
+    *lines, last = _read(path).split(b"\n")
+    for number, line in enumerate([*lines, last] if last and not may_be_cut else lines, 1):
         yield decode(line, kind, f"{path}, line {number}")
 
 
-def to_json(value: Any) -> str:
-    """JSON on one line; what is not a number becomes null."""
-    return msgspec.json.encode(value).decode()
+def read_json(path: Path, kind: type[T]) -> T:
+    """The value of a file.
+
+    Raises:
+        LoadTestError: the file cannot be read, or is broken; the field is named.
+    """
+    return decode(_read(path), kind, str(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LoadTestError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,6 +17,8 @@ from shoal.loadtest.plots import Panel, Picture
 from shoal.loadtest.twin import compare
 from shoal.scheduler.step_record import StepRecord
 
+StepSeconds = Callable[[StepRecord], float]
+
 NOTHING = "–"  # noqa: RUF001 -- the dash of an empty cell
 MAX_GROUPS = 8  # more clients are neither picture nor table
 MAX_NAMED = 5
@@ -61,7 +63,7 @@ class Report(Struct, kw_only=True):
     differing: Mapping[str, Sequence[str]] = {}
     complaints: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    step_seconds: Callable[[StepRecord], float] | None = None
+    step_seconds: StepSeconds | None = None
 
 
 class Value(Struct):
@@ -109,7 +111,9 @@ def text(name: str, value: float | None) -> str:
 
 def figure(name: str, cell: Cell) -> Value:
     """The median and, of several repetitions, the range."""
-    median, least, most = (text(name, one.get(name)) for one in (cell.measured.median, cell.measured.least, cell.measured.most))
+    median, least, most = (
+        text(name, one.get(name)) for one in (cell.measured.median, cell.measured.least, cell.measured.most)
+    )
     return Value(median, "" if least == most else f"{least} to {most}")
 
 
@@ -188,15 +192,19 @@ def _sections(report: Report) -> Iterable[Section]:
             name=name,
             title=f"Workload {section}",
             paragraphs=list(_paragraphs(cells, report)),
-            pictures=list(_pictures(name, cells, report if number == 1 else None)),
+            pictures=list(_pictures(name, cells, report.step_seconds if number == 1 else None)),
             tables=[
                 *(figures_table(caption, cells, names) for caption, names in captions.items()),
                 *(_of_groups(own, kind) for own, kind in _groupings(cells)),
             ],
         )
     predicted = [cell for cell in report.cells if cell.predicted]
-    yield _twin(predicted) if predicted else Section(
-        name="prediction", title="Predicted against measured", paragraphs=["The digital twin was not asked."]
+    yield (
+        _twin(predicted)
+        if predicted
+        else Section(
+            name="prediction", title="Predicted against measured", paragraphs=["The digital twin was not asked."]
+        )
     )
 
 
@@ -218,8 +226,8 @@ def _paragraphs(cells: Sequence[Cell], report: Report) -> Iterable[str]:
         waited, first = (cell.measured.median.get(name, 0.0) for name in ("queueing p50", "ttft p50"))
         if cell.setup.policy.startswith("static") and first / 2 < waited <= 1.2 * timeout:
             yield (
-                f"{cell.load}: of its median TTFT of {1e3 * first:.0f} ms, {cell.setup.name} waited {1e3 * waited:.0f} ms "
-                f"for a batch to fill (static_timeout_seconds is {timeout:g}). TTFT from admission leaves this out."
+                f"{cell.load}: of its median TTFT, {1e3 * first:.0f} ms, {cell.setup.name} waited {1e3 * waited:.0f} ms for "
+                f"a batch to fill (static_timeout_seconds is {timeout:g}). TTFT from admission leaves this out."
             )
     least = min(cell.measured.least["output tokens"] for cell in cells)
     most = max(cell.measured.most["output tokens"] for cell in cells)
@@ -275,20 +283,11 @@ def _twin(cells: Sequence[Cell]) -> Section:
             shown = NOTHING if error.error is None else f"{100 * error.error:+.1f}%"
             values.append(Value(shown, both, alarm=not error.is_within))
         rows.setdefault(f"{cell.section}, {cell.load}", []).append((cell.setup.name, values))
-    caption = (
-        "Each mark is one setup under one load; in the green band the prediction is as good as it should be. Right of "
-        "zero the twin predicts more than was measured. Triangles at the edge are further off than the axis reaches."
-    )
-    about = (
-        "The digital twin runs the same scheduler and policies on a virtual clock, with costs that were fitted to a short "
-        "profile of this machine. Errors beyond their limit are marked in the table."
-    )
     panels = plots.twin_errors(cells)
     return Section(
         name="prediction",
         title="Predicted against measured",
-        paragraphs=[about],
-        pictures=[Picture(name="twin", title="Errors of the digital twin", caption=caption, panels=panels)],
+        pictures=[Picture(kind="twin", name="twin", title="Errors of the digital twin", panels=panels)],
         tables=[Table("Error of each prediction, and below it: predicted / measured", list(map(title, names)), rows)],
     )
 
@@ -296,76 +295,34 @@ def _twin(cells: Sequence[Cell]) -> Section:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _pictures(name: str, cells: Sequence[Cell], with_costs: Report | None) -> Iterator[Picture]:
+def _pictures(name: str, cells: Sequence[Cell], step_seconds: StepSeconds | None) -> Iterator[Picture]:
     """The pictures of one workload, as far as there is something to draw.
 
     Args:
-        with_costs: a report whose costs of steps are shown as well.
+        step_seconds: costs of steps that are shown too.
     """
     main = main_cells(cells)
     load = main[0].load
     plain = {cell.setup.policy: cell for cell in main if cell.run.steps and cell.setup.speculation == "off"}
     traced = list(({cell.setup.policy: cell for cell in main if cell.run.steps} | plain).values())
 
-    def picture(kind: str, title: str, caption: str, panels: list[Panel]) -> Picture:
-        return Picture(name=f"{name}-{kind}", title=title, caption=caption, panels=panels)
+    def picture(kind: str, title: str, panels: list[Panel], number: str = "") -> Picture:
+        return Picture(kind=kind, name=f"{name}-{kind}{number}", title=title, panels=panels)
 
-    yield picture(
-        "throughput",
-        f"Throughput and goodput, {load}",
-        "The work is the same for all, so a longer bar is an earlier end. Lines span the repetitions; a difference "
-        "smaller than they are long is none.",
-        plots.throughput(main),
-    )
+    yield picture("throughput", f"Throughput and goodput, {load}", plots.throughput(main))
     if traced:
-        yield picture(
-            "timeline",
-            f"The batch, row by row, {load}",
-            "Each bar is a request in its row, from when it joined to when it left. In a white row nothing was computed; "
-            "a hatched row was computed for a request that had ended. With a static batch both grow until its longest "
-            "request ends; with continuous batching the next request joins in the step after.",
-            plots.timeline(traced),
-        )
+        yield picture("timeline", f"The batch, row by row, {load}", plots.timeline(traced))
     if any("ttft p50" in cell.measured.median for cell in main):
-        yield picture(
-            "latencies",
-            f"Distributions of latency, {load}",
-            "Further left is faster; the steps of a staircase are batches that start together. The median is where a "
-            "line meets 0.5, and its upper end is the tail. One run of each setup; the axis is logarithmic.",
-            plots.distributions(main),
-        )
+        yield picture("latencies", f"Distributions of latency, {load}", plots.distributions(main))
     for number, curve in enumerate(_curves(cells), 1):
-        yield picture(
-            f"load-{number}",
-            f"Latency against load, from {curve[0].load} to {curve[-1].load}",
-            "A line is flat while the server keeps up, and rises where it is saturated. Bands span the repetitions.",
-            plots.curves(curve),
-        )
+        title = f"Latency against load, from {curve[0].load} to {curve[-1].load}"
+        yield picture("load", title, plots.curves(curve), f"-{number}")
     if traced:
-        yield picture(
-            "batch",
-            f"Batch size and KV cache over time, {load}",
-            "Rows that work, and padding rows on top of them; the share of the time with each number of rows; the share "
-            "of the KV cache that requests own, with a line for what they have filled of it.",
-            plots.occupancy(traced),
-        )
+        yield picture("batch", f"Batch size and KV cache over time, {load}", plots.occupancy(traced))
     for number, (own, kind) in enumerate(_groupings(cells), 1):
-        yield picture(
-            f"{kind}-{number}",
-            f"Each {kind} apart, {own[0].load}",
-            "Filled: the median; open: p99. A policy that tells them apart moves one line away from the others of its "
-            "group; other policies give all the same.",
-            plots.of_groups(own, kind),
-        )
-    if with_costs and with_costs.step_seconds and plain:
-        yield picture(
-            "costs",
-            "What a step costs",
-            "A step with one row takes nearly as long as one with several. The flatter the first curve on its left, the "
-            "more a full batch gains over one that has emptied: this is the gain of continuous batching over a static "
-            "batch without padding rows.",
-            plots.step_cost(list(plain.values()), with_costs.step_seconds),
-        )
+        yield picture("groups", f"Each {kind} apart, {own[0].load}", plots.of_groups(own, kind), f"-{number}")
+    if step_seconds and plain:
+        yield picture("costs", "What a step costs", plots.step_cost(list(plain.values()), step_seconds))
 
 
 def _curves(cells: Sequence[Cell]) -> list[list[Cell]]:

@@ -1,25 +1,22 @@
 """Reads streamed completions, as cheaply as times can be taken.
 
-While a stream runs, each line gets its time and is kept.  What the lines say is read after the stream has ended, so that
-the load generator does not delay the streams that it measures.
+While a stream runs, each line gets its time and is kept.  What the lines say is read after the stream has ended, so
+that the load generator does not delay the streams that it measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPParseError
-from msgspec import Struct
 
-from shoal.loadtest.records import LoadTestError, RequestRecord
+from shoal.loadtest.records import LoadTestError, RequestRecord, decode
 from shoal.loadtest.workload import WorkloadRequest
-
-T = TypeVar("T")
 
 PATH = "/v1/completions"
 _HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}
@@ -29,44 +26,12 @@ _CONNECTION_ERROR = "connection: "
 _MAX_SHOWN = 300  # characters of an answer that is no stream
 
 
-class _Details(Struct):
-    cached_tokens: int = 0
-    accepted_prediction_tokens: int = 0
-    rejected_prediction_tokens: int = 0
-
-
-class _Usage(Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-
-
-class _Choice(Struct):
-    text: str
-    finish_reason: str | None
-
-
-class _Error(Struct):
-    message: str
-
-
-class _Event(Struct):
-    """An event of a streamed completion, or an error."""
-
-    id: str = ""
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: _Error | None = None
-
-
-def events(lines: Iterable[bytes], kind: type[T] | Any) -> Iterator[T]:
+def events(lines: Iterable[bytes]) -> Iterator[Any]:
     """The server-sent events of a stream, decoded from JSON; each is one `data:` line, and `[DONE]` is the last.
 
     Raises:
-        LoadTestError: an event is malformed, follows `[DONE]`, or there is no `[DONE]`; all events before were given.
+        LoadTestError: an event is malformed or follows `[DONE]`, or there is no `[DONE]`; all events before were given.
     """
-    decode = msgspec.json.Decoder(kind).decode
     is_done = False
     for line in filter(None, map(bytes.strip, lines)):
         if is_done or not line.startswith(b"data:"):
@@ -74,10 +39,7 @@ def events(lines: Iterable[bytes], kind: type[T] | Any) -> Iterator[T]:
         payload = line[5:].strip()
         is_done = payload == b"[DONE]"
         if not is_done:
-            try:
-                yield decode(payload)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                raise LoadTestError(f"the stream is malformed: {error}") from error
+            yield decode(payload, Any, "the stream is malformed")
     if not is_done:
         raise LoadTestError("the stream ended without [DONE]")
 
@@ -91,31 +53,28 @@ def read_events(record: RequestRecord, lines: list[bytes], times: list[float]) -
     texts: list[str] = []
     is_finished = False
     try:
-        for event, time in zip(events(lines, _Event), [*times, 0.0], strict=False):
-            if event.error:
-                record.error = record.error or f"in the stream: {event.error.message}"
-                continue
-            record.engine_id = f"{event.id}-0-0"  # first choice of the first prompt
-            for choice in event.choices:
-                texts.append(choice.text)
-                is_finished |= choice.finish_reason is not None
-                if choice.text or choice.finish_reason:
+        for event, time in zip(events(lines), [*times, 0.0], strict=False):
+            if "error" in event:
+                raise LoadTestError(f"in the stream: {event['error']['message']}")
+            record.engine_id = f"{event['id']}-0-0"  # first choice of the first prompt
+            for choice in event["choices"]:
+                texts.append(choice["text"])
+                is_finished |= choice["finish_reason"] is not None
+                if choice["text"] or choice["finish_reason"]:
                     record.token_times.append(time)
-            if event.usage:
-                _note_usage(record, event.usage)
+            if usage := event.get("usage"):
+                read, drafted = (usage.get(f"{kind}_tokens_details") or {} for kind in ("prompt", "completion"))
+                record.num_prompt_tokens, record.num_output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                record.num_cached_tokens = read.get("cached_tokens") or 0
+                record.num_accepted_tokens = drafted.get("accepted_prediction_tokens") or 0
+                record.num_rejected_tokens = drafted.get("rejected_prediction_tokens") or 0
         if not is_finished:
             raise LoadTestError("the stream ended without a finish_reason")
+        record.text_hash = sha256("".join(texts).encode()).hexdigest()
     except LoadTestError as error:
         record.error = record.error or str(error)
-    record.text_hash = sha256("".join(texts).encode()).hexdigest()
-
-
-def _note_usage(record: RequestRecord, usage: _Usage) -> None:
-    drafted = usage.completion_tokens_details or _Details()
-    record.num_prompt_tokens, record.num_output_tokens = usage.prompt_tokens, usage.completion_tokens
-    record.num_cached_tokens = (usage.prompt_tokens_details or _Details()).cached_tokens
-    record.num_accepted_tokens = drafted.accepted_prediction_tokens
-    record.num_rejected_tokens = drafted.rejected_prediction_tokens
+    except (KeyError, TypeError, AttributeError) as error:
+        record.error = record.error or f"the stream is malformed: {type(error).__name__}: {error}"
 
 
 def request_body(request: WorkloadRequest) -> bytes:
@@ -189,8 +148,7 @@ class CompletionClient:
 
 def _refusal(status: int, body: bytes) -> str:
     try:
-        error = msgspec.json.decode(body, type=_Event).error
-    except (msgspec.MsgspecError, RecursionError):
-        error = None
-    message = error.message if error else body.decode(errors="replace")
+        message = str(decode(body, Any, "")["error"]["message"])
+    except (LoadTestError, KeyError, TypeError):
+        message = body.decode(errors="replace")
     return f"HTTP {status}: {message[:_MAX_SHOWN]}"

@@ -26,7 +26,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 
 from shoal.clients import ClientError, ShoalClient
 from shoal.loadtest.arrivals import open_arrivals
-from shoal.loadtest.measure import RUN_FILE, Tools, load_run, measure, server_options
+from shoal.loadtest.measure import RUN_FILE, TOOLS, Sent, Tools, load_run, measure, server_options
 from shoal.loadtest.metrics import Cell, baseline, by, collect, problems, speed_up, summarize
 from shoal.loadtest.plan import Experiment, Plan, PlannedRun, interleave, slug
 from shoal.loadtest.profile import Profile, make_profile, predict, read_profile, series, write_profile
@@ -51,7 +51,7 @@ class Runs:
         bar: a progress bar that is told how many requests have ended; None is none.
     """
 
-    def __init__(self, folder: Path, model: str, tools: Tools = Tools()) -> None:
+    def __init__(self, folder: Path, model: str, tools: Tools = TOOLS) -> None:
         self.bar: Any = None
         self._folder, self._model, self._tools = folder, model, tools
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,12 +63,8 @@ class Runs:
                 return folder
         return None
 
-    def measure(self, planned: PlannedRun, requests: Sequence[WorkloadRequest], load: Load) -> Path:
-        """The folder of a run, which is measured unless it is there; raises as `measure` does.
-
-        Args:
-            requests, load: what is sent.
-        """
+    def measure(self, planned: PlannedRun, sent: Sent) -> Path:
+        """The folder of a run, which is measured unless it is there; raises as `measure` does."""
         if found := self.find(planned):
             return found
         for broken_off in self._folders(planned):
@@ -76,7 +72,7 @@ class Runs:
         numbers = [int(path.name.partition("-")[0]) for path in self._folder.iterdir()]
         folder = self._folder / f"{max(numbers, default=0) + 1:03}-{planned.name}"
         folder.mkdir()
-        measure(planned, self._model, requests, load, folder, self._observe, self._tools)
+        measure(planned, server_options(self._model, planned.setup), sent, folder, self._observe, self._tools)
         return folder
 
     def _observe(self, num_requests: int) -> None:
@@ -91,20 +87,25 @@ class ProfileRuns:
     """The runs of a profile in its folder: its series again and again, as far as they are asked for.
 
     Args:
-        num_requests: of the comparison, to which the series is fitted; None is the whole series.
+        plan: a small comparison has a short series; a plan without experiments has the whole one.
 
     Attributes:
         workloads: files and their makings, for `prepare`.
         failure: what went wrong amid the comparison; empty if nothing did.
     """
 
-    def __init__(self, folder: Path, plan: Plan, num_requests: int | None, tools: Tools = Tools()) -> None:
+    def __init__(self, folder: Path, plan: Plan, tools: Tools = TOOLS) -> None:
         self.failure = ""
         self._folder, self._options = folder, plan.options
-        self._stretches = series(num_requests, plan.options)
+        policies = {setup.policy for experiment in plan.experiments for setup in experiment.setups}
+        loads = [load for experiment in plan.experiments for load in experiment.loads]
+        num_requests = plan.num_requests if plan.experiments else None
+        self._stretches = series(num_requests, plan.options, policies=policies, loads=loads)
         self._is_short = self._stretches != series(None, plan.options)
         by_size = sorted(self._stretches, key=lambda stretch: stretch.num_requests)
-        self.workloads = {self._file(stretch.workload): (stretch.workload, stretch.num_requests, 0) for stretch in by_size}
+        self.workloads = {
+            self._file(stretch.workload): (stretch.workload, stretch.num_requests, 0) for stretch in by_size
+        }
         self._runs = Runs(folder / "runs", plan.model, tools)
         self._taken: list[Run] = []
 
@@ -114,7 +115,7 @@ class ProfileRuns:
         stretch = self._stretches[number % len(self._stretches)]
         planned = PlannedRun(setup=stretch.setup, workload=f"profile-{number + 1}", load=stretch.load)
         requests = read_workload(self._file(stretch.workload))[: stretch.num_requests]
-        self._taken.append(load_run(self._runs.measure(planned, requests, stretch.load)))
+        self._taken.append(load_run(self._runs.measure(planned, Sent(requests, stretch.load))))
 
     def take_series(self) -> None:
         """Measure a first series, or complete the one that was begun."""
@@ -183,10 +184,12 @@ class Comparison:
         if planned.setup in self._given_up:
             return self._runs.find(planned)
         try:
-            return self._runs.measure(planned, *sending(planned, self._workloads))
+            return self._runs.measure(planned, sending(planned, self._workloads))
         except LoadTestError as error:
             folder = self._runs.find(planned, is_complete=False)
-            self.failures.append(f"{planned}: {error}" + ("" if folder else "; further runs of this setup are left out"))
+            self.failures.append(
+                f"{planned}: {error}" + ("" if folder else "; further runs of this setup are left out")
+            )
             if folder is None:
                 self._given_up.add(planned.setup)
             return folder
@@ -225,7 +228,7 @@ class Comparison:
         return [Load(rate=rate, seed=self._plan.seed) for rate in dict.fromkeys(shares)]
 
 
-def sending(planned: PlannedRun, workloads: Workloads) -> tuple[list[WorkloadRequest], Load]:
+def sending(planned: PlannedRun, workloads: Workloads) -> Sent:
     """What is sent for a run: the workload or, for "NAME:CLIENT", one client's requests alone.
 
     In an open loop these are sent when they are due in the whole workload.
@@ -236,14 +239,14 @@ def sending(planned: PlannedRun, workloads: Workloads) -> tuple[list[WorkloadReq
     name, _, client = planned.workload.partition(":")
     requests, load = workloads[name], planned.load
     if not client:
-        return requests, load
+        return Sent(requests, load)
     if load.rate:
         requests = [replace(request, arrival_time=due) for due, request in open_arrivals(load, requests)]
     own = [request for request in requests if request.client == client]
     if not own:
         clients = ", ".join(sorted({request.client for request in requests}))
         raise LoadTestError(f"workload {planned.workload}: there is no client {client!r}; clients are {clients}")
-    return own, replace(load, rate=0.0)
+    return Sent(own, replace(load, rate=0.0))
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
@@ -275,11 +278,15 @@ def conduct(plan: Plan, folder: Path, command: str) -> Report:
             measured is in the folder.
     """
     given = read_profile(Path(plan.costs)) if plan.costs else None
-    profiling = ProfileRuns(folder / PROFILE_FOLDER, plan, plan.num_requests)
+    profiling = ProfileRuns(folder / PROFILE_FOLDER, plan)
     if plan.replay:
         write_workload(workload_file(folder, plan.workloads[0]), read_workload(Path(plan.replay)))
     files = {name: workload_file(folder, name) for name in plan.workloads}
-    prepare(plan, {file: (name, plan.num_requests, plan.seed) for name, file in files.items()} | ({} if given else profiling.workloads))
+    prepare(
+        plan,
+        {file: (name, plan.num_requests, plan.seed) for name, file in files.items()}
+        | ({} if given else profiling.workloads),
+    )
     write_json(folder / PLAN_FILE, plan)
     workloads = {name: read_workload(file) for name, file in files.items()}
     if not given:
@@ -317,7 +324,7 @@ def take_profile(plan: Plan, folder: Path) -> None:
         LoadTestError: a server failed, or too little was measured.
     """
     _clear(folder)
-    profiling = ProfileRuns(folder, plan, None)
+    profiling = ProfileRuns(folder, replace(plan, experiments=()))
     files = {workload_file(folder, name): (name, plan.num_requests, plan.seed) for name in plan.workloads}
     prepare(plan, files | profiling.workloads)
     profiling.take_series()
@@ -343,8 +350,8 @@ def rehearse(plan: Plan, costs: Path) -> list[Cell]:
     runs = []
     for planned in interleave(plan.experiments, lambda experiment: experiment.loads):
         server = profile.server_with(planned.setup.options)
-        requests, load = sending(planned, workloads)
-        run = simulate(requests, load, planned.setup, server=server, costs=profile.costs, workload=planned.workload)
+        sent = sending(planned, workloads)
+        run = simulate(*sent, planned.setup, server=server, costs=profile.costs, workload=planned.workload)
         runs.append(replace(run, load=planned.load))
     return collect(runs, (), plan.slo)
 
@@ -395,10 +402,8 @@ def _predictions(
     found: list[Run] = []
     reasons: dict[str, None] = {}
     for planned, folder in {replace(planned, repetition=0): folder for planned, folder in runs.items()}.items():
-        requests, load = sending(planned, workloads)
         try:
-            predicted = predict(profile, load_run(folder, with_steps=False), requests, load)
-            found.append(replace(predicted, load=planned.load))
+            found.append(predict(profile, load_run(folder, with_steps=False), *sending(planned, workloads)))
         except (LoadTestError, ShoalError) as error:
             reasons[f"{planned.setup.name} was not simulated: {error}"] = None
     return found, reasons
@@ -410,7 +415,11 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for cell in cells:
         base = baseline(by(by(cells, "section")[cell.section], "load")[cell.load])
         names = ("section", "workload", "load", "setup", "measured", "predicted", "problems")
-        errors = {error.name: error.error for error in compare(cell.predicted, cell.measured.median)} if cell.predicted else {}
+        errors = (
+            {error.name: error.error for error in compare(cell.predicted, cell.measured.median)}
+            if cell.predicted
+            else {}
+        )
         found.append(
             {name: getattr(cell, name) for name in names}
             | {"errors": errors, "x_static": speed_up("throughput", cell, base)}

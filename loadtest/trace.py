@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -150,17 +151,8 @@ def bars(steps: Iterable[StepRecord]) -> list[Bar]:
     return sorted([*done, *last.values()], key=lambda bar: (bar.start, bar.row))
 
 
-def window(steps: Sequence[StepRecord], num_batches: int = 3) -> tuple[float, float]:
-    """From the first step to the end of the first batches; without separate batches, a time that shows several stays."""
+def window(steps: Sequence[StepRecord], num_stays: int = 3) -> tuple[float, float]:
+    """From the first step on, a time that shows several stays; those of a static batch are as long as the batch."""
     start, end = steps[0].start, steps[-1].start + steps[-1].seconds
-    starts: list[float] = []
-    before: set[str] = set()
-    for step in steps:
-        now = {share.request_id for share in step.shares}
-        if before.isdisjoint(now):
-            starts.append(step.start)
-        before = now
-    if len(starts) >= num_batches:
-        return start, starts[num_batches] if len(starts) > num_batches else end
-    lengths = sorted(stay.left_at - stay.joined_at for stay in stays(steps).values() if stay.left_at is not None)
-    return start, min(end, start + num_batches * lengths[len(lengths) // 2]) if lengths else end
+    lengths = [stay.left_at - stay.joined_at for stay in stays(steps).values() if stay.left_at is not None]
+    return start, min(end, start + num_stays * median(lengths)) if lengths else end

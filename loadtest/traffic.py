@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gevent
-import msgspec
 from gevent.event import Event
 from gevent.pool import Group
 from msgspec import Struct, field
 
 from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
-from shoal.loadtest.records import Load, LoadTestError, RequestRecord, read_lines
+from shoal.loadtest.records import Load, RequestRecord, read_lines
 from shoal.loadtest.stream import CompletionClient, is_connection_error, request_body
 from shoal.loadtest.workload import WorkloadRequest
 
@@ -47,6 +46,7 @@ class Traffic:
         load: Load,
         client: CompletionClient,
         report: Callable[[RequestRecord], None],
+        *,
         index: int = 0,
         count: int = 1,
     ) -> None:
@@ -130,7 +130,7 @@ class Traffic:
             gevent.sleep(left)
 
 
-# -- the results file --------------------------------------------------------------------------------------------------
+# -- the results file -------------------------------------------------------------------------------------------------
 
 
 class Begin(Struct, tag="begin", tag_field="kind"):
@@ -157,20 +157,6 @@ class Results(Struct, kw_only=True):
     started_at: float = 0.0
     cpu_seconds: float = 0.0
     is_whole: bool = False
-
-
-class ResultsWriter:
-    """Writes a results file, line by line, as requests end: what was added is in the file at once."""
-
-    def __init__(self, path: Path, started_at: float) -> None:
-        self._file = path.open("wb", buffering=0)
-        self.add(Begin(started_at))
-
-    def add(self, line: Begin | RequestRecord | End) -> None:
-        self._file.write(msgspec.json.encode(line) + b"\n")
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_results(path: Path) -> Results:

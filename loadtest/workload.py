@@ -5,12 +5,13 @@ A workload is a function of a seed, and of the tokenizer that counts.  Lengths a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
 from math import ceil, exp, log, sqrt
 from pathlib import Path
 from random import Random
 from statistics import NormalDist
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -84,61 +85,49 @@ def read_workload(path: Path) -> list[WorkloadRequest]:
 # -- the six workloads -------------------------------------------------------------------------------------------------
 
 MIN_MODEL_LEN = 1024
+Fields = dict[str, Any]  # of a request: prompt, num_output_tokens, max_tokens, and those that differ from the defaults
 
 
 def make_workload(
     name: str, num_requests: int, seed: int, tokenize: Tokenize, max_model_len: int
 ) -> list[WorkloadRequest]:
-    """Make a workload; the same arguments make the same one.
+    """Make a workload; the same arguments make the same one, and more requests begin with the same ones.
 
     Args:
         tokenize: as the server tokenizes the prompt of a completion.
 
     Raises:
-        LoadTestError: there is no such workload, no request in it, or no room for it in the model's context.
+        LoadTestError: there is no such workload, or no room for it in the model's context.
     """
     if name not in WORKLOADS:
         raise LoadTestError(f"unknown workload {name!r}; there are {', '.join(WORKLOADS)}")
-    if num_requests < 1:
-        raise LoadTestError(f"a workload must have at least 1 request, not {num_requests}")
     if max_model_len < MIN_MODEL_LEN:
         raise LoadTestError(f"workloads need a context of {MIN_MODEL_LEN} tokens; max_model_len is {max_model_len}")
-    return WORKLOADS[name](Maker(name, num_requests, seed, tokenize))
+    maker = Maker(Random(f"{name} {seed}"), tokenize)
+    requests = []
+    for index, fields in enumerate(islice(WORKLOADS[name](maker), num_requests)):
+        request_id, (prompt, token_ids) = f"{name}-{index:05}", fields.pop("prompt")
+        named = {"request_id": request_id, "session": request_id, "prompt": prompt, "prompt_token_ids": token_ids}
+        requests.append(WorkloadRequest(**named | {"seed": maker.rng.getrandbits(31)} | fields))
+    return requests
 
 
-class Maker:
-    """Makes the requests of one workload.
+class Maker(NamedTuple):
+    """What workloads are made with.
 
     Attributes:
-        rng: seeded by the workload's name and seed; Python's own, which stays the same from release to release.
+        rng: Python's own, whose numbers stay the same from release to release.
     """
 
-    def __init__(self, name: str, num_requests: int, seed: int, tokenize: Tokenize) -> None:
-        self.name, self.num_requests, self.tokenize = name, num_requests, tokenize
-        self.rng = Random(f"{name} {seed}")
+    rng: Random
+    tokenize: Tokenize
 
     def prose(self, num_tokens: int, opening: str = "") -> Prompt:
         return text.prompt(text.prose, self.rng, num_tokens, self.tokenize, opening)
 
-    def is_greedy(self) -> bool:
+    def temperature(self) -> float:
         """Half of the requests are greedy."""
-        return self.rng.random() < 0.5
-
-    def request(
-        self, index: int, prompt: Prompt, num_output_tokens: int, max_tokens: int, *, is_greedy: bool = True, **more: Any
-    ) -> WorkloadRequest:
-        """Request number `index`, a session of its own unless `more` names one."""
-        request_id = f"{self.name}-{index:05}"
-        return WorkloadRequest(
-            request_id=request_id,
-            prompt=prompt[0],
-            prompt_token_ids=prompt[1],
-            num_output_tokens=num_output_tokens,
-            max_tokens=max_tokens,
-            temperature=0.0 if is_greedy else 0.8,
-            seed=self.rng.getrandbits(31),
-            **{"session": request_id, **more},
-        )
+        return 0.0 if self.rng.random() < 0.5 else 0.8
 
     def log_normal(self, median: float, sigma: float, most: int) -> int:
         """A length: log-normal, rounded up, at most `most`."""
@@ -149,20 +138,19 @@ def _length(logarithm: float, most: int) -> int:
     return min(ceil(exp(min(logarithm, log(most)))), most)
 
 
-def uniform(maker: Maker) -> list[WorkloadRequest]:
+def uniform(maker: Maker) -> Iterator[Fields]:
     """All requests are alike, 128 tokens in and 128 out.
 
     This is the control: batches of such requests end together, so that static batching should lose little.
     """
-    return [
-        maker.request(index, maker.prose(128), 128, 128, is_greedy=maker.is_greedy())
-        for index in range(maker.num_requests)
-    ]
+    while True:
+        prompt = maker.prose(128)
+        yield {"prompt": prompt, "num_output_tokens": 128, "max_tokens": 128, "temperature": maker.temperature()}
 
 
 CHAT_MAX_TOKENS, CHAT_MAX_PROMPT_TOKENS = 640, 384
 CHAT_OUTPUT_MEDIAN, CHAT_OUTPUT_SIGMA = 45.0, 1.2
-CHAT_CLIENT_SHARE = CHAT_KIND_SHARE = 0.25  # of the variance of the logarithm of an answer's length
+CHAT_SHARE = 0.25  # of the variance of the logarithm of an answer's length: the client's, and the kind's as well
 CHAT_NUM_CLIENTS = 8
 # From those that ask for the shortest answer to those that ask for the longest.
 CHAT_KINDS = (
@@ -177,7 +165,7 @@ CHAT_KINDS = (
 )
 
 
-def chat(maker: Maker) -> list[WorkloadRequest]:
+def chat(maker: Maker) -> Iterator[Fields]:
     """Short questions, and answers of very different lengths, as in public traces of chats.
 
     **Sources.**  In LMSYS-Chat-1M a prompt has 69.5 tokens on average and an answer 214.5 (Zheng et al. 2023).  In the
@@ -194,53 +182,47 @@ def chat(maker: Maker) -> list[WorkloadRequest]:
     2023-11-16 18:47:11 on), the range of the prompt's length, one of nine, explains 51% of this variance.
     """
 
-    def offsets(num: int, share: float) -> list[float]:
-        """`num` values, as a normal distribution spreads them: mean 0, and `share` of the variance."""
+    def offsets(num: int) -> list[float]:
+        """`num` values, as a normal distribution spreads them: mean 0, and `CHAT_SHARE` of the variance."""
         quantiles = [NormalDist().inv_cdf((i + 0.5) / num) for i in range(num)]
-        scale = CHAT_OUTPUT_SIGMA * sqrt(share) / sqrt(sum(quantile**2 for quantile in quantiles) / num)
+        scale = CHAT_OUTPUT_SIGMA * sqrt(CHAT_SHARE) / sqrt(sum(quantile**2 for quantile in quantiles) / num)
         return [quantile * scale for quantile in quantiles]
 
-    rng = maker.rng
-    of_client, of_kind = offsets(CHAT_NUM_CLIENTS, CHAT_CLIENT_SHARE), offsets(len(CHAT_KINDS), CHAT_KIND_SHARE)
-    noise = CHAT_OUTPUT_SIGMA * sqrt(1 - CHAT_CLIENT_SHARE - CHAT_KIND_SHARE)
+    rng, of_client, of_kind = maker.rng, offsets(CHAT_NUM_CLIENTS), offsets(len(CHAT_KINDS))
+    noise = CHAT_OUTPUT_SIGMA * sqrt(1 - 2 * CHAT_SHARE)
     rng.shuffle(of_client)  # the number of a client says nothing
-    requests = []
-    for index in range(maker.num_requests):
+    while True:
         client, kind = rng.randrange(CHAT_NUM_CLIENTS), rng.randrange(len(CHAT_KINDS))
         logarithm = log(CHAT_OUTPUT_MEDIAN) + of_client[client] + of_kind[kind] + rng.gauss(0, noise)
         num_prompt_tokens = maker.log_normal(42.2, 1.0, CHAT_MAX_PROMPT_TOKENS)  # mean 69.5
-        prompt = maker.prose(num_prompt_tokens, CHAT_KINDS[kind])
-        num_output_tokens = _length(logarithm, CHAT_MAX_TOKENS)
-        greedy = maker.is_greedy()
-        requests.append(
-            maker.request(
-                index, prompt, num_output_tokens, CHAT_MAX_TOKENS, is_greedy=greedy, client=f"client-{client}"
-            )
-        )
-    return requests
+        yield {
+            "prompt": maker.prose(num_prompt_tokens, CHAT_KINDS[kind]),
+            "num_output_tokens": _length(logarithm, CHAT_MAX_TOKENS),
+            "max_tokens": CHAT_MAX_TOKENS,
+            "temperature": maker.temperature(),
+            "client": f"client-{client}",
+        }
 
 
-def code(maker: Maker) -> list[WorkloadRequest]:
+def code(maker: Maker) -> Iterator[Fields]:
     """Completions in six files, as an editor asks for them.
 
     A prompt is the beginning of a file, up to where its user is.  Users of the same file share what is above both
     places, which the prefix cache can find.
     """
     files = [text.code(path) for path in maker.rng.sample(text.modules(), 6)]
-    requests = []
-    for index in range(maker.num_requests):
+    while True:
         file, num_tokens = maker.rng.randrange(len(files)), maker.rng.randint(300, 700)
         while (prompt := text.cut(files[file], num_tokens, maker.tokenize)) is None:
             num_tokens += 1
-        num_output_tokens = maker.log_normal(40.0, 0.8, 256)
-        requests.append(maker.request(index, prompt, num_output_tokens, 256, client=f"editor-{file}"))
-    return requests
+        length = maker.log_normal(40.0, 0.8, 256)
+        yield {"prompt": prompt, "num_output_tokens": length, "max_tokens": 256, "client": f"editor-{file}"}
 
 
 AGENT_MAX_TOKENS = 160
 
 
-def agent(maker: Maker) -> list[WorkloadRequest]:
+def agent(maker: Maker) -> Iterator[Fields]:
     """Sessions of three to eight turns, in which each prompt is the whole of the one before, and more.
 
     All agents begin with the same instructions.  A turn adds the model's answer to the turn before, and what a tool or
@@ -249,68 +231,60 @@ def agent(maker: Maker) -> list[WorkloadRequest]:
     """
     rng, tokenize = maker.rng, maker.tokenize
     instructions, _ = maker.prose(96)
-    requests: list[WorkloadRequest] = []
-    num_sessions = 0
-    while len(requests) < maker.num_requests:
+    for session in count():
         so_far = instructions
         for _ in range(rng.randint(3, 8)):
             so_far += "\n\nUser:\n" + maker.prose(rng.randint(20, 100))[0]
             token_ids = tokenize(so_far)
             if len(token_ids) > MIN_MODEL_LEN - AGENT_MAX_TOKENS:
                 break
-            num_output_tokens = maker.log_normal(50.0, 0.7, AGENT_MAX_TOKENS)
-            names = {"session": f"agent-session-{num_sessions:04}", "client": f"agent-{num_sessions}"}
-            prompt = so_far, token_ids
-            requests.append(maker.request(len(requests), prompt, num_output_tokens, AGENT_MAX_TOKENS, **names))
-            so_far += "\n\nAnswer:\n" + text.prompt(text.code, rng, num_output_tokens, tokenize)[0]
-        num_sessions += 1
-    return requests[: maker.num_requests]
+            length = maker.log_normal(50.0, 0.7, AGENT_MAX_TOKENS)
+            whose = {"session": f"agent-session-{session:04}", "client": f"agent-{session}"}
+            yield {"prompt": (so_far, token_ids), "num_output_tokens": length, "max_tokens": AGENT_MAX_TOKENS, **whose}
+            so_far += "\n\nAnswer:\n" + text.prompt(text.code, rng, length, tokenize)[0]
 
 
-class RequestClass(Struct, frozen=True):
+class RequestClass(NamedTuple):
     """Requests of one kind, whose lengths are uniformly distributed in these ranges, both ends included."""
 
-    client: str
     num_prompt_tokens: tuple[int, int]
     num_output_tokens: tuple[int, int]
-    priority: int = 0
-    ttft_slo_ms: float | None = None
+    fields: Fields
 
 
 # Ten levels apart, so that ageing lets no ordinary request overtake an urgent one for long.
-URGENT = RequestClass("urgent", (16, 48), (8, 32), ttft_slo_ms=200.0)
-ORDINARY = RequestClass("ordinary", (100, 300), (100, 300), priority=10)
-MODEST = RequestClass("modest", (32, 64), (16, 48))
-GREEDY = RequestClass("greedy", (200, 400), (100, 300))
+URGENT = RequestClass((16, 48), (8, 32), {"client": "urgent", "ttft_slo_ms": 200.0})
+ORDINARY = RequestClass((100, 300), (100, 300), {"client": "ordinary", "priority": 10})
+MODEST = RequestClass((32, 64), (16, 48), {"client": "modest"})
+GREEDY = RequestClass((200, 400), (100, 300), {"client": "greedy"})
 
 
-def mixed_priority(maker: Maker) -> list[WorkloadRequest]:
-    """A few urgent short requests among many long ordinary ones."""
-    return _two_classes(maker, URGENT, ORDINARY)
+def two_classes(rare: RequestClass, common: RequestClass) -> Callable[[Maker], Iterator[Fields]]:
+    """A workload of which every eighth request is of the rare class."""
+
+    def make(maker: Maker) -> Iterator[Fields]:
+        for number in count(1):
+            kind = common if number % 8 else rare
+            prompt, length = (
+                maker.prose(maker.rng.randint(*kind.num_prompt_tokens)),
+                maker.rng.randint(*kind.num_output_tokens),
+            )
+            temperature = maker.temperature()
+            yield {
+                "prompt": prompt,
+                "num_output_tokens": length,
+                "max_tokens": 400,
+                "temperature": temperature,
+            } | kind.fields
+
+    return make
 
 
-def two_tenants(maker: Maker) -> list[WorkloadRequest]:
-    """A client with many long requests, and one with few short ones."""
-    return _two_classes(maker, MODEST, GREEDY)
-
-
-def _two_classes(maker: Maker, rare: RequestClass, common: RequestClass) -> list[WorkloadRequest]:
-    """Every eighth request is of the rare class."""
-    requests = []
-    for index in range(maker.num_requests):
-        kind = common if (index + 1) % 8 else rare
-        prompt = maker.prose(maker.rng.randint(*kind.num_prompt_tokens))
-        num_output_tokens, greedy = maker.rng.randint(*kind.num_output_tokens), maker.is_greedy()
-        whose = {"client": kind.client, "priority": kind.priority, "ttft_slo_ms": kind.ttft_slo_ms}
-        requests.append(maker.request(index, prompt, num_output_tokens, 400, is_greedy=greedy, **whose))
-    return requests
-
-
-WORKLOADS: dict[str, Callable[[Maker], list[WorkloadRequest]]] = {
+WORKLOADS: dict[str, Callable[[Maker], Iterator[Fields]]] = {
     "chat": chat,
     "code": code,
     "agent": agent,
     "uniform": uniform,
-    "mixed-priority": mixed_priority,
-    "two-tenants": two_tenants,
+    "mixed-priority": two_classes(URGENT, ORDINARY),  # a few urgent short requests among many long ordinary ones
+    "two-tenants": two_classes(MODEST, GREEDY),  # a client with many long requests, and one with few short ones
 }
