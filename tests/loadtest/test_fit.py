@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import least_squares
 from scipy.optimize import nnls as reference
 
 from shoal.loadtest.costs import CostModel, Deviations, StepCosts, StepShape
@@ -43,6 +44,29 @@ def test_outliers_do_not_move_the_fit() -> None:
     target = table @ [2.0, 0.5] * rng.normal(1, 0.01, 500)
     target[::25] *= 10
     np.testing.assert_allclose(fit_robustly(table, target), [2.0, 0.5], rtol=0.02)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_robust_fit_is_a_huber_fit_with_bounds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = np.column_stack([np.ones(400), rng.uniform(0, 50, 400), rng.uniform(0, 1, 400), rng.exponential(9, 400)])
+    target = table @ [2.0, 0.5, 0.0, 0.1] * rng.normal(1, 0.05, 400) - 0.2 * table[:, 2]
+    target[::20] *= 4
+    found = fit_robustly(table, target)
+    predicted = table @ found
+    limit = 1.345 * 1.4826 * float(np.median(np.abs(target / predicted - 1)))
+    expected = least_squares(
+        lambda x: (target - table @ x) / predicted,
+        np.ones(4),
+        jac=lambda x: -table / predicted[:, None],
+        bounds=(0, np.inf),
+        loss="huber",
+        f_scale=limit,
+        xtol=1e-12,
+        ftol=1e-12,
+        gtol=1e-12,
+    ).x
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def series(costs: CostModel) -> list[Run]:
