@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 from shoal.loadtest.errors import LoadTestError
 from shoal.loadtest.steps import Step
 from shoal.scheduler.output import SchedulerOutput
-from shoal.scheduler.policies.fair import VirtualTokenCounter
-from shoal.scheduler.policies.policy import KeyedPolicy, Policy
 
 VERSION = 2  # of the JSON
 
@@ -69,11 +67,6 @@ class StepShape(NamedTuple):
             num_joins=num_joins,
             num_ordered=num_ordered,
         )
-
-
-def puts_in_order(policy: type[Policy]) -> bool:
-    """Whether a policy looks at all who wait, in each step, to find their order."""
-    return issubclass(policy, KeyedPolicy | VirtualTokenCounter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

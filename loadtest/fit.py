@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.loadtest.costs import CostModel, Deviations, StepCosts, StepShape, puts_in_order
+from shoal.loadtest.costs import CostModel, Deviations, StepCosts, StepShape
 from shoal.loadtest.errors import LoadTestError
 from shoal.loadtest.fit_latencies import fit_latencies
 from shoal.loadtest.records import Run
@@ -47,7 +47,7 @@ def fit(runs: Sequence[Run]) -> CostModel:
 
 def _shapes(run: Run) -> Iterator[StepShape]:
     """The shapes of all steps but empty ones."""
-    orders = puts_in_order(find_policy(run.setup.policy))
+    orders = find_policy(run.setup.policy).sorts
     before: set[str] = set()
     for step in run.steps:
         if step.rows:

@@ -6,22 +6,23 @@ import json
 import os
 import platform
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from shoal.clients import ClientError, ShoalClient
 from shoal.loadtest.errors import ServerDiedError
 from shoal.loadtest.measuring import server_options
 from shoal.loadtest.plan import Plan
 from shoal.loadtest.records import Setup
-from shoal.loadtest.server_options import apply_options
+from shoal.loadtest.server_options import KNOBS, NAMES, apply_options
 from shoal.loadtest.server_process import Announced, ServerProcess
 from shoal.loadtest.storage import Storage, write_json
 from shoal.loadtest.workload import WorkloadRequest, read_workload
 from shoal.loadtest.workload_files import WorkloadFiles
 from shoal.loadtest.workloads import make_workload
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 
 Key = tuple[str, int, int]  # name of a workload, number of requests, seed
 
@@ -40,15 +41,14 @@ class Facts:
     announced: Announced
 
     @property
-    def config(self) -> tuple[SchedulerConfig, PolicyConfig]:
+    def config(self) -> tuple[SchedulerConfig, dict[str, Any]]:
         """Limits and knobs of a server with `options`."""
         said = asdict(self.announced)
         del said["url"]
         usual = SchedulerConfig(num_blocks=self.announced.num_blocks, max_model_len=self.announced.max_model_len)
         tokens = max(usual.max_num_batched_tokens, self.announced.max_num_seqs)
         limits = replace(usual, **said, max_num_batched_tokens=tokens)
-        names = {field.name for kind in (SchedulerConfig, PolicyConfig) for field in fields(kind)} - said.keys()
-        return apply_options(_named(self.options, names), (), limits, PolicyConfig())
+        return apply_options(_named(self.options, NAMES - said.keys()), (), limits, KNOBS)
 
 
 class Preparation:

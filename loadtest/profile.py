@@ -6,22 +6,23 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shoal.loadtest.costs import CostModel, read_object
 from shoal.loadtest.errors import LoadTestError, WorkloadError
 from shoal.loadtest.fit import fit
 from shoal.loadtest.records import Load, Run, Setup
-from shoal.loadtest.server_options import apply_options
+from shoal.loadtest.server_options import KNOBS, apply_options, check_knobs
 from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
 
 FILE = "profile.json"
+_LIMITS = [field.name for field in fields(SchedulerConfig)]
 
 Measure = Callable[[Sequence[WorkloadRequest], Load, Setup], Run]
+Config = TypeVar("Config")
 MakeWorkload = Callable[[str, int, int], Sequence[WorkloadRequest]]  # name, number of requests, seed
-Config = TypeVar("Config", SchedulerConfig, PolicyConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,10 @@ class Profile:
     options: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     limits: SchedulerConfig
-    knobs: PolicyConfig
+    knobs: dict[str, Any]
     costs: CostModel
 
-    def configure(self, options: Sequence[str]) -> tuple[SchedulerConfig, PolicyConfig]:
+    def configure(self, options: Sequence[str]) -> tuple[SchedulerConfig, dict[str, Any]]:
         """Limits and knobs of a server that was started with these options of `shoal serve`.
 
         Raises:
@@ -97,7 +98,7 @@ def make_profile(
     *,
     model: str,
     limits: SchedulerConfig,
-    knobs: PolicyConfig,
+    knobs: dict[str, Any],
     options: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
 ) -> Profile:
@@ -156,8 +157,8 @@ def _read(saved: object) -> Profile:
         model=_read_text(values["model"], "model"),
         options=tuple(_read_texts(values["options"], "options")),
         versions={name: _read_text(text, f"versions.{name}") for name, text in versions.items()},
-        limits=_read_config(SchedulerConfig, values["limits"], "limits"),
-        knobs=_read_config(PolicyConfig, values["knobs"], "knobs"),
+        limits=_read_config(lambda read: SchedulerConfig(**read), values["limits"], "limits", _LIMITS),
+        knobs=_read_config(check_knobs, values["knobs"], "knobs", list(KNOBS)),
         costs=CostModel.from_json(values["costs"]),
     )
 
@@ -182,9 +183,9 @@ def _workload_file(folder: Path, name: str) -> Path:
     return folder / f"workload-{name}.jsonl"
 
 
-def _read_config(kind: type[Config], value: object, name: str) -> Config:
+def _read_config(make: Callable[[dict[str, Any]], Config], value: object, name: str, keys: Sequence[str]) -> Config:
     try:
-        return kind(**read_object(value, name, [one.name for one in fields(kind)]))
+        return make(read_object(value, name, keys))
     except ConfigError as error:
         raise LoadTestError(f"{name}.{error.message}") from error
     except TypeError as error:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from shoal.loadtest.errors import LoadTestError
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.policies import POLICIES, select_knobs
 
-Config = TypeVar("Config", SchedulerConfig, PolicyConfig)
+KNOBS: dict[str, Any] = {knob.name: knob.default for kind in POLICIES.values() for knob in fields(kind.Knobs)}
+"""The knobs of all policies, by name, with their defaults."""
 
-_NAMES = {field.name for kind in (SchedulerConfig, PolicyConfig) for field in fields(kind)} - {"num_lookahead_tokens"}
+NAMES = ({field.name for field in fields(SchedulerConfig)} | KNOBS.keys()) - {"num_lookahead_tokens"}
+"""Options that change nothing but what is scheduled."""
 
 
 def apply_options(
-    options: Sequence[str], common: Sequence[str], limits: SchedulerConfig, knobs: PolicyConfig
-) -> tuple[SchedulerConfig, PolicyConfig]:
+    options: Sequence[str], common: Sequence[str], limits: SchedulerConfig, knobs: dict[str, Any]
+) -> tuple[SchedulerConfig, dict[str, Any]]:
     """Limits and knobs of a server with these options.
 
     Args:
@@ -29,14 +32,26 @@ def apply_options(
     known = _parse(common)
     given = {name: value for name, value in _parse(options).items() if known.get(name) != value}
     for name in given:
-        if name not in _NAMES:
+        if name not in NAMES:
             raise LoadTestError(
                 f"what --{name.replace('_', '-')} does to the costs of steps is not known: profile a server with it"
             )
-    changed = _replace(limits, given)
+    limits_given = _read_all({field.name: getattr(limits, field.name) for field in fields(limits)}, given)
+    changed = replace(limits, **limits_given)
     if "max_num_seqs" in given and "num_blocks" not in given | known:
         changed = replace(changed, num_blocks=_plan_blocks(limits, changed))
-    return changed, _replace(knobs, given)
+    return changed, check_knobs(knobs | _read_all(knobs, given))
+
+
+def check_knobs(knobs: dict[str, Any]) -> dict[str, Any]:
+    """The knobs, which are those of all policies.
+
+    Raises:
+        ConfigError: one of them is out of range.
+    """
+    for policy in POLICIES:
+        select_knobs(policy, knobs)
+    return knobs
 
 
 def _plan_blocks(before: SchedulerConfig, after: SchedulerConfig) -> int:
@@ -64,9 +79,8 @@ def _parse(options: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def _replace(config: Config, given: dict[str, str]) -> Config:
-    names = [field.name for field in fields(config)]
-    return replace(config, **{name: _read(name, given[name], getattr(config, name)) for name in names if name in given})
+def _read_all(before: dict[str, Any], given: dict[str, str]) -> dict[str, Any]:
+    return {name: _read(name, given[name], value) for name, value in before.items() if name in given}
 
 
 def _read(name: str, text: str, before: Any) -> Any:

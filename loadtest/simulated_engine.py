@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 from random import Random
 from zlib import crc32
 
-from shoal.loadtest.costs import CostModel, StepShape, puts_in_order
+from shoal.loadtest.costs import CostModel, StepShape
 from shoal.loadtest.steps import EngineRequest, Row, Step
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.output import ScheduledRequest, SchedulerOutput, StepResult
@@ -59,7 +59,7 @@ class SimulatedExecutor:
         self._requests = requests
         self._costs = costs
         self._scheduler = scheduler
-        self._orders = puts_in_order(type(scheduler.policy))
+        self._orders = scheduler.policy.sorts
         self._clock = clock
         self._random = Random(seed)
         self.shape = StepShape()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import count
 from math import ceil, inf
+from typing import Any
 
 from shoal.loadtest.arrivals import check_load
 from shoal.loadtest.costs import CostModel
@@ -19,11 +20,11 @@ from shoal.loadtest.records import Load, RequestRecord, Run, Setup
 from shoal.loadtest.simulated_engine import STOP_TOKEN_ID, SimulatedExecutor, StepLog, VirtualClock
 from shoal.loadtest.simulated_users import ClosedLoop, OpenLoop, Sending, Users
 from shoal.loadtest.workload import WorkloadRequest
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulingParams
-from shoal.scheduler.policies import Policy, create_policy
+from shoal.scheduler.policies import Policy, create_policy, select_knobs
 from shoal.scheduler.policies.predictor import Oracle
 from shoal.scheduler.policies.sjf import ShortestJobFirst
 from shoal.scheduler.request import Request
@@ -39,7 +40,7 @@ def simulate(
     setup: Setup,
     *,
     limits: SchedulerConfig,
-    knobs: PolicyConfig,
+    knobs: dict[str, Any],
     costs: CostModel,
     name: str = "",
     repetition: int = 0,
@@ -75,12 +76,12 @@ def simulate(
 
 
 def _make_policy(
-    name: str, workload: Sequence[WorkloadRequest], limits: SchedulerConfig, knobs: PolicyConfig
+    name: str, workload: Sequence[WorkloadRequest], limits: SchedulerConfig, knobs: dict[str, Any]
 ) -> Policy:
     if name != SJF_ORACLE:
-        return create_policy(name, limits, knobs)
+        return create_policy(name, limits, select_knobs(name, knobs))
     lengths = {request.request_id: request.num_output_tokens for request in workload}
-    return ShortestJobFirst(Oracle(lengths), knobs.ageing_tokens)
+    return ShortestJobFirst(limits, ShortestJobFirst.Knobs(ageing_tokens=knobs["ageing_tokens"]), Oracle(lengths))
 
 
 class Simulation:

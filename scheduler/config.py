@@ -99,39 +99,3 @@ class SchedulerConfig(SchedulerLimits):
         at_least=0,
         help="How far a block table reaches beyond the known tokens if there are blocks, for a draft model.",
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyConfig:
-    """The knobs of the policies, each of which reads its own, checked once.
-
-    Attributes:
-        ageing_seconds: priority: waiting time that makes up for one level of priority.
-        ageing_tokens: sjf: tokens of predicted work that a second of waiting makes up for.
-        predictor: sjf: what foretells the length of an output; see `scheduler/policies/predictor.py`.
-        prompt_weight, output_weight: fair: what a token of a prompt and an output token count as service.
-        fair_lead: fair: weighted tokens by which a client may be ahead of another before it sits out.
-        ttft_slo_ms, tpot_slo_ms: deadline: the objectives of requests that name none.
-        static_timeout_seconds: static: longest time that a request waits for a batch to become full.
-
-    Raises:
-        ConfigError: a knob is out of range.
-    """
-
-    ageing_seconds: float = 10.0
-    ageing_tokens: float = 20.0
-    predictor: Literal["max_tokens", "learned"] = "learned"
-    prompt_weight: float = 1.0
-    output_weight: float = 2.0
-    fair_lead: float = 256.0
-    ttft_slo_ms: float = 1000.0
-    tpot_slo_ms: float = 100.0
-    static_timeout_seconds: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.predictor not in ("max_tokens", "learned"):
-            raise ConfigError(f"predictor must be max_tokens or learned, not {self.predictor!r}", param="predictor")
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            if isinstance(value, int | float) and not (isfinite(value) and value > 0):
-                raise ConfigError(f"{knob.name} must be a finite number above 0, not {value}", param=knob.name)

@@ -11,9 +11,9 @@ import zlib
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.engine import EngineCore, Executor
 from shoal.scheduler.output import (
     FinishReason,
@@ -32,10 +32,16 @@ from shoal.scheduler.scheduler import Scheduler
 
 Choose = Callable[[str, list[int]], int]  # request id, context -> the token after it
 Draft = Callable[[str, list[int]], list[int]]  # request id, context -> guesses for the tokens after it
+AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
+LIMITS = SchedulerConfig(num_blocks=1, max_model_len=16)  # for policies that read none of them
 
 
 def params(max_tokens: int = 4, **others: object) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, **({"seed": 0} | others))  # type: ignore[arg-type]  # any field
+
+
+def make_policy(kind: type[AnyPolicy], **knobs: object) -> AnyPolicy:
+    return kind(LIMITS, kind.Knobs(**knobs))
 
 
 def digest(context: list[int], seed: int = 0) -> int:
@@ -226,7 +232,7 @@ class Harness:
         choose: Choose | None = None,
         draft: Draft | None = None,
         policy: Policy | str = "fcfs",
-        knobs: PolicyConfig | None = None,
+        knobs: Config | None = None,
         executor: Executor | None = None,
         **limits: int,
     ) -> None:

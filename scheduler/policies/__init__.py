@@ -1,28 +1,35 @@
-"""Scheduling policies, by the name that a configuration gives them."""
+"""Scheduling policies: every class with a `name` in a module of this package is one."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.errors import ConfigError
-from shoal.scheduler.policies.deadline import EarliestDeadlineFirst
-from shoal.scheduler.policies.fair import VirtualTokenCounter
-from shoal.scheduler.policies.fcfs import FirstComeFirstServed
 from shoal.scheduler.policies.policy import Policy
-from shoal.scheduler.policies.priority import Priority
-from shoal.scheduler.policies.sjf import ShortestJobFirst
-from shoal.scheduler.policies.static import Static, StaticWithoutPadding
 
-POLICIES: dict[str, type[Policy]] = {
-    "fcfs": FirstComeFirstServed,
-    "priority": Priority,
-    "sjf": ShortestJobFirst,
-    "fair": VirtualTokenCounter,
-    "deadline": EarliestDeadlineFirst,
-    "static": Static,
-    "static-nopad": StaticWithoutPadding,
-}
+
+def discover_policies() -> dict[str, type[Policy]]:
+    """The policies that the modules of this package define, by name."""
+    modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+    kinds = [
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Policy) and kind.__module__ == module.__name__
+    ]
+    named = [kind for kind in kinds if "name" in vars(kind)]
+    policies = {kind.name: kind for kind in sorted(named, key=lambda kind: kind.name)}
+    assert len(policies) == len(named), "two policies have the same name"
+    return policies
+
+
+POLICIES = discover_policies()
 
 
 def find_policy(name: str) -> type[Policy]:
@@ -36,13 +43,29 @@ def find_policy(name: str) -> type[Policy]:
     return POLICIES[name]
 
 
-def create_policy(name: str, limits: SchedulerConfig, config: PolicyConfig | None = None) -> Policy:
-    """Make the policy of this name; its knobs stand at their defaults if they are not given.
+def create_policy(name: str, config: SchedulerConfig, knobs: Config | None = None) -> Policy:
+    """Make the policy of this name.
+
+    Args:
+        knobs: of the type `find_policy(name).Knobs`; None for their defaults.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such policy.
     """
-    return find_policy(name).create(limits, config or PolicyConfig())
+    kind = find_policy(name)
+    return kind(config, kind.Knobs() if knobs is None else knobs)
+
+
+def select_knobs(name: str, values: Mapping[str, Any]) -> Config:
+    """The knobs of the policy of this name, out of values that may be those of other policies too.
+
+    Knobs that `values` lacks have their defaults.
+
+    Raises:
+        ConfigError: there is no such policy, or a value is out of range.
+    """
+    kind = find_policy(name).Knobs
+    return kind(**{knob.name: values[knob.name] for knob in fields(kind) if knob.name in values})
 
 
 def describe_policies() -> dict[str, str]:
@@ -50,4 +73,12 @@ def describe_policies() -> dict[str, str]:
     return {name: (inspect.getdoc(kind) or "").partition("\n")[0] for name, kind in POLICIES.items()}
 
 
-__all__ = ["POLICIES", "Policy", "create_policy", "describe_policies", "find_policy"]
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "create_policy",
+    "describe_policies",
+    "discover_policies",
+    "find_policy",
+    "select_knobs",
+]

@@ -11,11 +11,13 @@ from shoal.scheduler.request import Request
 class FirstComeFirstServed(Policy):
     """Requests are admitted as they arrived; the latest arrival gives way, and nobody overtakes."""
 
+    name = "fcfs"
+
     def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
         return requests
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
         if request not in running:
-            return None  # whoever runs came first
+            return None  # all running requests came before it
         *_, latest = running
         return None if latest is request else latest

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
+from typing import ClassVar
 
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.output import FinishReason
 from shoal.scheduler.request import Request, RequestStatus
 
@@ -20,48 +21,62 @@ class Notices:
         """The request joins the batch, for the first time or after a preemption."""
 
     def on_progress(self, request: Request, num_tokens: int) -> None:
-        """The request was given so many output tokens, which it counts already."""
+        """The request was given `num_tokens` output tokens; `request.num_output_tokens` counts them already."""
 
     def on_finish(self, request: Request, reason: FinishReason) -> None:
-        """The request has ended, wherever it was."""
+        """The request has ended, whether it ran or waited."""
 
 
 class Policy(Notices, ABC):
-    """Orders requests, says who may be admitted and who sits out a step, and names the victim.
+    """Orders requests, says which are admitted and which pause for a step, and names the victim of a preemption.
 
-    It answers and never acts: token budget, blocks and preemption belong to the scheduler.
+    It answers and never acts: token budget, blocks, rows and preemption belong to the scheduler.
+
+    Attributes:
+        name: what the settings call the policy.  A class that defines no name of its own cannot be chosen there.
+        sorts: whether `order` looks at every waiting request in every step, so that a long queue costs time.
+        Knobs: the type of `knobs`: the policy's own settings, each declared with `setting`.  Their names must differ
+            from those of all other policies.
+        config: the scheduler's limits.
     """
 
-    @classmethod
-    def create(cls, limits: SchedulerConfig, config: PolicyConfig) -> Policy:
-        """Make one with its knobs out of the configuration."""
-        return cls()
+    name: ClassVar[str]
+    sorts: ClassVar[bool] = False
+    Knobs: ClassVar[type[Config]] = Config
+    knobs: Config
+
+    def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
+        assert isinstance(knobs, self.Knobs), "these are the knobs of another policy"
+        self.config = config
+        self.knobs = knobs
 
     @abstractmethod
     def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
-        """All requests, first to be served first; read lazily, so that an iterator sees the admissions before it.
+        """All requests, the first to be served first.
 
-        They come with those that run first, in the order of admission, and then those that wait, in the order of
+        The result is read lazily, so that an iterator sees the admissions of the requests before the next one.
+        `requests` holds the running ones first, in the order of admission, and then the waiting ones, in the order of
         arrival but preempted ones first.
         """
 
     def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-        """Whether this waiting request may join the batch now; if not, the next that waits is asked about."""
+        """Whether this waiting request may join the batch now.  If not, the next waiting request is asked about."""
         return True
 
     def pauses(self, request: Request, now: float) -> bool:
-        """Whether this running request sits out the step in the making: it keeps row and blocks, and gets no share.
+        """Whether this running request pauses for this step: it keeps its row and its blocks, and gets no share.
 
-        Asked when its turn comes in `order`.  If all that run sat out, the scheduler would serve one nevertheless.
+        The question is asked when the request's turn comes in `order`.  If all running requests paused, the scheduler
+        would serve one of them nevertheless.
         """
         return False
 
     @abstractmethod
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
-        """Which running request to preempt so that `request` gets blocks or, if it waits and the batch is full, a row.
+        """The running request to preempt so that `request` gets blocks or, if it waits and the batch is full, a row.
 
-        None if `request` itself must give way.  `running` is not empty.  Who waits may only take from somebody who
-        could not take it back, or the two would preempt each other for ever.
+        None means that `request` itself must give way.  `running` is not empty.  A waiting request may only take from
+        a request that could not take the same back, or the two would preempt each other for ever.
         """
 
     def wake_time(self, now: float) -> float:
@@ -69,22 +84,25 @@ class Policy(Notices, ABC):
         return now
 
     def pads(self, request: Request) -> bool:
-        """Whether the row of this request, which has ended, is computed on; asked again whenever a request ends."""
+        """Whether the row of this request, which has ended, is computed on.  Asked again whenever a request ends."""
         return False
 
 
 class KeyedPolicy(Policy):
-    """Serves the least key first; the greatest gives way, to a waiting request too if that one's key is less.
+    """Serves the request with the least key first; the one with the greatest gives way.
 
-    Among equals the first comes first.
+    It gives way to a waiting request too, if that one's key is less.  Among equal keys the first request comes first.
     """
 
-    def __init__(self) -> None:
+    sorts = True
+
+    def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
+        super().__init__(config, knobs)
         self._waiting_keys: dict[Request, float] = {}
 
     @abstractmethod
     def key(self, request: Request) -> float:
-        """Must not change while the request waits: a long queue is put in order in every step."""
+        """The request's place in the order.  It must not change while the request waits: it is computed once."""
 
     def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
         known = self._waiting_keys
@@ -106,5 +124,5 @@ class KeyedPolicy(Policy):
         return last if self.key(request) < self.key(last) else None
 
     def last(self, running: Collection[Request]) -> Request:
-        """The running request with the greatest key; of equals the one admitted last."""
+        """The running request with the greatest key; of equals the one that was admitted last."""
         return max(reversed(tuple(running)), key=self.key)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from dataclasses import dataclass
+
+from shoal.scheduler.config import Config, setting
 from shoal.scheduler.policies.policy import KeyedPolicy
 from shoal.scheduler.request import Request
 
@@ -10,22 +12,21 @@ from shoal.scheduler.request import Request
 class Priority(KeyedPolicy):
     """The lowest `priority` goes first and may preempt higher ones; waiting makes up for priority.
 
-    Args:
-        ageing_seconds: waiting time that makes up for one level.
-
-    A request that has waited a time t counts as `t / ageing_seconds` levels more urgent.  That is the same for all who
-    wait, so that the order of two requests never changes: it is that of priority + arrival_time / ageing_seconds.
-    Hence two requests never preempt each other in turns, and nobody starves: a request is not overtaken by any that
-    arrives more than `ageing_seconds` after it for each level between them.
+    A request that has waited a time t counts as `t / ageing_seconds` levels more urgent.  That is the same for all
+    waiting requests, so that the order of two requests never changes: it is that of
+    priority + arrival_time / ageing_seconds.  Hence two requests never preempt each other in turns, and no request
+    starves: none that arrives more than `ageing_seconds` later for each level between the two overtakes it.
     """
 
-    def __init__(self, ageing_seconds: float) -> None:
-        super().__init__()
-        self._ageing_seconds = ageing_seconds
+    name = "priority"
 
-    @classmethod
-    def create(cls, limits: SchedulerConfig, config: PolicyConfig) -> Priority:
-        return cls(config.ageing_seconds)
+    @dataclass(frozen=True, kw_only=True)
+    class Knobs(Config):
+        ageing_seconds: float = setting(
+            10.0, above=0, help="For priority: waiting time in seconds that makes up for one level of priority."
+        )
+
+    knobs: Knobs
 
     def key(self, request: Request) -> float:
-        return request.scheduling.priority + request.arrival_time / self._ageing_seconds
+        return request.scheduling.priority + request.arrival_time / self.knobs.ageing_seconds

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
 
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import Config, SchedulerConfig, setting
 from shoal.scheduler.output import FinishReason
 from shoal.scheduler.policies.policy import KeyedPolicy
 from shoal.scheduler.policies.predictor import PREDICTORS, Predictor
@@ -17,40 +19,49 @@ class ShortestJobFirst(KeyedPolicy):
     """The least predicted work left goes first and may preempt more; waiting makes up for work.
 
     Args:
-        predictor: foretells the length of a request's output when it arrives.
-        ageing_tokens: tokens of work that a second of waiting makes up for.
+        predictor: predicts the length of a request's output when it arrives; by default the one that the knobs name.
 
     Work left is the output that is still expected, and a tenth of the tokens that are known and still to be computed.
-    Whoever outlives its prediction is expected to need as much again, and so on; so it has never more left than another
-    with the same prediction that has not begun, and the two do not preempt each other in turns.  To be preempted for a
-    row costs computing again, so that much more the victim must have left.
+    A request that outlives its prediction is expected to need as much again, and so on.  So it never has more left
+    than another one with the same prediction that has not begun, and the two do not preempt each other in turns.  A
+    request that is preempted for a row must be computed again: the victim must have that much more work left.
 
-    Nobody starves: the order is that of arrival_time + work left / ageing_tokens, and a request's work is never more
-    than W, a tenth of its prompt and all of `max_tokens`; so it is not overtaken by any that arrives more than
-    W / ageing_tokens seconds after it.
+    No request starves: the order is that of arrival_time + work left / ageing_tokens, and a request's work is never
+    more than W, a tenth of its prompt and all of `max_tokens`.  So none that arrives more than W / ageing_tokens
+    seconds later overtakes it.
     """
 
-    def __init__(self, predictor: Predictor, ageing_tokens: float) -> None:
-        super().__init__()
-        self._predictor = predictor
-        self._ageing_tokens = ageing_tokens
-        self._predicted: dict[Request, float] = {}
+    name = "sjf"
 
-    @classmethod
-    def create(cls, limits: SchedulerConfig, config: PolicyConfig) -> ShortestJobFirst:
-        return cls(PREDICTORS[config.predictor](), config.ageing_tokens)
+    @dataclass(frozen=True, kw_only=True)
+    class Knobs(Config):
+        ageing_tokens: float = setting(
+            20.0, above=0, help="For sjf: tokens of predicted work that one second of waiting makes up for."
+        )
+        predictor: Literal["max_tokens", "learned"] = setting(
+            "learned",
+            help="For sjf: what predicts the length of an output.  max_tokens takes the request's limit; learned learns"
+            " from the requests that end.",
+        )
+
+    knobs: Knobs
+
+    def __init__(self, config: SchedulerConfig, knobs: Knobs, predictor: Predictor | None = None) -> None:
+        super().__init__(config, knobs)
+        self._predictor = predictor or PREDICTORS[knobs.predictor]()
+        self._predicted: dict[Request, float] = {}
 
     def key(self, request: Request) -> float:
         predicted, num_output_tokens = self._predicted[request], request.num_output_tokens
         expected = min(predicted - num_output_tokens % predicted, request.params.max_tokens - num_output_tokens)
         to_compute = _PROMPT_WEIGHT * (request.num_tokens - request.num_computed_tokens)
-        return request.arrival_time + (expected + to_compute) / self._ageing_tokens
+        return request.arrival_time + (expected + to_compute) / self.knobs.ageing_tokens
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
         victim = super().victim(request, running, now)
         if victim is None or request.status is RequestStatus.RUNNING:
             return victim
-        lost = _PROMPT_WEIGHT * victim.num_computed_tokens / self._ageing_tokens
+        lost = _PROMPT_WEIGHT * victim.num_computed_tokens / self.knobs.ageing_tokens
         return victim if self.key(request) + lost < self.key(victim) else None
 
     def on_arrival(self, request: Request) -> None:
@@ -59,5 +70,5 @@ class ShortestJobFirst(KeyedPolicy):
     def on_finish(self, request: Request, reason: FinishReason) -> None:
         super().on_finish(request, reason)
         del self._predicted[request]
-        if reason is not FinishReason.ERROR:  # whoever was aborted wanted no more than it had
+        if reason is not FinishReason.ERROR:  # an aborted request wanted no more than it had
             self._predictor.learn(request)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -23,11 +23,11 @@ import zmq
 
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.step.executor import ModelExecutor
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ConfigError, ShoalError
 from shoal.scheduler.output import FinishReason, RequestOutput, SchedulerStats
-from shoal.scheduler.policies import create_policy
+from shoal.scheduler.policies import create_policy, select_knobs
 from shoal.scheduler.request import Request
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.backends import plan_backend
@@ -111,7 +111,7 @@ def build_engine(config: EngineConfig) -> tuple[EngineCore, Ready]:
         enable_prefix_caching=config.enable_prefix_caching,
         num_lookahead_tokens=guessing.num_lookahead_tokens if guessing else 0,
     )
-    knobs = PolicyConfig(**{knob.name: getattr(config, knob.name) for knob in fields(PolicyConfig)})
+    knobs = select_knobs(config.policy, msgspec.structs.asdict(config))
     scheduler = Scheduler(limits, create_policy(config.policy, limits, knobs))
     backend = plan.create(record, cache.num_blocks)
     executor = ModelExecutor(

@@ -13,8 +13,9 @@ from click.testing import CliRunner, Result
 from shoal.loadtest.cli import loadtest, simulate
 from shoal.loadtest.costs import CostModel, Latencies, StepCosts
 from shoal.loadtest.profile import Profile, write_profile
+from shoal.loadtest.server_options import KNOBS
 from shoal.loadtest.workload import WorkloadRequest, read_workload
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 
 NUM_REQUESTS = 5
 
@@ -42,7 +43,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Profile(
             model="shoal-moe",
             limits=SchedulerConfig(num_blocks=4096, max_model_len=1024),
-            knobs=PolicyConfig(),
+            knobs=KNOBS,
             costs=CostModel(steps=steps, latencies=latencies),
         ),
         {},

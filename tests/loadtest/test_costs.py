@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.loadtest.accuracy import compare
-from shoal.loadtest.costs import CostModel, Deviations, Latencies, StepCosts, StepShape, puts_in_order
+from shoal.loadtest.costs import CostModel, Deviations, Latencies, StepCosts, StepShape
 from shoal.loadtest.errors import LoadTestError
 from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest, SchedulerOutput
-from shoal.scheduler.policies import POLICIES
 from tests.loadtest.twin import REALISTIC
 
 EMPTY = StepShape()
@@ -57,10 +56,6 @@ def test_the_shape_of_a_schedule() -> None:
     ]
     # The queries at positions 3 to 6, 10 and 7 see themselves and all before them.
     assert StepShape.of(SchedulerOutput(shares, []), 5) == (6, 4 + 5 + 6 + 7 + 11 + 8, 7 + 11 + 8, 2, 1, 1, 5)
-
-
-def test_which_policies_put_the_waiting_in_order() -> None:
-    assert [name for name, kind in POLICIES.items() if puts_in_order(kind)] == ["priority", "sjf", "fair", "deadline"]
 
 
 amounts = st.floats(0, 1e3, allow_nan=False)

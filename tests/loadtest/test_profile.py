@@ -22,15 +22,15 @@ from shoal.loadtest.profile import (
     write_profile,
 )
 from shoal.loadtest.records import Load, Run, Setup
-from shoal.loadtest.server_options import apply_options
+from shoal.loadtest.server_options import KNOBS, apply_options
 from shoal.loadtest.simulator import simulate
 from shoal.loadtest.workload import WorkloadRequest
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
 from tests.loadtest.twin import LIMITS, REALISTIC, chat
 
 PROFILE = Profile(
-    model="m", options=("--threads", "2"), versions={"shoal": "1"}, limits=LIMITS, knobs=PolicyConfig(), costs=REALISTIC
+    model="m", options=("--threads", "2"), versions={"shoal": "1"}, limits=LIMITS, knobs=KNOBS, costs=REALISTIC
 )
 
 
@@ -48,7 +48,7 @@ class Engine:
 
     def measure(self, workload: Sequence[WorkloadRequest], load: Load, setup: Setup) -> Run:
         self.setups.append(setup)
-        limits, knobs = apply_options(setup.options, ("--threads", "2"), LIMITS, PolicyConfig())
+        limits, knobs = apply_options(setup.options, ("--threads", "2"), LIMITS, KNOBS)
         run = simulate(workload, load, setup, limits=limits, knobs=knobs, costs=self.costs)
         self.seconds += max(record.finished_at or 0 for record in run.requests)
         return run
@@ -59,7 +59,7 @@ def test_a_profile_knows_what_the_engine_costs() -> None:
     limits = replace(LIMITS, num_blocks=1)  # which the traces know better
     options = ("--threads", "2")
     runs = list(measure_series(engine.measure, make, options))
-    profile = make_profile(runs, model="m", limits=limits, knobs=PolicyConfig(), options=options)
+    profile = make_profile(runs, model="m", limits=limits, knobs=KNOBS, options=options)
     assert profile.limits == LIMITS
     assert len(engine.setups) == len(SERIES)
     assert all(setup.options[:2] == options for setup in engine.setups)
@@ -70,7 +70,7 @@ def test_a_profile_knows_what_the_engine_costs() -> None:
             [
                 record.finished_at
                 for record in simulate(
-                    workload, load, Setup(policy=policy), limits=LIMITS, knobs=PolicyConfig(), costs=costs
+                    workload, load, Setup(policy=policy), limits=LIMITS, knobs=KNOBS, costs=costs
                 ).requests
             ]
             for costs in (REALISTIC, replace(profile.costs, deviations=()))
@@ -105,8 +105,8 @@ def test_no_profile_is_refused(tmp_path: Path) -> None:
         ({"versions": {"shoal": 3}}, "versions.shoal must be a string, not 3"),
         ({"more": 3}, "profile.more is unknown"),
         ({"costs": {}}, "costs.version is missing"),
-        ({"limits": {}}, "limits.num_blocks is missing"),
-        ({"knobs": {"ageing_seconds": 1}}, "knobs.ageing_tokens is missing"),
+        ({"limits": {}}, "limits.max_num_seqs is missing"),
+        ({"knobs": {"ageing_seconds": 1}}, "knobs.ttft_slo_ms is missing"),
     ],
 )
 def test_a_broken_profile_is_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -122,7 +122,7 @@ def test_a_broken_profile_is_refused_by_name(tmp_path: Path, change: dict[str, o
     [
         ("limits", "num_blocks", 0, "limits.num_blocks must be at least 1, not 0"),
         ("limits", "num_blocks", "many", "limits has a value of the wrong type"),
-        ("knobs", "ageing_tokens", -1, "knobs.ageing_tokens must be a finite number above 0, not -1"),
+        ("knobs", "ageing_tokens", -1, "knobs.ageing_tokens must be above 0, not -1"),
     ],
 )
 def test_a_broken_limit_is_refused_by_name(
@@ -168,13 +168,13 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_options_change_limits_and_knobs(options: list[str], limits: dict[str, int], knobs: dict[str, float]) -> None:
-    assert PROFILE.configure(options) == (replace(LIMITS, **limits), replace(PolicyConfig(), **knobs))  # type: ignore[arg-type]  # any field
+    assert PROFILE.configure(options) == (replace(LIMITS, **limits), KNOBS | knobs)  # type: ignore[arg-type]  # any field
 
 
 def test_memory_that_was_short_stays_so() -> None:
     short = SchedulerConfig(num_blocks=100, max_model_len=1024)
-    assert apply_options(["--max-num-seqs", "32"], [], short, PolicyConfig())[0].num_blocks == 100
-    assert apply_options(["--max-num-seqs", "1"], [], short, PolicyConfig())[0].num_blocks == 64
+    assert apply_options(["--max-num-seqs", "32"], [], short, KNOBS)[0].num_blocks == 100
+    assert apply_options(["--max-num-seqs", "1"], [], short, KNOBS)[0].num_blocks == 64
 
 
 @pytest.mark.parametrize(

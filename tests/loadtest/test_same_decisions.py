@@ -14,10 +14,10 @@ from shoal.loadtest.arrivals import due_times
 from shoal.loadtest.records import Load
 from shoal.loadtest.simulator import Simulation
 from shoal.loadtest.workload import WorkloadRequest
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import SamplingParams, SchedulerOutput, SchedulingParams, StepResult
-from shoal.scheduler.policies import POLICIES, create_policy
+from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.messages import Command, EngineRequest, News, Report, Submit
 from shoal.server.engine.process import EngineLoop, Sockets
@@ -26,7 +26,7 @@ from tests.loadtest.twin import LIMITS, SECONDS, ask
 STOP = -1
 # Few rows and few blocks, so that there is something to decide.
 TIGHT = replace(LIMITS, num_blocks=24, max_num_seqs=5, max_num_batched_tokens=48, max_chunk_tokens=32)
-KNOBS = PolicyConfig(ageing_seconds=0.5, ageing_tokens=40, static_timeout_seconds=0.0305, fair_lead=20)
+KNOBS = {"ageing_seconds": 0.5, "ageing_tokens": 40, "static_timeout_seconds": 0.0305, "fair_lead": 20}
 
 
 class Clock:
@@ -156,7 +156,7 @@ def decisions_of_server(
         clock.now += seconds
 
     executor = ScriptedExecutor(workload, wait, seed=7)
-    core = EngineCore(Scheduler(limits, create_policy(policy, limits, KNOBS)), executor, clock)
+    core = EngineCore(Scheduler(limits, create_policy(policy, limits, select_knobs(policy, KNOBS))), executor, clock)
     server = Server(workload, load, clock)
     loop = EngineLoop(core, server)
     while server.num_unfinished:
@@ -167,7 +167,7 @@ def decisions_of_server(
 def decisions_of_twin(
     workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig
 ) -> list[SchedulerOutput]:
-    made = create_policy(policy, limits, KNOBS)
+    made = create_policy(policy, limits, select_knobs(policy, KNOBS))
     simulation = Simulation(workload, load, policy=made, limits=limits, costs=SECONDS)
 
     def wait(seconds: float) -> None:

@@ -13,12 +13,13 @@ from shoal.loadtest.arrivals import think_times
 from shoal.loadtest.costs import Deviations, Latencies
 from shoal.loadtest.errors import LoadTestError
 from shoal.loadtest.records import Load, RequestRecord, Run, Setup
+from shoal.loadtest.server_options import KNOBS
 from shoal.loadtest.simulator import SJF_ORACLE, Simulation, simulate
 from shoal.loadtest.steps import Row
 from shoal.loadtest.workload import WorkloadRequest
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
-from shoal.scheduler.policies import POLICIES, create_policy
+from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
 from shoal.scheduler.policies.fcfs import FirstComeFirstServed
 from shoal.scheduler.request import Request
 from shoal.scheduler.trace import StepRecord
@@ -40,7 +41,7 @@ def record(run: Run, request_id: str) -> RequestRecord:
 
 def generate(workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig) -> dict[str, list[int]]:
     """Simulate, check what must hold in each run, and return the tokens of each request."""
-    knobs = PolicyConfig(ageing_seconds=1, static_timeout_seconds=0.05)
+    knobs = select_knobs(policy, {"ageing_seconds": 1, "static_timeout_seconds": 0.05})
     simulation = Simulation(workload, load, policy=create_policy(policy, limits, knobs), limits=limits, costs=REALISTIC)
     found: dict[str, list[int]] = {request.request_id: [] for request in workload}
     observe = simulation.log.observe
@@ -180,13 +181,13 @@ def test_requests_that_come_take_time_between_steps() -> None:
 
 
 def test_a_static_batch_waits_for_its_timeout() -> None:
-    knobs = PolicyConfig(static_timeout_seconds=0.25)
+    knobs = {"static_timeout_seconds": 0.25}
     found = run([ask("a")], Load(users=1), "static", knobs=knobs, max_num_seqs=2)
     assert times(found)["a"][1] == [1.25, 2.25]
 
 
 def test_a_static_batch_does_not_wait_once_it_is_full() -> None:
-    knobs = PolicyConfig(static_timeout_seconds=0.25)
+    knobs = {"static_timeout_seconds": 0.25}
     workload = [ask("a", arrival_time=0.0), ask("b", arrival_time=0.125), ask("c", arrival_time=0.5)]
     found = run(workload, Load(), "static", knobs=knobs, max_num_seqs=2)
     assert {name: joined.joined_at for name, joined in found.engine_requests.items()} == {
@@ -197,7 +198,7 @@ def test_a_static_batch_does_not_wait_once_it_is_full() -> None:
 
 
 def test_sockets_wait_for_whole_milliseconds() -> None:
-    knobs = PolicyConfig(static_timeout_seconds=0.0301)
+    knobs = {"static_timeout_seconds": 0.0301}
     assert run([ask("a")], Load(users=1), "static", knobs=knobs).engine_requests["a"].joined_at == 0.031
 
 
@@ -302,7 +303,7 @@ def test_the_oracle_knows_what_sjf_has_to_guess() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown policy 'lifo'; known are fcfs"):
+    with pytest.raises(ConfigError, match="unknown policy 'lifo'; known are deadline"):
         run([ask("a")], Load(users=1), "lifo")
 
 
@@ -314,7 +315,7 @@ def test_a_load_that_is_out_of_range_is_refused() -> None:
 def test_speculation_is_refused() -> None:
     setup = Setup(policy="fcfs", speculation="draft")
     with pytest.raises(LoadTestError, match="'draft' cannot be simulated"):
-        simulate([ask("a")], Load(users=1), setup, limits=LIMITS, knobs=PolicyConfig(), costs=SECONDS)
+        simulate([ask("a")], Load(users=1), setup, limits=LIMITS, knobs=KNOBS, costs=SECONDS)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

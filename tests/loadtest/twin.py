@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 from shoal.loadtest.costs import CostModel, Latencies, StepCosts
 from shoal.loadtest.records import Load, Run, Setup
+from shoal.loadtest.server_options import KNOBS
 from shoal.loadtest.simulator import simulate
 from shoal.loadtest.workload import WorkloadRequest
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 
 LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
 NO_LATENCIES = Latencies(
@@ -96,7 +98,7 @@ def run(
     policy: str = "fcfs",
     costs: CostModel = SECONDS,
     *,
-    knobs: PolicyConfig | None = None,
+    knobs: dict[str, Any] | None = None,
     repetition: int = 0,
     **limits: int | bool,
 ) -> Run:
@@ -106,7 +108,7 @@ def run(
         load,
         Setup(policy=policy),
         limits=replace(LIMITS, **limits),  # type: ignore[arg-type]  # any limit
-        knobs=knobs or PolicyConfig(),
+        knobs=knobs or KNOBS,
         costs=costs,
         repetition=repetition,
     )

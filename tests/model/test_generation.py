@@ -16,10 +16,10 @@ from shoal.model.backends.native_library import supported_isas
 from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.step.executor import ModelExecutor
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
-from shoal.scheduler.policies import POLICIES, create_policy
+from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
 from shoal.scheduler.request import Request
 from shoal.scheduler.scheduler import Scheduler
 from tests.model.oracles import SHAPES
@@ -78,7 +78,7 @@ def run(
     to_come = list(requests)
     step = 0
     core = EngineCore(
-        Scheduler(config, create_policy(policy, config, PolicyConfig(fair_lead=fair_lead))),
+        Scheduler(config, create_policy(policy, config, select_knobs(policy, {"fair_lead": fair_lead}))),
         executor,
         lambda: float(step),
     )

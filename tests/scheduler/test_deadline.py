@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from shoal.scheduler.policies.deadline import EarliestDeadlineFirst
 from shoal.scheduler.request import RequestStatus
-from tests.fakes import Harness, generate, hashed, params
+from tests.fakes import Harness, generate, hashed, make_policy, params
 
 
 def edf() -> EarliestDeadlineFirst:
-    return EarliestDeadlineFirst(ttft_slo_ms=10_000, tpot_slo_ms=1000)
+    return make_policy(EarliestDeadlineFirst, ttft_slo_ms=10_000, tpot_slo_ms=1000)
 
 
 def test_the_first_token_that_is_due_comes_first() -> None:

@@ -10,15 +10,19 @@ from hypothesis import strategies as st
 
 from shoal.scheduler.policies.fair import VirtualTokenCounter
 from shoal.scheduler.request import Request, RequestStatus
-from tests.fakes import Harness, scripted
+from tests.fakes import Harness, make_policy, scripted
 
 Sizes = Sequence[tuple[int, int]]  # of each request: tokens of the prompt, and of the output
 
 LEAD = 4  # weighted tokens
 
 
+def fair(lead: float) -> VirtualTokenCounter:
+    return make_policy(VirtualTokenCounter, prompt_weight=1, output_weight=2, fair_lead=lead)
+
+
 def one_row(**limits: int) -> Harness:
-    policy = VirtualTokenCounter(prompt_weight=1, output_weight=2, lead=LEAD)
+    policy = fair(LEAD)
     return Harness(max_num_seqs=1, policy=policy, enable_prefix_caching=False, **limits)
 
 
@@ -38,7 +42,7 @@ def test_clients_take_turns_however_many_requests_they_have() -> None:
 
 
 def test_rows_of_one_step_are_shared_too() -> None:
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 6)
     add(harness, "b", 6)
     harness.step()
@@ -56,7 +60,7 @@ def test_service_is_weighted_tokens() -> None:
 
 
 def test_who_is_alone_has_everything() -> None:
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 8, max_tokens=2)
     harness.drain()
     assert [len(step) for step in harness.chunks] == [4, 4, 4, 4]
@@ -84,7 +88,7 @@ def test_who_comes_to_an_empty_queue_is_lifted_to_whoever_left_it_last() -> None
 
 
 def test_what_a_preemption_has_computed_again_is_nobodys_service() -> None:
-    policy = VirtualTokenCounter(1, 2, LEAD)
+    policy = fair(LEAD)
     harness = Harness(num_blocks=4, block_size=2, max_model_len=8, policy=policy, enable_prefix_caching=False)
     late = harness.add("a", [1, 2, 3], max_tokens=4, client="a")
     other = harness.add("b", [4, 5, 6], max_tokens=4, client="b")
@@ -94,7 +98,7 @@ def test_what_a_preemption_has_computed_again_is_nobodys_service() -> None:
 
 
 def test_the_client_that_was_served_most_gives_way_for_blocks() -> None:
-    policy = VirtualTokenCounter(1, 2, LEAD)
+    policy = fair(LEAD)
     harness = Harness(num_blocks=6, block_size=2, max_model_len=12, policy=policy, enable_prefix_caching=False)
     greedy = [harness.add(f"a{i}", [1, 2, 3], max_tokens=4, client="a") for i in range(2)]
     modest = harness.add("b0", [1, 2, 3], max_tokens=4, client="b")
@@ -122,7 +126,7 @@ def test_aborts_leave_the_queue() -> None:
 
 
 def test_clients_that_are_gone_are_forgotten() -> None:
-    harness = Harness(policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(policy=fair(LEAD))
     for index in range(4000):
         harness.add(f"r{index}", [1], max_tokens=1, client=str(index))
         harness.engine.step()
@@ -136,7 +140,7 @@ def test_clients_that_are_gone_are_forgotten() -> None:
 
 def test_who_is_ahead_sits_out_until_the_other_has_caught_up() -> None:
     """After the first step "a" was served 9 and "b" 3; a step of "a" is 6, one of "b" 2."""
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 3, max_tokens=5)
     add(harness, "b", 1, max_tokens=5)
     harness.drain()
@@ -151,7 +155,7 @@ def test_who_is_ahead_sits_out_until_the_other_has_caught_up() -> None:
 
 
 def test_with_a_long_lead_nobody_sits_out() -> None:
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, 1e9))
+    harness = Harness(max_num_seqs=4, policy=fair(1e9))
     add(harness, "a", 3, max_tokens=5)
     add(harness, "b", 1, max_tokens=5)
     harness.drain()
@@ -159,7 +163,7 @@ def test_with_a_long_lead_nobody_sits_out() -> None:
 
 
 def test_nobody_joins_a_client_that_sits_out() -> None:
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 2, max_tokens=5)
     add(harness, "b", 1, max_tokens=5)
     harness.step()
@@ -176,7 +180,7 @@ def test_nobody_joins_a_client_that_sits_out() -> None:
 
 def test_a_row_is_taken_from_whoever_was_served_more() -> None:
     """ "b" comes at the level of "a", 12, and takes the row when "a" has 20; then "a" sits out until "b" has 16."""
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 5, max_tokens=6)
     harness.step()
     add(harness, "b", 2, max_tokens=3)
@@ -203,7 +207,7 @@ def test_a_row_is_taken_from_whoever_was_served_more() -> None:
 
 def test_who_comes_back_has_a_row_at_once() -> None:
     """ "b" has 8 of credit: it is lifted to 20 - 8, and taking a row of "a" costs 2."""
-    harness = Harness(max_num_seqs=4, policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "b", 1)
     harness.step()
     add(harness, "a", 5, max_tokens=9)
@@ -218,7 +222,7 @@ def test_who_comes_back_has_a_row_at_once() -> None:
 
 @pytest.mark.parametrize(("num_rows", "num_preemptions"), [(1, 0), (2, 1), (3, 1), (6, 2), (16, 5)])
 def test_rows_are_taken_from_clients_that_have_twice_as_many(num_rows: int, num_preemptions: int) -> None:
-    policy = VirtualTokenCounter(1, 2, lead=100)
+    policy = fair(100)
     harness = Harness(max_num_seqs=num_rows, policy=policy, num_blocks=200)
     add(harness, "b", 1)
     harness.step()
@@ -232,7 +236,7 @@ def test_rows_are_taken_from_clients_that_have_twice_as_many(num_rows: int, num_
 
 
 def test_no_row_is_taken_for_less_than_it_costs() -> None:
-    harness = Harness(max_num_seqs=2, policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(max_num_seqs=2, policy=fair(LEAD))
     add(harness, "b", 1)
     harness.step()
     add(harness, "a", 3, num_prompt_tokens=20, max_tokens=4)
@@ -249,7 +253,7 @@ def test_guesses_outlast_a_step_that_is_sat_out() -> None:
     def draft(request_id: str, context: list[int]) -> list[int]:
         return texts[request_id][len(context) : len(context) + 2] if request_id != "b0" else []
 
-    harness = Harness(scripted(texts), draft, max_num_seqs=3, policy=VirtualTokenCounter(1, 2, LEAD))
+    harness = Harness(scripted(texts), draft, max_num_seqs=3, policy=fair(LEAD))
     for name, text in texts.items():
         harness.add(name, text[:1], max_tokens=9, client=name[0])
     harness.drain()
@@ -264,7 +268,7 @@ def test_guesses_outlast_a_step_that_is_sat_out() -> None:
 
 @pytest.mark.parametrize("lead", [0.5, 10.0, 1e6])
 def test_an_endless_stream_of_short_requests_starves_nobody(lead: float) -> None:
-    harness = Harness(max_num_seqs=3, policy=VirtualTokenCounter(1, 2, lead), max_num_waiting=10**6)
+    harness = Harness(max_num_seqs=3, policy=fair(lead), max_num_waiting=10**6)
     add(harness, "a", 4, max_tokens=20)
     for _ in range(200):
         add(harness, "b", 1, max_tokens=3)
@@ -326,7 +330,7 @@ def test_two_clients_that_wait_are_served_alike(
 ) -> None:
     """In any interval of the time in which both have requests waiting, the paper's bound holds."""
     harness = Harness(
-        policy=VirtualTokenCounter(1, 2, lead),
+        policy=fair(lead),
         max_num_seqs=max_num_seqs,
         num_blocks=num_blocks,
         max_num_batched_tokens=budget,

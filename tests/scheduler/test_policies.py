@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from shoal.scheduler.config import PolicyConfig, SchedulerConfig
+from shoal.scheduler import policies
+from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.errors import ConfigError
 from shoal.scheduler.output import FinishReason, SchedulerOutput
-from shoal.scheduler.policies import POLICIES, create_policy, describe_policies
+from shoal.scheduler.policies import POLICIES, create_policy, describe_policies, select_knobs
+from shoal.scheduler.policies.fair import VirtualTokenCounter
 from shoal.scheduler.policies.fcfs import FirstComeFirstServed
 from shoal.scheduler.policies.policy import KeyedPolicy
 from shoal.scheduler.request import Request, RequestStatus
-from tests.fakes import Harness, InjectedError, generate, hashed, params
+from tests.fakes import LIMITS, Harness, InjectedError, generate, hashed, make_policy, params
 
-LIMITS = SchedulerConfig(num_blocks=1, max_model_len=16)
+KINDS = {knob.name: policy.Knobs for policy in POLICIES.values() for knob in fields(policy.Knobs)}
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -42,16 +46,85 @@ def test_each_policy_says_in_one_line_of_its_own_what_it_does() -> None:
 
 @pytest.mark.parametrize(
     ("knob", "value"),
-    [(knob.name, value) for knob in fields(PolicyConfig) for value in (0, -1.0, float("nan"), float("inf"))],
+    [(knob, value) for knob in KINDS for value in (0, -1.0, float("nan"), float("inf"))],
 )
 def test_a_knob_out_of_range_is_named(knob: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{knob} must be .*, not {value}") as caught:
-        PolicyConfig(**{knob: value})  # type: ignore[arg-type]  # any knob
+        KINDS[knob](**{knob: value})
     assert caught.value.param == knob
 
 
+def test_the_knobs_of_all_policies_have_names_of_their_own() -> None:
+    kinds = {policy.Knobs for policy in POLICIES.values()}
+    assert KINDS.keys().isdisjoint(field.name for field in fields(SchedulerConfig))
+    assert sum(len(fields(kind)) for kind in kinds) == len(KINDS) == 9
+
+
+def test_a_policy_takes_its_own_knobs_out_of_those_of_all() -> None:
+    assert select_knobs("fair", {"fair_lead": 3, "ageing_tokens": 4}) == VirtualTokenCounter.Knobs(fair_lead=3)
+    assert select_knobs("fcfs", {"fair_lead": 3}) == Config()
+    with pytest.raises(AssertionError, match="another policy"):
+        create_policy("sjf", LIMITS, select_knobs("fair", {}))
+
+
+def test_a_policy_says_whether_it_puts_the_queue_in_order() -> None:
+    assert [name for name, policy in POLICIES.items() if policy.sorts] == ["deadline", "fair", "priority", "sjf"]
+
+
+LONGEST_FIRST = '''
+"""The longest prompt first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.scheduler.config import Config, setting
+from shoal.scheduler.policies.policy import KeyedPolicy
+from shoal.scheduler.request import Request
+
+
+class LongestPromptFirst(KeyedPolicy):
+    """The longest prompt goes first; waiting makes up for length."""
+
+    name = "longest"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Knobs(Config):
+        patience: float = setting(1.0, above=0, help="For longest: seconds that make up for a token of the prompt.")
+
+    knobs: Knobs
+
+    def key(self, request: Request) -> float:
+        return request.arrival_time - request.num_prompt_tokens * self.knobs.patience
+'''
+
+
+@pytest.fixture
+def _longest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Adds a file to the package of the policies."""
+    (tmp_path / "longest.py").write_text(LONGEST_FIRST)
+    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
+    monkeypatch.setattr(policies, "POLICIES", policies.discover_policies())
+    yield
+    del sys.modules["shoal.scheduler.policies.longest"]
+
+
+@pytest.mark.usefixtures("_longest_first")
+def test_a_policy_is_added_in_one_file_of_25_lines_with_its_knob() -> None:
+    assert len(LONGEST_FIRST.strip().splitlines()) <= 25
+    assert policies.POLICIES.keys() == POLICIES.keys() | {"longest"}
+    assert describe_policies()["longest"] == "The longest prompt goes first; waiting makes up for length."
+    for patience, expected in ((2.0, ["long", "short"]), (0.5, ["short", "long"])):
+        harness = Harness(max_num_seqs=1, policy="longest", knobs=select_knobs("longest", {"patience": patience}))
+        harness.add("short", [1], max_tokens=1)
+        harness.now = 2.0
+        harness.add("long", [1, 2, 3], max_tokens=1)
+        harness.drain()
+        assert list(harness.finish_reasons) == expected
+
+
 def test_fcfs_names_the_latest_arrival_and_never_preempts_for_a_newcomer() -> None:
-    policy = FirstComeFirstServed()
+    policy = make_policy(FirstComeFirstServed)
     first, second, third = (Request(name, [1], params(), 0.0) for name in "abc")
     assert list(policy.order([first, second], 0.0)) == [first, second]
     assert policy.victim(first, [first, second], 0.0) is second
@@ -79,7 +152,7 @@ class UrgentFirst(UrgentTakes):
 
 
 def test_a_policy_may_order_the_waiting() -> None:
-    harness = Harness(max_num_seqs=1, policy=UrgentFirst())
+    harness = Harness(max_num_seqs=1, policy=make_policy(UrgentFirst))
     for request_id in ("a", "b", "!c"):
         harness.add(request_id, [1], max_tokens=1)
     harness.drain()
@@ -87,7 +160,9 @@ def test_a_policy_may_order_the_waiting() -> None:
 
 
 def test_a_policy_may_preempt_for_a_waiting_request() -> None:
-    harness = Harness(num_blocks=4, block_size=2, max_model_len=9, policy=UrgentTakes(), enable_prefix_caching=False)
+    harness = Harness(
+        num_blocks=4, block_size=2, max_model_len=9, policy=make_policy(UrgentTakes), enable_prefix_caching=False
+    )
     victims = [harness.add(request_id, [1, 2, 3], max_tokens=2) for request_id in "ab"]
     harness.step()
     harness.add("!c", [4, 5, 6, 7], max_tokens=2)
@@ -106,7 +181,7 @@ def test_the_share_of_a_victim_goes_back_into_the_budget() -> None:
         block_size=2,
         max_model_len=13,
         max_num_batched_tokens=8,
-        policy=UrgentFirst(),
+        policy=make_policy(UrgentFirst),
         enable_prefix_caching=False,
     )
     harness.add("a", list(range(12)), max_tokens=1)
@@ -118,7 +193,7 @@ def test_the_share_of_a_victim_goes_back_into_the_budget() -> None:
 
 
 def test_a_full_batch_has_a_row_for_whom_the_policy_prefers() -> None:
-    harness = Harness(max_num_seqs=2, policy=UrgentFirst(), enable_prefix_caching=False)
+    harness = Harness(max_num_seqs=2, policy=make_policy(UrgentFirst), enable_prefix_caching=False)
     for request_id in ("a", "b"):
         harness.add(request_id, [1, 2], max_tokens=3)
     harness.step()
@@ -136,7 +211,7 @@ def test_a_full_batch_has_a_row_for_whom_the_policy_prefers() -> None:
 
 def test_a_row_is_taken_although_the_budget_is_spent() -> None:
     """The victim's share of the step goes with it."""
-    for policy in (UrgentTakes(), UrgentFirst()):
+    for policy in (make_policy(UrgentTakes), make_policy(UrgentFirst)):
         harness = Harness(max_num_seqs=2, max_num_batched_tokens=2, policy=policy, enable_prefix_caching=False)
         harness.add("a", [1], max_tokens=9)
         harness.add("b", [2], max_tokens=9)
@@ -154,7 +229,9 @@ def test_a_row_is_taken_although_the_budget_is_spent() -> None:
 
 def test_the_budget_is_given_out_in_the_order_of_the_policy() -> None:
     """Who is preferred does not wait until the prompts of others are computed; but each of them advances by a token."""
-    harness = Harness(max_num_batched_tokens=8, max_num_seqs=2, policy=UrgentFirst(), enable_prefix_caching=False)
+    harness = Harness(
+        max_num_batched_tokens=8, max_num_seqs=2, policy=make_policy(UrgentFirst), enable_prefix_caching=False
+    )
     harness.add("a", list(range(20)), max_tokens=1)
     harness.step()
     harness.add("!b", list(range(20, 30)), max_tokens=1)
@@ -168,12 +245,16 @@ def test_the_budget_is_given_out_in_the_order_of_the_policy() -> None:
 
 
 def test_nobody_joins_for_the_tokens_that_others_are_sure_of() -> None:
-    harness = Harness(max_num_batched_tokens=3, max_num_seqs=3, policy=UrgentFirst(), enable_prefix_caching=False)
+    harness = Harness(
+        max_num_batched_tokens=3, max_num_seqs=3, policy=make_policy(UrgentFirst), enable_prefix_caching=False
+    )
     for request_id in ("!a", "!b", "c"):
         harness.add(request_id, [1, 2, 3], max_tokens=1)
     harness.drain()
     assert harness.chunks == [[("!a", 0, 3)], [("!b", 0, 3)], [("c", 0, 3)]]
-    harness = Harness(max_num_batched_tokens=3, max_num_seqs=3, policy=UrgentFirst(), enable_prefix_caching=False)
+    harness = Harness(
+        max_num_batched_tokens=3, max_num_seqs=3, policy=make_policy(UrgentFirst), enable_prefix_caching=False
+    )
     harness.add("a", [1, 2, 3, 4, 5], max_tokens=1)
     harness.step()
     for request_id in ("!b", "!c"):
@@ -192,7 +273,9 @@ class Rests(FirstComeFirstServed):
 @pytest.mark.parametrize("num_blocks", [64, 4])
 def test_not_all_can_sit_out(num_blocks: int) -> None:
     """Who has just joined is not asked; after that the first goes on alone, and takes blocks of those who sit out."""
-    harness = Harness(max_num_seqs=2, policy=Rests(), num_blocks=num_blocks, block_size=2, enable_prefix_caching=False)
+    harness = Harness(
+        max_num_seqs=2, policy=make_policy(Rests), num_blocks=num_blocks, block_size=2, enable_prefix_caching=False
+    )
     for request_id in "abc":
         harness.add(request_id, [1, 2, 3], max_tokens=4)
     harness.drain()
@@ -210,7 +293,8 @@ def test_not_all_can_sit_out(num_blocks: int) -> None:
 class Notes(FirstComeFirstServed):
     """Writes down what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
+        super().__init__(config, knobs)
         self.notes: list[str] = []
 
     def on_arrival(self, request: Request) -> None:
@@ -227,7 +311,7 @@ class Notes(FirstComeFirstServed):
 
 
 def notes(act: Callable[[Harness], object], **limits: int) -> list[str]:
-    policy = Notes()
+    policy = make_policy(Notes)
     harness = Harness(policy=policy, **limits)
     act(harness)
     harness.drain()
@@ -282,7 +366,7 @@ def test_the_scheduler_knows_when_there_is_something_to_do() -> None:
         def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
             return now >= 5.0
 
-    harness = Harness(policy=Later())
+    harness = Harness(policy=make_policy(Later))
     assert harness.scheduler.wake_time(0.0) is None, "nothing without a request"
     harness.add("a", [1], max_tokens=2)
     assert harness.scheduler.wake_time(0.0) == 5.0
@@ -302,7 +386,7 @@ class ShortestFirst(FirstComeFirstServed):
 
 
 def test_a_policy_sees_what_the_requests_have_left_to_do() -> None:
-    harness = Harness(max_num_seqs=1, policy=ShortestFirst())
+    harness = Harness(max_num_seqs=1, policy=make_policy(ShortestFirst))
     for request_id, max_tokens in (("long", 5), ("short", 1), ("middle", 3)):
         harness.add(request_id, [1], max_tokens)
     harness.drain()
@@ -310,7 +394,9 @@ def test_a_policy_sees_what_the_requests_have_left_to_do() -> None:
 
 
 def test_nobody_takes_the_blocks_that_a_preemption_freed_in_the_same_step() -> None:
-    harness = Harness(num_blocks=4, block_size=2, max_model_len=8, policy=ShortestFirst(), enable_prefix_caching=False)
+    harness = Harness(
+        num_blocks=4, block_size=2, max_model_len=8, policy=make_policy(ShortestFirst), enable_prefix_caching=False
+    )
     harness.add("a", [1, 2, 3], max_tokens=4)
     harness.add("b", [4, 5, 6], max_tokens=4)
     harness.step()
@@ -329,7 +415,7 @@ class SkipsUntil(FirstComeFirstServed):
 
 
 def test_a_policy_is_told_the_time_and_may_pass_over_a_request() -> None:
-    harness = Harness(policy=SkipsUntil())
+    harness = Harness(policy=make_policy(SkipsUntil))
     for request_id in ("3", "0", "2"):
         harness.add(request_id, [1], max_tokens=1)
     for _ in range(5):
@@ -344,8 +430,8 @@ def test_a_policy_is_told_the_time_and_may_pass_over_a_request() -> None:
 class Counting(KeyedPolicy):
     """Counts how often each request's key is asked for."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
+        super().__init__(config, knobs)
         self.asked: Counter[str] = Counter()
 
     def key(self, request: Request) -> float:
@@ -354,7 +440,7 @@ class Counting(KeyedPolicy):
 
 
 def test_keys_are_computed_once_for_each_wait() -> None:
-    policy = Counting()
+    policy = make_policy(Counting)
     first, second = (Request(name, [1], params(), float(i)) for i, name in enumerate("ab"))
     for _ in range(3):
         assert list(policy.order([first, second], 0.0)) == [second, first]

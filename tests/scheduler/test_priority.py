@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from shoal.scheduler.policies.priority import Priority
 from shoal.scheduler.request import RequestStatus
-from tests.fakes import Harness, generate, hashed, params
+from tests.fakes import Harness, generate, hashed, make_policy, params
 
 
 def urgent_stream(ageing_seconds: float, num_steps: int) -> Harness:
     """One row; a request without hurry, and an urgent one for every two steps that takes both."""
-    harness = Harness(max_num_seqs=1, policy=Priority(ageing_seconds), enable_prefix_caching=False)
+    harness = Harness(
+        max_num_seqs=1, policy=make_policy(Priority, ageing_seconds=ageing_seconds), enable_prefix_caching=False
+    )
     harness.add("patient", [1], max_tokens=3, priority=3)
     for step in range(num_steps):
         if step % 2 == 0:
@@ -19,7 +21,7 @@ def urgent_stream(ageing_seconds: float, num_steps: int) -> Harness:
 
 
 def test_the_lowest_priority_goes_first_and_among_equals_the_first() -> None:
-    harness = Harness(max_num_seqs=1, policy=Priority(10))
+    harness = Harness(max_num_seqs=1, policy=make_policy(Priority, ageing_seconds=10))
     for request_id, priority in (("a", 1), ("b", 0), ("c", -5), ("d", 0)):
         harness.add(request_id, [1], max_tokens=1, priority=priority)
     harness.drain()
@@ -27,7 +29,7 @@ def test_the_lowest_priority_goes_first_and_among_equals_the_first() -> None:
 
 
 def test_a_full_batch_has_a_row_for_the_urgent() -> None:
-    harness = Harness(max_num_seqs=2, policy=Priority(10), enable_prefix_caching=False)
+    harness = Harness(max_num_seqs=2, policy=make_policy(Priority, ageing_seconds=10), enable_prefix_caching=False)
     first = harness.add("first", [1, 2], max_tokens=4, priority=1)
     harness.add("second", [3, 4], max_tokens=4)
     harness.step()
@@ -47,7 +49,7 @@ def test_a_full_batch_has_a_row_for_the_urgent() -> None:
 
 
 def test_several_urgent_requests_have_rows_in_one_step() -> None:
-    harness = Harness(max_num_seqs=2, policy=Priority(10))
+    harness = Harness(max_num_seqs=2, policy=make_policy(Priority, ageing_seconds=10))
     for request_id in "ab":
         harness.add(request_id, [1], max_tokens=4, priority=1)
     harness.step()
@@ -59,7 +61,7 @@ def test_several_urgent_requests_have_rows_in_one_step() -> None:
 
 
 def test_nobody_takes_a_row_from_an_equal() -> None:
-    harness = Harness(max_num_seqs=1, policy=Priority(10))
+    harness = Harness(max_num_seqs=1, policy=make_policy(Priority, ageing_seconds=10))
     for request_id in "ab":
         harness.add(request_id, [1], max_tokens=3)
     harness.drain()
@@ -68,7 +70,13 @@ def test_nobody_takes_a_row_from_an_equal() -> None:
 
 
 def test_the_least_urgent_gives_way_for_blocks_whenever_it_came() -> None:
-    harness = Harness(num_blocks=4, block_size=2, max_model_len=8, policy=Priority(10), enable_prefix_caching=False)
+    harness = Harness(
+        num_blocks=4,
+        block_size=2,
+        max_model_len=8,
+        policy=make_policy(Priority, ageing_seconds=10),
+        enable_prefix_caching=False,
+    )
     late = harness.add("late", [1, 2, 3], max_tokens=4, priority=1)
     harness.add("soon", [4, 5, 6], max_tokens=4)
     for _ in range(3):

@@ -7,27 +7,34 @@ harness checks invariants and limits after every step.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from shoal.scheduler.config import PolicyConfig
+from shoal.scheduler.config import Config
 from shoal.scheduler.errors import ContextLengthError, QueueFullError
 from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
-from shoal.scheduler.policies import POLICIES
+from shoal.scheduler.policies import POLICIES, select_knobs
+from shoal.scheduler.policies.fair import VirtualTokenCounter
 from tests.fakes import Draft, Harness, InjectedError, digest, generate, hashed
 
 VOCAB_SIZE = 4  # so few that prompts share prefixes, stop tokens come up and guesses hit
 CHOOSE = hashed(VOCAB_SIZE)
 # Steps are a second each: in the length of a run waiting must come to matter.
-KNOBS = PolicyConfig(ageing_seconds=10, ageing_tokens=0.5, ttft_slo_ms=5000, tpot_slo_ms=2000, static_timeout_seconds=3)
+KNOBS = {
+    "ageing_seconds": 10,
+    "ageing_tokens": 0.5,
+    "ttft_slo_ms": 5000,
+    "tpot_slo_ms": 2000,
+    "static_timeout_seconds": 3,
+}
 # With its own lead, `fair` lets nobody sit out in so short a run.
 CASES = [
-    *(pytest.param(policy, KNOBS, id=policy) for policy in POLICIES),
-    *(pytest.param("fair", replace(KNOBS, fair_lead=lead), id=f"fair-{lead}") for lead in (1, 10)),
+    *(pytest.param(policy, select_knobs(policy, KNOBS), id=policy) for policy in POLICIES),
+    *(pytest.param("fair", VirtualTokenCounter.Knobs(fair_lead=lead), id=f"fair-{lead}") for lead in (1, 10)),
 ]
 
 
@@ -75,7 +82,7 @@ class Workload(RuleBasedStateMachine):
     """Requests arrive, are aborted and fail while the engine steps."""
 
     policy: str
-    knobs: PolicyConfig
+    knobs: Config
 
     @initialize(
         num_blocks=st.integers(1, 12),
@@ -205,7 +212,7 @@ class Workload(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(("policy", "knobs"), CASES)
-def test_every_request_gets_what_it_gets_alone(policy: str, knobs: PolicyConfig) -> None:
+def test_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> None:
     run_state_machine_as_test(
         type("Workload", (Workload,), {"policy": policy, "knobs": knobs}),
         settings=settings(
@@ -221,7 +228,7 @@ def test_every_request_gets_what_it_gets_alone(policy: str, knobs: PolicyConfig)
 # -- busy workloads --------------------------------------------------------------------------------------------------
 
 
-def busy_harness(rng: random.Random, policy: str, knobs: PolicyConfig) -> Harness:
+def busy_harness(rng: random.Random, policy: str, knobs: Config) -> Harness:
     """Few rows and few blocks, hardly more than the largest request needs."""
     block_size, max_num_seqs = rng.randint(1, 4), rng.randint(1, 4)
     return Harness(
@@ -290,7 +297,7 @@ def run_busily(rng: random.Random, harness: Harness) -> int:
 
 
 @pytest.mark.parametrize(("policy", "knobs"), CASES)
-def test_under_load_every_request_gets_what_it_gets_alone(policy: str, knobs: PolicyConfig) -> None:
+def test_under_load_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> None:
     num_preemptions = num_padding = num_pauses = 0
 
     @settings(max_examples=60, deadline=None, derandomize=True)
@@ -306,4 +313,4 @@ def test_under_load_every_request_gets_what_it_gets_alone(policy: str, knobs: Po
     run()
     assert num_preemptions > 20, "blocks were meant to be few"
     assert (num_padding > 200) == (policy == "static")
-    assert (num_pauses > 200) == (knobs.fair_lead < KNOBS.fair_lead)
+    assert (num_pauses > 200) == (isinstance(knobs, VirtualTokenCounter.Knobs) and knobs.fair_lead <= 10)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from shoal.scheduler.policies.fcfs import FirstComeFirstServed
 from shoal.scheduler.policies.policy import Policy
-from shoal.scheduler.policies.predictor import LearnedLengths, MaxTokens, Oracle
+from shoal.scheduler.policies.predictor import LearnedLengths, MaxTokens, Oracle, Predictor
 from shoal.scheduler.policies.sjf import ShortestJobFirst
 from shoal.scheduler.request import RequestStatus
-from tests.fakes import Harness, generate, hashed, params
+from tests.fakes import LIMITS, Harness, generate, hashed, make_policy, params
 
 FAST, SLOW = 1e6, 1e-6  # tokens a second: waiting counts for everything, or for nothing
 
 
+def sjf(predictor: Predictor, ageing_tokens: float) -> ShortestJobFirst:
+    return ShortestJobFirst(LIMITS, ShortestJobFirst.Knobs(ageing_tokens=ageing_tokens), predictor)
+
+
 def test_the_shortest_goes_first() -> None:
-    harness = Harness(max_num_seqs=1, policy=ShortestJobFirst(MaxTokens(), 1.0))
+    harness = Harness(max_num_seqs=1, policy=sjf(MaxTokens(), 1.0))
     for request_id, max_tokens in (("long", 5), ("short", 1), ("middle", 3)):
         harness.add(request_id, [1], max_tokens)
     harness.drain()
@@ -22,7 +26,7 @@ def test_the_shortest_goes_first() -> None:
 
 def test_an_oracle_sees_more_than_max_tokens() -> None:
     lengths = {"a": 7, "b": 2, "c": 4}
-    harness = Harness(max_num_seqs=1, policy=ShortestJobFirst(Oracle(lengths), 1.0))
+    harness = Harness(max_num_seqs=1, policy=sjf(Oracle(lengths), 1.0))
     for request_id, length in lengths.items():
         prompt = [ord(request_id)]
         stop = generate(hashed(50), request_id, prompt, params(length))[-1]
@@ -33,7 +37,7 @@ def test_an_oracle_sees_more_than_max_tokens() -> None:
 
 
 def test_a_tenth_of_a_prompt_is_work_too() -> None:
-    harness = Harness(max_num_seqs=1, policy=ShortestJobFirst(MaxTokens(), 1.0))
+    harness = Harness(max_num_seqs=1, policy=sjf(MaxTokens(), 1.0))
     harness.add("long prompt", list(range(40)), max_tokens=1)  # 1 + 4
     harness.add("long output", [1], max_tokens=4)  # 4 + 0.1
     harness.drain()
@@ -41,7 +45,7 @@ def test_a_tenth_of_a_prompt_is_work_too() -> None:
 
 
 def test_a_full_batch_has_a_row_for_less_work() -> None:
-    policy = ShortestJobFirst(MaxTokens(), 10.0)
+    policy = sjf(MaxTokens(), 10.0)
     harness = Harness(max_num_seqs=1, policy=policy, enable_prefix_caching=False)
     harness.add("long", [1, 2], max_tokens=30)
     harness.step()
@@ -55,7 +59,7 @@ def test_a_full_batch_has_a_row_for_less_work() -> None:
 
 def test_a_row_is_not_taken_from_who_would_lose_more_than_is_won() -> None:
     """80 computed tokens are 8 of work, and the newcomer has 7 less to do."""
-    harness = Harness(max_num_seqs=1, max_num_batched_tokens=128, policy=ShortestJobFirst(MaxTokens(), 1000.0))
+    harness = Harness(max_num_seqs=1, max_num_batched_tokens=128, policy=sjf(MaxTokens(), 1000.0))
     running = harness.add("long", list(range(80)), max_tokens=10)
     harness.step()
     harness.add("short", [3], max_tokens=2)
@@ -66,7 +70,7 @@ def test_a_row_is_not_taken_from_who_would_lose_more_than_is_won() -> None:
 
 
 def test_the_most_work_left_gives_way_for_blocks() -> None:
-    policy = ShortestJobFirst(MaxTokens(), 1.0)
+    policy = sjf(MaxTokens(), 1.0)
     harness = Harness(num_blocks=4, block_size=2, max_model_len=10, policy=policy, enable_prefix_caching=False)
     longest = harness.add("long", [1, 2, 3], max_tokens=5)
     harness.add("short", [4, 5, 6], max_tokens=4)
@@ -77,7 +81,7 @@ def test_the_most_work_left_gives_way_for_blocks() -> None:
 
 
 def test_who_outlives_its_prediction_is_expected_to_need_as_much_again() -> None:
-    policy = ShortestJobFirst(Oracle({"a": 3}), ageing_tokens=1.0)
+    policy = sjf(Oracle({"a": 3}), 1.0)
     harness = Harness(policy=policy)
     request = harness.add("a", [1] * 10, max_tokens=7)
     left = []
@@ -89,7 +93,7 @@ def test_who_outlives_its_prediction_is_expected_to_need_as_much_again() -> None
 
 
 def test_who_comes_with_output_has_less_left() -> None:
-    policy = ShortestJobFirst(Oracle({"a": 4, "b": 6}), ageing_tokens=1.0)
+    policy = sjf(Oracle({"a": 4, "b": 6}), 1.0)
     harness = Harness(max_num_seqs=1, policy=policy)
     harness.add("a", [1], max_tokens=20)
     waiting = harness.scheduler.waiting["a"]
@@ -105,7 +109,7 @@ def test_who_comes_with_output_has_less_left() -> None:
 
 def stream_of_short_ones(ageing_tokens: float, num_steps: int) -> Harness:
     """One row; a request with 10 tokens of work, and a short one for every two steps that takes both."""
-    policy = ShortestJobFirst(MaxTokens(), ageing_tokens)
+    policy = sjf(MaxTokens(), ageing_tokens)
     harness = Harness(max_num_seqs=1, policy=policy, enable_prefix_caching=False)
     harness.add("long", [1], max_tokens=10)
     for step in range(num_steps):
@@ -159,8 +163,8 @@ def mean_latency(policy: Policy) -> float:
 
 
 def test_what_was_learned_shortens_the_wait() -> None:
-    fcfs = mean_latency(FirstComeFirstServed())
-    learned = mean_latency(ShortestJobFirst(LearnedLengths(), SLOW))
-    oracle = mean_latency(ShortestJobFirst(Oracle({f"r{i}": 2 if i % 3 else 24 for i in range(90)}), SLOW))
+    fcfs = mean_latency(make_policy(FirstComeFirstServed))
+    learned = mean_latency(sjf(LearnedLengths(), SLOW))
+    oracle = mean_latency(sjf(Oracle({f"r{i}": 2 if i % 3 else 24 for i in range(90)}), SLOW))
     assert oracle < 0.5 * fcfs
     assert oracle <= learned < 0.6 * fcfs

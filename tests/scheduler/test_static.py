@@ -7,21 +7,27 @@ from collections.abc import Callable
 import pytest
 
 from shoal.scheduler.output import FinishReason, SchedulerOutput
-from shoal.scheduler.policies.static import Static, StaticWithoutPadding
+from shoal.scheduler.policies.static import Static
 from shoal.scheduler.request import RequestStatus
 from tests.fakes import Draft, Harness, InjectedError, generate, hashed, params
 
 TIMEOUT = 5.0
+KNOBS = Static.Knobs(static_timeout_seconds=TIMEOUT)
 
 
 def static(max_num_seqs: int = 3, *, draft: Draft | None = None, **limits: int) -> Harness:
-    policy = Static(max_num_seqs, TIMEOUT)
-    return Harness(draft=draft, policy=policy, max_num_seqs=max_num_seqs, enable_prefix_caching=False, **limits)
+    return Harness(
+        draft=draft,
+        policy="static",
+        knobs=KNOBS,
+        max_num_seqs=max_num_seqs,
+        enable_prefix_caching=False,
+        **limits,
+    )
 
 
 def unpadded(max_num_seqs: int = 3, **limits: int) -> Harness:
-    policy = StaticWithoutPadding(max_num_seqs, TIMEOUT)
-    return Harness(policy=policy, max_num_seqs=max_num_seqs, enable_prefix_caching=False, **limits)
+    return Harness(policy="static-nopad", knobs=KNOBS, max_num_seqs=max_num_seqs, enable_prefix_caching=False, **limits)
 
 
 def add_all(harness: Harness, *lengths: int) -> None:

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.scheduler.config import PolicyConfig
-from shoal.scheduler.policies import POLICIES
+from shoal.scheduler.policies import POLICIES, select_knobs
 from shoal.scheduler.trace import ChromeTrace, StepRecord
 from tests.fakes import Choose, Harness, InjectedError, hashed
 
@@ -248,7 +247,7 @@ def test_what_it_says_of_memory_and_work_is_what_was_done(
         choose,
         (lambda request_id, context: guess(choose, request_id, context)) if speculates else None,
         policy=policy,
-        knobs=PolicyConfig(fair_lead=2),
+        knobs=select_knobs(policy, {"fair_lead": 2}),
         num_blocks=num_blocks,
         max_num_seqs=4,
         max_chunk_tokens=7,

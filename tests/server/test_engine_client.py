@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import tests.server.fake_engine as fake
-from shoal.scheduler.config import PolicyConfig
 from shoal.scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
 from shoal.scheduler.output import RequestOutput, SamplingParams
+from shoal.scheduler.policies import POLICIES
 from shoal.server.engine.client import EngineClient, EngineState
 from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import EngineConfig, EngineRequest
@@ -65,7 +65,7 @@ def config(checkpoint: str) -> EngineConfig:
         draft_checkpoint=None,
         draft_layers=None,
         verification="coupled",
-        **asdict(PolicyConfig()),
+        **{name: value for policy in POLICIES.values() for name, value in asdict(policy.Knobs()).items()},
     )
 
 

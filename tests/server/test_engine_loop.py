@@ -53,7 +53,7 @@ def submit(request_id: str, arrival_time: float, max_tokens: int = 1) -> Submit:
 
 
 def run(commands: list[tuple[float, Command]], stop: Callable[[FakeSockets], bool]) -> FakeSockets:
-    harness = Harness(policy=Static(2, TIMEOUT), max_num_seqs=2)
+    harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
     sockets = FakeSockets(harness, commands)
     loop = EngineLoop(harness.engine, sockets)
     while not stop(sockets):
@@ -95,7 +95,7 @@ def test_after_an_abort_there_is_nothing_to_wake_for() -> None:
 
 
 def test_what_the_policy_may_know_reaches_the_scheduler() -> None:
-    harness = Harness(policy=Static(2, TIMEOUT), max_num_seqs=2)
+    harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
     EngineLoop(harness.engine, FakeSockets(harness, [(0.0, submit("a", 0.0))])).turn()
     assert harness.scheduler.waiting["a"].scheduling == SchedulingParams(client="me", priority=3, ttft_slo_ms=5.0)
 

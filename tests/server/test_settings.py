@@ -7,8 +7,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from shoal.scheduler.config import PolicyConfig
 from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.policies import POLICIES
 from shoal.server.settings import Settings, load_settings
 
 
@@ -89,8 +89,9 @@ def test_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_knobs_of_the_policies_are_settings() -> None:
     """Their defaults stand here, too, so that `--help` shows them."""
     scheduler = load_settings([]).scheduler
-    for name, default in asdict(PolicyConfig()).items():
-        assert getattr(scheduler, name) == default, name
+    for policy in POLICIES.values():
+        for name, default in asdict(policy.Knobs()).items():
+            assert getattr(scheduler, name) == default, name
     args = ["--policy", "sjf", "--predictor", "max_tokens", "--ageing-tokens=5", "--static-timeout-seconds", "0.5"]
     scheduler = load_settings(args).scheduler
     assert (scheduler.policy, scheduler.predictor) == ("sjf", "max_tokens")
