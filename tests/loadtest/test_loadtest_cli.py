@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shoal.loadtest import cli
-from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import LoadTestError
 from shoal.loadtest.metrics import Slo
 from shoal.loadtest.plan import Experiment, Plan
 from shoal.loadtest.planning import SIZES, plan_comparison
