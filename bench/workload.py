@@ -12,9 +12,8 @@ from shoal.model.step.batch import Backend, DraftBatch, Float32, ForwardBatch, I
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import SamplingParams
 from shoal.scheduler.request import Request
-from shoal.server.engine.process import build_engine
-from shoal.server.serve import engine_config
-from shoal.server.settings import load_settings
+from shoal.server.engine.build import build_engine
+from shoal.server.sources import load_settings
 
 
 class TimedBackend:
@@ -55,7 +54,7 @@ class TimedBackend:
 
 def make_engine(checkpoint: Path, arguments: list[str]) -> tuple[EngineCore, TimedBackend]:
     """The engine that `shoal serve` with these arguments would run, in this process."""
-    core, _ = build_engine(engine_config(load_settings(arguments), checkpoint))
+    core = build_engine(load_settings(["--model", str(checkpoint), *arguments])).core
     backend = TimedBackend(core.executor.backend)  # type: ignore[attr-defined]  # it is a ModelExecutor
     core.executor.backend = backend  # type: ignore[attr-defined]
     return core, backend

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from math import isfinite
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,13 +19,14 @@ def setting(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    pattern: str | None = None,
 ) -> Any:
-    """A field of a `Config`: its default, what it means, and its range.
+    """A field of a `Config`: its default, what it means, and its range (for text, what it must match).
 
     Nothing else needs to know of a setting: `shoal.toml`, environment, command line and help are made of its field.
     """
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    return field(default=default, metadata={"help": help, **bounds})
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "pattern": pattern}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,33 +38,38 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        choices = _choices(type(self))
+        hints = get_type_hints(type(self))
         for each in fields(self):
-            _check(each.name, getattr(self, each.name), choices.get(each.name), each.metadata)
+            check_setting(each, hints[each.name], getattr(self, each.name))
 
 
-def _check(name: str, value: Any, choices: tuple[Any, ...] | None, bounds: Any) -> None:
+def check_setting(declared: Field[Any], hint: Any, value: Any) -> None:
+    """Refuse a value that is out of the setting's range, or none of its choices.
+
+    Raises:
+        ConfigError: naming the setting, its limit, and the value.
+    """
+    fault = _fault(declared.metadata, get_args(hint) if get_origin(hint) is Literal else None, value)
+    if fault:
+        raise ConfigError(f"{declared.name} must be {fault}, not {value!r}", param=declared.name)
+
+
+def _fault(limits: Mapping[str, Any], choices: tuple[Any, ...] | None, value: Any) -> str | None:
+    """What the value should be, if it is not."""
     if choices is not None:
-        if value not in choices:
-            raise ConfigError(f"{name} must be {' or '.join(map(str, choices))}, not {value!r}", param=name)
-        return
+        return None if value in choices else f"one of {', '.join(map(str, choices))}"
+    if isinstance(value, str):
+        pattern = limits["pattern"]
+        return f"text like {pattern}" if pattern is not None and not re.fullmatch(pattern, value) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    at_least, above, at_most = (bounds.get(key) for key in ("at_least", "above", "at_most"))
+        return None
     if not isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, not {value}", param=name)
-    if at_least is not None and value < at_least:
-        raise ConfigError(f"{name} must be at least {at_least}, not {value}", param=name)
-    if above is not None and value <= above:
-        raise ConfigError(f"{name} must be above {above}, not {value}", param=name)
-    if at_most is not None and value > at_most:
-        raise ConfigError(f"{name} must be at most {at_most}, not {value}", param=name)
-
-
-def _choices(kind: type[Config]) -> dict[str, tuple[Any, ...]]:
-    """The values that a setting may have, by its name, where its type lists them."""
-    hints = get_type_hints(kind)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+        return "a finite number"
+    bounds = (("at least", operator.ge), ("above", operator.gt), ("at most", operator.le))
+    found = [(words, limits[words.replace(" ", "_")], holds) for words, holds in bounds]
+    return next(
+        (f"{words} {limit}" for words, limit, holds in found if limit is not None and not holds(value, limit)), None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

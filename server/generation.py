@@ -10,7 +10,7 @@ from typing import Literal
 
 from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulingParams, TokenLogprobs
-from shoal.server.engine.client import EngineClient
+from shoal.server.engine.engine import Engine
 from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.metrics import Metrics
@@ -34,11 +34,13 @@ class Delta:
     """What is new in one choice.
 
     Attributes:
+        token_ids: the new output tokens; what a stop string cut off is among them.
         scored: the new tokens, prompt tokens before the others; filled if log-probabilities were asked for.
     """
 
     index: int
     text: str
+    token_ids: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
@@ -61,6 +63,7 @@ class Choice:
         self._stop_strings = StopStrings(stop_strings)
         self._echo = echo
         self._num_chars = 0
+        self._num_given = 0
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         # Some tokenizers write a token otherwise at the start of a text than in the middle of it.
         self._detokenizer.push(journal.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:])
@@ -84,6 +87,11 @@ class Choice:
             return self._finish(delta, "stop")
         delta.text += self._stop_strings.flush()
         return self._finish(delta, "stop" if output.finish_reason is FinishReason.STOP else "length")
+
+    def take_token_ids(self) -> list[int]:
+        """The output tokens that were fed since the last call."""
+        begin, self._num_given = self._num_given, self.num_tokens
+        return self.journal.output_token_ids[begin : self.num_tokens]
 
     def _append(self, delta: Delta, text: str) -> bool:
         """Add what is certain of the text; whether a stop string ends it."""
@@ -135,7 +143,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: Engine,
         tokenizer: Tokenizer,
         metrics: Metrics,
         *,
@@ -151,13 +159,11 @@ class Generation:
         self._engine = engine
         self._metrics = metrics
         self._prompts = prompts
-        now = time.monotonic()
         requests = [
             EngineRequest(
                 f"{api_id}-{index}-{i}",
                 prompt.token_ids,
                 replace(prompt.params, seed=(prompt.params.seed + i) % 2**64),
-                now,
                 scheduling=scheduling,
                 speculates=speculates,
                 end_after=end_after,
@@ -203,6 +209,7 @@ class Generation:
             async for deltas in steps:
                 for delta in deltas:
                     whole[delta.index].text += delta.text
+                    whole[delta.index].token_ids += delta.token_ids
                     whole[delta.index].scored += delta.scored
                     whole[delta.index].finish_reason = delta.finish_reason
         return whole
@@ -215,7 +222,10 @@ class Generation:
         if delta.finish_reason:
             self._engine.abort([output.request_id])  # a stop string ends the text, but not yet the request
             self._metrics.finished(choice.journal, delta.finish_reason, time.monotonic())
-        return [delta] if delta.text or delta.scored or delta.finish_reason else []
+        if not (delta.text or delta.scored or delta.finish_reason):
+            return []
+        delta.token_ids = choice.take_token_ids()
+        return [delta]
 
     @property
     def usage(self) -> Usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,116 +15,136 @@ _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _LABELS = ("model_name", "engine")
 
+_GAUGES = {
+    "num_requests_running": "Requests in the batch.",
+    "num_requests_waiting": "Requests that wait.",
+    "kv_cache_usage_perc": "Share of the KV cache's blocks in use, 0 to 1.",
+}
+_COUNTERS = {
+    "num_preemptions": "Preemptions.",
+    "prefix_cache_queries": "Tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Tokens found in the prefix cache.",
+    "spec_decode_num_drafts": "Proposals of drafted tokens that were verified.",
+    "spec_decode_num_draft_tokens": "Drafted tokens.",
+    "spec_decode_num_accepted_tokens": "Drafted tokens that were accepted.",
+    "prompt_tokens": "Prompt tokens processed.",
+    "generation_tokens": "Tokens generated.",
+}
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("Arrival to first token.", _SECONDS),
+    "inter_token_latency_seconds": ("Token to token.", _TOKEN_SECONDS),
+    "request_time_per_output_token_seconds": ("Mean time per token after the first.", _TOKEN_SECONDS),
+    "e2e_request_latency_seconds": ("Arrival to last token.", _SECONDS),
+    "request_queue_time_seconds": ("Arrival to first step.", _SECONDS),
+    "request_prefill_time_seconds": ("First step to first token.", _SECONDS),
+    "request_inference_time_seconds": ("First step to last token.", _SECONDS),
+    "request_decode_time_seconds": ("First token to last token.", _SECONDS),
+    "request_prompt_tokens": ("Prompt tokens of a request.", _TOKENS),
+    "request_generation_tokens": ("Tokens generated in a request.", _TOKENS),
+}
+# Counters that the scheduler keeps, by its own names for them.
+_COUNTED = {
+    "num_preemptions": "num_preemptions",
+    "num_prefix_queries": "prefix_cache_queries",
+    "num_prefix_hits": "prefix_cache_hits",
+    "num_drafts": "spec_decode_num_drafts",
+    "num_draft_tokens": "spec_decode_num_draft_tokens",
+}
+
 
 class Metrics:
-    """What the server counts and times, all seen from the API process.
+    """What the server counts and times, all seen from the API process.  Implements `EngineEvents`.
 
     Args:
-        model_name: the label of every series.
+        model_name: a label of every series; the other is the name of the engine.
     """
 
     def __init__(self, model_name: str) -> None:
-        self.registry = CollectorRegistry()
-        self._labels = {"model_name": model_name, "engine": "0"}
-        self._counted = SchedulerStats(0, 0, 0.0, 0, 0, 0)
-
-        self._running = self._gauge("num_requests_running", "Requests in the batch.")
-        self._waiting = self._gauge("num_requests_waiting", "Requests that wait.")
-        self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1.")
-        self._preemptions = self._counter("num_preemptions", "Preemptions.")
-        self._prefix_queries = self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
-        self._prefix_hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
-        self._drafts = self._counter("spec_decode_num_drafts", "Proposals of drafted tokens that were verified.")
-        self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafted tokens.")
-        self._accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")
+        self.registry = registry = CollectorRegistry()
+        self._model_name = model_name
+        self._families: dict[str, Any] = {
+            **{name: Gauge(f"vllm:{name}", text, _LABELS, registry=registry) for name, text in _GAUGES.items()},
+            **{name: Counter(f"vllm:{name}", text, _LABELS, registry=registry) for name, text in _COUNTERS.items()},
+            **{
+                name: Histogram(f"vllm:{name}", text, _LABELS, registry=registry, buckets=buckets)
+                for name, (text, buckets) in _HISTOGRAMS.items()
+            },
+        }
         self._accepted_per_pos = Counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Drafted tokens that were accepted, by their place in the proposal.",
             (*_LABELS, "position"),
-            registry=self.registry,
+            registry=registry,
         )
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
-        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._success = Counter(
-            "vllm:request_success",
-            "Requests that ended, by reason.",
-            (*_LABELS, "finished_reason"),
-            registry=self.registry,
+            "vllm:request_success", "Requests that ended, by reason.", (*_LABELS, "finished_reason"), registry=registry
         )
-        self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _SECONDS)
-        self._itl = self._histogram("inter_token_latency_seconds", "Token to token.", _TOKEN_SECONDS)
-        self._tpot = self._histogram(
-            "request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_SECONDS
-        )
-        self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _SECONDS)
-        self._queue = self._histogram("request_queue_time_seconds", "Arrival to first step.", _SECONDS)
-        self._prefill = self._histogram("request_prefill_time_seconds", "First step to first token.", _SECONDS)
-        self._inference = self._histogram("request_inference_time_seconds", "First step to last token.", _SECONDS)
-        self._decode = self._histogram("request_decode_time_seconds", "First token to last token.", _SECONDS)
-        self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self._output_length = self._histogram("request_generation_tokens", "Tokens generated in a request.", _TOKENS)
+        self._series: dict[str, dict[str, Any]] = {}
+        self._counted: dict[str, SchedulerStats] = {}
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self.registry)
 
-    def scheduler(self, stats: SchedulerStats) -> None:
-        """Take in the scheduler's snapshot after a step."""
-        before, self._counted = self._counted, stats
-        self._running.set(stats.num_running)
-        self._waiting.set(stats.num_waiting)
-        self._usage.set(stats.kv_cache_usage)
-        for counter, name in (
-            (self._preemptions, "num_preemptions"),
-            (self._prefix_queries, "num_prefix_queries"),
-            (self._prefix_hits, "num_prefix_hits"),
-            (self._drafts, "num_drafts"),
-            (self._draft_tokens, "num_draft_tokens"),
-        ):
+    def stats(self, engine: str, stats: SchedulerStats) -> None:
+        series = self._of(engine)
+        before = self._counted.get(engine) or SchedulerStats(0, 0, 0.0, 0, 0, 0)
+        self._counted[engine] = stats
+        series["num_requests_running"].set(stats.num_running)
+        series["num_requests_waiting"].set(stats.num_waiting)
+        series["kv_cache_usage_perc"].set(stats.kv_cache_usage)
+        for field, name in _COUNTED.items():
             # When an engine dies the client reports zeros, from which the next one counts again.
-            counter.inc(max(getattr(stats, name) - getattr(before, name), 0))
+            series[name].inc(max(getattr(stats, field) - getattr(before, field), 0))
         pairs = zip_longest(stats.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, fillvalue=0)
         for position, (now, then) in enumerate(pairs):
             if now > then:
-                self._accepted_tokens.inc(now - then)
-                self._accepted_per_pos.labels(**self._labels, position=str(position)).inc(now - then)
+                series["spec_decode_num_accepted_tokens"].inc(now - then)
+                self._accepted_per_pos.labels(self._model_name, engine, str(position)).inc(now - then)
 
     def tokens(self, journal: Journal, output: RequestOutput, now: float) -> None:
-        """Take in a request's new tokens, before its journal does."""
         if not output.token_ids:
             return
-        self._generation_tokens.inc(len(output.token_ids))
+        series = self._of(journal.engine)
+        series["generation_tokens"].inc(len(output.token_ids))
         if journal.last_token_time is None:
-            arrival = journal.request.arrival_time
-            self._ttft.observe(now - arrival)
-            self._queue.observe(output.queue_time)
-            self._prefill.observe(max(now - arrival - output.queue_time, 0.0))
-            self._prompt_tokens.inc(len(journal.request.prompt_token_ids))
+            elapsed = now - journal.arrival_time
+            series["time_to_first_token_seconds"].observe(elapsed)
+            series["request_queue_time_seconds"].observe(output.queue_time)
+            series["request_prefill_time_seconds"].observe(max(elapsed - output.queue_time, 0.0))
+            series["prompt_tokens"].inc(len(journal.request.prompt_token_ids))
         else:
             # Tokens that come together share the time since the last ones.
-            self._itl.observe((now - journal.last_token_time) / len(output.token_ids))
+            each = (now - journal.last_token_time) / len(output.token_ids)
+            series["inter_token_latency_seconds"].observe(each)
 
     def finished(self, journal: Journal, reason: str, now: float) -> None:
-        """Take in the end of a request, for whatever reason."""
-        self._success.labels(**self._labels, finished_reason=reason).inc()
-        num_tokens = len(journal.output_token_ids)
+        """Take in the end of a request, for whatever reason; `now` is on the clock of the journal."""
+        series = self._of(journal.engine)
+        self._success.labels(self._model_name, journal.engine, reason).inc()
+        num_prompt_tokens, num_tokens = len(journal.request.prompt_token_ids), len(journal.output_token_ids)
         if reason == "length" and not num_tokens:  # its prompt was scored, and nothing asked for after it
-            self._prompt_tokens.inc(len(journal.request.prompt_token_ids))
-        self._e2e.observe(now - journal.request.arrival_time)
-        self._prompt_length.observe(len(journal.request.prompt_token_ids))
-        self._output_length.observe(num_tokens)
+            series["prompt_tokens"].inc(num_prompt_tokens)
+        series["e2e_request_latency_seconds"].observe(now - journal.arrival_time)
+        series["request_prompt_tokens"].observe(num_prompt_tokens)
+        series["request_generation_tokens"].observe(num_tokens)
         if journal.first_token_time is not None and journal.last_token_time is not None:
             decode = journal.last_token_time - journal.first_token_time
-            self._decode.observe(decode)
-            self._inference.observe(journal.last_token_time - journal.request.arrival_time - journal.queue_time)
+            inference = journal.last_token_time - journal.arrival_time - journal.queue_time
+            series["request_decode_time_seconds"].observe(decode)
+            series["request_inference_time_seconds"].observe(inference)
             if num_tokens > 1:
-                self._tpot.observe(decode / (num_tokens - 1))
+                series["request_time_per_output_token_seconds"].observe(decode / (num_tokens - 1))
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(**self._labels)
+    def totals(self) -> dict[str, float]:
+        """The sum of each gauge and counter over the engines."""
+        return {
+            name: sum(series[name]._value.get() for series in self._series.values()) for name in (*_GAUGES, *_COUNTERS)
+        }
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(**self._labels)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"vllm:{name}", text, _LABELS, registry=self.registry, buckets=buckets).labels(**self._labels)
+    def _of(self, engine: str) -> dict[str, Any]:
+        """The series of an engine."""
+        if engine not in self._series:
+            labels = self._model_name, engine
+            self._series[engine] = {name: family.labels(*labels) for name, family in self._families.items()}
+        return self._series[engine]

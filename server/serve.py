@@ -1,4 +1,4 @@
-"""From settings to a running server, and down again."""
+"""Brings the server up and down."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ import socket
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 
 import uvicorn
 
-from shoal.model.checkpoint.config import load_config, load_generation_defaults
-from shoal.model.checkpoint.find import checkpoint_name, resolve_checkpoint
-from shoal.model.text.tokenizer import Tokenizer
-from shoal.scheduler.errors import CheckpointError, ConfigError
-from shoal.scheduler.policies import find_policy
+from shoal.scheduler.errors import ConfigError
 from shoal.server.app import create_app
 from shoal.server.engine.client import EngineClient
-from shoal.server.engine.messages import EngineConfig, Ready
+from shoal.server.engine.messages import Ready
+from shoal.server.engine.supervisor import EngineSupervisor
 from shoal.server.engine.tracing import begin_trace
 from shoal.server.metrics import Metrics
-from shoal.server.service import Service, unix_time
+from shoal.server.service import Service, build_service
 from shoal.server.settings import Settings
 
 logger = logging.getLogger("shoal")
+
+STATISTICS_SECONDS = 10.0
 
 
 async def serve(settings: Settings) -> None:
@@ -37,16 +35,19 @@ async def serve(settings: Settings) -> None:
         CheckpointError, ConfigError: it cannot start.
     """
     began = time.monotonic()
-    find_policy(settings.scheduler.policy)
-    checkpoint = resolve_checkpoint(settings.model)
     listener = listen(settings.server.host, settings.server.port)
     with contextlib.closing(listener):
-        service = build_service(settings, checkpoint)
+        logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
+        service = build_service(settings, lambda metrics: EngineClient("0", metrics))
+        client = service.engine
+        assert isinstance(client, EngineClient)
         if settings.engine.trace is not None:
             begin_trace(settings.engine.trace)
-        server = GracefulServer(service)
+        supervisor = EngineSupervisor(settings, client)
+        server = GracefulServer(service, client)
         serving = asyncio.create_task(server.serve([listener]))
-        starting = asyncio.create_task(service.engine.start())
+        starting = asyncio.create_task(supervisor.start())
+        statistics = asyncio.create_task(log_statistics(service.metrics, STATISTICS_SECONDS))
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
@@ -56,70 +57,11 @@ async def serve(settings: Settings) -> None:
             await serving
         finally:
             server.should_exit = True
+            statistics.cancel()
             starting.cancel()
-            await service.engine.stop()
-            await asyncio.gather(serving, starting, return_exceptions=True)
-
-
-def build_service(settings: Settings, checkpoint: Path) -> Service:
-    """Read what the API process needs of the checkpoint; the engine process reads the rest.
-
-    Raises:
-        CheckpointError: a file is missing or malformed.
-        ConfigError: the draft model has another tokenizer.
-    """
-    tokenizer, engine = Tokenizer.load(checkpoint), engine_config(settings, checkpoint)
-    if engine.draft_checkpoint is not None:
-        _check_draft(tokenizer, Path(engine.draft_checkpoint))
-    model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
-    metrics = Metrics(model_name)
-    return Service(
-        settings=settings,
-        model_name=model_name,
-        config=load_config(checkpoint),
-        defaults=load_generation_defaults(checkpoint),
-        tokenizer=tokenizer,
-        engine=EngineClient(engine, metrics),
-        metrics=metrics,
-        started=unix_time(),
-    )
-
-
-def engine_config(settings: Settings, checkpoint: Path) -> EngineConfig:
-    """What the engine process is told of the settings.
-
-    Raises:
-        CheckpointError: there is no such draft model.
-    """
-    speculation, trace = settings.speculation, settings.engine.trace
-    return EngineConfig(
-        checkpoint=str(checkpoint),
-        **settings.engine.model_dump(exclude={"trace"}),
-        trace=None if trace is None else str(trace),
-        **settings.cache.model_dump(),
-        **settings.scheduler.model_dump(),
-        speculation=speculation.method,
-        num_spec_tokens=speculation.num_spec_tokens,
-        draft_checkpoint=_draft_checkpoint(speculation.draft_model) if speculation.method == "draft" else None,
-        draft_layers=speculation.draft_layers,
-        verification=speculation.verification,
-    )
-
-
-def _draft_checkpoint(name_or_path: str) -> str:
-    try:
-        return str(resolve_checkpoint(name_or_path))
-    except CheckpointError as error:
-        raise CheckpointError(f"draft_model: {error.message}", param="draft_model") from error
-
-
-def _check_draft(tokenizer: Tokenizer, draft: Path) -> None:
-    """A vocabulary of the same size may be another one, of which nothing would ever be accepted."""
-    if not Tokenizer.load(draft).has_vocabulary_of(tokenizer):
-        raise ConfigError(
-            f"draft_model {draft} has another vocabulary than the model: they need the same tokenizer",
-            param="draft_model",
-        )
+            await supervisor.stop()
+            await asyncio.gather(serving, starting, statistics, return_exceptions=True)
+            logger.info("stopped after %.1f s", time.monotonic() - began)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -146,28 +88,26 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class GracefulServer(uvicorn.Server):
-    """Lets what is unfinished go on for a while after a signal, and answers the rest with a typed error."""
+    """Lets unfinished requests go on for a while after a signal, and answers the rest with a typed error."""
 
-    def __init__(self, service: Service) -> None:
-        settings = service.settings.server
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says of its start, we say better
+    def __init__(self, service: Service, client: EngineClient) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(service),
                 http="httptools",
                 lifespan="off",
                 log_config=None,
-                access_log=settings.access_log,
+                access_log=service.settings.server.access_log,
                 timeout_graceful_shutdown=5,
             )
         )
-        self.service = service
+        self._client = client
+        self._drain_seconds = service.settings.server.drain_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        unfinished = self.service.engine.num_unfinished
-        if unfinished:
-            logger.info("draining %d unfinished requests", unfinished)
-        draining = asyncio.create_task(self.service.engine.drain(self.service.settings.server.drain_seconds))
+        if self._client.num_unfinished:
+            logger.info("draining %d unfinished requests", self._client.num_unfinished)
+        draining = asyncio.create_task(self._client.drain(self._drain_seconds))
         while not draining.done() and not self.force_exit:
             await asyncio.wait((draining,), timeout=0.1)
         draining.cancel()
@@ -181,20 +121,45 @@ class GracefulServer(uvicorn.Server):
             self._captured_signals.clear()
 
 
+async def log_statistics(metrics: Metrics, seconds: float) -> None:
+    """Log a line of statistics at this interval, whenever anything was done in it."""
+    before = metrics.totals()
+    while True:
+        await asyncio.sleep(seconds)
+        now = metrics.totals()
+        rates = {name: (now[name] - before[name]) / seconds for name in now}
+        drafted, queries = rates["spec_decode_num_draft_tokens"], rates["prefix_cache_queries"]
+        parts = [
+            f"running {now['num_requests_running']:.0f}",
+            f"waiting {now['num_requests_waiting']:.0f}",
+            f"prompt {rates['prompt_tokens']:.0f} tokens/s",
+            f"generation {rates['generation_tokens']:.0f} tokens/s",
+            f"KV cache {now['kv_cache_usage_perc']:.0%}",
+        ]
+        if queries:
+            parts.append(f"prefix cache hits {rates['prefix_cache_hits'] / queries:.0%}")
+        if drafted:
+            parts.append(f"drafts accepted {rates['spec_decode_num_accepted_tokens'] / drafted:.0%}")
+        if rates["num_preemptions"]:
+            parts.append(f"preemptions {rates['num_preemptions'] * seconds:.0f}")
+        if now["num_requests_running"] or now["num_requests_waiting"] or rates["generation_tokens"]:
+            logger.info("%s", ", ".join(parts))
+        before = now
+
+
 def _announce(service: Service, ready: Ready, listener: socket.socket, seconds: float) -> None:
     host, port = listener.getsockname()[:2]
-    config = service.engine.config
-    logger.info("Shoal %s serves %s", version("shoal"), service.model_name)
-    logger.info("model: %.1f M parameters, %s", ready.num_parameters / 1e6, ready.description)
+    limits = ready.limits
+    logger.info("model %s: %.1f M parameters, %s", service.model_name, ready.num_parameters / 1e6, ready.backend)
     if ready.warning is not None:
         logger.warning("%s", ready.warning)
     logger.info(
         "KV cache: %d blocks of %d tokens, %d MiB; requests up to %d tokens, %d at once, policy %s",
-        ready.num_blocks,
-        config.block_size,
+        limits.num_blocks,
+        limits.block_size,
         ready.kv_cache_bytes // 2**20,
-        ready.max_model_len,
-        config.max_num_seqs,
-        config.policy,
+        limits.max_model_len,
+        limits.max_num_seqs,
+        service.settings.scheduler.policy,
     )
     logger.info("ready after %.1f s: http://%s:%d", seconds, f"[{host}]" if ":" in host else host, port)

@@ -34,12 +34,12 @@ def _room(ours: str, outside: str) -> Room:
 ROOMS = {
     "scheduler": _room("", ""),
     "model": _room(
-        "shoal.scheduler.output shoal.scheduler.errors", "click gguf jinja2 numpy safetensors tokenizers torch"
+        "shoal.scheduler.config shoal.scheduler.errors shoal.scheduler.output",
+        "click gguf jinja2 numpy safetensors tokenizers torch",
     ),
     "server": _room(
         "shoal.scheduler shoal.model",
-        "click fastapi msgspec numpy prometheus_client pydantic pydantic_core pydantic_settings starlette uvicorn "
-        "uvloop zmq",
+        "click fastapi msgspec numpy prometheus_client pydantic pydantic_core starlette uvicorn uvloop zmq",
     ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room(
@@ -49,7 +49,7 @@ ROOMS = {
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")
 ONLY_IN_TRAINING = frozenset({"click", "safetensors", "tqdm", "transformers"})
 # The build asks for the compiler, and MKL takes its orders from the environment alone.
-READS_ENVIRONMENT = ("server/settings.py", "model/native/build.py", "model/backends/torch_layers.py")
+READS_ENVIRONMENT = ("server/sources.py", "model/native/build.py", "model/backends/torch_layers.py")
 
 
 def imports(path: str, source: str) -> Iterator[str]:

@@ -19,8 +19,7 @@ from shoal.model.record import ModelRecord
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.engine import EngineCore
 from shoal.server.engine.backends import plan_backend
-from shoal.server.serve import engine_config
-from shoal.server.settings import load_settings
+from shoal.server.sources import load_settings
 
 METHODS = ("draft", "ngram", "self")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
@@ -107,7 +106,7 @@ def _measure_costs(
 ) -> dict[tuple[str, int], Costs]:
     record = load_checkpoint(checkpoint)
     settings = load_settings(_arguments(checkpoint, method, device, None))
-    plan = plan_backend(engine_config(settings, checkpoint), record.config)
+    plan = plan_backend(settings.engine, settings.cache, record.config)
     guessing = settings.speculation
     draft = load_checkpoint(resolve_checkpoint(guessing.draft_model)) if method == "draft" else None
     layers = (guessing.draft_layers or max(1, record.config.num_layers // 3)) if method == "self" else None

@@ -55,6 +55,18 @@ def resolve_checkpoint(name_or_path: str) -> Path:
     )
 
 
+def find_draft(name_or_path: str) -> Path:
+    """The checkpoint of the draft model.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return resolve_checkpoint(name_or_path)
+    except CheckpointError as error:
+        raise CheckpointError(f"draft_model: {error.message}", param="draft_model") from error
+
+
 def checkpoint_name(name_or_path: str, checkpoint: Path) -> str:
     """What to call a resolved checkpoint: its name, or the last part of its path without `.gguf`."""
     if name_or_path in PACKAGED:

@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.model.backends.native_backend import SLOTS, NativeBackend
 from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
 from shoal.model.record import ModelConfig, ModelRecord
 from shoal.model.step.batch import Backend
 from shoal.scheduler.errors import ConfigError
 from shoal.server.engine.memory import free_main_memory
-from shoal.server.engine.messages import DType, EngineConfig
+
+DType = Literal["float32", "bfloat16"]
+KVCacheDType = Literal["float32", "float16", "bfloat16"]
 
 BUILD = "`python -m shoal.model.native.build`"
 
@@ -27,7 +30,8 @@ class NativePlan:
         isa: the instruction set, one of `supported_isas()`.
     """
 
-    config: EngineConfig
+    config: BackendConfig
+    cache: CacheConfig
     isa: str
     kv_cache_dtype: Literal["float32", "float16"]
     warning: None = None
@@ -42,7 +46,7 @@ class NativePlan:
         return NativeBackend(
             record,
             num_blocks=num_blocks,
-            block_size=self.config.block_size,
+            block_size=self.cache.block_size,
             num_threads=self.config.threads,
             kv_cache_dtype=self.kv_cache_dtype,
             quantization=self.config.quantization,
@@ -69,7 +73,8 @@ class TorchPlan:
         warning: why it serves although nobody asked for it; None if somebody did.
     """
 
-    config: EngineConfig
+    config: BackendConfig
+    cache: CacheConfig
     kv_cache_dtype: DType
     warning: str | None
 
@@ -94,7 +99,7 @@ class TorchPlan:
             device=self.config.device,
             dtype=self.kv_cache_dtype,
             num_blocks=num_blocks,
-            block_size=self.config.block_size,
+            block_size=self.cache.block_size,
             num_threads=self.config.threads,
         )
 
@@ -103,37 +108,38 @@ class TorchPlan:
         return f"{self.kv_cache_dtype}, torch on {self.config.device}"
 
 
-def plan_backend(config: EngineConfig, model: ModelConfig) -> NativePlan | TorchPlan:
+def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) -> NativePlan | TorchPlan:
     """Choose the backend: if the settings leave it open, native wherever that can be had.
 
     Raises:
         ConfigError: the settings contradict each other, or ask for what is not to be had here.
     """
     if config.backend == "torch":
-        return _plan_torch(config, model, "backend is torch", None)
-    obstacle = _native_obstacle(config, model)
+        return _plan_torch(config, cache, model, "backend is torch", None)
+    obstacle = _native_obstacle(config, cache, model)
     if obstacle is None:
-        return NativePlan(config, supported_isas()[0], "float16" if config.kv_cache_dtype == "float16" else "float32")
+        dtype: Literal["float32", "float16"] = "float16" if cache.kv_cache_dtype == "float16" else "float32"
+        return NativePlan(config, cache, supported_isas()[0], dtype)
     reason, param = obstacle
     if config.backend == "native":
         raise ConfigError(reason, param=param)
-    is_loss = config.device == "cpu"  # whoever asks for a GPU gets what he asked for
+    is_loss = config.device == "cpu"  # a user who asks for a GPU gets what they asked for
     warning = f"the torch backend serves, which is slower and takes more memory: {reason}"
-    return _plan_torch(config, model, reason, warning if is_loss else None)
+    return _plan_torch(config, cache, model, reason, warning if is_loss else None)
 
 
-def _native_obstacle(config: EngineConfig, model: ModelConfig) -> tuple[str, str] | None:
+def _native_obstacle(config: BackendConfig, cache: CacheConfig, model: ModelConfig) -> tuple[str, str] | None:
     """Why the native backend cannot be had, if so, and the setting that is at fault."""
-    return _obstacle_of_settings(config) or _obstacle_of_model(model) or _obstacle_of_library()
+    return _obstacle_of_settings(config, cache) or _obstacle_of_model(model) or _obstacle_of_library()
 
 
-def _obstacle_of_settings(config: EngineConfig) -> tuple[str, str] | None:
+def _obstacle_of_settings(config: BackendConfig, cache: CacheConfig) -> tuple[str, str] | None:
     if config.device != "cpu":
         return f"device {config.device} is not for the native backend, which computes on the CPU", "device"
     if config.dtype == "bfloat16":
         return "dtype bfloat16 is not for the native backend, which computes in float32", "dtype"
-    if config.block_size % SLOTS:
-        reason = f"block_size {config.block_size} is not for the native backend, which needs a multiple of {SLOTS}"
+    if cache.block_size % SLOTS:
+        reason = f"block_size {cache.block_size} is not for the native backend, which needs a multiple of {SLOTS}"
         return reason, "block_size"
     return None
 
@@ -155,21 +161,28 @@ def _obstacle_of_library() -> tuple[str, str] | None:
     return None
 
 
-def _plan_torch(config: EngineConfig, model: ModelConfig, reason: str, warning: str | None) -> TorchPlan:
+def _plan_torch(
+    config: BackendConfig, cache: CacheConfig, model: ModelConfig, reason: str, warning: str | None
+) -> TorchPlan:
     """Refuse what only the native backend has; `reason` says why that is not to be had."""
-    for param, value in {"quantization": "int8", "kv_cache_dtype": "float16", "pin_threads": True}.items():
-        if getattr(config, param) == value:
+    only_native = (
+        ("quantization", config.quantization, "int8"),
+        ("kv_cache_dtype", cache.kv_cache_dtype, "float16"),
+        ("pin_threads", config.pin_threads, True),
+    )
+    for param, asked, value in only_native:
+        if asked == value:
             raise ConfigError(f"{param} {str(value).lower()} needs the native backend, but {reason}", param=param)
     dtype = _resolve_dtype(config, model)
-    if config.kv_cache_dtype not in ("auto", dtype):
+    if cache.kv_cache_dtype not in ("auto", dtype):
         raise ConfigError(
-            f"kv_cache_dtype {config.kv_cache_dtype} is not for the torch backend when it computes in {dtype}",
+            f"kv_cache_dtype {cache.kv_cache_dtype} is not for the torch backend when it computes in {dtype}",
             param="kv_cache_dtype",
         )
-    return TorchPlan(config, dtype, warning)
+    return TorchPlan(config, cache, dtype, warning)
 
 
-def _resolve_dtype(config: EngineConfig, model: ModelConfig) -> DType:
+def _resolve_dtype(config: BackendConfig, model: ModelConfig) -> DType:
     """The number format that torch computes in.  On the CPU 16-bit arithmetic is slower than 32-bit."""
     if config.dtype != "auto":
         return config.dtype

@@ -16,10 +16,15 @@ class Journal:
     """What one request was and what came of it so far.
 
     It is kept here, in the API process, because an engine may die: what a new engine needs to go on is `request` with
-    `output_token_ids`.  Times are seconds on the monotonic clock.
+    `output_token_ids`.  Times are seconds on the monotonic clock of this process.
+
+    Attributes:
+        engine: name of the engine that has the request.
     """
 
     request: EngineRequest
+    engine: str
+    arrival_time: float
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -46,8 +51,8 @@ class Journal:
 class Submission:
     """Requests that were submitted together, and one stream of the news of all of them."""
 
-    def __init__(self, requests: Sequence[EngineRequest]) -> None:
-        self.journals = {request.request_id: Journal(request) for request in requests}
+    def __init__(self, requests: Sequence[EngineRequest], engine: str, arrival_time: float) -> None:
+        self.journals = {request.request_id: Journal(request, engine, arrival_time) for request in requests}
         self._news: list[RequestOutput] = []
         self._error: ShoalError | None = None
         self._arrived = asyncio.Event()

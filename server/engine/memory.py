@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoal.model.record import ModelConfig, bytes_per_block
 from shoal.scheduler.errors import ConfigError
-from shoal.server.engine.messages import EngineConfig, KVCacheDType
+from shoal.server.settings import Settings
 
 MIB = 1024 * 1024
 
@@ -18,9 +18,7 @@ class KVCachePlan:
     num_bytes: int
 
 
-def plan_kv_cache(
-    config: EngineConfig, *models: ModelConfig, dtype: KVCacheDType, max_model_len: int, free: int
-) -> KVCachePlan:
+def plan_kv_cache(settings: Settings, *models: ModelConfig, dtype: str, max_model_len: int, free: int) -> KVCachePlan:
     """Decide the number of blocks of a cache with elements of `dtype`, given the bytes that are free where it will be.
 
     Args:
@@ -29,20 +27,22 @@ def plan_kv_cache(
     Raises:
         ConfigError: what was asked for exceeds the memory that is free, or holds not even one block.
     """
-    per_block = sum(bytes_per_block(model, dtype, config.block_size) for model in models)
-    if config.num_blocks is not None:
-        num_blocks, param = config.num_blocks, "num_blocks"
-    elif config.memory_mib is not None:
-        num_blocks, param = config.memory_mib * MIB // per_block, "memory_mib"
+    cache = settings.cache
+    per_block = sum(bytes_per_block(model, dtype, cache.block_size) for model in models)
+    if cache.num_blocks is not None:
+        num_blocks, param = cache.num_blocks, "num_blocks"
+    elif cache.memory_mib is not None:
+        num_blocks, param = cache.memory_mib * MIB // per_block, "memory_mib"
     else:
-        wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+        wanted = settings.scheduler.max_num_seqs * -(-max_model_len // cache.block_size)
         num_blocks, param = min(wanted, free // 4 // per_block), "memory_mib"
     if num_blocks < 1:
         raise ConfigError(f"the KV cache holds not even one block of {per_block} bytes", param=param)
     if num_blocks * per_block > free:
         raise ConfigError(
             f"{param}: a KV cache of {num_blocks} blocks takes {num_blocks * per_block // MIB} MiB, "
-            f"but only {free // MIB} MiB of memory are free on {config.device}: at most {free // per_block} blocks fit",
+            f"but only {free // MIB} MiB of memory are free on {settings.engine.device}: "
+            f"at most {free // per_block} blocks fit",
             param=param,
         )
     return KVCachePlan(num_blocks, num_blocks * per_block)

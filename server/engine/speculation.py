@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.model.checkpoint.find import find_draft
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelRecord
+from shoal.model.speculation.config import MOST_SPEC_TOKENS, SpeculationConfig
 from shoal.model.speculation.draft_model import DraftModelProposer
-from shoal.model.speculation.length import ADAPTIVE_MOST, MOST_SPEC_TOKENS, AdaptiveLength, FixedLength
+from shoal.model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
 from shoal.model.speculation.ngram import NgramProposer
 from shoal.model.speculation.proposer import Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
 from shoal.model.speculation.speculation import Speculation
 from shoal.model.step.batch import Backend
 from shoal.model.step.rows import BatchRows
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
 from shoal.server.engine.backends import NativePlan, TorchPlan
-from shoal.server.engine.messages import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -29,42 +31,42 @@ class SpeculationPlan:
         num_layers: of the target to guess with, if it guesses itself.
     """
 
-    config: EngineConfig
+    config: SpeculationConfig
     draft: ModelRecord | None
     num_layers: int | None
 
     @property
     def num_lookahead_tokens(self) -> int:
         """How far beyond the known tokens guessing writes to the KV cache: what is guessed last is never read."""
-        if self.config.speculation == "ngram":
+        if self.config.method == "ngram":
             return 0
         return self.config.num_spec_tokens or ADAPTIVE_MOST
 
     def create(
-        self, backends: NativePlan | TorchPlan, target: Backend, num_blocks: int, rows: BatchRows
+        self, backends: NativePlan | TorchPlan, target: Backend, limits: SchedulerConfig, rows: BatchRows
     ) -> Speculation:
         """Put it together around the target's backend and the rows of the batch."""
         config = self.config
         fixed = config.num_spec_tokens
-        most = MOST_SPEC_TOKENS if config.speculation == "ngram" else ADAPTIVE_MOST
+        most = MOST_SPEC_TOKENS if config.method == "ngram" else ADAPTIVE_MOST
         return Speculation(
-            self._proposer(backends, target, num_blocks, rows),
+            self._proposer(backends, target, limits, rows),
             AdaptiveLength(rows.max_num_seqs, most) if fixed is None else FixedLength(fixed),
             rows,
-            needs_slots=config.speculation != "ngram",
+            needs_slots=config.method != "ngram",
             by_rejection=config.verification == "rejection",
         )
 
     def _proposer(
-        self, backends: NativePlan | TorchPlan, target: Backend, num_blocks: int, rows: BatchRows
+        self, backends: NativePlan | TorchPlan, target: Backend, limits: SchedulerConfig, rows: BatchRows
     ) -> Proposer:
         draws_apart = self.config.verification == "rejection"
         if self.draft is not None:
             return DraftModelProposer(
-                backends.create(self.draft, num_blocks, sibling=target),
+                backends.create(self.draft, limits.num_blocks, sibling=target),
                 rows,
-                num_blocks=num_blocks,
-                max_catch_up=self.config.max_num_batched_tokens,
+                num_blocks=limits.num_blocks,
+                max_catch_up=limits.max_num_batched_tokens,
                 draws_apart=draws_apart,
             )
         if self.num_layers is not None:
@@ -72,14 +74,14 @@ class SpeculationPlan:
         return NgramProposer(rows)
 
 
-def plan_speculation(config: EngineConfig, target: ModelRecord, max_model_len: int) -> SpeculationPlan | None:
+def plan_speculation(config: SpeculationConfig, target: ModelRecord, max_model_len: int) -> SpeculationPlan | None:
     """Check what the settings ask for, and load the draft model; None if nothing guesses.
 
     Raises:
         CheckpointError: the draft model cannot be read.
         ConfigError: it does not fit the target, or the target has not so many layers.
     """
-    match config.speculation:
+    match config.method:
         case "off":
             return None
         case "ngram":
@@ -87,11 +89,11 @@ def plan_speculation(config: EngineConfig, target: ModelRecord, max_model_len: i
         case "self":
             return SpeculationPlan(config, None, _num_layers(config, target.config.num_layers))
         case "draft":
-            assert config.draft_checkpoint is not None
-            return SpeculationPlan(config, _load_draft(Path(config.draft_checkpoint), target, max_model_len), None)
+            draft = _load_draft(find_draft(config.draft_model), target, max_model_len)
+            return SpeculationPlan(config, draft, None)
 
 
-def _num_layers(config: EngineConfig, of: int) -> int:
+def _num_layers(config: SpeculationConfig, of: int) -> int:
     wanted = config.draft_layers or max(1, of // 3)
     if wanted >= of:
         raise ConfigError(

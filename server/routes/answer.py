@@ -18,7 +18,7 @@ from shoal.server.errors import error_body, http_error
 logger = logging.getLogger("shoal.api")
 
 Value = TypeVar("Value")
-_encoder = msgspec.json.Encoder()
+_encoder = msgspec.json.Encoder(enc_hook=str)  # paths among settings
 DONE = b"data: [DONE]\n\n"
 
 

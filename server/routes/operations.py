@@ -18,7 +18,7 @@ def operations_router(service: Service) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        service.engine.limits  # noqa: B018 (raises while the engine is not ready)
+        service.engine.ready  # noqa: B018 (raises while the engine is not ready)
         return Response(status_code=200)
 
     @router.get("/metrics")

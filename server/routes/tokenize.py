@@ -27,7 +27,7 @@ def tokenize_router(service: Service) -> APIRouter:
             _, tokens = await service.encode_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
         else:
             tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return whole(TokenizeResult(len(tokens), service.engine.limits.max_model_len, tokens))
+        return whole(TokenizeResult(len(tokens), service.engine.ready.limits.max_model_len, tokens))
 
     @router.post("/detokenize", openapi_extra=documented(DetokenizeBody))
     async def detokenize(request: Request) -> Response:

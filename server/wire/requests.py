@@ -36,13 +36,10 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class GenerationBody(_Body):
-    """What both kinds of completion have in common."""
+class SamplingBody(_Body):
+    """How tokens are chosen, and where a text ends."""
 
-    model: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -59,6 +56,25 @@ class GenerationBody(_Body):
     min_tokens: int = Field(0, ge=0)
     stop_token_ids: Tokens = []
     ignore_eos: bool = False
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"{len(stop)} stop strings were given, but at most {MAX_STOP_STRINGS} are allowed")
+        return stop
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class GenerationBody(SamplingBody):
+    """What both kinds of completion have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
 
     # for the scheduling policy: they change when tokens come, and not which
     user: str | None = None
@@ -79,23 +95,12 @@ class GenerationBody(_Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    @field_validator("stop")
-    @classmethod
-    def _few_stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
-            raise ValueError(f"{len(stop)} stop strings were given, but at most {MAX_STOP_STRINGS} are allowed")
-        return stop
-
     @field_validator("stream_options")
     @classmethod
     def _only_for_streams(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if options is not None and not info.data.get("stream"):
             raise ValueError("is only allowed when stream is true")
         return options
-
-    @property
-    def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class CompletionBody(GenerationBody):
@@ -188,10 +193,11 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        raise _as_request_error(error) from error
+        raise request_error(error) from error
 
 
-def _as_request_error(error: ValidationError) -> InvalidRequestError:
+def request_error(error: ValidationError) -> InvalidRequestError:
+    """What is wrong with a body, in one sentence that names the field."""
     faults = error.errors(include_url=False, include_input=False)
     first = faults[0]
     path = [str(part) for part in first["loc"]]

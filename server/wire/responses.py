@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+
+from shoal.scheduler.config import SchedulerConfig
 
 FinishReasonName = Literal["stop", "length"]
 
@@ -153,3 +155,20 @@ class DetokenizeResult(msgspec.Struct):
 
 class Version(msgspec.Struct):
     version: str
+
+
+class ServerInfo(msgspec.Struct):
+    """What the server computes with: the limits of its engine, and all settings but secrets.
+
+    Attributes:
+        settings: by section, as in `shoal.toml`; the knobs of every policy stand in `scheduler`.
+    """
+
+    version: str
+    model: str
+    num_parameters: int
+    backend: str
+    warning: str | None
+    kv_cache_bytes: int
+    limits: SchedulerConfig
+    settings: dict[str, Any]

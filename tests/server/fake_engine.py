@@ -1,6 +1,6 @@
-"""An engine process that plays a script: the checkpoint's name at its start, then each prompt's first token.
+"""An engine process that plays a script: the model's name at its start, then each prompt's first token.
 
-It is started in the real one's place, with the same arguments: `... SOCKET_FOLDER`, configuration on standard input.
+It is started in the real one's place, with the same arguments: `... SOCKET_FOLDER`, settings on standard input.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.output import FinishReason, RequestOutput, SchedulerStats
 from shoal.server.engine.messages import (
     Abort,
     Command,
-    EngineConfig,
     EngineRequest,
     News,
     Ready,
     Report,
     StartFailed,
+    Stop,
     Submit,
 )
 
@@ -46,7 +47,7 @@ def outputs(request: EngineRequest) -> list[RequestOutput]:
 
 
 def main() -> None:
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    settings = msgspec.json.decode(sys.stdin.buffer.readline())
     folder = Path(sys.argv[-1])
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     commands, reports = context.socket(zmq.PULL), context.socket(zmq.PUSH)
@@ -60,7 +61,7 @@ def main() -> None:
         context.destroy(linger=2000)
         os._exit(code)
 
-    match config.checkpoint:
+    match settings["model"]:
         case "refuses":
             send(StartFailed("num_blocks: too many", "num_blocks"))
             end(1)
@@ -69,7 +70,10 @@ def main() -> None:
         case "babbles":
             reports.send(b"\xc1 no message")
         case _:
-            send(Ready(64, 512, 1, 2, "a fake", None))
+            limits = SchedulerConfig(
+                num_blocks=64, max_model_len=512, max_num_seqs=2, max_num_batched_tokens=16, max_num_waiting=1
+            )
+            send(Ready(limits, 1, 2, "a fake", None))
 
     decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
     num_aborted = 0
@@ -88,6 +92,9 @@ def main() -> None:
             case Abort(request_ids):
                 num_aborted += len(request_ids)
                 send(News([], SchedulerStats(0, num_aborted, 0.0, 1, 2, 1)))
+            case Stop():
+                Path(settings["engine"]["trace"] or os.devnull).write_text("closed")
+                end(0)
 
 
 if __name__ == "__main__":

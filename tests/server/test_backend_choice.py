@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from shoal.model.backends import native_library
@@ -20,9 +19,7 @@ from shoal.scheduler.errors import ConfigError
 from shoal.server.engine import backends
 from shoal.server.engine.backends import NativePlan, TorchPlan, plan_backend
 from shoal.server.engine.memory import plan_kv_cache
-from shoal.server.engine.messages import EngineConfig
-from shoal.server.serve import engine_config
-from shoal.server.settings import load_settings
+from shoal.server.sources import load_settings
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "model/bundled/shoal-moe"
@@ -43,13 +40,14 @@ def built(monkeypatch: pytest.MonkeyPatch, isas: Sequence[str]) -> None:
     monkeypatch.setattr(backends, "supported_isas", lambda: tuple(isas))
 
 
-def config(*args: str) -> EngineConfig:
-    return engine_config(load_settings(list(args)), BUNDLED)
+def plan(model: ModelConfig, *args: str) -> NativePlan | TorchPlan:
+    settings = load_settings(list(args))
+    return plan_backend(settings.engine, settings.cache, model)
 
 
 def refusal(model: ModelConfig, *args: str) -> tuple[str, str | None]:
     with pytest.raises(ConfigError) as caught:
-        plan_backend(config(*args), model)
+        plan(model, *args)
     return caught.value.message, caught.value.param
 
 
@@ -67,15 +65,15 @@ def refusal(model: ModelConfig, *args: str) -> tuple[str, str | None]:
     ids=" ".join,
 )
 def test_native_serves_where_it_can(model: ModelConfig, args: list[str], kv_cache_dtype: Any) -> None:
-    asked = config(*args)
-    assert plan_backend(asked, model) == NativePlan(asked, "avx2", kv_cache_dtype)
+    asked = load_settings(args)
+    assert plan(model, *args) == NativePlan(asked.engine, asked.cache, "avx2", kv_cache_dtype)
 
 
 def test_a_model_beyond_the_native_backend_is_served_by_torch(model: ModelConfig) -> None:
     wide = replace(model, head_dim=1024)
-    plan = plan_backend(config(), wide)
-    assert isinstance(plan, TorchPlan)
-    assert "head_dim 1024 exceeds the 512" in str(plan.warning)
+    chosen = plan(wide)
+    assert isinstance(chosen, TorchPlan)
+    assert "head_dim 1024 exceeds the 512" in str(chosen.warning)
     message, param = refusal(wide, "--backend", "native")
     assert (param, "head_dim 1024" in message) == ("backend", True)
 
@@ -84,7 +82,7 @@ TORCH_SERVES = "the torch backend serves, which is slower and takes more memory:
 NEEDS_STEP = "block_size 8 is not for the native backend, which needs a multiple of 16"
 NEEDS_FLOAT32 = "dtype bfloat16 is not for the native backend, which computes in float32"
 NEEDS_CPU = "device cuda:1 is not for the native backend, which computes on the CPU"
-NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `python -m model.native.build`"
+NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `python -m shoal.model.native.build`"
 
 
 @pytest.mark.parametrize(
@@ -100,14 +98,14 @@ NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `py
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_torch_serves_the_rest(model: ModelConfig, args: list[str], dtype: Any, warning: str | None) -> None:
-    asked = config(*args)
-    assert plan_backend(asked, model) == TorchPlan(asked, dtype, warning)
+    asked = load_settings(args)
+    assert plan(model, *args) == TorchPlan(asked.engine, asked.cache, dtype, warning)
 
 
 def test_torch_serves_where_nothing_is_built(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     built(monkeypatch, [])
-    asked = config()
-    assert plan_backend(asked, model) == TorchPlan(asked, "float32", TORCH_SERVES + NEEDS_BUILD)
+    asked = load_settings([])
+    assert plan(model) == TorchPlan(asked.engine, asked.cache, "float32", TORCH_SERVES + NEEDS_BUILD)
     assert refusal(model, "--backend", "native") == (NEEDS_BUILD, "backend")
     assert refusal(model, "--quantization", "int8") == (
         f"quantization int8 needs the native backend, but {NEEDS_BUILD}",
@@ -121,19 +119,20 @@ def test_torch_serves_where_the_library_is_of_another_machine(
     (tmp_path / "libshoal-generic.so").write_bytes(b"\x7fELF of another kind")
     monkeypatch.setattr(native_library, "FOLDER", tmp_path)
     monkeypatch.setattr(backends, "supported_isas", native_library.supported_isas.__wrapped__)
-    plan = plan_backend(config(), model)
-    assert isinstance(plan, TorchPlan)
-    assert plan.warning is not None
-    assert plan.warning.startswith(f"{TORCH_SERVES}backend native does not load: {tmp_path}/libshoal-generic.so: ")
+    chosen = plan(model)
+    assert isinstance(chosen, TorchPlan)
+    assert chosen.warning is not None
+    assert chosen.warning.startswith(f"{TORCH_SERVES}backend native does not load: {tmp_path}/libshoal-generic.so: ")
     assert refusal(model, "--backend", "native")[1] == "backend"
 
 
 @pytest.mark.parametrize("checkpoint_dtype", ["float32", "bfloat16", "float16"])
 def test_on_a_gpu_the_checkpoint_decides(model: ModelConfig, checkpoint_dtype: str) -> None:
     model = ModelConfig(**{name: getattr(model, name) for name in model.__slots__} | {"dtype": checkpoint_dtype})
-    plan = plan_backend(config("--device", "cuda"), model)
-    assert plan.kv_cache_dtype == ("float32" if checkpoint_dtype == "float32" else "bfloat16")
-    assert plan_backend(config("--backend", "torch"), model).kv_cache_dtype == "float32"
+    assert plan(model, "--device", "cuda").kv_cache_dtype == (
+        "float32" if checkpoint_dtype == "float32" else "bfloat16"
+    )
+    assert plan(model, "--backend", "torch").kv_cache_dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -178,21 +177,19 @@ def test_a_cache_of_16_bits_holds_twice_as_much(model: ModelConfig) -> None:
     """The plan counts in the cache's own number format."""
     sizes = {}
     for dtype in ("float32", "float16"):
-        asked = config("--kv-cache-dtype", dtype, "--memory-mib", "8")
-        plan = plan_backend(asked, model)
-        cache = plan_kv_cache(asked, model, dtype=plan.kv_cache_dtype, max_model_len=64, free=2**30)
-        assert cache.num_bytes == cache.num_blocks * bytes_per_block(model, dtype, asked.block_size) <= 8 * 2**20
+        args = ["--kv-cache-dtype", dtype, "--memory-mib", "8"]
+        chosen, asked = plan(model, *args), load_settings(args)
+        cache = plan_kv_cache(asked, model, dtype=chosen.kv_cache_dtype, max_model_len=64, free=2**30)
+        assert cache.num_bytes == cache.num_blocks * bytes_per_block(model, dtype, asked.cache.block_size) <= 8 * 2**20
         sizes[dtype] = cache.num_blocks
     assert sizes["float16"] == 2 * sizes["float32"]
 
 
 BUILD_ENGINE = """
 import sys
-import msgspec
-from shoal.server.engine.messages import EngineConfig
-from shoal.server.engine.process import build_engine
-core, ready = build_engine(msgspec.json.decode(sys.argv[1], type=EngineConfig))
-print(ready.description)
+from shoal.server.engine.build import build_engine
+from shoal.server.sources import load_settings
+print(build_engine(load_settings(sys.argv[1:])).ready.backend)
 print(*sorted({"torch", "transformers", "gguf"} & sys.modules.keys()))
 """
 
@@ -209,9 +206,9 @@ print(*sorted({"torch", "transformers", "gguf"} & sys.modules.keys()))
 )
 def test_the_native_engine_loads_no_torch(args: list[str], description: str) -> None:
     """In a fresh process, with the bundled model."""
-    asked = config("--num-blocks", "16", "--max-model-len", "64", "--threads", "1", *args)
+    limits = ["--num-blocks", "16", "--max-model-len", "64", "--threads", "1"]
     done = subprocess.run(
-        [sys.executable, "-c", BUILD_ENGINE, msgspec.json.encode(asked).decode()],
+        [sys.executable, "-c", BUILD_ENGINE, *limits, *args],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,15 +10,15 @@ from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.request import Request
 from shoal.server.engine.journal import Journal
+from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Submit
-from shoal.server.engine.process import EngineLoop, Sockets
 from tests.fakes import Harness, InjectedError, generate, hashed, params
 
 CHOOSE = hashed(50)
 STOP = 99  # which the model never chooses of itself
 
 
-class FakeSockets(Sockets):
+class FakeWire:
     """Gives all commands at once and gathers the news, by request id."""
 
     def __init__(self, harness: Harness, commands: list[Command]) -> None:
@@ -50,7 +50,7 @@ def guess(request_id: str, context: list[int]) -> list[int]:
 
 def request(name: str, prompt: list[int], max_tokens: int, end_after: int | None) -> EngineRequest:
     resolved = SamplingParams(max_tokens=max_tokens, min_tokens=max_tokens, seed=0, stop_token_ids=frozenset({STOP}))
-    return EngineRequest(name, prompt, resolved, 0.0, end_after=end_after)
+    return EngineRequest(name, prompt, resolved, end_after=end_after)
 
 
 def text(asked: EngineRequest) -> list[int]:
@@ -59,9 +59,9 @@ def text(asked: EngineRequest) -> list[int]:
     return alone if asked.end_after is None else [*alone[: asked.end_after - 1], STOP]
 
 
-def run(harness: Harness, commands: list[Command]) -> FakeSockets:
+def run(harness: Harness, commands: list[Command]) -> FakeWire:
     """Turn until everybody has an answer, and the engine has forgotten them."""
-    sockets = FakeSockets(harness, commands)
+    sockets = FakeWire(harness, commands)
     loop = EngineLoop(harness.engine, sockets)
     loop.turn()
     while harness.scheduler.num_unfinished:
@@ -145,12 +145,11 @@ def test_an_end_among_accepted_tokens(end_after: int) -> None:
 def test_a_new_engine_goes_on_to_the_same_end() -> None:
     """What it is given is in the journal: the request, and the tokens so far."""
     asked = request("a", [1, 2, 3], 12, 9)
-    journal = Journal(asked, output_token_ids=text(asked)[:4])
+    journal = Journal(asked, "0", 0.0, output_token_ids=text(asked)[:4])
     resumed = EngineRequest(
         asked.request_id,
         asked.prompt_token_ids,
         asked.params,
-        0.0,
         output_token_ids=journal.output_token_ids,
         end_after=journal.request.end_after,
     )
@@ -174,7 +173,7 @@ def test_two_requests_that_differ_in_their_ends_look_the_same_to_the_scheduler()
     seen: list[list[object]] = []
     for end_after in (5, 9, None):
         harness = Harness(CHOOSE)
-        loop = EngineLoop(harness.engine, FakeSockets(harness, [Submit([request("a", [1, 2], 12, end_after)])]))
+        loop = EngineLoop(harness.engine, FakeWire(harness, [Submit([request("a", [1, 2], 12, end_after)])]))
         for _ in range(4):
             loop.turn()
         (found,) = harness.scheduler.running.values()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,13 @@ import pytest
 import tests.server.fake_engine as fake
 from shoal.scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
 from shoal.scheduler.output import RequestOutput, SamplingParams
-from shoal.scheduler.policies import POLICIES
 from shoal.server.engine.client import EngineClient, EngineState
 from shoal.server.engine.journal import Submission
-from shoal.server.engine.messages import EngineConfig, EngineRequest
+from shoal.server.engine.messages import EngineRequest
+from shoal.server.engine.supervisor import EngineSupervisor
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.metrics import Metrics
+from shoal.server.settings import resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,49 +38,19 @@ def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
 
 
-def config(checkpoint: str) -> EngineConfig:
-    return EngineConfig(
-        checkpoint=checkpoint,
-        device="cpu",
-        dtype="auto",
-        backend="auto",
-        quantization="none",
-        threads=None,
-        pin_threads=None,
-        max_model_len=None,
-        trace=None,
-        block_size=16,
-        num_blocks=None,
-        memory_mib=None,
-        kv_cache_dtype="auto",
-        enable_prefix_caching=True,
-        policy="fcfs",
-        max_num_seqs=2,
-        max_num_batched_tokens=16,
-        max_chunk_tokens=16,
-        max_num_waiting=1,
-        speculation="off",
-        num_spec_tokens=None,
-        draft_checkpoint=None,
-        draft_layers=None,
-        verification="coupled",
-        **{name: value for policy in POLICIES.values() for name, value in asdict(policy.Knobs()).items()},
-    )
-
-
 def request(request_id: str, part: int, max_tokens: int = 8) -> EngineRequest:
-    params = SamplingParams(max_tokens=max_tokens, seed=1)
-    return EngineRequest(request_id, [part, 0, 0, 0], params, time.monotonic())
+    return EngineRequest(request_id, [part, 0, 0, 0], SamplingParams(max_tokens=max_tokens, seed=1))
 
 
 @asynccontextmanager
-async def engine(checkpoint: str = "plays") -> AsyncIterator[EngineClient]:
-    client = EngineClient(config(checkpoint), Metrics("fake"))
+async def engine(model: str = "plays", **settings: object) -> AsyncIterator[EngineClient]:
+    client = EngineClient("0", Metrics("fake"))
+    supervisor = EngineSupervisor(resolve({"model": model, "engine": settings}), client)
     try:
-        await client.start()
+        await supervisor.start()
         yield client
     finally:
-        await client.stop()
+        await supervisor.stop()
 
 
 async def news(submission: Submission, count: int) -> list[RequestOutput]:
@@ -98,7 +67,8 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 def sample(client: EngineClient, name: str) -> float | None:
-    return client._metrics.registry.get_sample_value(f"vllm:{name}", {"model_name": "fake", "engine": "0"})
+    assert isinstance(client._events, Metrics)
+    return client._events.registry.get_sample_value(f"vllm:{name}", {"model_name": "fake", "engine": "0"})
 
 
 def play_out(scene: Callable[[], Awaitable[None]]) -> None:
@@ -110,19 +80,19 @@ def play_out(scene: Callable[[], Awaitable[None]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "error", "message"),
+    ("model", "error", "message"),
     [
         ("refuses", ConfigError, "num_blocks: too many"),
         ("dies", EngineError, "exit code 3"),
         ("babbles", EngineError, "the engine failed: .*"),
     ],
 )
-def test_an_engine_that_cannot_start(checkpoint: str, error: type[ShoalError], message: str, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_start(model: str, error: type[ShoalError], message: str, tmp_path: Path) -> None:
     async def scene() -> None:
         with pytest.raises(error, match=message) as caught:
-            async with engine(checkpoint):
+            async with engine(model):
                 pass
-        assert caught.value.param == ("num_blocks" if checkpoint == "refuses" else None)
+        assert caught.value.param == ("num_blocks" if model == "refuses" else None)
 
     play_out(scene)
     assert not list((tmp_path / "temp").iterdir())
@@ -147,7 +117,7 @@ def test_news_come_in_order_and_are_kept(tmp_path: Path) -> None:
     async def scene() -> None:
         async with engine() as client:
             assert client.state is EngineState.READY
-            assert (client.limits.num_blocks, client.limits.max_model_len) == (64, 512)
+            assert (client.ready.limits.num_blocks, client.ready.limits.max_model_len) == (64, 512)
             submission = client.submit([request("a", fake.ANSWER), request("b", fake.ANSWER)])
             assert client.num_unfinished == 2
             outputs = await news(submission, 6)
@@ -159,7 +129,7 @@ def test_news_come_in_order_and_are_kept(tmp_path: Path) -> None:
                 assert journal.output_token_ids == fake.TOKENS
                 assert (journal.num_cached_tokens, journal.queue_time) == (3, 0.25)
                 assert journal.first_token_time is not None and journal.last_token_time is not None
-                assert journal.request.arrival_time <= journal.first_token_time <= journal.last_token_time
+                assert journal.arrival_time <= journal.first_token_time <= journal.last_token_time
             assert client.num_unfinished == 0
 
     play_out(scene)
@@ -251,3 +221,12 @@ def test_a_drain_waits_and_then_ends_what_is_left() -> None:
             client.submit([request("b", fake.ANSWER)])
 
     play_out(scene)
+
+
+def test_a_stopped_engine_closes_what_it_writes(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with engine(trace=tmp_path / "trace.json") as client:
+            client.submit([request("a", fake.SILENCE)])
+
+    play_out(scene)
+    assert (tmp_path / "trace.json").read_text() == "closed"

@@ -1,4 +1,4 @@
-"""The engine's loop: how long it waits, and that what crossed to it reaches the scheduler.  With fake sockets and a
+"""The engine's loop: how long it waits, and that what crossed to it reaches the scheduler.  With a fake wire and a
 virtual clock: waiting moves the clock on."""
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import zmq
 
 from shoal.scheduler.output import SamplingParams, SchedulingParams
 from shoal.scheduler.policies.static import Static
-from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Submit
-from shoal.server.engine.process import EngineLoop, Sockets, _encoder
+from shoal.server.engine.loop import EngineLoop
+from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Stop, Submit
+from shoal.server.engine.process import Sockets, _encoder
 from tests.fakes import Harness
 
 TIMEOUT = 2.5
 
 
-class FakeSockets(Sockets):
+class FakeWire:
     """Plays commands, each at its time.
 
     Attributes:
@@ -46,22 +47,22 @@ class FakeSockets(Sockets):
         return come
 
 
-def submit(request_id: str, arrival_time: float, max_tokens: int = 1) -> Submit:
+def submit(request_id: str, max_tokens: int = 1, *, age: float = 0.0) -> Submit:
     scheduling = SchedulingParams(client="me", priority=3, ttft_slo_ms=5.0)
     params = SamplingParams(max_tokens=max_tokens, seed=0)
-    return Submit([EngineRequest(request_id, [1, 2], params, arrival_time, scheduling=scheduling)])
+    return Submit([EngineRequest(request_id, [1, 2], params, age, scheduling=scheduling)])
 
 
-def run(commands: list[tuple[float, Command]], stop: Callable[[FakeSockets], bool]) -> FakeSockets:
+def run(commands: list[tuple[float, Command]], stop: Callable[[FakeWire], bool]) -> FakeWire:
     harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
-    sockets = FakeSockets(harness, commands)
+    sockets = FakeWire(harness, commands)
     loop = EngineLoop(harness.engine, sockets)
     while not stop(sockets):
         loop.turn()
     return sockets
 
 
-def ends(sockets: FakeSockets) -> dict[str, float]:
+def ends(sockets: FakeWire) -> dict[str, float]:
     """When each request's last news was sent."""
     return {
         output.request_id: time
@@ -73,30 +74,43 @@ def ends(sockets: FakeSockets) -> dict[str, float]:
 
 
 def test_the_loop_wakes_for_the_timeout_of_a_static_batch() -> None:
-    sockets = run([(10.0, submit("a", 10.0))], lambda sockets: "a" in ends(sockets))
+    sockets = run([(10.0, submit("a"))], lambda sockets: "a" in ends(sockets))
     assert ends(sockets) == {"a": 10.0 + TIMEOUT}
     assert sockets.waits == [None, TIMEOUT], "for the first command as long as it takes, and then no longer than needed"
 
 
 def test_a_request_that_comes_meanwhile_fills_the_batch() -> None:
-    sockets = run([(10.0, submit("a", 10.0)), (11.0, submit("b", 11.0))], lambda sockets: len(ends(sockets)) == 2)
+    sockets = run([(10.0, submit("a")), (11.0, submit("b"))], lambda sockets: len(ends(sockets)) == 2)
     assert ends(sockets) == {"a": 11.0, "b": 11.0}
     assert sockets.waits == [None, TIMEOUT]
 
 
 def test_the_loop_does_not_wait_while_requests_run() -> None:
-    sockets = run([(0.0, submit("a", 0.0, 3)), (0.0, submit("b", 0.0, 3))], lambda sockets: len(ends(sockets)) == 2)
+    sockets = run([(0.0, submit("a", 3)), (0.0, submit("b", 3))], lambda sockets: len(ends(sockets)) == 2)
     assert sockets.waits == [None, 0.0, 0.0]
 
 
 def test_after_an_abort_there_is_nothing_to_wake_for() -> None:
-    sockets = run([(1.0, submit("a", 1.0)), (2.0, Abort(["a"])), (90.0, submit("b", 90.0))], lambda s: "b" in ends(s))
+    sockets = run([(1.0, submit("a")), (2.0, Abort(["a"])), (90.0, submit("b"))], lambda s: "b" in ends(s))
     assert sockets.waits == [None, TIMEOUT, None, TIMEOUT]
+
+
+def test_a_request_arrived_before_it_was_sent() -> None:
+    """Its age crosses, and no reading of the sender's clock."""
+    harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
+    EngineLoop(harness.engine, FakeWire(harness, [(10.0, submit("a", age=1.0))])).turn()
+    assert harness.scheduler.waiting["a"].arrival_time == 9.0
+
+
+def test_a_stop_ends_the_loop() -> None:
+    harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
+    EngineLoop(harness.engine, FakeWire(harness, [(0.0, submit("a")), (1.0, Stop())])).run()
+    assert "a" in harness.scheduler.waiting
 
 
 def test_what_the_policy_may_know_reaches_the_scheduler() -> None:
     harness = Harness(policy="static", knobs=Static.Knobs(static_timeout_seconds=TIMEOUT), max_num_seqs=2)
-    EngineLoop(harness.engine, FakeSockets(harness, [(0.0, submit("a", 0.0))])).turn()
+    EngineLoop(harness.engine, FakeWire(harness, [(0.0, submit("a"))])).turn()
     assert harness.scheduler.waiting["a"].scheduling == SchedulingParams(client="me", priority=3, ttft_slo_ms=5.0)
 
 

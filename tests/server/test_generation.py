@@ -36,8 +36,8 @@ def choice(
     stop_strings: list[str], *, prompt: str = "p", echo: bool = False, num_logprobs: int | None = None
 ) -> Choice:
     params = SamplingParams(max_tokens=99, seed=0, num_logprobs=num_logprobs, num_prompt_logprobs=num_logprobs)
-    request = EngineRequest("a", TOKENIZER.encode(prompt), params, 0.0)
-    return Choice(0, Journal(request), TOKENIZER, stop_strings, prompt if echo else None)
+    request = EngineRequest("a", TOKENIZER.encode(prompt), params)
+    return Choice(0, Journal(request, "0", 0.0), TOKENIZER, stop_strings, prompt if echo else None)
 
 
 def feed(choice: Choice, token_ids: list[int], cuts: list[int], reason: FinishReason) -> list[Delta]:

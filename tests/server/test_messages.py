@@ -8,6 +8,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.output import (
     FinishReason,
     RequestOutput,
@@ -16,7 +17,18 @@ from shoal.scheduler.output import (
     SchedulingParams,
     TokenLogprobs,
 )
-from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Report, StartFailed, Submit
+from shoal.server.engine.messages import (
+    Abort,
+    Command,
+    EngineRequest,
+    Loading,
+    News,
+    Ready,
+    Report,
+    StartFailed,
+    Stop,
+    Submit,
+)
 
 names = st.text(string.printable, max_size=12)
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=8)
@@ -38,11 +50,11 @@ requests = st.builds(
     names,
     token_ids,
     params,
-    floats,
-    token_ids,
-    scheduling,
-    st.booleans(),
-    st.none() | st.integers(1, 2**31),
+    age=floats,
+    output_token_ids=token_ids,
+    scheduling=scheduling,
+    speculates=st.booleans(),
+    end_after=st.none() | st.integers(1, 2**31),
 )
 logprobs = st.none() | st.lists(st.builds(TokenLogprobs, floats, st.integers(1, 2**31), token_ids, st.lists(floats)))
 outputs = st.builds(
@@ -56,9 +68,16 @@ outputs = st.builds(
 )
 counts = st.integers(0, 2**31)
 stats = st.builds(SchedulerStats, counts, counts, floats, counts, counts, counts)
-commands = st.builds(Submit, st.lists(requests, max_size=3)) | st.builds(Abort, st.lists(names))
+limits = st.builds(
+    SchedulerConfig,
+    num_blocks=st.integers(1, 2**31),
+    max_model_len=st.integers(1, 2**31),
+    enable_prefix_caching=st.booleans(),
+)
+commands = st.builds(Submit, st.lists(requests, max_size=3)) | st.builds(Abort, st.lists(names)) | st.builds(Stop)
 reports = (
-    st.builds(Ready, counts, counts, counts, counts, names, st.none() | names)
+    st.builds(Ready, limits, counts, counts, names, st.none() | names)
+    | st.builds(Loading, names)
     | st.builds(StartFailed, names, st.none() | names)
     | st.builds(News, st.lists(outputs, max_size=3), stats)
 )

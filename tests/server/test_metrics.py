@@ -28,7 +28,7 @@ def test_the_schedulers_counters_go_on_when_an_engine_starts_anew() -> None:
         SchedulerStats(0, 0, 0.0, 0, 0, 0),
         SchedulerStats(4, 1, 0.125, 9, 200, 5),
     ):
-        metrics.scheduler(stats)
+        metrics.stats("0", stats)
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     assert [value(metrics, name) for name in names] == [4, 1, 0.125]
     assert value(metrics, "num_preemptions_total") == 8 + 9
@@ -39,7 +39,7 @@ def test_the_schedulers_counters_go_on_when_an_engine_starts_anew() -> None:
 def test_the_life_of_a_request() -> None:
     """Arrival at 10 s, a second in the queue, tokens at 13 s and, three at once, at 16 s."""
     metrics = Metrics("fish")
-    journal = Journal(EngineRequest("a", [1] * 20, SamplingParams(max_tokens=4, seed=0), 10.0))
+    journal = Journal(EngineRequest("a", [1] * 20, SamplingParams(max_tokens=4, seed=0)), "0", 10.0)
     for output, now in (
         (RequestOutput("a", [], prompt_logprobs=[]), 12.0),
         (RequestOutput("a", [5], queue_time=1.0), 13.0),
@@ -66,7 +66,7 @@ def test_the_life_of_a_request() -> None:
 
 def test_a_prompt_that_is_only_scored_counts() -> None:
     metrics = Metrics("fish")
-    journal = Journal(EngineRequest("a", [1] * 20, SamplingParams(max_tokens=0, seed=0), 10.0))
+    journal = Journal(EngineRequest("a", [1] * 20, SamplingParams(max_tokens=0, seed=0)), "0", 10.0)
     metrics.tokens(journal, RequestOutput("a", [], FinishReason.LENGTH), 11.0)
     metrics.finished(journal, "length", 11.0)
     assert (value(metrics, "prompt_tokens_total"), value(metrics, "generation_tokens_total")) == (20, 0)
@@ -74,10 +74,20 @@ def test_a_prompt_that_is_only_scored_counts() -> None:
 
 def test_a_request_that_ended_in_the_queue_took_no_time_to_decode() -> None:
     metrics = Metrics("fish")
-    journal = Journal(EngineRequest("a", [1], SamplingParams(max_tokens=4, seed=0), 10.0))
+    journal = Journal(EngineRequest("a", [1], SamplingParams(max_tokens=4, seed=0)), "0", 10.0)
     metrics.finished(journal, "abort", 11.0)
     assert value(metrics, "request_success_total", finished_reason="abort") == 1
     assert value(metrics, "e2e_request_latency_seconds_sum") == 1.0
     assert value(metrics, "request_decode_time_seconds_count") == 0
     assert value(metrics, "time_to_first_token_seconds_count") == 0
     assert value(metrics, "prompt_tokens_total") == 0
+
+
+def test_each_engine_has_series_of_its_own() -> None:
+    metrics = Metrics("fish")
+    metrics.stats("left", SchedulerStats(3, 2, 0.5, 7, 100, 60))
+    metrics.stats("right", SchedulerStats(1, 0, 0.25, 1, 10, 6))
+    metrics.stats("left", SchedulerStats(0, 0, 0.0, 9, 100, 60))
+    assert [value(metrics, "num_preemptions_total", engine=name) for name in ("left", "right")] == [9, 1]
+    assert value(metrics, "num_requests_running", engine="right") == 1
+    assert metrics.totals()["num_preemptions"] == 10

@@ -1,0 +1,48 @@
+"""What may be set of the backend that computes, and of the KV cache that it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.scheduler.config import Config, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig(Config):
+    """What computes the model, and where."""
+
+    device: str = setting("cpu", pattern=r"cpu|cuda(:\d+)?", help="Where the model runs: cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", help="Number format of the computation; auto is float32 on the CPU, the checkpoint's own on a GPU."
+    )
+    backend: Literal["auto", "native", "torch"] = setting(
+        "auto",
+        help="What computes: native is C++ for the CPU; torch runs anywhere; auto is native where possible.",
+    )
+    quantization: Literal["none", "int8"] = setting(
+        "none", help="How weights are kept; int8, which only native has, takes a quarter of the memory."
+    )
+    threads: int | None = setting(None, at_least=1, help="CPU threads that compute; one for each core if not set.")
+    pin_threads: bool | None = setting(
+        None, help="Whether each compute thread of native stays on one core; decided by itself if not set."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(Config):
+    """The paged KV cache."""
+
+    block_size: int = setting(16, at_least=1, help="Tokens per block; native needs a multiple of 16.")
+    num_blocks: int | None = setting(None, at_least=1, help="Blocks in all; as many as memory_mib holds if not set.")
+    memory_mib: int | None = setting(
+        None,
+        at_least=1,
+        help="Memory for the KV cache; if not set, what max_num_seqs requests of max_model_len tokens need, "
+        "but at most a quarter of the free memory.",
+    )
+    kv_cache_dtype: Literal["auto", "float32", "float16"] = setting(
+        "auto",
+        help="Number format of the KV cache; auto is that of the computation; only native has float16.",
+    )
+    enable_prefix_caching: bool = setting(True, help="Whether prompts that start alike share their blocks.")

@@ -1,0 +1,75 @@
+"""Puts an engine together, as the settings say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from shoal.model.checkpoint.find import resolve_checkpoint
+from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.step.executor import ModelExecutor
+from shoal.scheduler.config import SchedulerConfig, SchedulerLimits
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.policies import create_policy
+from shoal.scheduler.scheduler import Scheduler
+from shoal.server.engine.backends import plan_backend
+from shoal.server.engine.memory import plan_kv_cache
+from shoal.server.engine.messages import Ready
+from shoal.server.engine.speculation import plan_speculation
+from shoal.server.settings import Settings
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine that is ready to run; `close` completes what it writes."""
+
+    core: EngineCore
+    ready: Ready
+    close: Callable[[], None]
+
+
+def build_engine(settings: Settings, progress: Callable[[str], None] = lambda what: None) -> BuiltEngine:
+    """Load the model and put the engine together.
+
+    Args:
+        progress: told what is being done, for people.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint or a setting does not allow it.
+    """
+    progress(f"loading {settings.model}")
+    record = load_checkpoint(resolve_checkpoint(settings.model))
+    limit = record.config.max_position_embeddings
+    max_model_len = settings.engine.max_model_len or limit
+    if max_model_len > limit:
+        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's {limit} positions", param="max_model_len")
+    plan = plan_backend(settings.engine, settings.cache, record.config)
+    speculation = plan_speculation(settings.speculation, record, max_model_len)
+    models = [record.config, *([speculation.draft.config] if speculation and speculation.draft else [])]
+    cache = plan_kv_cache(
+        settings, *models, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=plan.free_memory()
+    )
+    limits = SchedulerConfig(
+        **{name: getattr(settings.scheduler, name) for name in SchedulerLimits.__dataclass_fields__},
+        num_blocks=cache.num_blocks,
+        block_size=settings.cache.block_size,
+        max_model_len=max_model_len,
+        enable_prefix_caching=settings.cache.enable_prefix_caching,
+        num_lookahead_tokens=speculation.num_lookahead_tokens if speculation else 0,
+    )
+    policy = settings.scheduler.policy
+    scheduler = Scheduler(limits, create_policy(policy, limits, settings.knobs[policy]))
+    progress(f"preparing {record.num_parameters / 1e6:.1f} M parameters and {cache.num_bytes // 2**20} MiB of KV cache")
+    backend = plan.create(record, cache.num_blocks)
+    executor = ModelExecutor(
+        backend,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=limits.block_size,
+        speculate=partial(speculation.create, plan, backend, limits) if speculation else None,
+    )
+    ready = Ready(limits, record.num_parameters, cache.num_bytes, plan.describe(backend), plan.warning)
+    return BuiltEngine(EngineCore(scheduler, executor, time.monotonic), ready, lambda: None)

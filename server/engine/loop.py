@@ -1,0 +1,82 @@
+"""The engine's loop: takes commands, runs steps, sends news."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.output import FinishReason, RequestOutput, SchedulerStats
+from shoal.scheduler.request import Request
+from shoal.server.engine.endings import Endings
+from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Stop, Submit
+
+
+class Wire(Protocol):
+    """The engine's end of what joins it to its client."""
+
+    def send(self, report: Report) -> None: ...
+
+    def receive(self, seconds: float | None) -> list[Command]:
+        """All commands that have come.  Waits this long for the first, or for ever (None)."""
+        ...
+
+
+class EngineLoop:
+    """Feeds an `EngineCore` from a wire, and has requests end where they say."""
+
+    def __init__(self, core: EngineCore, wire: Wire) -> None:
+        self.core = core
+        self.wire = wire
+        self._endings = core.executor = Endings(core.executor)
+        self._reported: SchedulerStats | None = None
+
+    def run(self) -> None:
+        """Run until a `Stop` comes."""
+        while self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """Wait for something to do, take the commands that have come, run one step, report; False after a `Stop`."""
+        now = self.core.clock()
+        wake_time = self.core.scheduler.wake_time(now)
+        outputs: list[RequestOutput] = []
+        for command in self.wire.receive(None if wake_time is None else wake_time - now):
+            match command:
+                case Submit(requests):
+                    outputs += [refusal for request in requests if (refusal := self._add(request))]
+                case Abort(request_ids):
+                    for request_id in request_ids:
+                        self.core.scheduler.abort(request_id)
+                        self._endings.forget(request_id)
+                case Stop():
+                    return False
+        outputs += self.core.step()
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._endings.forget(output.request_id)
+        stats = self.core.scheduler.stats()
+        if outputs or stats != self._reported:
+            self.wire.send(News(outputs, stats))
+            self._reported = stats
+        if self.core.scheduler.num_unfinished == 0:
+            self.core.scheduler.check_invariants()
+        return True
+
+    def _add(self, sent: EngineRequest) -> RequestOutput | None:
+        """Hand a request to the scheduler; what it refuses gets an answer too."""
+        request = Request(
+            sent.request_id,
+            sent.prompt_token_ids,
+            sent.params,
+            self.core.clock() - sent.age,
+            sent.output_token_ids,
+            scheduling=sent.scheduling,
+            speculates=sent.speculates,
+        )
+        try:
+            self.core.scheduler.add(request)
+        except ShoalError as error:
+            return RequestOutput(sent.request_id, [], FinishReason.ERROR, error=error.message)
+        self._endings.expect(sent)
+        return None

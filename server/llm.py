@@ -1,0 +1,270 @@
+"""The engine in process: the same requests, scheduler and tokens as the server, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import ValidationError
+
+from shoal.scheduler.errors import ConfigError, InvalidRequestError
+from shoal.scheduler.output import SchedulingParams
+from shoal.server.engine.client import EngineClient
+from shoal.server.engine.local import LocalEngine
+from shoal.server.errors import EngineUnavailableError
+from shoal.server.generation import Delta, Scored
+from shoal.server.sampling import resolve_seed
+from shoal.server.service import Service, build_service, new_id
+from shoal.server.settings import DEFAULT_MODEL, Settings, declared, resolve
+from shoal.server.wire.requests import ChatBody, CompletionBody, Message, SamplingBody, request_error
+
+Prompt = str | list[int]
+Value = TypeVar("Value")
+
+
+class SamplingParams(SamplingBody):
+    """How the tokens of a request are chosen, in the words and with the defaults of `/v1/completions`.
+
+    Attributes:
+        logprobs: log-probabilities of the chosen tokens and of so many alternatives are returned; None for none.
+
+    Raises:
+        InvalidRequestError: a field is unknown, of the wrong type, or out of range.
+    """
+
+    logprobs: int | None = None
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise request_error(error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What became of a prompt, or of one of its `n` choices.
+
+    Attributes:
+        seed: that of the request; with it the same request gives the same tokens again.
+        scored: the chosen tokens with their log-probabilities, if they were asked for.
+    """
+
+    prompt: str
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"] | None
+    seed: int
+    scored: list[Scored]
+
+
+class LLM:
+    """A model and its engine, in threads of this process.
+
+    It gives the tokens that the server gives.  Any thread may call it, and any event loop: requests that come together
+    are computed together.
+
+        with LLM("shoal-moe") as llm:
+            for output in llm.generate(["import os\\n", "def main("], SamplingParams(max_tokens=32, temperature=0)):
+                print(output.text)
+
+    Args:
+        model: checkpoint folder, GGUF file, or the name of a model.
+        settings: those of the server by their names, such as `max_num_seqs=8` or `quantization="int8"`.  Neither
+            `shoal.toml` nor the environment is read.
+
+    Raises:
+        CheckpointError, ConfigError: the model cannot be had, or a setting is wrong.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        self.settings = _resolve(model, settings)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="shoal-llm", daemon=True)
+        self._thread.start()
+        try:
+            self._service, self._engine = self._wait(self._start())
+        except BaseException:
+            self._end_loop()
+            raise
+
+    # -- whole answers -------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Output]:
+        """Complete prompts, each a text or a list of token ids.
+
+        Args:
+            params: for all prompts, or one for each.
+
+        Returns:
+            The outputs in the order of the prompts; the `n` choices of a prompt follow each other.
+
+        Raises:
+            InvalidRequestError: a prompt or its parameters can never be served.
+        """
+        return self._wait(self._generate(_bodies(prompts, params)))
+
+    async def agenerate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Output]:
+        """`generate`, awaited."""
+        return await asyncio.wrap_future(self._submit(self._generate(_bodies(prompts, params))))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> list[Output]:
+        """Answer a conversation, whose messages have the shape of OpenAI's API; the `n` choices in order."""
+        return self._wait(self._generate([_chat_body(messages, params)]))
+
+    # -- answers as they come ------------------------------------------------------------------------------------
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Complete a prompt, and give its text piece by piece.  Leaving the iteration early ends the request."""
+        deltas = self._deltas(*_bodies([prompt], params))
+        try:
+            while (delta := self._wait(_next(deltas))) is not None:
+                yield delta
+        finally:
+            self._wait(deltas.aclose())
+
+    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[Delta, None]:
+        """`stream`, for `async for`."""
+        deltas = self._deltas(*_bodies([prompt], params))
+        try:
+            while (delta := await asyncio.wrap_future(self._submit(_next(deltas)))) is not None:
+                yield delta
+        finally:
+            await asyncio.wrap_future(self._submit(deltas.aclose()))
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the engine and its threads; what is unfinished ends with an error."""
+        if self._thread.is_alive():
+            self._wait(self._engine.stop())
+            self._end_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- in the event loop of this object ------------------------------------------------------------------------
+
+    async def _start(self) -> tuple[Service, LocalEngine]:
+        service = build_service(self.settings, lambda metrics: EngineClient("0", metrics))
+        assert isinstance(service.engine, EngineClient)
+        engine = LocalEngine(self.settings, service.engine)
+        await engine.start()
+        return service, engine
+
+    async def _generate(self, bodies: Sequence[CompletionBody | ChatBody]) -> list[Output]:
+        limits = self._service.engine.ready.limits
+        most = max((body.n for body in bodies), default=1)
+        room = asyncio.Semaphore(max(1, (limits.max_num_seqs + limits.max_num_waiting) // most))
+
+        async def one(body: CompletionBody | ChatBody) -> list[Output]:
+            async with room:
+                return await self._complete(body)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(body)) for body in bodies]
+        return [output for task in tasks for output in task.result()]
+
+    async def _complete(self, body: CompletionBody | ChatBody) -> list[Output]:
+        prompts = await self._prompts(body)
+        seed = resolve_seed(body)
+        generation = self._service.generate(
+            body, prompts, api_id=new_id("llm"), seed=seed, scheduling=SchedulingParams()
+        )
+        return [
+            Output(prompts[0][0], whole.index, whole.text, whole.token_ids, whole.finish_reason, seed, whole.scored)
+            for whole in await generation.complete()
+        ]
+
+    async def _deltas(self, body: CompletionBody | ChatBody) -> AsyncGenerator[Delta, None]:
+        generation = self._service.generate(
+            body,
+            await self._prompts(body),
+            api_id=new_id("llm"),
+            seed=resolve_seed(body),
+            scheduling=SchedulingParams(),
+        )
+        async with aclosing(generation.deltas()) as steps:
+            async for deltas in steps:
+                for delta in deltas:
+                    yield delta
+
+    async def _prompts(self, body: CompletionBody | ChatBody) -> list[tuple[str, list[int]]]:
+        if isinstance(body, ChatBody):
+            return [await self._service.encode_chat(body.messages)]
+        return await self._service.completion_prompts(body)
+
+    # -- from other threads --------------------------------------------------------------------------------------
+
+    def _submit(self, work: Coroutine[Any, Any, Value]) -> Future[Value]:
+        if self._loop.is_closed():
+            work.close()
+            raise EngineUnavailableError("this LLM is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, work: Coroutine[Any, Any, Value]) -> Value:
+        future = self._submit(work)
+        try:
+            return future.result()
+        except BaseException as error:
+            future.cancel()  # after Ctrl-C nobody waits for it
+            if isinstance(error, ExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _next(deltas: AsyncGenerator[Delta, None]) -> Delta | None:
+    return await anext(deltas, None)
+
+
+def _resolve(model: str, given: Mapping[str, Any]) -> Settings:
+    """Settings from names without their sections, which are unique."""
+    values: dict[str, Any] = {"model": model}
+    for name, value in given.items():
+        homes = [section for section, settings in declared().items() if name in settings]
+        if not homes:
+            raise ConfigError(f"{name}: unknown setting", param=name)
+        values.setdefault(homes[0], {})[name] = value
+    return resolve(values)
+
+
+def _bodies(
+    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[CompletionBody]:
+    is_one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    each: list[Any] = [prompts] if is_one else list(prompts)
+    chosen = [params or SamplingParams()] * len(each) if not isinstance(params, Sequence) else list(params)
+    if len(chosen) != len(each):
+        raise InvalidRequestError(f"{len(each)} prompts were given, but {len(chosen)} params", param="params")
+    return [CompletionBody(prompt=prompt, **one.model_dump()) for prompt, one in zip(each, chosen, strict=True)]
+
+
+def _chat_body(messages: Sequence[Mapping[str, Any]], params: SamplingParams | None) -> ChatBody:
+    fields = (params or SamplingParams()).model_dump()
+    num_logprobs = fields.pop("logprobs")
+    try:
+        parsed = [Message.model_validate(message) for message in messages]
+        return ChatBody(messages=parsed, logprobs=num_logprobs is not None or None, top_logprobs=num_logprobs, **fields)
+    except ValidationError as error:
+        raise request_error(error) from error

@@ -1,0 +1,56 @@
+"""What the server logs: lines for people, coloured on a terminal, or one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+from shoal.server.settings import ServerConfig
+
+_COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
+
+
+def set_up_logs(config: ServerConfig) -> None:
+    """Send all logs to standard error, in the format and from the level that the settings name."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if config.log_format == "json" else TextLines(colour=sys.stderr.isatty()))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn.access").addFilter(is_news)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says of its start, the server says better
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a request is worth a line: those that ask how the server is come every few seconds."""
+    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+    return path not in ("/health", "/metrics")
+
+
+class TextLines(logging.Formatter):
+    """`12:00:00.123 INFO shoal: message`, the level in colour where it matters."""
+
+    def __init__(self, *, colour: bool) -> None:
+        super().__init__("%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        code = _COLOURS.get(record.levelno) if self._colour else None
+        return f"\x1b[{code}m{line}\x1b[0m" if code else line
+
+
+class JsonLines(logging.Formatter):
+    """An object a line: `time` (UTC, ISO 8601), `level`, `logger`, `message`, and `exception` if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        fields = {
+            "time": f"{utc}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
