@@ -13,14 +13,15 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 from msgspec import Meta, Struct
+from msgspec.structs import astuple
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from shoal.loadtest.records import LoadTestError, RequestRecord, Run
+from shoal.loadtest.records import LoadTestError, Run
 from shoal.loadtest.trace import stays
 from shoal.scheduler.output import ScheduledRequest
 from shoal.scheduler.policies import Policy, find_policy
-from shoal.scheduler.step_record import Share, StepRecord
+from shoal.scheduler.step_record import ShareRecord, StepRecord
 
 Array = NDArray[np.float64]
 Amount = Annotated[float, Meta(ge=0)]
@@ -31,8 +32,9 @@ _MIN_STEPS = 20
 _MIN_QUEUED = 5
 _NUM_RATIOS = 200
 _NUM_ROUNDS = 20
-_HUBER = 1.345  # standard deviations: 95% as efficient as least squares on normal errors (Huber 1964)
-_TO_DEVIATIONS = 1.4826  # from the median absolute deviation of a normal distribution
+# In median absolute errors: 1.345 standard deviations, with which Huber's loss is 95% as efficient as least squares if
+# errors are normal; 1.4826 median absolute errors are one standard deviation then.
+_HUBER = 1.345 * 1.4826
 _TINY = 1e-12
 
 
@@ -58,7 +60,7 @@ class StepShape(NamedTuple):
     num_ordered: int = 0
 
     @classmethod
-    def of(cls, shares: Iterable[ScheduledRequest | Share], num_joins: int, num_ordered: int) -> StepShape:
+    def of(cls, shares: Iterable[ScheduledRequest | ShareRecord], num_joins: int, num_ordered: int) -> StepShape:
         num_tokens = num_pairs = num_keys = num_samples = num_streams = 0
         for share in shares:
             count = share.num_scheduled_tokens
@@ -85,7 +87,7 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         token_seconds: the seconds of a step by its number of tokens, on straight lines between at least two points;
             the last line goes on.
-        pair_seconds to ordered_seconds: what one more of each count of `StepShape` adds.
+        pair_seconds to ordered_seconds: what one more of each further count of `StepShape` adds, in its order.
         gap_seconds: from the end of a step to the start of the next, while the engine has work.
         stream_gap_seconds, arrival_gap_seconds: what each stream and each arriving request adds to the gap.
     """
@@ -109,11 +111,7 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
         place = min(max(bisect_right(counts, shape.num_tokens), 1), len(counts) - 1)
         before, after = counts[place - 1], counts[place]
         slope = (self.token_seconds[after] - self.token_seconds[before]) / (after - before)
-        each = (
-            *(self.pair_seconds, self.key_seconds, self.sample_seconds),
-            *(self.stream_seconds, self.join_seconds, self.ordered_seconds),
-        )
-        further = sum(number * seconds for number, seconds in zip(shape[1:], each, strict=True))
+        further = sum(number * seconds for number, seconds in zip(shape[1:], astuple(self)[1:], strict=False))
         return self.token_seconds[before] + slope * (shape.num_tokens - before) + further
 
     def gap(self, shape: StepShape) -> float:
@@ -131,7 +129,6 @@ class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         command: from when the API process has taken a request to when the engine can.
         token: the API process's work on a token, or the client's if that takes longer.
         delivery: from the end of that work to the client's notice of the token, if no other token is before it.
-        end: from a stream's last token to its end.
         turnaround: closed loop: from the end of an answer to the user's next request, without the time to think.
     """
 
@@ -142,7 +139,6 @@ class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     command: Amount
     token: Amount
     delivery: Amount
-    end: Amount
     turnaround: Amount
 
 
@@ -208,7 +204,7 @@ def fit_robustly(table: Array, target: Array) -> Array:
             break
         predicted = np.maximum(table / scale @ found, _TINY)
         errors = np.abs(target / predicted - 1)
-        limit = _HUBER * _TO_DEVIATIONS * max(float(np.median(errors)), 1e-6)
+        limit = _HUBER * max(float(np.median(errors)), 1e-6)
         weights = np.sqrt(np.minimum(1, limit / np.maximum(errors, _TINY))) / predicted
     return np.asarray(found / scale)
 
@@ -257,8 +253,12 @@ def _gaps(run: Run) -> Iterator[tuple[int, int, int, float]]:
         goes_on = {share.request_id for share in before.shares if not share.is_padding}
         if any(share.request_id in goes_on and not share.is_padding for share in after.shares):
             num_streams = sum(share.samples and not share.is_padding for share in before.shares)
-            num_arrivals = bisect_left(arrivals, after.started_at) - bisect_left(arrivals, before.started_at)
-            yield 1, num_streams, num_arrivals, max(after.started_at - before.ended_at, 0.0)
+            num_arrivals = bisect_left(arrivals, after.start) - bisect_left(arrivals, before.start)
+            yield 1, num_streams, num_arrivals, max(after.start - _end(before), 0.0)
+
+
+def _end(step: StepRecord) -> float:
+    return step.start + step.seconds
 
 
 def _deviations(num_streams: NDArray[np.int_], seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
@@ -292,28 +292,23 @@ def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
     Args:
         arrival_gap: seconds of the engine's work on a request that arrives, before the step.
     """
-    whole = [record for run in runs for record in run.requests if _is_whole(record)]
-    ways = [_ways(run) for run in runs]
-    queued = np.concatenate([queued for _, _, queued in ways])
-    rows = queued if len(queued) >= _MIN_QUEUED else np.concatenate([every for every, _, _ in ways])
-    handling = fit_robustly(rows[:, :2], rows[:, 2]) if len(rows) else np.zeros(2)
-    sendings = [undelayed[:, 2] - undelayed[:, :2] @ handling for _, undelayed, _ in ways]
-    send, late = (
-        _typical(
-            wait for run, own in zip(runs, sendings, strict=True) if bool(run.load.users) is closed for wait in own
-        )
-        for closed in (True, False)
-    )
+    undelayed, queued = zip(*map(_ways, runs), strict=True)
+    pairs = np.concatenate(queued)
+    # Where hardly any request queued, `send` is all there is to know.
+    handling = fit_robustly(pairs[:, :2], pairs[:, 2]) if len(pairs) >= _MIN_QUEUED else np.zeros(2)
+    waits: dict[bool, list[float]] = {True: [], False: []}  # by whether the loop is closed
+    for run, rows in zip(runs, undelayed, strict=True):
+        waits[run.load.users > 0] += (rows[:, 2] - rows[:, :2] @ handling).tolist()
+    send = _typical(waits[True])
     token, delivery = _fit_delivery(runs)
     return Latencies(
-        lateness=max(late - send, 0.0),
+        lateness=max(_typical(waits[False]) - send, 0.0),
         send=send,
         request=float(handling[0]),
         prompt_token=float(handling[1]),
         command=_typical(wait - arrival_gap for run in runs for wait in _commands(run)),
         token=token,
         delivery=delivery,
-        end=_typical(record.finished_at - record.token_times[-1] for record in whole if record.finished_at is not None),
         turnaround=_typical(wait for run in runs for wait in _turnarounds(run)),
     )
 
@@ -323,17 +318,12 @@ def _typical(values: Iterable[float]) -> float:
     return max(float(np.median(known)), 0.0) if known else 0.0
 
 
-def _is_whole(record: RequestRecord) -> bool:
-    return record.is_answered and bool(record.token_times)
-
-
-def _ways(run: Run) -> tuple[Array, Array, Array]:
-    """How requests came to the API process, in rows of 1, tokens of the prompt, and seconds.
+def _ways(run: Run) -> tuple[Array, Array]:
+    """How requests came to the API process while no step ended, in rows of 1, tokens of the prompt, and seconds.
 
     Returns:
-        All requests of the run; those that found the API process free, and during whose way no step ended; and those
-        that were sent well before the API process had taken the request before, while no step ended.  The seconds of
-        the last count from when it had taken that one, so that they are its work.
+        Those that found the API process free; and those that were sent well before it had taken the request before.
+        The seconds of these count from when it had taken that one, so that they are its work.
     """
     found = stays(run.steps)
     entries = [
@@ -343,15 +333,16 @@ def _ways(run: Run) -> tuple[Array, Array, Array]:
     ]
     arrived, sent, tokens = np.array(sorted(entries), dtype=float).reshape(-1, 3).T
     arrived_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (arrived, sent))
-    ends = [step.ended_at for step in run.steps]
+    ends = list(map(_end, run.steps))
 
     def is_quiet(since: Array) -> NDArray[np.bool_]:
         return np.asarray(np.searchsorted(ends, since) == np.searchsorted(ends, arrived, side="right"))
 
-    every, behind = (np.column_stack([np.ones(len(sent)), tokens, arrived - since]) for since in (sent, arrived_before))
-    undelayed = (arrived_before <= sent) & is_quiet(sent)
-    queued = (sent <= (sent_before + arrived_before) / 2) & is_quiet(sent_before)
-    return every, every[undelayed], behind[queued]
+    def rows(since: Array, chosen: NDArray[np.bool_]) -> Array:
+        return np.column_stack([np.ones(len(sent)), tokens, arrived - since])[chosen]
+
+    undelayed = rows(sent, (arrived_before <= sent) & is_quiet(sent))
+    return undelayed, rows(arrived_before, (sent <= (sent_before + arrived_before) / 2) & is_quiet(sent_before))
 
 
 def _commands(run: Run) -> Iterator[float]:
@@ -362,8 +353,8 @@ def _commands(run: Run) -> Iterator[float]:
     if find_policy(run.setup.policy).wake_time is Policy.wake_time:
         joined = {stay.joined_at: stay for stay in stays(run.steps).values()}
         for before, step in pairwise([None, *run.steps]):
-            stay = joined.get(step.started_at) if step and len(step.shares) == 1 else None
-            if stay and (before is None or before.ended_at <= stay.arrived_at):
+            stay = joined.get(step.start) if step and len(step.shares) == 1 else None
+            if stay and (before is None or _end(before) <= stay.arrived_at):
                 yield stay.joined_at - stay.arrived_at
 
 
@@ -392,13 +383,13 @@ def _messages(run: Run) -> Iterator[tuple[float, list[float]]]:
     times = {
         record.engine_id: iter(record.token_times)
         for record in run.requests
-        if _is_whole(record) and len(record.token_times) == record.num_output_tokens
+        if record.is_answered and len(record.token_times) == record.num_output_tokens
     }
     for step in run.steps:
         streams = [share.request_id for share in step.shares if share.samples and not share.is_padding]
         seen = [next(times[request_id], None) for request_id in streams if request_id in times]
         if known := sorted(time for time in seen if time is not None):
-            yield step.ended_at, known
+            yield _end(step), known
 
 
 def _turnarounds(run: Run) -> Iterator[float]:

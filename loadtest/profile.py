@@ -11,13 +11,13 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from shoal.loadtest.costs import CostModel, fit
+from shoal.loadtest.costs import CostModel
 from shoal.loadtest.records import Load, LoadTestError, Run, ServerInfo, Setup, read_json, write_json
 from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
-from shoal.scheduler.policies import Policy, find_policy
+from shoal.scheduler.policies import POLICIES, Policy, find_policy
 
 FILE = "profile.json"
 LEAST_FOR_WHOLE = 128
@@ -56,18 +56,19 @@ def series(
     num_requests: int | None,
     options: Sequence[str],
     *,
-    policies: Collection[str] = (),
+    policies: Collection[str] = tuple(POLICIES),
     loads: Collection[Load] = (),
 ) -> list[Stretch]:
     """The runs of a profile for a load test.
 
     A load test of fewer than `LEAST_FOR_WHOLE` requests takes a short profile: one user; as many users as the load
-    test has at most; static batches, if it compares a policy that pads; and an open loop, if it has one.
+    test has at most; static batches, if it compares a policy that pads; and an open loop, unless all its loads are
+    closed.
 
     Args:
         num_requests: of each workload of the load test; None takes the whole profile.
         options: of all servers.
-        policies, loads: of the load test.
+        policies, loads: of the load test; by default, any that it may have.
     """
     is_short = num_requests is not None and num_requests < LEAST_FOR_WHOLE
     chosen = _short_series(max(num_requests or 0, _LEAST_REQUESTS), policies, loads) if is_short else SERIES
@@ -80,7 +81,7 @@ def _short_series(num_requests: int, policies: Collection[str], loads: Collectio
     yield Stretch("chat", num_requests, together)
     if any(find_policy(name).pads is not Policy.pads for name in policies):
         yield Stretch("chat", num_requests, together, Setup(policy="static"))
-    if not all(load.users for load in loads):
+    if not loads or not all(load.users for load in loads):
         yield Stretch("chat", min(num_requests, 32), Load(rate=16.0))
 
 
@@ -127,19 +128,6 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         limits = SchedulerConfig(**{name: given.get(name, value) for name, value in asdict(before).items()})
         scheduling = {name: given.get(name, value) for name, value in scheduling.items()}
         return replace(self.server, limits=limits, settings=self.server.settings | {"scheduler": scheduling})
-
-
-def make_profile(
-    runs: Sequence[Run], *, options: Sequence[str] = (), versions: Mapping[str, str], is_short: bool = False
-) -> Profile:
-    """Fit the costs to the runs of a series, which may have been measured several times.
-
-    Raises:
-        LoadTestError: too little was measured.
-    """
-    return Profile(
-        server=runs[0].server, options=tuple(options), versions=dict(versions), costs=fit(runs), is_short=is_short
-    )
 
 
 def predict(profile: Profile, run: Run, requests: Sequence[WorkloadRequest], load: Load) -> Run:

@@ -215,12 +215,12 @@ class Simulation:
         self._users[request.request_id] = user
         heappush(self._sent, (sent_at + self._lateness + self._latencies.send, next(self._order), request))
 
-    def _end(self, record: RequestRecord, last_at: float) -> None:
-        """A stream ends, whose last event came at `last_at`, and its user goes on."""
-        record.finished_at = last_at + self._latencies.end
+    def _end(self, record: RequestRecord, now: float) -> None:
+        """An answer ends, and its user goes on."""
+        record.finished_at = now
         user = self._users.pop(record.request_id)
         for pause, request in islice(user, 1):
-            self._send(record.finished_at + self._latencies.turnaround + pause, request, user)
+            self._send(now + self._latencies.turnaround + pause, request, user)
 
 
 def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:
@@ -249,29 +249,28 @@ class Error(NamedTuple):
     """One figure, predicted and measured, in the unit of `metrics.Figures`.
 
     Attributes:
-        limit: the relative error that the prediction should not exceed; None where nothing is promised.
+        error: of the prediction, as a share of what was measured; None if that is 0.
+        limit: which the error should not exceed; None where nothing is promised.
+        is_within: whether the error keeps within the limit.
     """
 
     name: str
     predicted: float
     measured: float
+    error: float | None
     limit: float | None
-
-    @property
-    def error(self) -> float | None:
-        """The error as a share of what was measured; None if that is 0."""
-        return self.predicted / self.measured - 1 if self.measured else None
-
-    @property
-    def is_within(self) -> bool:
-        """Whether the error keeps within the limit."""
-        return self.limit is None or (self.error is not None and abs(self.error) <= self.limit)
+    is_within: bool
 
 
 def compare(predicted: Figures, measured: Figures) -> list[Error]:
     """The errors of throughput and latencies, as far as both sides have them."""
-    known = [name for name in _NAMES if name in predicted and name in measured]
-    return [Error(name, predicted[name], measured[name], _LIMITS.get(name)) for name in known]
+    found = []
+    for name in (name for name in _NAMES if name in predicted and name in measured):
+        error = predicted[name] / measured[name] - 1 if measured[name] else None
+        limit = _LIMITS.get(name)
+        is_within = limit is None or (error is not None and abs(error) <= limit)
+        found.append(Error(name, predicted[name], measured[name], error, limit, is_within))
+    return found
 
 
 def step_seconds(costs: CostModel) -> Callable[[StepRecord], float]:

@@ -15,7 +15,7 @@ from scipy.optimize import least_squares
 
 from shoal.loadtest.costs import CostModel, Latencies, StepCosts, StepShape, fit, fit_robustly
 from shoal.loadtest.records import Load, LoadTestError, Run
-from shoal.scheduler.output import ScheduledRequest
+from shoal.scheduler.step_record import ShareRecord
 from tests.loadtest.twin import REALISTIC, chat, run
 
 STEPS = StepCosts(
@@ -48,9 +48,9 @@ def test_a_step_that_computes_nothing_costs_nothing() -> None:
 
 def test_the_shape_of_a_schedule() -> None:
     shares = [
-        ScheduledRequest("joins", 3, 4, [0], 1, False, [], None),
-        ScheduledRequest("runs", 10, 1, [], 1, True, [], None),
-        ScheduledRequest("pads", 7, 1, [], 1, True, [], None, is_padding=True),
+        ShareRecord("joins", 0, 3, 4, 0, False, False),
+        ShareRecord("runs", 1, 10, 1, 0, True, False),
+        ShareRecord("pads", 2, 7, 1, 0, True, True),
     ]
     # The queries at positions 3 to 6, 10 and 7 see themselves and all before them.
     assert StepShape.of(shares, 1, 5) == (6, 4 + 5 + 6 + 7 + 11 + 8, 7 + 11 + 8, 2, 1, 1, 5)

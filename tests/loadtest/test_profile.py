@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from shoal.loadtest.costs import fit
 from shoal.loadtest.profile import (
     FILE,
     LEAST_FOR_WHOLE,
     SERIES,
     Profile,
-    make_profile,
     predict,
     read_profile,
     series,
@@ -50,9 +50,7 @@ def test_a_profile_knows_what_the_engine_costs() -> None:
     assert len(runs) == len(SERIES)
     assert sum(max(record.finished_at or 0 for record in one.requests) for one in runs) < 60
     assert all(one.setup.options[:2] == OPTIONS for one in runs)
-    profile = make_profile(runs, options=OPTIONS, versions={}, is_short=False)
-    assert profile.server == PROFILE.server
-    costs = replace(profile.costs, deviations={})
+    costs = replace(fit(runs), deviations={})
     for policy in ("fcfs", "static", "sjf"):
         real, twin = (
             [record.finished_at for record in run(chat(100, 77), Load(rate=40.0), policy, costs).requests]
@@ -83,7 +81,7 @@ def test_few_requests_need_few_runs(
 def test_the_shortest_profile_is_enough_for_what_it_is_taken_for() -> None:
     load = Load(users=4)
     runs = measure(1, policies=["fcfs", "static"], loads=[load])
-    costs = replace(make_profile(runs, versions={}).costs, deviations={})
+    costs = replace(fit(runs), deviations={})
     for policy in ("fcfs", "static"):
         real, twin = (run(chat(8, 7), load, policy, costs).requests[-1].finished_at for costs in (REALISTIC, costs))
         assert twin == pytest.approx(real, rel=0.1)

@@ -65,8 +65,8 @@ def generate(workload: list[WorkloadRequest], load: Load, policy: str, limits: S
         moments = [record.sent_at, stay.arrived_at, stay.joined_at, *record.token_times, record.finished_at]
         assert moments == sorted(moments)
         assert stay.joined_at < stay.left_at
-    ends = [step.started_at + step.seconds for step in steps]
-    assert all(step.started_at >= end - 1e-9 for step, end in zip(steps[1:], ends, strict=False)), "steps overlap"
+    ends = [step.start + step.seconds for step in steps]
+    assert all(step.start >= end - 1e-9 for step, end in zip(steps[1:], ends, strict=False)), "steps overlap"
     return found
 
 
@@ -125,7 +125,6 @@ LATENCIES = Latencies(
     command=1 / 16,
     token=1 / 64,
     delivery=1 / 8,
-    end=1 / 128,
     turnaround=2,
 )
 LATE = replace(SECONDS, latencies=LATENCIES)
@@ -135,8 +134,8 @@ def test_a_request_takes_its_time_on_the_way_and_its_tokens_too() -> None:
     found = run([ask("a", num_prompt_tokens=8), ask("b", num_prompt_tokens=8)], Load(users=1), costs=LATE)
     arrived, joined = 1 / 2 + 1 / 4 + 8 / 32, 1 / 2 + 1 / 4 + 8 / 32 + 1 / 16
     seen = joined + 1 + 1 / 64 + 1 / 8
-    assert times(found)["a"] == (0, [seen, seen + 1], seen + 1 + 1 / 128)
-    assert times(found)["b"][0] == seen + 1 + 1 / 128 + 2
+    assert times(found)["a"] == (0, [seen, seen + 1], seen + 1)
+    assert times(found)["b"][0] == seen + 1 + 2
     request = stays(found.steps)["a"]
     assert (request.arrived_at, request.joined_at, request.left_at) == (arrived, joined, joined + 2)
 
@@ -222,7 +221,7 @@ def test_a_steps_figures_are_those_of_its_schedule() -> None:
     assert (first.num_pairs, second.num_pairs) == (20 * 21 // 2, 21)
     assert (first.num_keys, second.num_keys) == (20, 21)
     assert (first.num_blocks, first.num_used_blocks, first.num_kv_tokens, first.num_waiting) == (4096, 2, 20, 0)
-    assert (second.started_at, second.seconds, second.execute_seconds, second.num_kv_tokens) == (1, 1, 1, 21)
+    assert (second.start, second.seconds, second.execute_seconds, second.num_kv_tokens) == (1, 1, 1, 21)
 
 
 def test_prompts_that_start_alike_are_found() -> None:
