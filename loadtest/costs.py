@@ -6,7 +6,7 @@ Inference"): predictions from the size of a batch, fitted to a short profile.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, NamedTuple
@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 from shoal.loadtest.records import LoadTestError, Run
 from shoal.loadtest.trace import stays
 from shoal.scheduler.output import ScheduledRequest
-from shoal.scheduler.policies import Policy, find_policy
+from shoal.scheduler.policies import find_policy
 from shoal.scheduler.step_record import ShareRecord, StepRecord
 
 Array = NDArray[np.float64]
@@ -124,9 +124,8 @@ class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         lateness: open loop: from when a request is due, from where its latency counts, to when it is sent.
-        send: from sending a request to when the API process could begin with it.
+        send: of a request on its way from the user to the engine, without the API process's work.
         request, prompt_token: the API process's work on a request, and on each token of its prompt.
-        command: from when the API process has taken a request to when the engine can.
         token: the API process's work on a token, or the client's if that takes longer.
         delivery: from the end of that work to the client's notice of the token, if no other token is before it.
         turnaround: closed loop: from the end of an answer to the user's next request, without the time to think.
@@ -136,7 +135,6 @@ class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     send: Amount
     request: Amount
     prompt_token: Amount
-    command: Amount
     token: Amount
     delivery: Amount
     turnaround: Amount
@@ -244,17 +242,17 @@ def _fit_gaps(runs: Iterable[Run]) -> list[float]:
 
 
 def _gaps(run: Run) -> Iterator[tuple[int, int, int, float]]:
-    """1, streams of a step, requests that arrived from its start to the next one's, and seconds from its end to then.
+    """1, streams of a step, requests that arrived between the step and the next, and seconds between the two.
 
     A step is left out if the engine may have had nothing to do after it.
     """
     arrivals = sorted(stay.arrived_at for stay in stays(run.steps).values())
-    for before, after in pairwise(run.steps):
+    num_arrived = np.searchsorted(arrivals, [step.start + step.seconds / 2 for step in run.steps]).tolist()
+    for (before, earlier), (after, later) in pairwise(zip(run.steps, num_arrived, strict=True)):
         goes_on = {share.request_id for share in before.shares if not share.is_padding}
         if any(share.request_id in goes_on and not share.is_padding for share in after.shares):
             num_streams = sum(share.samples and not share.is_padding for share in before.shares)
-            num_arrivals = bisect_left(arrivals, after.start) - bisect_left(arrivals, before.start)
-            yield 1, num_streams, num_arrivals, max(after.start - _end(before), 0.0)
+            yield 1, num_streams, later - earlier, max(after.start - _end(before), 0.0)
 
 
 def _end(step: StepRecord) -> float:
@@ -290,7 +288,7 @@ def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
     """The typical latencies of these runs; 0 for those that no request shows.
 
     Args:
-        arrival_gap: seconds of the engine's work on a request that arrives, before the step.
+        arrival_gap: seconds of the engine's work on a request until it has arrived.
     """
     undelayed, queued = zip(*map(_ways, runs), strict=True)
     pairs = np.concatenate(queued)
@@ -298,7 +296,7 @@ def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
     handling = fit_robustly(pairs[:, :2], pairs[:, 2]) if len(pairs) >= _MIN_QUEUED else np.zeros(2)
     waits: dict[bool, list[float]] = {True: [], False: []}  # by whether the loop is closed
     for run, rows in zip(runs, undelayed, strict=True):
-        waits[run.load.users > 0] += (rows[:, 2] - rows[:, :2] @ handling).tolist()
+        waits[run.load.users > 0] += (rows[:, 2] - rows[:, :2] @ handling - arrival_gap).tolist()
     send = _typical(waits[True])
     token, delivery = _fit_delivery(runs)
     return Latencies(
@@ -306,7 +304,6 @@ def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
         send=send,
         request=float(handling[0]),
         prompt_token=float(handling[1]),
-        command=_typical(wait - arrival_gap for run in runs for wait in _commands(run)),
         token=token,
         delivery=delivery,
         turnaround=_typical(wait for run in runs for wait in _turnarounds(run)),
@@ -319,7 +316,7 @@ def _typical(values: Iterable[float]) -> float:
 
 
 def _ways(run: Run) -> tuple[Array, Array]:
-    """How requests came to the API process while no step ended, in rows of 1, tokens of the prompt, and seconds.
+    """How requests came to the engine while no step ended, in rows of 1, tokens of the prompt, and seconds.
 
     Returns:
         Those that found the API process free; and those that were sent well before it had taken the request before.
@@ -327,35 +324,20 @@ def _ways(run: Run) -> tuple[Array, Array]:
     """
     found = stays(run.steps)
     entries = [
-        (found[record.engine_id].arrived_at, record.sent_at, record.num_prompt_tokens)
+        (record.accepted_at, record.sent_at, record.num_prompt_tokens, found[record.engine_id].arrived_at)
         for record in run.requests
-        if record.engine_id in found
+        if record.accepted_at is not None and record.engine_id in found
     ]
-    arrived, sent, tokens = np.array(sorted(entries), dtype=float).reshape(-1, 3).T
-    arrived_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (arrived, sent))
+    accepted, sent, tokens, arrived = np.array(sorted(entries), dtype=float).reshape(-1, 4).T
+    accepted_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (accepted, sent))
     ends = list(map(_end, run.steps))
 
-    def is_quiet(since: Array) -> NDArray[np.bool_]:
-        return np.asarray(np.searchsorted(ends, since) == np.searchsorted(ends, arrived, side="right"))
+    def rows(since: Array, until: Array, chosen: NDArray[np.bool_]) -> Array:
+        is_quiet = np.searchsorted(ends, since) == np.searchsorted(ends, until, side="right")
+        return np.column_stack([np.ones(len(sent)), tokens, until - since])[chosen & is_quiet]
 
-    def rows(since: Array, chosen: NDArray[np.bool_]) -> Array:
-        return np.column_stack([np.ones(len(sent)), tokens, arrived - since])[chosen]
-
-    undelayed = rows(sent, (arrived_before <= sent) & is_quiet(sent))
-    return undelayed, rows(arrived_before, (sent <= (sent_before + arrived_before) / 2) & is_quiet(sent_before))
-
-
-def _commands(run: Run) -> Iterator[float]:
-    """Seconds from the API process to the first step, of requests that found the engine idle.
-
-    A policy that waits for a full batch shows none.
-    """
-    if find_policy(run.setup.policy).wake_time is Policy.wake_time:
-        joined = {stay.joined_at: stay for stay in stays(run.steps).values()}
-        for before, step in pairwise([None, *run.steps]):
-            stay = joined.get(step.start) if step and len(step.shares) == 1 else None
-            if stay and (before is None or _end(before) <= stay.arrived_at):
-                yield stay.joined_at - stay.arrived_at
+    is_behind = sent <= (sent_before + accepted_before) / 2
+    return rows(sent, arrived, accepted_before <= sent), rows(accepted_before, accepted, is_behind)
 
 
 def _fit_delivery(runs: Sequence[Run]) -> tuple[float, float]:

@@ -26,10 +26,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 
 from shoal.clients import ClientError, ShoalClient
 from shoal.loadtest.arrivals import open_arrivals
+from shoal.loadtest.costs import fit
 from shoal.loadtest.measure import RUN_FILE, TOOLS, Sent, Tools, load_run, measure, server_options
 from shoal.loadtest.metrics import Cell, baseline, by, collect, problems, speed_up, summarize
 from shoal.loadtest.plan import Experiment, Plan, PlannedRun, interleave, slug
-from shoal.loadtest.profile import Profile, make_profile, predict, read_profile, series, write_profile
+from shoal.loadtest.profile import Profile, predict, read_profile, series, write_profile
 from shoal.loadtest.records import Load, LoadTestError, Run, ServerDiedError, Setup, read_json, write_json
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.server import ServerProcess
@@ -133,7 +134,13 @@ class ProfileRuns:
 
     def save(self) -> Profile:
         """What follows from all that were taken; raises LoadTestError if they are too few."""
-        profile = make_profile(self._taken, options=self._options, versions=machine(), is_short=self._is_short)
+        profile = Profile(
+            server=self._taken[0].server,
+            options=self._options,
+            versions=machine(),
+            costs=fit(self._taken),
+            is_short=self._is_short,
+        )
         write_profile(self._folder, profile)
         return profile
 
