@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from msgspec.structs import astuple
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import nnls  # type: ignore[import-untyped]  # it has no types
 
 from shoal.loadtest.records import LoadTestError, Run
 from shoal.loadtest.trace import stays
@@ -111,7 +111,7 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
         place = min(max(bisect_right(counts, shape.num_tokens), 1), len(counts) - 1)
         before, after = counts[place - 1], counts[place]
         slope = (self.token_seconds[after] - self.token_seconds[before]) / (after - before)
-        further = sum(number * seconds for number, seconds in zip(shape[1:], astuple(self)[1:], strict=False))
+        further: float = sum(number * seconds for number, seconds in zip(shape[1:], astuple(self)[1:], strict=False))
         return self.token_seconds[before] + slope * (shape.num_tokens - before) + further
 
     def gap(self, shape: StepShape) -> float:
@@ -227,7 +227,8 @@ def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float, gaps
     found = fit_robustly(table, seconds - ordered * num_ordered)
     at_counts = found[0] + np.cumsum([0, *found[1 : len(counts)] * np.diff(counts)])
     points = zip(counts.astype(int).tolist(), at_counts.tolist(), strict=True)
-    return StepCosts(dict(points), *found[len(counts) :].tolist(), ordered, *gaps)
+    further = [*found[len(counts) :].tolist(), ordered, *gaps]
+    return StepCosts(dict(points), *further)
 
 
 def _fit_gaps(runs: Iterable[Run]) -> list[float]:
@@ -334,7 +335,7 @@ def _ways(run: Run) -> tuple[Array, Array]:
 
     def rows(since: Array, until: Array, chosen: NDArray[np.bool_]) -> Array:
         is_quiet = np.searchsorted(ends, since) == np.searchsorted(ends, until, side="right")
-        return np.column_stack([np.ones(len(sent)), tokens, until - since])[chosen & is_quiet]
+        return np.asarray(np.column_stack([np.ones(len(sent)), tokens, until - since])[chosen & is_quiet])
 
     is_behind = sent <= (sent_before + accepted_before) / 2
     return rows(sent, arrived, accepted_before <= sent), rows(accepted_before, accepted, is_behind)
