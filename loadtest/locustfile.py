@@ -185,17 +185,16 @@ class Sender:
 class Master:
     """Sends nothing: it tells the workers how many they are, and ends the run when all have sent their parts."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Any) -> None:
         self.environment = environment
-        self.runner: Any = environment.runner
+        self.runner = environment.runner
         self._done: set[str] = set()
         self.runner.register_message(ALL_SENT, lambda msg, **_: self._done.add(msg.node_id))
         environment.events.test_start.add_listener(self._start)
 
     def _start(self, **_: Any) -> None:
-        options: Any = self.environment.parsed_options
         workers = self._workers()
-        options.expect_workers = len(workers)  # an option that locust hands to its workers
+        self.environment.parsed_options.expect_workers = len(workers)  # an option that locust hands to its workers
         self._done.clear()
         gevent.spawn(self._watch, workers)
 

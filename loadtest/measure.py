@@ -51,13 +51,10 @@ class Tools(NamedTuple):
     warm: Callable[[str], None]
 
 
-def measure(
-    planned: PlannedRun, options: Sequence[str], sent: Sent, folder: Path, observe: Observe, tools: Tools
-) -> None:
+def measure(planned: PlannedRun, model: str, sent: Sent, folder: Path, *, observe: Observe, tools: Tools) -> None:
     """Measure a run into its empty folder.
 
     Args:
-        options: of the server.
         sent: what is sent for the planned run.
         observe: is told the number of requests that have ended.
 
@@ -68,7 +65,9 @@ def measure(
     trace, workload = folder / "trace.json", folder / "workload.jsonl"
     write_workload(workload, sent.requests)
     try:
-        with tools.start_server([*options, "--trace", str(trace.absolute())], folder / "server.log") as server:
+        with tools.start_server(
+            [*server_options(model, planned.setup), "--trace", str(trace.absolute())], folder / "server.log"
+        ) as server:
             try:
                 tools.warm(server.url)
             except ClientError as error:

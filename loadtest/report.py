@@ -33,8 +33,10 @@ TABLES = {
     "Processor time": ("generator cores", "generator cores per 1000", "api cores", "engine cores"),
 }
 OF_GROUPS = ("requests", "throughput", "ttft p50", "ttft p99", "e2e p50", "e2e p99")
-TERMINAL = ("throughput", "goodput", "ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e mean", "e2e p99")
-TERMINAL += ("queueing p50", "batch", "padding share", "kv utilisation", "preemptions", "jain", "errors")
+TERMINAL = (
+    *("throughput", "goodput", "ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e mean", "e2e p99"),
+    *("queueing p50", "batch", "padding share", "kv utilisation", "preemptions", "jain", "errors"),
+)
 WORDS = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "end-to-end", "kv": "KV", "throughput": "tokens/s"}
 IN_MS = ("p50", "p90", "p99", "mean", "seconds")
 IN_PERCENT = ("share", "acceptance rate", "usage", "peak", "utilisation", "cores", "1000")
@@ -226,8 +228,8 @@ def _paragraphs(cells: Sequence[Cell], report: Report) -> Iterable[str]:
         waited, first = (cell.measured.median.get(name, 0.0) for name in ("queueing p50", "ttft p50"))
         if cell.setup.policy.startswith("static") and first / 2 < waited <= 1.2 * timeout:
             yield (
-                f"{cell.load}: of its median TTFT, {1e3 * first:.0f} ms, {cell.setup.name} waited {1e3 * waited:.0f} ms for "
-                f"a batch to fill (static_timeout_seconds is {timeout:g}). TTFT from admission leaves this out."
+                f"{cell.load}: of its median TTFT, {1e3 * first:.0f} ms, {cell.setup.name} waited {1e3 * waited:.0f} ms"
+                f" for a batch to fill (static_timeout_seconds is {timeout:g}). TTFT from admission leaves this out."
             )
     least = min(cell.measured.least["output tokens"] for cell in cells)
     most = max(cell.measured.most["output tokens"] for cell in cells)

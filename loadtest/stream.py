@@ -68,9 +68,9 @@ def read_events(record: RequestRecord, lines: list[bytes], times: list[float]) -
                 record.num_cached_tokens = read.get("cached_tokens") or 0
                 record.num_accepted_tokens = drafted.get("accepted_prediction_tokens") or 0
                 record.num_rejected_tokens = drafted.get("rejected_prediction_tokens") or 0
+        record.text_hash = sha256("".join(texts).encode()).hexdigest()
         if not is_finished:
             raise LoadTestError("the stream ended without a finish_reason")
-        record.text_hash = sha256("".join(texts).encode()).hexdigest()
     except LoadTestError as error:
         record.error = record.error or str(error)
     except (KeyError, TypeError, AttributeError) as error:

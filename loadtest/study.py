@@ -73,7 +73,7 @@ class Runs:
         numbers = [int(path.name.partition("-")[0]) for path in self._folder.iterdir()]
         folder = self._folder / f"{max(numbers, default=0) + 1:03}-{planned.name}"
         folder.mkdir()
-        measure(planned, server_options(self._model, planned.setup), sent, folder, self._observe, self._tools)
+        measure(planned, self._model, sent, folder, observe=self._observe, tools=self._tools)
         return folder
 
     def _observe(self, num_requests: int) -> None:

@@ -36,15 +36,17 @@ def read_trace(path: Path, started_at: float) -> list[StepRecord]:
     Raises:
         LoadTestError: the file cannot be read, or a line of it is no event; its number is named.
     """
-    steps = []
+    steps: list[StepRecord] = []
     for number, line in enumerate(_lines(path), 1):
         event = line.strip().removesuffix(b",")
         if event in (b"", b"[", b"]"):
             continue
         place = f"{path}, line {number}"
         try:
-            known = decode(event, _Event, place)
-            step = decode(event, _StepEvent, place).args if (known.name, known.ph) == ("step", "X") else None
+            known: _Event = decode(event, _Event, place)
+            step: StepRecord | None = None
+            if (known.name, known.ph) == ("step", "X"):
+                step = decode(event, _StepEvent, place).args
         except LoadTestError:
             if not line.endswith(b"\n"):
                 break  # the writer was ended here

@@ -104,7 +104,7 @@ def make_workload(
     if max_model_len < MIN_MODEL_LEN:
         raise LoadTestError(f"workloads need a context of {MIN_MODEL_LEN} tokens; max_model_len is {max_model_len}")
     maker = Maker(Random(f"{name} {seed}"), tokenize)
-    requests = []
+    requests: list[WorkloadRequest] = []
     for index, fields in enumerate(islice(WORKLOADS[name](maker), num_requests)):
         request_id, (prompt, token_ids) = f"{name}-{index:05}", fields.pop("prompt")
         named = {"request_id": request_id, "session": request_id, "prompt": prompt, "prompt_token_ids": token_ids}

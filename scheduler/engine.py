@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from shoal.scheduler.output import RequestOutput, SchedulerOutput, StepResult
 from shoal.scheduler.scheduler import Scheduler
-from shoal.scheduler.trace import StepRecord
+from shoal.scheduler.step_record import StepRecord, StepRecorder
 
 logger = logging.getLogger("shoal.engine")
 
@@ -29,7 +29,7 @@ class EngineCore:
 
     Args:
         clock: seconds; monotonic in the server, virtual elsewhere.
-        observe: told of each step when it is over, if anybody is to be.
+        observers: each is called with the record of every step when the step is over.
     """
 
     def __init__(
@@ -37,12 +37,13 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         clock: Callable[[], float],
-        observe: Callable[[StepRecord], None] | None = None,
+        observers: Sequence[Callable[[StepRecord], None]] = (),
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock
-        self.observe = observe
+        self.observers = observers
+        self._recorder = StepRecorder(scheduler)
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns the news of each request that has any."""
@@ -50,12 +51,14 @@ class EngineCore:
         output = self.scheduler.schedule(started_at)
         if not output.scheduled and not output.released:
             return []
-        if self.observe is None:
+        if not self.observers:
             return self._compute(output)[0]
-        record = StepRecord.begin(self.scheduler, output, started_at, self.clock())
+        record = self._recorder.begin(output, started_at)
+        scheduled_at = self.clock()
         news, executed_at = self._compute(output)
-        record.end(self.scheduler, news, executed_at, self.clock())
-        self.observe(record)
+        self._recorder.end(record, scheduled_at, executed_at, self.clock())
+        for observe in self.observers:
+            observe(record)
         return news
 
     def _compute(self, output: SchedulerOutput) -> tuple[list[RequestOutput], float]:

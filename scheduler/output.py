@@ -109,6 +109,7 @@ class ScheduledRequest:
     """One request's share of a step: compute `num_scheduled_tokens` tokens from position `num_computed_tokens` on.
 
     Attributes:
+        row: of the batch; the request keeps it until it leaves the batch.
         new_block_ids: blocks that the request's block table gains; the whole table if `new` is set.
         num_blocks: length of the block table with them.
         samples: whether the share reaches the last known token, so that the next one is to be chosen.
@@ -119,6 +120,7 @@ class ScheduledRequest:
     """
 
     request_id: str
+    row: int
     num_computed_tokens: int
     num_scheduled_tokens: int
     new_block_ids: list[int]
@@ -135,12 +137,12 @@ class SchedulerOutput:
 
     Attributes:
         scheduled: the requests of the step, each at most once.
-        released: ids of requests that left the batch since the last step (finished, aborted or preempted), so
-            that the executor can forget them.  Applied before `scheduled`.
+        released: rows whose requests left the batch since the last step (finished, aborted or preempted), so that the
+            executor can forget them.  Applied before `scheduled`, in which a row may have a new request already.
     """
 
     scheduled: list[ScheduledRequest]
-    released: list[str]
+    released: list[int]
 
 
 @dataclass(slots=True)

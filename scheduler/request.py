@@ -24,6 +24,7 @@ class Request:
         speculates: whether tokens may be drafted for it.
         spec_token_ids: drafted tokens that may follow `token_ids`; the next step verifies them.
         num_computed_tokens: tokens whose keys and values stand in the KV cache.
+        row: of the batch; -1 while the request is not in it.
         block_ids: the block table.
         block_hashes: content hashes of the leading full blocks, as far as they were needed.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
@@ -43,6 +44,7 @@ class Request:
         "num_scored_tokens",
         "params",
         "request_id",
+        "row",
         "scheduled_time",
         "scheduling",
         "spec_token_ids",
@@ -73,6 +75,7 @@ class Request:
         self.speculates = speculates
         self.spec_token_ids: list[int] = []
         self.num_computed_tokens = 0
+        self.row = -1
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_cached_tokens = 0

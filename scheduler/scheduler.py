@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from shoal.scheduler.admission import check_queue, check_request
 from shoal.scheduler.config import SchedulerConfig
@@ -62,7 +63,8 @@ class Scheduler:
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: dict[str, Request] = {}
         self.padding: dict[str, Request] = {}
-        self._released: list[str] = []
+        self._free_rows = list(range(config.max_num_seqs))  # a heap
+        self._released: list[int] = []
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -159,13 +161,17 @@ class Scheduler:
         )
 
     def check_invariants(self) -> None:
-        """Assert that every block is accounted for and every request is where its status says."""
-        self.kv_cache.check([*self.running.values(), *self.padding.values()])
+        """Assert that every block and row is accounted for and every request is where its status says."""
+        batch = [*self.running.values(), *self.padding.values()]
+        self.kv_cache.check(batch)
+        rows = [*self._free_rows, *(request.row for request in batch)]
+        assert sorted(rows) == list(range(self.config.max_num_seqs)), "a row leaked, or has two requests"
         assert not self.running.keys() & self.waiting.keys()
         assert not self.padding.keys() & (self.running.keys() | self.waiting.keys())
         for request in self.waiting.values():
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
             assert not request.block_ids
+            assert request.row == -1
             assert request.num_computed_tokens == 0
         for request in self.running.values():
             assert request.status is RequestStatus.RUNNING
@@ -175,13 +181,8 @@ class Scheduler:
             assert request.status is RequestStatus.FINISHED
             assert 0 < request.num_computed_tokens <= len(request.block_ids) * self.config.block_size
         assert self.num_unfinished or not self.padding, "padding rows outlived their batch"
-        assert self._num_rows <= self.config.max_num_seqs
 
     # -- the parts of a step -------------------------------------------------------------------------------------
-
-    @property
-    def _num_rows(self) -> int:
-        return len(self.running) + len(self.padding)
 
     def _pad(self, step: _Step) -> None:
         """Give each padding row the token that it recomputes."""
@@ -189,7 +190,16 @@ class Scheduler:
             step.budget -= 1
             start, samples = request.num_computed_tokens - 1, request.params.max_tokens > 0
             step.shares[request.request_id] = ScheduledRequest(
-                request.request_id, start, 1, [], len(request.block_ids), samples, [], None, is_padding=True
+                request.request_id,
+                request.row,
+                start,
+                1,
+                [],
+                len(request.block_ids),
+                samples,
+                [],
+                None,
+                is_padding=True,
             )
 
     def _candidates(self, step: _Step, now: float) -> Iterator[Request]:
@@ -213,10 +223,10 @@ class Scheduler:
         """Whether a waiting request may join the batch; if it is full, whoever gives way has left it then."""
         if step.is_closed or not self.policy.admits(request, self.running.values(), now):
             return False
-        if self._num_rows == self.config.max_num_seqs:
-            step.is_closed = not self._make_room(request, step, now)
-        else:
+        if self._free_rows:
             step.is_closed = step.budget == len(step.behind)
+        else:
+            step.is_closed = not self._make_room(request, step, now)
         return not step.is_closed
 
     def _place(self, request: Request, step: _Step, now: float) -> None:
@@ -246,13 +256,22 @@ class Scheduler:
         spec_token_ids = request.spec_token_ids[: end - num_tokens] if end > num_tokens else []
         step.budget -= count
         step.shares[request.request_id] = ScheduledRequest(
-            request.request_id, start, count, block_ids, len(request.block_ids), samples, spec_token_ids, new
+            request.request_id,
+            request.row,
+            start,
+            count,
+            block_ids,
+            len(request.block_ids),
+            samples,
+            spec_token_ids,
+            new,
         )
 
     def _join(self, request: Request, now: float) -> None:
-        """Move a request from waiting to running."""
+        """Move a request from waiting to running, into the lowest free row."""
         del self.waiting[request.request_id]
         self.running[request.request_id] = request
+        request.row = heappop(self._free_rows)
         request.status = RequestStatus.RUNNING
         self._num_prefix_queries += request.num_tokens
         self._num_prefix_hits += request.num_computed_tokens
@@ -373,9 +392,11 @@ class Scheduler:
             self._leave(row, RequestStatus.FINISHED)
 
     def _leave(self, request: Request, status: RequestStatus) -> None:
-        """Take a request out of wherever it is, and give its blocks back."""
+        """Take a request out of wherever it is, and give its row and its blocks back."""
         if self.running.pop(request.request_id, None) or self.padding.pop(request.request_id, None):
-            self._released.append(request.request_id)
+            self._released.append(request.row)
+            heappush(self._free_rows, request.row)
+            request.row = -1
             self.kv_cache.release(request)
         self.waiting.pop(request.request_id, None)
         request.status = status

@@ -15,10 +15,10 @@ import uvicorn
 
 from shoal.scheduler.errors import ConfigError
 from shoal.server.app import create_app
+from shoal.server.engine.chrome_trace import begin_trace
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import Ready
 from shoal.server.engine.supervisor import EngineSupervisor
-from shoal.server.engine.tracing import begin_trace
 from shoal.server.metrics import Metrics
 from shoal.server.service import Service, build_service
 from shoal.server.settings import Settings

@@ -86,6 +86,7 @@ class InjectedError(Exception):
 class _Sequence:
     """What an executor knows of a request in the batch."""
 
+    request_id: str
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
@@ -93,8 +94,9 @@ class _Sequence:
     block_table: list[int] = field(default_factory=list)
 
     @classmethod
-    def joining(cls, new: NewRequest, num_computed_tokens: int) -> _Sequence:
-        return cls(list(new.token_ids), new.num_prompt_tokens, new.params, num_computed_tokens)
+    def joining(cls, share: ScheduledRequest, new: NewRequest) -> _Sequence:
+        tokens = list(new.token_ids)
+        return cls(share.request_id, tokens, new.num_prompt_tokens, new.params, share.num_computed_tokens)
 
 
 class FakeExecutor:
@@ -102,7 +104,8 @@ class FakeExecutor:
 
     Attributes:
         steps: the shares of each call, in order; calls that fail are there too.
-        released: the released ids of each call.
+        released: the released rows of each call.
+        sequences: what is known of the requests in the batch, by row.
         fail: called with each schedule before it is computed; raises to make the step fail.
         error: called with each share; a message makes that request fail on its own account.
     """
@@ -112,15 +115,15 @@ class FakeExecutor:
         self.choose = choose
         self.draft = draft
         self.steps: list[list[Share]] = []
-        self.released: list[list[str]] = []
+        self.released: list[list[int]] = []
         self.fail: Callable[[SchedulerOutput], None] = lambda _: None
         self.error: Callable[[ScheduledRequest], str | None] = lambda _: None
-        self.sequences: dict[str, _Sequence] = {}
+        self.sequences: dict[int, _Sequence] = {}
         self.kv: dict[int, int] = {}  # slot -> token id
 
     def execute(self, output: SchedulerOutput) -> StepResult:
-        for request_id in output.released:
-            self.sequences.pop(request_id, None)
+        for row in output.released:
+            self.sequences.pop(row, None)
         self.released.append(list(output.released))
         self.steps.append([self._place(share) for share in output.scheduled])
         self.fail(output)
@@ -133,8 +136,11 @@ class FakeExecutor:
     def _place(self, share: ScheduledRequest) -> Share:
         """Take in what is new of a request, and check that the share agrees with what is known of it."""
         if share.new:
-            self.sequences[share.request_id] = _Sequence.joining(share.new, share.num_computed_tokens)
-        sequence = self.sequences[share.request_id]
+            known = self.sequences.get(share.row)
+            assert known is None or known.request_id == share.request_id, "the row has another request"
+            self.sequences[share.row] = _Sequence.joining(share, share.new)
+        sequence = self.sequences[share.row]
+        assert sequence.request_id == share.request_id, "the row is another request's"
         kept = share.num_blocks - len(share.new_block_ids)
         sequence.block_table[kept:] = share.new_block_ids
         assert len(sequence.block_table) == share.num_blocks
@@ -157,7 +163,7 @@ class FakeExecutor:
     def _write_all(self, scheduled: list[ScheduledRequest]) -> None:
         written: set[int] = set()
         for share in scheduled:
-            sequence = self.sequences[share.request_id]
+            sequence = self.sequences[share.row]
             tokens = sequence.token_ids + share.spec_token_ids
             for position in range(share.num_computed_tokens, share.num_computed_tokens + share.num_scheduled_tokens):
                 slot = self._slot(sequence, position)
@@ -167,7 +173,7 @@ class FakeExecutor:
 
     def _read(self, share: ScheduledRequest, result: StepResult) -> None:
         """Read the context back, choose after it, verify drafted tokens, propose the next ones."""
-        sequence = self.sequences[share.request_id]
+        sequence = self.sequences[share.row]
         end = share.num_computed_tokens + share.num_scheduled_tokens
         context = [self.kv[self._slot(sequence, position)] for position in range(end)]
         assert context == (sequence.token_ids + share.spec_token_ids)[:end], "the KV cache holds other tokens"

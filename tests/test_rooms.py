@@ -43,7 +43,8 @@ ROOMS = {
     ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room(
-        "shoal.clients shoal.scheduler", "click gevent geventhttpclient httpx jinja2 locust matplotlib numpy tqdm"
+        "shoal.clients shoal.scheduler",
+        "click gevent geventhttpclient httpx jinja2 locust matplotlib msgspec numpy tqdm",
     ),
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")

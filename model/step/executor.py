@@ -41,8 +41,8 @@ class ModelExecutor:
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Compute a step.  See `shoal.scheduler.engine.Executor`."""
-        for request_id in output.released:
-            self.rows.leave(request_id)
+        for row in output.released:
+            self.rows.leave(row)
         if not output.scheduled:
             return StepResult([])
         batch, layout = self._build(output.scheduled)
@@ -113,7 +113,7 @@ class ModelExecutor:
     def _add_logprobs(
         self, result: StepResult, share: ScheduledRequest, chosen: SamplerOutput, prompt: slice, output: slice
     ) -> None:
-        row = self.rows.row_of[share.request_id]
+        row = share.row
         num_logprobs, num_prompt_logprobs = self.rows.num_logprobs[row], self.rows.num_prompt_logprobs[row]
         if num_logprobs >= 0 and output.stop > output.start:
             result.logprobs[share.request_id] = _read_logprobs(chosen, output, num_logprobs)

@@ -19,11 +19,10 @@ _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penal
 
 
 class BatchRows:
-    """A table with a row for each request that is running.
+    """A table with a row for each request that is running; the scheduler says which.
 
     Attributes:
         max_num_seqs, block_size: as given.
-        row_of: row of each request, by id.
         token_ids: [max_num_seqs, max_model_len + 1] int32, known tokens and then drafted or freshly chosen ones.
         block_tables: [max_num_seqs, max_blocks] int32.
         num_prompt_tokens, num_logprobs, num_prompt_logprobs: [max_num_seqs] int32; -1 for no log-probabilities.
@@ -33,8 +32,6 @@ class BatchRows:
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         max_blocks = -(-max_model_len // block_size)
         self.max_num_seqs, self.block_size = max_num_seqs, block_size
-        self.row_of: dict[str, int] = {}
-        self._free = list(range(max_num_seqs - 1, -1, -1))
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
@@ -50,7 +47,9 @@ class BatchRows:
 
     def place(self, share: ScheduledRequest) -> int:
         """Bring the request's row up to date with its share of the step; returns the row."""
-        row = self._join(share.request_id, share.new) if share.new else self.row_of[share.request_id]
+        row = share.row
+        if share.new:
+            self._join(row, share.new)
         if share.new_block_ids:
             begin = share.num_blocks - len(share.new_block_ids)
             self.block_tables[row, begin : share.num_blocks] = share.new_block_ids
@@ -59,14 +58,11 @@ class BatchRows:
             self.token_ids[row, end - len(share.spec_token_ids) : end] = share.spec_token_ids
         return row
 
-    def leave(self, request_id: str) -> None:
-        """Forget a request; one that is not there is forgotten already."""
-        row = self.row_of.pop(request_id, None)
-        if row is not None:
-            self._free.append(row)
-            self.scored.discard(row)
-            self._penalised.pop(row, None)
-            self._biased.pop(row, None)
+    def leave(self, row: int) -> None:
+        """Forget the request in a row, if there is one."""
+        self.scored.discard(row)
+        self._penalised.pop(row, None)
+        self._biased.pop(row, None)
 
     def sampling_batch(self, rows: Intp, positions: Int32, chooses: Bool) -> SamplingBatch:
         """How to choose the token at each of `positions` of the requests in `rows`, all [num_logits].
@@ -120,9 +116,8 @@ class BatchRows:
         batch.num_logprobs = batch.forced_token_ids  # -1 each: nothing is forced, and nothing reported
         return batch
 
-    def _join(self, request_id: str, new: NewRequest) -> int:
-        self.leave(request_id)  # a step that failed may have placed it before
-        row = self.row_of[request_id] = self._free.pop()
+    def _join(self, row: int, new: NewRequest) -> None:
+        self.leave(row)  # a step that failed may have placed it before
         self._gathered.clear()
         params = new.params
         self.token_ids[row, : len(new.token_ids)] = new.token_ids
@@ -140,7 +135,6 @@ class BatchRows:
             self._penalised[row] = np.unique(np.array(prompt, np.int32))
         if params.logit_bias or params.min_tokens:
             self._biased[row] = _Bias.of(params)
-        return row
 
     def _penalties(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Int32]:
         """Tokens seen before each choice: (logits row, token id, times generated); 0 times is of the prompt."""

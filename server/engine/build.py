@@ -16,6 +16,7 @@ from shoal.scheduler.errors import ConfigError
 from shoal.scheduler.policies import create_policy
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.backends import plan_backend
+from shoal.server.engine.chrome_trace import ChromeTrace
 from shoal.server.engine.memory import plan_kv_cache
 from shoal.server.engine.messages import Ready
 from shoal.server.engine.speculation import plan_speculation
@@ -72,4 +73,6 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         speculate=partial(speculation.create, plan, backend, limits) if speculation else None,
     )
     ready = Ready(limits, record.num_parameters, cache.num_bytes, plan.describe(backend), plan.warning)
-    return BuiltEngine(EngineCore(scheduler, executor, time.monotonic), ready, lambda: None)
+    trace = None if settings.engine.trace is None else ChromeTrace(settings.engine.trace)
+    core = EngineCore(scheduler, executor, time.monotonic, [] if trace is None else [trace])
+    return BuiltEngine(core, ready, (lambda: None) if trace is None else trace.close)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shoal.loadtest.comparison import Comparison, Results
-from shoal.loadtest.errors import LoadTestError, ServerDiedError, WorkloadError
+from shoal.loadtest.records import LoadTestError, ServerDiedError
 from shoal.loadtest.measuring import Measurer, server_options
 from shoal.loadtest.metrics import Slo
 from shoal.loadtest.plan import Experiment, Plan, PlannedRun, interleave
@@ -104,7 +104,7 @@ def answer(request: WorkloadRequest, number: int, text: str) -> RequestRecord:
     return RequestRecord(
         request_id=request.request_id,
         client=request.client,
-        server_id=f"cmpl-{number}",
+        engine_id=f"cmpl-{number}",
         sent_at=0.0,
         token_times=[float(number)],
         finished_at=float(number),
@@ -234,7 +234,7 @@ def test_one_client_alone_is_sent_what_it_sends_among_the_others(tmp_path: Path)
     (file,) = tmp_path.glob("workload-two-tenants-modest-*.jsonl")
     (sent,) = read_workload(file)
     assert sent.client == "modest" and sent.arrival_time is not None
-    with pytest.raises(WorkloadError, match=r"'nobody'; clients are greedy, modest"):
+    with pytest.raises(LoadTestError, match=r"'nobody'; clients are greedy, modest"):
         compare(tmp_path / "other", world, plan(replace(alone, workload="two-tenants:nobody")))
 
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shoal.loadtest import cli
-from shoal.loadtest.errors import LoadTestError
+from shoal.loadtest.records import LoadTestError
 from shoal.loadtest.metrics import Slo
 from shoal.loadtest.plan import Experiment, Plan
 from shoal.loadtest.planning import SIZES, plan_comparison
@@ -24,7 +24,7 @@ def invoke(command: str, *args: str) -> Result:
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (["--policies", "fcfs,quick"], "policies: unknown 'quick'; known are fcfs, priority, sjf"),
+        (["--policies", "fcfs,quick"], "policies: unknown 'quick'; known are deadline, fair, fcfs"),
         (["--workload", "chat,talk"], "workload: unknown 'talk'; known are chat, code, agent, uniform"),
         (["--speculation", "magic"], "speculation: unknown 'magic'; known are off, draft, ngram, self"),
         (["--rate", "0"], "rate must be a finite number above 0, not 0"),
@@ -120,7 +120,7 @@ def test_a_simulation_without_a_profile_is_refused(tmp_path: Path) -> None:
 def test_a_simulation_refuses_the_same_input() -> None:
     result = invoke("simulate", "--policies", "quick")
     assert result.exit_code == 2
-    assert "known are fcfs" in result.stderr and "sjf-oracle" in result.stderr
+    assert "known are deadline" in result.stderr and "sjf-oracle" in result.stderr
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoal.loadtest.errors import LoadTestError, ServerDiedError
+from shoal.loadtest.records import LoadTestError, ServerDiedError
 from shoal.loadtest.metrics import Slo
 from shoal.loadtest.plan import Plan, PlannedRun
 from shoal.loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns

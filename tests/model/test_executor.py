@@ -40,8 +40,10 @@ def share(
     spec_token_ids: list[int] | None = None,
     num_blocks: int = 0,
 ) -> ScheduledRequest:
+    """The share of a request whose id says its row: "a" is in row 0, "b" in row 1, and so on."""
+    row = "abcdefgh".index(request_id)
     return ScheduledRequest(
-        request_id, start, count, blocks, num_blocks or len(blocks), samples, spec_token_ids or [], new
+        request_id, row, start, count, blocks, num_blocks or len(blocks), samples, spec_token_ids or [], new
     )
 
 
@@ -125,9 +127,10 @@ def test_a_step_that_samples_nothing_needs_no_logits() -> None:
 
 def test_a_step_that_only_releases_does_not_reach_the_backend() -> None:
     executor, backend = make_executor()
-    executor.execute(SchedulerOutput([share("a", 0, 1, [0], new([1]))], []))
-    assert executor.execute(SchedulerOutput([], ["a"])) == StepResult([])
-    assert executor.rows.row_of == {}
+    executor.execute(SchedulerOutput([share("a", 0, 1, [0], new([1], num_prompt_logprobs=1))], []))
+    assert executor.rows.scored == {0}
+    assert executor.execute(SchedulerOutput([], [0])) == StepResult([])
+    assert executor.rows.scored == set()
     assert len(backend.batches) == 1
 
 
@@ -252,7 +255,6 @@ def test_a_failed_step_can_be_repeated_request_by_request() -> None:
     for request_id, prompt in (("a", [1, 2, 3]), ("c", [4, 5])):
         truth = oracle(backend, prompt, params(3))[0]
         assert harness.token_ids[request_id] == truth
-    assert executor.rows.row_of == {}
 
 
 class Proposing:
@@ -333,7 +335,6 @@ def test_every_request_gets_what_it_gets_alone(
     for request_id, (prompt, _) in asked.items():
         harness.add(request_id, prompt, **requests[int(request_id[1:])][2])  # type: ignore[arg-type]
     harness.drain()
-    assert model.rows.row_of == {}
     assert model.rows.scored == set()
     for request_id, (prompt, sampling) in asked.items():
         tokens, logprobs = truth[request_id]

@@ -31,12 +31,19 @@ VOCAB_SIZE = 96
 
 
 def join(
-    rows: BatchRows, proposer: Any, tokens: list[int], blocks: list[int], *, num_found: int = 0, **sampling: Any
+    rows: BatchRows,
+    proposer: Any,
+    tokens: list[int],
+    blocks: list[int],
+    *,
+    num_found: int = 0,
+    row: int = 0,
+    **sampling: Any,
 ) -> int:
     """A request joins with its whole block table; `num_found` of its tokens stand in the prefix cache."""
     new = NewRequest(tokens, len(tokens), params(max_tokens=50, **sampling))
-    share = ScheduledRequest("r" + str(blocks), num_found, len(tokens) - num_found, blocks, len(blocks), True, [], new)
-    row = rows.place(share)
+    share = ScheduledRequest("a", row, num_found, len(tokens) - num_found, blocks, len(blocks), True, [], new)
+    rows.place(share)
     proposer.place(row, share)
     return row
 
@@ -85,8 +92,8 @@ def test_ngrams_of_a_row_end_with_its_request() -> None:
     proposer = NgramProposer(rows)
     row = join(rows, proposer, [1, 2, 3, 1, 2], [0])
     assert propose(proposer, [Candidate(row, 5, 1)]) == [[3]]
-    rows.leave("r[0]")
-    assert join(rows, proposer, [1, 2], [1]) == row
+    rows.leave(row)
+    join(rows, proposer, [1, 2], [1])
     assert propose(proposer, [Candidate(row, 2, 1)]) == [[]]
 
 
@@ -167,8 +174,8 @@ def test_long_prompts_are_read_in_parts_before_anything_is_guessed() -> None:
     proposer, backend = draft_of(rows, max_catch_up=24)
     long, other, short = list(range(100, 150)), list(range(40)), [60, 61, 62]
     first = join(rows, proposer, long, [0, 1, 2, 3])
-    second = join(rows, proposer, other, [4, 5, 6])
-    third = join(rows, proposer, short, [7])
+    second = join(rows, proposer, other, [4, 5, 6], row=1)
+    third = join(rows, proposer, short, [7], row=2)
     candidates = [Candidate(first, 50, 2), Candidate(second, 40, 2), Candidate(third, 3, 2)]
     assert propose(proposer, candidates) == [[], [], [63, 64]], "nobody waits for those who are behind"
     assert backend.reads == [[(0, long[:24])], [(0, short)]]
@@ -184,12 +191,12 @@ def test_a_prefix_that_the_draft_has_read_is_not_read_again() -> None:
     prompt = list(range(40))
     row = join(rows, proposer, prompt, [5, 6, 7])
     guess(rows, proposer, row, prompt, 1)
-    rows.leave("r[5, 6, 7]")
+    rows.leave(row)
     row = join(rows, proposer, [*prompt[:32], 90], [5, 6, 9], num_found=32)
     guess(rows, proposer, row, [*prompt[:32], 90], 1)
     assert backend.reads[-1] == [(32, [90])]
     # A block that was given to somebody else meanwhile, of whom the draft has read nothing, is a new one.
-    join(rows, proposer, [1, 2], [6])
+    join(rows, proposer, [1, 2], [6], row=1)
     row = join(rows, proposer, [*prompt[:32], 91], [5, 6, 10], num_found=32)
     guess(rows, proposer, row, [*prompt[:32], 91], 1)
     assert backend.reads[-1] == [(16, [*prompt[16:32], 91])]

@@ -16,12 +16,12 @@ from tests.fakes import params
 
 
 def joining(
-    request_id: str, prompt: list[int], sampling: SamplingParams | None = None, output: list[int] | None = None
+    prompt: list[int], sampling: SamplingParams | None = None, output: list[int] | None = None, *, row: int = 0
 ) -> ScheduledRequest:
     tokens = prompt + (output or [])
     num_blocks = -(-len(tokens) // 4)
     new = NewRequest(tokens, len(prompt), sampling or params())
-    return ScheduledRequest(request_id, 0, len(tokens), list(range(num_blocks)), num_blocks, True, [], new)
+    return ScheduledRequest("a", row, 0, len(tokens), list(range(num_blocks)), num_blocks, True, [], new)
 
 
 def sampling_at(rows: BatchRows, *pairs: tuple[int, int], chooses: bool = True) -> SamplingBatch:
@@ -42,45 +42,26 @@ def biases(batch: SamplingBatch) -> dict[tuple[int, int], float]:
     return dict(zip(keys, batch.bias.tolist(), strict=True))
 
 
-def test_requests_get_rows_of_their_own_and_give_them_back() -> None:
-    rows = BatchRows(2, 16, 4)
-    first, second = rows.place(joining("a", [1])), rows.place(joining("b", [2]))
-    assert {first, second} == {0, 1}
-    rows.leave("a")
-    assert rows.row_of == {"b": second}
-    assert rows.place(joining("c", [3])) == first
-    assert rows.token_ids[first, 0] == 3
-
-
-def test_leaving_twice_or_never_having_joined_is_no_error() -> None:
-    rows = BatchRows(1, 16, 4)
-    rows.place(joining("a", [1]))
-    for request_id in ("a", "a", "never"):
-        rows.leave(request_id)
-    rows.place(joining("b", [1]))
-    assert rows.row_of == {"b": 0}
-
-
-def test_joining_twice_takes_one_row() -> None:
+def test_a_request_that_is_placed_twice_is_there_once() -> None:
     """A step that failed is given again."""
-    rows = BatchRows(1, 16, 4)
-    assert rows.place(joining("a", [1, 2])) == rows.place(joining("a", [1, 2])) == 0
-    rows.leave("a")
-    assert rows.place(joining("b", [1])) == 0
+    rows = BatchRows(2, 16, 4)
+    asked = params(num_prompt_logprobs=0)
+    assert [rows.place(joining(prompt, asked, row=1)) for prompt in ([1, 2], [3])] == [1, 1]
+    assert (rows.token_ids[1, 0], rows.num_prompt_tokens.tolist(), rows.scored) == (3, [0, 1], {1})
 
 
 def test_a_block_table_grows_where_the_share_says() -> None:
     rows = BatchRows(1, 16, 4)
-    rows.place(joining("a", list(range(6))))
+    rows.place(joining(list(range(6))))
     for _ in range(2):  # given twice, it grows once
-        rows.place(ScheduledRequest("a", 6, 1, [9], 3, True, [], None))
+        rows.place(ScheduledRequest("a", 0, 6, 1, [9], 3, True, [], None))
     assert rows.block_tables[0, :3].tolist() == [0, 1, 9]
 
 
 def test_drafted_tokens_stand_at_the_end_of_the_share() -> None:
     rows = BatchRows(1, 16, 4)
-    rows.place(joining("a", [5, 6, 7]))
-    rows.place(ScheduledRequest("a", 2, 3, [], 2, True, [8, 9], None))
+    rows.place(joining([5, 6, 7]))
+    rows.place(ScheduledRequest("a", 0, 2, 3, [], 2, True, [8, 9], None))
     assert rows.token_ids[0, :5].tolist() == [5, 6, 7, 8, 9]
 
 
@@ -92,9 +73,9 @@ def test_each_row_is_sampled_as_its_own_request_asks() -> None:
         params(temperature=0.0),
     ]
     for index, sampling in enumerate(asked):
-        rows.place(joining(str(index), [index], sampling))
+        rows.place(joining([index], sampling, row=index))
     order = [2, 0, 1, 0]
-    batch = sampling_at(rows, *((rows.row_of[str(index)], 4 + index) for index in order))
+    batch = sampling_at(rows, *((index, 4 + index) for index in order))
     for name in (
         "temperature",
         "top_p",
@@ -113,22 +94,22 @@ def test_each_row_is_sampled_as_its_own_request_asks() -> None:
 
 def test_a_row_that_changes_hands_is_gathered_anew() -> None:
     rows = BatchRows(1, 16, 4)
-    for index, temperature in enumerate((0.25, 0.5)):
-        row = rows.place(joining(str(index), [1], params(temperature=temperature)))
+    for temperature in (0.25, 0.5):
+        row = rows.place(joining([1], params(temperature=temperature)))
         assert sampling_at(rows, (row, 1)).temperature.tolist() == [temperature]
         assert sampling_at(rows, (row, 2)).temperature.tolist() == [temperature]
-        rows.leave(str(index))
+        rows.leave(row)
 
 
 def test_known_tokens_are_forced_where_a_prompt_is_scored() -> None:
     rows = BatchRows(2, 16, 4)
-    scored = rows.place(joining("a", [5, 6, 7], params(num_prompt_logprobs=2, num_logprobs=0)))
-    other = rows.place(joining("b", [8, 9]))
+    scored = rows.place(joining([5, 6, 7], params(num_prompt_logprobs=2, num_logprobs=0)))
+    other = rows.place(joining([8, 9], row=1))
     row = np.array([scored, scored, scored, other], np.int32)
     batch = rows.sampling_batch(row, np.array([1, 2, 3, 2], np.int32), np.array([False, False, True, True]))
     assert batch.forced_token_ids.tolist() == [6, 7, -1, -1]
     assert batch.num_logprobs.tolist() == [2, 2, 0, -1]
-    rows.leave("a")
+    rows.leave(0)
     assert not rows.scored
 
 
@@ -142,11 +123,11 @@ def test_penalties_see_what_was_generated_before_the_position(
     prompt: list[int], output: list[int], repetition_penalty: float
 ) -> None:
     rows = BatchRows(2, 20, 4)
-    rows.place(joining("other", [1, 2, 3]))
+    rows.place(joining([1, 2, 3], row=1))
     asked = params(repetition_penalty=repetition_penalty, frequency_penalty=0.5)
-    row = rows.place(joining("a", prompt, asked, output))
+    row = rows.place(joining(prompt, asked, output))
     positions = [len(prompt) + index for index in range(len(output) + 1)]
-    batch = sampling_at(rows, (rows.row_of["other"], 3), *((row, position) for position in positions))
+    batch = sampling_at(rows, (1, 3), *((row, position) for position in positions))
     expected: dict[tuple[int, int], int] = {}
     for index in range(len(positions)):
         if repetition_penalty != 1:
@@ -157,8 +138,8 @@ def test_penalties_see_what_was_generated_before_the_position(
 
 def test_penalties_count_drafted_tokens_before_the_position_and_not_after_it() -> None:
     rows = BatchRows(1, 16, 4)
-    row = rows.place(joining("a", [1], params(presence_penalty=1.0), [2]))
-    rows.place(ScheduledRequest("a", 1, 3, [], 1, True, [2, 3], None))
+    row = rows.place(joining([1], params(presence_penalty=1.0), [2]))
+    rows.place(ScheduledRequest("a", 0, 1, 3, [], 1, True, [2, 3], None))
     batch = sampling_at(rows, (row, 2), (row, 3), (row, 4))
     assert penalties(batch) == {(0, 2): 1, (1, 2): 2, (2, 2): 2, (2, 3): 1}
 
@@ -167,7 +148,7 @@ def test_penalties_count_drafted_tokens_before_the_position_and_not_after_it() -
 def test_stop_tokens_are_banned_before_min_tokens(min_tokens: int) -> None:
     rows = BatchRows(1, 16, 4)
     asked = params(min_tokens=min_tokens, stop_token_ids=frozenset({7, 8}), logit_bias={3: 1.5, 8: 100.0})
-    row = rows.place(joining("a", [1, 2], asked))
+    row = rows.place(joining([1, 2], asked))
     batch = sampling_at(rows, *((row, 2 + index) for index in range(5)))
     expected: dict[tuple[int, int], float] = {}
     for index in range(5):
@@ -179,7 +160,7 @@ def test_stop_tokens_are_banned_before_min_tokens(min_tokens: int) -> None:
 def test_scored_tokens_are_neither_biased_nor_penalised() -> None:
     rows = BatchRows(1, 16, 4)
     asked = params(num_prompt_logprobs=0, logit_bias={3: 1.0}, repetition_penalty=2.0)
-    row = rows.place(joining("a", [1, 2, 3], asked))
+    row = rows.place(joining([1, 2, 3], asked))
     batch = sampling_at(rows, (row, 1), (row, 2), chooses=False)
     assert biases(batch) == {}
     assert penalties(batch) == {}
@@ -188,9 +169,9 @@ def test_scored_tokens_are_neither_biased_nor_penalised() -> None:
 def test_what_a_row_asked_for_leaves_with_it() -> None:
     rows = BatchRows(1, 16, 4)
     asked = params(num_prompt_logprobs=0, logit_bias={3: 1.0}, repetition_penalty=2.0, min_tokens=3)
-    rows.place(joining("a", [1, 2, 3], asked))
-    rows.leave("a")
-    row = rows.place(joining("b", [4, 5, 6]))
+    rows.place(joining([1, 2, 3], asked))
+    rows.leave(0)
+    row = rows.place(joining([4, 5, 6]))
     batch = sampling_at(rows, (row, 3))
     assert biases(batch) == {}
     assert penalties(batch) == {}
@@ -200,8 +181,9 @@ def test_what_a_row_asked_for_leaves_with_it() -> None:
 def test_guesses_and_choices_do_not_take_each_others_rows_for_their_own() -> None:
     """Rows 1 and 0 as 32-bit numbers are, byte for byte, row 1 as one of 64 bits."""
     rows = BatchRows(2, 16, 4)
-    placed = [rows.place(joining(name, [1], params(seed=seed))) for name, seed in (("a", 7), ("b", 8))]
-    seeds = dict(zip(placed, (7, 8), strict=True))
+    seeds = [7, 8]
+    for row, seed in enumerate(seeds):
+        rows.place(joining([1], params(seed=seed), row=row))
     chosen = rows.sampling_batch(np.array([1]), np.array([1], np.int32), np.ones(1, np.bool_))
     guessed = rows.drafting_batch(np.array([1, 0], np.int32), np.array([1, 1], np.int32))
     assert chosen.seeds.tolist() == [seeds[1]]

@@ -254,7 +254,7 @@ def next_distribution(tokens: list[int], sampling: SamplingParams) -> np.ndarray
     rows = BatchRows(1, 64, BLOCK_SIZE)
     backend = TorchBackend(RECORD, num_blocks=4, block_size=BLOCK_SIZE)
     new = NewRequest(tokens, len(tokens), sampling)
-    row = rows.place(ScheduledRequest("a", 0, len(tokens), [2], 1, True, [], new))
+    row = rows.place(ScheduledRequest("a", 0, 0, len(tokens), [2], 1, True, [], new))
     drafter = Drafter(backend, rows, num_layers=None, draws_apart=True)
     (proposal,) = drafter.guess([Candidate(row, len(tokens), 1)], [0])
     assert proposal.probabilities is not None

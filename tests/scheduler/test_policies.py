@@ -169,7 +169,7 @@ def test_a_policy_may_preempt_for_a_waiting_request() -> None:
     harness.step()
     assert [harness.status(victim) for victim in victims] == [RequestStatus.FINISHED, RequestStatus.PREEMPTED]
     assert harness.chunks[-1] == [("a", 3, 1), ("!c", 0, 4)], "the share that the victim had in this step is gone"
-    assert harness.executor.released[-1] == ["b"]
+    assert harness.executor.released[-1] == [1]
     harness.drain()
     for request_id, prompt in (("a", [1, 2, 3]), ("b", [1, 2, 3]), ("!c", [4, 5, 6, 7])):
         assert harness.token_ids[request_id] == generate(hashed(50), request_id, prompt, params(2))

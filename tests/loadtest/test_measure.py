@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.loadtest.errors import LoadTestError, ServerDiedError, WorkloadError
+from shoal.loadtest.records import LoadTestError, ServerDiedError
 from shoal.loadtest.locust_run import BrokenOffError, run_locust
 from shoal.loadtest.records import Load
 from shoal.loadtest.results import read_results
@@ -87,7 +87,7 @@ def test_bad_input_is_refused_before_locust_starts(
     with pytest.raises(LoadTestError, match=message):
         run_locust(server.url, workload, load, tmp_path / "r.jsonl", observe=lambda _: None)
     workload.write_text("{\n")
-    with pytest.raises(WorkloadError, match="line 1: not valid JSON"):
+    with pytest.raises(LoadTestError, match="line 1: not valid JSON"):
         run_locust(server.url, workload, Load(users=1), tmp_path / "r.jsonl", observe=lambda _: None)
     assert server.requests == []
 
