@@ -32,9 +32,7 @@ _MIN_STEPS = 20
 _MIN_QUEUED = 5
 _NUM_RATIOS = 200
 _NUM_ROUNDS = 20
-# In median absolute errors: 1.345 standard deviations, with which Huber's loss is 95% as efficient as least squares if
-# errors are normal; 1.4826 median absolute errors are one standard deviation then.
-_HUBER = 1.345 * 1.4826
+_HUBER = 1.345 * 1.4826  # Huber's 1.345 standard deviations, each 1.4826 median absolute errors if errors are normal
 _TINY = 1e-12
 
 
@@ -70,15 +68,6 @@ class StepShape(NamedTuple):
             num_samples += share.samples
             num_streams += share.samples and not share.is_padding
         return cls(num_tokens, num_pairs, num_keys, num_samples, num_streams, num_joins, num_ordered)
-
-    @classmethod
-    def of_record(cls, step: StepRecord, *, sorts: bool) -> StepShape:
-        """The shape of a recorded step.
-
-        Args:
-            sorts: whether the policy sorts the waiting requests.
-        """
-        return cls.of(step.shares, len(step.joined), step.num_waiting if sorts else 0)
 
 
 class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
@@ -174,8 +163,11 @@ def fit(runs: Sequence[Run]) -> CostModel:
     steps = [step for run in runs for step in run.steps]
     if len(steps) < _MIN_STEPS:
         raise LoadTestError(f"{len(steps)} steps were measured, but a cost model needs at least {_MIN_STEPS}")
-    sorting = [(run, find_policy(run.setup.policy).sorts) for run in runs]
-    shapes = [StepShape.of_record(step, sorts=sorts) for run, sorts in sorting for step in run.steps]
+    sorting = [find_policy(run.setup.policy).sorts for run in runs for _ in run.steps]
+    shapes = [
+        StepShape.of(step.shares, len(step.joined), step.num_waiting if sorts else 0)
+        for step, sorts in zip(steps, sorting, strict=True)
+    ]
     seconds = np.array([step.seconds for step in steps])
     ordered = _fit_order(shapes, seconds - [step.execute_seconds for step in steps])
     costs = _fit_steps(shapes, seconds, ordered, _fit_gaps(runs))
@@ -212,8 +204,6 @@ def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
 
     They are so few that the noise of a whole step would hide them, but a queue may be long.
     """
-    if not any(shape.num_ordered for shape in shapes):
-        return 0.0
     table = np.array([shape._replace(num_pairs=1, num_keys=1) for shape in shapes], dtype=float)  # no attention there
     return float(fit_robustly(table, seconds)[-1])
 
@@ -268,16 +258,12 @@ def _deviations(num_streams: NDArray[np.int_], seconds: Array, predicted: Array)
     for band in np.unique(bands):
         chosen |= bands == band
         if chosen.sum() >= _MIN_STEPS or band == bands.max():
-            found[int(num_streams[chosen].min())] = _ratios(seconds[chosen], predicted[chosen])
+            ratios = np.sort(seconds[chosen] / predicted[chosen])
+            ratios *= seconds[chosen].sum() / predicted[chosen].sum() / ratios.mean()  # the sum is predicted right
+            parts = np.array_split(ratios, min(_NUM_RATIOS, len(ratios)))
+            found[int(num_streams[chosen].min())] = tuple(float(part.mean()) for part in parts)
             chosen[:] = False
     return found
-
-
-def _ratios(seconds: Array, predicted: Array) -> tuple[float, ...]:
-    """Means of equal shares of the ratios, ascending, scaled so that the predictions have the right sum."""
-    ratios = np.sort(seconds / predicted)
-    ratios *= seconds.sum() / predicted.sum() / ratios.mean()
-    return tuple(float(part.mean()) for part in np.array_split(ratios, min(_NUM_RATIOS, len(ratios))))
 
 
 # -- the fit of latencies ----------------------------------------------------------------------------------------------
@@ -288,8 +274,7 @@ def _ratios(seconds: Array, predicted: Array) -> tuple[float, ...]:
 def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
     """The typical latencies of these runs; 0 for those that no request shows.
 
-    Args:
-        arrival_gap: seconds of the engine's work on a request until it has arrived.
+    `arrival_gap` is the engine's work on a request until it has arrived, which `StepCosts` counts.
     """
     undelayed, queued = zip(*map(_ways, runs), strict=True)
     pairs = np.concatenate(queued)
@@ -358,15 +343,11 @@ def _fit_delivery(runs: Sequence[Run]) -> tuple[float, float]:
 
 
 def _messages(run: Run) -> Iterator[tuple[float, list[float]]]:
-    """The end of each step, and when its tokens were there, ascending.
-
-    A token is found by its place in the answer.  So a request is left out if it has not one event for each token,
-    which an incomplete character causes.
-    """
+    """The end of each step, and when its tokens were there, ascending."""
     times = {
         record.engine_id: iter(record.token_times)
         for record in run.requests
-        if record.is_answered and len(record.token_times) == record.num_output_tokens
+        if record.is_answered and len(record.token_times) == record.num_output_tokens  # no token shared its event
     }
     for step in run.steps:
         streams = [share.request_id for share in step.shares if share.samples and not share.is_padding]

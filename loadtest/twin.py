@@ -34,7 +34,6 @@ SJF_ORACLE = "sjf-oracle"
 """The policy `sjf` with all lengths known; it exists in simulations only."""
 
 _STOP = -1  # a token that is in no prompt, whatever the vocabulary
-_PLACE_BITS = 24  # more places than any context has
 
 
 def simulate(
@@ -153,7 +152,7 @@ class Simulation:
         request = self._requests[share.request_id]
         place = share.num_computed_tokens + share.num_scheduled_tokens - len(request.prompt_token_ids)
         is_last = place + 1 >= request.num_output_tokens
-        return _STOP if is_last else (crc32(share.request_id.encode()) << _PLACE_BITS) + place
+        return _STOP if is_last else crc32(f"{share.request_id} {place}".encode())
 
     def _receive(self, wake_time: float | None) -> list[WorkloadRequest]:
         """All requests that have come to the engine; waits for the first until `wake_time`, or without end (None)."""
@@ -198,11 +197,7 @@ class Simulation:
     # -- users -----------------------------------------------------------------------------------------------------
 
     def _send(self, sent_at: float, request: WorkloadRequest, user: Iterator[Arrival]) -> None:
-        """A user sends a request, now or later.
-
-        Args:
-            user: what the same user sends afterwards.
-        """
+        """A user sends a request, now or later; `user` is what the same user sends afterwards."""
         self.records[request.request_id] = RequestRecord(
             request_id=request.request_id,
             client=request.client,
@@ -274,4 +269,4 @@ def compare(predicted: Figures, measured: Figures) -> list[Error]:
 
 def step_seconds(costs: CostModel) -> Callable[[StepRecord], float]:
     """What the costs say of a recorded step whose policy does not sort."""
-    return lambda step: costs.steps.seconds(StepShape.of_record(step, sorts=False))
+    return lambda step: costs.steps.seconds(StepShape.of(step.shares, len(step.joined), num_ordered=0))
