@@ -276,18 +276,20 @@ def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
 
     `arrival_gap` is the engine's work on a request until it has arrived, which `StepCosts` counts.
     """
-    undelayed, queued = zip(*map(_ways, runs), strict=True)
+    to_head, to_engine, queued = zip(*map(_ways, runs), strict=True)
     pairs = np.concatenate(queued)
     # Where hardly any request queued, `send` is all there is to know.
     handling = fit_robustly(pairs[:, :2], pairs[:, 2]) if len(pairs) >= _MIN_QUEUED else np.zeros(2)
-    waits: dict[bool, list[float]] = {True: [], False: []}  # by whether the loop is closed
-    for run, rows in zip(runs, undelayed, strict=True):
-        waits[run.load.users > 0] += (rows[:, 2] - rows[:, :2] @ handling - arrival_gap).tolist()
-    send = _typical(waits[True])
+
+    def sending(ways: Sequence[Array], *, is_closed: bool) -> float:
+        """The typical way in closed or in open loops, without the API process's work."""
+        chosen = [rows for run, rows in zip(runs, ways, strict=True) if bool(run.load.users) is is_closed]
+        return _typical(seconds for rows in chosen for seconds in rows[:, 2] - rows[:, :2] @ handling)
+
     token, delivery = _fit_delivery(runs)
     return Latencies(
-        lateness=max(_typical(waits[False]) - send, 0.0),
-        send=send,
+        lateness=max(sending(to_head, is_closed=False) - sending(to_head, is_closed=True), 0.0),
+        send=max(sending(to_engine, is_closed=True) - arrival_gap, 0.0),
         request=float(handling[0]),
         prompt_token=float(handling[1]),
         token=token,
@@ -301,12 +303,12 @@ def _typical(values: Iterable[float]) -> float:
     return max(float(np.median(known)), 0.0) if known else 0.0
 
 
-def _ways(run: Run) -> tuple[Array, Array]:
-    """How requests came to the engine while no step ended, in rows of 1, tokens of the prompt, and seconds.
+def _ways(run: Run) -> tuple[Array, Array, Array]:
+    """How long requests took while no step ended, in rows of 1, tokens of the prompt, and seconds.
 
     Returns:
-        Those that found the API process free; and those that were sent well before it had taken the request before.
-        The seconds of these count from when it had taken that one, so that they are its work.
+        From sending to the head of the answer, and from sending to the engine, of requests that found the API process
+        free; and the API process's work on requests that were sent well before it had taken the one before.
     """
     found = stays(run.steps)
     entries = [
@@ -322,8 +324,8 @@ def _ways(run: Run) -> tuple[Array, Array]:
         is_quiet = np.searchsorted(ends, since) == np.searchsorted(ends, until, side="right")
         return np.asarray(np.column_stack([np.ones(len(sent)), tokens, until - since])[chosen & is_quiet])
 
-    is_behind = sent <= (sent_before + accepted_before) / 2
-    return rows(sent, arrived, accepted_before <= sent), rows(accepted_before, accepted, is_behind)
+    is_first, is_behind = accepted_before <= sent, sent <= (sent_before + accepted_before) / 2
+    return rows(sent, accepted, is_first), rows(sent, arrived, is_first), rows(accepted_before, accepted, is_behind)
 
 
 def _fit_delivery(runs: Sequence[Run]) -> tuple[float, float]:
