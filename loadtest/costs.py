@@ -6,7 +6,7 @@ Inference"): predictions from the size of a batch, fitted to a short profile.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, NamedTuple
@@ -15,12 +15,12 @@ import numpy as np
 from msgspec import Meta, Struct
 from msgspec.structs import astuple
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import nnls  # type: ignore[import-untyped]  # it has no types
 
 from shoal.loadtest.records import LoadTestError, Run
 from shoal.loadtest.trace import stays
 from shoal.scheduler.output import ScheduledRequest
-from shoal.scheduler.policies import Policy, find_policy
+from shoal.scheduler.policies import find_policy
 from shoal.scheduler.step_record import ShareRecord, StepRecord
 
 Array = NDArray[np.float64]
@@ -32,9 +32,7 @@ _MIN_STEPS = 20
 _MIN_QUEUED = 5
 _NUM_RATIOS = 200
 _NUM_ROUNDS = 20
-# In median absolute errors: 1.345 standard deviations, with which Huber's loss is 95% as efficient as least squares if
-# errors are normal; 1.4826 median absolute errors are one standard deviation then.
-_HUBER = 1.345 * 1.4826
+_HUBER = 1.345 * 1.4826  # Huber's 1.345 standard deviations, each 1.4826 median absolute errors if errors are normal
 _TINY = 1e-12
 
 
@@ -71,15 +69,6 @@ class StepShape(NamedTuple):
             num_streams += share.samples and not share.is_padding
         return cls(num_tokens, num_pairs, num_keys, num_samples, num_streams, num_joins, num_ordered)
 
-    @classmethod
-    def of_record(cls, step: StepRecord, *, sorts: bool) -> StepShape:
-        """The shape of a recorded step.
-
-        Args:
-            sorts: whether the policy sorts the waiting requests.
-        """
-        return cls.of(step.shares, len(step.joined), step.num_waiting if sorts else 0)
-
 
 class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds of the engine's steps, and between them.
@@ -111,7 +100,7 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
         place = min(max(bisect_right(counts, shape.num_tokens), 1), len(counts) - 1)
         before, after = counts[place - 1], counts[place]
         slope = (self.token_seconds[after] - self.token_seconds[before]) / (after - before)
-        further = sum(number * seconds for number, seconds in zip(shape[1:], astuple(self)[1:], strict=False))
+        further: float = sum(number * seconds for number, seconds in zip(shape[1:], astuple(self)[1:], strict=False))
         return self.token_seconds[before] + slope * (shape.num_tokens - before) + further
 
     def gap(self, shape: StepShape) -> float:
@@ -124,9 +113,8 @@ class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         lateness: open loop: from when a request is due, from where its latency counts, to when it is sent.
-        send: from sending a request to when the API process could begin with it.
+        send: of a request on its way from the user to the engine, without the API process's work.
         request, prompt_token: the API process's work on a request, and on each token of its prompt.
-        command: from when the API process has taken a request to when the engine can.
         token: the API process's work on a token, or the client's if that takes longer.
         delivery: from the end of that work to the client's notice of the token, if no other token is before it.
         turnaround: closed loop: from the end of an answer to the user's next request, without the time to think.
@@ -136,7 +124,6 @@ class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     send: Amount
     request: Amount
     prompt_token: Amount
-    command: Amount
     token: Amount
     delivery: Amount
     turnaround: Amount
@@ -176,8 +163,11 @@ def fit(runs: Sequence[Run]) -> CostModel:
     steps = [step for run in runs for step in run.steps]
     if len(steps) < _MIN_STEPS:
         raise LoadTestError(f"{len(steps)} steps were measured, but a cost model needs at least {_MIN_STEPS}")
-    sorting = [(run, find_policy(run.setup.policy).sorts) for run in runs]
-    shapes = [StepShape.of_record(step, sorts=sorts) for run, sorts in sorting for step in run.steps]
+    sorting = [find_policy(run.setup.policy).sorts for run in runs for _ in run.steps]
+    shapes = [
+        StepShape.of(step.shares, len(step.joined), step.num_waiting if sorts else 0)
+        for step, sorts in zip(steps, sorting, strict=True)
+    ]
     seconds = np.array([step.seconds for step in steps])
     ordered = _fit_order(shapes, seconds - [step.execute_seconds for step in steps])
     costs = _fit_steps(shapes, seconds, ordered, _fit_gaps(runs))
@@ -214,8 +204,6 @@ def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
 
     They are so few that the noise of a whole step would hide them, but a queue may be long.
     """
-    if not any(shape.num_ordered for shape in shapes):
-        return 0.0
     table = np.array([shape._replace(num_pairs=1, num_keys=1) for shape in shapes], dtype=float)  # no attention there
     return float(fit_robustly(table, seconds)[-1])
 
@@ -229,7 +217,8 @@ def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float, gaps
     found = fit_robustly(table, seconds - ordered * num_ordered)
     at_counts = found[0] + np.cumsum([0, *found[1 : len(counts)] * np.diff(counts)])
     points = zip(counts.astype(int).tolist(), at_counts.tolist(), strict=True)
-    return StepCosts(dict(points), *found[len(counts) :].tolist(), ordered, *gaps)
+    further = [*found[len(counts) :].tolist(), ordered, *gaps]
+    return StepCosts(dict(points), *further)
 
 
 def _fit_gaps(runs: Iterable[Run]) -> list[float]:
@@ -244,17 +233,17 @@ def _fit_gaps(runs: Iterable[Run]) -> list[float]:
 
 
 def _gaps(run: Run) -> Iterator[tuple[int, int, int, float]]:
-    """1, streams of a step, requests that arrived from its start to the next one's, and seconds from its end to then.
+    """1, streams of a step, requests that arrived between the step and the next, and seconds between the two.
 
     A step is left out if the engine may have had nothing to do after it.
     """
     arrivals = sorted(stay.arrived_at for stay in stays(run.steps).values())
-    for before, after in pairwise(run.steps):
+    num_arrived = np.searchsorted(arrivals, [step.start + step.seconds / 2 for step in run.steps]).tolist()
+    for (before, earlier), (after, later) in pairwise(zip(run.steps, num_arrived, strict=True)):
         goes_on = {share.request_id for share in before.shares if not share.is_padding}
         if any(share.request_id in goes_on and not share.is_padding for share in after.shares):
             num_streams = sum(share.samples and not share.is_padding for share in before.shares)
-            num_arrivals = bisect_left(arrivals, after.start) - bisect_left(arrivals, before.start)
-            yield 1, num_streams, num_arrivals, max(after.start - _end(before), 0.0)
+            yield 1, num_streams, later - earlier, max(after.start - _end(before), 0.0)
 
 
 def _end(step: StepRecord) -> float:
@@ -269,16 +258,12 @@ def _deviations(num_streams: NDArray[np.int_], seconds: Array, predicted: Array)
     for band in np.unique(bands):
         chosen |= bands == band
         if chosen.sum() >= _MIN_STEPS or band == bands.max():
-            found[int(num_streams[chosen].min())] = _ratios(seconds[chosen], predicted[chosen])
+            ratios = np.sort(seconds[chosen] / predicted[chosen])
+            ratios *= seconds[chosen].sum() / predicted[chosen].sum() / ratios.mean()  # the sum is predicted right
+            parts = np.array_split(ratios, min(_NUM_RATIOS, len(ratios)))
+            found[int(num_streams[chosen].min())] = tuple(float(part.mean()) for part in parts)
             chosen[:] = False
     return found
-
-
-def _ratios(seconds: Array, predicted: Array) -> tuple[float, ...]:
-    """Means of equal shares of the ratios, ascending, scaled so that the predictions have the right sum."""
-    ratios = np.sort(seconds / predicted)
-    ratios *= seconds.sum() / predicted.sum() / ratios.mean()
-    return tuple(float(part.mean()) for part in np.array_split(ratios, min(_NUM_RATIOS, len(ratios))))
 
 
 # -- the fit of latencies ----------------------------------------------------------------------------------------------
@@ -289,24 +274,24 @@ def _ratios(seconds: Array, predicted: Array) -> tuple[float, ...]:
 def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
     """The typical latencies of these runs; 0 for those that no request shows.
 
-    Args:
-        arrival_gap: seconds of the engine's work on a request that arrives, before the step.
+    `arrival_gap` is the engine's work on a request until it has arrived, which `StepCosts` counts.
     """
-    undelayed, queued = zip(*map(_ways, runs), strict=True)
+    to_head, to_engine, queued = zip(*map(_ways, runs), strict=True)
     pairs = np.concatenate(queued)
     # Where hardly any request queued, `send` is all there is to know.
     handling = fit_robustly(pairs[:, :2], pairs[:, 2]) if len(pairs) >= _MIN_QUEUED else np.zeros(2)
-    waits: dict[bool, list[float]] = {True: [], False: []}  # by whether the loop is closed
-    for run, rows in zip(runs, undelayed, strict=True):
-        waits[run.load.users > 0] += (rows[:, 2] - rows[:, :2] @ handling).tolist()
-    send = _typical(waits[True])
+
+    def sending(ways: Sequence[Array], *, is_closed: bool) -> float:
+        """The typical way in closed or in open loops, without the API process's work."""
+        chosen = [rows for run, rows in zip(runs, ways, strict=True) if bool(run.load.users) is is_closed]
+        return _typical(seconds for rows in chosen for seconds in rows[:, 2] - rows[:, :2] @ handling)
+
     token, delivery = _fit_delivery(runs)
     return Latencies(
-        lateness=max(_typical(waits[False]) - send, 0.0),
-        send=send,
+        lateness=max(sending(to_head, is_closed=False) - sending(to_head, is_closed=True), 0.0),
+        send=max(sending(to_engine, is_closed=True) - arrival_gap, 0.0),
         request=float(handling[0]),
         prompt_token=float(handling[1]),
-        command=_typical(wait - arrival_gap for run in runs for wait in _commands(run)),
         token=token,
         delivery=delivery,
         turnaround=_typical(wait for run in runs for wait in _turnarounds(run)),
@@ -318,44 +303,29 @@ def _typical(values: Iterable[float]) -> float:
     return max(float(np.median(known)), 0.0) if known else 0.0
 
 
-def _ways(run: Run) -> tuple[Array, Array]:
-    """How requests came to the API process while no step ended, in rows of 1, tokens of the prompt, and seconds.
+def _ways(run: Run) -> tuple[Array, Array, Array]:
+    """How long requests took while no step ended, in rows of 1, tokens of the prompt, and seconds.
 
     Returns:
-        Those that found the API process free; and those that were sent well before it had taken the request before.
-        The seconds of these count from when it had taken that one, so that they are its work.
+        From sending to the head of the answer, and from sending to the engine, of requests that found the API process
+        free; and the API process's work on requests that were sent well before it had taken the one before.
     """
     found = stays(run.steps)
     entries = [
-        (found[record.engine_id].arrived_at, record.sent_at, record.num_prompt_tokens)
+        (record.accepted_at, record.sent_at, record.num_prompt_tokens, found[record.engine_id].arrived_at)
         for record in run.requests
-        if record.engine_id in found
+        if record.accepted_at is not None and record.engine_id in found
     ]
-    arrived, sent, tokens = np.array(sorted(entries), dtype=float).reshape(-1, 3).T
-    arrived_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (arrived, sent))
+    accepted, sent, tokens, arrived = np.array(sorted(entries), dtype=float).reshape(-1, 4).T
+    accepted_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (accepted, sent))
     ends = list(map(_end, run.steps))
 
-    def is_quiet(since: Array) -> NDArray[np.bool_]:
-        return np.asarray(np.searchsorted(ends, since) == np.searchsorted(ends, arrived, side="right"))
+    def rows(since: Array, until: Array, chosen: NDArray[np.bool_]) -> Array:
+        is_quiet = np.searchsorted(ends, since) == np.searchsorted(ends, until, side="right")
+        return np.asarray(np.column_stack([np.ones(len(sent)), tokens, until - since])[chosen & is_quiet])
 
-    def rows(since: Array, chosen: NDArray[np.bool_]) -> Array:
-        return np.column_stack([np.ones(len(sent)), tokens, arrived - since])[chosen]
-
-    undelayed = rows(sent, (arrived_before <= sent) & is_quiet(sent))
-    return undelayed, rows(arrived_before, (sent <= (sent_before + arrived_before) / 2) & is_quiet(sent_before))
-
-
-def _commands(run: Run) -> Iterator[float]:
-    """Seconds from the API process to the first step, of requests that found the engine idle.
-
-    A policy that waits for a full batch shows none.
-    """
-    if find_policy(run.setup.policy).wake_time is Policy.wake_time:
-        joined = {stay.joined_at: stay for stay in stays(run.steps).values()}
-        for before, step in pairwise([None, *run.steps]):
-            stay = joined.get(step.start) if step and len(step.shares) == 1 else None
-            if stay and (before is None or _end(before) <= stay.arrived_at):
-                yield stay.joined_at - stay.arrived_at
+    is_first, is_behind = accepted_before <= sent, sent <= (sent_before + accepted_before) / 2
+    return rows(sent, accepted, is_first), rows(sent, arrived, is_first), rows(accepted_before, accepted, is_behind)
 
 
 def _fit_delivery(runs: Sequence[Run]) -> tuple[float, float]:
@@ -375,15 +345,11 @@ def _fit_delivery(runs: Sequence[Run]) -> tuple[float, float]:
 
 
 def _messages(run: Run) -> Iterator[tuple[float, list[float]]]:
-    """The end of each step, and when its tokens were there, ascending.
-
-    A token is found by its place in the answer.  So a request is left out if it has not one event for each token,
-    which an incomplete character causes.
-    """
+    """The end of each step, and when its tokens were there, ascending."""
     times = {
         record.engine_id: iter(record.token_times)
         for record in run.requests
-        if record.is_answered and len(record.token_times) == record.num_output_tokens
+        if record.is_answered and len(record.token_times) == record.num_output_tokens  # no token shared its event
     }
     for step in run.steps:
         streams = [share.request_id for share in step.shares if share.samples and not share.is_padding]

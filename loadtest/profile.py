@@ -112,14 +112,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         known = scheduling | asdict(before)
         given, others = _parse(options, known)
         if others not in ([], _parse(self.options, known)[1]):
-            raise LoadTestError(
-                f"how {' '.join(others)} changes the costs of steps is unknown: profile a server with it"
-            )
-        if (
-            "max_num_seqs" in given
-            and "num_blocks" not in given
-            and not self.server.settings["cache"].get("num_blocks")
-        ):
+            raise LoadTestError(f"how {' '.join(others)} changes the costs is unknown: profile a server with it")
+        if "max_num_seqs" in given and not given.get("num_blocks", self.server.settings["cache"].get("num_blocks")):
             # As the server does: blocks for `max_num_seqs` requests of any length, or as many as the memory holds.
             per_request = -(-before.max_model_len // before.block_size)
             wanted = given["max_num_seqs"] * per_request
@@ -142,9 +136,7 @@ def predict(profile: Profile, run: Run, requests: Sequence[WorkloadRequest], loa
     ours, theirs = _costly_settings(profile.server), _costly_settings(run.server)
     for name in ours | theirs:
         if (our := ours.get(name)) != (their := theirs.get(name)):
-            raise LoadTestError(
-                f"the server's {name} is {their!r}, but the profile's is {our!r}: profile such a server"
-            )
+            raise LoadTestError(f"its {name} is {their!r}, the profile's is {our!r}: profile a server with the same")
     found = simulate(requests, load, run.setup, server=run.server, costs=profile.costs, workload=run.workload)
     return replace(found, load=run.load)
 

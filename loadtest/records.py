@@ -100,6 +100,7 @@ class RequestRecord(Struct, kw_only=True, tag="request", tag_field="kind"):
     Attributes:
         engine_id: the id by which the steps of the engine name the request.
         sent_at: when the request was sent; in an open loop, when it was due.
+        accepted_at: when the head of the answer came, which the server sends when it has taken the request.
         token_times: when each event of the stream came that carried text or the end.
         num_output_tokens: number of tokens, as the usage of the answer says.
         finished_at: when the stream ended.
@@ -112,6 +113,7 @@ class RequestRecord(Struct, kw_only=True, tag="request", tag_field="kind"):
     priority: int = 0
     engine_id: str = ""
     sent_at: float
+    accepted_at: float | None = None
     token_times: list[float] = field(default_factory=list)
     finished_at: float | None = None
     num_prompt_tokens: int = 0

@@ -127,6 +127,7 @@ class CompletionClient:
         try:
             with self._http.post(self._path, body, _HEADERS) as response:
                 if response.status_code == 200:
+                    record.accepted_at = now()
                     while line := response.readline(b"\n"):
                         if line.startswith(b"data:"):
                             times.append(now())

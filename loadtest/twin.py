@@ -34,7 +34,6 @@ SJF_ORACLE = "sjf-oracle"
 """The policy `sjf` with all lengths known; it exists in simulations only."""
 
 _STOP = -1  # a token that is in no prompt, whatever the vocabulary
-_PLACE_BITS = 24  # more places than any context has
 
 
 def simulate(
@@ -107,7 +106,7 @@ class Simulation:
         self._api_free_at = 0.0
         self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the API process
         self._order = count()
-        self._commands: deque[tuple[float, Request]] = deque()  # requests on their way to the engine, and until when
+        self._commands: deque[tuple[float, WorkloadRequest]] = deque()  # from when on the engine can take each request
         self._users: dict[str, Iterator[Arrival]] = {}  # what its user sends next, by the request in flight
         if load.users:
             sessions = iter(closed_sessions(load, requests))
@@ -127,13 +126,13 @@ class Simulation:
 
     def _turn(self) -> None:
         """`EngineLoop.turn`: wait for something to do, take the commands that have come, run one step, report."""
-        for request in self._receive(self._scheduler.wake_time(self.now)):
+        for asked in self._receive(self._scheduler.wake_time(self.now)):
             self.now += self._costs.steps.arrival_gap_seconds
             try:
-                self._scheduler.add(request)
+                self._scheduler.add(_to_engine(asked, self.now))
             except ShoalError as error:
-                self.records[request.request_id].error = error.message
-                self._end(self.records[request.request_id], self.now)
+                self.records[asked.request_id].error = error.message
+                self._end(self.records[asked.request_id], self.now)
         self._shape = StepShape()
         self._deliver(self.core.step())
         self.now += self._costs.steps.gap(self._shape)
@@ -153,9 +152,9 @@ class Simulation:
         request = self._requests[share.request_id]
         place = share.num_computed_tokens + share.num_scheduled_tokens - len(request.prompt_token_ids)
         is_last = place + 1 >= request.num_output_tokens
-        return _STOP if is_last else (crc32(share.request_id.encode()) << _PLACE_BITS) + place
+        return _STOP if is_last else crc32(f"{share.request_id} {place}".encode())
 
-    def _receive(self, wake_time: float | None) -> list[Request]:
+    def _receive(self, wake_time: float | None) -> list[WorkloadRequest]:
         """All requests that have come to the engine; waits for the first until `wake_time`, or without end (None)."""
         # Sockets wait for whole milliseconds.
         until = inf if wake_time is None else self.now + ceil((wake_time - self.now) * 1000) / 1000
@@ -166,7 +165,7 @@ class Simulation:
             until = min(until, self._commands[0][0])
         self.now = max(self.now, until)
         self._take_sent(self.now)
-        come: list[Request] = []
+        come: list[WorkloadRequest] = []
         while self._commands and self._commands[0][0] <= self.now:
             come.append(self._commands.popleft()[1])
         return come
@@ -178,9 +177,8 @@ class Simulation:
         while self._sent and self._sent[0][0] <= until:
             came_at, _, asked = heappop(self._sent)
             work = self._latencies.request + self._latencies.prompt_token * len(asked.prompt_token_ids)
-            self._api_free_at = max(came_at, self._api_free_at) + work
-            request = _to_engine(asked, self._api_free_at)
-            self._commands.append((self._api_free_at + self._latencies.command, request))
+            self._api_free_at = self.records[asked.request_id].accepted_at = max(came_at, self._api_free_at) + work
+            self._commands.append((self._api_free_at, asked))
 
     def _deliver(self, news: Sequence[output.RequestOutput]) -> None:
         """Let the API process pass on the tokens of the step that has just ended, one by one."""
@@ -199,11 +197,7 @@ class Simulation:
     # -- users -----------------------------------------------------------------------------------------------------
 
     def _send(self, sent_at: float, request: WorkloadRequest, user: Iterator[Arrival]) -> None:
-        """A user sends a request, now or later.
-
-        Args:
-            user: what the same user sends afterwards.
-        """
+        """A user sends a request, now or later; `user` is what the same user sends afterwards."""
         self.records[request.request_id] = RequestRecord(
             request_id=request.request_id,
             client=request.client,
@@ -275,4 +269,4 @@ def compare(predicted: Figures, measured: Figures) -> list[Error]:
 
 def step_seconds(costs: CostModel) -> Callable[[StepRecord], float]:
     """What the costs say of a recorded step whose policy does not sort."""
-    return lambda step: costs.steps.seconds(StepShape.of_record(step, sorts=False))
+    return lambda step: costs.steps.seconds(StepShape.of(step.shares, len(step.joined), num_ordered=0))

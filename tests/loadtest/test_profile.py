@@ -102,7 +102,7 @@ def test_a_server_whose_steps_have_other_costs_is_not_predicted() -> None:
     other = server_info()
     other.settings["engine"] = {"threads": 1, "trace": "another.json"}
     measured = replace(run(chat(2), Load(users=1)), server=other)
-    with pytest.raises(LoadTestError, match="the server's threads is 1, but the profile's is 2"):
+    with pytest.raises(LoadTestError, match="its threads is 1, the profile's is 2"):
         predict(PROFILE, measured, chat(2), measured.load)
     measured = replace(measured, server=server_info(), setup=Setup(policy="fcfs", speculation="draft"))
     with pytest.raises(LoadTestError, match="'draft' cannot be simulated"):
@@ -202,7 +202,7 @@ def test_blocks_that_were_set_stay() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--threads", "1"], "how --threads 1 changes the costs of steps is unknown"),
+        (["--threads", "1"], "how --threads 1 changes the costs is unknown"),
         (["--max-num-seqs", "few"], "argument --max-num-seqs: invalid int value: 'few'"),
         (["--max-num-seqs"], "argument --max-num-seqs: expected one argument"),
         (["8"], "how 8 changes"),

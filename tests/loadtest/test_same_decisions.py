@@ -20,8 +20,8 @@ from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import SamplingParams, SchedulerOutput, SchedulingParams, StepResult
 from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
 from shoal.scheduler.scheduler import Scheduler
+from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, EngineRequest, News, Report, Submit
-from shoal.server.engine.process import EngineLoop, Sockets
 from tests.loadtest.twin import LIMITS, SECONDS, ask
 
 STOP = -1
@@ -62,8 +62,8 @@ class ScriptedExecutor:
         return StepResult(token_ids)
 
 
-class Server(Sockets):
-    """The sockets of an engine, with users at the other end who need no time for anything.
+class Server:
+    """Implements `Wire`: the sockets of an engine, with users at the other end who need no time for anything.
 
     Args:
         load: an open loop, or a closed one without time to think.
@@ -93,7 +93,7 @@ class Server(Sockets):
             stop_token_ids=frozenset({STOP}),
         )
         scheduling = SchedulingParams(client=asked.client, priority=asked.priority)
-        request = EngineRequest(asked.request_id, asked.prompt_token_ids, params, time, scheduling=scheduling)
+        request = EngineRequest(asked.request_id, asked.prompt_token_ids, params, scheduling=scheduling)
         self.to_come.append((time, Submit([request])))
 
     def go_on(self, session: deque[WorkloadRequest]) -> None:

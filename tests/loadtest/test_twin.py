@@ -122,7 +122,6 @@ LATENCIES = Latencies(
     send=1 / 2,
     request=1 / 4,
     prompt_token=1 / 32,
-    command=1 / 16,
     token=1 / 64,
     delivery=1 / 8,
     turnaround=2,
@@ -132,20 +131,20 @@ LATE = replace(SECONDS, latencies=LATENCIES)
 
 def test_a_request_takes_its_time_on_the_way_and_its_tokens_too() -> None:
     found = run([ask("a", num_prompt_tokens=8), ask("b", num_prompt_tokens=8)], Load(users=1), costs=LATE)
-    arrived, joined = 1 / 2 + 1 / 4 + 8 / 32, 1 / 2 + 1 / 4 + 8 / 32 + 1 / 16
-    seen = joined + 1 + 1 / 64 + 1 / 8
+    taken = 1 / 2 + 1 / 4 + 8 / 32
+    seen = taken + 1 + 1 / 64 + 1 / 8
     assert times(found)["a"] == (0, [seen, seen + 1], seen + 1)
     assert times(found)["b"][0] == seen + 1 + 2
     request = stays(found.steps)["a"]
-    assert (request.arrived_at, request.joined_at, request.left_at) == (arrived, joined, joined + 2)
+    assert (request.arrived_at, request.joined_at, request.left_at) == (taken, taken, taken + 2)
 
 
 def test_the_api_process_takes_one_thing_after_the_other() -> None:
     found = run([ask("a", num_prompt_tokens=8), ask("b", num_prompt_tokens=8)], Load(users=2), costs=LATE)
-    arrived = [stays(found.steps)[name].arrived_at for name in "ab"]
-    assert arrived == [1, 1.5]
+    assert [record(found, name).accepted_at for name in "ab"] == [1, 1.5]
+    assert [stays(found.steps)[name].arrived_at for name in "ab"] == [1, 2], "b when the step is over"
     # a joins at once, and b the second step; the tokens of that are passed on in the order of the rows.
-    end = arrived[0] + 1 / 16 + 2
+    end = 3
     assert times(found)["a"][1][1] == end + 1 / 64 + 1 / 8
     assert times(found)["b"][1][0] == end + 2 / 64 + 1 / 8
 
@@ -153,7 +152,7 @@ def test_the_api_process_takes_one_thing_after_the_other() -> None:
 def test_a_request_that_comes_first_holds_up_tokens() -> None:
     workload = [ask("a", 8, arrival_time=0.0), ask("b", 8, arrival_time=1.5)]
     found = run(workload, Load(), costs=LATE)
-    # Both are sent 1/128 late.  a's first step ends 2.0625 after that; b came at 2 and is worked on until 2.5.
+    # Both are sent 1/128 late.  a's first step ends 2 after that, when b comes, which is worked on until 2.5.
     assert times(found)["a"][1][0] == 1 / 128 + 2.5 + 1 / 64 + 1 / 8
     assert sent(found) == {"a": 0, "b": 1.5}, "when they were due"
 
