@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from shoal.extras import install_command
 from shoal.loadtest import cli
 from shoal.loadtest.plan import SHARES, Asked, Plan, make_plan
 from shoal.loadtest.records import Load, LoadTestError, read_json, write_json
@@ -84,7 +85,8 @@ def test_libraries_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -
     for command in ("loadtest", "simulate", "profile"):
         result = invoke(command)
         assert result.exit_code == 2
-        assert result.stderr == f"shoal {command}: no_such_library not installed: pip install 'shoal[loadtest]'\n"
+        advice = install_command("loadtest")
+        assert result.stderr == f"shoal {command}: no_such_library not installed: run `{advice}`\n"
 
 
 def test_a_simulation_without_a_profile_is_refused(tmp_path: Path) -> None:
