@@ -84,7 +84,7 @@ class ServerProcess:
         """All that it has printed so far."""
         return self._log.read_text(errors="replace")
 
-    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+    def wait_ready(self, seconds: float = START_SECONDS) -> Self:
         """Wait until the server answers at `/health`.
 
         Raises:
@@ -96,6 +96,7 @@ class ServerProcess:
             if time.monotonic() > deadline:
                 raise ServerDiedError(f"the server was not ready after {seconds:g} s; {self._last_lines()}")
             time.sleep(POLL_SECONDS)
+        return self
 
     def check(self) -> None:
         """Raises:

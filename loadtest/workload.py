@@ -72,7 +72,7 @@ def read_workload(path: Path) -> list[WorkloadRequest]:
     Raises:
         LoadTestError: the file cannot be read or has no request; or a line is broken, whose number and field are named.
     """
-    requests = list(read_lines(path, WorkloadRequest))
+    requests: list[WorkloadRequest] = list(read_lines(path, WorkloadRequest))
     if not requests:
         raise LoadTestError(f"the workload {path} is empty: it must have at least one request")
     lines: dict[str, int] = {}
