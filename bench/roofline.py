@@ -17,6 +17,7 @@ from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelConfig, ModelRecord
 from shoal.model.step.batch import ForwardBatch, SamplingBatch
+from shoal.model.step.sampling import sampling_rows
 
 CONTEXT = 256
 BLOCK_SIZE = 16
@@ -145,8 +146,7 @@ def _batch(shape: Shape, config: ModelConfig) -> ForwardBatch:
 
 
 def _greedy(shape: Shape) -> SamplingBatch:
-    zeros = np.zeros(shape.num_logits, np.int64)
-    return SamplingBatch.plain(zeros.astype(np.float32), zeros.astype(np.uint64), zeros)
+    return SamplingBatch(sampling_rows(shape.num_logits, temperature=0))
 
 
 def _row(

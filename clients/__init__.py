@@ -1,7 +1,7 @@
 """A typed client of Shoal's HTTP API, which needs nothing of the server.
 
-`ShoalClient` and `AsyncShoalClient` are the way in; they are loaded when first asked for, so that the command line can
-answer `--help` without waiting for httpx.
+Start with `ShoalClient` or `AsyncShoalClient`.  Both are loaded when they are first asked for, so that the command line
+can answer `--help` without waiting for httpx.
 """
 
 from __future__ import annotations

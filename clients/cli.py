@@ -12,7 +12,7 @@ import click
 from shoal import clients
 from shoal.clients.errors import ClientError
 from shoal.clients.live import LiveAnswer, explain
-from shoal.clients.repl import Repl
+from shoal.clients.repl import Repl, default_max_tokens
 from shoal.clients.wire import DEFAULT_URL
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -34,7 +34,7 @@ def _request_options(function: Function) -> Function:
         click.option("--top-p", type=float, help="Sample from the likeliest tokens that make up this probability."),
         click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens."),
         click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one's probability."),
-        click.option("--repetition-penalty", type=float, help="Above 1, disfavours tokens that were there before."),
+        click.option("--repetition-penalty", type=float, help="Above 1, makes tokens that occurred before rarer."),
         click.option("--seed", type=int, help="The same seed gives the same text."),
         click.option("--stop", multiple=True, help="Stop before this text; may be given several times."),
     ]  # fmt: skip
@@ -66,13 +66,19 @@ def chat(url: str, api_key: str | None, system: str | None, **fields: object) ->
     """Talk with the model; /help lists the commands.
 
     Ctrl-C stops an answer, Ctrl-D ends. If input or output is not a terminal, each line of standard input is a turn.
+
+    An answer has at most 512 tokens, or a quarter of the model's context, unless --max-tokens says otherwise. When the
+    context is full, the oldest turns are forgotten.
     """
     with _exit_codes(), clients.ShoalClient(url, api_key=api_key, max_retries=0) as client:
-        Repl(client, cast(clients.ChatOptions, _given(fields)), system).run()
+        options = cast(clients.ChatOptions, _given(fields))
+        if "max_tokens" not in options:
+            options["max_tokens"] = default_max_tokens(client, options.get("model"))
+        Repl(client, options, system).run()
 
 
 def _given(fields: dict[str, object]) -> dict[str, object]:
-    """The fields of the request that were given on the command line, as JSON has them."""
+    """The fields of the request that were given on the command line, in the types of JSON."""
     given = {name: value for name, value in fields.items() if value is not None and value != ()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 

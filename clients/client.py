@@ -68,16 +68,16 @@ class ShoalClient:
             for chunk in client.stream_chat([{"role": "user", "content": "Hello!"}]):
                 print(chunk.text, end="", flush=True)
 
-    What goes wrong is raised as one of the errors drawn in `clients/errors.py`, httpx's never come through.
+    All errors that it raises are drawn in `clients/errors.py`; httpx's own never come through.
 
     Args:
-        base_url: where the server is, without "/v1".
+        base_url: where the server is, with or without "/v1".
         api_key: sent as a bearer token.
         connect_timeout: seconds to wait for a connection.
         read_timeout: seconds that the server may be silent: for the first token, between two tokens, and for the
             whole answer if it is not streamed; None waits for ever.
-        max_retries: how often a request that the server has not begun is sent again: one that could not be delivered,
-            or was refused with 429 or 503 (after Retry-After, if that is at most 30 s).
+        max_retries: how often a request is sent again that could not be delivered, or that the server refused with 429
+            or 503.  If the server sends Retry-After, the client waits for so long, unless that exceeds 30 s.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class ShoalClient:
             response.close()
 
     def _send(self, call: wire.Call[Any]) -> httpx.Response:
-        """Send the request until it is not refused, `max_retries` times more than once at most."""
+        """Send the request, and again up to `max_retries` times while it is refused."""
         retries = self._max_retries if call.retried else 0
         for attempt in range(retries):
             try:

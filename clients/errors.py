@@ -11,7 +11,7 @@
         |-- StatusError              in place of an answer: `status`, `retry_after`
         `-- StreamError              in the middle of a stream
 
-What a stream delivered before it failed is the caller's: the errors do not carry it.
+The errors do not carry what a stream delivered before it failed.
 """
 
 from __future__ import annotations

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shoal.clients.errors import ApiError, ClientError
+from shoal.clients.errors import ClientError, StatusError
 from shoal.clients.live import LiveAnswer, explain
 from shoal.clients.types import ChatOptions, Message
 
 if TYPE_CHECKING:
     from shoal.clients.client import ShoalClient
+
+MAX_TOKENS = 512
 
 HELP = """\
 /help           show this
@@ -23,10 +25,20 @@ HELP = """\
 Ctrl-C stops the answer that is being given."""
 
 
-class Repl:
-    """Reads one line, answers it in the light of all before, and again.
+def default_max_tokens(client: ShoalClient, model: str | None) -> int:
+    """The longest answer that leaves room for a conversation: 512 tokens, or a quarter of the context if that is less.
 
-    In a terminal, errors and Ctrl-C end a turn.  In a pipe each line is a turn too, but the first error ends all.
+    Args:
+        model: None for the server's own.
+    """
+    contexts = [served.max_model_len for served in client.models() if model in (None, served.id)]
+    return min(MAX_TOKENS, contexts[0] // 4) if contexts and contexts[0] else MAX_TOKENS
+
+
+class Repl:
+    """Reads one line, answers it with the conversation as context, and repeats.
+
+    In a terminal, an error or Ctrl-C ends the turn.  In a pipe each line is a turn too, but the first error ends all.
     """
 
     def __init__(self, client: ShoalClient, options: ChatOptions, system: str | None) -> None:
@@ -37,7 +49,7 @@ class Repl:
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> None:
-        """Go on until the input ends or /quit.
+        """Take turns until the input ends or /quit is read.
 
         Raises:
             ClientError, KeyboardInterrupt: only in a pipe.
@@ -58,7 +70,7 @@ class Repl:
             except ClientError as error:
                 if not self._interactive:
                     raise
-                click.secho(f"Error: {_explain(error)}", fg="red", err=True)
+                click.secho(f"Error: {explain(error)}", fg="red", err=True)
 
     def _end_line(self) -> None:
         """Leave the line in which the terminal shows ^C or the prompt."""
@@ -86,39 +98,45 @@ class Repl:
                 click.echo(f"There is no command {name}; /help lists them.", err=True)
 
     def _answer(self, text: str) -> None:
-        """Take one turn.  What was seen of a stopped answer is remembered; a turn that failed leaves no trace."""
-        question = Message(role="user", content=text)
+        """Take one turn, without the oldest turns if the context has no room for them."""
+        history = self._history
+        while True:
+            try:
+                return self._ask(history, Message(role="user", content=text))
+            except StatusError as error:
+                if error.code != "context_length_exceeded" or not history:
+                    raise
+            history = history[2:]
+
+    def _ask(self, history: list[Message], question: Message) -> None:
+        """Show the answer.  What was seen of a stopped one is remembered; a turn that fails leaves no trace."""
+        system = [Message(role="system", content=self._system)] if self._system else []
         answer = LiveAnswer()
         try:
-            with self._client.stream_chat([*self._context(), question], **self._options) as stream:
+            with self._client.stream_chat([*system, *history, question], **self._options) as stream:
                 answer.show(stream, end_line=True)
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
             if answer.text:
-                self._remember(question, answer)
+                self._remember(history, question, answer)
             click.secho("[stopped]", dim=True, err=True)
         else:
-            self._remember(question, answer)
+            self._remember(history, question, answer)
             answer.report()
 
-    def _context(self) -> list[Message]:
-        system = [Message(role="system", content=self._system)] if self._system else []
-        return [*system, *self._history]
-
-    def _remember(self, question: Message, answer: LiveAnswer) -> None:
-        self._history += [question, Message(role="assistant", content=answer.text)]
+    def _remember(self, history: list[Message], question: Message, answer: LiveAnswer) -> None:
+        """Add a turn to what was sent of the conversation, and say so if that was not all of it."""
+        num_turns, num_sent = len(self._history) // 2, len(history) // 2
+        if num_sent < num_turns:
+            lost = f"{num_turns - num_sent} of {num_turns}"
+            click.secho(f"[the context is full: the oldest turns are forgotten, {lost}]", dim=True, err=True)
+        self._history = [*history, question, Message(role="assistant", content=answer.text)]
 
 
 def _start_line_editing() -> None:
-    """Importing readline is what gives `input` its line editing and history; some Pythons are built without it."""
+    """Import readline, which gives `input` line editing and a history; some Pythons are built without it."""
     try:
         import_module("readline")
     except ImportError:
         click.echo("This Python has no readline: lines cannot be edited.", err=True)
-
-
-def _explain(error: ClientError) -> str:
-    if isinstance(error, ApiError) and error.code == "context_length_exceeded":
-        return f"{explain(error)} (the conversation has become too long; /reset starts a new one)"
-    return explain(error)

@@ -1,4 +1,4 @@
-"""What both clients know of httpx, apart from calling it: settings, errors, when to try again."""
+"""What both clients share: the settings of httpx, the translation of its errors, and when a request is sent again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shoal.clients.errors import (
 )
 
 MAX_RETRY_DELAY = 30.0
-"""Seconds; a server that asks for more patience than this gets none, and the caller decides."""
+"""Seconds.  If a server asks for a longer wait, the request is not sent again, and the caller decides."""
 
 
 def httpx_settings(
@@ -35,6 +35,9 @@ def httpx_settings(
     The number of connections is not limited: a request should wait in the server's queue, where the scheduler sees
     it, rather than in one here.
 
+    Args:
+        base_url: where the server is.  A "/v1" at its end is dropped, because the path of each call has its own.
+
     Raises:
         UnsendableError: the address or the key is malformed.
     """
@@ -43,7 +46,7 @@ def httpx_settings(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
         raise UnsendableError("api_key must be printable ASCII")
     try:
-        url = httpx.URL(base_url)
+        url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
         raise UnsendableError(f"base_url {base_url!r} is not an address: {error}") from error
     return {
@@ -60,7 +63,7 @@ def headers(call: wire.Call[Any]) -> dict[str, str]:
 
 @contextmanager
 def translated_errors(base_url: httpx.URL) -> Iterator[None]:
-    """Within it, what httpx raises comes out as one of ours."""
+    """Raise what httpx raises within it as one of our errors."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -98,9 +101,9 @@ def retry_after(header: str | None, now: float) -> float | None:
 def retry_delay(error: ClientError, attempt: int) -> float | None:
     """Seconds to wait before the request is sent again, or None if it should not be.
 
-    Only what the server has not begun is sent again: it could not be reached, or it refused (429, 503).  Without a
-    Retry-After, the delay doubles with each attempt (0 is the first) and is jittered, so that many clients that were
-    refused together do not come back together.
+    A request is sent again only if the server has not begun it: the server was not reached, or it refused (429, 503).
+    Without a Retry-After, the delay doubles with each attempt (0 is the first).  It is jittered, so that clients that
+    were refused together do not come back together.
     """
     refused = isinstance(error, StatusError) and error.status in (429, 503)
     if not refused and not isinstance(error, UnreachableError):

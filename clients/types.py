@@ -23,10 +23,10 @@ class Message(TypedDict):
 class SamplingOptions(TypedDict, total=False):
     """Optional fields of every generation request.  What is not given is left to the server.
 
-    The second group are extensions of OpenAI's API; the field names are those of the server's reference.  The third
-    tell the server's scheduling policy whose the request is and how urgent: when tokens come, and never which.
-    `speculation` "off" does without drafted tokens: slower, and the same text.  `end_after` is for load tests: the text
-    ends with exactly this token.
+    The second group are extensions of OpenAI's API, under the names that vLLM gave them.  The third group tells the
+    scheduling policy who sends the request and how urgent it is; it changes when tokens come, and never which.
+    `speculation` "off" turns drafted tokens off for the request; the text stays the same.  `end_after` is for load
+    tests: the output has exactly that number of tokens.
     """
 
     model: str

@@ -1,7 +1,7 @@
-"""The wire, apart from input and output: each operation as a `Call`, and how its answer is read.
+"""The protocol without input and output: each operation as a `Call`, and how its answer is read.
 
 The shapes are those of OpenAI's API reference (completions, chat completions, models), with `/tokenize`,
-`/detokenize` and `/health` as vLLM has them.  The synchronous and the asynchronous client both live on this.
+`/detokenize` and `/health` as vLLM has them.  The synchronous and the asynchronous client both use this module.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shoal.clients.types import (
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-"""Where `shoal serve` listens if it is not told otherwise."""
+"""Where `shoal serve` listens by default."""
 
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 """What reading JSON of another shape than expected raises."""
@@ -82,7 +82,11 @@ class EventReader(Generic[T]):
             yield self._call.parse(data)
 
     def finish(self) -> None:
-        """To be called at the end of the connection: was it the end of the stream?"""
+        """To be called when the connection ends.
+
+        Raises:
+            BrokenConnectionError: the stream had not ended.
+        """
         if not self._done:
             raise BrokenConnectionError("the stream ended before the answer was whole (no [DONE] came)")
 
@@ -117,7 +121,7 @@ def detokenize(token_ids: list[int]) -> Call[str]:
 
 
 def health() -> Call[None]:
-    """The answer is the status; what its body says is nobody's promise."""
+    """The status is the answer; the body has no fixed shape and is not read."""
     return Call("GET", "/health", None, lambda _: None, retried=False)
 
 

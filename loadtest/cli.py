@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import click
 
+from shoal.extras import install_command
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 NEEDED = ("locust", "matplotlib", "msgspec", "scipy", "tqdm")
@@ -165,7 +167,7 @@ def _exit_codes(command: str) -> Iterator[None]:
     """Exit with 2 and one line on stderr after an error, with 130 after Ctrl-C; SIGTERM leaves no server behind."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        _fail(command, f"{', '.join(missing)} not installed: pip install 'shoal[loadtest]'")
+        _fail(command, f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`")
     from shoal.loadtest.records import LoadTestError  # noqa: PLC0415
     from shoal.scheduler.errors import ShoalError  # noqa: PLC0415
 

@@ -21,7 +21,7 @@ START_SECONDS = 120.0
 END_SECONDS = 10.0
 POLL_SECONDS = 0.05
 NUM_LAST_LINES = 5
-COMMAND = (sys.executable, "-m", "shoal.server.cli", "serve")
+COMMAND = (sys.executable, "-m", "shoal", "serve")
 
 
 class ServerProcess:

@@ -178,7 +178,7 @@ class Comparison:
         """
         for loads_of in (lambda experiment: experiment.loads, self._loads_by_share):
             planned_runs = list(interleave(self._plan.experiments, loads_of))
-            with tqdm(planned_runs, unit="run", desc="comparison") as self._runs.bar:
+            with tqdm(planned_runs, unit="run", desc="comparison", disable=not planned_runs) as self._runs.bar:
                 for number, planned in enumerate(self._runs.bar, 1):
                     if folder := self._folder(planned):
                         self.runs[planned] = folder

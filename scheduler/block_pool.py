@@ -1,4 +1,4 @@
-"""Blocks of the KV cache: who owns them, which can be found again by content, which goes next."""
+"""Blocks of the KV cache: which are owned, which can be found by content, and which is evicted next."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class BlockPool:
             self._ref_counts[block_id] += 1
 
     def publish(self, block_id: int, content_hash: bytes) -> None:
-        """Let others find this owned block by its content.  A twin that is known already stays the one found."""
+        """Let other requests find this owned block by its content.  A block known to have the same content stays."""
         if content_hash not in self._block_of:
             self._block_of[content_hash] = block_id
             self._hash_of[block_id] = content_hash
@@ -66,8 +66,8 @@ class BlockPool:
     def release(self, block_ids: Iterable[int]) -> None:
         """Take one owner from each of these blocks.
 
-        Give a request's blocks last to first: the tail of a prefix is then evicted before its head, without which
-        it could not be found.
+        Give a request's blocks last to first, so that the tail of a prefix is evicted before its head: a tail is found
+        through its head only.
         """
         for block_id in block_ids:
             self._ref_counts[block_id] -= 1

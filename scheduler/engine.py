@@ -28,7 +28,7 @@ class EngineCore:
     """One engine: a scheduler, an executor and a clock.  Nothing else differs between server, simulator and tests.
 
     Args:
-        clock: seconds; monotonic in the server, virtual elsewhere.
+        clock: returns seconds; monotonic in the server, virtual elsewhere.
         observers: each is called with the record of every step when the step is over.
     """
 
@@ -62,7 +62,7 @@ class EngineCore:
         return news
 
     def _compute(self, output: SchedulerOutput) -> tuple[list[RequestOutput], float]:
-        """Execute and update; the news, and when the first was done."""
+        """Execute and update; returns the news, and when the execution was over."""
         try:
             result = self.executor.execute(output)
         except Exception:

@@ -24,7 +24,7 @@ class KVCache:
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that requests own."""
+        """Share of the blocks that requests own, 0 to 1."""
         return self.pool.num_owned / self.pool.num_blocks
 
     def reserve(self, request: Request) -> list[int] | None:
@@ -51,8 +51,10 @@ class KVCache:
         return gained
 
     def reserve_ahead(self, request: Request, num_tokens: int) -> list[int]:
-        """Extend the block table to reach `num_tokens` tokens beyond the known ones, as far as blocks are available
-        and the request can become so long; returns the blocks gained."""
+        """Extend the block table to reach up to `num_tokens` tokens beyond the known ones; returns the blocks gained.
+
+        It reaches no further than blocks are available, and no further than the request can become long.
+        """
         most = min(request.num_tokens_with_spec + num_tokens, request.max_num_tokens)
         num_missing = -(-most // self.block_size) - len(request.block_ids)
         if num_missing <= 0:
@@ -62,7 +64,7 @@ class KVCache:
         return gained
 
     def publish(self, request: Request, num_computed_before: int) -> None:
-        """Let others find the blocks that were filled since `num_computed_before`."""
+        """Let other requests find the blocks that were filled since `num_computed_tokens` was `num_computed_before`."""
         first, last = num_computed_before // self.block_size, request.num_computed_tokens // self.block_size
         if first < last and self.enable_prefix_caching:
             self._hash_blocks(request, last)
@@ -70,7 +72,7 @@ class KVCache:
                 self.pool.publish(request.block_ids[index], request.block_hashes[index])
 
     def release(self, request: Request) -> None:
-        """Take the request's blocks back; what they hold can still be found until it is evicted."""
+        """Take the request's blocks back.  Their content can be found until it is evicted."""
         self.pool.release(reversed(request.block_ids))
         request.block_ids = []
         request.num_computed_tokens = 0

@@ -1,4 +1,4 @@
-"""The plain data that rooms exchange: what to sample, what to run in a step, what came of it.
+"""The plain data that rooms exchange: how to sample, what to run in a step, and its result.
 
 These types carry no behaviour and import nothing, so that the scheduler, the model, the simulator and the wire
 (msgspec encodes dataclasses as they are) all speak in the same words.
@@ -57,13 +57,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulingParams:
-    """What a policy may know of a request beside its tokens.  None of it changes them.
+    """What a policy may know of a request beside its tokens.  It never changes which tokens are chosen.
 
     Attributes:
-        client: who asks, for policies that share among clients; empty if that is not known.
+        client: name of the client that asks, for policies that share among clients; empty if it is not known.
         priority: lower goes first.
         ttft_slo_ms: the first token is wanted within this time after arrival; None for the policy's default.
-        tpot_slo_ms: each further token is wanted within this time after the one before; None likewise.
+        tpot_slo_ms: each further token is wanted within this time after the one before; None for the policy's default.
     """
 
     client: str = ""
@@ -116,7 +116,7 @@ class ScheduledRequest:
         spec_token_ids: drafted tokens that end the share and are to be verified.
         new: set in the step in which the request joins the batch.
         is_padding: whether the request has ended and its last position is only computed again, in place, as padded
-            batches do.  Nobody reads what comes of it.
+            batches do.  The result is not used.
     """
 
     request_id: str
@@ -147,7 +147,7 @@ class SchedulerOutput:
 
 @dataclass(slots=True)
 class StepResult:
-    """What came of a step; lists are parallel to `SchedulerOutput.scheduled`.
+    """The result of a step; lists are parallel to `SchedulerOutput.scheduled`.
 
     Attributes:
         token_ids: chosen tokens of each request: none if it does not sample; else the accepted drafted tokens
@@ -155,7 +155,7 @@ class StepResult:
         spec_token_ids: drafted tokens proposed for each request's next step; empty when nothing is proposed at all.
         logprobs: by request id, one entry for each chosen token.
         prompt_logprobs: by request id, one entry for each prompt token that a token of the share predicts.
-        errors: by request id, why a request failed on its own account; its `token_ids` are then ignored.
+        errors: by request id, why this request alone failed; its `token_ids` are then ignored.
     """
 
     token_ids: list[list[int]]
@@ -173,7 +173,7 @@ class RequestOutput:
         finish_reason: set once, in the last output of the request.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         queue_time: seconds from arrival to the first step.
-        num_accepted_tokens, num_rejected_tokens: drafted tokens that verification kept in this step, and not.
+        num_accepted_tokens, num_rejected_tokens: drafted tokens that verification in this step kept, and dropped.
         error: the message, if `finish_reason` is `error`.
     """
 

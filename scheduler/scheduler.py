@@ -30,8 +30,8 @@ class _Step:
 
     Attributes:
         budget: tokens that are left to give out.
-        behind: running requests still to come, each of which is sure of one token unless it sits out.
-        shares: what was given out, by request id.
+        behind: running requests whose turn is still to come; each of them is sure of one token unless it pauses.
+        shares: the shares that were given out, by request id.
         victims: requests that were preempted.
         is_closed: whether admission is over.
     """
@@ -47,13 +47,13 @@ class Scheduler:
     """Keeps all unfinished requests and gives each step's token budget out to them.
 
     There are no phases.  A request's `num_computed_tokens` chases its `num_tokens_with_spec`, and a step is a number
-    of tokens for each request under one budget; chunked prefill, mixed batches, prefix-cache hits, preemption by
+    of tokens for each request under one budget.  Chunked prefill, mixed batches, prefix-cache hits, preemption by
     recompute and speculation all follow from that.  No clock is read here: the time is an argument.
 
     Attributes:
         waiting, running: all unfinished requests, by id.
-        padding: requests that have ended and been answered, but whose rows the policy has computed on, as a share of
-            one token that recomputes their last position in place.  They give way first.
+        padding: requests that have ended and been answered, but whose rows the policy keeps in the batch.  Each gets a
+            share of one token, which recomputes its last position in place.  They give way first.
     """
 
     def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
@@ -89,7 +89,7 @@ class Scheduler:
         self.policy.on_arrival(request)
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request; its blocks are free at once.  None if there is no such request (any more)."""
+        """End a request; its row and its blocks are free at once.  Returns None if no such request is unfinished."""
         request = self.running.get(request_id) or self.waiting.get(request_id)
         return self._finish(request, FinishReason.ABORT) if request else None
 
@@ -98,7 +98,7 @@ class Scheduler:
         return len(self.running) + len(self.waiting)
 
     def wake_time(self, now: float) -> float | None:
-        """When there is something to schedule: `now`, later, or not before another request comes (None)."""
+        """The time at which there is something to schedule; None if there is nothing until a request comes."""
         if self.running:
             return now
         return max(now, self.policy.wake_time(now)) if self.waiting else None
@@ -106,21 +106,24 @@ class Scheduler:
     # -- a step --------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> SchedulerOutput:
-        """Give out the token budget in the policy's order: to all running requests that do not sit out, each of which
-        is sure of one token, and to as many waiting ones as policy, rows and blocks allow."""
+        """Give out the token budget, in the policy's order.
+
+        All running requests that do not pause get a share of at least one token.  As many waiting requests join as
+        policy, rows and blocks allow.
+        """
         step = _Step(self.config.max_num_batched_tokens, set(self.running.values()))
         self._pad(step)
         for request in self._candidates(step, now):
             self._place(request, step, now)
-        while self.running and self.running.keys().isdisjoint(step.shares):  # a step must not be for nothing
+        while self.running and self.running.keys().isdisjoint(step.shares):  # all would pause
             self._place(next(iter(self.running.values())), step, now)
         released, self._released = self._released, []
         return SchedulerOutput(list(step.shares.values()), released)
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestOutput]:
-        """Take in what came of a step; returns the news of each request that has any.
+        """Take in the result of a step; returns the news of each request that has any.
 
-        `output` may be a part of what `schedule` returned.  Requests that ended in the meantime are passed over.
+        `output` may be a part of what `schedule` returned.  Requests that have ended in the meantime are skipped.
         """
         news: list[RequestOutput] = []
         proposals = result.spec_token_ids or [[]] * len(output.scheduled)
@@ -138,7 +141,7 @@ class Scheduler:
         return news
 
     def fail(self, request_id: str, message: str) -> list[RequestOutput]:
-        """End a request whose step could not be computed.  That of a padding row brings no news."""
+        """End a request whose share could not be computed.  Returns its news; a padding row has none."""
         if request := self.running.get(request_id):
             return [self._finish(request, FinishReason.ERROR, message)]
         if request := self.padding.get(request_id):
@@ -189,23 +192,16 @@ class Scheduler:
         for request in self.padding.values():
             step.budget -= 1
             start, samples = request.num_computed_tokens - 1, request.params.max_tokens > 0
-            step.shares[request.request_id] = ScheduledRequest(
-                request.request_id,
-                request.row,
-                start,
-                1,
-                [],
-                len(request.block_ids),
-                samples,
-                [],
-                None,
-                is_padding=True,
+            request_id, num_blocks = request.request_id, len(request.block_ids)
+            step.shares[request_id] = ScheduledRequest(
+                request_id, request.row, start, 1, [], num_blocks, samples, [], None, is_padding=True
             )
 
     def _candidates(self, step: _Step, now: float) -> Iterator[Request]:
-        """Who may have a share, in the policy's order, which is read lazily so that it sees the admissions before.
+        """The requests that may have a share, in the policy's order.
 
-        Running requests, but those that sit out or fall victim to an earlier one, and waiting ones that find a row.
+        These are the running requests that neither pause nor were preempted for an earlier one, and the waiting ones
+        that find a row.  The order is read lazily, so that it depends on the admissions so far.
         """
         for request in self.policy.order((*self.running.values(), *self.waiting.values()), now):
             if step.is_closed and not step.behind:
@@ -220,7 +216,7 @@ class Scheduler:
                 yield request
 
     def _is_admissible(self, request: Request, step: _Step, now: float) -> bool:
-        """Whether a waiting request may join the batch; if it is full, whoever gives way has left it then."""
+        """Whether a waiting request may join the batch; if the batch is full, another request leaves it first."""
         if step.is_closed or not self.policy.admits(request, self.running.values(), now):
             return False
         if self._free_rows:
@@ -235,7 +231,7 @@ class Scheduler:
             if request.spec_token_ids:
                 request.spec_token_ids = []  # a guess is not worth a preemption
                 continue
-            # Whoever is admitted after this one would overtake it, or take back blocks that others have just lost.
+            # A request that was admitted now would overtake this one, or take blocks for which others are preempted.
             step.is_closed = True
             if not self._make_room(request, step, now):
                 if request.status is RequestStatus.RUNNING:
@@ -255,16 +251,9 @@ class Scheduler:
         samples = end >= num_tokens and request.params.max_tokens > 0
         spec_token_ids = request.spec_token_ids[: end - num_tokens] if end > num_tokens else []
         step.budget -= count
-        step.shares[request.request_id] = ScheduledRequest(
-            request.request_id,
-            request.row,
-            start,
-            count,
-            block_ids,
-            len(request.block_ids),
-            samples,
-            spec_token_ids,
-            new,
+        request_id, num_blocks = request.request_id, len(request.block_ids)
+        step.shares[request_id] = ScheduledRequest(
+            request_id, request.row, start, count, block_ids, num_blocks, samples, spec_token_ids, new
         )
 
     def _join(self, request: Request, now: float) -> None:
@@ -281,7 +270,7 @@ class Scheduler:
         self.policy.on_admission(request)
 
     def _make_room(self, request: Request, step: _Step, now: float) -> bool:
-        """Free the row and the blocks of whoever gives way to this request; whether anybody does."""
+        """Free the row and the blocks of a request that gives way to this one; returns False if none does."""
         if self.padding:
             row = next(reversed(self.padding.values()))
             self._withdraw(row, step)
@@ -313,7 +302,7 @@ class Scheduler:
     def _settle(
         self, request: Request, share: ScheduledRequest, token_ids: list[int], result: StepResult
     ) -> RequestOutput | None:
-        """Move the request forward by what its share computed; its news, if there are any."""
+        """Move the request forward by what its share computed; returns its news, if there are any."""
         num_rejected = len(share.spec_token_ids) + 1 - len(token_ids) if token_ids else 0
         if share.spec_token_ids:
             self._count_draft(len(share.spec_token_ids), num_rejected)
@@ -355,7 +344,7 @@ class Scheduler:
             per_pos[index] += 1
 
     def _append(self, request: Request, token_ids: list[int]) -> tuple[FinishReason | None, list[int]]:
-        """Append chosen tokens up to the one that ends the request; why it ends, if it does, and what was appended."""
+        """Append chosen tokens up to one that ends the request; returns the reason, if it ends, and those appended."""
         stop_token_ids = request.params.stop_token_ids
         for index, token_id in enumerate(token_ids):
             request.token_ids.append(token_id)
@@ -368,7 +357,7 @@ class Scheduler:
     def _unreported(
         self, request: Request, share: ScheduledRequest, scored: list[TokenLogprobs]
     ) -> list[TokenLogprobs]:
-        """Of the prompt's log-probabilities that the share computed, those not reported before a preemption."""
+        """The prompt's log-probabilities that the share computed and that were not reported before a preemption."""
         start = share.num_computed_tokens + 1  # a token's logits score the token after it
         new = scored[max(request.num_scored_tokens - start, 0) :]
         request.num_scored_tokens = max(request.num_scored_tokens, start + len(scored))
@@ -381,7 +370,7 @@ class Scheduler:
         return RequestOutput(request.request_id, [], reason, error=error)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
-        """Free what the request has, or leave it its row where the policy pads; with it may end what others pad for."""
+        """Free the request's row and blocks, unless the policy pads it.  Padding rows whose batch ends leave too."""
         self.policy.on_finish(request, reason)
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and self.policy.pads(request):
             request.status = RequestStatus.FINISHED
@@ -392,7 +381,7 @@ class Scheduler:
             self._leave(row, RequestStatus.FINISHED)
 
     def _leave(self, request: Request, status: RequestStatus) -> None:
-        """Take a request out of wherever it is, and give its row and its blocks back."""
+        """Take a request out of the batch or the queue, and its row and its blocks back."""
         if self.running.pop(request.request_id, None) or self.padding.pop(request.request_id, None):
             self._released.append(request.row)
             heappush(self._free_rows, request.row)

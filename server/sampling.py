@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import TypeVar
+from dataclasses import fields
 
 from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.scheduler.config import SchedulerConfig
@@ -14,6 +14,8 @@ from shoal.server.wire.requests import ChatBody, CompletionBody, GenerationBody
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 _TOKEN_ID = re.compile("[0-9]{1,10}")
+# Parameters that a body has under the same names.  A checkpoint's defaults have some of them, too.
+_BY_NAME = [field.name for field in fields(SamplingParams) if field.name in GenerationBody.model_fields]
 
 
 def resolve_seed(body: GenerationBody) -> int:
@@ -31,7 +33,7 @@ def resolve_sampling(
     eos_token_ids: tuple[int, ...],
     defaults: GenerationDefaults,
 ) -> SamplingParams:
-    """Resolve the parameters for one prompt; what a request leaves open, `generation_config.json` says.
+    """Resolve the parameters for one prompt: those of the request, else the checkpoint's defaults, else the API's.
 
     Raises:
         InvalidRequestError: a token id is outside the vocabulary, min_tokens or end_after exceeds max_tokens, or
@@ -46,31 +48,23 @@ def resolve_sampling(
         _check_token_id("stop_token_ids", token_id, vocab_size)
     num_logprobs = _num_logprobs(body)
     scores_prompt = isinstance(body, CompletionBody) and body.echo
-    top_k = _first(body.top_k, defaults.top_k, 0)
-    return SamplingParams(
-        max_tokens=max_tokens,
+    values = {
+        name: value
+        for source in (defaults, body)
+        for name in _BY_NAME
+        if (value := getattr(source, name, None)) is not None
+    }
+    values |= {
+        "max_tokens": max_tokens,
         # Where the request says where its text ends, the model may not.
-        min_tokens=body.min_tokens if body.end_after is None else max_tokens,
-        temperature=_first(body.temperature, defaults.temperature, 1.0),
-        top_k=max(top_k, 0),  # vLLM's users write -1 for all
-        top_p=_first(body.top_p, defaults.top_p, 1.0),
-        min_p=_first(body.min_p, defaults.min_p, 0.0),
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
-        logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
-        seed=seed,
-        stop_token_ids=frozenset(body.stop_token_ids) | frozenset(() if body.ignore_eos else eos_token_ids),
-        num_logprobs=num_logprobs,
-        num_prompt_logprobs=num_logprobs if scores_prompt else None,
-    )
-
-
-Value = TypeVar("Value")
-
-
-def _first(*values: Value | None) -> Value:
-    return next(value for value in values if value is not None)
+        "min_tokens": body.min_tokens if body.end_after is None else max_tokens,
+        "logit_bias": _logit_bias(body.logit_bias or {}, vocab_size),
+        "seed": seed,
+        "stop_token_ids": frozenset(body.stop_token_ids) | frozenset(() if body.ignore_eos else eos_token_ids),
+        "num_logprobs": num_logprobs,
+        "num_prompt_logprobs": num_logprobs if scores_prompt else None,
+    }
+    return SamplingParams(**values)
 
 
 def _max_tokens(body: CompletionBody | ChatBody, num_prompt_tokens: int, limits: SchedulerConfig) -> int:

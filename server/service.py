@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shoal.model.checkpoint.config import GenerationDefaults, load_config, load_generation_defaults
 from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_checkpoint
+from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.record import ModelConfig
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import ConfigError, InvalidRequestError
@@ -188,7 +189,8 @@ def build_service(settings: Settings, connect: Callable[[Metrics], Engine]) -> S
         ConfigError: the draft model has another tokenizer.
     """
     checkpoint = resolve_checkpoint(settings.model)
-    tokenizer = Tokenizer.load(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    tokenizer = Tokenizer.load(opened)
     if settings.speculation.method == "draft":
         _check_draft(tokenizer, find_draft(settings.speculation.draft_model))
     model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
@@ -196,8 +198,8 @@ def build_service(settings: Settings, connect: Callable[[Metrics], Engine]) -> S
     return Service(
         settings=settings,
         model_name=model_name,
-        config=load_config(checkpoint),
-        defaults=load_generation_defaults(checkpoint),
+        config=load_config(opened),
+        defaults=load_generation_defaults(opened),
         tokenizer=tokenizer,
         engine=connect(metrics),
         metrics=metrics,

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shoal.model.step.batch import ForwardBatch, SamplerOutput, SamplingBatch
+from shoal.model.step.batch import BIAS, PENALTY, ForwardBatch, SamplerOutput, SamplingBatch
+from shoal.model.step.sampling import SAMPLING_ROW
 from tests.fakes import digest
 
 
@@ -44,7 +45,7 @@ class FakeBackend:
         self.kv[batch.slot_mapping, 1] = batch.positions
         contexts = [self._context(batch, index) for index in batch.logits_indices.tolist()]
         logits = np.empty((len(contexts), self.vocab_size))
-        for row, (context, seed) in enumerate(zip(contexts, sampling.seeds.tolist(), strict=True)):
+        for row, (context, seed) in enumerate(zip(contexts, sampling.rows["seed"].tolist(), strict=True)):
             logits[row] = self.logits(context, seed)
         return self._choose(logits, sampling)
 
@@ -64,15 +65,15 @@ class FakeBackend:
             array = getattr(batch, name)
             assert array.dtype == np.int32, name
             assert array.flags.c_contiguous, name
-        dtypes = {"seeds": np.uint64, "positions": np.int64}
-        for name in SamplingBatch.__slots__:
-            array = getattr(sampling, name)
-            is_float = name in ("temperature", "top_p", "min_p", "bias") or name.endswith("_penalty")
-            assert array.dtype == dtypes.get(name, np.float32 if is_float else np.int32), name
-            assert array.flags.c_contiguous, name
-            if not name.startswith(("penalty_", "bias")):
-                assert len(array) == len(batch.logits_indices), name
-        assert (sampling.positions == batch.positions[batch.logits_indices] + 1).all()
+        for records, dtype in (
+            (sampling.rows, SAMPLING_ROW),
+            (sampling.penalties, PENALTY),
+            (sampling.biases, BIAS),
+        ):
+            assert records.dtype == dtype
+            assert records.flags.c_contiguous
+        assert len(sampling.rows) == len(batch.logits_indices)
+        assert (sampling.rows["position"] == batch.positions[batch.logits_indices] + 1).all()
 
     def _context(self, batch: ForwardBatch, index: int) -> list[int]:
         """The tokens up to the batch's token `index`, as a kernel would find them."""
@@ -87,18 +88,18 @@ class FakeBackend:
     def _choose(self, logits: np.ndarray, sampling: SamplingBatch) -> SamplerOutput:
         """The greedy choice under biases and penalties, and log-probabilities of the logits as they were."""
         adjusted = logits.copy()
-        adjusted[sampling.bias_rows, sampling.bias_token_ids] += sampling.bias
-        rows, token_ids = sampling.penalty_rows, sampling.penalty_token_ids
-        values = adjusted[rows, token_ids]
-        repetition = sampling.repetition_penalty[rows]
+        adjusted[sampling.biases["row"], sampling.biases["token_id"]] += sampling.biases["addend"]
+        at, counts = (sampling.penalties["row"], sampling.penalties["token_id"]), sampling.penalties["count"]
+        values, rows = adjusted[at], sampling.rows[at[0]]
+        repetition = rows["repetition_penalty"]
         values = np.where(values > 0, values / repetition, values * repetition)
-        values -= sampling.frequency_penalty[rows] * sampling.penalty_counts
-        values -= sampling.presence_penalty[rows] * (sampling.penalty_counts > 0)
-        adjusted[rows, token_ids] = values
-        forced = sampling.forced_token_ids
+        values -= rows["frequency_penalty"] * counts
+        values -= rows["presence_penalty"] * (counts > 0)
+        adjusted[at] = values
+        forced = sampling.rows["forced_token_id"]
         chosen = np.where(forced >= 0, forced, adjusted.argmax(axis=1) if len(logits) else forced)
         chosen = np.where(np.isnan(logits).any(axis=1), -1, chosen).astype(np.int32)
-        width = int(sampling.num_logprobs.max(initial=-1))
+        width = int(sampling.rows["num_logprobs"].max(initial=-1))
         if width < 0:
             return SamplerOutput(chosen)
         logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

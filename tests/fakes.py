@@ -229,7 +229,7 @@ class Harness:
         now: the time that the engine sees; each step takes one second.
         token_ids, prompt_logprobs, logprobs: what was delivered so far, by request id.
         finish_reasons, errors: of the requests that ended, by request id.
-        num_pauses: how often a running request sat out a step.
+        num_pauses: how often a running request paused for a step.
         first_news: the first output of each request that brings news, by request id.
     """
 
@@ -247,7 +247,7 @@ class Harness:
         made = create_policy(policy, self.config, knobs) if isinstance(policy, str) else policy
         self.scheduler = Scheduler(self.config, made)
         self._pauses, made.pauses = made.pauses, self._note_pause  # type: ignore[method-assign]
-        self._paused: set[Request] = set()  # who was to sit out the step
+        self._paused: set[Request] = set()  # requests that were to pause
         self.num_pauses = 0
         self.executor = FakeExecutor(self.config.block_size, choose or hashed(50), draft)
         self.now = 0.0

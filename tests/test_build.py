@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shoal.model.backends.native_library import supported_isas
-from shoal.model.native.build import isa_flags
+from shoal.model.native.build import X86_64_MACROS, best_isa, isa_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -106,8 +106,8 @@ def script(folder: Path, name: str, text: str) -> Path:
 
 @needs_compiler
 def test_this_tree_is_built() -> None:
-    """Else the tests of the native backend skip themselves in silence."""
-    assert supported_isas()
+    """Otherwise the tests of the native backend skip themselves in silence."""
+    assert supported_isas()[0] == best_isa()
 
 
 @needs_compiler
@@ -142,6 +142,29 @@ def test_only_what_is_older_than_its_sources_is_compiled(folder: Path) -> None:
         assert run_build(folder, "--only", "generic")[0] == 0
         assert path.stat().st_mtime_ns > before.st_mtime_ns, changed
         assert answer(path) == expected
+
+
+@needs_compiler
+@pytest.mark.skipif(not IS_X86_64, reason="there is but one instruction set here")
+@pytest.mark.parametrize(
+    ("macros", "best"),
+    [
+        ("__AVX2__ __FMA__ __F16C__ __AVX512F__ __AVX512BW__ __AVX512CD__ __AVX512DQ__ __AVX512VL__", "avx2"),
+        ("__AVX2__ __FMA__", "generic"),
+        ("__AVX2__ __FMA__ __F16C__ " + " ".join(sorted(X86_64_MACROS["avx512"])), "avx512"),
+    ],
+)
+def test_a_change_of_a_source_compiles_the_best_instruction_set_alone(folder: Path, macros: str, best: str) -> None:
+    """And no library of the old sources stays."""
+    machine = f'case "$*" in *-dM*) echo "{macros}"; exit;; esac'
+    compiler = str(script(folder, "machine", f'{machine}\nexec {COMPILER} "$@"'))
+    assert run_build(folder, CXX=compiler)[0] == 0
+    assert run_build(folder, "--only", "best", CXX=compiler) == (0, "")
+    assert libraries(folder) == sorted(library(folder, isa).name for isa in ISAS)
+    (folder / "answer.h").write_text("#define ANSWER 7\n")
+    assert run_build(folder, "--only", "best", CXX=compiler)[1].endswith(f"the native backend is built for {best}\n")
+    assert libraries(folder) == [library(folder, best).name]
+    assert answer(library(folder, best)) == 7 + {"avx512": 512, "avx2": 2, "generic": 0}[best]
 
 
 @needs_compiler

@@ -34,17 +34,17 @@ def _room(ours: str, outside: str) -> Room:
 ROOMS = {
     "scheduler": _room("", ""),
     "model": _room(
-        "shoal.scheduler.config shoal.scheduler.errors shoal.scheduler.output",
+        "shoal.extras shoal.scheduler.config shoal.scheduler.errors shoal.scheduler.output",
         "click gguf jinja2 numpy safetensors tokenizers torch",
     ),
     "server": _room(
-        "shoal.scheduler shoal.model",
+        "shoal.extras shoal.scheduler shoal.model",
         "click fastapi msgspec numpy prometheus_client pydantic pydantic_core starlette uvicorn uvloop zmq",
     ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room(
-        "shoal.clients shoal.scheduler",
-        "click gevent geventhttpclient httpx jinja2 locust matplotlib msgspec numpy tqdm",
+        "shoal.extras shoal.clients shoal.scheduler",
+        "click gevent geventhttpclient httpx jinja2 locust matplotlib msgspec numpy scipy tqdm",
     ),
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from shoal.model.record import ModelRecord
 from shoal.model.step.batch import Backend, DraftBatch, ForwardBatch, Int32, SamplingBatch
+from shoal.model.step.sampling import sampling_rows
 
 Intp = NDArray[np.intp]
 Work = Callable[[int], Callable[[], object]]  # turn -> a step to be timed
@@ -161,8 +162,7 @@ def expert_bytes(record: ModelRecord, num_rows: int) -> float:
 
 
 def _greedy(num_logits: int) -> SamplingBatch:
-    zeros = np.zeros(num_logits, np.int64)
-    return SamplingBatch.plain(zeros.astype(np.float32), zeros.astype(np.uint64), zeros)
+    return SamplingBatch(sampling_rows(num_logits, temperature=0))
 
 
 def _in_turns(works: list[Work], repeats: int) -> list[float]:

@@ -1,7 +1,7 @@
 """The fast backend: packs a `ModelRecord` once and has C++ compute whole steps.  See model/native/.
 
-Its results have the same bits whatever else is in the batch, on any number of threads and under each instruction set.
-torch is not imported on this path.
+The bits of a result do not depend on the rest of the batch, the number of threads or the instruction set.  torch is
+not imported on this path.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shoal.model.record import Array, Experts, FeedForward, Layer, ModelConfig, 
 from shoal.model.step.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 from shoal.scheduler.errors import CheckpointError, ConfigError
 
-# Slots of the KV cache that the native code gathers.
+# Slots of the KV cache that the native code groups.
 SLOTS = 16
 _INT32 = np.dtype(np.int32)
 _TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}
@@ -39,20 +39,21 @@ class NativeBackend:
     """Implements `shoal.model.step.batch.Backend` on the CPU, with float32 activations.
 
     Args:
-        num_blocks, block_size: of the KV cache; block_size is a multiple of 16.
-        num_threads: threads that compute, the caller's among them; one per core that the process may use if not set.
-        kv_cache_dtype: of the KV cache's elements.
+        num_blocks, block_size: size of the KV cache; block_size is a multiple of 16.
+        num_threads: threads that compute, including the caller's; one per core that the process may use if not set.
+        kv_cache_dtype: type of the KV cache's elements.
         quantization: "int8" rounds the weights of linear layers to 8 bits with a scale for each output, and their
             inputs to 13 bits or more with a scale for each row.
-        pin_threads: whether to keep each further thread on a core of its own; None does where cores are left over for
-            what else the server has to do, since without any it only keeps the threads from making room.
+        pin_threads: whether to keep each thread but the caller's on a core of its own.  None pins them if the process
+            has more cores than threads: otherwise pinned threads could not make room for the server's other work.
         isa: instruction set, one of `supported_isas()`; the best if not set.
-        sibling: a backend of the same instruction set with whose threads to compute, in turns.
+        sibling: a backend of the same instruction set whose threads are shared; the two compute in turns.
 
     Raises:
-        CheckpointError: the model's shape is beyond what the native code is made for.
+        CheckpointError: the model's shape exceeds a limit of the native code.
         ConfigError: there is not enough memory.
-        LookupError: there is no library.
+        LookupError: there is no library for `isa`.
+        OSError: the library does not load, or was built from other sources.
     """
 
     def __init__(
@@ -77,9 +78,7 @@ class NativeBackend:
         self._block_size = block_size
         self._library = load_library(isa)
         self._sampler = SamplerArguments(config.vocab_size)
-        self._drafts = SamplerArguments(
-            config.vocab_size
-        )  # of guesses, whose parameters stay as long as those of steps
+        self._drafts = SamplerArguments(config.vocab_size)  # of proposals, which come between the steps
         num_positions = min(config.max_position_embeddings, num_blocks * block_size)
         cos, sin = rope_tables(config.rope, config.head_dim, num_positions)
         options = Options(
@@ -122,7 +121,7 @@ class NativeBackend:
     def draft(self, batch: DraftBatch, sampling: SamplingBatch, num_layers: int | None = None) -> Int32:
         self._drafts.bind(sampling)
         num_seqs = len(batch.rows)
-        columns = batch.starts, batch.ends, batch.num_wanted, sampling.seeds
+        columns = batch.starts, batch.ends, batch.num_wanted, sampling.rows
         assert all(len(column) == num_seqs for column in columns), "arrays of unequal lengths"
         assert batch.block_size == self._block_size, "blocks of another size"
         token_ids = np.full((num_seqs, batch.num_wanted[0]), -1, np.int32)
@@ -168,14 +167,14 @@ class NativeBackend:
 
 
 def _address(values: Int32) -> int:
-    assert values.dtype == _INT32, "an array of other numbers"
+    assert values.dtype == _INT32, "an array of another type"
     assert values.flags.c_contiguous, "an array with gaps"
     address: int = values.ctypes.data
     return address
 
 
 def _check(fault: bytes | None) -> None:
-    """What the native code finds wrong with an array is a bug of ours, and ends here."""
+    """Fail if the native code found a fault in an array, which is a bug of ours."""
     assert fault is None, fault.decode()
 
 

@@ -7,9 +7,11 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from functools import cache
 from pathlib import Path
 
+from shoal.model.step.sampling import SAMPLING_ROW
+
 FOLDER = Path(__file__).resolve().parent.parent / "native"
 
-# Instruction sets, best first, and by the number that the library gives them.
+# The instruction sets, best first; and in the order of the numbers that `shoal_best_isa` returns.
 ISAS = ("avx512", "avx2", "generic")
 _ISA_OF_NUMBER = ("generic", "avx2", "avx512")
 
@@ -75,25 +77,30 @@ class Draft(Structure):
 
 
 def library_path(isa: str) -> Path:
-    """Where the library for an instruction set is, if it was built."""
+    """The path of the library for an instruction set, which need not be built."""
     return FOLDER / f"libshoal-{isa}.so"
 
 
 @cache
 def supported_isas() -> tuple[str, ...]:
-    """The instruction sets for which there is a library and which this machine has, best first."""
-    generic = library_path("generic")
-    if not generic.exists():
+    """The instruction sets for which there is a library and which this machine has, best first.
+
+    Raises:
+        OSError: a library does not load, or was built from other sources.
+    """
+    built = [isa for isa in ISAS if library_path(isa).exists()]
+    if not built:
         return ()
-    best = _ISA_OF_NUMBER[_load(generic).shoal_best_isa()]
-    return tuple(isa for isa in ISAS[ISAS.index(best) :] if library_path(isa).exists())
+    best = _ISA_OF_NUMBER[_load(library_path(built[-1])).shoal_best_isa()]  # the plainest one loads anywhere
+    return tuple(isa for isa in built if ISAS.index(isa) >= ISAS.index(best))
 
 
 def load_library(isa: str | None = None) -> ctypes.CDLL:
-    """The library for an instruction set; the best one if not said.
+    """The library for an instruction set, by default the best one.
 
     Raises:
-        LookupError: there is none.
+        LookupError: there is no such library.
+        OSError: it does not load, or was built from other sources.
     """
     supported = supported_isas()
     if not supported or (isa is not None and isa not in supported):
@@ -115,4 +122,13 @@ def _load(path: Path) -> ctypes.CDLL:
     library.shoal_step.restype = c_char_p
     library.shoal_draft.argtypes = [c_void_p, c_void_p, POINTER(Draft)]
     library.shoal_draft.restype = c_char_p
+    library.shoal_sample.restype = c_char_p
+    library.shoal_sampling_row.restype = c_char_p
+    if library.shoal_sampling_row().decode() != _fields_of_rows():
+        raise OSError(f"{path} was built from other sources")
     return library
+
+
+def _fields_of_rows() -> str:
+    """SAMPLING_ROW as `shoal_sampling_row` describes it.  Offsets follow: both sides align fields alike."""
+    return "".join(f"{SAMPLING_ROW[name].name} {name};" for name in SAMPLING_ROW.names or ())

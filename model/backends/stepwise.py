@@ -1,4 +1,4 @@
-"""Drafting with a call for each token of the longest proposal: for backends that cannot do it in one."""
+"""Drafting with one call for each token of the longest proposal, for backends that have no single call for it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from shoal.model.step.batch import DraftBatch, ForwardBatch, Int32, SamplingBatc
 def draft_stepwise(
     choose: Callable[[ForwardBatch, SamplingBatch], Int32], batch: DraftBatch, sampling: SamplingBatch
 ) -> Int32:
-    """Do what `Backend.draft` does, given what computes a step and chooses at its rows of logits."""
+    """Do what `Backend.draft` does; `choose` computes a step and chooses the tokens at its rows of logits."""
     drafted = np.full((len(batch.rows), batch.num_wanted[0]), -1, np.int32)
     token_ids = choose(known_tokens(batch), sampling)
     drafted[:, 0] = token_ids
     for index in range(1, drafted.shape[1]):
         num_more = int((batch.num_wanted > index).sum())
-        step = _one_token_each(batch, np.maximum(token_ids[:num_more], 0), index)  # -1 goes on as some token
+        step = _one_token_each(batch, np.maximum(token_ids[:num_more], 0), index)  # -1 goes on as token 0
         token_ids = choose(step, _first_rows(sampling, num_more, index))
         drafted[:num_more, index] = token_ids
     return drafted
 
 
 def known_tokens(batch: DraftBatch) -> ForwardBatch:
-    """The step over the tokens that are known, with the logits of each sequence's last one."""
+    """The step over the known tokens, with the logits of the last token of each sequence."""
     counts = batch.ends - batch.starts
     query_start_loc = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=query_start_loc[1:])
-    # Each token's place in its sequence's share, and from there its position.
+    # The index of each token in its sequence's share gives its position.
     offsets = np.arange(query_start_loc[-1], dtype=np.int32) - np.repeat(query_start_loc[:-1], counts)
     positions = np.repeat(batch.starts, counts) + offsets
     rows = np.repeat(batch.rows, counts)
@@ -45,7 +45,7 @@ def known_tokens(batch: DraftBatch) -> ForwardBatch:
 
 
 def _one_token_each(batch: DraftBatch, token_ids: Int32, index: int) -> ForwardBatch:
-    """The step over a guessed token of each of the first sequences; it is the `index`-th, from 1."""
+    """The step over the `index`-th guess, counted from 1, of each of the first sequences."""
     num_seqs = len(token_ids)
     positions = batch.ends[:num_seqs] + np.int32(index - 1)
     every = np.arange(num_seqs + 1, dtype=np.int32)
@@ -67,25 +67,10 @@ def _slots(batch: DraftBatch, rows: Int32, positions: Int32) -> Int32:
 
 
 def _first_rows(sampling: SamplingBatch, num_rows: int, num_later: int) -> SamplingBatch:
-    """How to choose for the first rows of `sampling`, as many positions later; penalties stay what they were."""
-    num_penalties = int(np.searchsorted(sampling.penalty_rows, num_rows))
-    num_biases = int(np.searchsorted(sampling.bias_rows, num_rows))
-    return SamplingBatch(
-        temperature=sampling.temperature[:num_rows],
-        top_k=sampling.top_k[:num_rows],
-        top_p=sampling.top_p[:num_rows],
-        min_p=sampling.min_p[:num_rows],
-        presence_penalty=sampling.presence_penalty[:num_rows],
-        frequency_penalty=sampling.frequency_penalty[:num_rows],
-        repetition_penalty=sampling.repetition_penalty[:num_rows],
-        seeds=sampling.seeds[:num_rows],
-        positions=sampling.positions[:num_rows] + num_later,
-        forced_token_ids=sampling.forced_token_ids[:num_rows],
-        num_logprobs=sampling.num_logprobs[:num_rows],
-        penalty_rows=sampling.penalty_rows[:num_penalties],
-        penalty_token_ids=sampling.penalty_token_ids[:num_penalties],
-        penalty_counts=sampling.penalty_counts[:num_penalties],
-        bias_rows=sampling.bias_rows[:num_biases],
-        bias_token_ids=sampling.bias_token_ids[:num_biases],
-        bias=sampling.bias[:num_biases],
+    """How to choose for the first rows of `sampling`, `num_later` positions later; penalties stay as they are."""
+    rows = sampling.rows[:num_rows].copy()
+    rows["position"] += num_later
+    penalties, biases = (
+        entries[: np.searchsorted(entries["row"], num_rows)] for entries in (sampling.penalties, sampling.biases)
     )
+    return SamplingBatch(rows, penalties, biases)

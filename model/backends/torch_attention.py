@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from shoal.model.backends.torch_layers import pad_rows
+from shoal.model.backends.torch_layers import COLUMNS, pad_rows
 from shoal.model.record import ModelConfig
 from shoal.model.step.batch import ForwardBatch
 
@@ -48,8 +49,8 @@ class CacheLayout:
         return cls(config.num_heads, config.num_kv_heads, config.head_dim, num_blocks, block_size)
 
     def padded(self, num_blocks: int) -> int:
-        """The number of blocks that fills up a multiple of 16 positions: MKL rounds other widths in other ways."""
-        multiple = math.lcm(16, self.block_size) // self.block_size
+        """The number of blocks that fills up a multiple of COLUMNS positions, which are the columns of the scores."""
+        multiple = math.lcm(COLUMNS, self.block_size) // self.block_size
         return -(-num_blocks // multiple) * multiple
 
     def rows(self, block_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -145,16 +146,19 @@ def attend(queries: Tensor, keys_values: Tensor, kv_cache: Tensor, plan: Attenti
 
 
 def weighted_sum(shares: Tensor, values: Tensor) -> Tensor:
-    """shares @ values, [B, n, L] by [B, L, head_dim].
+    """shares @ values: [B, n, L] by [B, L, head_dim] to [B, n, head_dim]; n must be a multiple of 4.
 
-    The sum over positions is taken in short stretches: MKL adds up longer ones in an order that hangs on L, which hangs
-    on the other sequences.  Shares past a context are 0 and change nothing.
+    The sum over positions is taken in short stretches: MKL adds up longer ones in an order that depends on L, and L
+    depends on the other sequences.  Shares past a context are 0 and change nothing.
     """
+    head_dim = values.shape[2]
+    if head_dim < COLUMNS:
+        values = F.pad(values, (0, COLUMNS - head_dim))
     result = torch.bmm(shares[:, :, :_STRETCH], values[:, :_STRETCH])
     for start in range(_STRETCH, shares.shape[2], _STRETCH):
         end = start + _STRETCH
         result.baddbmm_(shares[:, :, start:end], values[:, start:end])
-    return result
+    return result[:, :, :head_dim]
 
 
 @dataclass(frozen=True, slots=True)

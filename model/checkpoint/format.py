@@ -15,7 +15,13 @@ class CheckpointFormat(Protocol):
 
     Every method raises CheckpointError, naming the file and the field, key or tensor that is missing, malformed or not
     supported.
+
+    Attributes:
+        path: the folder or file.
     """
+
+    @property
+    def path(self) -> Path: ...
 
     def config(self) -> Fields:
         """The fields of `config.json`."""
@@ -39,10 +45,15 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def open_checkpoint(path: Path) -> CheckpointFormat:
+def open_checkpoint(checkpoint: Path | CheckpointFormat) -> CheckpointFormat:
     """The checkpoint at the path: a GGUF file, or a Hugging Face folder.
+
+    An opened checkpoint is returned as it is.  Who loads several parts opens it once, and has the header of a GGUF file
+    read once.
 
     Raises:
         CheckpointError: the file is not one of GGUF.
     """
-    return GgufCheckpoint(path) if is_gguf(path) else HuggingFaceFolder(path)
+    if not isinstance(checkpoint, Path):
+        return checkpoint
+    return GgufCheckpoint(checkpoint) if is_gguf(checkpoint) else HuggingFaceFolder(checkpoint)

@@ -78,6 +78,7 @@ class GgufCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = read_gguf(path)
         self._own = self._file.section("llama.")
         _check_is_model(self._file)

@@ -29,26 +29,26 @@ class HuggingFaceFolder:
     """See `CheckpointFormat`."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.path = folder
 
     def config(self) -> Fields:
-        path = self._folder / CONFIG
+        path = self.path / CONFIG
         return Fields(path, read_json(path))
 
     def generation_config(self) -> Fields:
-        path = self._folder / _GENERATION_CONFIG
+        path = self.path / _GENERATION_CONFIG
         return Fields(path, read_json(path) if path.exists() else {})
 
     def tokenizer(self) -> TokenizerParts:
-        path = self._folder / _TOKENIZER
-        config_path = self._folder / _TOKENIZER_CONFIG
+        path = self.path / _TOKENIZER
+        config_path = self.path / _TOKENIZER_CONFIG
         config = read_json(config_path) if config_path.exists() else {}
         read_json(path)  # for its messages: the library's do not name the file
         return TokenizerParts(
             path=path,
             definition=_read_text(path),
             special_tokens=_special_tokens(config),
-            chat_templates=_chat_templates(self._folder, config),
+            chat_templates=_chat_templates(self.path, config),
         )
 
     def weights(self) -> Weights:
@@ -58,7 +58,7 @@ class HuggingFaceFolder:
 
     def _tensors(self) -> tuple[Path, dict[str, NDArray[Any]]]:
         """The tensors by name, and the file that speaks for them: the one file, or the index of the shards."""
-        folder = self._folder
+        folder = self.path
         if (folder / _WEIGHTS).exists():
             return folder / _WEIGHTS, read_safetensors(folder / _WEIGHTS)
         index = folder / _INDEX

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from shoal.model.checkpoint.config import load_config
-from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 from shoal.model.checkpoint.parts import Weights
 from shoal.model.record import Array, Attention, Experts, FeedForward, Layer, ModelConfig, ModelRecord
 from shoal.scheduler.errors import CheckpointError
 
 
-def load_checkpoint(checkpoint: Path) -> ModelRecord:
+def load_checkpoint(checkpoint: Path | CheckpointFormat) -> ModelRecord:
     """Read the config and all weights.  Arrays are views of the mapped files, so that what is not touched is not
     loaded, but for the quantised ones of a GGUF file, which become float32.
 
@@ -21,8 +21,9 @@ def load_checkpoint(checkpoint: Path) -> ModelRecord:
         CheckpointError: naming the file, and the field or tensor: missing, malformed, of the wrong shape, of an
             unsupported kind, or unknown to the architecture.
     """
-    config = load_config(checkpoint)
-    tensors = _Tensors(open_checkpoint(checkpoint).weights())
+    opened = open_checkpoint(checkpoint)
+    config = load_config(opened)
+    tensors = _Tensors(opened.weights())
     record = _build(config, tensors)
     tensors.check_all_taken()
     return record

@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "model.h"
+#include "sampler.h"
 
 struct ShoalModel {
     shoal::Model model;
@@ -26,12 +27,14 @@ void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert
 const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
                        const ShoalChosen* chosen, float* logits) {
     const char* fault = shoal::find_fault(*batch, model->model.limits());
+    if (!fault && sampling) fault = shoal::find_fault(*sampling, model->model.limits().vocab_size);
     if (!fault) model->model.step(*batch, num_layers, sampling, chosen, logits);
     return fault;
 }
 
 const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft) {
     const char* fault = shoal::find_fault(*draft, model->model.limits());
+    if (!fault) fault = shoal::find_fault(*sampling, model->model.limits().vocab_size);
     if (!fault) model->model.draft(*sampling, *draft);
     return fault;
 }

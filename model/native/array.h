@@ -1,4 +1,4 @@
-// Memory that is aligned to cache lines, in huge pages where it is large.
+// Memory that is aligned to cache lines; large pieces are in huge pages.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace shoal {
 
-// `size` zeroes.  What is never touched takes no memory.
+// `size` zeroes.  A large array takes memory only where it has been touched.
 template <class T>
 class Array {
 public:
@@ -54,7 +54,7 @@ public:
     T& operator[](size_t i) { return data_[i]; }
     const T& operator[](size_t i) const { return data_[i]; }
 
-    // Makes room for `size` elements; what was there is lost.
+    // Makes room for `size` elements; the former elements are lost.
     void reserve(size_t size) {
         if (size > size_) *this = Array(size);
     }
@@ -91,8 +91,8 @@ private:
     size_t mapped_bytes_ = 0;
 };
 
-// Gives out memory that lives as long as it does, from pieces large enough for huge pages: reading all the weights of a
-// model in every step from small pages costs a tenth more.
+// Gives out memory that lives as long as the arena.  Its pieces are large enough for huge pages: a step reads all the
+// weights of a model, and from small pages that takes a tenth longer.
 class Arena {
 public:
     // `size` zeroes, aligned to a cache line.

@@ -6,7 +6,7 @@ namespace shoal {
 
 namespace {
 
-// Scores to weights e**(score - greatest), in place: the greatest score, and the sum of the weights.
+// Replaces scores by weights e**(score - greatest); gives the greatest score and the sum of the weights.
 void exponentiate(float* scores, int count, float* greatest, float* sum) {
     const int full = count / kLanes * kLanes;
     Vec greatest_lanes = broadcast(-std::numeric_limits<float>::infinity());
@@ -28,13 +28,13 @@ void exponentiate(float* scores, int count, float* greatest, float* sum) {
     *sum = sum_lanes(sums);
 }
 
-// Fetches `count` elements that are needed soon: blocks lie scattered, so the hardware does not see them coming.
+// Fetches `count` elements that are needed soon: the hardware cannot predict where the next block lies.
 template <class Element>
 SHOAL_INLINE void prefetch(const Element* from, int count) {
     for (int i = 0; i < count; i += static_cast<int>(64 / sizeof(Element))) __builtin_prefetch(from + i, 0, 2);
 }
 
-// to[row][panel] += weights of positions begin to end times their values, kRows rows and kPanels panels.
+// Adds weights times values of the positions from begin to end to `to`, for kRows rows and kPanels panels.
 template <class Format, int kRows, int kPanels>
 __attribute__((noinline)) void weigh(const float* weights, ptrdiff_t stride,
                                      const typename Format::Weight* const* values, int panel, int begin, int end,
@@ -86,7 +86,7 @@ void Attention::plan(const ShoalBatch& batch, int num_threads) {
                               false, 0});
         }
     }
-    // Where there are few tiles, a long one is split, so that no thread is idle.
+    // Where there are few tiles, long ones are split, so that no thread is idle.
     const bool few = static_cast<int>(tiles_.size()) * num_kv_heads_ < 8 * num_threads;
     size_t num_partials = 0;
     for (int index = 0; index < static_cast<int>(tiles_.size()); ++index) {
@@ -104,7 +104,7 @@ void Attention::plan(const ShoalBatch& batch, int num_threads) {
         }
     }
     partials_.reserve(num_partials);
-    // The longest first, so that the last ones to end are short.
+    // The longest first: the pieces that end last are then short.
     std::stable_sort(pieces_.begin(), pieces_.end(),
                      [](const Piece& a, const Piece& b) { return a.end - a.begin > b.end - b.begin; });
 }
@@ -185,14 +185,14 @@ void Attention::attend_to_stretch(const KVCache& cache, int layer, const QueryTi
         values[i] = cache.values<Element>(layer, at, head);
     }
     score<Format>(keys, values, num_keys, tile.num_queries * group_, scratch);
-    int first = 0;  // the first query that sees anything here
+    int first = 0;  // the first query that sees a position of this stretch
     while (num_seen(first) == 0) ++first;
     for (int row = first * group_; row < tile.num_queries * group_; ++row) {
         exponentiate(scratch.scores.data() + row * kStretch, num_seen(row / group_), to.greatest + row, to.sum + row);
         std::memset(to.values + static_cast<size_t>(row) * padded_dim_, 0, padded_dim_ * sizeof(float));
     }
-    // What all queries see they take together.  The rest each takes alone, for it must not even read what it may not
-    // see: zero times NaN is NaN.
+    // Positions that all queries see are added for all queries at once.  The others are added for each query alone,
+    // because a position with weight zero must not be read: zero times NaN is NaN.
     const int common = num_seen(first) / kLanes * kLanes;
     add_values<Format>(values, 0, common, first * group_, (tile.num_queries - first) * group_, scratch, to.values);
     for (int query = first; query < tile.num_queries; ++query) {
@@ -200,7 +200,7 @@ void Attention::attend_to_stretch(const KVCache& cache, int layer, const QueryTi
     }
 }
 
-// scores[row][position] of all rows with num_keys * 16 positions.
+// Computes scores[row][position] for all rows and num_keys * 16 positions.
 template <class Format>
 void Attention::score(const typename Format::Weight* const* keys, const typename Format::Weight* const* values,
                       int num_keys, int num_rows, Scratch& scratch) const {
@@ -245,10 +245,10 @@ void Attention::add_values(const typename Format::Weight* const* values, int beg
     }
 }
 
-// Adds the next stretch to those before it.
+// Joins the next stretch to the ones before it.
 void Attention::join(const QueryTile& tile, int stretch, const State& next, const State& state) const {
     for (int row = 0; row < tile.num_queries * group_; ++row) {
-        if (tile.first_position + row / group_ < stretch * kStretch) continue;  // it sees nothing there
+        if (tile.first_position + row / group_ < stretch * kStretch) continue;  // the row sees nothing of this stretch
         float* values = state.values + static_cast<size_t>(row) * padded_dim_;
         const float* added = next.values + static_cast<size_t>(row) * padded_dim_;
         if (stretch == 0) {

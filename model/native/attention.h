@@ -27,8 +27,8 @@ struct RotaryTables {
 };
 
 // A query's softmax is taken over stretches of kStretch positions, counted from the start of its sequence, and the
-// stretches are joined from first to last (as in flash attention, Dao 2022).  So its bits do not depend on how the work
-// is cut up: which queries form a tile, and whether the stretches of a tile are the work of one thread or of many.
+// stretches are joined from first to last (as in flash attention, Dao 2022).  So the bits of a result do not depend on
+// which queries form a tile, nor on whether one thread or several compute the stretches of a tile.
 class Attention {
 public:
     static constexpr int kStretch = 256;
@@ -36,34 +36,35 @@ public:
     // queries: [num_heads * head_dim, then keys and values] of each token are the columns of `heads` in run().
     Attention(int num_heads, int num_kv_heads, int head_dim, int block_size, int num_threads);
 
-    // Cuts the work of a step into pieces, the same for all layers.
+    // Divides a step into pieces of work, the same for all layers.
     void plan(const ShoalBatch& batch, int num_threads);
 
-    // Attends from each token's queries, the first num_heads * head_dim columns of `heads` [num_tokens][stride], to the
-    // cache, which holds the step's own keys already.
+    // Computes attention over the cache, which already holds the step's own keys and values, for the queries of each
+    // token: the first num_heads * head_dim columns of `heads` [num_tokens][stride].
     void run(Pool& pool, const KVCache& cache, int layer, const RotaryTables& rotary, const float* heads,
              ptrdiff_t stride, Rows& attended);
 
 private:
-    // Some queries of one sequence, one after the other, and all the heads that share a KV head: its rows.
+    // Consecutive queries of one sequence.  The rows of a tile are these queries in all the heads that share a KV head.
     struct QueryTile {
         int first_token;
         int num_queries;
         int first_position;
         const int32_t* block_table;
-        bool split;            // whether its stretches are pieces of work of their own
+        bool split;            // whether each of its stretches is a piece of work
         size_t first_partial;  // of the first KV head, if so
 
         int num_stretches() const { return (first_position + num_queries - 1) / kStretch + 1; }
     };
-    // A piece of work: stretches begin to end of a tile's queries for one KV head.
+    // A piece of work: the stretches from begin to end of a tile, for one KV head.
     struct Piece {
         int tile;
         int head;
         int begin;
         int end;
     };
-    // Each row's greatest score, sum of weights and weighted sum of values [padded_dim] over some stretches.
+    // For each row, over some stretches: the greatest score, the sum of weights, and the weighted sum of values,
+    // [padded_dim].
     struct State {
         float* greatest;
         float* sum;
@@ -98,7 +99,7 @@ private:
     void join(const QueryTile& tile, int stretch, const State& next, const State& state) const;
     void write(const QueryTile& tile, int head, const State& state, Rows& attended) const;
 
-    // Enough rows for full tiles of products, few enough that scores stay in the nearest cache.
+    // Enough rows to fill the tiles of products, and so few that the scores stay in the first-level cache.
     static constexpr int kTileRows = 24;
 
     int num_kv_heads_;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// 16 logits from the `begin`th on; -inf beyond `size`.
+// 16 logits from index `begin` on; -inf beyond `size`.
 SHOAL_INLINE Vec load_logits(const float* logits, int begin, int size) {
     if (begin + kLanes <= size) return load(logits + begin);
     float lanes[kLanes];
@@ -22,7 +22,7 @@ struct Before {
     bool operator()(const Token& a, const Token& b) const { return before(a, b); }
 };
 
-// What does not stand before `from` but before `to`.
+// A range of the order: tokens that stand before `to`, but not before `from`.
 struct Bounds {
     Token from;
     Token to;
@@ -30,14 +30,14 @@ struct Bounds {
 
 constexpr Bounds kAll{{kInfinity, -1}, {-kInfinity, std::numeric_limits<int32_t>::max()}};
 
-// Bounds within which the token at `place` stands, but for bad luck.
+// Bounds within which the token at `place` most probably stands.
 Bounds guess_bounds(const Candidates& candidates, int place) {
     constexpr int kSample = 512;
     if (candidates.size < 2 * kSample) return kAll;
     Token sample[kSample];
     for (int i = 0; i < kSample; ++i) sample[i] = candidates[candidates.size / kSample * i];
     const double share = static_cast<double>(place) / candidates.size;
-    const double margin = 4 * std::sqrt(kSample * share * (1 - share)) + 1;  // standard deviations, and rounding
+    const double margin = 4 * std::sqrt(kSample * share * (1 - share)) + 1;  // four standard deviations, and rounding
     const int from = static_cast<int>(kSample * share - margin), to = static_cast<int>(kSample * share + margin);
     Bounds bounds = kAll;
     Token* end = sample + kSample;
@@ -59,7 +59,7 @@ int count_before(const Candidates& candidates, Token end) {
     return count;
 }
 
-// Those within the bounds, in `buffer`; the candidates may be there too.
+// The candidates within the bounds, in `buffer`.  The given ones may be in `buffer` themselves.
 Candidates keep(const Candidates& candidates, Bounds bounds, CandidateBuffer& buffer) {
     buffer.logits.resize(std::max(buffer.logits.size(), static_cast<size_t>(candidates.size)));
     buffer.ids.resize(buffer.logits.size());
@@ -72,7 +72,7 @@ Candidates keep(const Candidates& candidates, Bounds bounds, CandidateBuffer& bu
         for (int i = begin; i < end; ++i) {
             stays[i - begin] = before(candidates[i], bounds.to) & !before(candidates[i], bounds.from);
         }
-        for (int i = begin; i < end; ++i) {  // without branches: any of them may stay
+        for (int i = begin; i < end; ++i) {  // without branches, which would be mispredicted
             buffer.logits[size] = candidates.logits[i];
             buffer.ids[size] = candidates.id(i);
             size += stays[i - begin];
@@ -89,13 +89,13 @@ std::vector<Token> tokens_of(const Candidates& candidates) {
 
 // The token that stands at `place` in the order, counted from 1 to candidates.size.
 //
-// The algorithm of Floyd and Rivest 1975: a sample tells two tokens between which the place lies, and there are so few
-// between them that it matters little how it is found there.
+// The algorithm of Floyd and Rivest 1975: a sample gives two tokens between which the place lies.  So few tokens are
+// between them that finding the place there takes little time.
 Token find_place(const Candidates& candidates, int place, CandidateBuffer& buffer) {
     const Bounds bounds = guess_bounds(candidates, place);
     int num_before = count_before(candidates, bounds.from);
     std::vector<Token> between = tokens_of(keep(candidates, bounds, buffer));
-    if (place <= num_before || place > num_before + static_cast<int>(between.size())) {  // bad luck
+    if (place <= num_before || place > num_before + static_cast<int>(between.size())) {  // the guess was wrong
         num_before = 0;
         between = tokens_of(candidates);
     }
@@ -108,7 +108,7 @@ Token find_place(const Candidates& candidates, int place, CandidateBuffer& buffe
 
 Greatest find_greatest(const float* logits, int size) {
     Vec greatest = broadcast(-kInfinity);
-    for (int i = 0; i < size; i += kLanes) greatest = max(load_logits(logits, i, size), greatest);  // passes over NaN
+    for (int i = 0; i < size; i += kLanes) greatest = max(load_logits(logits, i, size), greatest);  // ignores NaN
     const float value = max_lanes(greatest);
     int32_t id = -1;
     int num_nan = 0;

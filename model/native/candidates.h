@@ -1,4 +1,4 @@
-// Sets of tokens that may be chosen, and what cuts them down.
+// Sets of tokens that may be chosen, and how they are truncated.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@ struct Token {
     int32_t id;
 };
 
-// Whether a stands before b in the order of all truncation: by logit descending, then by id ascending.  The order by
-// x = logit / temperature is the same: two float32 differ by 2**-24 of their size or more, which survives a division in
-// float64, and no quotient of two float32 leaves the range of a float64.
+// Whether a stands before b in the order that truncation uses: by logit descending, then by id ascending.  The order by
+// x = logit / temperature is the same: different float32 differ by at least 2**-24 of their size, which a division in
+// float64 preserves, and no quotient of two float32 leaves the range of a float64.
 SHOAL_INLINE bool before(const Token& a, const Token& b) {
     return (a.logit > b.logit) | ((a.logit >= b.logit) & (a.id < b.id));
 }
@@ -30,31 +30,31 @@ struct Candidates {
     SHOAL_INLINE Token operator[](int i) const { return {logits[i], id(i)}; }
 };
 
-// Where candidates are put that are not a whole row.
+// Memory for candidates that are only part of a row.
 struct CandidateBuffer {
     std::vector<float> logits;
     std::vector<int32_t> ids;
 };
 
 struct Greatest {
-    Token token;     // the first in the order, but for NaN
-    bool is_finite;  // no logit is NaN or +inf, and one at least is not -inf
+    Token token;     // the first in the order, where NaN are ignored
+    bool is_finite;  // no logit is NaN or +inf, and at least one is not -inf
 };
 
 Greatest find_greatest(const float* logits, int size);
 
-// Those that stand before `end`, in `buffer`; the candidates may be there too.
+// The candidates that stand before `end`, in `buffer`.  The given ones may be in `buffer` themselves.
 Candidates keep_before(const Candidates& candidates, Token end, CandidateBuffer& buffer);
 
-// The first `count` in the order, all if there are no more; the candidates may not be in `buffer`.
+// The first `count` candidates in the order, or all if there are fewer.  The given ones may not be in `buffer`.
 Candidates keep_first(const Candidates& candidates, int count, CandidateBuffer& buffer);
 
 std::vector<Token> in_order(const Candidates& candidates);
 
 constexpr int kRange = 64;
 
-// Calls visit(begin, end) for ranges of 0 to size, ascending and at most kRange long, that hold all i at which test(i)
-// is true.  Meant for tests that compile to vectors and are mostly false.
+// Calls visit(begin, end) for ascending ranges of 0 to size that hold every i for which test(i) is true; each has at
+// most kRange elements.  Meant for tests that compile to vectors and are mostly false.
 template <class Test, class Visit>
 SHOAL_INLINE void visit_where(int size, const Test& test, const Visit& visit) {
     const auto visit_range = [&](int begin, int end) {

@@ -14,7 +14,7 @@ bool ascend(const int32_t* values, int64_t count) {
     return std::adjacent_find(values, values + count, [](int32_t a, int32_t b) { return a >= b; }) == values + count;
 }
 
-// Whether each sequence's positions lead to the end of its context.
+// Whether the positions of each sequence end at the end of its context.
 bool positions_fit(const ShoalBatch& batch) {
     for (int64_t s = 0; s < batch.num_seqs; ++s) {
         const int32_t end = batch.query_start_loc[s + 1];

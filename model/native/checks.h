@@ -1,11 +1,11 @@
-// Whether what a caller passes makes sense: an array that is wrong is a bug, and must not reach the memory of others.
+// Checks of what a caller passes: a wrong array is a bug of ours, and must not lead to reads or writes out of bounds.
 #pragma once
 
 #include "shoal.h"
 
 namespace shoal {
 
-// What the values in the arrays must stay below.
+// The limits that the values in the arrays must stay below.
 struct Limits {
     int64_t vocab_size;
     int64_t num_positions;
@@ -15,7 +15,7 @@ struct Limits {
 
 // What is wrong; null if nothing is.
 const char* find_fault(const ShoalBatch& batch, const Limits& limits);
-// As far as its tables' numbers of rows and columns go: what stands in them has been checked in the steps before.
+// Checks only against the numbers of rows and columns of the tables: the steps before have checked their values.
 const char* find_fault(const ShoalDraft& draft, const Limits& limits);
 
 }  // namespace shoal

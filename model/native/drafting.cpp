@@ -1,4 +1,4 @@
-// Proposals: a step over what a model has not read yet, and steps of a token each from there.
+// Proposals: a step over the tokens that a model has not computed yet, and then steps of one token for each sequence.
 #include <algorithm>
 #include <numeric>
 
@@ -8,7 +8,7 @@ namespace shoal {
 
 namespace {
 
-// The arrays of a step, at first over the tokens [start, end) of each sequence, then over one more of each.
+// The arrays of a step: first over the tokens [start, end) of each sequence, and then over one more token of each.
 struct DraftStep {
     DraftStep(const ShoalDraft& draft, int block_size) : block_size_(block_size), ends{0} {
         const int num_seqs = static_cast<int>(draft.num_seqs);
@@ -30,13 +30,13 @@ struct DraftStep {
         }
     }
 
-    // Goes on behind the last tokens of the first sequences.
+    // Goes on to the next token of the first num_seqs sequences.
     void advance(int num_seqs, const std::vector<int32_t>& chosen) {
         for (int s = 0; s < num_seqs; ++s) {
-            // Positions of the first step lie where its logits do, and from then on one after the other.
+            // In the first step, the last position of a sequence is at the index of its logits; later it is at s.
             positions[s] = positions[logits[s]] + 1;
             slots[s] = slot(s, positions[s]);
-            token_ids[s] = std::max(chosen[s], 0);  // a row without an answer goes on with some token
+            token_ids[s] = std::max(chosen[s], 0);  // a row without an answer goes on with token 0
         }
         std::iota(ends.begin(), ends.end(), 0);
         std::iota(logits.begin(), logits.end(), 0);
@@ -63,22 +63,14 @@ void Model::draft(const ShoalSampling& sampling, const ShoalDraft& draft) {
     int num_seqs = static_cast<int>(draft.num_seqs);
     const int width = draft.num_wanted[0];
     std::vector<int32_t> token_ids(num_seqs);
-    std::vector<int64_t> positions(sampling.positions, sampling.positions + num_seqs);
     const ShoalChosen chosen{token_ids.data(), -1, nullptr, nullptr, nullptr, nullptr};
     DraftStep next(draft, block_size_);
     ShoalSampling choice = sampling;
-    choice.positions = positions.data();
     for (int index = 0; index < width; ++index) {
         if (index > 0) {
             while (draft.num_wanted[num_seqs - 1] <= index) --num_seqs;
             next.advance(num_seqs, token_ids);
-            for (int64_t& position : positions) ++position;
-            choice.num_rows = num_seqs;
-            // Entries ascend by row: those of the rows that are left are the first ones.
-            choice.num_penalties = std::lower_bound(choice.penalty_rows, choice.penalty_rows + choice.num_penalties,
-                                                    num_seqs) - choice.penalty_rows;
-            choice.num_biases = std::lower_bound(choice.bias_rows, choice.bias_rows + choice.num_biases, num_seqs) -
-                                choice.bias_rows;
+            choice.num_later = index;
         }
         step(next.batch(num_seqs), draft.num_layers, &choice, &chosen, nullptr);
         for (int s = 0; s < num_seqs; ++s) draft.token_ids[s * width + index] = token_ids[s];

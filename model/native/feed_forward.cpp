@@ -7,7 +7,7 @@ void Routing::choose(int row, const float* scores) {
     float* shares = shares_.data() + row * num_chosen_;
     const auto is_taken = [&](int expert, int count) { return std::find(experts, experts + count, expert) != experts + count; };
     for (int choice = 0; choice < num_chosen_; ++choice) {
-        int best = -1;  // the first on ties, and some expert even where all scores are NaN
+        int best = -1;  // the first on ties; an expert is chosen even where all scores are NaN
         for (int expert = 0; expert < num_experts_; ++expert) {
             if (!is_taken(expert, choice) && (best < 0 || scores[expert] > scores[best])) best = expert;
         }

@@ -16,7 +16,8 @@ struct FeedForward {
         : gate_up(2 * round_up(intermediate_size, kLanes), hidden_size, quantized, arena),
           down(hidden_size, intermediate_size, quantized, arena) {}
 
-    // Panels begin to end (both even) of silu(gate(x)) * up(x), for rows of x from `first` on; to the same rows of `to`.
+    // Writes silu(gate(x)) * up(x) to the same rows of `to`, for num_rows rows of x from `first` on, and for the panels
+    // from begin to end (both even).
     void activate(const Rows& x, int first, int num_rows, int begin, int end, Rows& to) const {
         gate_up.multiply(x, first, num_rows, begin, end, [&](int row, int panel, const Vec& values) {
             float* at = to[first + row] + panel / 2 * kLanes;
@@ -25,7 +26,7 @@ struct FeedForward {
     }
 };
 
-// Sends each row to the best few experts by the router's score, and gathers rows by expert.
+// Assigns each row to the experts with the best scores of the router, and groups the rows by expert.
 class Routing {
 public:
     Routing(int num_experts, int num_experts_per_tok) : num_experts_(num_experts), num_chosen_(num_experts_per_tok) {}
@@ -37,11 +38,11 @@ public:
         places_.reserve(size);
     }
 
-    // Chooses the experts of a row by its scores [num_experts].  A softmax over all experts that is made to sum to one
-    // over the best is the softmax over the best alone.
+    // Chooses the experts of a row by its scores [num_experts].  Their shares are the softmax over the chosen scores,
+    // which equals a softmax over all scores that is then normalized over the chosen ones.
     void choose(int row, const float* scores);
 
-    // Gives each chosen expert of each row its place; the places of an expert are one range.
+    // Gives a place to each chosen expert of each row; the places of an expert form one range.
     void gather(int num_rows);
 
     struct Range {

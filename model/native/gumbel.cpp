@@ -17,8 +17,8 @@ double Noise::gumbel(int32_t id) const {
 
 namespace {
 
-// At most log2(rest), and -127 for 0: the bits of a float32, read as a number, are its logarithm to base 2 but for
-// straight lines between the powers of 2, which lie below it.
+// A number that is at most log2(rest); -127 for 0.  The bits of a float32, read as an integer and scaled, equal its
+// logarithm to base 2 at powers of 2, and between these follow straight lines, which lie below the logarithm.
 SHOAL_INLINE float log2_from_below(int32_t rest) {
     const float value = static_cast<float>(rest);
     int32_t bits;
@@ -27,8 +27,8 @@ SHOAL_INLINE float log2_from_below(int32_t rest) {
 }
 
 // Finds the winner with a few logarithms only.  A token scores no less than `best` if
-//     -log(u) <= exp(x - best),  and as 1 - u <= -log(u), only if  log2(1 - u) <= log2(e) * (x - best),
-// which float32 is good enough to rule out for nearly all of them.
+//     -log(u) <= exp(x - best),  and as 1 - u <= -log(u), only if  log2(1 - u) <= log2(e) * (x - best).
+// In float32 this test excludes nearly all tokens, and logarithms are computed for the others only.
 class Draw {
 public:
     Draw(const Candidates& candidates, const Token& first, double temperature, const Noise& noise)
@@ -51,7 +51,7 @@ private:
     static constexpr double kLog2E = 1.4426950408889634;
     static constexpr int kLength = 64;
     static constexpr int kRestBits = 31;
-    static constexpr float kMargin = 1e-3F;  // far more than the roundings of what is compared
+    static constexpr float kMargin = 1e-3F;  // far more than the rounding errors of both sides
 
     SHOAL_INLINE void look_at(int begin, int count) {
         int32_t rest[kLength];  // the leading bits of 1 - u

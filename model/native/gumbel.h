@@ -7,12 +7,12 @@
 
 namespace shoal {
 
-// The noise at one place of one sequence, a pure function of token ids.
+// The noise at one position of one sequence: a pure function of token ids.
 class Noise {
 public:
     Noise(uint64_t seed, int64_t position);
 
-    // 64 bits of noise for a token: u in its upper 52.
+    // 64 bits of noise for a token; the upper 52 bits give u.
     SHOAL_INLINE uint64_t hash(int32_t id) const {
         return mix(key_ + kGoldenGamma * (static_cast<uint64_t>(static_cast<uint32_t>(id)) + 1));
     }
@@ -33,8 +33,8 @@ private:
     uint64_t key_;
 };
 
-// The candidate with the greatest logit / temperature + gumbel, the lowest id on ties.  `first` is the first of the
-// candidates in the order of truncation.
+// The candidate with the greatest logit / temperature + gumbel, the lowest id on ties.  `first` is the candidate that
+// stands first in the order of truncation.
 Token draw(const Candidates& candidates, const Token& first, double temperature, const Noise& noise);
 
 }  // namespace shoal

@@ -1,11 +1,11 @@
-// The paged KV cache, laid out so that attention is made of the same products as a linear layer.
+// The paged KV cache, laid out so that attention uses the same products as a linear layer.
 #pragma once
 
 #include "matrix.h"
 
 namespace shoal {
 
-// Slots are gathered by 16, whatever the block size, which is a multiple of 16.  For each layer, 16 slots and KV head:
+// Slots are grouped by 16; the block size is a multiple of 16.  For each layer, group of slots and KV head:
 //   keys    [head_dim][16 slots]                   a panel whose columns are the positions
 //   values  [head_dim / 16][16 slots][16]          panels whose columns are the dimensions, padded with zeroes
 class KVCache {
@@ -35,7 +35,7 @@ public:
         return keys<Element>(layer, tile, head) + static_cast<size_t>(head_dim_) * kLanes;
     }
 
-    // Write one position's key and value of one head, [head_dim] each.
+    // Writes the key and the value of one position and head, [head_dim] each.
     void write(int layer, int64_t slot, int head, const float* key, const float* value) {
         const size_t at = offset(layer, slot / kLanes, head);
         const int lane = static_cast<int>(slot % kLanes);

@@ -1,7 +1,7 @@
 // The innermost loop: a few rows of inputs times a few panels of weights.
 //
-// A panel is 16 columns, depth after depth, so that a vector holds one depth of 16 outputs.  Each output is one chain of
-// additions over the depth, from first to last, in every shape of tile: its bits depend on its row and its column alone.
+// A panel is 16 columns, stored depth by depth, so that a vector holds one depth of 16 outputs.  In every shape of tile
+// an output is one chain of additions over the depth, from first to last: its bits depend only on its row and column.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@ namespace shoal {
 
 // How the numbers of a product are stored and multiplied.
 //   Weight, Input: elements; Sum: 16 running sums.
-//   kUnit: depths that one multiplication takes; kStep: weights of a panel that it takes.
+//   kUnit: depths per multiplication; kStep: weights of a panel per multiplication.
 struct FloatFormat {
     using Weight = float;
     using Input = float;
@@ -30,7 +30,7 @@ struct HalfFormat : FloatFormat {
     static SHOAL_INLINE Vec weights(const Weight* panel) { return load(panel); }
 };
 
-// Weights in int8 and inputs in int16, depths in pairs, sums exact in int32.
+// Weights in int8 and inputs in int16.  Depths go in pairs, and sums in int32 are exact.
 struct Int8Format {
     using Weight = int8_t;
     using Input = int16_t;
@@ -57,12 +57,12 @@ constexpr int kMaxRows = 4;
 constexpr int panels_at_once(int) { return 1; }
 #endif
 constexpr int kMaxPanels = 4;
-// How far ahead the weights of a single panel are fetched, in bytes.  The hardware stops at the end of each 4 KiB page,
-// which hurts where there is but one stream; several hide each other's stops.
+// How far ahead the weights of a single panel are fetched, in bytes.  The hardware prefetches to the end of a page and
+// stops there.  That costs time where one panel is read alone; several panels hide each other's stops.
 constexpr ptrdiff_t kPrefetch = 2048;
 
 // sums[row][panel] += rows of x times panels.
-//   x: kRows rows of `depth` inputs, row_stride apart, the odd last one of a pair followed by a zero.
+//   x: kRows rows of `depth` inputs, row_stride apart; where depths go in pairs, a zero follows an odd last one.
 template <class Format, int kRows, int kPanels>
 SHOAL_INLINE void multiply(const typename Format::Input* x, ptrdiff_t row_stride,
                            const typename Format::Weight* const (&panels)[kPanels], int depth,
@@ -84,7 +84,7 @@ SHOAL_INLINE void multiply(const typename Format::Input* x, ptrdiff_t row_stride
     }
 }
 
-// A product with its shape in the type: sums [kRows][kPanels] in memory.
+// A product whose shape is known to the compiler, with its sums [kRows][kPanels] in memory.
 template <class Format>
 using Tile = void (*)(const typename Format::Input* x, ptrdiff_t row_stride,
                       const typename Format::Weight* const* panels, int depth, typename Format::Sum* sums);

@@ -4,7 +4,7 @@ namespace shoal {
 
 namespace {
 
-// NaN where any of the values is not finite: what comes of them is not either, then.
+// The greatest absolute value; NaN if any value is not finite, so that products with the row are not finite either.
 float greatest_magnitude(const float* values, int count) {
     float greatest = 0;
     float nothing = 0;  // zero times a number that is not finite is NaN
@@ -16,7 +16,7 @@ float greatest_magnitude(const float* values, int count) {
     return greatest + nothing;
 }
 
-// The nearest integer, ties to even, of a value within 16 bits; some integer for NaN.
+// The integer nearest to a value of at most 16 bits, ties to even; an unspecified integer for NaN.
 int32_t round_to_int(float value) {
     constexpr float kRound = 12582912.0F;  // 1.5 * 2**23: adding it leaves the nearest integer in the low bits
     const float shifted = value + kRound;
@@ -54,7 +54,7 @@ Matrix::Matrix(int width, int depth, bool quantized, Arena& arena)
 }
 
 void Matrix::pack(Pool& pool, Source source, int num_rows, int first_column, int panel_step, int panel_offset) {
-    // A tile is the columns of one panel, so that no two threads write to the same cache line.
+    // A tile is one panel, so that no two threads write to the same cache line.
     const int first_panel = first_column / kLanes, last_panel = (first_column + num_rows - 1) / kLanes;
     pool.run(last_panel - first_panel + 1, [&](int tile, int) {
         const int panel = first_panel + tile;

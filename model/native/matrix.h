@@ -12,7 +12,7 @@ namespace shoal {
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Numbers as a checkpoint holds them, [rows][columns], row after row.
+// Numbers as a checkpoint holds them, [rows][columns].
 struct Source {
     enum Type : int32_t { kFloat32, kFloat16, kBFloat16 };
     const void* data;
@@ -28,8 +28,9 @@ struct Source {
     }
 };
 
-// Rows that are the input of a linear layer.  Where its weights are int8, each row is also rounded to integers of its
-// own scale, as large as sums over its depth allow without overflow of an int32: 13 bits and a sign at a depth of 2048.
+// Rows that are the input of a linear layer.  Where the weights are int8, each row is also rounded to integers with a
+// scale of its own.  The integers are as large as possible without overflow of a sum over the depth in int32: 13 bits
+// and a sign at a depth of 2048.
 class Rows {
 public:
     Rows(int width, bool quantized)
@@ -50,12 +51,12 @@ public:
     const int16_t* integers(int row) const { return integers_.data() + row * stride_; }
     float scale(int row) const { return scales_[row]; }
 
-    // To be called when a row has its values.
+    // Must be called after the values of a row were written.
     void finish(int row) {
         if (quantized_) quantize(row);
     }
 
-    // A finished row of `other` becomes row `to` of this.
+    // Copies a finished row of `other` to row `to`.
     void copy(int to, const Rows& other, int from) {
         if (!quantized_) {
             std::memcpy((*this)[to], other[from], sizeof(float) * width_);
@@ -65,7 +66,8 @@ public:
         scales_[to] = other.scale(from);
     }
 
-    // Rows lie apart by whole vectors, but not by a multiple of 1 KiB: the rows of a tile would meet in the cache.
+    // Rows are whole vectors apart, but not a multiple of 1 KiB: the rows of a tile would compete for the same places
+    // of the cache.
     static int stride_for(int width) {
         const int stride = round_up(width, kLanes);
         return stride % 256 == 0 ? stride + kLanes : stride;
@@ -86,7 +88,7 @@ private:
 };
 
 // Weights [width][depth] of a linear layer, packed in panels of 16 columns (outputs), as float32 or as int8 with a scale
-// for each column.  The last panel is filled up with zeroes.
+// for each column.  The last panel is padded with zeroes.
 class Matrix {
 public:
     Matrix(int width, int depth, bool quantized, Arena& arena);
@@ -95,15 +97,15 @@ public:
     int num_panels() const { return num_panels_; }
     bool is_quantized() const { return quantized_; }
 
-    // Rows of the source become columns: row r column first_column + r, or where two sources share the panels in turns
-    // (panel_step 2), the columns of every other panel from panel_offset on.
+    // Rows of the source become columns: row r becomes column first_column + r.  Where two sources share the panels in
+    // turns (panel_step 2), a source fills every other panel, from panel_offset on.
     void pack(Pool& pool, Source source, int num_rows, int first_column, int panel_step = 1, int panel_offset = 0);
 
-    // The weights of one column, as the products see them.
+    // The weights of one column, with the values that products use.
     void read_column(int column, float* to) const;
 
-    // Calls take(row, panel, values of 16 outputs) for rows 0 to num_rows of x, from row `first` on, and the panels from
-    // begin to end; panels ascend for each row.
+    // Multiplies num_rows rows of x, from row `first` on, with the panels from begin to end.  Calls take(row, panel,
+    // values of 16 outputs) for each, rows counted from 0; the panels of a row ascend.
     template <class Take>
     void multiply(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
         if (!quantized_) {
@@ -116,7 +118,7 @@ public:
         multiply_as<Int8Format>(x.integers(first), x.stride(), integers_, num_rows, begin, end, scale);
     }
 
-    // Panels that make a good piece of work, of `num_panels` in all.
+    // How many of `num_panels` panels make a good piece of work.
     static int panels_per_tile(int num_panels) { return std::max(2, num_panels / 32 / 2 * 2); }
 
 private:
@@ -155,7 +157,7 @@ void Matrix::multiply_as(const typename Format::Input* x, ptrdiff_t row_stride,
                          const Take& take) const {
     typename Format::Sum sums[kMaxRows * kMaxPanels];
     const typename Format::Weight* panels[kMaxPanels];
-    // Panels outside, rows inside: a panel is read from memory once, however many rows there are.
+    // The outer loop is over panels, so that a panel is read from memory once for all rows.
     const int usual = panels_at_once(std::min(num_rows, kMaxRows));
     int count;
     for (int panel = begin; panel < end; panel += count) {
@@ -171,7 +173,7 @@ void Matrix::multiply_as(const typename Format::Input* x, ptrdiff_t row_stride,
     }
 }
 
-// The same for all panels, in tiles on the pool.
+// Matrix::multiply for all panels, divided among the threads of the pool.
 template <class Take>
 void multiply_all(Pool& pool, const Matrix& matrix, const Rows& x, int first, int num_rows, const Take& take) {
     const int step = Matrix::panels_per_tile(matrix.num_panels());

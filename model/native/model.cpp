@@ -14,7 +14,7 @@ Array<float> copy_floats(const float* from, size_t count) {
     return copy;
 }
 
-// x / rms(x) * gain (Zhang and Sennrich 2019); `padded` columns, those beyond `width` zero.
+// Writes x / rms(x) * gain (Zhang and Sennrich 2019); columns from `width` to `padded` stay zero.
 void rms_norm(const float* x, const float* gain, int width, float eps, float* to) {
     const int padded = round_up(width, kLanes);
     Vec squares = broadcast(0.0F);
@@ -117,7 +117,7 @@ void Model::reserve(int num_tokens) {
     mixed_.reserve(choices * mixed_stride_);
 }
 
-// Calls body(row) for each row; a few rows are not worth the way to another thread.
+// Calls body(row) for each row.  A few rows stay on one thread, because handing them over takes longer.
 template <class Body>
 void Model::for_rows(int num_rows, const Body& body) {
     constexpr int kAtLeast = 4;
@@ -148,7 +148,7 @@ void Model::normalize(int row, const Array<float>& gain) {
     normalized_.finish(row);
 }
 
-// Keys and values of a layer to the cache, and what its queries find there to attended_.
+// Writes a layer's keys and values to the cache, and the result of attention to attended_.
 void Model::attend(int index, const ShoalBatch& batch) {
     const int num_tokens = static_cast<int>(batch.num_tokens);
     const int query = shape_.num_heads * shape_.head_dim, key = shape_.num_kv_heads * shape_.head_dim;
@@ -168,7 +168,7 @@ void Model::attend(int index, const ShoalBatch& batch) {
     attention_.run(pool_, cache_, index, rotary_, heads_.data(), heads_stride_, attended_);
 }
 
-// In the last layer only the tokens whose logits are wanted have more to do: they become the first rows.
+// In the last layer, only tokens whose logits are wanted are computed further: they become the first rows.
 void Model::keep_rows_of_logits(const ShoalBatch& batch) {
     for (int row = 0; row < batch.num_logits; ++row) {
         const int token = batch.logits_indices[row];
@@ -178,7 +178,7 @@ void Model::keep_rows_of_logits(const ShoalBatch& batch) {
     }
 }
 
-// The rest of a layer: the output of attention, and the feed-forward block.
+// The rest of a layer: the output projection of attention, and the feed-forward block.
 void Model::add_feed_forward(const Layer& layer, int num_rows) {
     if (layer.output.is_quantized()) for_rows(num_rows, [&](int row) { attended_.finish(row); });
     multiply_all(pool_, layer.output, attended_, 0, num_rows, adds_to_hidden());
@@ -213,7 +213,7 @@ void Model::mix_experts(const Layer& layer, int num_rows) {
         for (int i = 0; i < routing_.num_chosen(); ++i) gathered_.copy(routing_.place(row, i), normalized_, row);
     });
     const auto& ranges = routing_.ranges();
-    // Calls body(range, first panel, last panel) for all panels of a matrix of each expert that has rows.
+    // For each expert that has rows, calls body(range, begin, end) for all panels of one of its matrices.
     const auto for_panels = [&](int num_panels, const auto& body) {
         const int step = Matrix::panels_per_tile(num_panels * static_cast<int>(ranges.size()));
         const int tiles = (num_panels + step - 1) / step;

@@ -21,7 +21,7 @@ struct Layer {
 
 class Model {
 public:
-    // sibling: whose threads to share, if any.
+    // sibling: a model whose threads are shared; may be null.
     Model(const ShoalShape& shape, const ShoalOptions& options, const Model* sibling);
 
     void load_tensor(ShoalTensor tensor, int layer, int expert, Source source);
@@ -31,7 +31,7 @@ public:
     const Limits& limits() const { return limits_; }
 
 private:
-    // Rows of logits that are computed at once: the head's weights are read once for them.
+    // Rows of logits that are computed together, so that the head's weights are read once for all of them.
     static constexpr int kLogitsRows = 64;
 
     void reserve(int num_tokens);
@@ -47,7 +47,7 @@ private:
     void mix_experts(const Layer& layer, int num_rows);
     void choose(int num_rows, const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
     float* hidden(int row) { return hidden_.data() + row * hidden_stride_; }
-    // What adds 16 outputs to a row of the hidden states.
+    // A function that adds 16 outputs to a row of the hidden states.
     auto adds_to_hidden() {
         return [this](int row, int panel, const Vec& values) {
             float* at = hidden(row) + panel * kLanes;
@@ -69,7 +69,7 @@ private:
     KVCache cache_;
     Attention attention_;
 
-    // One row for each token, or for each token and expert, of a step.
+    // Arrays with a row for each token of a step, or for each token and expert.
     ptrdiff_t hidden_stride_;
     Array<float> hidden_;  // the residual stream; columns beyond hidden_size are zero
     Rows normalized_;

@@ -17,10 +17,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How long a waiting thread keeps its core to itself, and how long it stays awake while nobody else wants the core.
+// How long a waiting thread only spins, and after how long it sleeps; in between it yields.
 constexpr auto kSpin = std::chrono::microseconds(20);
 constexpr auto kStayAwake = std::chrono::milliseconds(2);
-// Whoever yields and comes back only after this long has let somebody else run.
+// If a yield takes longer than this, another program has run meanwhile.
 constexpr auto kYielded = std::chrono::microseconds(50);
 
 void relax() {
@@ -31,8 +31,8 @@ void relax() {
 #endif
 }
 
-// Waits awake for `condition`; false if it is better to sleep, because it takes long or somebody else wants the core.
-// A thread that sleeps is given the core at once when it wakes; one that only yields has to queue for it.
+// Spins and yields until `condition` is true.  False if the thread should sleep instead, because that takes long or
+// another program wants the core.  A thread that wakes from sleep gets a core at once; one that yields has to queue.
 template <class Condition>
 bool stay_awake_for(const Condition& condition) {
     for (int i = 0; i < 64; ++i) {
@@ -93,7 +93,7 @@ void Pool::run_all(int num_tiles) {
     caller_.wait([&] { return num_done_.load() == num_tiles; });
 }
 
-// A tile that is taken keeps its call from returning, so what the call is about stays valid until it is done.
+// A call does not return before every tile that was taken is done, so the call's body stays valid that long.
 void Pool::take_tiles(int thread) {
     while (Ticket{ticket_.load(std::memory_order_relaxed)}.has_work()) {
         const Ticket taken{ticket_.fetch_add(1, std::memory_order_acquire)};
@@ -119,8 +119,8 @@ void Pool::Waiting::wait(const Condition& condition) {
     num_sleeping_.fetch_sub(1);
 }
 
-// Who is about to sleep has counted itself before it looks at the condition a last time, and whoever makes the condition
-// true does so before it looks at the count: one of the two sees the other.
+// A thread that is about to sleep first counts itself and then reads the condition a last time.  The thread that makes
+// the condition true does that first and then reads the count.  So at least one of the two sees the other.
 void Pool::Waiting::wake() {
     if (num_sleeping_.load() == 0) return;
     { const std::lock_guard<std::mutex> lock(mutex_); }

@@ -1,4 +1,4 @@
-// A pool of threads that works through numbered tiles.
+// A pool of threads that computes numbered tiles.
 #pragma once
 
 #include <atomic>
@@ -10,12 +10,12 @@
 
 namespace shoal {
 
-// The caller works too.  Threads take tiles one by one, so that a thread which another program keeps from running
-// delays nothing but the tile it holds, and a call returns when all tiles are done, not when all threads are there.
+// The calling thread computes tiles too.  Threads take tiles one by one.  A thread that another program interrupts
+// delays only the tile that it holds: a call returns when all tiles are done, even if a thread has not started yet.
 // Idle threads spin for a moment, because the next call mostly comes within microseconds, and then sleep.
 class Pool {
 public:
-    // pin: keep each further thread on a core of its own.
+    // pin: whether to keep each thread but the caller's on a core of its own.
     Pool(int num_threads, bool pin);
     ~Pool();
     Pool(const Pool&) = delete;
@@ -36,7 +36,7 @@ public:
     }
 
 private:
-    // What is to be done, in one word that threads take from atomically: the number of the call, its number of tiles,
+    // The work that is left, in one word that threads change atomically: the number of the call, its number of tiles,
     // and the next tile.
     struct Ticket {
         static constexpr int kBits = 20;
@@ -47,12 +47,12 @@ private:
         bool has_work() const { return next() < num_tiles(); }
     };
 
-    // Threads that wait for a condition, awake for a moment and then asleep.
+    // Threads that wait for a condition: they spin for a moment and then sleep.
     class Waiting {
     public:
         template <class Condition>
         void wait(const Condition& condition);
-        // To be called when the condition has become true.
+        // Must be called after the condition has become true.
         void wake();
 
     private:

@@ -3,27 +3,55 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "candidates.h"
 #include "gumbel.h"
 #include "weights.h"
 
+// How to choose at one row: SAMPLING_ROW in model/step/sampling.py.  Python compares the two when it loads the library.
+#define SHOAL_SAMPLING_ROW(FIELD)      \
+    FIELD(uint64, seed)                \
+    FIELD(int64, position)             \
+    FIELD(int32, forced_token_id)      \
+    FIELD(int32, num_logprobs)         \
+    FIELD(float32, temperature)        \
+    FIELD(int32, top_k)                \
+    FIELD(float32, top_p)              \
+    FIELD(float32, min_p)              \
+    FIELD(float32, presence_penalty)   \
+    FIELD(float32, frequency_penalty)  \
+    FIELD(float32, repetition_penalty)
+
+struct ShoalSamplingRow {
+    using uint64 = uint64_t;
+    using int64 = int64_t;
+    using int32 = int32_t;
+    using float32 = float;
+#define SHOAL_DECLARE(type, name) type name;
+    SHOAL_SAMPLING_ROW(SHOAL_DECLARE)
+};
+
+const char* shoal_sampling_row(void) {
+#define SHOAL_DESCRIBE(type, name) #type " " #name ";"
+    return SHOAL_SAMPLING_ROW(SHOAL_DESCRIBE);
+}
+
 namespace shoal {
 
 namespace {
 
-// Steps 1 and 2 on a row of logits, undone at the end of the object's life.
+using Row = ShoalSamplingRow;
+
+// Applies steps 1 and 2 to a row of logits, and undoes them when the object is destroyed.
 class Adjustment {
 public:
-    Adjustment(float* logits, const ShoalSampling& sampling, int64_t row) : logits_(logits) {
-        const auto penalties = entries_of(sampling.penalty_rows, sampling.num_penalties, row);
-        for (int64_t i = penalties.first; i < penalties.second; ++i) penalize(sampling, row, i);
-        const auto biases = entries_of(sampling.bias_rows, sampling.num_biases, row);
-        for (int64_t i = biases.first; i < biases.second; ++i) {
-            *remember(sampling.bias_token_ids[i]) += sampling.bias[i];
-        }
+    Adjustment(float* logits, const ShoalSampling& sampling, int32_t row) : logits_(logits) {
+        for_entries(sampling.penalties, sampling.num_penalties, row, [&](const ShoalPenalty& penalty) {
+            penalize(remember(penalty.token_id), sampling.rows[row], static_cast<float>(penalty.count));
+        });
+        for_entries(sampling.biases, sampling.num_biases, row,
+                    [&](const ShoalBias& bias) { remember(bias.token_id) += bias.addend; });
     }
     ~Adjustment() {
         for (auto token = originals_.rbegin(); token != originals_.rend(); ++token) logits_[token->id] = token->logit;
@@ -32,51 +60,51 @@ public:
     Adjustment& operator=(const Adjustment&) = delete;
 
 private:
-    static std::pair<int64_t, int64_t> entries_of(const int32_t* rows, int64_t count, int64_t row) {
-        const auto range = std::equal_range(rows, rows + count, row);
-        return {range.first - rows, range.second - rows};
+    template <class Entry, class Visit>
+    static void for_entries(const Entry* entries, int64_t count, int32_t row, const Visit& visit) {
+        const Entry* end = entries + count;
+        const Entry* entry = std::lower_bound(entries, end, row, [](const Entry& e, int32_t r) { return e.row < r; });
+        for (; entry != end && entry->row == row; ++entry) visit(*entry);
     }
 
-    void penalize(const ShoalSampling& sampling, int64_t row, int64_t entry) {
-        float* logit = remember(sampling.penalty_token_ids[entry]);
-        const float repetition = sampling.repetition_penalty[row];
-        const float count = static_cast<float>(sampling.penalty_counts[entry]);
-        *logit = *logit > 0 ? *logit / repetition : *logit * repetition;
-        if (count > 0) *logit = (*logit - sampling.frequency_penalty[row] * count) - sampling.presence_penalty[row];
+    static void penalize(float& logit, const Row& how, float count) {
+        logit = logit > 0 ? logit / how.repetition_penalty : logit * how.repetition_penalty;
+        if (count > 0) logit = (logit - how.frequency_penalty * count) - how.presence_penalty;
     }
 
-    float* remember(int32_t id) {
+    float& remember(int32_t id) {
         originals_.push_back({logits_[id], id});
-        return logits_ + id;
+        return logits_[id];
     }
 
     float* logits_;
     std::vector<Token> originals_;
 };
 
-// Where what min_p drops begins in the order: at weights, exp((logit - greatest) / temperature), less than min_p.
+// Where the tokens that min_p drops begin in the order: their weights, exp((logit - greatest) / temperature), are less
+// than min_p.
 Token end_of_min_p(float greatest, double temperature, double min_p) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    constexpr double kHalfUnit = 0x1p-54;  // a weight that little below min_p is rounded to it
+    constexpr double kHalfUnit = 0x1p-54;  // a weight below min_p by less than this is rounded to min_p
     const double least = greatest + temperature * (std::log(min_p) - kHalfUnit);
     const float rounded = static_cast<float>(least);
     return {rounded < least ? std::nextafter(rounded, kInfinity) : rounded, std::numeric_limits<int32_t>::max()};
 }
 
-// Steps 6 to 10.  What top_p keeps are the first tokens of the order.  So the winner among more of them is the winner
-// among these if it is one of them, and if it is not, the order may be cut there and the next draw is from fewer:
-// about 1 - log(top_p) draws in all, and nothing is sorted.
-int32_t draw_truncated(const Candidates& all, const Token& first, const ShoalSampling& sampling, int64_t row,
+// Steps 6 to 10.  top_p keeps the first tokens of the order.  A draw from more tokens than these is right if the winner
+// is one of them.  If it is not, the order is cut before the winner, and the next draw is from the rest.  That takes
+// about 1 - log(top_p) draws, and nothing is sorted.
+int32_t draw_truncated(const Candidates& all, const Token& first, const Row& how, int64_t position,
                        CandidateBuffer& buffer) {
-    const double temperature = sampling.temperature[row], top_p = sampling.top_p[row], min_p = sampling.min_p[row];
+    const double temperature = how.temperature, top_p = how.top_p, min_p = how.min_p;
     const auto mass = [&](const Candidates& part) {
         return sum_of_weights(part.logits, part.size, temperature, first.logit / temperature);
     };
     Candidates kept = all;
-    if (sampling.top_k[row] > 0) kept = keep_first(kept, sampling.top_k[row], buffer);
+    if (how.top_k > 0) kept = keep_first(kept, how.top_k, buffer);
     const double limit = top_p < 1 ? top_p * mass(kept) : 0;
     if (min_p > 0) kept = keep_before(kept, end_of_min_p(first.logit, temperature, min_p), buffer);
-    const Noise noise(sampling.seeds[row], sampling.positions[row]);
+    const Noise noise(how.seed, position);
     for (;;) {
         const Token drawn = draw(kept, first, temperature, noise);
         if (top_p >= 1) return drawn.id;
@@ -86,16 +114,15 @@ int32_t draw_truncated(const Candidates& all, const Token& first, const ShoalSam
 }
 
 // Steps 3 to 10 for a row of adjusted logits.
-int32_t choose(const float* logits, int vocab_size, const ShoalSampling& sampling, int64_t row,
-               CandidateBuffer& buffer) {
+int32_t choose(const float* logits, int vocab_size, const Row& how, int64_t position, CandidateBuffer& buffer) {
     const Greatest greatest = find_greatest(logits, vocab_size);
     if (!greatest.is_finite) return -1;
-    if (sampling.forced_token_ids[row] >= 0) return sampling.forced_token_ids[row];
-    if (sampling.temperature[row] == 0) return greatest.token.id;
-    return draw_truncated({logits, nullptr, vocab_size}, greatest.token, sampling, row, buffer);
+    if (how.forced_token_id >= 0) return how.forced_token_id;
+    if (how.temperature == 0) return greatest.token.id;
+    return draw_truncated({logits, nullptr, vocab_size}, greatest.token, how, position, buffer);
 }
 
-// Log-probabilities of the chosen token and of the most probable ones, and the chosen one's rank.
+// Writes the log-probabilities of the chosen token and of the most probable tokens, and the rank of the chosen one.
 void report_logprobs(const float* logits, int vocab_size, int32_t token_id, const ShoalChosen& chosen, int64_t row,
                      CandidateBuffer& buffer) {
     const double greatest = find_greatest(logits, vocab_size).token.logit;
@@ -117,17 +144,38 @@ void report_logprobs(const float* logits, int vocab_size, int32_t token_id, cons
 
 void sample_row(float* logits, int vocab_size, const ShoalSampling& sampling, int64_t row, const ShoalChosen& chosen,
                 CandidateBuffer& buffer) {
+    const Row& how = sampling.rows[row];
     {
-        const Adjustment adjustment(logits, sampling, row);
-        chosen.token_ids[row] = choose(logits, vocab_size, sampling, row, buffer);
+        const Adjustment adjustment(logits, sampling, static_cast<int32_t>(row));
+        chosen.token_ids[row] = choose(logits, vocab_size, how, how.position + sampling.num_later, buffer);
     }
     const bool has_answer = chosen.token_ids[row] >= 0;
-    if (has_answer && sampling.num_logprobs[row] >= 0) {
+    if (has_answer && how.num_logprobs >= 0 && chosen.num_top >= 0) {
         report_logprobs(logits, vocab_size, chosen.token_ids[row], chosen, row, buffer);
     }
 }
 
+// Checks that rows exist and ascend, and that tokens are in the vocabulary.
+template <class Entry>
+const char* find_fault_in_entries(const Entry* entries, int64_t count, int64_t num_rows, int64_t vocab_size) {
+    for (const Entry* entry = entries; entry != entries + count; ++entry) {
+        if (entry->row < 0 || entry->row >= num_rows) return "entries of a row that is not there";
+        if (entry != entries && entry->row < entry[-1].row) return "entries whose rows do not ascend";
+        if (entry->token_id < 0 || entry->token_id >= vocab_size) return "entries beyond the vocabulary";
+    }
+    return nullptr;
+}
+
 }  // namespace
+
+const char* find_fault(const ShoalSampling& sampling, int64_t vocab_size) {
+    for (const Row* row = sampling.rows; row != sampling.rows + sampling.num_rows; ++row) {
+        if (row->forced_token_id >= vocab_size) return "forced_token_id beyond the vocabulary";
+    }
+    const char* fault =
+        find_fault_in_entries(sampling.penalties, sampling.num_penalties, sampling.num_rows, vocab_size);
+    return fault ? fault : find_fault_in_entries(sampling.biases, sampling.num_biases, sampling.num_rows, vocab_size);
+}
 
 void sample(Pool& pool, float* logits, int64_t stride, int vocab_size, const ShoalSampling& sampling, int64_t first_row,
             int64_t num_rows, const ShoalChosen& chosen) {
@@ -139,8 +187,10 @@ void sample(Pool& pool, float* logits, int64_t stride, int vocab_size, const Sho
 
 }  // namespace shoal
 
-void shoal_sample(int32_t num_threads, float* logits, int32_t vocab_size, const ShoalSampling* sampling,
-                  const ShoalChosen* chosen) {
+const char* shoal_sample(int32_t num_threads, float* logits, int32_t vocab_size, const ShoalSampling* sampling,
+                         const ShoalChosen* chosen) {
+    if (const char* fault = shoal::find_fault(*sampling, vocab_size)) return fault;
     shoal::Pool pool(num_threads, false);
     shoal::sample(pool, logits, vocab_size, vocab_size, *sampling, 0, sampling->num_rows, *chosen);
+    return nullptr;
 }

@@ -37,7 +37,7 @@ struct ShoalOptions {
     int32_t half_kv_cache;  // float16
 };
 
-// Which weights are meant; each is [out, in] as in model/record.py, or [size].
+// The weights of a model; each array is [out, in] as in model/record.py, or [size].
 enum ShoalTensor : int32_t {
     kEmbedding,
     kHead,
@@ -64,33 +64,32 @@ struct ShoalBatch {
     const int32_t* positions;        // [num_tokens], consecutive within a sequence
     const int32_t* slot_mapping;     // [num_tokens]
     const int32_t* query_start_loc;  // [num_seqs + 1]
-    const int32_t* context_lens;     // [num_seqs], where positions must lead: read only to see whether they do
+    const int32_t* context_lens;     // [num_seqs], only to check that positions end there
     const int32_t* block_tables;     // [num_seqs, max_blocks]
     const int32_t* logits_indices;   // [num_logits]
+};
+
+// A token with a penalty, and an addend to a token's logit; see PENALTY and BIAS in model/step/batch.py.
+struct ShoalPenalty {
+    int32_t row;
+    int32_t token_id;
+    int32_t count;
+};
+struct ShoalBias {
+    int32_t row;
+    int32_t token_id;
+    float addend;
 };
 
 // How to choose a token at each of num_rows rows; see SamplingBatch in model/step/batch.py.
 struct ShoalSampling {
     int64_t num_rows;
-    const float* temperature;
-    const float* top_p;
-    const float* min_p;
-    const float* presence_penalty;
-    const float* frequency_penalty;
-    const float* repetition_penalty;
-    const int32_t* top_k;
-    const uint64_t* seeds;
-    const int64_t* positions;
-    const int32_t* forced_token_ids;
-    const int32_t* num_logprobs;
-    int64_t num_penalties;  // entries, rows ascending
-    const int32_t* penalty_rows;
-    const int32_t* penalty_token_ids;
-    const int32_t* penalty_counts;
-    int64_t num_biases;  // entries, rows ascending
-    const int32_t* bias_rows;
-    const int32_t* bias_token_ids;
-    const float* bias;
+    const struct ShoalSamplingRow* rows;  // defined in sampler.cpp, the only file that reads it
+    int64_t num_later;                    // is added to the position of each row
+    int64_t num_penalties;
+    const ShoalPenalty* penalties;  // rows ascending
+    int64_t num_biases;
+    const ShoalBias* biases;  // rows ascending
 };
 
 // The chosen tokens; see SamplerOutput in model/step/batch.py.
@@ -103,7 +102,7 @@ struct ShoalChosen {
     float* top_logprobs;     // [num_rows, num_top]
 };
 
-// What to propose behind the tokens of some requests; see DraftBatch in model/step/batch.py.
+// Requests whose next tokens are to be proposed; see DraftBatch in model/step/batch.py.
 struct ShoalDraft {
     int32_t num_layers;  // how many of the model's layers to run before its norm and head
     int64_t num_seqs;
@@ -113,16 +112,16 @@ struct ShoalDraft {
     const int32_t* num_wanted;  // [num_seqs], at least 1 each, not ascending: tokens to propose
     int64_t num_rows;           // of both tables
     int64_t tokens_stride;
-    const int32_t* tokens;  // a row of known tokens for each request
+    const int32_t* tokens;  // known tokens, a row for each request
     int64_t blocks_stride;
-    const int32_t* block_tables;  // reach as far as the last token but one of each proposal
+    const int32_t* block_tables;  // have blocks for all tokens of a proposal but the last
     int32_t* token_ids;           // [num_seqs, num_wanted[0]]; -1 once the logits are not finite
 };
 
 struct ShoalModel;
 
-// Null if there is not enough memory.  Where `sibling` is given, both compute with its threads, never at the same time;
-// the last of them to be destroyed ends the threads.
+// Null if there is not enough memory.  Where `sibling` is given, both models compute with its threads, but not at the
+// same time; the threads end when both are destroyed.
 SHOAL_API ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options, const ShoalModel* sibling);
 SHOAL_API void shoal_destroy(ShoalModel* model);
 
@@ -132,14 +131,17 @@ SHOAL_API void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int3
 
 // Computes a step with the first num_layers layers, then the norm and the head.  Where `sampling` is given, chooses a
 // token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size].
-// Returns what is wrong with the batch, and then has computed nothing; null if nothing is.
-SHOAL_API const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
-                                 const ShoalChosen* chosen, float* logits);
+// Returns what is wrong with the arrays, and then has computed nothing; null if nothing is wrong.
+SHOAL_API const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers,
+                                 const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
 
-// Proposes tokens: computes the given ones, chooses one behind each sequence, a row of `sampling` each, and goes on from
-// there with steps of a token each for the sequences that want more.  Penalties stay what they are for the first.
+// Proposes tokens: computes the given tokens, chooses the next token of each sequence by its row of `sampling`, and
+// continues with steps of one token for each sequence that wants more.  Penalties stay those of the first proposal.
 // Returns what is wrong, as shoal_step.
 SHOAL_API const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft);
+
+// The fields of ShoalSamplingRow in their order, "type name;" each, with numpy's names of types.
+SHOAL_API const char* shoal_sampling_row(void);
 
 // The best instruction set that this machine runs: 0 generic, 1 avx2, 2 avx512.
 SHOAL_API int32_t shoal_best_isa(void);

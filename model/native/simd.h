@@ -1,8 +1,8 @@
 // Vectors of 16 lanes, the same on every instruction set.
 //
-// A result has the same bits whichever of them computes it: operations on lanes are those of IEEE 754, multiply-add
-// is rounded once everywhere, and sums over lanes have one order.  Intrinsics stand here only, where the compiler's
-// own vectors have no word for what is meant or no good code.
+// A result has the same bits on each of them: operations on lanes are those of IEEE 754, multiply-add is rounded once
+// everywhere, and sums over lanes have one order.  Intrinsics are used in this file only, where the compiler's own
+// vectors cannot express an operation or give slow code.
 #pragma once
 
 #include <cmath>
@@ -67,7 +67,7 @@ SHOAL_INLINE Ints broadcast(int32_t value) {
     return each_part<Ints>([&](int) { return splat(value); });
 }
 
-// Part by part: a structure that is copied as a whole lives in memory.
+// Copies part by part: the compiler keeps a structure that is copied as a whole in memory, and not in registers.
 SHOAL_INLINE Vec load(const float* from) {
     return each_part<Vec>([&](int i) {
         FloatPart part;
@@ -153,7 +153,7 @@ SHOAL_INLINE float sum_lanes(const Vec& a) {
     return lanes[0];
 }
 
-// The greatest lane; what it is if there are NaN is not said.
+// The greatest lane; unspecified if a lane is NaN.
 SHOAL_INLINE float max_lanes(const Vec& a) {
     float lanes[kLanes];
     store(lanes, a);
@@ -202,7 +202,7 @@ SHOAL_INLINE float half_to_float(uint16_t half) {
     return value;
 }
 
-// A float32 to the nearest float16, ties to even; what is too large becomes the largest finite one.
+// A float32 to the nearest float16, ties to even; values that are too large become the largest finite float16.
 SHOAL_INLINE uint16_t float_to_half(float value) {
     constexpr float kMax = 65504.0F;
     if (value > kMax) value = kMax;
@@ -233,7 +233,7 @@ SHOAL_INLINE float bfloat_to_float(uint16_t bfloat) {
 // 16 float16.
 SHOAL_INLINE Vec load(const uint16_t* from) {
 #if defined(__AVX512F__)
-    // The masked form, because g++ 12 warns of its own header in the other.
+    // The masked form: with the other one, g++ 12 warns about its own header.
     return {{static_cast<FloatPart>(
         _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))))}};
 #elif defined(__F16C__)
@@ -267,7 +267,8 @@ SHOAL_INLINE Ints load_pairs(const int8_t* from) {
 #endif
 }
 
-// sum + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in each lane i, of 32 int16 each; the caller sees to it that none overflows.
+// sum + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in each lane i, for 32 int16 each.  The caller makes sure that no sum
+// overflows.
 SHOAL_INLINE Ints add_products(const Ints& a, const Ints& b, const Ints& sum) {
     return each_part<Ints>([&](int i) {
 #if defined(__AVX512VNNI__)

@@ -27,7 +27,7 @@ SHOAL_INLINE DoublePart polynomial(DoublePart x, double c0, Rest... rest) {
     return c0 + x * polynomial(x, rest...);
 }
 
-// e to the power of x for x at most 0, within a unit in the last place; e**-708 below that, 1 for 0.
+// e to the power of x, for x of at most 0, within a unit in the last place; e**-708 for x below -708, 1 for 0.
 SHOAL_INLINE DoublePart exp(DoublePart x) {
     constexpr double kLog2E = 0x1.71547652b82fep0, kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
     constexpr double kRound = 0x1.8p52;  // adding it leaves the nearest integer in the low bits
@@ -36,7 +36,7 @@ SHOAL_INLINE DoublePart exp(DoublePart x) {
     const DoublePart n = shifted - kRound;
     const DoublePart r = (x - n * kLn2High) - n * kLn2Low;
     const DoublePart r2 = r * r;
-    // Taylor's series up to r**13; in two chains, so that they run side by side.
+    // Taylor's series up to r**13, in two chains that the processor computes side by side.
     const DoublePart even = polynomial(r2, 1.0 / 2, 1.0 / 24, 1.0 / 720, 1.0 / 40320, 1.0 / 3628800, 1.0 / 479001600);
     const DoublePart odd =
         polynomial(r2, 1.0 / 6, 1.0 / 120, 1.0 / 5040, 1.0 / 362880, 1.0 / 39916800, 1.0 / 6227020800);

@@ -3,7 +3,8 @@
 
 namespace shoal {
 
-// The sum of exp(logit / temperature - x_max), as good as the library's exp; nothing may be greater than x_max.
+// The sum of exp(logit / temperature - x_max), as exact as with the standard library's exp.  No logit / temperature may
+// be greater than x_max.
 double sum_of_weights(const float* logits, int size, double temperature, double x_max);
 
 }  // namespace shoal

@@ -26,7 +26,9 @@ _REPLACEMENT_NOISE = 0xABC98388FB8FAC03
 
 def with_draft_noise(sampling: SamplingBatch) -> SamplingBatch:
     """How the draft chooses: with a noise that is independent of all that decides about its choice."""
-    return replace(sampling, seeds=sampling.seeds ^ _DRAFT_NOISE)
+    rows = sampling.rows.copy()
+    rows["seed"] ^= _DRAFT_NOISE
+    return replace(sampling, rows=rows)
 
 
 def verify(proposal: Proposal, target: Float64, chosen: list[int], seed: int, position: int) -> list[int]:

@@ -98,8 +98,8 @@ class Speculation:
                 entries = slice(end - count - 1, end)
                 drawn_from = self._proposals[row].probabilities
                 proposal = Proposal(share.spec_token_ids, None if drawn_from is None else drawn_from[:count])
-                first = int(sampling.positions[entries.start])
-                seed = int(sampling.seeds[entries.start])
+                how = sampling.rows[entries.start]
+                seed, first = int(how["seed"]), int(how["position"])
                 verified = rejection.verify(proposal, target[entries], token_ids[entries].tolist(), seed, first)
                 token_ids[entries.start : entries.start + len(verified)] = verified
         return describe(token_ids, logits, sampling)

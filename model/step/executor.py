@@ -1,4 +1,4 @@
-"""Turns a schedule into arrays, has a backend compute them, and reads off what was chosen."""
+"""Turns a schedule into arrays, has a backend compute them, and makes a result of the chosen tokens."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from shoal.scheduler.output import ScheduledRequest, SchedulerOutput, StepResult
 
 
 class ModelExecutor:
-    """Executes schedules on a backend.  It keeps the tokens, block tables and sampling parameters of the requests in
-    the batch (`BatchRows`); everything else is computed anew from the schedule in each step.
+    """Executes schedules on a backend.
+
+    It keeps the tokens, block tables and sampling parameters of the requests in the batch (`BatchRows`).  Everything
+    else is computed from the schedule in each step.
 
     Args:
         max_num_seqs, max_model_len: the scheduler's limits.
         block_size: tokens per block of the KV cache.
-        speculate: makes what guesses the next tokens of the requests in the rows; None if nothing does.
+        speculate: makes the `Speculation` that proposes tokens for the requests in the rows; None for none.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class ModelExecutor:
         return batch, layout
 
     def _num_logits(self, scheduled: list[ScheduledRequest], rows: list[int], num_chosen: list[int]) -> list[int]:
-        """Shares that score prompt tokens need logits for all of their own; the others only to choose."""
+        """Rows of logits of each share: of all its tokens if it scores the prompt, else of those that choose."""
         return [
             share.num_scheduled_tokens
             if row in self.rows.scored and share.num_computed_tokens + 1 < self.rows.num_prompt_tokens[row]
@@ -95,7 +97,7 @@ class ModelExecutor:
         ]
 
     def _collect(self, scheduled: list[ScheduledRequest], layout: StepLayout, chosen: SamplerOutput) -> StepResult:
-        """Split what was chosen by request, and verify drafted tokens."""
+        """Divide the chosen tokens among the requests, and verify drafted tokens."""
         result = StepResult([])
         token_ids: list[int] = chosen.token_ids.tolist()
         end = 0
@@ -117,7 +119,7 @@ class ModelExecutor:
         num_logprobs, num_prompt_logprobs = self.rows.num_logprobs[row], self.rows.num_prompt_logprobs[row]
         if num_logprobs >= 0 and output.stop > output.start:
             result.logprobs[share.request_id] = _read_logprobs(chosen, output, num_logprobs)
-        # The logits of the prompt's last token choose, and score nothing.
+        # The logits of the prompt's last token choose the first output token, and score nothing.
         num_scored = self.rows.num_prompt_tokens[row] - 1 - share.num_computed_tokens
         scored = slice(prompt.start, min(prompt.stop, prompt.start + num_scored))
         if num_prompt_logprobs >= 0 and scored.stop > scored.start:
@@ -125,7 +127,7 @@ class ModelExecutor:
 
 
 def _verify(spec_token_ids: list[int], chosen: list[int]) -> list[int]:
-    """The drafted tokens that are what the target chooses, and the one token more that it chooses after them."""
+    """The drafted tokens that equal the target's choices, and the token that the target chooses after them."""
     for index, drafted in enumerate(spec_token_ids):
         if drafted != chosen[index]:
             return chosen[: index + 1]

@@ -1,4 +1,4 @@
-"""The part of a step's arrays that does not depend on how far its requests have come."""
+"""The part of a step's arrays that stays the same while the batch only decodes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _MOST_KEPT = 4
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """Where the tokens and the logits of a step lie.
+    """Where the tokens and the rows of logits of a step are.
 
     Attributes:
         rows: [num_seqs], batch row of each request.
-        counts: [num_seqs], its number of tokens.
-        query_start_loc: [num_seqs + 1], its tokens.
-        sequences, token_rows: [num_tokens], each token's request, counted from 0, and that request's batch row.
-        offsets: [num_tokens], each token's place in its request's share.
-        num_logits: logits rows of each request; they belong to the last tokens of its share.
-        logits_indices, logits_rows: [sum of num_logits], token and batch row of each logits row.
-        chooses: [sum of num_logits], whether the next token is to be chosen, or is known and to be scored.
+        counts: [num_seqs], number of tokens of each request.
+        query_start_loc: [num_seqs + 1], request s has the tokens query_start_loc[s] to query_start_loc[s + 1].
+        sequences, token_rows: [num_tokens], index of each token's request in the step, and its batch row.
+        offsets: [num_tokens], index of each token in its request's share.
+        num_logits: number of rows of logits of each request; they belong to the last tokens of its share.
+        logits_indices, logits_rows: [sum of num_logits], token and batch row of each row of logits.
+        chooses: [sum of num_logits], whether the next token is chosen; otherwise it is known, and only scored.
     """
 
     rows: Intp
@@ -46,7 +46,7 @@ class StepLayout:
 
         Args:
             num_chosen: how many of each request's last tokens choose the next one.
-            num_logits: how many of them need logits, those that choose included.
+            num_logits: how many of each request's last tokens need logits, at least `num_chosen`.
         """
         row_of = np.array(rows, np.intp)
         query_start_loc = np.zeros(len(rows) + 1, np.int32)
@@ -69,7 +69,10 @@ class StepLayout:
 
 
 class Layouts:
-    """Those of the last steps: a batch that only decodes has the same in every step, or one of a few if it verifies."""
+    """The layouts of the last steps.
+
+    A batch that only decodes has the same layout in every step; with speculation it has one of a few.
+    """
 
     def __init__(self) -> None:
         self._kept: list[tuple[tuple[list[int], ...], StepLayout]] = []  # the newest last
@@ -86,7 +89,7 @@ class Layouts:
 
 
 def _ranges(starts: Int32, counts: list[int]) -> tuple[Intp, Int32]:
-    """The ranges [start, start + count), one after the other: which range each value is of, and the value."""
+    """The values of the ranges [start, start + count), range after range: the index of each value's range, and it."""
     which = np.repeat(np.arange(len(counts)), counts)
     before = np.cumsum(counts) - counts
     return which, (starts[which] + np.arange(len(which)) - before[which]).astype(np.int32)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.model.step.batch import Float32, Int32, SamplingBatch, UInt64
+from shoal.model.step.batch import BIAS, NO_BIASES, NO_PENALTIES, PENALTY, Int32, Records, SamplingBatch
+from shoal.model.step.sampling import SAMPLING_ROW, penalises_output, penalises_prompt, sampling_row
 from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 
 Bool = NDArray[np.bool_]
 Intp = NDArray[np.intp]
 
-_MOST_GATHERED = 8  # verifying and guessing each ask for some
-_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_MOST_GATHERED = 8  # steps and proposals each ask for some
 
 
 class BatchRows:
@@ -35,12 +34,10 @@ class BatchRows:
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
-        self.num_logprobs = np.zeros(max_num_seqs, np.int32)
         self.num_prompt_logprobs = np.zeros(max_num_seqs, np.int32)
-        self._floats = np.zeros((len(_FLOATS), max_num_seqs), np.float32)
-        self._top_k = np.zeros(max_num_seqs, np.int32)
-        self._seeds = np.zeros(max_num_seqs, np.uint64)
-        self._gathered: dict[bytes, tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]] = {}
+        self._sampling = np.zeros(max_num_seqs, SAMPLING_ROW)
+        self.num_logprobs: Int32 = self._sampling["num_logprobs"]
+        self._gathered: dict[tuple[bytes, bool], Records] = {}
         self.scored: set[int] = set()
         self._penalised: dict[int, Int32] = {}  # row -> prompt tokens that count as seen
         self._biased: dict[int, _Bias] = {}
@@ -64,57 +61,38 @@ class BatchRows:
         self._penalised.pop(row, None)
         self._biased.pop(row, None)
 
-    def sampling_batch(self, rows: Intp, positions: Int32, chooses: Bool) -> SamplingBatch:
+    def sampling_batch(self, rows: Intp, positions: Int32, chooses: Bool, *, reports: bool = True) -> SamplingBatch:
         """How to choose the token at each of `positions` of the requests in `rows`, all [num_logits].
 
-        Where `chooses` is false the token is known and is only scored.
+        Where `chooses` is false the token is known and is only scored.  Without `reports` no log-probabilities are
+        asked for.  The batch is valid until the next call.
         """
-        floats, top_k, seeds, num_logprobs, forced = self._gather(rows)
+        gathered = self._gather(rows, reports)
         if self.scored:
-            forced = np.where(chooses, forced, self.token_ids[rows, positions])
-            num_logprobs = np.where(chooses, num_logprobs, self.num_prompt_logprobs[rows])
-        penalties = self._penalties(rows, positions, chooses) if self._penalised else _NO_PENALTIES
-        biases = self._biases(rows, positions, chooses) if self._biased else _NO_BIASES
-        return SamplingBatch(
-            temperature=floats[0],
-            top_p=floats[1],
-            min_p=floats[2],
-            presence_penalty=floats[3],
-            frequency_penalty=floats[4],
-            repetition_penalty=floats[5],
-            top_k=top_k,
-            seeds=seeds,
-            positions=positions.astype(np.int64),
-            forced_token_ids=forced,
-            num_logprobs=num_logprobs,
-            penalty_rows=penalties[0],
-            penalty_token_ids=penalties[1],
-            penalty_counts=penalties[2],
-            bias_rows=biases[0],
-            bias_token_ids=biases[1],
-            bias=biases[2],
-        )
-
-    def _gather(self, rows: Intp) -> tuple[tuple[Float32, ...], Int32, UInt64, Int32, Int32]:
-        """The parameters of the rows; a batch that only decodes asks for the same rows in every step."""
-        key = rows.tobytes()
-        if key not in self._gathered:
-            if len(self._gathered) == _MOST_GATHERED:
-                self._gathered.clear()
-            self._gathered[key] = (
-                tuple(self._floats.take(rows, axis=1)),
-                self._top_k[rows],
-                self._seeds[rows],
-                self.num_logprobs[rows],
-                np.full(len(rows), -1, np.int32),
-            )
-        return self._gathered[key]
+            gathered = gathered.copy()
+            known = np.flatnonzero(~chooses)
+            gathered["forced_token_id"][known] = self.token_ids[rows[known], positions[known]]
+            gathered["num_logprobs"][known] = self.num_prompt_logprobs[rows[known]]
+        gathered["position"] = positions
+        penalties = self._penalties(rows, positions, chooses) if self._penalised else NO_PENALTIES
+        biases = self._biases(rows, positions, chooses) if self._biased else NO_BIASES
+        return SamplingBatch(gathered, penalties, biases)
 
     def drafting_batch(self, rows: Int32, positions: Int32) -> SamplingBatch:
         """How to guess the token at each of `positions` of the requests in `rows`, both [num_logits]."""
-        batch = self.sampling_batch(rows.astype(np.intp), positions, np.ones(len(rows), np.bool_))
-        batch.num_logprobs = batch.forced_token_ids  # -1 each: nothing is forced, and nothing reported
-        return batch
+        return self.sampling_batch(rows.astype(np.intp), positions, np.ones(len(rows), np.bool_), reports=False)
+
+    def _gather(self, rows: Intp, reports: bool) -> Records:
+        """The parameters of the rows; a batch that only decodes asks for the same rows in every step."""
+        key = rows.tobytes(), reports
+        gathered = self._gathered.get(key)
+        if gathered is None:
+            if len(self._gathered) == _MOST_GATHERED:
+                self._gathered.clear()
+            gathered = self._gathered[key] = self._sampling[rows]
+            if not reports:
+                gathered["num_logprobs"] = -1
+        return gathered
 
     def _join(self, row: int, new: NewRequest) -> None:
         self.leave(row)  # a step that failed may have placed it before
@@ -122,40 +100,36 @@ class BatchRows:
         params = new.params
         self.token_ids[row, : len(new.token_ids)] = new.token_ids
         self.num_prompt_tokens[row] = new.num_prompt_tokens
-        self.num_logprobs[row] = -1 if params.num_logprobs is None else params.num_logprobs
+        self._sampling[row] = sampling_row(params)
         self.num_prompt_logprobs[row] = -1 if params.num_prompt_logprobs is None else params.num_prompt_logprobs
-        self._floats[:, row] = [getattr(params, name) for name in _FLOATS]
-        self._top_k[row] = params.top_k
-        self._seeds[row] = params.seed
         if params.num_prompt_logprobs is not None:
             self.scored.add(row)
-        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
-            is_repetition = params.repetition_penalty != 1
-            prompt = new.token_ids[: new.num_prompt_tokens] if is_repetition else []
+        if penalises_output(params):
+            prompt = new.token_ids[: new.num_prompt_tokens] if penalises_prompt(params) else []
             self._penalised[row] = np.unique(np.array(prompt, np.int32))
         if params.logit_bias or params.min_tokens:
             self._biased[row] = _Bias.of(params)
 
-    def _penalties(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Int32]:
-        """Tokens seen before each choice: (logits row, token id, times generated); 0 times is of the prompt."""
-        entries: list[tuple[NDArray[Any], ...]] = []
+    def _penalties(self, rows: Intp, positions: Int32, chooses: Bool) -> Records:
+        """The tokens seen before each choice, with how often each was generated: [any] PENALTY."""
+        entries: list[Int32] = []
         for index in np.flatnonzero(chooses).tolist():
             row = int(rows[index])
             if row in self._penalised:
                 output = self.token_ids[row, self.num_prompt_tokens[row] : positions[index]]
                 seen, counts = np.unique(output, return_counts=True)
                 prompt_only = np.setdiff1d(self._penalised[row], seen, assume_unique=True)
-                token_ids = np.concatenate([seen, prompt_only])
-                entries.append((np.full_like(token_ids, index), token_ids, np.pad(counts, (0, len(prompt_only)))))
-        if not entries:
-            return _NO_PENALTIES
-        columns = [np.concatenate(column).astype(np.int32) for column in zip(*entries, strict=True)]
-        return columns[0], columns[1], columns[2]
+                columns = np.zeros((len(seen) + len(prompt_only), 3), np.int32)
+                columns[:, 0] = index
+                columns[: len(seen), 1], columns[len(seen) :, 1] = seen, prompt_only
+                columns[: len(seen), 2] = counts
+                entries.append(columns)
+        return np.concatenate(entries).view(PENALTY)[:, 0] if entries else NO_PENALTIES
 
-    def _biases(self, rows: Intp, positions: Int32, chooses: Bool) -> tuple[Int32, Int32, Float32]:
-        """Addends to logits (logits row, token id, addend): `logit_bias`, and -inf for what may not end the text."""
+    def _biases(self, rows: Intp, positions: Int32, chooses: Bool) -> Records:
+        """Addends to logits, [any] BIAS: `logit_bias`, and -inf for tokens that may not end the text yet."""
         indices: list[int] = []
-        entries: list[tuple[Int32, Float32]] = []
+        entries: list[Int32] = []
         for index in np.flatnonzero(chooses).tolist():
             row = int(rows[index])
             if row in self._biased:
@@ -164,19 +138,22 @@ class BatchRows:
                 indices.append(index)
                 entries.append(bias.early if is_early else bias.late)
         if not entries:
-            return _NO_BIASES
-        token_ids, values = (np.concatenate(column) for column in zip(*entries, strict=True))
-        counts = [len(token_ids) for token_ids, _ in entries]
-        return np.repeat(np.array(indices, np.int32), counts), token_ids, values
+            return NO_BIASES
+        columns = np.concatenate(entries)
+        columns[:, 0] = np.repeat(indices, [len(entry) for entry in entries])
+        return columns.view(BIAS)[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Bias:
-    """A request's addends to logits, (token ids, addends): before it has `min_tokens` tokens, and from then on."""
+    """A request's addends to logits: before it has `min_tokens` tokens, and from then on.
+
+    Both are [any, 3] int32, BIAS with a column for each field, which numpy joins faster than records.
+    """
 
     min_tokens: int
-    early: tuple[Int32, Float32]
-    late: tuple[Int32, Float32]
+    early: Int32
+    late: Int32
 
     @classmethod
     def of(cls, params: SamplingParams) -> _Bias:
@@ -185,10 +162,5 @@ class _Bias:
         return cls(params.min_tokens, _columns(early), _columns(late))
 
 
-def _columns(addends: dict[int, float]) -> tuple[Int32, Float32]:
-    return np.array(list(addends), np.int32), np.array(list(addends.values()), np.float32)
-
-
-_EMPTY = np.empty(0, np.int32)
-_NO_PENALTIES = (_EMPTY, _EMPTY, _EMPTY)
-_NO_BIASES = (_EMPTY, _EMPTY, np.empty(0, np.float32))
+def _columns(addends: dict[int, float]) -> Int32:
+    return np.array([(0, *one) for one in addends.items()], BIAS).view(np.int32).reshape(-1, 3)

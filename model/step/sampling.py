@@ -10,23 +10,23 @@ fused multiply-add); float32 parameters widen exactly where float64 is stated.
 1. Penalties, float32.  A token that stands in the prompt or was generated has its logit divided by
    `repetition_penalty` if the logit is positive, else multiplied by it (Keskar et al. 2019).  Then, for a generated
    token, logit = (logit - frequency_penalty * count) - presence_penalty, where count is how often it was generated.
-2. Bias, float32.  Each `bias` of the row is added to its token's logit, in the order of the entries; -inf bans it.
-3. Validity.  Unless the greatest logit is finite (so: NaN or +inf anywhere, or every token banned), the row has no
-   answer and yields -1.
+2. Biases, float32.  Each `addend` of the row is added to its token's logit, in the order of the entries; -inf bans it.
+3. Validity.  If the greatest logit is not finite (NaN or +inf anywhere, or every token banned), the row has no answer
+   and yields -1.
 4. A row with a `forced_token_id` yields it.
-5. Temperature 0 yields the token with the greatest logit, the lowest id on ties.  This ends the greedy case.
+5. A row with temperature 0 yields the token with the greatest logit, the lowest id on ties.
 6. Temperature, float64: x = logit / temperature.
 7. top_k > 0 keeps the k tokens with the greatest x; among equals at the border, the lowest ids: exactly
    min(k, vocab_size) tokens stay.
 8. top_p < 1, float64 (nucleus sampling, Holtzman et al. 2020): order the kept tokens by x descending, then id
    ascending, and let w = exp(x - x_max).  A token stays while the sum of w before it is below top_p times the sum of
-   all kept w; the first one stays always.
+   all kept w; the first one always stays.
 9. min_p > 0, float64 (Nguyen et al. 2024): a token stays if w >= min_p, with w of step 8.
-10. Gumbel-max: the kept token with the greatest x + g yields, the lowest id on ties, where g is the noise below.
-    That is a draw from the softmax of the kept x (Gumbel 1954), and a pure function of (seed, position, token id).
+10. Gumbel-max: the row yields the kept token with the greatest x + g, the lowest id on ties, where g is the noise
+    below.  That is a draw from the softmax of the kept x (Gumbel 1954).
 
-The noise, for a 64-bit seed, the index `position` of the token to be chosen in its sequence, and each token id; all
-integer arithmetic modulo 2**64, shifts logical:
+The noise is a pure function of a 64-bit seed, the index `position` of the token to be chosen in its sequence, and the
+token id.  All integer arithmetic is modulo 2**64, and shifts are logical:
 
     mix(z):  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
              z = (z ^ (z >> 27)) * 0x94D049BB133111EB
@@ -36,19 +36,46 @@ integer arithmetic modulo 2**64, shifts logical:
     u   = ((h >> 12) + 0.5) * 2**-52                        # exact in float64, strictly between 0 and 1
     g   = -log(-log(u))                                     # float64
 
-exp, log and sums are as good as the library's, in any order of addition: they decide a choice only where it hangs on
-the last bits of a float64.
+exp, log and sums are as exact as those of the standard library, and sums may be added in any order: they decide a
+choice only where it depends on the last bits of a float64.
 
-Log-probabilities are the model's own: of softmax(logits) before step 1, within 1e-5.  A token's rank is 1 + the number
+Log-probabilities are those of softmax(logits) before step 1, within 1e-5.  A token's rank is 1 + the number
 of tokens whose logit is strictly greater; alternatives are ordered by logit descending, then id ascending.
+
+A new parameter is spelt in six files: its step here and in `SAMPLING_ROW`, `model/backends/torch_sampler.py` and
+`model/native/sampler.cpp`, which compute it, `scheduler/output.py` (`SamplingParams`), and the two ends of the wire,
+`server/wire/requests.py` and `clients/types.py`.  The code between these files copies fields by their names.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.model.step.batch import Float32, Int32, SamplerOutput, SamplingBatch, UInt64
+from shoal.model.step.batch import Float32, Int32, Records, SamplerOutput, SamplingBatch, UInt64
+from shoal.scheduler.output import SamplingParams
+
+# How to choose at one row of logits.  All fields but two have the names and meanings of those of `SamplingParams`, with
+# -1 for None.  `position` is the index in the sequence of the token to be chosen.  `forced_token_id` is -1, or a known
+# token that is only scored.
+SAMPLING_ROW = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("position", np.int64),
+        ("forced_token_id", np.int32),
+        ("num_logprobs", np.int32),
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("presence_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("repetition_penalty", np.float32),
+    ],
+    align=True,
+)
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MIX_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
@@ -57,18 +84,46 @@ MIX_MULTIPLIER_2 = 0x94D049BB133111EB
 Float64 = NDArray[np.float64]
 
 
+def sampling_row(params: SamplingParams) -> tuple[float, ...]:
+    """The values of a request's SAMPLING_ROW, with position 0 and no forced token."""
+    others = {"position": 0, "forced_token_id": -1}
+    values = [others[name] if name in others else getattr(params, name) for name in SAMPLING_ROW.names or ()]
+    return tuple(-1 if value is None else value for value in values)
+
+
+def sampling_rows(num_rows: int, **fields: Any) -> Records:
+    """[num_rows] SAMPLING_ROW with the given fields, each a scalar or [num_rows].
+
+    The other fields have the defaults of `SamplingParams`, and the seed is 0.
+    """
+    rows = np.empty(num_rows, SAMPLING_ROW)
+    rows[:] = sampling_row(SamplingParams(max_tokens=0, seed=0))
+    for name, values in fields.items():
+        rows[name] = values
+    return rows
+
+
+def penalises_output(params: SamplingParams) -> bool:
+    """Whether step 1 depends on the tokens that were generated."""
+    return bool(params.presence_penalty or params.frequency_penalty or penalises_prompt(params))
+
+
+def penalises_prompt(params: SamplingParams) -> bool:
+    """Whether step 1 depends on the tokens of the prompt."""
+    return params.repetition_penalty != 1
+
+
 def sample_reference(logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
     """Choose a token at each row of `logits` [num_logits, vocab_size], as this module specifies, row by row."""
-    adjusted = _with_penalties_and_bias(logits, sampling)
-    token_ids = np.array([_choose(adjusted[row], sampling, row) for row in range(len(logits))], np.int32)
+    adjusted = _with_penalties_and_biases(logits, sampling)
+    token_ids = np.array([_choose(*both) for both in zip(adjusted, sampling.rows, strict=True)], np.int32)
     return describe(token_ids, logits, sampling)
 
 
 def describe(token_ids: Int32, logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
     """The output for tokens that were chosen at the rows of `logits`, with log-probabilities if any row asks."""
-    if not (sampling.num_logprobs >= 0).any():
-        return SamplerOutput(token_ids)
-    return _with_logprobs(token_ids, logits, int(sampling.num_logprobs.max()))
+    num_top = int(sampling.rows["num_logprobs"].max(initial=-1))
+    return SamplerOutput(token_ids) if num_top < 0 else _with_logprobs(token_ids, logits, num_top)
 
 
 def noise_keys(seeds: UInt64, positions: NDArray[np.int64]) -> UInt64:
@@ -90,53 +145,56 @@ def _mix(z: UInt64) -> UInt64:
     return z ^ (z >> np.uint64(31))
 
 
-def _with_penalties_and_bias(logits: Float32, sampling: SamplingBatch) -> Float32:
+def _with_penalties_and_biases(logits: Float32, sampling: SamplingBatch) -> Float32:
     """Steps 1 and 2."""
     logits = logits.copy()
-    rows, ids, counts = sampling.penalty_rows, sampling.penalty_token_ids, sampling.penalty_counts
-    values = logits[rows, ids]
-    repetition = sampling.repetition_penalty[rows]
-    values = np.where(values > 0, values / repetition, values * repetition)
-    penalized = values - sampling.frequency_penalty[rows] * counts.astype(np.float32) - sampling.presence_penalty[rows]
-    logits[rows, ids] = np.where(counts > 0, penalized, values)
-    np.add.at(logits, (sampling.bias_rows, sampling.bias_token_ids), sampling.bias)
+    penalties, biases = sampling.penalties, sampling.biases
+    at, rows, counts = (penalties["row"], penalties["token_id"]), sampling.rows[penalties["row"]], penalties["count"]
+    values = logits[at]
+    values = np.where(values > 0, values / rows["repetition_penalty"], values * rows["repetition_penalty"])
+    penalised = values - rows["frequency_penalty"] * counts.astype(np.float32) - rows["presence_penalty"]
+    logits[at] = np.where(counts > 0, penalised, values)
+    np.add.at(logits, (biases["row"], biases["token_id"]), biases["addend"])
     return logits
 
 
 def probabilities(logits: Float32, sampling: SamplingBatch) -> Float64:
-    """The distribution that each row of `logits` [num_logits, vocab_size] is a draw from, over all tokens; rows that
-    have no answer, and those that are forced, have no distribution either: they are zero."""
-    adjusted = _with_penalties_and_bias(logits, sampling)
+    """The distribution over all tokens, [num_logits, vocab_size], that each row of `logits` is a draw from.
+
+    It is zero at rows that have no answer and at rows with a forced token.
+    """
     result = np.zeros(logits.shape, np.float64)
-    for row, values in enumerate(adjusted):
-        if not np.isfinite(values.max()) or sampling.forced_token_ids[row] >= 0:
+    adjusted = _with_penalties_and_biases(logits, sampling)
+    for distribution, values, row in zip(result, adjusted, sampling.rows, strict=True):
+        if not np.isfinite(values.max()) or row["forced_token_id"] >= 0:
             continue
-        if sampling.temperature[row] == 0:
-            result[row, values.argmax()] = 1.0
+        if row["temperature"] == 0:
+            distribution[values.argmax()] = 1.0
             continue
-        x = values.astype(np.float64) / np.float64(sampling.temperature[row])
-        kept = _kept(x, int(sampling.top_k[row]), float(sampling.top_p[row]), float(sampling.min_p[row]))
+        x = values.astype(np.float64) / np.float64(row["temperature"])
+        kept = _kept(x, row)
         weights = np.exp(x[kept] - x[kept].max())
-        result[row, kept] = weights / weights.sum()
+        distribution[kept] = weights / weights.sum()
     return result
 
 
-def _choose(logits: Float32, sampling: SamplingBatch, row: int) -> int:
+def _choose(logits: Float32, row: np.void) -> int:
     """Steps 3 to 10 for one row of adjusted logits."""
     if not np.isfinite(logits.max()):
         return -1
-    if sampling.forced_token_ids[row] >= 0:
-        return int(sampling.forced_token_ids[row])
-    if sampling.temperature[row] == 0:
+    if row["forced_token_id"] >= 0:
+        return int(row["forced_token_id"])
+    if row["temperature"] == 0:
         return int(logits.argmax())
-    x = logits.astype(np.float64) / np.float64(sampling.temperature[row])
-    kept = _kept(x, int(sampling.top_k[row]), float(sampling.top_p[row]), float(sampling.min_p[row]))
-    noise = gumbel_noise(int(sampling.seeds[row]), int(sampling.positions[row]), len(x))
+    x = logits.astype(np.float64) / np.float64(row["temperature"])
+    kept = _kept(x, row)
+    noise = gumbel_noise(int(row["seed"]), int(row["position"]), len(x))
     return int(kept[(x[kept] + noise[kept]).argmax()])
 
 
-def _kept(x: Float64, top_k: int, top_p: float, min_p: float) -> NDArray[np.int64]:
+def _kept(x: Float64, row: np.void) -> NDArray[np.int64]:
     """Steps 7 to 9: the ids that may be chosen, ascending."""
+    top_k, top_p, min_p = int(row["top_k"]), float(row["top_p"]), float(row["min_p"])
     order = np.argsort(-x, kind="stable")
     if top_k > 0:
         order = order[:top_k]

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 from shoal.model.text.chat_template import ChatTemplate, Message
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
@@ -65,14 +65,15 @@ class Tokenizer:
         self.eos_token_id = vocabulary.get(special_tokens.get("eos_token", ""))
 
     @classmethod
-    def load(cls, checkpoint: Path) -> Tokenizer:
+    def load(cls, checkpoint: Path | CheckpointFormat) -> Tokenizer:
         """Read a folder's `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` where they exist, or
         the vocabulary of a GGUF file.
 
         Raises:
             CheckpointError: naming the file that is missing, malformed or unsupported.
         """
-        parts = open_checkpoint(checkpoint).tokenizer()
+        opened = open_checkpoint(checkpoint)
+        parts = opened.tokenizer()
         try:
             tokenizer = tokenizers.Tokenizer.from_str(parts.definition)
         except Exception as error:  # the library raises nothing narrower
@@ -80,7 +81,7 @@ class Tokenizer:
         try:
             return cls(tokenizer, special_tokens=parts.special_tokens, chat_templates=parts.chat_templates)
         except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint}: {error.message}", param=error.param) from error
+            raise CheckpointError(f"{opened.path}: {error.message}", param=error.param) from error
 
     @property
     def vocab_size(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from shoal.model.step.batch import Backend, ForwardBatch, Int32, SamplingBatch, UInt64
+from shoal.model.step.sampling import sampling_rows
 
 from .tokens import Tokens
 
@@ -88,4 +89,4 @@ def _step(texts: Int32, begin: int, end: int) -> ForwardBatch:
 
 def _sampling(seeds: UInt64, position: int) -> SamplingBatch:
     temperature = np.resize(np.array(_TEMPERATURES, np.float32), len(seeds))
-    return SamplingBatch.plain(temperature, seeds, np.full(len(seeds), position, np.int64))
+    return SamplingBatch(sampling_rows(len(seeds), temperature=temperature, seed=seeds, position=position))

@@ -1,4 +1,4 @@
-"""How long will the output be?"""
+"""Predictors of the length of a request's output."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from shoal.scheduler.request import Request
 
 
 class Predictor(Protocol):
-    """Foretells lengths of outputs, and may learn from those that it sees."""
+    """Predicts lengths of outputs, and may learn from the requests that end."""
 
     def predict(self, request: Request) -> float:
-        """Output tokens that the request will have in all, at least 1 and at most `max_tokens`.  Asked at arrival."""
+        """Output tokens that the request will have in all, from 1 to `max_tokens`.  Asked when the request arrives."""
         ...
 
     def learn(self, request: Request) -> None:
-        """Take note of a request that has ended, with its output."""
+        """Learn from a request that has ended, and from its output."""
         ...
 
 
 class MaxTokens:
-    """Takes `max_tokens` at its word: a bound, as good as those who set it."""
+    """Predicts `max_tokens`, which is an upper bound."""
 
     def predict(self, request: Request) -> float:
         return max(request.params.max_tokens, 1)
@@ -33,10 +33,10 @@ class MaxTokens:
 
 
 class Oracle:
-    """Was told: the best that a predictor could do, for experiments.
+    """Knows the lengths: the best that a predictor could do, for experiments.
 
     Args:
-        num_output_tokens: by request id.
+        num_output_tokens: length of each output, by request id.
     """
 
     def __init__(self, num_output_tokens: Mapping[str, int]) -> None:
@@ -49,24 +49,25 @@ class Oracle:
         pass
 
 
-_PRIOR_TOKENS = 128.0  # what is expected while nothing is known
+_PRIOR_TOKENS = 128.0  # the prediction before anything is learned
 _NUM_SLOTS = 2**14
-_SLOWEST_RATE = 0.05  # of learning: so much of an error is always ascribed to what is new
-_NUM_WORDS = 32  # tokens at either end of a prompt that count one by one
+_SLOWEST_RATE = 0.05  # the rate of learning does not fall below this
+_NUM_WORDS = 32  # tokens at either end of a prompt that are features one by one
 
 
 class LearnedLengths:
-    """Learns from the requests that end: a linear regression of the logarithm of the length, online.
+    """Learns from the requests that end: an online linear regression of the logarithm of the length.
 
     The features of a request are its client, the magnitudes of its prompt and of `max_tokens`, how its prompt begins
     and ends (1, 2, 4 and 8 tokens), and which tokens occur near the ends.  They are hashed into a table of fixed size
     (Weinberger et al. 2009, "Feature Hashing for Large Scale Multitask Learning").  An observation corrects the
     prediction by the normalized LMS rule (Widrow and Hoff 1960), in which each group of features takes an equal part
-    of the error.  The first sighting of a feature moves its weight most, later ones less and less (by the square root
-    of their number, as in AdaGrad), but never below a rate at which old ones are slowly forgotten.
+    of the error.  A feature's weight moves most when the feature is first seen, and then less and less: by the square
+    root of the number of times that it was seen, as in AdaGrad.  The rate has a lower bound, so that old observations
+    are slowly forgotten.
 
-    A feature that was never seen says nothing, so that without any data all predictions are alike.  The exponential of
-    a mean logarithm is the typical length, which a few very long outputs do not spoil.
+    A feature that was never seen has no weight, so that without any data all predictions are alike.  The exponential
+    of a mean logarithm is the typical length, which a few very long outputs change little.
     """
 
     def __init__(self) -> None:

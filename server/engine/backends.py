@@ -6,8 +6,10 @@ torch loads when its backend is wanted and not before: it takes seconds, and hun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
+from shoal.extras import install_command
 from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.model.backends.native_backend import SLOTS, NativeBackend
 from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
@@ -164,7 +166,11 @@ def _obstacle_of_library() -> tuple[str, str] | None:
 def _plan_torch(
     config: BackendConfig, cache: CacheConfig, model: ModelConfig, reason: str, warning: str | None
 ) -> TorchPlan:
-    """Refuse what only the native backend has; `reason` says why that is not to be had."""
+    """Refuse what only the native backend has; `reason` says why that cannot serve.
+
+    Raises:
+        ConfigError: a setting needs the native backend, or torch is not installed.
+    """
     only_native = (
         ("quantization", config.quantization, "int8"),
         ("kv_cache_dtype", cache.kv_cache_dtype, "float16"),
@@ -179,6 +185,9 @@ def _plan_torch(
             f"kv_cache_dtype {cache.kv_cache_dtype} is not for the torch backend when it computes in {dtype}",
             param="kv_cache_dtype",
         )
+    if find_spec("torch") is None:
+        needs = f"the torch backend needs torch, which is not installed: run `{install_command('torch')}`"
+        raise ConfigError(f"{reason}; {needs}", param="backend")
     return TorchPlan(config, cache, dtype, warning)
 
 

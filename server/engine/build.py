@@ -75,4 +75,4 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
     ready = Ready(limits, record.num_parameters, cache.num_bytes, plan.describe(backend), plan.warning)
     trace = None if settings.engine.trace is None else ChromeTrace(settings.engine.trace)
     core = EngineCore(scheduler, executor, time.monotonic, [] if trace is None else [trace])
-    return BuiltEngine(core, ready, (lambda: None) if trace is None else trace.close)
+    return BuiltEngine(core, ready, close=(lambda: None) if trace is None else trace.close)

@@ -60,7 +60,7 @@ def test_complete_takes_the_prompt_from_stdin_to_the_byte(server: FakeServer, sh
     assert server.requests[0].body["prompt"] == "  zwei\r\nZeilen 🐟\n"
 
 
-@pytest.mark.parametrize(("command", "args"), [(complete, ["-"]), (chat, [])])
+@pytest.mark.parametrize(("command", "args"), [(complete, ["-"]), (chat, ["--max-tokens", "9"])])
 def test_stdin_that_is_not_utf8(shell: Any, command: click.Command, args: list[str]) -> None:
     result = shell(command, *args, stdin=b"\xff\xfe\n")
     assert result.exit_code == 1
@@ -76,7 +76,7 @@ def test_the_environment_and_the_command_line(server: FakeServer, monkeypatch: p
     assert server.requests[0].headers["authorization"] == "Bearer from the environment"
 
 
-@pytest.mark.parametrize(("command", "args"), [(complete, ["p"]), (chat, [])])
+@pytest.mark.parametrize(("command", "args"), [(complete, ["p"]), (chat, ["--max-tokens", "9"]), (chat, [])])
 def test_an_error_is_one_line_and_exit_code_1(
     server: FakeServer, shell: Any, command: click.Command, args: list[str]
 ) -> None:
@@ -113,7 +113,7 @@ def test_an_answer_without_text_or_usage(server: FakeServer, shell: Any) -> None
     assert re.fullmatch(r"\[\d+\.\d\d s\]\n", result.stderr)
 
 
-@pytest.mark.parametrize(("command", "args"), [(complete, ["p"]), (chat, [])])
+@pytest.mark.parametrize(("command", "args"), [(complete, ["p"]), (chat, ["--max-tokens", "9"])])
 def test_ctrl_c_is_exit_code_130(
     shell: Any, monkeypatch: pytest.MonkeyPatch, command: click.Command, args: list[str]
 ) -> None:
@@ -128,7 +128,7 @@ def test_ctrl_c_is_exit_code_130(
 def test_chat_remembers(server: FakeServer, shell: Any) -> None:
     server.stream(*chat_chunks("Hel", "lo!"))
     server.stream(*chat_chunks("Fine."))
-    result = shell(chat, "--system", "Be brief.", "--seed", "1", stdin="Hi\n\n  How are you?  \n")
+    result = shell(chat, "--max-tokens", "9", "--seed", "1", "--system", "Be brief.", stdin="Hi\n\n  How are you?  \n")
     assert result.exit_code == 0
     assert result.stdout == "Hello!\nFine.\n"
     assert result.stderr.count("tokens/s") == 2
@@ -142,13 +142,61 @@ def test_chat_remembers(server: FakeServer, shell: Any) -> None:
         {"role": "user", "content": "How are you?"},
     ]
     assert first["seed"] == second["seed"] == 1
+    assert first["max_tokens"] == second["max_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("contexts", "args", "max_tokens"),
+    [
+        ([4096], [], 512),
+        ([1024], [], 256),
+        ([None], [], 512),
+        ([], [], 512),
+        ([1024, 800], ["--model", "served-1"], 200),
+    ],
+    ids=["long context", "short context", "unknown context", "no model", "the second model"],
+)
+def test_the_answers_of_a_chat_are_bounded(
+    server: FakeServer, shell: Any, contexts: list[int | None], args: list[str], max_tokens: int
+) -> None:
+    served = [{"id": f"served-{i}", "created": 1, "max_model_len": length} for i, length in enumerate(contexts)]
+    server.json({"object": "list", "data": served})
+    server.stream(*chat_chunks("ok"))
+    result = shell(chat, *args, stdin="Hi")
+    assert result.exit_code == 0, result.stderr
+    assert [seen.path for seen in server.requests] == ["/v1/models", "/v1/chat/completions"]
+    assert server.requests[1].body["max_tokens"] == max_tokens
+
+
+def test_a_full_context_loses_its_oldest_turns(server: FakeServer, shell: Any) -> None:
+    """Only for a turn that then succeeds, and never the system message."""
+    for answer in ("1", "2"):
+        server.stream(*chat_chunks(answer))
+    server.error(400, "too long", code="context_length_exceeded")
+    server.stream(*chat_chunks("3"))
+    for _ in range(3):
+        server.error(400, "far too long", code="context_length_exceeded")
+    result = shell(chat, "--max-tokens", "9", "--system", "S", stdin="one\ntwo\nthree\nfour")
+    assert (result.exit_code, result.stdout) == (1, "1\n2\n3\n")
+    assert result.stderr.count("forgotten") == 1
+    assert "[the context is full: the oldest turns are forgotten, 1 of 2]" in result.stderr
+    assert result.stderr.endswith("Error: far too long\n")
+    assert [[m["content"] for m in seen.body["messages"]] for seen in server.requests] == [
+        ["S", "one"],
+        ["S", "one", "1", "two"],
+        ["S", "one", "1", "two", "2", "three"],
+        ["S", "two", "2", "three"],
+        ["S", "two", "2", "three", "3", "four"],
+        ["S", "three", "3", "four"],
+        ["S", "four"],
+    ]
 
 
 def test_chat_commands(server: FakeServer, shell: Any) -> None:
     for _ in range(4):
         server.stream(*chat_chunks("ok"))
     commands = "one|/reset|two|/system  Rhyme.|three|/system|/reset|four|/what|/help|/quit|five"
-    result = shell(chat, stdin=commands.replace("|", "\n"))
+    result = shell(chat, "--max-tokens", "9", stdin=commands.replace("|", "\n"))
     assert result.exit_code == 0
     assert [[m["content"] for m in seen.body["messages"]] for seen in server.requests] == [
         ["one"],

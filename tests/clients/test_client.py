@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from shoal.clients import Completion, Model, ShoalClient, StatusError, Tokenization, TokenLogprob, Usage
+from shoal.clients import Completion, Model, StatusError, Tokenization, TokenLogprob, Usage
 from tests.clients.conftest import Driver
 from tests.clients.fake_server import USAGE, Answer, FakeServer, chat_completion, completion
 
@@ -195,9 +195,10 @@ def test_health_of_something_else(server: FakeServer, driver: Driver) -> None:
         driver.call("health")
 
 
-def test_a_base_url_may_have_a_path_and_a_slash(server: FakeServer) -> None:
-    for url in (f"{server.url}/", f"{server.url}/proxy", f"{server.url}/proxy/"):
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_a_base_url_may_have_a_path_and_end_in_v1_or_a_slash(server: FakeServer, driver: Driver, end: str) -> None:
+    for path in ("", "/proxy"):
         server.json({"object": "list", "data": []})
-        with ShoalClient(url) as client:
-            client.models()
-    assert [r.path for r in server.requests] == ["/v1/models", "/proxy/v1/models", "/proxy/v1/models"]
+        driver.url = f"{server.url}{path}{end}"
+        driver.call("models")
+    assert [r.path for r in server.requests] == ["/v1/models", "/proxy/v1/models"]

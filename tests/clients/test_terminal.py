@@ -108,9 +108,9 @@ def test_a_completion_ends_its_line(server: FakeServer, terminals: list[Terminal
 def test_a_conversation(server: FakeServer, terminals: list[Terminal]) -> None:
     """An answer stopped by Ctrl-C, an error, a line from the history, Ctrl-C at the prompt, and Ctrl-D."""
     server.stream(chat_chunks("a", "b")[1], done=False, ending="silence")
-    server.error(400, "too many tokens", code="context_length_exceeded")
+    server.error(500, "the engine failed")
     server.stream(*chat_chunks("Hello!"))
-    terminal = Terminal("chat", "--system", "S", url=server.url)
+    terminal = Terminal("chat", "--system", "S", "--max-tokens", "64", url=server.url)
     terminals.append(terminal)
 
     terminal.wait_for("> ")
@@ -121,7 +121,7 @@ def test_a_conversation(server: FakeServer, terminals: list[Terminal]) -> None:
     terminal.wait_for("[stopped]")
     terminal.wait_for("> ")
     terminal.type("second\r")
-    terminal.wait_for("/reset")
+    terminal.wait_for("Error: the engine failed")
     terminal.wait_for("> ")
     terminal.type("not this")
     terminal.wait_for("not this")

@@ -25,8 +25,8 @@ REQUIRED = {  # by phase, as the Trace Event Format has it
 
 
 def events(path: Path) -> list[dict[str, Any]]:
-    """All of a trace, whose array is never closed."""
-    found: list[dict[str, Any]] = json.loads(path.read_text().rstrip().removesuffix(",") + "]")
+    """All of a trace, whose array is not closed yet."""
+    found: list[dict[str, Any]] = json.loads(path.read_text() + "]")
     for event in found:
         assert event.keys() >= REQUIRED[event["ph"]]
         assert event.get("dur", 0) >= 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from shoal.model.step.batch import ForwardBatch, SamplingBatch
+from shoal.model.step.batch import BIAS, PENALTY, ForwardBatch, SamplingBatch
+from shoal.model.step.sampling import sampling_rows
 
 
 @pytest.fixture(autouse=True)
@@ -71,36 +72,12 @@ def paged() -> type[Paged]:
     return Paged
 
 
-def _sampling_batch(num_rows: int, **fields: Any) -> SamplingBatch:
-    """Greedy rows without any option, except for the given fields: scalars, or values per row."""
-    rows: dict[str, tuple[Any, Any]] = {
-        "temperature": (0.0, np.float32),
-        "top_k": (0, np.int32),
-        "top_p": (1.0, np.float32),
-        "min_p": (0.0, np.float32),
-        "presence_penalty": (0.0, np.float32),
-        "frequency_penalty": (0.0, np.float32),
-        "repetition_penalty": (1.0, np.float32),
-        "seeds": (0, np.uint64),
-        "positions": (0, np.int64),
-        "forced_token_ids": (-1, np.int32),
-        "num_logprobs": (-1, np.int32),
-    }
-    entries: dict[str, Any] = {
-        "penalty_rows": np.int32,
-        "penalty_token_ids": np.int32,
-        "penalty_counts": np.int32,
-        "bias_rows": np.int32,
-        "bias_token_ids": np.int32,
-        "bias": np.float32,
-    }
-    arrays = {
-        name: np.ascontiguousarray(np.broadcast_to(np.asarray(fields.pop(name, default), dtype), (num_rows,)))
-        for name, (default, dtype) in rows.items()
-    }
-    arrays |= {name: np.asarray(fields.pop(name, []), dtype) for name, dtype in entries.items()}
-    assert not fields, f"unknown fields: {fields}"
-    return SamplingBatch(**arrays)
+def _sampling_batch(
+    num_rows: int, *, penalties: Iterable[Any] = (), biases: Iterable[Any] = (), **fields: Any
+) -> SamplingBatch:
+    """Greedy rows without any option, except for the given fields; entries are tuples in the order of their fields."""
+    rows = sampling_rows(num_rows, **{"temperature": 0.0} | fields)
+    return SamplingBatch(rows, np.array(list(penalties), PENALTY), np.array(list(biases), BIAS))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoal.model.checkpoint.config import GenerationDefaults, load_config, load_generation_defaults
+from shoal.model.checkpoint.config import UNSTATED_SAMPLING, GenerationDefaults, load_config, load_generation_defaults
 from shoal.model.record import RopeConfig, bytes_per_block
 from shoal.scheduler.errors import CheckpointError
 
@@ -146,7 +146,7 @@ def test_refuses_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_generation_defaults(tmp_path: Path) -> None:
-    assert load_generation_defaults(tmp_path) == GenerationDefaults()
+    assert load_generation_defaults(tmp_path) == UNSTATED_SAMPLING
     name = "generation_config.json"
     write(tmp_path, {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "eos_token_id": [1, 2], "do_sample": True}, name)
     assert load_generation_defaults(tmp_path) == GenerationDefaults(
@@ -155,7 +155,9 @@ def test_generation_defaults(tmp_path: Path) -> None:
     write(tmp_path, {"temperature": 0.6, "do_sample": False}, name)
     assert load_generation_defaults(tmp_path).temperature == 0.0
     write(tmp_path, {"bos_token_id": 1, "eos_token_id": 2}, name)
-    assert load_generation_defaults(tmp_path) == GenerationDefaults(eos_token_ids=(2,))
+    assert load_generation_defaults(tmp_path) == GenerationDefaults(0.8, 40, 0.95, 0.05, eos_token_ids=(2,))
+    write(tmp_path, {"repetition_penalty": 1.1}, name)
+    assert load_generation_defaults(tmp_path) == GenerationDefaults(repetition_penalty=1.1)
     write(tmp_path, {"top_p": "high"}, name)
     with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p"):
         load_generation_defaults(tmp_path)

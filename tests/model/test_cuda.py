@@ -42,7 +42,7 @@ def test_tokens_are_those_that_the_specification_chooses(sampling_batch: Callabl
     )
     temperature, top_k, top_p = np.resize(columns, (400, 3)).T
     each = np.arange(400)
-    sampling = sampling_batch(400, temperature=temperature, top_k=top_k, top_p=top_p, seeds=each, positions=7 * each)
+    sampling = sampling_batch(400, temperature=temperature, top_k=top_k, top_p=top_p, seed=each, position=7 * each)
     found = sample(torch.from_numpy(logits).cuda(), sampling).token_ids
     np.testing.assert_array_equal(found, sample_reference(logits, sampling).token_ids)
 

@@ -115,7 +115,7 @@ def test_the_arrays_of_a_mixed_step() -> None:
     assert batch.block_tables[1].tolist() == [7, 2]
     assert batch.block_tables[2, 0] == 0
     assert batch.logits_indices.tolist() == [0, 1, 2, 5]
-    assert sampling.positions.tolist() == [4, 5, 6, 1]
+    assert sampling.rows["position"].tolist() == [4, 5, 6, 1]
 
 
 def test_a_step_that_samples_nothing_needs_no_logits() -> None:
@@ -217,7 +217,7 @@ def test_only_shares_of_the_prompt_are_scored() -> None:
     assert backend.batches[-1].logits_indices.tolist() == [0, 1, 2]
     result = executor.execute(SchedulerOutput([share("a", 3, 3, [], spec_token_ids=[4, 5], num_blocks=2)], []))
     assert backend.batches[-1].logits_indices.tolist() == [0, 1, 2]
-    assert (backend.samplings[-1].forced_token_ids == -1).all()
+    assert (backend.samplings[-1].rows["forced_token_id"] == -1).all()
     assert result.prompt_logprobs == {}
     executor.execute(SchedulerOutput([share("a", 4, 2, [], num_blocks=2)], []))
     assert backend.batches[-1].logits_indices.tolist() == [1]

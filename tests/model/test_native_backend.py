@@ -198,7 +198,7 @@ def test_execute_samples_from_the_wanted_rows_and_may_be_repeated(
         out = backend.execute(batch, sampling_batch(2))
         assert out.token_ids.dtype == np.int32
         np.testing.assert_array_equal(out.token_ids, logits.argmax(-1))
-    drawn = sampling_batch(2, temperature=1.0, top_p=0.9, seeds=[1, 2], positions=[3, 1], num_logprobs=2)
+    drawn = sampling_batch(2, temperature=1.0, top_p=0.9, seed=[1, 2], position=[3, 1], num_logprobs=2)
     expected = sample_reference(logits, drawn)
     np.testing.assert_array_equal(backend.execute(batch, drawn).token_ids, expected.token_ids)
     np.testing.assert_array_equal(backend.forward(batch), logits)
@@ -212,7 +212,7 @@ def test_more_rows_than_are_computed_at_once(paged: Any, sampling_batch: Callabl
     parts = [replace(batch, logits_indices=rows) for rows in np.split(batch.logits_indices, 3)]
     np.testing.assert_array_equal(np.concatenate([backend.forward(part) for part in parts]), logits)
     rows = np.arange(153)
-    drawn = sampling_batch(153, temperature=1.0, seeds=rows, positions=rows, num_logprobs=1)
+    drawn = sampling_batch(153, temperature=1.0, seed=rows, position=rows, num_logprobs=1)
     found, expected = backend.execute(batch, drawn), sample_reference(logits, drawn)
     np.testing.assert_array_equal(found.token_ids, expected.token_ids)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)

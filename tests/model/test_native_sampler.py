@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 
 from shoal.model.backends.native_library import load_library, supported_isas
 from shoal.model.backends.native_sampling import SamplerArguments, sample
-from shoal.model.step.batch import SamplerOutput, SamplingBatch
+from shoal.model.step.batch import BIAS, PENALTY, SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import sample_reference
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
@@ -59,20 +59,17 @@ def random_logits(rng: np.random.Generator, kind: str, vocab_size: int) -> Row:
 
 def with_entries(batch: SamplingBatch, rng: np.random.Generator, vocab_size: int, per_row: int) -> SamplingBatch:
     """Penalties of `per_row` tokens in each row, of another number of biases, and none in some rows."""
-    num_rows = len(batch.temperature)
-    penalties = np.concatenate([np.zeros(0, int), *(rng.permutation(vocab_size)[:per_row] for _ in range(num_rows))])
-    penalty_rows = np.repeat(np.arange(num_rows), min(per_row, vocab_size))
-    kept = np.isin(penalty_rows, np.flatnonzero(rng.random(num_rows) < 0.7))
-    bias_rows = np.sort(rng.integers(0, num_rows, per_row))
-    return replace(
-        batch,
-        penalty_rows=penalty_rows[kept].astype(np.int32),
-        penalty_token_ids=penalties[kept].astype(np.int32),
-        penalty_counts=rng.integers(0, 4, kept.sum()).astype(np.int32),
-        bias_rows=bias_rows.astype(np.int32),
-        bias_token_ids=rng.integers(0, vocab_size, per_row).astype(np.int32),  # some more than once
-        bias=rng.choice([-np.inf, -100.0, -1.0, 2.5, 100.0], per_row).astype(np.float32),
-    )
+    num_rows, per_penalised = len(batch.rows), min(per_row, vocab_size)
+    penalised = np.flatnonzero(rng.random(num_rows) < 0.7)
+    penalties = np.zeros(len(penalised) * per_penalised, PENALTY)
+    penalties["row"] = np.repeat(penalised, per_penalised)
+    penalties["token_id"] = [token_id for _ in penalised for token_id in rng.permutation(vocab_size)[:per_row]]
+    penalties["count"] = rng.integers(0, 4, len(penalties))
+    biases = np.zeros(per_row, BIAS)
+    biases["row"] = np.sort(rng.integers(0, num_rows, per_row))
+    biases["token_id"] = rng.integers(0, vocab_size, per_row)  # some more than once
+    biases["addend"] = rng.choice([-np.inf, -100.0, -1.0, 2.5, 100.0], per_row)
+    return replace(batch, penalties=penalties, biases=biases)
 
 
 def natives() -> Iterator[Callable[[np.ndarray, SamplingBatch], SamplerOutput]]:
@@ -86,7 +83,7 @@ def check(logits: np.ndarray, batch: SamplingBatch) -> None:
     """All samplers choose as the reference does and leave the logits alone, and all have the same bits."""
     with np.errstate(invalid="ignore"):  # a banned token whose logit is inf
         expected = sample_reference(logits, batch)
-    asked = (batch.num_logprobs >= 0) & (expected.token_ids >= 0)
+    asked = (batch.rows["num_logprobs"] >= 0) & (expected.token_ids >= 0)
     outputs = []
     for native in natives():
         passed = logits.copy()
@@ -123,7 +120,7 @@ rows_of_options = st.lists(
             "presence_penalty": st.sampled_from([0.0, -1.0, 0.5, 2.0]),
             "frequency_penalty": st.sampled_from([0.0, -0.5, 0.1, 1.1]),
             "repetition_penalty": st.sampled_from([1.0, 0.8, 1.1, 2.0]),
-            "seeds": st.integers(0, 2**64 - 1),
+            "seed": st.integers(0, 2**64 - 1),
             "forced": st.sampled_from([False, False, False, True]),
             "num_logprobs": st.sampled_from([-1, -1, 0, 1, 5, 60]),
         }
@@ -146,7 +143,7 @@ def test_chooses_as_the_reference(
     logits = np.stack([random_logits(rng, kind, vocab_size) for kind in columns.pop("kind")])
     forced = [rng.integers(vocab_size) if is_forced else -1 for is_forced in columns.pop("forced")]
     positions = rng.integers(0, 2**31, len(rows))
-    batch = sampling_batch(len(rows), positions=positions, forced_token_ids=forced, **columns)
+    batch = sampling_batch(len(rows), position=positions, forced_token_id=forced, **columns)
     check(logits, with_entries(batch, rng, vocab_size, entries_per_row))
 
 
@@ -172,7 +169,7 @@ def test_a_large_vocabulary(kind: str, sampling_batch: Batches) -> None:
     columns = {name: [row.get(name, value) for row in options] for name, value in neutral.items()}
     logits = np.stack([random_logits(rng, kind, LARGE) for _ in options])
     seeds = rng.integers(0, 2**64, len(options), dtype=np.uint64)
-    batch = sampling_batch(len(options), seeds=seeds, num_logprobs=[-1, 5] + [-1] * 9 + [20], **columns)
+    batch = sampling_batch(len(options), seed=seeds, num_logprobs=[-1, 5] + [-1] * 9 + [20], **columns)
     check(logits, batch)
     check(logits, with_entries(batch, rng, LARGE, 500))
 
@@ -183,7 +180,7 @@ def test_top_k_keeps_k_whatever_k(kind: str, sampling_batch: Batches) -> None:
     rng = np.random.default_rng(5)
     vocab_size = 3100
     top_k = [*range(1, 40), *rng.integers(1, vocab_size, 100), *range(vocab_size - 20, vocab_size + 3)]
-    batch = sampling_batch(len(top_k), temperature=100.0, top_k=top_k, seeds=np.arange(len(top_k)))
+    batch = sampling_batch(len(top_k), temperature=100.0, top_k=top_k, seed=np.arange(len(top_k)))
     check(np.stack([random_logits(rng, kind, vocab_size) for _ in top_k]), batch)
 
 
@@ -192,7 +189,7 @@ def test_top_p_counts_equal_tokens(sampling_batch: Batches) -> None:
     seeds = np.arange(300)
     logits = np.zeros((300, 1024), np.float32)
     for kept in (1, 4, 100, 1023):
-        batch = sampling_batch(300, temperature=1.0, top_p=kept / 1024, seeds=seeds)
+        batch = sampling_batch(300, temperature=1.0, top_p=kept / 1024, seed=seeds)
         for native in natives():
             chosen = native(logits, batch).token_ids
             assert chosen.max() < kept
@@ -203,7 +200,7 @@ def test_equal_scores_go_to_the_lowest_id(sampling_batch: Batches) -> None:
     """At x = 1e40 the noise is lost in rounding."""
     logits = np.full((20, 300), 100.0, np.float32)
     logits[:, :7] = 99.0
-    batch = sampling_batch(20, temperature=1e-38, seeds=np.arange(20))
+    batch = sampling_batch(20, temperature=1e-38, seed=np.arange(20))
     for native in natives():
         assert native(logits, batch).token_ids.tolist() == [7] * 20
 
@@ -211,7 +208,7 @@ def test_equal_scores_go_to_the_lowest_id(sampling_batch: Batches) -> None:
 @pytest.mark.parametrize("temperature", TEMPERATURES[1:])
 def test_equal_logits_at_any_temperature(temperature: float, sampling_batch: Batches) -> None:
     logits = np.random.default_rng(0).choice([0.0, -0.0, -1e-44], (40, 300)).astype(np.float32)
-    check(logits, sampling_batch(40, temperature=temperature, seeds=np.arange(40)))
+    check(logits, sampling_batch(40, temperature=temperature, seed=np.arange(40)))
 
 
 def test_min_p_cuts_between_neighbours(sampling_batch: Batches) -> None:
@@ -219,7 +216,7 @@ def test_min_p_cuts_between_neighbours(sampling_batch: Batches) -> None:
     logits = np.full((500, 65), 5.0, np.float32)
     border = np.float32(5 + 100 * np.log(0.3)).view(np.int32)
     logits[:, 1:] = np.arange(border - 32, border + 32, dtype=np.int32).view(np.float32)
-    check(logits, sampling_batch(500, temperature=100.0, min_p=0.3, seeds=np.arange(500)))
+    check(logits, sampling_batch(500, temperature=100.0, min_p=0.3, seed=np.arange(500)))
 
 
 def test_penalties_round_as_specified(sampling_batch: Batches) -> None:
@@ -238,9 +235,7 @@ def test_penalties_round_as_specified(sampling_batch: Batches) -> None:
         repetition_penalty=repetition,
         frequency_penalty=frequency,
         presence_penalty=presence,
-        penalty_rows=rows,
-        penalty_token_ids=penalised,
-        penalty_counts=counts,
+        penalties=zip(rows, penalised, counts, strict=True),
     )
     for native in natives():
         assert not native(logits, batch).token_ids.any()
@@ -253,7 +248,7 @@ def test_logprobs_are_those_of_scipy(sampling_batch: Batches) -> None:
     forced = rng.integers(0, LARGE, len(kinds))
     expected = log_softmax(logits.astype(np.float64), axis=-1)
     for native in natives():
-        found = native(logits, sampling_batch(len(kinds), forced_token_ids=forced, num_logprobs=20))
+        found = native(logits, sampling_batch(len(kinds), forced_token_id=forced, num_logprobs=20))
         assert found.logprobs is not None and found.top_logprobs is not None
         np.testing.assert_allclose(found.logprobs, expected[np.arange(len(kinds)), forced], atol=1e-5)
         np.testing.assert_allclose(found.top_logprobs, -np.sort(-expected)[:, :20], atol=1e-5)
@@ -280,13 +275,13 @@ def test_arguments_serve_one_batch_after_the_other(sampling_batch: Batches) -> N
             kept = {"temperature": 1.0, "top_k": rng.integers(0, 9, num_rows), "top_p": rng.random(num_rows)}
             kept["num_logprobs"] = rng.integers(-1, 3, num_rows)
             batch = sampling_batch(num_rows, **kept)
-        batch = replace(batch, positions=np.full(num_rows, step))
+        batch.rows["position"] = step
         if step % 3 == 0:
             batch = with_entries(batch, rng, vocab_size, step % 9)
         logits = rng.standard_normal((num_rows, vocab_size)).astype(np.float32)
         found = arguments.bind(batch)
         pointers = c_void_p(logits.ctypes.data), vocab_size, byref(arguments.sampling), byref(arguments.chosen)
-        library.shoal_sample(1, *pointers)
+        assert library.shoal_sample(1, *pointers) is None
         expected = sample_reference(logits, batch)
         np.testing.assert_array_equal(found.token_ids, expected.token_ids)
 
@@ -294,20 +289,30 @@ def test_arguments_serve_one_batch_after_the_other(sampling_batch: Batches) -> N
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"forced_token_ids": 40}, "forced_token_ids beyond the vocabulary"),
-        ({"penalty_rows": [0], "penalty_token_ids": [40], "penalty_counts": [1]}, "entries beyond the vocabulary"),
-        ({"penalty_rows": [0], "penalty_token_ids": [-1], "penalty_counts": [1]}, "entries beyond the vocabulary"),
-        ({"bias_rows": [3], "bias_token_ids": [0], "bias": [1.0]}, "entries of a row that is not there"),
-        ({"bias_rows": [-1], "bias_token_ids": [0], "bias": [1.0]}, "entries of a row that is not there"),
-        ({"bias_rows": [1, 0], "bias_token_ids": [0, 0], "bias": [1.0, 1.0]}, "rows do not ascend"),
-        ({"bias_rows": [0, 1], "bias_token_ids": [0, 0], "bias": [1.0]}, "unequal lengths"),
+        ({"forced_token_id": [-1, -1, 40]}, "forced_token_id beyond the vocabulary"),
+        ({"penalties": [(0, 40, 1)]}, "entries beyond the vocabulary"),
+        ({"penalties": [(0, -1, 1)]}, "entries beyond the vocabulary"),
+        ({"biases": [(3, 0, 1.0)]}, "entries of a row that is not there"),
+        ({"biases": [(-1, 0, 1.0)]}, "entries of a row that is not there"),
+        ({"biases": [(1, 0, 1.0), (0, 0, 1.0)]}, "entries whose rows do not ascend"),
     ],
     ids=str,
 )
-def test_what_is_wrong_ends_before_the_native_code(
+def test_what_is_wrong_is_found_before_a_token_is_chosen(
     wrong: dict[str, Any], message: str, sampling_batch: Batches
 ) -> None:
-    with pytest.raises(AssertionError, match=message):
-        SamplerArguments(vocab_size=40).bind(sampling_batch(3, **wrong))
-    with pytest.raises(AssertionError, match="unequal lengths"):
-        SamplerArguments(vocab_size=40).bind(replace(sampling_batch(3), seeds=np.zeros(2, np.uint64)))
+    for native in natives():
+        with pytest.raises(AssertionError, match=message):
+            native(np.zeros((3, 40), np.float32), sampling_batch(3, **wrong))
+
+
+def test_records_of_another_kind_are_refused(sampling_batch: Batches) -> None:
+    batch = sampling_batch(4, biases=[(0, 0, 1.0)])
+    for wrong, message in (
+        ({"rows": batch.rows[::2]}, "records with gaps"),
+        ({"rows": batch.rows[["position", "seed"]]}, "records of another kind"),
+        ({"penalties": batch.biases}, "records of another kind"),
+        ({"biases": np.zeros(4, BIAS)[::2]}, "records with gaps"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            SamplerArguments(vocab_size=40).bind(replace(batch, **wrong))

@@ -242,12 +242,10 @@ def test_guesses_are_what_the_backend_chooses_token_by_token(
     sampling = sampling_batch(
         3,
         temperature=[0.0, 1.0, 0.7],
-        seeds=[1, 2, 3],
-        positions=lengths.tolist(),
+        seed=[1, 2, 3],
+        position=lengths,
         top_p=0.9,
-        bias_rows=[0, 2],
-        bias_token_ids=[5, 7],
-        bias=[1.0, 2.0],
+        biases=[(0, 5, 1.0), (2, 7, 2.0)],
     )
 
     def oracle(text: list[int], row: int, count: int) -> list[int]:
@@ -258,16 +256,10 @@ def test_guesses_are_what_the_backend_chooses_token_by_token(
             how = sampling_batch(
                 1,
                 temperature=[0.0, 1.0, 0.7][row],
-                seeds=row + 1,
-                positions=len(text) + index,
+                seed=row + 1,
+                position=len(text) + index,
                 top_p=0.9,
-                **(
-                    [
-                        {"bias_rows": [0], "bias_token_ids": [5], "bias": [1.0]},
-                        {},
-                        {"bias_rows": [0], "bias_token_ids": [7], "bias": [2.0]},
-                    ][row]
-                ),  # type: ignore[arg-type]
+                biases=[[(0, 5, 1.0)], [], [(0, 7, 2.0)]][row],
             )
             guess.append(int(sample_reference(other.forward(whole, num_layers), how).token_ids[0]))
         return guess

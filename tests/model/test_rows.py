@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.model.step.batch import SamplingBatch
 from shoal.model.step.rows import BatchRows
+from shoal.model.step.sampling import SAMPLING_ROW
 from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 from tests.fakes import params
 
@@ -30,16 +32,18 @@ def sampling_at(rows: BatchRows, *pairs: tuple[int, int], chooses: bool = True) 
     return rows.sampling_batch(row, position, np.full(len(pairs), chooses))
 
 
+def entries(records: np.ndarray) -> dict[tuple[int, int], Any]:
+    found = {(row, token_id): value for row, token_id, value in records.tolist()}
+    assert len(found) == len(records), "each (row, token) at most once"
+    return found
+
+
 def penalties(batch: SamplingBatch) -> dict[tuple[int, int], int]:
-    keys = list(zip(batch.penalty_rows.tolist(), batch.penalty_token_ids.tolist(), strict=True))
-    assert len(set(keys)) == len(keys), "each (row, token) at most once"
-    return dict(zip(keys, batch.penalty_counts.tolist(), strict=True))
+    return entries(batch.penalties)
 
 
 def biases(batch: SamplingBatch) -> dict[tuple[int, int], float]:
-    keys = list(zip(batch.bias_rows.tolist(), batch.bias_token_ids.tolist(), strict=True))
-    assert len(set(keys)) == len(keys), "each (row, token) at most once"
-    return dict(zip(keys, batch.bias.tolist(), strict=True))
+    return entries(batch.biases)
 
 
 def test_a_request_that_is_placed_twice_is_there_once() -> None:
@@ -76,28 +80,18 @@ def test_each_row_is_sampled_as_its_own_request_asks() -> None:
         rows.place(joining([index], sampling, row=index))
     order = [2, 0, 1, 0]
     batch = sampling_at(rows, *((index, 4 + index) for index in order))
-    for name in (
-        "temperature",
-        "top_p",
-        "min_p",
-        "top_k",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-    ):
-        assert getattr(batch, name).tolist() == [getattr(asked[index], name) for index in order], name
-    assert batch.seeds.tolist() == [asked[index].seed for index in order]
-    assert batch.num_logprobs.tolist() == [-1, 3, -1, 3]
-    assert batch.positions.tolist() == [6, 4, 5, 4]
-    assert batch.forced_token_ids.tolist() == [-1] * 4
+    assert batch.rows.dtype == SAMPLING_ROW
+    expected = {name: [getattr(asked[index], name, None) for index in order] for name in batch.rows.dtype.names or ()}
+    expected |= {"num_logprobs": [-1, 3, -1, 3], "position": [6, 4, 5, 4], "forced_token_id": [-1] * 4}
+    assert {name: batch.rows[name].tolist() for name in expected} == expected
 
 
 def test_a_row_that_changes_hands_is_gathered_anew() -> None:
     rows = BatchRows(1, 16, 4)
     for temperature in (0.25, 0.5):
         row = rows.place(joining([1], params(temperature=temperature)))
-        assert sampling_at(rows, (row, 1)).temperature.tolist() == [temperature]
-        assert sampling_at(rows, (row, 2)).temperature.tolist() == [temperature]
+        assert sampling_at(rows, (row, 1)).rows["temperature"].tolist() == [temperature]
+        assert sampling_at(rows, (row, 2)).rows["temperature"].tolist() == [temperature]
         rows.leave(row)
 
 
@@ -107,8 +101,8 @@ def test_known_tokens_are_forced_where_a_prompt_is_scored() -> None:
     other = rows.place(joining([8, 9], row=1))
     row = np.array([scored, scored, scored, other], np.int32)
     batch = rows.sampling_batch(row, np.array([1, 2, 3, 2], np.int32), np.array([False, False, True, True]))
-    assert batch.forced_token_ids.tolist() == [6, 7, -1, -1]
-    assert batch.num_logprobs.tolist() == [2, 2, 0, -1]
+    assert batch.rows["forced_token_id"].tolist() == [6, 7, -1, -1]
+    assert batch.rows["num_logprobs"].tolist() == [2, 2, 0, -1]
     rows.leave(0)
     assert not rows.scored
 
@@ -175,7 +169,7 @@ def test_what_a_row_asked_for_leaves_with_it() -> None:
     batch = sampling_at(rows, (row, 3))
     assert biases(batch) == {}
     assert penalties(batch) == {}
-    assert batch.forced_token_ids.tolist() == [-1]
+    assert batch.rows["forced_token_id"].tolist() == [-1]
 
 
 def test_guesses_and_choices_do_not_take_each_others_rows_for_their_own() -> None:
@@ -186,6 +180,6 @@ def test_guesses_and_choices_do_not_take_each_others_rows_for_their_own() -> Non
         rows.place(joining([1], params(seed=seed), row=row))
     chosen = rows.sampling_batch(np.array([1]), np.array([1], np.int32), np.ones(1, np.bool_))
     guessed = rows.drafting_batch(np.array([1, 0], np.int32), np.array([1, 1], np.int32))
-    assert chosen.seeds.tolist() == [seeds[1]]
-    assert guessed.seeds.tolist() == [seeds[1], seeds[0]]
-    assert guessed.num_logprobs.tolist() == [-1, -1]
+    assert chosen.rows["seed"].tolist() == [seeds[1]]
+    assert guessed.rows["seed"].tolist() == [seeds[1], seeds[0]]
+    assert guessed.rows["num_logprobs"].tolist() == [-1, -1]

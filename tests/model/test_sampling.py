@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +20,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from shoal.clients.types import SamplingOptions
+from shoal.model.backends import native_library
 from shoal.model.backends.native_library import load_library, supported_isas
 from shoal.model.backends.native_sampling import sample as native_sample
 from shoal.model.backends.torch_sampler import sample as torch_sample
+from shoal.model.step import sampling
 from shoal.model.step.batch import SamplerOutput, SamplingBatch
-from shoal.model.step.sampling import gumbel_noise, sample_reference
+from shoal.model.step.sampling import SAMPLING_ROW, gumbel_noise, sample_reference
+from shoal.scheduler.output import SamplingParams
+from shoal.server.wire.requests import GenerationBody
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 Sampler = Callable[[np.ndarray, SamplingBatch], SamplerOutput]
 Batches = Callable[..., SamplingBatch]
 
@@ -46,19 +53,14 @@ def random_logits(seed: int, num_rows: int, vocab_size: int, scale: float = 3.0)
 
 def select(sampling: SamplingBatch, rows: np.ndarray) -> SamplingBatch:
     """The same choices for some rows, in the given order."""
-    new_row = {int(old): new for new, old in enumerate(rows)}
 
-    def entries(owner: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
-        kept = np.flatnonzero([int(row) in new_row for row in owner])
-        kept = kept[np.argsort([new_row[int(row)] for row in owner[kept]], kind="stable")]
-        return [np.array([new_row[int(row)] for row in owner[kept]], np.int32), *(v[kept] for v in values)]
+    def entries_of(entries: np.ndarray) -> np.ndarray:
+        kept = [entries[entries["row"] == row] for row in rows]
+        selected = np.concatenate(kept)
+        selected["row"] = np.repeat(np.arange(len(rows)), [len(some) for some in kept])
+        return selected
 
-    sparse: dict[str, np.ndarray] = {}
-    for group in ("penalty_rows penalty_token_ids penalty_counts", "bias_rows bias_token_ids bias"):
-        names = group.split()
-        sparse |= dict(zip(names, entries(*(getattr(sampling, name) for name in names)), strict=True))
-    dense = {f.name: getattr(sampling, f.name)[rows] for f in fields(sampling) if f.name not in sparse}
-    return SamplingBatch(**dense, **sparse)
+    return SamplingBatch(sampling.rows[rows], entries_of(sampling.penalties), entries_of(sampling.biases))
 
 
 def mixed(sampling_batch: Batches, seed: int, num_rows: int, vocab_size: int) -> SamplingBatch:
@@ -80,17 +82,45 @@ def mixed(sampling_batch: Batches, seed: int, num_rows: int, vocab_size: int) ->
         presence_penalty=some(0, [-1.0, 0.5, 2.0]),
         frequency_penalty=some(0, [-0.5, 0.1, 1.1]),
         repetition_penalty=some(1, [0.8, 1.1, 2.0]),
-        seeds=rng.integers(0, 2**64, num_rows, dtype=np.uint64),
-        positions=rng.integers(0, 100_000, num_rows),
-        forced_token_ids=some(-1, [-1, -1, -1, 3]),
+        seed=rng.integers(0, 2**64, num_rows, dtype=np.uint64),
+        position=rng.integers(0, 100_000, num_rows),
+        forced_token_id=some(-1, [-1, -1, -1, 3]),
         num_logprobs=some(-1, [0, 1, 5]),
-        penalty_rows=pairs // vocab_size,
-        penalty_token_ids=pairs % vocab_size,
-        penalty_counts=rng.integers(0, 4, num_entries),
-        bias_rows=biased // vocab_size,
-        bias_token_ids=biased % vocab_size,
-        bias=rng.choice([-np.inf, -100.0, -1.0, 2.5, 100.0], num_rows),
+        penalties=zip(*divmod(pairs, vocab_size), rng.integers(0, 4, num_entries), strict=True),
+        biases=zip(*divmod(biased, vocab_size), rng.choice([-np.inf, -100.0, -1.0, 2.5, 100.0], num_rows), strict=True),
     )
+
+
+# The parameters, each a field of one structure.
+
+
+def test_every_field_of_a_row_is_a_parameter_that_is_specified_and_may_be_asked_for() -> None:
+    names = set(SAMPLING_ROW.names or ()) - {"position", "forced_token_id"}
+    assert names <= {field.name for field in fields(SamplingParams)}
+    asked_for = names - {"num_logprobs"}  # `logprobs` and `top_logprobs` on the wire
+    assert asked_for <= set(GenerationBody.model_fields)
+    assert asked_for <= set(SamplingOptions.__annotations__)
+    specification = sampling.__doc__ or ""
+    assert [name for name in asked_for if name not in specification] == []
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_a_parameter_is_spelt_where_the_specification_says(name: str) -> None:
+    specification = sampling.__doc__ or ""
+    rooms = ("scheduler", "model", "server", "clients", "loadtest", "bench")
+    files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".h", ".cpp")]
+    spelling = {path.relative_to(ROOT).as_posix() for path in files if name in path.read_text()}
+    assert len(spelling) == 6
+    assert [path for path in spelling if path != "model/step/sampling.py" and path not in specification] == []
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_a_library_with_other_rows_is_refused(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = np.dtype([(name, SAMPLING_ROW[name]) for name in reversed(SAMPLING_ROW.names or ())], align=True)
+    assert other.itemsize == SAMPLING_ROW.itemsize
+    monkeypatch.setattr(native_library, "SAMPLING_ROW", other)
+    with pytest.raises(OSError, match="was built from other sources"):
+        native_library._load.__wrapped__(native_library.library_path(isa))
 
 
 # The noise, from the text of the specification, in whole numbers.
@@ -145,7 +175,7 @@ def test_the_finalizer_is_that_of_splitmix64() -> None:
 def test_draws_follow_the_warped_softmax(params: dict[str, float], sampler: Sampler, sampling_batch: Batches) -> None:
     num_rows = 20_000
     logits = random_logits(5, 1, 24, scale=1.5)
-    batch = sampling_batch(num_rows, seeds=np.arange(num_rows) % 100, positions=np.arange(num_rows) // 100, **params)
+    batch = sampling_batch(num_rows, seed=np.arange(num_rows) % 100, position=np.arange(num_rows) // 100, **params)
     chosen = sampler(np.repeat(logits, num_rows, axis=0), batch).token_ids
     warped = TemperatureLogitsWarper(params["temperature"])(None, torch.from_numpy(logits))
     if "top_k" in params:
@@ -172,7 +202,7 @@ def test_torch_chooses_the_same_tokens(vocab_size: int, num_rows: int, sampling_
     batch = mixed(sampling_batch, vocab_size, num_rows, vocab_size)
     expected, found = sample_reference(logits, batch), torch_sampler(logits, batch)
     np.testing.assert_array_equal(found.token_ids, expected.token_ids)
-    asked = batch.num_logprobs >= 0
+    asked = batch.rows["num_logprobs"] >= 0
     for name in ("ranks", "top_token_ids"):
         np.testing.assert_array_equal(getattr(found, name)[asked], getattr(expected, name)[asked])
     for name in ("logprobs", "top_logprobs"):
@@ -200,16 +230,16 @@ def test_ties_go_to_the_lowest_id(sampler: Sampler, sampling_batch: Batches) -> 
     assert sampler(logits, sampling_batch(1)).token_ids.tolist() == [400]
     flat = np.zeros((400, 1024), np.float32)
     seeds = np.arange(400)
-    top_k = sampler(flat, sampling_batch(400, temperature=1, top_k=3, seeds=seeds)).token_ids
+    top_k = sampler(flat, sampling_batch(400, temperature=1, top_k=3, seed=seeds)).token_ids
     assert set(top_k.tolist()) == {0, 1, 2}
-    top_p = sampler(flat, sampling_batch(400, temperature=1, top_p=4 / 1024, seeds=seeds)).token_ids
+    top_p = sampler(flat, sampling_batch(400, temperature=1, top_p=4 / 1024, seed=seeds)).token_ids
     assert set(top_p.tolist()) == {0, 1, 2, 3}
 
 
 def test_top_p_zero_and_min_p_one_keep_the_best_token(sampler: Sampler, sampling_batch: Batches) -> None:
     logits = random_logits(8, 50, 300)
     for params in ({"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}):
-        batch = sampling_batch(50, temperature=2.0, seeds=np.arange(50), **params)
+        batch = sampling_batch(50, temperature=2.0, seed=np.arange(50), **params)
         np.testing.assert_array_equal(sampler(logits, batch).token_ids, logits.argmax(-1))
 
 
@@ -223,12 +253,8 @@ def test_repetition_penalty_as_transformers(sampler: Sampler, sampling_batch: Ba
         batch = sampling_batch(
             1,
             repetition_penalty=1.7,
-            penalty_rows=[0] * 4,
-            penalty_token_ids=seen,
-            penalty_counts=[0, 1, 0, 5],
-            bias_rows=[0] * forbidden,
-            bias_token_ids=banned,
-            bias=[-np.inf] * forbidden,
+            penalties=[(0, token_id, count) for token_id, count in zip(seen, [0, 1, 0, 5], strict=True)],
+            biases=[(0, token_id, -np.inf) for token_id in banned],
         )
         assert sampler(logits, batch).token_ids[0] == order[forbidden]
 
@@ -244,9 +270,7 @@ def test_frequency_and_presence_penalties_are_those_of_the_openai_formula(
             1,
             frequency_penalty=frequency,
             presence_penalty=presence,
-            penalty_rows=[0, 0, 0],
-            penalty_token_ids=[0, 1, 2],
-            penalty_counts=counts,
+            penalties=[(0, token_id, count) for token_id, count in enumerate(counts)],
         )
         return int(sampler(logits, batch).token_ids[0])
 
@@ -261,17 +285,15 @@ def test_frequency_and_presence_penalties_are_those_of_the_openai_formula(
 
 def test_bias_moves_and_bans(sampler: Sampler, sampling_batch: Batches) -> None:
     logits = np.array([[3.0, 2.0, 1.0]] * 3, np.float32)
-    bias = {"bias_rows": [0, 1, 1, 2], "bias_token_ids": [2, 0, 0, 1], "bias": [5.0, 1.0, -np.inf, 0.5]}
-    assert sampler(logits, sampling_batch(3, **bias)).token_ids.tolist() == [2, 1, 0]
+    biases = [(0, 2, 5.0), (1, 0, 1.0), (1, 0, -np.inf), (2, 1, 0.5)]
+    assert sampler(logits, sampling_batch(3, biases=biases)).token_ids.tolist() == [2, 1, 0]
     drawn = sampler(
         np.repeat(logits[:1], 500, axis=0),
         sampling_batch(
             500,
             temperature=5.0,
-            seeds=np.arange(500),
-            bias_rows=np.arange(500),
-            bias_token_ids=[0] * 500,
-            bias=[-np.inf] * 500,
+            seed=np.arange(500),
+            biases=[(row, 0, -np.inf) for row in range(500)],
         ),
     )
     assert set(drawn.token_ids.tolist()) == {1, 2}
@@ -284,10 +306,8 @@ def test_logprobs_and_ranks_are_of_the_raw_logits(sampler: Sampler, sampling_bat
         temperature=[0, 1, 1, 0, 0, 1],
         top_k=2,
         num_logprobs=[0, 3, -1, 5, 1, 50],
-        forced_token_ids=[-1, -1, -1, 17, -1, -1],
-        bias_rows=[0],
-        bias_token_ids=[9],
-        bias=[100.0],
+        forced_token_id=[-1, -1, -1, 17, -1, -1],
+        biases=[(0, 9, 100.0)],
     )
     out = sampler(logits, batch)
     expected = torch.from_numpy(logits).double().log_softmax(-1).numpy()
@@ -295,7 +315,7 @@ def test_logprobs_and_ranks_are_of_the_raw_logits(sampler: Sampler, sampling_bat
     assert out.logprobs is not None and out.ranks is not None
     assert out.top_token_ids is not None and out.top_logprobs is not None
     assert out.top_token_ids.shape == out.top_logprobs.shape == (6, 50)
-    for row, count in enumerate(batch.num_logprobs):
+    for row, count in enumerate(batch.rows["num_logprobs"]):
         if count < 0:
             continue
         token = out.token_ids[row]
@@ -314,7 +334,7 @@ def test_no_logprobs_unless_asked(sampler: Sampler, sampling_batch: Batches) -> 
 def test_a_broken_row_has_no_answer_and_harms_no_other(sampler: Sampler, sampling_batch: Batches) -> None:
     logits = random_logits(6, 60, 40)
     batch = mixed(sampling_batch, 2, 60, 40)
-    batch = replace(batch, bias=np.zeros(60, np.float32))
+    batch.biases["addend"] = 0.0
     healthy = sampler(logits, batch).token_ids
     broken = logits.copy()
     broken[::5, 3] = np.nan
@@ -326,13 +346,14 @@ def test_a_broken_row_has_no_answer_and_harms_no_other(sampler: Sampler, samplin
 
 
 def test_everything_banned_has_no_answer(sampler: Sampler, sampling_batch: Batches) -> None:
-    bias = {"bias_rows": [0, 0], "bias_token_ids": [0, 1], "bias": [-np.inf, -np.inf]}
+    biases = [(0, 0, -np.inf), (0, 1, -np.inf)]
     for temperature in (0.0, 1.0):
-        out = sampler(np.zeros((2, 2), np.float32), sampling_batch(2, temperature=temperature, top_p=0.9, **bias))
+        batch = sampling_batch(2, temperature=temperature, top_p=0.9, biases=biases)
+        out = sampler(np.zeros((2, 2), np.float32), batch)
         assert out.token_ids[0] == -1 and out.token_ids[1] in (0, 1)
 
 
 def test_a_tiny_temperature_is_nearly_greedy_and_does_not_overflow(sampler: Sampler, sampling_batch: Batches) -> None:
     logits = random_logits(9, 30, 100, scale=30)
-    batch = sampling_batch(30, temperature=1e-38, top_p=0.9, seeds=np.arange(30))
+    batch = sampling_batch(30, temperature=1e-38, top_p=0.9, seed=np.arange(30))
     np.testing.assert_array_equal(sampler(logits, batch).token_ids, logits.argmax(-1))

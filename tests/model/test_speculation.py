@@ -263,9 +263,7 @@ def next_distribution(tokens: list[int], sampling: SamplingParams) -> np.ndarray
 
 def test_probabilities_are_of_the_kept_tokens(sampling_batch: Callable[..., SamplingBatch]) -> None:
     logits = np.array([[0.0, 1.0, 2.0, 3.0]] * 4, np.float32)
-    sampling = sampling_batch(
-        4, temperature=[0.0, 1.0, 0.5, 1.0], top_k=[0, 2, 0, 0], bias_rows=[3], bias_token_ids=[3], bias=[-np.inf]
-    )
+    sampling = sampling_batch(4, temperature=[0.0, 1.0, 0.5, 1.0], top_k=[0, 2, 0, 0], biases=[(3, 3, -np.inf)])
     expected = np.zeros((4, 4))
     expected[0, 3] = 1
     expected[1, 2:] = np.exp([2, 3]) / np.exp([2, 3]).sum()

@@ -118,7 +118,7 @@ def test_execute_samples_from_the_wanted_rows_and_may_be_repeated(
         out = backend.execute(batch, sampling_batch(2))
         assert out.token_ids.dtype == np.int32
         np.testing.assert_array_equal(out.token_ids, logits.argmax(-1))
-    drawn = sampling_batch(2, temperature=1.0, top_p=0.9, seeds=[1, 2], positions=[3, 1], num_logprobs=2)
+    drawn = sampling_batch(2, temperature=1.0, top_p=0.9, seed=[1, 2], position=[3, 1], num_logprobs=2)
     expected = sample_reference(logits, drawn)
     np.testing.assert_array_equal(backend.execute(batch, drawn).token_ids, expected.token_ids)
 

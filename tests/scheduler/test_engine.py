@@ -1,4 +1,4 @@
-"""Failures at every point of a step: whoever is at fault ends with an error, everybody else goes on."""
+"""Failures at every point of a step: the request at fault ends with an error, and all others go on."""
 
 from __future__ import annotations
 
@@ -113,6 +113,31 @@ def test_a_failing_step_one_by_one_keeps_the_order_and_repeats_once_what_was_rel
     assert harness.executor.released[1:] == [[0], [0], []]
     harness.drain()
     assert harness.errors.keys() == {"b"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_row_that_is_freed_during_a_step_goes_to_the_next_request(*, fails: bool) -> None:
+    """ "a" is aborted after it was scheduled; the step is computed nevertheless, or fails and is repeated."""
+    harness = Harness(max_num_seqs=3)
+    add_all(harness)
+    harness.step()
+    assert [request.row for request in harness.scheduler.running.values()] == [0, 1, 2]
+
+    def abort(_: SchedulerOutput) -> None:
+        harness.executor.fail = lambda _: None
+        harness.abort("a")
+        if fails:
+            raise InjectedError("once")
+
+    harness.executor.fail = abort
+    harness.step()
+    harness.add("d", PROMPTS["a"])
+    harness.step()
+    assert [request.row for request in harness.scheduler.running.values()] == [1, 2, 0]
+    assert harness.executor.sequences[0].request_id == "d"
+    harness.drain()
+    assert {request_id: harness.token_ids[request_id] for request_id in "bc"} == {"b": alone("b"), "c": alone("c")}
+    assert harness.token_ids["d"] == alone("a")
 
 
 def test_a_request_may_fail_on_its_own_account() -> None:

@@ -77,7 +77,7 @@ def test_idleness_earns_no_credit() -> None:
     assert list(harness.finish_reasons)[4:10] == ["a4", "b0", "a5", "b1", "a6", "b2"]
 
 
-def test_who_comes_to_an_empty_queue_is_lifted_to_whoever_left_it_last() -> None:
+def test_a_client_that_comes_to_an_empty_queue_is_lifted_to_the_last_one_that_left_it() -> None:
     harness = one_row()
     add(harness, "a", 5, max_tokens=5)
     harness.drain()
@@ -178,8 +178,8 @@ def test_nobody_joins_a_client_that_sits_out() -> None:
     harness.drain()
 
 
-def test_a_row_is_taken_from_whoever_was_served_more() -> None:
-    """ "b" comes at the level of "a", 12, and takes the row when "a" has 20; then "a" sits out until "b" has 16."""
+def test_a_row_is_taken_from_the_client_that_was_served_more() -> None:
+    """ "b" comes at the level of "a", 12, and takes the row when "a" has 20; then "a" pauses until "b" has 16."""
     harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 5, max_tokens=6)
     harness.step()

@@ -264,15 +264,15 @@ def test_nobody_joins_for_the_tokens_that_others_are_sure_of() -> None:
 
 
 class Rests(FirstComeFirstServed):
-    """Would have every running request sit out every step."""
+    """Asks every running request to pause in every step."""
 
     def pauses(self, request: Request, now: float) -> bool:
         return True
 
 
 @pytest.mark.parametrize("num_blocks", [64, 4])
-def test_not_all_can_sit_out(num_blocks: int) -> None:
-    """Who has just joined is not asked; after that the first goes on alone, and takes blocks of those who sit out."""
+def test_not_all_can_pause(num_blocks: int) -> None:
+    """A request that has just joined is not asked; then the first goes on alone, and takes blocks of paused ones."""
     harness = Harness(
         max_num_seqs=2, policy=make_policy(Rests), num_blocks=num_blocks, block_size=2, enable_prefix_caching=False
     )
@@ -379,7 +379,7 @@ def test_the_scheduler_knows_when_there_is_something_to_do() -> None:
 
 
 class ShortestFirst(FirstComeFirstServed):
-    """The least work left goes first; whoever has the most of it gives way."""
+    """The least work left goes first; the request with the most of it gives way."""
 
     def order(self, waiting: Collection[Request], now: float) -> Iterable[Request]:
         return sorted(waiting, key=lambda request: request.max_num_tokens - request.num_tokens)

@@ -31,7 +31,7 @@ KNOBS = {
     "tpot_slo_ms": 2000,
     "static_timeout_seconds": 3,
 }
-# With its own lead, `fair` lets nobody sit out in so short a run.
+# With its own lead, `fair` pauses no request in so short a run.
 CASES = [
     *(pytest.param(policy, select_knobs(policy, KNOBS), id=policy) for policy in POLICIES),
     *(pytest.param("fair", VirtualTokenCounter.Knobs(fair_lead=lead), id=f"fair-{lead}") for lead in (1, 10)),
@@ -203,7 +203,7 @@ class Workload(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "harness"):
             return
-        # Under fcfs whoever is first in line advances by a token in every step, and is nobody's victim.  Other policies
+        # Under fcfs the first request in line advances by a token in every step, and is never a victim.  Other policies
         # may change their mind about who is first, but only so often, and a static batch waits until it is formed.
         bound = sum(len(asked.prompt) + asked.params.max_tokens for asked in self.asked.values())
         self.harness.drain(max_steps=bound if self.policy == "fcfs" else 3 * (bound + len(self.asked)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from shoal.extras import install_command
 from shoal.model.backends import native_library
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.checkpoint.config import load_config
@@ -124,6 +125,24 @@ def test_torch_serves_where_the_library_is_of_another_machine(
     assert chosen.warning is not None
     assert chosen.warning.startswith(f"{TORCH_SERVES}backend native does not load: {tmp_path}/libshoal-generic.so: ")
     assert refusal(model, "--backend", "native")[1] == "backend"
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--backend", "torch"], "backend is torch"),
+        (["--device", "cuda:1"], NEEDS_CPU),
+        ([], NEEDS_BUILD),
+    ],
+    ids=["asked for", "for a GPU", "in place of native"],
+)
+def test_a_torch_that_is_not_installed(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, args: list[str], reason: str
+) -> None:
+    built(monkeypatch, [])
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    needs = f"the torch backend needs torch, which is not installed: run `{install_command('torch')}`"
+    assert refusal(model, *args) == (f"{reason}; {needs}", "backend")
 
 
 @pytest.mark.parametrize("checkpoint_dtype", ["float32", "bfloat16", "float16"])

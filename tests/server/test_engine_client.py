@@ -30,7 +30,8 @@ def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Start the fake where the client starts the real one, and leave its sockets where they can be found."""
     script = tmp_path / "python"
     script.write_text(
-        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.server.fake_engine "$@"\n', encoding="utf-8"
+        f'#!/bin/sh\nPYTHONPATH={ROOT}:{ROOT}/src exec {sys.executable} -m tests.server.fake_engine "$@"\n',
+        encoding="utf-8",
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))

@@ -1,0 +1,201 @@
+"""The reference pages are true: links lead somewhere, nothing that exists is left out, and the example runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from shoal.model.checkpoint.config import load_config
+from shoal.model.checkpoint.find import resolve_checkpoint
+from shoal.model.record import bytes_per_block
+from shoal.model.speculation.config import MOST_SPEC_TOKENS
+from shoal.scheduler import policies
+from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.policies import POLICIES, describe_policies, discover_policies
+from shoal.server.app import create_app
+from shoal.server.errors import http_error
+from shoal.server.metrics import Metrics
+from shoal.server.sampling import COMPLETION_MAX_TOKENS
+from shoal.server.service import Service
+from shoal.server.settings import DEFAULT_MODEL, Declared, declared, describe, resolve
+from shoal.server.sources import load_settings
+from shoal.server.wire import requests
+from tests.fakes import Harness
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+API, OPERATIONS, ADD_A_POLICY = (
+    (ROOT / "docs" / name).read_text("utf-8") for name in ("api.md", "operations.md", "policies.md")
+)
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# -- operations.md -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", declared())
+def test_every_setting_is_described(section: str) -> None:
+    """In the table under the heading with `[section]`: one row for each, and no other row."""
+    settings = declared()[section]
+    (table,) = re.findall(rf"^### .*`\[{section}\]`\n((?:(?!#).*\n)*)", OPERATIONS, re.MULTILINE)
+    assert [row for row in map(row_of, settings.values()) if row not in table] == []
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(settings)
+
+
+def row_of(one: Declared) -> str:
+    """The first three cells of a setting's row; its meaning is free."""
+    names = ("at_least", "above", "at_most", "pattern")
+    limits = [(name.replace("_", " "), one.field.metadata[name]) for name in names]
+    kind = ", ".join([describe(one.type), *(f"{name} {limit}" for name, limit in limits if limit is not None)])
+    kind = kind.replace("|", r"\|")
+    return f"| `{one.field.name}` | {kind} | {shown(one.field.default)} |"
+
+
+def shown(default: object) -> str:
+    match default:
+        case None:
+            return "not set"
+        case ():
+            return "none"
+        case bool():
+            return str(default).lower()
+    return str(default)
+
+
+def test_every_metric_is_described() -> None:
+    families = list(Metrics("fish").registry.collect())
+    rows = [f"| `{one.name}{'_total' if one.type == 'counter' else ''}` | {one.type} |" for one in families]
+    assert sorted(re.findall(r"^\| `vllm:\w+` \| \w+ \|", OPERATIONS, re.MULTILINE)) == sorted(rows)
+
+
+def test_the_example_of_sizing_is_the_bundled_model() -> None:
+    config = load_config(resolve_checkpoint(DEFAULT_MODEL))
+    block = bytes_per_block(config, "float32", 16)
+    num_blocks = 64 * config.max_position_embeddings // 16
+    assert re.search(rf"= +{block // 16:,} bytes a token\n.*= +{block:,} bytes a block\n", OPERATIONS)
+    assert f"{num_blocks:,} blocks = {num_blocks * block // 2**20} MiB" in OPERATIONS
+
+
+def test_every_limit_is_named() -> None:
+    for row in (
+        f"| `n` | {requests.MAX_CHOICES} |",
+        f"| stop strings, characters of each | {requests.MAX_STOP_STRINGS}, {requests.MAX_STOP_STRING_CHARS} |",
+        f"| `logprobs`, `top_logprobs` | {requests.MAX_LOGPROBS} |",
+        f"| `priority` | -{requests.MAX_PRIORITY} to {requests.MAX_PRIORITY} |",
+        f"| `ttft_slo_ms`, `tpot_slo_ms` | {requests.MAX_SLO_MS:,} |",
+        f"| drafted tokens of a request in a step | {MOST_SPEC_TOKENS} |",
+    ):
+        assert row in OPERATIONS
+
+
+# -- api.md ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_endpoint_is_described() -> None:
+    paths = create_app(cast(Service, SimpleNamespace(settings=resolve({})))).openapi()["paths"]
+    endpoints = [f"`{method.upper()} {path}`" for path, methods in paths.items() for method in methods]
+    assert "`POST /v1/completions`" in endpoints
+    assert [endpoint for endpoint in endpoints if endpoint not in API] == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        requests.CompletionBody,
+        requests.ChatBody,
+        requests.Message,
+        requests.TokenizeBody,
+        requests.DetokenizeBody,
+    ],
+)
+def test_every_field_of_a_request_is_described(body: type[requests.CompletionBody]) -> None:
+    described = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\|([^|]*)\|", API, re.MULTILINE))))
+    assert body.model_fields.keys() - described == set()
+
+
+def test_every_limit_of_a_request_is_named() -> None:
+    for row in (
+        f"| `n` | integer, 1 to {requests.MAX_CHOICES} |",
+        f"| `stop` | string, or a list of at most {requests.MAX_STOP_STRINGS}, "
+        f"of 1 to {requests.MAX_STOP_STRING_CHARS} characters each,",
+        f"| `logprobs` | integer, 0 to {requests.MAX_LOGPROBS},",
+        f"| `top_logprobs` | integer, 0 to {requests.MAX_LOGPROBS},",
+        f"| `priority` | integer, -{requests.MAX_PRIORITY} to {requests.MAX_PRIORITY} |",
+        f"| `ttft_slo_ms` | number, above 0, at most {requests.MAX_SLO_MS:,},",
+        f"| `tpot_slo_ms` | number, above 0, at most {requests.MAX_SLO_MS:,},",
+        f"- `/v1/completions`: {COMPLETION_MAX_TOKENS}, as in OpenAI's API",
+    ):
+        assert row in API
+
+
+def kinds(root: type[ShoalError]) -> Iterator[type[ShoalError]]:
+    """The tree of errors."""
+    yield root
+    for kind in root.__subclasses__():
+        yield from kinds(kind)
+
+
+@pytest.mark.parametrize("kind", list(kinds(ShoalError)))
+def test_every_error_is_described(kind: type[ShoalError]) -> None:
+    error = http_error(kind(""))
+    (row,) = re.findall(rf"^\| {error.status} \| `{error.type}` \| `{error.code}` \|.*", API, re.MULTILINE)
+    assert (f"`retry-after: {error.retry_after}`" in row) == (error.retry_after is not None)
+
+
+# -- policies.md -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The policy of the page, in a file of the name that the page gives it, is found among the others."""
+    ((module, source),) = re.findall(r"`scheduler/policies/(\w+)\.py`:\n\n```python\n(.*?)```", ADD_A_POLICY, re.DOTALL)
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)  # there is no shoal.toml
+    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
+    for name, kind in discover_policies().items():
+        monkeypatch.setitem(POLICIES, name, kind)
+    declared.cache_clear()
+    yield
+    declared.cache_clear()
+    del sys.modules[f"{policies.__name__}.{module}"]
+
+
+@pytest.mark.usefixtures("_example")
+def test_the_example_is_a_policy_with_a_setting_of_its_own() -> None:
+    assert describe_policies()["short-prompts"] == "The shortest prompt goes first; waiting makes up for length."
+    assert declared()["scheduler"]["prompt_rate"].field.default == 100.0
+    for rate, expected in ((2.0, ["long", "short"]), (0.5, ["short", "long"])):
+        settings = load_settings(["--policy", "short-prompts", "--prompt-rate", str(rate)])
+        policy = settings.scheduler.policy
+        harness = Harness(max_num_seqs=1, policy=policy, knobs=settings.knobs[policy])
+        harness.add("long", [1, 2, 3], max_tokens=1)
+        harness.now = 2.0
+        harness.add("short", [1], max_tokens=1)
+        harness.drain()
+        assert list(harness.finish_reasons) == expected
