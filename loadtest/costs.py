@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from msgspec.structs import astuple
 from numpy.typing import NDArray
-from scipy.optimize import nnls  # type: ignore[import-untyped]  # it has no types
+from scipy.optimize import nnls
 
 from shoal.loadtest.records import LoadTestError, Run
 from shoal.loadtest.trace import stays
@@ -209,7 +209,7 @@ def _fit_sum(rows: Array) -> Array:
     if len(rows) < _MIN_ROWS:
         return np.zeros(table.shape[1])
     found = fit_robustly(table, target)
-    return found * target.sum() / max((table @ found).sum(), _TINY)
+    return np.asarray(found * target.sum() / max((table @ found).sum(), _TINY))
 
 
 def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
