@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from msgspec.structs import astuple
 from numpy.typing import NDArray
-from scipy.optimize import nnls  # type: ignore[import-untyped]  # it has no types
+from scipy.optimize import nnls
 
 from shoal.loadtest.records import LoadTestError, Run
 from shoal.loadtest.trace import stays
@@ -29,7 +29,7 @@ Count = Annotated[int, Meta(ge=0)]
 
 _TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)  # the cost of a step is linear between two of them
 _MIN_STEPS = 20
-_MIN_QUEUED = 5
+_MIN_ROWS = 5
 _NUM_RATIOS = 200
 _NUM_ROUNDS = 20
 _HUBER = 1.345 * 1.4826  # Huber's 1.345 standard deviations, each 1.4826 median absolute errors if errors are normal
@@ -170,7 +170,8 @@ def fit(runs: Sequence[Run]) -> CostModel:
     ]
     seconds = np.array([step.seconds for step in steps])
     ordered = _fit_order(shapes, seconds - [step.execute_seconds for step in steps])
-    costs = _fit_steps(shapes, seconds, ordered, _fit_gaps(runs))
+    gaps = np.array([gap for run in runs for gap in _gaps(run)], dtype=float).reshape(-1, 4)
+    costs = _fit_steps(shapes, seconds, ordered, _fit_sum(gaps).tolist())
     predicted = np.array([costs.seconds(shape) for shape in shapes])
     return CostModel(
         steps=costs,
@@ -199,6 +200,18 @@ def fit_robustly(table: Array, target: Array) -> Array:
     return np.asarray(found / scale)
 
 
+def _fit_sum(rows: Array) -> Array:
+    """Coefficients for the last column of `rows` from the others, so that its sum is right; 0 from too few rows.
+
+    What took long, because another process was at work, counts in the sum.
+    """
+    table, target = rows[:, :-1], rows[:, -1]
+    if len(rows) < _MIN_ROWS:
+        return np.zeros(table.shape[1])
+    found = fit_robustly(table, target)
+    return np.asarray(found * target.sum() / max((table @ found).sum(), _TINY))
+
+
 def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
     """Seconds for each waiting request that is sorted, from the seconds outside the executor.
 
@@ -219,17 +232,6 @@ def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float, gaps
     points = zip(counts.astype(int).tolist(), at_counts.tolist(), strict=True)
     further = [*found[len(counts) :].tolist(), ordered, *gaps]
     return StepCosts(dict(points), *further)
-
-
-def _fit_gaps(runs: Iterable[Run]) -> list[float]:
-    """Seconds between two steps, and what each stream and each arriving request adds."""
-    gaps = np.array([gap for run in runs for gap in _gaps(run)], dtype=float).reshape(-1, 4)
-    if not len(gaps):
-        return [0.0, 0.0, 0.0]
-    found = fit_robustly(gaps[:, :3], gaps[:, 3])
-    if found.any():  # long gaps, in which another process was at work, count in the sum
-        found *= gaps[:, 3].sum() / (gaps[:, :3] @ found).sum()
-    return list(found.tolist())
 
 
 def _gaps(run: Run) -> Iterator[tuple[int, int, int, float]]:
@@ -277,9 +279,7 @@ def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
     `arrival_gap` is the engine's work on a request until it has arrived, which `StepCosts` counts.
     """
     to_head, to_engine, queued = zip(*map(_ways, runs), strict=True)
-    pairs = np.concatenate(queued)
-    # Where hardly any request queued, `send` is all there is to know.
-    handling = fit_robustly(pairs[:, :2], pairs[:, 2]) if len(pairs) >= _MIN_QUEUED else np.zeros(2)
+    handling = _fit_sum(np.concatenate(queued))  # where hardly any request queued, `send` is all there is to know
 
     def sending(ways: Sequence[Array], *, is_closed: bool) -> float:
         """The typical way in closed or in open loops, without the API process's work."""

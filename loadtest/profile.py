@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentError, ArgumentParser, BooleanOptionalAction
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,16 @@ def series(
         options: of all servers.
         policies, loads: of the load test; by default, any that it may have.
     """
-    is_short = num_requests is not None and num_requests < LEAST_FOR_WHOLE
-    chosen = _short_series(max(num_requests or 0, _LEAST_REQUESTS), policies, loads) if is_short else SERIES
+    chosen = list(SERIES)
+    if num_requests is not None and num_requests < LEAST_FOR_WHOLE:
+        count = max(num_requests, _LEAST_REQUESTS)
+        together = Load(users=max((load.users for load in loads), default=0) or count)
+        chosen = [Stretch("chat", _LEAST_REQUESTS, Load(users=1)), Stretch("chat", count, together)]
+        if any(find_policy(name).pads is not Policy.pads for name in policies):
+            chosen.append(Stretch("chat", count, together, Setup(policy="static")))
+        if not loads or not all(load.users for load in loads):
+            chosen.append(Stretch("chat", min(count, 32), Load(rate=16.0)))
     return [replace(one, setup=replace(one.setup, options=(*options, *one.setup.options))) for one in chosen]
-
-
-def _short_series(num_requests: int, policies: Collection[str], loads: Collection[Load]) -> Iterator[Stretch]:
-    together = Load(users=max((load.users for load in loads), default=0) or num_requests)
-    yield Stretch("chat", _LEAST_REQUESTS, Load(users=1))
-    yield Stretch("chat", num_requests, together)
-    if any(find_policy(name).pads is not Policy.pads for name in policies):
-        yield Stretch("chat", num_requests, together, Setup(policy="static"))
-    if not loads or not all(load.users for load in loads):
-        yield Stretch("chat", min(num_requests, 32), Load(rate=16.0))
 
 
 class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -153,7 +153,7 @@ def test_a_known_cost_model_comes_back() -> None:
     assert seconds_of_tokens(found.steps) == pytest.approx(seconds_of_tokens(known), rel=1e-6)
     for name in StepCosts.__struct_fields__[1:]:
         assert getattr(found.steps, name) == pytest.approx(getattr(known, name), rel=1e-4), name
-    assert asdict(found.latencies) == pytest.approx(asdict(REALISTIC.latencies), rel=1e-3)
+    assert asdict(found.latencies) == pytest.approx(asdict(REALISTIC.latencies), rel=0.01)
     ratios = [ratio for band in found.deviations.values() for ratio in band]
     assert ratios == pytest.approx([1.0] * len(ratios))
 
@@ -197,6 +197,18 @@ def median_ttft(run: Run) -> float:
 
 def median_e2e(run: Run) -> float:
     return float(np.median([(record.finished_at or 0) - record.sent_at for record in run.requests]))
+
+
+def test_the_work_on_requests_is_known_though_their_answers_are_noticed_together() -> None:
+    """A load generator that gets no core reads several heads at once."""
+    runs = series(REALISTIC)
+    for one in runs:
+        times = [record.accepted_at or 0.0 for record in one.requests]
+        for record in one.requests:
+            record.accepted_at = max(
+                time for time in times if time <= 0.004 * (1 + (record.accepted_at or 0.0) // 0.004)
+            )
+    assert fit(runs).latencies.request == pytest.approx(REALISTIC.latencies.request, rel=0.5)
 
 
 def test_requests_that_failed_and_events_that_lack_are_passed_over() -> None:
