@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Self
+
+import gevent
 
 from bench.table import show
 from bench.workload import make_engine, make_request
+from shoal.loadtest.records import RequestRecord
+from shoal.loadtest.server import ServerProcess
+from shoal.loadtest.stream import CompletionClient
 
 NUM_STREAMS = 32
 NUM_PROMPT_TOKENS = 64
 ARGUMENTS = ["--no-enable-prefix-caching"]
-TICKS = os.sysconf("SC_CLK_TCK")
+TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -98,78 +101,31 @@ def decode_all(checkpoint: Path, max_tokens: int) -> float:
     return time.perf_counter() - began
 
 
-class Server:
-    """`shoal serve` for the length of a `with` block."""
-
-    def __init__(self, checkpoint: Path, arguments: Sequence[str]) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "shoal.server.cli",
-            "serve",
-            "--model",
-            str(checkpoint),
-            "--port",
-            "0",
-            *arguments,
-        ]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self._process.stderr is not None
-        self.url = next(line.split()[-1] for line in self._process.stderr if "ready after" in line)
-        self.api, self.engine = self._process.pid, _only_child(self._process.pid)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
+def start_server(checkpoint: Path, arguments: Sequence[str], folder: Path) -> ServerProcess:
+    """`shoal serve` for the length of a `with` block; its log is in the folder."""
+    return ServerProcess(["--model", str(checkpoint), *arguments], folder / f"log-{len(list(folder.iterdir()))}")
 
 
 def _over_http(checkpoint: Path, prompts: list[list[int]], max_tokens: int) -> Run:
-    with Server(checkpoint, ARGUMENTS) as server:
-        asyncio.run(stream_all(server.url, prompts, 4))
-        before = (_cpu(server.api), _cpu(server.engine), time.process_time())
-        wall, num_tokens = asyncio.run(stream_all(server.url, prompts, max_tokens))
-        after = (_cpu(server.api), _cpu(server.engine), time.process_time())
+    with tempfile.TemporaryDirectory() as folder, start_server(checkpoint, ARGUMENTS, Path(folder)) as server:
+        stream_all(server.url, prompts, 4)
+        before = (*server.cpu_seconds(), time.process_time())
+        wall, num_tokens = stream_all(server.url, prompts, max_tokens)
+        after = (*server.cpu_seconds(), time.process_time())
         assert num_tokens == NUM_STREAMS * max_tokens, f"expected {NUM_STREAMS * max_tokens} tokens, got {num_tokens}"
         api, engine, client = (b - a for a, b in zip(before, after, strict=True))
-        return Run(wall, api, engine, client, _memory(server.api), _memory(server.engine))
+        return Run(wall, api, engine, client, *server.memory())
 
 
-async def stream_all(url: str, prompts: list[list[int]], max_tokens: int) -> tuple[float, int]:
+def stream_all(url: str, prompts: list[list[int]], max_tokens: int) -> tuple[float, int]:
     """A concurrent stream for each prompt: seconds that all took, and the tokens that came."""
+    fields = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    bodies = [json.dumps({"prompt": p, **fields, "stream_options": {"include_usage": True}}).encode() for p in prompts]
+    records = [RequestRecord(request_id=str(number), sent_at=0.0) for number in range(len(prompts))]
+    client = CompletionClient(url, timeout_seconds=TIMEOUT_SECONDS)
     began = time.perf_counter()
-    num_tokens = sum(await asyncio.gather(*(_stream(url, prompt, max_tokens) for prompt in prompts)))
-    return time.perf_counter() - began, num_tokens
-
-
-async def _stream(url: str, prompt: list[int], max_tokens: int) -> int:
-    """Read one stream as cheaply as can be, for the client shares the machine; returns the tokens it was told of."""
-    host, _, port = url.removeprefix("http://").partition(":")
-    fields = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    body = json.dumps(fields | {"stream_options": {"include_usage": True}}).encode()
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n")
-    writer.write(b"content-length: %d\r\n\r\n%s" % (len(body), body))
-    received = await reader.read(-1)
-    writer.close()
-    usage = next(line for line in received.splitlines() if b'"completion_tokens"' in line)
-    return int(json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"])
-
-
-def _only_child(pid: int) -> int:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(children[0])
-
-
-def _cpu(pid: int) -> float:
-    """CPU seconds that a process has used (proc(5): utime and stime)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
-
-
-def _memory(pid: int) -> float:
-    """Resident MiB of a process (proc(5): VmRSS)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    gevent.joinall([gevent.spawn(client.stream, *one, time.perf_counter) for one in zip(bodies, records, strict=True)])
+    seconds = time.perf_counter() - began
+    client.close()
+    assert all(record.is_answered for record in records), next(filter(None, (record.error for record in records)))
+    return seconds, sum(record.num_output_tokens for record in records)

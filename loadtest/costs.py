@@ -1,37 +1,52 @@
-"""What a step costs, and the way of a request and its tokens outside the engine: what the digital twin knows of time.
+"""What the digital twin knows of time: costs of steps and latencies around the engine, fitted to measured runs.
 
 The form of the model is that of Vidur (Agrawal et al. 2024, "Vidur: A Large-Scale Simulation Framework for LLM
-Inference"): predictions from the size of a batch, fitted to a short profile.  `loadtest/fit.py` fits it.
+Inference"): predictions from the size of a batch, fitted to a short profile.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from math import isfinite
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
-from shoal.loadtest.errors import LoadTestError
-from shoal.loadtest.steps import Step
-from shoal.scheduler.output import SchedulerOutput
+import numpy as np
+from msgspec import Meta, Struct
+from msgspec.structs import astuple
+from numpy.typing import NDArray
+from scipy.optimize import nnls
 
-VERSION = 2  # of the JSON
+from shoal.loadtest.records import LoadTestError, Run
+from shoal.loadtest.trace import stays
+from shoal.scheduler.output import ScheduledRequest
+from shoal.scheduler.policies import find_policy
+from shoal.scheduler.step_record import ShareRecord, StepRecord
+
+Array = NDArray[np.float64]
+Amount = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0)]
+
+_TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)  # the cost of a step is linear between two of them
+_MIN_STEPS = 20
+_MIN_ROWS = 5
+_NUM_RATIOS = 200
+_NUM_ROUNDS = 20
+_HUBER = 1.345 * 1.4826  # Huber's 1.345 standard deviations, each 1.4826 median absolute errors if errors are normal
+_TINY = 1e-12
 
 
 class StepShape(NamedTuple):
     """What the cost of a step depends on.
 
     Attributes:
-        num_tokens: in all, those of padding rows and drafted ones too.
+        num_tokens: all tokens, those of padding rows and drafted ones too.
         num_pairs: pairs of query and key that attention computes.
-        num_keys: keys that the rows see, each row's counted once: what attention reads.
+        num_keys: keys that the rows see, each row's counted once; attention reads them.
         num_samples: rows for which a token is chosen, padding rows too.
-        num_streams: those of them whose token goes to somebody: it costs the engine a message, and takes the cores that
-            the engine computes on for the server's other process and for the client.
+        num_streams: rows whose token goes to a client, which takes time on the engine's cores in all processes.
         num_joins: requests that join the batch.
-        num_ordered: waiting requests that the policy puts in order; none for those that take them as they come.
+        num_ordered: waiting requests that the policy sorts; 0 for a policy that does not sort.
     """
 
     num_tokens: int = 0
@@ -43,219 +58,309 @@ class StepShape(NamedTuple):
     num_ordered: int = 0
 
     @classmethod
-    def of(cls, output: SchedulerOutput, num_ordered: int) -> StepShape:
-        num_tokens = num_pairs = num_keys = num_samples = num_streams = num_joins = 0
-        for share in output.scheduled:
+    def of(cls, shares: Iterable[ScheduledRequest | ShareRecord], num_joins: int, num_ordered: int) -> StepShape:
+        num_tokens = num_pairs = num_keys = num_samples = num_streams = 0
+        for share in shares:
             count = share.num_scheduled_tokens
             num_tokens += count
             num_pairs += count * share.num_computed_tokens + count * (count + 1) // 2
             num_keys += share.num_computed_tokens + count
             num_samples += share.samples
             num_streams += share.samples and not share.is_padding
-            num_joins += share.new is not None
         return cls(num_tokens, num_pairs, num_keys, num_samples, num_streams, num_joins, num_ordered)
 
-    @classmethod
-    def of_step(cls, step: Step, num_joins: int, num_ordered: int) -> StepShape:
-        """That of a step that was traced."""
-        return cls(
-            num_tokens=sum(row.num_tokens for row in step.rows),
-            num_pairs=step.num_pairs,
-            num_keys=step.num_keys,
-            num_samples=sum(row.samples for row in step.rows),
-            num_streams=sum(row.samples and not row.is_padding for row in step.rows),
-            num_joins=num_joins,
-            num_ordered=num_ordered,
-        )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepCosts:
+class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds of the engine's steps, and between them.
 
     Attributes:
-        token_counts: ascending.
-        token_seconds: of a step of so many tokens; on straight lines between these counts, and beyond the last ones.
-        pair_seconds, key_seconds, sample_seconds, stream_seconds, join_seconds, ordered_seconds: what one more of each
-            adds.
-        gap_seconds, stream_gap_seconds, arrival_gap_seconds: from the end of a step to the start of the next, if the
-            engine has not to wait, and what a token that goes to somebody and a request that comes add to it.
+        token_seconds: the seconds of a step by its number of tokens, on straight lines between at least two points;
+            the last line goes on.
+        pair_seconds to ordered_seconds: what one more of each further count of `StepShape` adds, in its order.
+        gap_seconds: from the end of a step to the start of the next, while the engine has work.
+        stream_gap_seconds, arrival_gap_seconds: what each stream and each arriving request adds to the gap.
     """
 
-    token_counts: tuple[int, ...]
-    token_seconds: tuple[float, ...]
-    pair_seconds: float
-    key_seconds: float
-    sample_seconds: float
-    stream_seconds: float
-    join_seconds: float
-    ordered_seconds: float
-    gap_seconds: float
-    stream_gap_seconds: float
-    arrival_gap_seconds: float
+    token_seconds: Annotated[dict[Count, Amount], Meta(min_length=2)]
+    pair_seconds: Amount
+    key_seconds: Amount
+    sample_seconds: Amount
+    stream_seconds: Amount
+    join_seconds: Amount
+    ordered_seconds: Amount
+    gap_seconds: Amount
+    stream_gap_seconds: Amount
+    arrival_gap_seconds: Amount
 
     def seconds(self, shape: StepShape) -> float:
-        """Of a step; nothing if it computes nothing."""
+        """The seconds of a step; 0 if it computes nothing."""
         if not shape.num_tokens:
             return 0.0
-        return (
-            self._of_tokens(shape.num_tokens)
-            + shape.num_pairs * self.pair_seconds
-            + shape.num_keys * self.key_seconds
-            + shape.num_samples * self.sample_seconds
-            + shape.num_streams * self.stream_seconds
-            + shape.num_joins * self.join_seconds
-            + shape.num_ordered * self.ordered_seconds
-        )
+        counts = sorted(self.token_seconds)
+        place = min(max(bisect_right(counts, shape.num_tokens), 1), len(counts) - 1)
+        before, after = counts[place - 1], counts[place]
+        slope = (self.token_seconds[after] - self.token_seconds[before]) / (after - before)
+        further: float = sum(number * seconds for number, seconds in zip(shape[1:], astuple(self)[1:], strict=False))
+        return self.token_seconds[before] + slope * (shape.num_tokens - before) + further
 
     def gap(self, shape: StepShape) -> float:
-        """Seconds after a step of this shape, but for requests that come."""
+        """The seconds after a step of this shape, without those of arriving requests."""
         return self.gap_seconds + shape.num_streams * self.stream_gap_seconds if shape.num_tokens else 0.0
 
-    def _of_tokens(self, count: int) -> float:
-        counts, seconds = self.token_counts, self.token_seconds
-        index = min(max(bisect_right(counts, count), 1), len(counts) - 1)
-        slope = (seconds[index] - seconds[index - 1]) / (counts[index] - counts[index - 1])
-        return seconds[index - 1] + slope * (count - counts[index - 1])
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latencies:
-    """Seconds outside the engine.  The API process takes one thing after the other: requests, and tokens to send.
+class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds outside the engine.  The API process does one thing at a time: it takes requests and sends tokens.
 
     Attributes:
-        lateness: open loop: from when a request is due to when the load generator sends it; latencies count from then.
-        send: from sending a request to when the API process could begin with it.
-        request, prompt_token: that process's work on a request, and on each token of its prompt.
-        command: from when the API process has taken a request to when the engine can.
-        token: the API process's work on a token, or the client's if that is more.
-        delivery: from the end of that work, were there none before it, to the client's notice of the token.
-        end: from a stream's last token to its end.
-        turnaround: closed loop: from the end of an answer to the next request of the user, beside the time to think.
+        lateness: open loop: from when a request is due, from where its latency counts, to when it is sent.
+        send: of a request on its way from the user to the engine, without the API process's work.
+        request, prompt_token: the API process's work on a request, and on each token of its prompt.
+        token: the API process's work on a token, or the client's if that takes longer.
+        delivery: from the end of that work to the client's notice of the token, if no other token is before it.
+        turnaround: closed loop: from the end of an answer to the user's next request, without the time to think.
     """
 
-    lateness: float
-    send: float
-    request: float
-    prompt_token: float
-    command: float
-    token: float
-    delivery: float
-    end: float
-    turnaround: float
+    lateness: Amount
+    send: Amount
+    request: Amount
+    prompt_token: Amount
+    token: Amount
+    delivery: Amount
+    turnaround: Amount
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deviations:
-    """How steps of some number of streams deviate from what is predicted of them.
-
-    Attributes:
-        num_streams: the least; the most is below that of the next.
-        ratios: measured over predicted seconds of the profile's steps, ascending, each for an equal share of them.
-    """
-
-    num_streams: int
-    ratios: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostModel:
+class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that the twin knows of time.
 
     Attributes:
-        deviations: by the number of streams, ascending.  The simulator draws from them, so that what the machine did
-            beside is in its predictions too: above all, passing on the tokens of the step before, on the cores that
-            the engine computes on.  Empty: steps take exactly what is predicted.
+        deviations: measured over predicted seconds of steps, by their least number of streams; ascending, each for an
+            equal share of the profile's steps.  The simulator draws from them, so that predictions contain what else
+            the machine did, above all passing on tokens on the engine's cores.  If empty, nothing deviates.
     """
 
     steps: StepCosts
     latencies: Latencies
-    deviations: tuple[Deviations, ...] = ()
+    deviations: dict[Count, Annotated[tuple[Amount, ...], Meta(min_length=1)]] = {}
 
     def ratios(self, num_streams: int) -> tuple[float, ...]:
-        """Of steps with so many streams; those of the fewest, if there were never so few."""
-        place = bisect_right(self.deviations, num_streams, key=lambda one: one.num_streams)
-        return self.deviations[max(place - 1, 0)].ratios if self.deviations else ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {"version": VERSION} | asdict(self)
-
-    @classmethod
-    def from_json(cls, value: object) -> CostModel:
-        """Read what `to_json` made.
-
-        Raises:
-            LoadTestError: it is something else, or of another version; names the field.
-        """
-        costs = read_object(value, "costs", ["version", *(field.name for field in fields(cls))])
-        if costs["version"] != VERSION:
-            raise LoadTestError(f"costs.version is {costs['version']!r}, but this Shoal reads {VERSION}: profile again")
-        return cls(
-            steps=_read_step_costs(costs["steps"]),
-            latencies=_read_latencies(costs["latencies"]),
-            deviations=_read_deviations(costs["deviations"]),
-        )
+        """The deviations of steps with `num_streams` streams; the first ones if it lies below all."""
+        known = sorted(self.deviations)
+        return self.deviations[known[max(bisect_right(known, num_streams) - 1, 0)]] if known else ()
 
 
-def read_object(value: object, name: str, keys: Sequence[str] | None = None) -> dict[str, Any]:
-    """Take a JSON object that has exactly these keys, or any (None).
+# -- the fit of steps --------------------------------------------------------------------------------------------------
+
+
+def fit(runs: Sequence[Run]) -> CostModel:
+    """The cost model that agrees best with measured runs.
+
+    Costs are never negative; a cost of which the runs show nothing is 0.  Outliers hardly move the costs, but they
+    are in the deviations, which keep the total time.
 
     Raises:
-        LoadTestError: it is something else; names the key.
+        LoadTestError: there are too few steps to fit.
     """
-    if not isinstance(value, dict):
-        raise LoadTestError(f"{name} must be a JSON object, not {value!r:.40}")
-    if keys is None:
-        return value
-    if missing := [key for key in keys if key not in value]:
-        raise LoadTestError(f"{name}.{missing[0]} is missing")
-    if unknown := value.keys() - set(keys):
-        raise LoadTestError(f"{name}.{min(unknown)} is unknown; known are {', '.join(keys)}")
-    return value
+    steps = [step for run in runs for step in run.steps]
+    if len(steps) < _MIN_STEPS:
+        raise LoadTestError(f"{len(steps)} steps were measured, but a cost model needs at least {_MIN_STEPS}")
+    sorting = [find_policy(run.setup.policy).sorts for run in runs for _ in run.steps]
+    shapes = [
+        StepShape.of(step.shares, len(step.joined), step.num_waiting if sorts else 0)
+        for step, sorts in zip(steps, sorting, strict=True)
+    ]
+    seconds = np.array([step.seconds for step in steps])
+    ordered = _fit_order(shapes, seconds - [step.execute_seconds for step in steps])
+    gaps = np.array([gap for run in runs for gap in _gaps(run)], dtype=float).reshape(-1, 4)
+    costs = _fit_steps(shapes, seconds, ordered, _fit_sum(gaps).tolist())
+    predicted = np.array([costs.seconds(shape) for shape in shapes])
+    return CostModel(
+        steps=costs,
+        latencies=_fit_latencies(runs, costs.arrival_gap_seconds),
+        deviations=_deviations(np.array([shape.num_streams for shape in shapes]), seconds, predicted),
+    )
 
 
-def _read_step_costs(value: object) -> StepCosts:
-    read = read_object(value, "costs.steps", [field.name for field in fields(StepCosts)])
-    lists = ("token_counts", "token_seconds")
-    counts, seconds = (_amounts(read[key], f"costs.steps.{key}") for key in lists)
-    if len(counts) < 2 or len(counts) != len(seconds):
-        raise LoadTestError("costs.steps.token_counts and token_seconds must have the same length, at least 2")
-    if any(after <= before for before, after in pairwise(counts)):
-        raise LoadTestError("costs.steps.token_counts must ascend")
-    amounts = {key: _amount(read[key], f"costs.steps.{key}") for key in read if key not in lists}
-    return StepCosts(token_counts=tuple(map(int, counts)), token_seconds=tuple(seconds), **amounts)
+def fit_robustly(table: Array, target: Array) -> Array:
+    """Coefficients x, none negative, for which `table @ x` is near `target`.
+
+    Errors are relative to the prediction and count by the loss of Huber 1964 ("Robust Estimation of a Location
+    Parameter"): nonnegative least squares, weighted anew until the coefficients stay.
+    """
+    target = np.maximum(target, _TINY)
+    scale = np.maximum(np.abs(table).max(axis=0), _TINY)
+    weights, found = 1 / target, np.zeros(table.shape[1])
+    for _ in range(_NUM_ROUNDS):
+        before, found = found, nnls(table / scale * weights[:, None], target * weights)[0]
+        if np.allclose(before, found, rtol=1e-6, atol=0):
+            break
+        predicted = np.maximum(table / scale @ found, _TINY)
+        errors = np.abs(target / predicted - 1)
+        limit = _HUBER * max(float(np.median(errors)), 1e-6)
+        weights = np.sqrt(np.minimum(1, limit / np.maximum(errors, _TINY))) / predicted
+    return np.asarray(found / scale)
 
 
-def _read_latencies(value: object) -> Latencies:
-    read = read_object(value, "costs.latencies", [field.name for field in fields(Latencies)])
-    return Latencies(**{key: _amount(read[key], f"costs.latencies.{key}") for key in read})
+def _fit_sum(rows: Array) -> Array:
+    """Coefficients for the last column of `rows` from the others, so that its sum is right; 0 from too few rows.
+
+    What took long, because another process was at work, counts in the sum.
+    """
+    table, target = rows[:, :-1], rows[:, -1]
+    if len(rows) < _MIN_ROWS:
+        return np.zeros(table.shape[1])
+    found = fit_robustly(table, target)
+    return np.asarray(found * target.sum() / max((table @ found).sum(), _TINY))
 
 
-def _read_deviations(value: object) -> tuple[Deviations, ...]:
-    if not isinstance(value, list):
-        raise LoadTestError(f"costs.deviations must be a list, not {value!r:.40}")
-    read: list[Deviations] = []
-    for index, one in enumerate(value):
-        name = f"costs.deviations[{index}]"
-        fields_of = read_object(one, name, ["num_streams", "ratios"])
-        ratios = _amounts(fields_of["ratios"], f"{name}.ratios")
-        if not ratios:
-            raise LoadTestError(f"{name}.ratios must not be empty")
-        read.append(
-            Deviations(num_streams=int(_amount(fields_of["num_streams"], f"{name}.num_streams")), ratios=tuple(ratios))
-        )
-    if any(after.num_streams <= before.num_streams for before, after in pairwise(read)):
-        raise LoadTestError("costs.deviations must ascend by num_streams")
-    return tuple(read)
+def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
+    """Seconds for each waiting request that is sorted, from the seconds outside the executor.
+
+    They are so few that the noise of a whole step would hide them, but a queue may be long.
+    """
+    table = np.array([shape._replace(num_pairs=1, num_keys=1) for shape in shapes], dtype=float)  # no attention there
+    return float(fit_robustly(table, seconds)[-1])
 
 
-def _amounts(value: object, name: str) -> list[float]:
-    if not isinstance(value, list | tuple):
-        raise LoadTestError(f"{name} must be a list of numbers, not {value!r:.40}")
-    return [_amount(one, f"{name}[{index}]") for index, one in enumerate(value)]
+def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float, gaps: Sequence[float]) -> StepCosts:
+    tokens, *others, num_ordered = np.array(shapes, dtype=float).T
+    counts = np.array([count for count in _TOKEN_COUNTS if count < tokens.max()] + [max(tokens.max(), 2)])
+    # The columns are a constant, the slope between each two counts, and the other counts of a shape.
+    slopes = np.clip(tokens[:, None] - counts[:-1], 0, np.diff(counts))
+    table = np.column_stack([np.ones(len(tokens)), slopes, *others])
+    found = fit_robustly(table, seconds - ordered * num_ordered)
+    at_counts = found[0] + np.cumsum([0, *found[1 : len(counts)] * np.diff(counts)])
+    points = zip(counts.astype(int).tolist(), at_counts.tolist(), strict=True)
+    further = [*found[len(counts) :].tolist(), ordered, *gaps]
+    return StepCosts(dict(points), *further)
 
 
-def _amount(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
-        raise LoadTestError(f"{name} must be a finite number, at least 0, not {value!r:.40}")
-    return float(value)
+def _gaps(run: Run) -> Iterator[tuple[int, int, int, float]]:
+    """1, streams of a step, requests that arrived between the step and the next, and seconds between the two.
+
+    A step is left out if the engine may have had nothing to do after it.
+    """
+    arrivals = sorted(stay.arrived_at for stay in stays(run.steps).values())
+    num_arrived = np.searchsorted(arrivals, [step.start + step.seconds / 2 for step in run.steps]).tolist()
+    for (before, earlier), (after, later) in pairwise(zip(run.steps, num_arrived, strict=True)):
+        goes_on = {share.request_id for share in before.shares if not share.is_padding}
+        if any(share.request_id in goes_on and not share.is_padding for share in after.shares):
+            num_streams = sum(share.samples and not share.is_padding for share in before.shares)
+            yield 1, num_streams, later - earlier, max(after.start - _end(before), 0.0)
+
+
+def _end(step: StepRecord) -> float:
+    return step.start + step.seconds
+
+
+def _deviations(num_streams: NDArray[np.int_], seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
+    """Bands of streams reach from one power of two to the next; a band with few steps is joined to the next one."""
+    bands = np.frexp(num_streams)[1]  # the number of bits
+    found: dict[int, tuple[float, ...]] = {}
+    chosen = np.zeros(len(bands), dtype=bool)
+    for band in np.unique(bands):
+        chosen |= bands == band
+        if chosen.sum() >= _MIN_STEPS or band == bands.max():
+            ratios = np.sort(seconds[chosen] / predicted[chosen])
+            ratios *= seconds[chosen].sum() / predicted[chosen].sum() / ratios.mean()  # the sum is predicted right
+            parts = np.array_split(ratios, min(_NUM_RATIOS, len(ratios)))
+            found[int(num_streams[chosen].min())] = tuple(float(part.mean()) for part in parts)
+            chosen[:] = False
+    return found
+
+
+# -- the fit of latencies ----------------------------------------------------------------------------------------------
+# Each latency is measured where nothing else delays the request or the token, as far as there are such places.  The
+# simulator computes how long they queue for the API process.
+
+
+def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
+    """The typical latencies of these runs; 0 for those that no request shows.
+
+    `arrival_gap` is the engine's work on a request until it has arrived, which `StepCosts` counts.
+    """
+    to_head, to_engine, queued = zip(*map(_ways, runs), strict=True)
+    handling = _fit_sum(np.concatenate(queued))  # where hardly any request queued, `send` is all there is to know
+
+    def sending(ways: Sequence[Array], *, is_closed: bool) -> float:
+        """The typical way in closed or in open loops, without the API process's work."""
+        chosen = [rows for run, rows in zip(runs, ways, strict=True) if bool(run.load.users) is is_closed]
+        return _typical(seconds for rows in chosen for seconds in rows[:, 2] - rows[:, :2] @ handling)
+
+    token, delivery = _fit_delivery(runs)
+    return Latencies(
+        lateness=max(sending(to_head, is_closed=False) - sending(to_head, is_closed=True), 0.0),
+        send=max(sending(to_engine, is_closed=True) - arrival_gap, 0.0),
+        request=float(handling[0]),
+        prompt_token=float(handling[1]),
+        token=token,
+        delivery=delivery,
+        turnaround=_typical(wait for run in runs for wait in _turnarounds(run)),
+    )
+
+
+def _typical(values: Iterable[float]) -> float:
+    known = list(values)
+    return max(float(np.median(known)), 0.0) if known else 0.0
+
+
+def _ways(run: Run) -> tuple[Array, Array, Array]:
+    """How long requests took while no step ended, in rows of 1, tokens of the prompt, and seconds.
+
+    Returns:
+        From sending to the head of the answer, and from sending to the engine, of requests that found the API process
+        free; and the API process's work on requests that were sent well before it had taken the one before.
+    """
+    found = stays(run.steps)
+    entries = [
+        (record.accepted_at, record.sent_at, record.num_prompt_tokens, found[record.engine_id].arrived_at)
+        for record in run.requests
+        if record.accepted_at is not None and record.engine_id in found
+    ]
+    accepted, sent, tokens, arrived = np.array(sorted(entries), dtype=float).reshape(-1, 4).T
+    accepted_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (accepted, sent))
+    ends = list(map(_end, run.steps))
+
+    def rows(since: Array, until: Array, chosen: NDArray[np.bool_]) -> Array:
+        is_quiet = np.searchsorted(ends, since) == np.searchsorted(ends, until, side="right")
+        return np.asarray(np.column_stack([np.ones(len(sent)), tokens, until - since])[chosen & is_quiet])
+
+    is_first, is_behind = accepted_before <= sent, sent <= (sent_before + accepted_before) / 2
+    return rows(sent, accepted, is_first), rows(sent, arrived, is_first), rows(accepted_before, accepted, is_behind)
+
+
+def _fit_delivery(runs: Sequence[Run]) -> tuple[float, float]:
+    """Seconds of work on each token of a step, and the further seconds until the first token is there."""
+    found = [list(_messages(run)) for run in runs]
+    spreads = [(len(times) - 1, times[-1] - times[0]) for messages in found for _, times in messages if len(times) > 1]
+    table = np.array(spreads, dtype=float).reshape(-1, 2)
+    token = float(fit_robustly(table[:, :1], table[:, 1])[0]) if spreads else 0.0
+    likely = _typical(times[0] - end - token for messages in found for end, times in messages)
+    free = [
+        times[0] - end - token
+        for messages in found
+        for (_, before), (end, times) in pairwise([(0.0, [-np.inf]), *messages])
+        if before[-1] - likely <= end  # otherwise tokens of the step before delayed this message
+    ]
+    return token, _typical(free) if free else likely
+
+
+def _messages(run: Run) -> Iterator[tuple[float, list[float]]]:
+    """The end of each step, and when its tokens were there, ascending."""
+    times = {
+        record.engine_id: iter(record.token_times)
+        for record in run.requests
+        if record.is_answered and len(record.token_times) == record.num_output_tokens  # no token shared its event
+    }
+    for step in run.steps:
+        streams = [share.request_id for share in step.shares if share.samples and not share.is_padding]
+        seen = [next(times[request_id], None) for request_id in streams if request_id in times]
+        if known := sorted(time for time in seen if time is not None):
+            yield _end(step), known
+
+
+def _turnarounds(run: Run) -> Iterator[float]:
+    """Seconds from each answer's end to the next request, in a closed loop whose users do not think."""
+    ends = sorted(record.finished_at for record in run.requests if record.finished_at is not None)
+    if run.load.users and not run.load.think_seconds and len(ends) == len(run.requests):
+        sent = sorted(record.sent_at for record in run.requests)
+        yield from (begin - end for end, begin in zip(ends, sent[run.load.users :], strict=False))

@@ -4,7 +4,7 @@
 
 Each request of the workload is sent once, and the run ends with the last answer.  `--users` alone is a closed loop:
 users take sessions of the workload in order and, with `--think-seconds`, pause before each request but their first.
-`--rate` makes an open loop of it, in which requests are sent when they are due, whatever the server does; so does
+`--rate` makes an open loop, in which requests are sent when they are due, whatever the server does.  So does
 `--replay`, at the times that the workload names, such as those that `--record` noted.  Users play no part then.
 
 Locust's table, CSV and report have these rows; a failed request is a failure of POST:
@@ -14,34 +14,46 @@ Locust's table, CSV and report have these rows; a failed request is a failure of
 - `ITL`: mean time between the events of one answer, in ms
 - `tokens`: output tokens of a request; not a time, though its columns say so
 
-"Aggregated" adds these up and means nothing.  With `--master` and `--worker`, or `--processes`, each worker takes its
-part of the workload, and the master writes the files.
+"Aggregated" adds these up and means nothing.  With `--processes`, or `--master` and `--worker`, each worker takes its
+part of the workload.  It writes what it measured to files of its own, whose names end in its number.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import resource
+from pathlib import Path
+from typing import Any, BinaryIO
 
+import gevent
+import msgspec
 from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
+from locust.runners import MasterRunner, WorkerRunner
+from msgspec.structs import replace
 
-from shoal.loadtest.locust_nodes import SendingTest, locust_test
+from shoal.loadtest.records import Load, LoadTestError, RequestRecord
+from shoal.loadtest.stream import PATH, CompletionClient
+from shoal.loadtest.traffic import Begin, End, Traffic
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+
+logger = logging.getLogger("shoal.loadtest")
+
+ALL_SENT = "shoal-all-sent"  # message of a worker to its master
+POLL_SECONDS = 0.1
 
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser) -> None:
-    group = parser.add_argument_group("Load on a language model server")
-    add = group.add_argument
+    add = parser.add_argument_group("Load on a language model server").add_argument
     add("--workload", metavar="FILE", default="", help="requests to send, as JSON lines")
     add("--rate", type=float, default=0.0, help="open loop: requests a second")
     add(
         "--burstiness", type=float, default=1.0, help="open loop: squared variation of arrivals; 1 is a Poisson process"
     )
-    add(
-        "--replay", action="store_true", help="open loop: send each request at the arrival_time that the workload names"
-    )
+    add("--replay", action="store_true", help="open loop: send each request at the arrival_time in the workload")
     add("--think-seconds", type=float, default=0.0, help="closed loop: mean pause of a user before a request")
     add("--load-seed", type=int, default=0, help="of arrivals and pauses")
     add("--request-timeout", type=float, default=600.0, help="longest silence of the server, in seconds")
@@ -51,27 +63,188 @@ def add_options(parser: LocustArgumentParser) -> None:
 
 @events.init.add_listener
 def prepare(environment: Environment, **_: Any) -> None:
-    test = locust_test(environment)
-    if isinstance(test, SendingTest):
-        CompletionUser.test = test
+    if isinstance(environment.runner, MasterRunner):
+        Master(environment)
+    else:
+        CompletionUser.sender = Sender(environment)
+    if not isinstance(environment.runner, WorkerRunner):
+        environment.events.quitting.add_listener(check_recorded)
 
 
 class CompletionUser(User):
-    """A user of a closed loop; in an open one it only waits for the end."""
+    """A user of a closed loop; in an open loop it only waits for the end."""
 
-    test: SendingTest
-
-    def on_start(self) -> None:
-        self.is_first = True
+    sender: Sender
 
     @task
-    def session(self) -> None:
-        traffic = self.test.traffic
-        if traffic is None:
-            raise StopUser
-        if traffic.is_open:
+    def run_to_the_end(self) -> None:
+        if traffic := self.sender.traffic:
+            traffic.serve_user()
             traffic.finished.wait()
-        elif traffic.serve_next_session(is_first=self.is_first):
-            self.is_first = False
-            return
         raise StopUser
+
+
+class Sender:
+    """A process that sends: a worker, or the only process.
+
+    Attributes:
+        traffic: of the present run; None before the first.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.runner: Any = environment.runner
+        self.is_worker = isinstance(self.runner, WorkerRunner)
+        self.options: Any = environment.parsed_options
+        self.traffic: Traffic | None = None
+        self._results: BinaryIO | None = None
+        self._sent: list[tuple[float, str]] = []
+        self._cpu_seconds_before = 0.0
+        environment.events.test_start.add_listener(self._start)
+        environment.events.test_stopping.add_listener(self._stop)
+        environment.events.test_stop.add_listener(self._end)
+
+    def _start(self, **_: Any) -> None:
+        self.traffic, self._results, self._sent = None, None, []
+        self._cpu_seconds_before = cpu_seconds()
+        try:
+            traffic = self.traffic = self._traffic()
+        except LoadTestError as error:
+            logger.error("%s", error)
+            self.environment.process_exit_code = 2
+            gevent.spawn(self._all_sent)
+            return
+        traffic.start()
+        if self.options.results:
+            self._results = self._own_file(self.options.results).open("wb", buffering=0)
+            self._write(Begin(traffic.started_at))
+        gevent.spawn(self._watch, traffic)  # on its own, because what belongs to the run is killed at its end
+
+    def _traffic(self) -> Traffic:
+        """The traffic that the options ask for.
+
+        Raises:
+            LoadTestError: the options are not right.
+        """
+        options = self.options
+        if options.rate and options.replay:
+            raise LoadTestError("give either --rate or --replay")
+        load = Load(
+            users=0 if options.rate or options.replay else options.num_users or 1,
+            think_seconds=options.think_seconds,
+            rate=options.rate,
+            burstiness=options.burstiness,
+            seed=options.load_seed,
+        )
+        index, count = (self.runner.worker_index, options.expect_workers) if self.is_worker else (0, 1)
+        client = CompletionClient(self.environment.host or "", timeout_seconds=options.request_timeout)
+        return Traffic(self._workload(), load, client, self._report, index=index, count=count)
+
+    def _workload(self) -> list[WorkloadRequest]:
+        if not self.options.workload:
+            raise LoadTestError("--workload FILE is needed: the requests to send, as JSON lines")
+        return read_workload(Path(self.options.workload))
+
+    def _own_file(self, path: str) -> Path:
+        file = Path(path)
+        return file.with_name(f"{file.stem}-{self.runner.worker_index}{file.suffix}") if self.is_worker else file
+
+    def _watch(self, traffic: Traffic) -> None:
+        traffic.finished.wait()
+        if traffic is self.traffic:
+            self._all_sent()
+
+    def _all_sent(self) -> None:
+        if self.is_worker:
+            self.runner.send_message(ALL_SENT)
+        else:
+            finish(self.environment)
+
+    def _report(self, record: RequestRecord) -> None:
+        fire_events(self.environment, record)
+        self._sent.append((record.sent_at, record.request_id))
+        self._write(record)
+
+    def _write(self, line: Begin | RequestRecord | End) -> None:
+        """What was written is in the file at once."""
+        if self._results:
+            self._results.write(msgspec.json.encode(line) + b"\n")
+
+    def _stop(self, **_: Any) -> None:
+        if self.traffic:
+            self.traffic.stop()
+
+    def _end(self, **_: Any) -> None:
+        self._write(End(cpu_seconds() - self._cpu_seconds_before))
+        if self.options.record and self.traffic:
+            requests = {request.request_id: request for request in self._workload()}
+            recorded = [replace(requests[name], arrival_time=at) for at, name in sorted(self._sent)]
+            write_workload(self._own_file(self.options.record), recorded)
+
+
+class Master:
+    """Sends nothing: it tells the workers how many they are, and ends the run when all have sent their parts."""
+
+    def __init__(self, environment: Any) -> None:
+        self.environment = environment
+        self.runner = environment.runner
+        self._done: set[str] = set()
+        self.runner.register_message(ALL_SENT, lambda msg, **_: self._done.add(msg.node_id))
+        environment.events.test_start.add_listener(self._start)
+
+    def _start(self, **_: Any) -> None:
+        workers = self._workers()
+        self.environment.parsed_options.expect_workers = len(workers)  # an option that locust hands to its workers
+        self._done.clear()
+        gevent.spawn(self._watch, workers)
+
+    def _workers(self) -> set[str]:
+        clients = self.runner.clients
+        return {worker.id for worker in clients.ready + clients.spawning + clients.running}
+
+    def _watch(self, workers: set[str]) -> None:
+        while (workers & self._workers()) - self._done:
+            gevent.sleep(POLL_SECONDS)
+        finish(self.environment)
+
+
+def finish(environment: Any) -> None:
+    """End the run; without a web interface, or with `--autoquit`, end the process too."""
+    if environment.web_ui is None:
+        environment.runner.quit()
+        return
+    environment.runner.stop()
+    if environment.parsed_options.autoquit >= 0:
+        gevent.sleep(environment.parsed_options.autoquit)
+        environment.runner.quit()
+        environment.web_ui.stop()
+
+
+def check_recorded(environment: Environment, **_: Any) -> None:
+    """A run that recorded no request must not look like one that went well."""
+    if not environment.stats.total.num_requests:
+        logger.error("no request was sent and recorded")
+        environment.process_exit_code = 2
+
+
+def fire_events(environment: Environment, record: RequestRecord) -> None:
+    """Tell locust of a request that has ended: the rows that the module's docstring explains."""
+    fire: Any = environment.events.request.fire
+    rows: list[tuple[str, str, float, LoadTestError | None]] = []
+    if record.token_times:
+        first, last = record.token_times[0], record.token_times[-1]
+        rows.append(("TTFT", "to the first token", 1000 * (first - record.sent_at), None))
+        if len(record.token_times) > 1:
+            rows.append(("ITL", "mean of an answer", 1000 * (last - first) / (len(record.token_times) - 1), None))
+    if record.error is None:
+        rows.append(("tokens", "of an answer (no time)", record.num_output_tokens, None))
+    seconds = (record.finished_at or record.sent_at) - record.sent_at
+    rows.append(("POST", PATH, 1000 * seconds, LoadTestError(record.error) if record.error else None))
+    for kind, name, value, error in rows:
+        fire(request_type=kind, name=name, response_time=value, response_length=0, exception=error, context={})
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

@@ -1,219 +1,115 @@
-"""The figures of a run, and of several repetitions of it.
+"""The figures of a run by name, and of several repetitions of it.
 
-They are over all requests of the run, from the first that was sent to the end of the last: the set of requests is fixed
-and the same for all that are compared, so that neither the time in which a batch fills nor that in which it drains is
-cut away (it is a part of what a policy costs).  What warms the server is sent before, and is no part of the run.
+Figures are over all requests of the run, from the first that was sent to the end of the last.  The set of requests is
+the same for all that are compared, so neither the time in which a batch fills nor that in which it drains is cut away:
+both are part of what a policy costs.  The requests that warm the server are sent before, and are no part of the run.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import pairwise, zip_longest
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, pairwise
+from math import ceil, floor
 from statistics import median
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
+from numpy.typing import NDArray
 
-from shoal.loadtest.fairness import fairness
-from shoal.loadtest.records import RequestRecord, Run
-from shoal.loadtest.steps import Step
+from shoal.loadtest.records import Load, RequestRecord, Run, Setup
+from shoal.loadtest.trace import Stay, stays
+from shoal.scheduler.step_record import StepRecord
 
-T = TypeVar("T")
-Key = TypeVar("Key", bound=Hashable)
+Figures = dict[str, float]
+"""Figures by name, as docs/loadtest/files.md lists them; latencies in seconds, shares as parts of one.
+
+What was not measured is absent.  The figures of a client or priority are named "client NAME: FIGURE" and so on.
+"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slo:
-    """What a request must keep to count for goodput; seconds.  TPOT is no matter to an answer of one token."""
+class Slo(Struct, frozen=True, kw_only=True):
+    """What a request must keep to count for goodput, in seconds; an answer of one token has no TPOT."""
 
     ttft: float = 1.0
     tpot: float = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantiles:
-    """Of a latency, in seconds; between two measurements they are interpolated."""
-
-    p50: float
-    p90: float
-    p99: float
-    mean: float
+DEFAULT_SLO = Slo()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """What some of the requests got: one client's, or those of one priority.
-
-    Attributes:
-        num_requests: that were answered.
-        throughput: output tokens/s, over the whole run.
-    """
-
-    num_requests: int
-    throughput: float
-    ttft: Quantiles | None
-    tpot: Quantiles | None
-    e2e: Quantiles | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSummary:
-    """What the engine's steps say; means and shares are over the time of the steps.
-
-    Attributes:
-        num_steps, step_seconds: how many, and how long they were on average.
-        tokens_per_step: scheduled tokens, those of padding rows too.
-        batch_size: rows that did work.
-        batch_sizes: share of the time in which 0, 1, 2, ... rows did work.
-        padding_rows: rows that were computed for requests that had ended.
-        padding_share: of all rows.
-        kv_usage, kv_usage_peak: share of all blocks of the KV cache that requests own.
-        kv_utilisation: share of the slots of those blocks in which keys and values stand.
-        kv_waste: slots in which none do, in blocks for each row.
-        num_preemptions: in all.
-    """
-
-    num_steps: int
-    step_seconds: float
-    tokens_per_step: float
-    batch_size: float
-    batch_sizes: tuple[float, ...]
-    padding_rows: float
-    padding_share: float
-    kv_usage: float
-    kv_usage_peak: float
-    kv_utilisation: float
-    kv_waste: float
-    num_preemptions: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """The figures of a run.  None stands for what there is no measurement of.
-
-    Attributes:
-        num_requests, num_errors: that were sent, and those of them that were not answered whole; latencies and tokens
-            are those of the others.
-        seconds: from the first request that was sent to the end of the last.
-        throughput: output tokens/s.
-        request_rate: answers/s.
-        goodput, goodput_share: answers/s that kept the objectives for TTFT and TPOT, and their share of all requests
-            (Zhong et al. 2024, "DistServe").
-        ttft: from sending to the first token.
-        itl: between events of a stream that carry text; tokens that were accepted together come in one.
-        tpot: of each request, the mean time for each token after the first.
-        e2e: from sending to the end of the stream.
-        queueing: in the engine, from arrival to the first step.
-        num_cached_tokens, cached_share: prompt tokens that were found in the prefix cache, and their share.
-        acceptance_rate: accepted of all drafted tokens.
-        jain: see `loadtest/fairness.py`.
-        clients, priorities: the same latencies for each, where there are several.
-        generator_cores: share of a core that the load generator used.
-        generator_cores_per_1000: the same for each 1,000 output tokens/s.
-        api_cores, engine_cores: what the server's two processes used.
-        engine: None without a trace.
-    """
-
-    num_requests: int
-    num_errors: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    seconds: float
-    throughput: float
-    request_rate: float
-    goodput: float
-    goodput_share: float
-    ttft: Quantiles | None
-    itl: Quantiles | None
-    tpot: Quantiles | None
-    e2e: Quantiles | None
-    queueing: Quantiles | None
-    num_cached_tokens: int
-    cached_share: float | None
-    acceptance_rate: float | None
-    jain: float | None
-    clients: dict[str, Group]
-    priorities: dict[int, Group]
-    generator_cores: float | None
-    generator_cores_per_1000: float | None
-    api_cores: float | None
-    engine_cores: float | None
-    engine: EngineSummary | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Combined:
+class Measured(Struct, kw_only=True):
     """Repetitions of a run: of each figure by itself the median, the least and the most."""
 
     num_runs: int
-    median: Summary
-    least: Summary
-    most: Summary
+    median: Figures
+    least: Figures
+    most: Figures
 
 
-def summarize(run: Run, slo: Slo = Slo()) -> Summary:
+def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
     """The figures of a run, whole or broken off."""
-    answered = [record for record in run.requests if is_answered(record)]
     begin = min((record.sent_at for record in run.requests), default=0.0)
     end = max(map(_last_seen, run.requests), default=begin)
     seconds = end - begin
-    num_output_tokens = sum(record.num_output_tokens for record in answered)
-    num_prompt_tokens = sum(record.num_prompt_tokens for record in answered)
-    num_cached_tokens = sum(record.num_cached_tokens for record in answered)
-    num_accepted = sum(record.num_accepted_tokens for record in answered)
-    num_drafted = num_accepted + sum(record.num_rejected_tokens for record in answered)
+    answered = [record for record in run.requests if record.is_answered]
+    in_batch = stays(run.steps)
     num_good = sum(_keeps(record, slo) for record in answered)
-    return Summary(
-        num_requests=len(run.requests),
-        num_errors=len(run.requests) - len(answered),
-        num_prompt_tokens=num_prompt_tokens,
-        num_output_tokens=num_output_tokens,
-        seconds=seconds,
-        throughput=ratio(num_output_tokens, seconds) or 0.0,
-        request_rate=ratio(len(answered), seconds) or 0.0,
-        goodput=ratio(num_good, seconds) or 0.0,
-        goodput_share=ratio(num_good, len(run.requests)) or 0.0,
-        ttft=quantiles(map(ttft, answered)),
-        itl=quantiles(gap for record in answered for gap in itl(record)),
-        tpot=quantiles(map(tpot, answered)),
-        e2e=quantiles(map(e2e, answered)),
-        queueing=quantiles(
-            request.joined_at - request.arrived_at
-            for request in run.engine_requests.values()
-            if request.joined_at is not None
-        ),
-        num_cached_tokens=num_cached_tokens,
-        cached_share=ratio(num_cached_tokens, num_prompt_tokens),
-        acceptance_rate=ratio(num_accepted, num_drafted),
-        jain=fairness(run.requests, end),
-        clients=_groups(answered, seconds, lambda record: record.client),
-        priorities=_groups(answered, seconds, lambda record: record.priority),
-        generator_cores=_cores(run.generator_cpu_seconds, seconds),
-        generator_cores_per_1000=_cores(run.generator_cpu_seconds, num_output_tokens / 1000),
-        api_cores=_cores(run.api_cpu_seconds, seconds),
-        engine_cores=_cores(run.engine_cpu_seconds, seconds),
-        engine=_summarize_steps(run.steps, run.block_size),
-    )
+    num_accepted = sum(record.num_accepted_tokens for record in answered)
+    figures = _of_requests(answered, seconds) | {
+        "requests": len(run.requests),
+        "errors": len(run.requests) - len(answered),
+        "prompt tokens": sum(record.num_prompt_tokens for record in answered),
+        "seconds": seconds,
+        "request rate": _ratio(len(answered), seconds) or 0.0,
+        "goodput": _ratio(num_good, seconds) or 0.0,
+        "goodput share": _ratio(num_good, len(run.requests)) or 0.0,
+    }
+    figures |= quantiles("ttft from admission", [_admitted_ttft(record, in_batch) for record in answered])
+    figures |= quantiles("itl", chain.from_iterable(map(itl, answered)))
+    figures |= quantiles("queueing", [stay.joined_at - stay.arrived_at for stay in in_batch.values()])
+    optional = {
+        "cached share": _ratio(sum(record.num_cached_tokens for record in answered), figures["prompt tokens"]),
+        "acceptance rate": _ratio(num_accepted, num_accepted + sum(r.num_rejected_tokens for r in answered)),
+        "jain": fairness(run.requests, end),
+        "generator cores": _ratio(run.generator_cpu_seconds, seconds),
+        "generator cores per 1000": _ratio(1000 * run.generator_cpu_seconds, figures["output tokens"]),
+        "api cores": _ratio(run.api_cpu_seconds, seconds),
+        "engine cores": _ratio(run.engine_cpu_seconds, seconds),
+    }
+    is_measured = bool(run.generator_cpu_seconds)  # a simulation has no processor time
+    figures |= {
+        name: value
+        for name, value in optional.items()
+        if value is not None and (is_measured or not name.endswith(("cores", "1000")))
+    }
+    for kind in ("client", "priority"):
+        figures |= _of_groups(answered, seconds, kind)
+    return figures | _of_steps(run.steps, run.server.limits.block_size)
 
 
-def combine(summaries: Sequence[Summary]) -> Combined:
-    """The figures of at least one repetition together; what some of them lack is that of the others."""
-    return Combined(
-        num_runs=len(summaries),
-        median=_fold(summaries, median),
-        least=_fold(summaries, min),
-        most=_fold(summaries, max),
-    )
+def combine(repetitions: Sequence[Figures]) -> Measured:
+    """The figures of at least one repetition together; a figure that some lack is that of the others."""
+
+    def fold(function: Callable[[list[float]], float]) -> Figures:
+        names = dict.fromkeys(chain.from_iterable(repetitions))
+        return {name: function([one[name] for one in repetitions if name in one]) for name in names}
+
+    return Measured(num_runs=len(repetitions), median=fold(median), least=fold(min), most=fold(max))
 
 
-# -- one request -------------------------------------------------------------------------------------------------------
+def quantiles(name: str, values: Iterable[float | None]) -> Figures:
+    """p50, p90, p99 and mean, interpolated between values; None among them is left out."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return {}
+    found = *np.quantile(known, (0.5, 0.9, 0.99)).tolist(), float(np.mean(known))
+    return {f"{name} {which}": value for which, value in zip(("p50", "p90", "p99", "mean"), found, strict=True)}
 
 
-def is_answered(record: RequestRecord) -> bool:
-    """Whether the answer came, and came whole."""
-    return record.error is None and record.finished_at is not None
+# -- requests ----------------------------------------------------------------------------------------------------------
 
 
 def ttft(record: RequestRecord) -> float | None:
@@ -234,6 +130,11 @@ def e2e(record: RequestRecord) -> float | None:
     return None if record.finished_at is None else record.finished_at - record.sent_at
 
 
+def _admitted_ttft(record: RequestRecord, in_batch: dict[str, Stay]) -> float | None:
+    stay = in_batch.get(record.engine_id)
+    return record.token_times[0] - stay.joined_at if stay and record.token_times else None
+
+
 def _keeps(record: RequestRecord, slo: Slo) -> bool:
     first, further = ttft(record), tpot(record)
     return first is not None and first <= slo.ttft and (further is None or further <= slo.tpot)
@@ -243,90 +144,276 @@ def _last_seen(record: RequestRecord) -> float:
     return max(record.sent_at, record.finished_at or 0.0, *record.token_times[-1:])
 
 
-# -- many --------------------------------------------------------------------------------------------------------------
-
-
-def quantiles(values: Iterable[float | None]) -> Quantiles | None:
-    """None if there are no values; None among the values is passed over."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    p50, p90, p99 = np.quantile(known, (0.5, 0.9, 0.99)).tolist()
-    return Quantiles(p50=p50, p90=p90, p99=p99, mean=float(np.mean(known)))
-
-
-def ratio(part: float, whole: float) -> float | None:
-    """None where there is no whole."""
-    return part / whole if whole else None
-
-
-def _cores(cpu_seconds: float, seconds: float) -> float | None:
-    """None where no processor time was measured, as in a simulation."""
-    return ratio(cpu_seconds, seconds) if cpu_seconds else None
-
-
-def _groups(records: Iterable[RequestRecord], seconds: float, key: Callable[[RequestRecord], Key]) -> dict[Key, Group]:
-    groups: defaultdict[Key, list[RequestRecord]] = defaultdict(list)
-    for record in records:
-        groups[key(record)].append(record)
-    if len(groups) < 2:
-        return {}
-    return {
-        name: Group(
-            num_requests=len(own),
-            throughput=ratio(sum(record.num_output_tokens for record in own), seconds) or 0.0,
-            ttft=quantiles(map(ttft, own)),
-            tpot=quantiles(map(tpot, own)),
-            e2e=quantiles(map(e2e, own)),
-        )
-        for name, own in sorted(groups.items(), key=lambda item: str(item[0]))
+def _of_requests(answered: Sequence[RequestRecord], seconds: float) -> Figures:
+    """Figures that all requests have, and each group of them."""
+    num_tokens = sum(record.num_output_tokens for record in answered)
+    counts = {
+        "requests": len(answered),
+        "output tokens": num_tokens,
+        "throughput": _ratio(num_tokens, seconds) or 0.0,
+    }
+    latencies = {"ttft": ttft, "tpot": tpot, "e2e": e2e}
+    return counts | {
+        figure: value
+        for name, read in latencies.items()
+        for figure, value in quantiles(name, map(read, answered)).items()
     }
 
 
-def _summarize_steps(steps: Sequence[Step], block_size: int) -> EngineSummary | None:
+def _of_groups(answered: Sequence[RequestRecord], seconds: float, kind: str) -> Figures:
+    groups: defaultdict[str | int, list[RequestRecord]] = defaultdict(list)
+    for record in answered:
+        groups[getattr(record, kind)].append(record)
+    return {
+        f"{kind} {name}: {figure}": value
+        for name, own in sorted(groups.items(), key=lambda group: str(group[0]).zfill(12))
+        if len(groups) > 1
+        for figure, value in _of_requests(own, seconds).items()
+    }
+
+
+def groups(figures: Figures, kind: str) -> list[str]:
+    """Names of the groups of a kind, "client" or "priority", that figures have."""
+    return list(dict.fromkeys(name.partition(": ")[0] for name in figures if ": " in name and name.startswith(kind)))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def _of_steps(steps: Sequence[StepRecord], block_size: int) -> Figures:
     seconds = np.array([step.seconds for step in steps])
     if not seconds.sum():
-        return None
+        return {}
 
     def mean(values: Sequence[float]) -> float:
         return float(np.average(values, weights=seconds))
 
-    padding = [sum(row.is_padding for row in step.rows) for step in steps]
-    working = [len(step.rows) - padded for step, padded in zip(steps, padding, strict=True)]
+    padding = mean([sum(share.is_padding for share in step.shares) for step in steps])
+    num_rows = mean([len(step.shares) for step in steps])
     used_slots = mean([step.num_used_blocks * block_size for step in steps])
     free_slots = used_slots - mean([step.num_kv_tokens for step in steps])
-    num_rows = mean(working) + mean(padding)
-    return EngineSummary(
-        num_steps=len(steps),
-        step_seconds=float(seconds.mean()),
-        tokens_per_step=mean([sum(row.num_tokens for row in step.rows) for step in steps]),
-        batch_size=mean(working),
-        batch_sizes=tuple((np.bincount(working, weights=seconds) / seconds.sum()).tolist()),
-        padding_rows=mean(padding),
-        padding_share=ratio(mean(padding), num_rows) or 0.0,
-        kv_usage=mean([ratio(step.num_used_blocks, step.num_blocks) or 0.0 for step in steps]),
-        kv_usage_peak=max(ratio(step.num_used_blocks, step.num_blocks) or 0.0 for step in steps),
-        kv_utilisation=1 - (ratio(free_slots, used_slots) or 0.0),
-        kv_waste=ratio(free_slots / block_size, num_rows) or 0.0,
-        num_preemptions=sum(step.num_preemptions for step in steps),
-    )
+    usage = [step.num_used_blocks / step.num_blocks for step in steps]
+    return {
+        "steps": len(steps),
+        "step seconds": float(seconds.mean()),
+        "tokens per step": mean([sum(share.num_scheduled_tokens for share in step.shares) for step in steps]),
+        "batch": num_rows - padding,
+        "padding rows": padding,
+        "padding share": padding / num_rows,
+        "kv usage": mean(usage),
+        "kv usage peak": max(usage),
+        "kv utilisation": 1 - (_ratio(free_slots, used_slots) or 0.0),
+        "kv waste": free_slots / block_size / num_rows,
+        "preemptions": sum(step.num_preemptions for step in steps),
+    }
 
 
-def _fold(values: Sequence[T], function: Callable[[list[Any]], Any]) -> T:
-    """One value of several alike: dataclasses by field, dictionaries by key, tuples by place, numbers by `function`."""
-    known: list[Any] = [value for value in values if value is not None]
-    if not known:
-        return values[0]
-    result: Any
-    first: Any = known[0]
-    if is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in fields(first)]
-        result = replace(first, **{name: _fold([getattr(value, name) for value in known], function) for name in names})
-    elif isinstance(first, dict):
-        names = list(dict.fromkeys(name for value in known for name in value))
-        result = {name: _fold([value[name] for value in known if name in value], function) for name in names}
-    elif isinstance(first, tuple):
-        result = tuple(_fold(place, function) for place in zip_longest(*known, fillvalue=0.0))
-    else:
-        result = function(known)
-    return cast(T, result)
+# -- fairness ----------------------------------------------------------------------------------------------------------
+
+WINDOW_SECONDS = 1.0
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # service of a token, as in VTC
+
+Interval = tuple[float, float]
+
+
+def jain(shares: Sequence[float]) -> float:
+    """Jain's index of shares: 1 if all are the same, 1/n if one of n has everything (Jain et al. 1984)."""
+    most = max(shares)
+    if not most:
+        return 1.0
+    scaled = [share / most for share in shares]  # so that squares neither vanish nor overflow
+    return sum(scaled) ** 2 / (len(scaled) * sum(share * share for share in scaled))
+
+
+def fairness(records: Sequence[RequestRecord], end: float) -> float | None:
+    """Jain's index of the clients' service, the mean over windows of a second; None if never two asked at once.
+
+    Service is counted as in VTC (Sheng et al. 2024, "Fairness in Serving Large Language Models"): one for a token of
+    a prompt, two for an output token, each when its user saw that it was done.  Only backlogged clients are compared,
+    because a client that asked for little and got it was not wronged.  A client is backlogged in a window if some
+    request of it waited for its first token at every moment.  Its share is its service over that of the client that was
+    served most; the share of any other client that asked for something is 1.
+
+    Args:
+        end: of the run; a request that was never answered is taken to wait until then.
+    """
+    num_windows = ceil(end / WINDOW_SECONDS)
+    clients: defaultdict[str, list[RequestRecord]] = defaultdict(list)
+    for record in records:
+        clients[record.client].append(record)
+    if len(clients) < 2 or not num_windows:
+        return None
+    service = np.array([_service(own, num_windows) for own in clients.values()])
+    active = np.array([_windows(_asking(own, end), num_windows, floor, ceil) for own in clients.values()])
+    backlogged = np.array([_windows(_waiting(own, end), num_windows, ceil, floor) for own in clients.values()])
+    most = service.max(axis=0)
+    shares = np.divide(service, most, out=np.ones_like(service), where=backlogged & (most > 0))
+    contested = np.flatnonzero(active.sum(axis=0) >= 2)
+    indices = [jain(shares[active[:, window], window].tolist()) for window in contested]
+    return float(np.mean(indices)) if indices else None
+
+
+def _service(records: Iterable[RequestRecord], num_windows: int) -> NDArray[np.float64]:
+    """Service in each window."""
+    service = np.zeros(num_windows)
+    for record in records:
+        if times := record.token_times:
+            places = np.minimum(np.array(times) // WINDOW_SECONDS, num_windows - 1).astype(int)
+            np.add.at(service, places, OUTPUT_WEIGHT * record.num_output_tokens / len(times))
+            service[places[0]] += PROMPT_WEIGHT * record.num_prompt_tokens
+    return service
+
+
+def _asking(records: Iterable[RequestRecord], end: float) -> list[Interval]:
+    return [(record.sent_at, end if record.finished_at is None else record.finished_at) for record in records]
+
+
+def _waiting(records: Iterable[RequestRecord], end: float) -> list[Interval]:
+    """When some request waited for its first token: intervals that do not touch each other."""
+    merged: list[Interval] = []
+    for start, until in sorted(
+        (r.sent_at, r.token_times[0] if r.token_times else r.finished_at or end) for r in records
+    ):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], until))
+        else:
+            merged.append((start, until))
+    return merged
+
+
+def _windows(
+    intervals: Iterable[Interval], num: int, first: Callable[[float], int], last: Callable[[float], int]
+) -> NDArray[np.bool_]:
+    """Windows of the intervals: with floor and ceil those that touch one, with ceil and floor those inside one."""
+    found = np.zeros(num, dtype=bool)
+    for start, end in intervals:
+        found[first(start / WINDOW_SECONDS) : last(end / WINDOW_SECONDS)] = True
+    return found
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+BASELINES = ("static", "static-nopad")
+
+
+class Cell(Struct, kw_only=True):
+    """One setup under one load of one workload.
+
+    Attributes:
+        section: what it is compared within: the workload, and the options of the servers where they differ.
+        measured: figures of its complete runs; of all of them if none is complete.
+        run: the first of those runs, which the pictures show.
+        predicted: the twin's figures, if it was asked.
+        problems: what went wrong in its runs, in words.
+    """
+
+    section: str
+    workload: str
+    load: Load
+    setup: Setup
+    measured: Measured
+    run: Run
+    predicted: Figures | None = None
+    problems: list[str]
+
+
+def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEFAULT_SLO) -> list[Cell]:
+    """Put the repetitions of each combination together, and beside them what the twin predicts.
+
+    The steps of one run of each combination are kept, so that `runs` may be read from files one by one.
+
+    Args:
+        runs: measured, in any order; workloads, loads and setups are shown in the order of their first runs.
+        predictions: simulated; those of a combination that was not measured are left out.
+    """
+
+    def combination(run: Run) -> tuple[str, Load, Setup]:
+        return run.workload, replace(run.load, seed=0), run.setup  # the seed of arrivals may differ
+
+    repetitions: defaultdict[tuple[str, Load, Setup], list[tuple[Run, Figures, list[str]]]] = defaultdict(list)
+    for run in runs:
+        own = repetitions[combination(run)]
+        own.append((run, summarize(run, slo), list(problems(run))))
+        if len(own) > 1 and own[0][0].is_complete:
+            run.steps = []  # of one run they are enough
+    predicted = {combination(run): summarize(run, slo) for run in predictions}
+    order = {
+        (workload, load, setup): None
+        for workload, load in dict.fromkeys((workload, load) for workload, load, _ in repetitions)
+        for setup in dict.fromkeys(setup for _, _, setup in repetitions)
+    }
+    cells = []
+    for workload, load, setup in filter(repetitions.__contains__, order):
+        own = repetitions[workload, load, setup]
+        shown = [one for one in own if one[0].is_complete] or own
+        options = [other.options for name, _, other in repetitions if name == workload]
+        cells.append(
+            Cell(
+                section=_section(workload, setup.options, options),
+                workload=workload,
+                load=load,
+                setup=setup,
+                measured=combine([figures for _, figures, _ in shown]),
+                run=shown[0][0],
+                predicted=predicted.get((workload, load, setup)),
+                problems=[problem for _, _, found in own for problem in found],
+            )
+        )
+    return cells
+
+
+def _section(workload: str, own: tuple[str, ...], all_options: Sequence[tuple[str, ...]]) -> str:
+    """The workload, and the options that distinguish these servers from others that ran it."""
+    num_common = 0
+    while num_common < len(own) and len({options[: num_common + 1] for options in all_options}) == 1:
+        num_common += 1
+    return ", ".join([workload, *([" ".join(own[num_common:])] if own[num_common:] else [])])
+
+
+def problems(run: Run) -> Iterable[str]:
+    """What went wrong in a run, a sentence each."""
+    where = f"{run.workload}, {run.load}, {run.setup.name}, repetition {run.repetition + 1}"
+    if not run.is_complete:
+        yield f"{where} broke off: {sum(record.is_answered for record in run.requests)} requests had been answered."
+    errors = Counter(record.error for record in run.requests if record.error is not None)
+    if errors:
+        (error, _), num_errors = errors.most_common(1)[0], errors.total()
+        yield f"{where}: {num_errors} of {len(run.requests)} requests were not answered, most often: {error}."
+    if not run.steps:
+        yield f"{where}: there is no trace of the engine's steps."
+
+
+def by(cells: Iterable[Cell], name: str) -> dict[Any, list[Cell]]:
+    """The cells by their section or their load."""
+    groups: defaultdict[Any, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[getattr(cell, name)].append(cell)
+    return groups
+
+
+def in_order(cells: Iterable[Cell]) -> list[tuple[Load, list[Cell]]]:
+    """The cells of each load, from little to much."""
+    return sorted(by(cells, "load").items(), key=lambda item: (item[0].users, item[0].rate, item[0].burstiness))
+
+
+def main_cells(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells of the load that the pictures show: that of the most setups, of several the first."""
+    return max(by(cells, "load").values(), key=len)
+
+
+def baseline(cells: Iterable[Cell]) -> Cell | None:
+    """The static baseline among cells of one load: with padding rows, or else without; never with speculation."""
+    plain = {cell.setup.policy: cell for cell in cells if cell.setup.speculation == "off"}
+    return next((plain[policy] for policy in BASELINES if policy in plain), None)
+
+
+def speed_up(name: str, cell: Cell, base: Cell | None) -> float | None:
+    """How many times better a figure is than the baseline's: throughput higher, or a latency lower."""
+    own, other = (one.measured.median.get(name) if one else None for one in (cell, base))
+    if not own or not other:
+        return None
+    return own / other if name == "throughput" else other / own

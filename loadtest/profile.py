@@ -1,204 +1,178 @@
-"""A short series of runs of the real engine, and what the digital twin keeps of it."""
+"""A profile: what the digital twin must know of a server, from a series of short runs of it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from argparse import SUPPRESS, ArgumentError, ArgumentParser, BooleanOptionalAction
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from shoal.loadtest.costs import CostModel, read_object
-from shoal.loadtest.errors import LoadTestError, WorkloadError
-from shoal.loadtest.fit import fit
-from shoal.loadtest.records import Load, Run, Setup
-from shoal.loadtest.server_options import KNOBS, apply_options, check_knobs
-from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from msgspec import Struct
+from msgspec.structs import replace
+
+from shoal.loadtest.costs import CostModel
+from shoal.loadtest.records import Load, LoadTestError, Run, ServerInfo, Setup, read_json, write_json
+from shoal.loadtest.twin import simulate
+from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.policies import POLICIES, Policy, find_policy
 
 FILE = "profile.json"
-_LIMITS = [field.name for field in fields(SchedulerConfig)]
+LEAST_FOR_WHOLE = 128
+"""The fewest requests of a workload for which a load test takes the whole profile."""
 
-Measure = Callable[[Sequence[WorkloadRequest], Load, Setup], Run]
-Config = TypeVar("Config")
-MakeWorkload = Callable[[str, int, int], Sequence[WorkloadRequest]]  # name, number of requests, seed
+_LEAST_REQUESTS = 8  # of a run of a short profile, so that there are enough steps to fit
+# Of the settings that may change the costs of steps, those that do not: simulations have the limits of their server.
+_FREE_SETTINGS = {limit.name for limit in fields(SchedulerConfig)} | {"memory_mib", "trace"}
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """One run of the series: a closed loop without time to think, or an open one if there are no users."""
+class Stretch(Struct, frozen=True):
+    """One run of a profile."""
 
     workload: str
     num_requests: int
-    users: int
-    policy: str = "fcfs"
-    options: tuple[str, ...] = ()
-    rate: float = 0.0
+    load: Load
+    setup: Setup = Setup(policy="fcfs")
 
 
 SERIES = (
-    Stretch("chat", 8, 1),
-    Stretch("chat", 12, 2),
-    Stretch("chat", 64, 8),
-    Stretch("chat", 256, 32),
-    Stretch("chat", 256, 64),
-    Stretch("code", 64, 16),
-    Stretch("chat", 64, 32, "static"),
-    Stretch("chat", 64, 48, "sjf", ("--max-num-seqs", "16")),
-    Stretch("chat", 32, 0, rate=16.0),
+    Stretch("chat", 8, Load(users=1)),
+    Stretch("chat", 12, Load(users=2)),
+    Stretch("chat", 64, Load(users=8)),
+    Stretch("chat", 256, Load(users=32)),
+    Stretch("chat", 256, Load(users=64)),
+    Stretch("code", 64, Load(users=16)),
+    Stretch("chat", 64, Load(users=32), Setup(policy="static")),
+    Stretch("chat", 64, Load(users=48), Setup(policy="sjf", options=("--max-num-seqs", "16"))),
+    Stretch("chat", 32, Load(rate=16.0)),
 )
-"""Batches of 1 to 64 rows (as a run ends, it passes through all below its own), prompts in chunks of all sizes, long
-contexts and found prefixes, rows that are padding, requests that wait to be put in order, and requests that come when
-they are due."""
+"""The whole profile: batches of 1 to 64 rows (a run passes through all smaller ones as it ends), prompts in chunks of
+all sizes, long contexts and found prefixes, padding rows, waiting requests that are sorted, and an open loop."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+def series(
+    num_requests: int | None,
+    options: Sequence[str],
+    *,
+    policies: Collection[str] = tuple(POLICIES),
+    loads: Collection[Load] = (),
+) -> list[Stretch]:
+    """The runs of a profile for a load test.
+
+    A load test of fewer than `LEAST_FOR_WHOLE` requests takes a short profile: one user; as many users as the load
+    test has at most; static batches, if it compares a policy that pads; and an open loop, unless all its loads are
+    closed.
+
+    Args:
+        num_requests: of each workload of the load test; None takes the whole profile.
+        options: of all servers.
+        policies, loads: of the load test; by default, any that it may have.
+    """
+    chosen = list(SERIES)
+    if num_requests is not None and num_requests < LEAST_FOR_WHOLE:
+        count = max(num_requests, _LEAST_REQUESTS)
+        together = Load(users=max((load.users for load in loads), default=0) or count)
+        chosen = [Stretch("chat", _LEAST_REQUESTS, Load(users=1)), Stretch("chat", count, together)]
+        if any(find_policy(name).pads is not Policy.pads for name in policies):
+            chosen.append(Stretch("chat", count, together, Setup(policy="static")))
+        if not loads or not all(load.users for load in loads):
+            chosen.append(Stretch("chat", min(count, 32), Load(rate=16.0)))
+    return [replace(one, setup=replace(one.setup, options=(*options, *one.setup.options))) for one in chosen]
+
+
+class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the twin must know of a server.
 
     Attributes:
-        model: its name.
-        options: that all its servers were started with.
-        versions: of what was measured, for people.
+        server: what it said of itself.
+        options: with which it was started.
+        versions: of the machine and the programs, for people.
+        is_short: whether it comes from a short series, so that costs of which that shows nothing are 0.
     """
 
-    model: str
+    server: ServerInfo
     options: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=dict)
-    limits: SchedulerConfig
-    knobs: dict[str, Any]
+    versions: dict[str, str] = {}
     costs: CostModel
+    is_short: bool = False
 
-    def configure(self, options: Sequence[str]) -> tuple[SchedulerConfig, dict[str, Any]]:
-        """Limits and knobs of a server that was started with these options of `shoal serve`.
+    def server_with(self, options: Sequence[str]) -> ServerInfo:
+        """What a server with these options of `shoal serve` would say of itself.
 
         Raises:
-            LoadTestError: one of them is wrong, or changes more than what is scheduled and was not profiled with.
+            ConfigError: a limit is out of range.
+            LoadTestError: an option is malformed, or changes the costs of steps and was not profiled with.
         """
-        return apply_options(options, self.options, self.limits, self.knobs)
+        before, scheduling = self.server.limits, self.server.settings["scheduler"]
+        known = scheduling | asdict(before)
+        given, others = _parse(options, known)
+        if others not in ([], _parse(self.options, known)[1]):
+            raise LoadTestError(f"how {' '.join(others)} changes the costs is unknown: profile a server with it")
+        if "max_num_seqs" in given and not given.get("num_blocks", self.server.settings["cache"].get("num_blocks")):
+            # As the server does: blocks for `max_num_seqs` requests of any length, or as many as the memory holds.
+            per_request = -(-before.max_model_len // before.block_size)
+            wanted = given["max_num_seqs"] * per_request
+            is_tight = before.num_blocks < before.max_num_seqs * per_request
+            given["num_blocks"] = min(wanted, before.num_blocks) if is_tight else wanted
+        limits = SchedulerConfig(**{name: given.get(name, value) for name, value in asdict(before).items()})
+        scheduling = {name: given.get(name, value) for name, value in scheduling.items()}
+        return replace(self.server, limits=limits, settings=self.server.settings | {"scheduler": scheduling})
 
 
-def measure_series(
-    measure: Measure, make_workload: MakeWorkload, options: Sequence[str] = (), series: Iterable[Stretch] = SERIES
-) -> Iterator[Run]:
-    """The runs of the series, each measured when it is asked for.
-
-    Raises:
-        LoadTestError: a server failed.
-    """
-    for stretch in series:
-        workload = make_workload(stretch.workload, stretch.num_requests, 0)
-        setup = Setup(policy=stretch.policy, options=(*options, *stretch.options))
-        yield measure(workload, Load(users=stretch.users, rate=stretch.rate), setup)
-
-
-def make_profile(
-    runs: Sequence[Run],
-    *,
-    model: str,
-    limits: SchedulerConfig,
-    knobs: dict[str, Any],
-    options: Sequence[str] = (),
-    versions: Mapping[str, str] | None = None,
-) -> Profile:
-    """Fit the costs to the runs of the series, which may have been run several times.
+def predict(profile: Profile, run: Run, requests: Sequence[WorkloadRequest], load: Load) -> Run:
+    """The twin of a measured run.
 
     Args:
-        limits, knobs: those that servers with `options` have; how many blocks there are, their traces say.
+        requests, load: what was sent, and how.
 
     Raises:
-        LoadTestError: too little was measured.
+        LoadTestError: the costs of the server's steps are others than the profile's, or it speculated.
     """
-    num_blocks = max((step.num_blocks for run in runs for step in run.steps), default=limits.num_blocks)
-    return Profile(
-        model=model,
-        options=tuple(options),
-        versions=dict(versions or {}),
-        limits=replace(limits, num_blocks=num_blocks),
-        knobs=knobs,
-        costs=fit(runs),
-    )
+    ours, theirs = _costly_settings(profile.server), _costly_settings(run.server)
+    for name in ours | theirs:
+        if (our := ours.get(name)) != (their := theirs.get(name)):
+            raise LoadTestError(f"its {name} is {their!r}, the profile's is {our!r}: profile a server with the same")
+    found = simulate(requests, load, run.setup, server=run.server, costs=profile.costs, workload=run.workload)
+    return replace(found, load=run.load)
 
 
-# -- the folder --------------------------------------------------------------------------------------------------------
+def _costly_settings(server: ServerInfo) -> dict[str, Any]:
+    """The settings that may change the costs of steps, by name."""
+    sections = server.settings.get("engine", {}) | server.settings.get("cache", {})
+    return {"model": server.model} | {name: sections[name] for name in sections.keys() - _FREE_SETTINGS}
 
 
-def write_profile(folder: Path, profile: Profile, workloads: Mapping[str, Sequence[WorkloadRequest]]) -> None:
-    """Save a profile, and beside it workloads in the tokens of its model, so that simulations need no server."""
+def write_profile(folder: Path, profile: Profile) -> None:
+    """Save a profile in a folder, which need not exist."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, requests in workloads.items():
-        write_workload(_workload_file(folder, name), requests)
-    saved = asdict(profile) | {"costs": profile.costs.to_json()}
-    (folder / FILE).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / FILE, profile)
 
 
 def read_profile(folder: Path) -> Profile:
     """Read what `write_profile` saved.
 
     Raises:
-        LoadTestError: there is none, or it is broken; names the field.
+        LoadTestError: there is none, or a field of it is missing, unknown or wrong; names the field.
     """
     path = folder / FILE
-    try:
-        return _read(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise LoadTestError(f"there is no profile in {folder}: {FILE} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise LoadTestError(f"{path} is not JSON: {error}") from error
-    except LoadTestError as error:
-        raise LoadTestError(f"{path} is broken: {error}") from error
-
-
-def _read(saved: object) -> Profile:
-    values = read_object(saved, "profile", [one.name for one in fields(Profile)])
-    versions = read_object(values["versions"], "versions")
-    return Profile(
-        model=_read_text(values["model"], "model"),
-        options=tuple(_read_texts(values["options"], "options")),
-        versions={name: _read_text(text, f"versions.{name}") for name, text in versions.items()},
-        limits=_read_config(lambda read: SchedulerConfig(**read), values["limits"], "limits", _LIMITS),
-        knobs=_read_config(check_knobs, values["knobs"], "knobs", list(KNOBS)),
-        costs=CostModel.from_json(values["costs"]),
-    )
-
-
-def read_profiled_workload(folder: Path, name: str, num_requests: int | None = None) -> list[WorkloadRequest]:
-    """The first so many requests of a workload that was saved with a profile, or all.
-
-    Raises:
-        WorkloadError: it was not saved, or has fewer.
-    """
-    path = _workload_file(folder, name)
     if not path.exists():
-        known = sorted(file.stem.removeprefix("workload-") for file in folder.glob(_workload_file(Path(), "*").name))
-        raise WorkloadError(f"the profile in {folder} has no workload {name!r}; it has {', '.join(known) or 'none'}")
-    requests = read_workload(path)
-    if num_requests is not None and num_requests > len(requests):
-        raise WorkloadError(f"the profile's workload {name!r} has {len(requests)} requests, fewer than {num_requests}")
-    return requests[:num_requests]
-
-
-def _workload_file(folder: Path, name: str) -> Path:
-    return folder / f"workload-{name}.jsonl"
-
-
-def _read_config(make: Callable[[dict[str, Any]], Config], value: object, name: str, keys: Sequence[str]) -> Config:
+        raise LoadTestError(f"there is no profile in {folder}: {FILE} is missing; `shoal profile` takes one")
     try:
-        return make(read_object(value, name, keys))
+        return read_json(path, Profile)
     except ConfigError as error:
-        raise LoadTestError(f"{name}.{error.message}") from error
-    except TypeError as error:
-        raise LoadTestError(f"{name} has a value of the wrong type: {error}") from error
+        raise LoadTestError(f"{path}: {error.message}") from error
 
 
-def _read_texts(value: object, name: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise LoadTestError(f"{name} must be a list of strings, not {value!r:.40}")
-    return value
-
-
-def _read_text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise LoadTestError(f"{name} must be a string, not {value!r:.40}")
-    return value
+def _parse(options: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the options that are known, by name and of the type that `known` has, and the other words."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS, exit_on_error=False)
+    for name, value in known.items():
+        kind: dict[str, Any] = {"action": BooleanOptionalAction} if isinstance(value, bool) else {"type": type(value)}
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **kind)
+    try:
+        given, others = parser.parse_known_args([word for option in options for word in option.split("=", 1)])
+    except ArgumentError as error:
+        raise LoadTestError(str(error)) from error
+    return vars(given), others

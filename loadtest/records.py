@@ -1,23 +1,43 @@
-"""What was measured: the requests of a run as their users saw them, and the run's steps as its engine saw them."""
+"""Plain data: how requests are sent, what was measured of them, and the files that hold both."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeVar
 
-from shoal.loadtest.steps import EngineRequest, Step
+import msgspec
+from msgspec import Struct, field
+
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.step_record import StepRecord
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """How requests are sent.
+class LoadTestError(Exception):
+    """An error that is meant for a user: its text says what is wrong, and what would be right."""
+
+
+class ServerDiedError(LoadTestError):
+    """The server under test did not start, or ended before the run did."""
+
+
+class Load(Struct, frozen=True, kw_only=True):
+    """How requests are sent; without users and without a rate, at the arrival times that the workload has.
 
     Attributes:
-        users: closed loop: so many users, each of whom sends its next request `think_seconds` (the mean of an
-            exponential distribution; 0 is at once) after the answer to the one before; 0 in an open loop.
-        rate: open loop: requests a second, never held back by the server; 0 in a closed loop.
+        users: closed loop: number of users, each of whom sends its next request after the answer to the one before.
+        think_seconds: closed loop: mean of the pause before each request of a user but its first; exponential.
+        rate: open loop: requests a second, whatever the server does.
         burstiness: open loop: squared coefficient of variation of the times between arrivals, which are gamma
             distributed; 1 is a Poisson process.
-        seed: of think times and arrivals.
+        seed: of pauses and arrivals.
+
+    Raises:
+        LoadTestError: a field is out of range.
     """
 
     users: int = 0
@@ -26,14 +46,30 @@ class Load:
     burstiness: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("users", "think_seconds", "rate", "seed"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= 0):
+                raise LoadTestError(f"{name} must be a finite number of at least 0, not {value:g}")
+        if not (isfinite(self.burstiness) and self.burstiness > 0):
+            raise LoadTestError(f"burstiness must be a finite number above 0, not {self.burstiness:g}")
+        if self.users and self.rate:
+            raise LoadTestError(f"a load has either users or a rate, not both: {self.users} and {self.rate:g}")
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+    def __str__(self) -> str:
+        if self.users:
+            thinking = f" who think for {self.think_seconds:g} s" if self.think_seconds else ""
+            return f"{self.users} user{'s' * (self.users > 1)}{thinking}"
+        bursty = f", burstiness {self.burstiness:g}" if self.burstiness != 1 else ""
+        return f"{self.rate:g} requests/s{bursty}" if self.rate else "as recorded"
+
+
+class Setup(Struct, frozen=True, kw_only=True):
     """One of the servers that are compared.
 
     Attributes:
-        speculation: method, "off" for none.
-        options: further command-line options of `shoal serve`, the same for all that are compared.
+        speculation: method of speculation; "off" for none.
+        options: further command-line options of `shoal serve`.
     """
 
     policy: str
@@ -45,25 +81,39 @@ class Setup:
         return self.policy if self.speculation == "off" else f"{self.policy} + {self.speculation}"
 
 
-@dataclass(slots=True, kw_only=True)
-class RequestRecord:
+class ServerInfo(Struct, kw_only=True):
+    """The answer to `GET /server_info`: what a server is, its limits, and all of its settings by section and name."""
+
+    version: str = ""
+    model: str = ""
+    num_parameters: int = 0
+    backend: str = ""
+    warning: str | None = None
+    kv_cache_bytes: int = 0
+    limits: SchedulerConfig
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class RequestRecord(Struct, kw_only=True, tag="request", tag_field="kind"):
     """One request as its user saw it; times are seconds after the start of the run.
 
     Attributes:
-        server_id: the id of the answer, by which the steps name the request.
-        sent_at: when it was sent; in an open loop, when it was due.
-        token_times: when each event of the stream that carried text or an end came.
-        num_output_tokens: as the server's usage says.
+        engine_id: the id by which the steps of the engine name the request.
+        sent_at: when the request was sent; in an open loop, when it was due.
+        accepted_at: when the head of the answer came, which the server sends when it has taken the request.
+        token_times: when each event of the stream came that carried text or the end.
+        num_output_tokens: number of tokens, as the usage of the answer says.
         finished_at: when the stream ended.
         text_hash: hex digest of the text, for comparisons.
-        priority: that of the workload's request.
-        error: why there is no (whole) answer.
+        error: why there is no whole answer.
     """
 
     request_id: str
     client: str = ""
-    server_id: str = ""
+    priority: int = 0
+    engine_id: str = ""
     sent_at: float
+    accepted_at: float | None = None
     token_times: list[float] = field(default_factory=list)
     finished_at: float | None = None
     num_prompt_tokens: int = 0
@@ -73,33 +123,92 @@ class RequestRecord:
     num_rejected_tokens: int = 0
     text_hash: str = ""
     error: str | None = None
-    priority: int = 0
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the answer came, and came whole."""
+        return self.error is None and self.finished_at is not None
 
 
-@dataclass(slots=True, kw_only=True)
-class Run:
+class Run(Struct, kw_only=True):
     """One load on one server, measured or simulated.
 
     Attributes:
-        repetition: which of the repetitions of the same.
+        repetition: number of the repetition, from 0.
+        server: what the run's server said of itself.
+        started_at: start of the run on the clock of the engine.
         requests: in the order in which they were sent.
-        steps: of the engine; its clock is that of the run, so that times can be compared.
-        engine_requests: when each was queued, joined and left, by `server_id`.
-        block_size: of the engine's KV cache.
-        generator_cpu_seconds, api_cpu_seconds, engine_cpu_seconds: processor time of the load generator and of the
-            server's two processes; 0 where it was not measured.
-        is_complete: whether all requests were sent and answered; False for what was saved of a run that broke off.
+        steps: steps of the engine with something to compute, on the clock of the run.
+        generator_cpu_seconds, api_cpu_seconds, engine_cpu_seconds: processor time of the load generator and of the two
+            processes of the server; 0 where it was not measured.
+        is_complete: whether all requests were answered; False for what was saved of a run that broke off.
     """
 
     setup: Setup
     workload: str
     load: Load
     repetition: int = 0
-    requests: list[RequestRecord]
-    steps: list[Step] = field(default_factory=list)
-    engine_requests: dict[str, EngineRequest] = field(default_factory=dict)
-    block_size: int = 16
+    server: ServerInfo
+    started_at: float = 0.0
+    requests: list[RequestRecord] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)
     generator_cpu_seconds: float = 0.0
     api_cpu_seconds: float = 0.0
     engine_cpu_seconds: float = 0.0
     is_complete: bool = True
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def decode(content: bytes, kind: type[T] | Any, place: str) -> T:
+    """A value from JSON.
+
+    Args:
+        place: where the content stands, with which errors begin.
+
+    Raises:
+        LoadTestError: the content is not JSON, or a field is missing, unknown or wrong; the field is named.
+    """
+    try:
+        value: T = msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ShoalError) as error:
+        raise LoadTestError(f"{place}: {error}") from error
+    return value
+
+
+def read_lines(path: Path, kind: type[T] | Any, *, may_be_cut: bool = False) -> Iterator[T]:
+    """The values of a file, one on each line.
+
+    Args:
+        may_be_cut: whether a last line without its end is left out.
+
+    Raises:
+        LoadTestError: the file cannot be read, or a line is broken, whose number and field are named.
+    """
+    *lines, last = _read(path).split(b"\n")
+    for number, line in enumerate([*lines, last] if last and not may_be_cut else lines, 1):
+        yield decode(line, kind, f"{path}, line {number}")
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """The value of a file.
+
+    Raises:
+        LoadTestError: the file cannot be read, or is broken; the field is named.
+    """
+    return decode(_read(path), kind, str(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LoadTestError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is whole or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+    partial.replace(path)

@@ -1,30 +1,89 @@
-"""Streams completions from a server, as cheaply as times can be taken.
+"""Reads streamed completions, as cheaply as times can be taken.
 
-While a stream runs, a line that comes is given its time and kept, and nothing else is done: what the lines say is read
-after the stream has ended, so that the load generator does not delay the streams that it measures.
+While a stream runs, each line gets its time and is kept.  What the lines say is read after the stream has ended, so
+that the load generator does not delay the streams that it measures.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPParseError
 
-from shoal.loadtest.errors import LoadTestError
-from shoal.loadtest.records import RequestRecord
+from shoal.loadtest.records import LoadTestError, RequestRecord, decode
 from shoal.loadtest.workload import WorkloadRequest
 
 PATH = "/v1/completions"
 _HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}
 _CONNECT_SECONDS = 10.0
-_MAX_CONNECTIONS = 2**16  # an open loop has as many as are unanswered
+_MAX_CONNECTIONS = 2**16  # an open loop has one for each unanswered request
 _CONNECTION_ERROR = "connection: "
 _MAX_SHOWN = 300  # characters of an answer that is no stream
+
+
+def events(lines: Iterable[bytes]) -> Iterator[Any]:
+    """The server-sent events of a stream, decoded from JSON; each is one `data:` line, and `[DONE]` is the last.
+
+    Raises:
+        LoadTestError: an event is malformed or follows `[DONE]`, or there is no `[DONE]`; all events before were given.
+    """
+    is_done = False
+    for line in filter(None, map(bytes.strip, lines)):
+        if is_done or not line.startswith(b"data:"):
+            raise LoadTestError(f"the stream is malformed: unexpected line {line[:_MAX_SHOWN]!r}")
+        payload = line[5:].strip()
+        is_done = payload == b"[DONE]"
+        if not is_done:
+            yield decode(payload, Any, "the stream is malformed")
+    if not is_done:
+        raise LoadTestError("the stream ended without [DONE]")
+
+
+def read_events(record: RequestRecord, lines: list[bytes], times: list[float]) -> None:
+    """Note in `record` what the lines of a stream say; what is wrong with it is its `error`, unless it has one.
+
+    Args:
+        times: when each of the lines came.
+    """
+    texts: list[str] = []
+    is_finished = False
+    try:
+        for event, time in zip(events(lines), [*times, 0.0], strict=False):
+            if "error" in event:
+                raise LoadTestError(f"in the stream: {event['error']['message']}")
+            record.engine_id = f"{event['id']}-0-0"  # first choice of the first prompt
+            for choice in event["choices"]:
+                texts.append(choice["text"])
+                is_finished |= choice["finish_reason"] is not None
+                if choice["text"] or choice["finish_reason"]:
+                    record.token_times.append(time)
+            if usage := event.get("usage"):
+                read, drafted = (usage.get(f"{kind}_tokens_details") or {} for kind in ("prompt", "completion"))
+                record.num_prompt_tokens, record.num_output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                record.num_cached_tokens = read.get("cached_tokens") or 0
+                record.num_accepted_tokens = drafted.get("accepted_prediction_tokens") or 0
+                record.num_rejected_tokens = drafted.get("rejected_prediction_tokens") or 0
+        record.text_hash = sha256("".join(texts).encode()).hexdigest()
+        if not is_finished:
+            raise LoadTestError("the stream ended without a finish_reason")
+    except LoadTestError as error:
+        record.error = record.error or str(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        record.error = record.error or f"the stream is malformed: {type(error).__name__}: {error}"
+
+
+def request_body(request: WorkloadRequest) -> bytes:
+    """The JSON of a request, whose answer is streamed and as long as the workload says."""
+    same = ("prompt", "max_tokens", "temperature", "seed", "priority", "ttft_slo_ms", "tpot_slo_ms")
+    body: dict[str, Any] = {name: value for name in same if (value := getattr(request, name)) is not None}
+    whose = {"user": request.client} if request.client else {}
+    streamed = {"end_after": request.num_output_tokens, "stream": True, "stream_options": {"include_usage": True}}
+    return msgspec.json.encode(body | whose | streamed)
 
 
 def is_connection_error(record: RequestRecord) -> bool:
@@ -32,29 +91,11 @@ def is_connection_error(record: RequestRecord) -> bool:
     return record.error is not None and record.error.startswith(_CONNECTION_ERROR)
 
 
-def request_body(request: WorkloadRequest) -> bytes:
-    """The JSON of a request, its answer streamed and of the length that the workload says."""
-    body: dict[str, Any] = {
-        "prompt": request.prompt,
-        "max_tokens": request.max_tokens,
-        "end_after": request.num_output_tokens,
-        "temperature": request.temperature,
-        "seed": request.seed,
-        "user": request.client or None,
-        "priority": request.priority,
-        "ttft_slo_ms": request.ttft_slo_ms,
-        "tpot_slo_ms": request.tpot_slo_ms,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
-
-
 class CompletionClient:
     """Sends requests to one server, over as many connections as are needed at a time.
 
     Args:
-        url: of the server; what its path says comes before that of the API.
+        url: of the server; its path comes before that of the API.
         timeout_seconds: longest silence of the server before or in an answer.
 
     Raises:
@@ -74,17 +115,19 @@ class CompletionClient:
             network_timeout=timeout_seconds,
         )
 
-    def stream(self, request: WorkloadRequest, record: RequestRecord, now: Callable[[], float]) -> None:
+    def stream(self, body: bytes, record: RequestRecord, now: Callable[[], float]) -> None:
         """Send a request, follow its answer to the end, and note in `record` what came; what went wrong is its `error`.
 
         Args:
+            body: JSON of the request, which asks for a stream.
             now: the clock of the run.
         """
         lines: list[bytes] = []
         times: list[float] = []
         try:
-            with self._http.post(self._path, request_body(request), _HEADERS) as response:
+            with self._http.post(self._path, body, _HEADERS) as response:
                 if response.status_code == 200:
+                    record.accepted_at = now()
                     while line := response.readline(b"\n"):
                         if line.startswith(b"data:"):
                             times.append(now())
@@ -104,60 +147,9 @@ class CompletionClient:
         self._http.close()
 
 
-def read_events(record: RequestRecord, lines: list[bytes], times: list[float]) -> None:
-    """Note what the `data:` lines of a stream say; an error that is noted already stays."""
-    payloads = [line[5:].strip() for line in lines]
-    is_done = payloads[-1:] == [b"[DONE]"]
-    if is_done:
-        payloads.pop()
-    reader = _EventReader(record)
-    try:
-        for event, time in zip(json.loads(b"[" + b",".join(payloads) + b"]"), times, strict=False):
-            reader.read(event, time)
-        record.text_hash = sha256("".join(reader.texts).encode("utf-8", "surrogatepass")).hexdigest()
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        record.error = record.error or f"the stream is malformed: {type(error).__name__}: {error}"
-    if record.error is None and not (is_done and reader.is_finished):
-        record.error = f"the stream ended without {'a finish_reason' if is_done else '[DONE]'}"
-
-
-class _EventReader:
-    """Reads the events of a stream one by one."""
-
-    def __init__(self, record: RequestRecord) -> None:
-        self.texts: list[str] = []
-        self.is_finished = False
-        self._record = record
-
-    def read(self, event: dict[str, Any], time: float) -> None:
-        if "error" in event:
-            self._record.error = self._record.error or f"in the stream: {_message(event)}"
-            return
-        self._record.server_id = event["id"]
-        for choice in event["choices"]:
-            self.texts.append(choice["text"])
-            self.is_finished |= choice["finish_reason"] is not None
-            if choice["text"] or choice["finish_reason"]:
-                self._record.token_times.append(time)
-        if usage := event.get("usage"):
-            self._note_usage(usage)
-
-    def _note_usage(self, usage: dict[str, Any]) -> None:
-        drafted = usage.get("completion_tokens_details") or {}
-        self._record.num_prompt_tokens = usage["prompt_tokens"]
-        self._record.num_output_tokens = usage["completion_tokens"]
-        self._record.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        self._record.num_accepted_tokens = drafted.get("accepted_prediction_tokens") or 0
-        self._record.num_rejected_tokens = drafted.get("rejected_prediction_tokens") or 0
-
-
 def _refusal(status: int, body: bytes) -> str:
     try:
-        message = _message(json.loads(body))
-    except (ValueError, RecursionError, KeyError, TypeError):
+        message = str(decode(body, Any, "")["error"]["message"])
+    except (LoadTestError, KeyError, TypeError):
         message = body.decode(errors="replace")
     return f"HTTP {status}: {message[:_MAX_SHOWN]}"
-
-
-def _message(body: dict[str, Any]) -> str:
-    return str(body["error"]["message"])

@@ -1,116 +1,341 @@
-"""A whole load test: preparation, profile, comparison, predictions, report."""
+"""A whole load test, in a folder in which everything is saved as soon as it is known.
+
+plan.json                 what is compared; an interrupted comparison goes on from it
+workload-NAME.jsonl       what is asked
+profile/                  the twin's profile: profile.json, its own workloads and runs
+runs/NNN-NAME/            a run, as `loadtest/measure.py` saves it
+summary.json              all figures
+report.html, pictures/    the report
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import platform
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
+from msgspec.structs import replace
+from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 
-from shoal.loadtest.accuracy import compare
-from shoal.loadtest.comparison import Comparison, Measure, Results
-from shoal.loadtest.errors import LoadTestError
-from shoal.loadtest.measuring import Measurer
-from shoal.loadtest.plan import Plan, PlannedRun, interleave
-from shoal.loadtest.prediction import PROFILE_WORKLOADS, ProfileRuns, predict, step_seconds
-from shoal.loadtest.preparation import Facts, Key, Preparation, machine
-from shoal.loadtest.profile import SERIES, Profile, read_profile, read_profiled_workload, write_profile
-from shoal.loadtest.progress import Bars
-from shoal.loadtest.report import write_report
-from shoal.loadtest.report_data import Cell, ReportData, baseline, by_load, by_section, collect
-from shoal.loadtest.storage import Storage, write_json
-from shoal.loadtest.workload import WorkloadRequest, read_workload
-from shoal.loadtest.workload_files import Sending, WorkloadFiles
-from shoal.loadtest.workloads import WORKLOADS
+from shoal.clients import ClientError, ShoalClient
+from shoal.loadtest.arrivals import open_arrivals
+from shoal.loadtest.costs import fit
+from shoal.loadtest.measure import RUN_FILE, TOOLS, Sent, Tools, load_run, measure, server_options
+from shoal.loadtest.metrics import Cell, baseline, by, collect, problems, speed_up, summarize
+from shoal.loadtest.plan import Experiment, Plan, PlannedRun, interleave, slug
+from shoal.loadtest.profile import Profile, predict, read_profile, series, write_profile
+from shoal.loadtest.records import Load, LoadTestError, Run, ServerDiedError, Setup, read_json, write_json
+from shoal.loadtest.report import Report, write_report
+from shoal.loadtest.server import ServerProcess
+from shoal.loadtest.twin import compare, simulate, step_seconds
+from shoal.loadtest.workload import WorkloadRequest, make_workload, read_workload, write_workload
+from shoal.scheduler.errors import ShoalError
 
-PROFILE_FOLDER = "profile"
+PLAN_FILE, PROFILE_FOLDER = "plan.json", "profile"
 RUNS_BETWEEN = 3  # of the comparison, between two of a profile that is taken amid it
+MAX_NAMED = 10  # requests in a complaint
+
+Workloads = dict[str, list[WorkloadRequest]]  # by name
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """What a load test came to.
+class Runs:
+    """A folder of runs, which measures those that it does not have.
 
     Attributes:
-        report: `report.html`.
-        complaints: what must not be overlooked; empty if all went well.
+        bar: a progress bar that is told how many requests have ended; None is none.
     """
 
-    cells: Sequence[Cell]
-    report: Path
-    complaints: Sequence[str]
+    def __init__(self, folder: Path, model: str, tools: Tools = TOOLS) -> None:
+        self.bar: Any = None
+        self._folder, self._model, self._tools = folder, model, tools
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, planned: PlannedRun, *, is_complete: bool = True) -> Path | None:
+        """The folder of a run that was saved, complete or broken off."""
+        for folder in self._folders(planned):
+            if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE, Run).is_complete == is_complete:
+                return folder
+        return None
+
+    def measure(self, planned: PlannedRun, sent: Sent) -> Path:
+        """The folder of a run, which is measured unless it is there; raises as `measure` does."""
+        if found := self.find(planned):
+            return found
+        for broken_off in self._folders(planned):
+            shutil.rmtree(broken_off)
+        numbers = [int(path.name.partition("-")[0]) for path in self._folder.iterdir()]
+        folder = self._folder / f"{max(numbers, default=0) + 1:03}-{planned.name}"
+        folder.mkdir()
+        measure(planned, self._model, sent, folder, observe=self._observe, tools=self._tools)
+        return folder
+
+    def _observe(self, num_requests: int) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{num_requests} requests")
+
+    def _folders(self, planned: PlannedRun) -> list[Path]:
+        return [folder for folder in self._folder.iterdir() if folder.name.partition("-")[2] == planned.name]
 
 
-def conduct(plan: Plan, folder: Path, *, options: Sequence[str], is_resumed: bool, command: str) -> Study:
-    """Carry a plan out, and write its report.
+class ProfileRuns:
+    """The runs of a profile in its folder: its series again and again, as far as they are asked for.
 
     Args:
-        options: of all servers.
+        plan: a small comparison has a short series; a plan without experiments has the whole one.
+
+    Attributes:
+        workloads: files and their makings, for `prepare`.
+        failure: what went wrong amid the comparison; empty if nothing did.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, tools: Tools = TOOLS) -> None:
+        self.failure = ""
+        self._folder, self._options = folder, plan.options
+        policies = {setup.policy for experiment in plan.experiments for setup in experiment.setups}
+        loads = [load for experiment in plan.experiments for load in experiment.loads]
+        num_requests = plan.num_requests if plan.experiments else None
+        self._stretches = series(num_requests, plan.options, policies=policies, loads=loads)
+        self._is_short = self._stretches != series(None, plan.options)
+        by_size = sorted(self._stretches, key=lambda stretch: stretch.num_requests)
+        self.workloads = {
+            self._file(stretch.workload): (stretch.workload, stretch.num_requests, 0) for stretch in by_size
+        }
+        self._runs = Runs(folder / "runs", plan.model, tools)
+        self._taken: list[Run] = []
+
+    def take(self) -> None:
+        """Measure the next run; raises as `measure` does."""
+        number = len(self._taken)
+        stretch = self._stretches[number % len(self._stretches)]
+        planned = PlannedRun(setup=stretch.setup, workload=f"profile-{number + 1}", load=stretch.load)
+        requests = read_workload(self._file(stretch.workload))[: stretch.num_requests]
+        self._taken.append(load_run(self._runs.measure(planned, Sent(requests, stretch.load))))
+
+    def take_series(self) -> None:
+        """Measure a first series, or complete the one that was begun."""
+        num_left = -len(self._taken) % len(self._stretches) if self._taken else len(self._stretches)
+        for _ in tqdm(range(num_left), unit="run", desc="profile"):
+            self.take()
+
+    def try_to(self, take: Callable[[], None]) -> None:
+        """Take further runs, until one fails: the comparison does not need them."""
+        try:
+            if not self.failure:
+                take()
+        except LoadTestError as error:
+            self.failure = f"Predictions are those of a profile that broke off: {error}"
+
+    def save(self) -> Profile:
+        """What follows from all that were taken; raises LoadTestError if they are too few."""
+        profile = Profile(
+            server=self._taken[0].server,
+            options=self._options,
+            versions=machine(),
+            costs=fit(self._taken),
+            is_short=self._is_short,
+        )
+        write_profile(self._folder, profile)
+        return profile
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"series-{name}.jsonl"
+
+
+class Comparison:
+    """All runs of a plan, and what they came to.
+
+    A server that does not start is not tried again: further runs of its setup are left out.  A server that dies in the
+    middle costs this run only, and so does a load generator that fails.  The comparison goes on with the next run.
+
+    Attributes:
+        runs: the folders of what was measured, in this order; runs that broke off too.
+        failures, incomplete: in words, what could not be run, and what is missing of runs or differs among them.
+        differing: by workload, the requests whose answers were not the same in all runs.
+    """
+
+    def __init__(self, plan: Plan, runs: Runs, workloads: Workloads) -> None:
+        self.runs: dict[PlannedRun, Path] = {}
+        self.failures: list[str] = []
+        self.incomplete: list[str] = []
+        self.differing: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._plan, self._runs, self._workloads = plan, runs, workloads
+        self._given_up: set[Setup] = set()
+        self._answers: dict[tuple[str, str], tuple[int, str]] = {}
+        self._request_rates: defaultdict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(list)
+
+    def run(self, between: Callable[[], None] = lambda: None) -> None:
+        """Measure all that is not yet in the folder.
+
+        Args:
+            between: is called after every few runs.
+        """
+        for loads_of in (lambda experiment: experiment.loads, self._loads_by_share):
+            planned_runs = list(interleave(self._plan.experiments, loads_of))
+            with tqdm(planned_runs, unit="run", desc="comparison", disable=not planned_runs) as self._runs.bar:
+                for number, planned in enumerate(self._runs.bar, 1):
+                    if folder := self._folder(planned):
+                        self.runs[planned] = folder
+                        self._check(planned, load_run(folder))
+                    if number % RUNS_BETWEEN == 0:
+                        between()
+
+    def _folder(self, planned: PlannedRun) -> Path | None:
+        """The folder of what was measured, if anything was."""
+        if planned.setup in self._given_up:
+            return self._runs.find(planned)
+        try:
+            return self._runs.measure(planned, sending(planned, self._workloads))
+        except LoadTestError as error:
+            folder = self._runs.find(planned, is_complete=False)
+            self.failures.append(
+                f"{planned}: {error}" + ("" if folder else "; further runs of this setup are left out")
+            )
+            if folder is None:
+                self._given_up.add(planned.setup)
+            return folder
+
+    def _check(self, planned: PlannedRun, run: Run) -> None:
+        """Compare the answers, request by request, with those of the first run of the workload."""
+        found = []
+        for record in filter(lambda record: record.is_answered, run.requests):
+            answer = record.num_output_tokens, record.text_hash
+            if self._answers.setdefault((run.workload, record.request_id), answer) != answer:
+                found.append(record.request_id)
+        if found:
+            self.differing[run.workload].update(dict.fromkeys(found))
+            named = ", ".join(found[:MAX_NAMED]) + (" and more" if len(found) > MAX_NAMED else "")
+            self.incomplete.append(
+                f"{planned}: {len(found)} answers differ from those of the first run of {run.workload}: {named}"
+            )
+        if not run.is_complete:
+            self.incomplete += problems(run)
+        elif planned.load.users:
+            rate = summarize(run, self._plan.slo)["request rate"]
+            self._request_rates[planned.workload, planned.setup.options].append(rate)
+
+    def _loads_by_share(self, experiment: Experiment) -> list[Load]:
+        """The open loops of an experiment; none if no closed loop of its workload could be measured.
+
+        The share of one client's requests is of the whole workload's rate.
+        """
+        whole = experiment.workload.partition(":")[0]
+        rates = self._request_rates[whole, experiment.setups[0].options]
+        if experiment.shares and not rates:
+            self.failures.append(f"{experiment.workload}: no closed loop was measured, so there are no open loops")
+            return []
+        # Three digits, so that a name shows all of a rate.
+        shares = [float(f"{share * max(rates):.3g}") for share in experiment.shares]
+        return [Load(rate=rate, seed=self._plan.seed) for rate in dict.fromkeys(shares)]
+
+
+def sending(planned: PlannedRun, workloads: Workloads) -> Sent:
+    """What is sent for a run: the workload or, for "NAME:CLIENT", one client's requests alone.
+
+    In an open loop these are sent when they are due in the whole workload.
+
+    Raises:
+        LoadTestError: the workload has no such client.
+    """
+    name, _, client = planned.workload.partition(":")
+    requests, load = workloads[name], planned.load
+    if not client:
+        return Sent(requests, load)
+    if load.rate:
+        requests = [replace(request, arrival_time=due) for due, request in open_arrivals(load, requests)]
+    own = [request for request in requests if request.client == client]
+    if not own:
+        clients = ", ".join(sorted({request.client for request in requests}))
+        raise LoadTestError(f"workload {planned.workload}: there is no client {client!r}; clients are {clients}")
+    return Sent(own, replace(load, rate=0.0))
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, plan: Plan | None) -> Plan:
+    """The plan of a comparison in this folder: a new one, or (None) the one that it holds.
+
+    Raises:
+        LoadTestError: the folder holds a comparison already, or none to go on with.
+    """
+    file = folder / PLAN_FILE
+    if plan is None:
+        return read_json(file, Plan)
+    if file.exists():
+        raise LoadTestError(f"{folder} holds a comparison already; go on with --resume, or choose another --output")
+    _clear(folder)
+    return plan
+
+
+def conduct(plan: Plan, folder: Path, command: str) -> Report:
+    """Carry a plan out, as far as the folder does not hold it, and write its report.
+
+    Args:
         command: that repeats it, for the report.
 
     Raises:
-        LoadTestError: it cannot begin; or something else than a server under test failed in the middle, and what was
+        LoadTestError: it cannot begin; or something other than a server under test failed in the middle, and what was
             measured is in the folder.
     """
-    storage = Storage(folder, plan, is_resumed=is_resumed)
-    files = WorkloadFiles(storage)
-    try:
-        given = read_profile(Path(plan.costs)) if plan.costs else None
-        facts, workloads = Preparation(plan, storage, files, options).run(() if given else PROFILE_WORKLOADS)
-    except LoadTestError:
-        storage.withdraw()
-        raise
-    profiler = _Profiler(plan, storage, facts, workloads)
-    profile = given or profiler.take_first()
-    measure = Measurer(model=plan.model, storage=storage).measure
-    with Bars(plan.num_requests) as bars:
-        again = profiler.amid(measure) if plan.profile_again else measure
-        results = Comparison(plan, storage, again, files.sending, bars).run()
+    given = read_profile(Path(plan.costs)) if plan.costs else None
+    profiling = ProfileRuns(folder / PROFILE_FOLDER, plan)
+    if plan.replay:
+        write_workload(workload_file(folder, plan.workloads[0]), read_workload(Path(plan.replay)))
+    files = {name: workload_file(folder, name) for name in plan.workloads}
+    prepare(
+        plan,
+        {file: (name, plan.num_requests, plan.seed) for name, file in files.items()}
+        | ({} if given else profiling.workloads),
+    )
+    write_json(folder / PLAN_FILE, plan)
+    workloads = {name: read_workload(file) for name, file in files.items()}
+    if not given:
+        profiling.take_series()
+    comparison = Comparison(plan, Runs(folder / "runs", plan.model), workloads)
+    comparison.run((lambda: profiling.try_to(profiling.take)) if plan.profile_again else lambda: None)
     if plan.profile_again:
-        profile = profiler.take_rest()
-    predictions, reasons = predict(results.runs, files.sending, profile)
-    reasons = [*profiler.failures, *reasons]
-    cells = collect((storage.load(run) for run in results.runs.values()), predictions, plan.slo)
-    report = ReportData(
-        title="Load test of Shoal",
+        profiling.try_to(profiling.take_series)
+    profile = given or profiling.save()
+    for file in () if given else files.values():
+        shutil.copy(file, folder / PROFILE_FOLDER)
+    predictions, reasons = _predictions(comparison.runs, workloads, profile)
+    report = Report(
         made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
         command=command,
         machine=machine(),
-        model=facts.model,
+        model=profile.server.model,
         slo=plan.slo,
-        cells=cells,
-        differing_texts=results.same_work.differing,
-        warnings=[*results.failures, *reasons],
+        cells=collect(map(load_run, comparison.runs.values()), predictions, plan.slo),
+        differing={name: list(found) for name, found in comparison.differing.items()},
+        complaints=comparison.failures + comparison.incomplete,
+        warnings=[*comparison.failures, *filter(None, [profiling.failure]), *reasons],
         step_seconds=step_seconds(profile.costs),
     )
-    write_json(folder / "summary.json", _summary(report, results))
+    about = {name: getattr(report, name) for name in ("made_at", "command", "machine", "model", "slo", "complaints")}
+    write_json(folder / "summary.json", about | {"cells": summaries(report.cells)})
     write_report(folder, report)
-    return Study(cells=cells, report=folder / "report.html", complaints=results.complaints)
+    return report
 
 
-def profile_servers(folder: Path, plan: Plan, *, options: Sequence[str]) -> Profile:
-    """Take a profile, and save it with all workloads in the tokens of the model.
-
-    Args:
-        plan: model, seed and number of requests.
+def take_profile(plan: Plan, folder: Path) -> None:
+    """Take a profile, and save it with the plan's workloads in the tokens of the model.
 
     Raises:
         LoadTestError: a server failed, or too little was measured.
     """
-    keys = {name: (name, plan.num_requests, plan.seed) for name in WORKLOADS}
-    with tempfile.TemporaryDirectory() as temporary:
-        storage = Storage(Path(temporary), plan)
-        preparation = Preparation(plan, storage, WorkloadFiles(storage), options)
-        facts, workloads = preparation.run([*PROFILE_WORKLOADS, *keys.values()])
-        runs = ProfileRuns(facts, workloads, storage, Measurer(model=plan.model, storage=storage))
-        _take_series(runs)
-        profile = runs.profile(machine())
-    write_profile(folder, profile, {name: workloads[key] for name, key in keys.items()})
-    return profile
+    _clear(folder)
+    profiling = ProfileRuns(folder, replace(plan, experiments=()))
+    files = {workload_file(folder, name): (name, plan.num_requests, plan.seed) for name in plan.workloads}
+    prepare(plan, files | profiling.workloads)
+    profiling.take_series()
+    profiling.save()
 
 
 def rehearse(plan: Plan, costs: Path) -> list[Cell]:
@@ -123,141 +348,102 @@ def rehearse(plan: Plan, costs: Path) -> list[Cell]:
         LoadTestError: there is no such profile, it lacks a workload, or a run cannot be simulated.
     """
     profile = read_profile(costs)
-    with tempfile.TemporaryDirectory() as temporary:
-        storage = Storage(Path(temporary), plan)
-        files = WorkloadFiles(storage)
-        for name in files.missing(plan.workloads):
-            replayed = read_workload(Path(plan.replay)) if plan.replay else None
-            files.copy(name, replayed or read_profiled_workload(costs, name, plan.num_requests))
-        planned = interleave(plan.experiments, lambda experiment: experiment.loads)
-        runs, reasons = predict(planned, files.sending, profile)
-    if reasons:
-        raise LoadTestError("; ".join(reasons))
+    workloads = {}
+    for name in plan.workloads:
+        requests = read_workload(Path(plan.replay) if plan.replay else workload_file(costs, name))
+        if len(requests) < plan.num_requests:
+            raise LoadTestError(f"workload {name}: {len(requests)} requests were saved, fewer than {plan.num_requests}")
+        workloads[name] = requests[: plan.num_requests]
+    runs = []
+    for planned in interleave(plan.experiments, lambda experiment: experiment.loads):
+        server = profile.server_with(planned.setup.options)
+        sent = sending(planned, workloads)
+        run = simulate(*sent, planned.setup, server=server, costs=profile.costs, workload=planned.workload)
+        runs.append(replace(run, load=planned.load))
     return collect(runs, (), plan.slo)
 
 
-class _Profiler:
-    """Takes the profile of a load test: the series before the comparison, and perhaps further runs of it amid.
+def workload_file(folder: Path, name: str) -> Path:
+    return folder / f"workload-{slug(name)}.jsonl"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an attempt has left that did not come to its first run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in ("runs", PROFILE_FOLDER):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    for file in folder.glob("*-*.jsonl"):
+        file.unlink()
+
+
+def prepare(plan: Plan, workloads: dict[Path, tuple[str, int, int]]) -> None:
+    """Make the workloads that are not there yet, with the tokenizer of one server.
 
     Args:
-        storage: of the load test; the profile has a folder in its.
-        workloads: those of `PROFILE_WORKLOADS`.
+        workloads: name, number of requests and seed by file.
 
-    Attributes:
-        failures: what went wrong amid the comparison, in words.
+    Raises:
+        ServerDiedError: the server does not start or does not answer.
+        LoadTestError: a workload is unknown, or does not fit the model.
     """
-
-    def __init__(
-        self, plan: Plan, storage: Storage, facts: Facts, workloads: Mapping[Key, Sequence[WorkloadRequest]]
-    ) -> None:
-        self.failures: list[str] = []
-        self._plan, self._storage = plan, storage
-        self._folder = storage.folder / PROFILE_FOLDER
-        own = Storage(self._folder, plan, is_resumed=True)
-        self._runs = ProfileRuns(facts, workloads, own, Measurer(model=plan.model, storage=own))
-        self._num_measured = 0
-
-    def take_first(self) -> Profile:
-        """Run the series, and save what follows from it.
-
-        Raises:
-            LoadTestError: a server failed, or too little was measured.
-        """
-        _take_series(self._runs)
-        return self._save()
-
-    def amid(self, measure: Measure) -> Measure:
-        """Measures as `measure` does, and between every few measurements a run of the series."""
-
-        def measure_and_profile(planned: PlannedRun, sending: Sending, observe: Callable[[int], None]) -> Path:
-            self._num_measured += 1
-            if self._num_measured % RUNS_BETWEEN == 0 and not self.failures:
-                try:
-                    self._runs.take()
-                except LoadTestError as error:
-                    self.failures.append(f"Predictions are those of a profile that broke off: {error}")
-            return measure(planned, sending, observe)
-
-        return measure_and_profile
-
-    def take_rest(self) -> Profile:
-        """Complete the series that was begun last, and save what follows from all."""
+    missing = {file: making for file, making in workloads.items() if not file.exists()}
+    if not missing:
+        return
+    options = server_options(plan.model, Setup(policy="fcfs", options=plan.options))
+    log = next(iter(missing)).with_name("preparation.log")
+    with ServerProcess(options, log) as server, ShoalClient(server.url) as client:
+        max_model_len = server.info().limits.max_model_len
         try:
-            if not self.failures:
-                _take_series(self._runs)
-        except LoadTestError as error:
-            self.failures.append(f"Predictions are those of a profile that broke off: {error}")
-        return self._save()
-
-    def _save(self) -> Profile:
-        profile = self._runs.profile(machine())
-        names = dict.fromkeys(name.partition(":")[0] for name in self._plan.workloads)
-        saved = {name: read_workload(self._storage.workload_file(name)) for name in names}
-        write_profile(self._folder, profile, saved)
-        return profile
+            for file, making in missing.items():
+                made = make_workload(*making, lambda text: list(client.tokenize(text).token_ids), max_model_len)
+                write_workload(file, made)
+        except ClientError as error:
+            server.check()
+            raise ServerDiedError(f"the server did not answer while workloads were made: {error}") from error
 
 
-def _take_series(runs: ProfileRuns) -> None:
-    """Complete the series that was begun; begin with a whole one."""
-    num_left = -len(runs.taken) % len(SERIES) if runs.taken else len(SERIES)
-    for _ in tqdm(range(num_left), unit="run", desc="profile"):
-        runs.take()
+def _predictions(
+    runs: dict[PlannedRun, Path], workloads: Workloads, profile: Profile
+) -> tuple[list[Run], Iterable[str]]:
+    """What the twin says of each combination, and why it says nothing of others."""
+    found: list[Run] = []
+    reasons: dict[str, None] = {}
+    for planned, folder in {replace(planned, repetition=0): folder for planned, folder in runs.items()}.items():
+        try:
+            found.append(predict(profile, load_run(folder, with_steps=False), *sending(planned, workloads)))
+        except (LoadTestError, ShoalError) as error:
+            reasons[f"{planned.setup.name} was not simulated: {error}"] = None
+    return found, reasons
 
 
-def figures(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The most important figures of each cell, for a program that reads along."""
-    return [
-        {
-            "workload": cell.workload,
-            "load": cell.load,
-            "setup": cell.setup.name,
-            "throughput": cell.measured.median.throughput,
-            "goodput": cell.measured.median.goodput,
-            "ttft": cell.measured.median.ttft,
-            "e2e": cell.measured.median.e2e,
-            "x_static": _speed_up(cell, cells),
-        }
-        for cell in cells
-    ]
+def summaries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """All figures of each cell, for a program that reads along."""
+    found = []
+    for cell in cells:
+        base = baseline(by(by(cells, "section")[cell.section], "load")[cell.load])
+        names = ("section", "workload", "load", "setup", "measured", "predicted", "problems")
+        errors = (
+            {error.name: error.error for error in compare(cell.predicted, cell.measured.median)}
+            if cell.predicted
+            else {}
+        )
+        found.append(
+            {name: getattr(cell, name) for name in names}
+            | {"errors": errors, "x_static": speed_up("throughput", cell, base)}
+        )
+    return found
 
 
-def _summary(report: ReportData, results: Results) -> dict[str, Any]:
+def machine() -> dict[str, str]:
+    """What a comparison runs on, for people."""
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError, IndexError):
+        processor = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].partition("\n")[0]
     return {
-        "made_at": report.made_at,
-        "command": report.command,
-        "machine": dict(report.machine),
-        "model": report.model,
-        "slo": report.slo,
-        "complaints": results.complaints,
-        "differing_texts": results.same_work.differing,
-        "cells": [
-            {
-                "section": cell.section,
-                "workload": cell.workload,
-                "load": cell.load,
-                "setup": cell.setup,
-                "x_static": _speed_up(cell, report.cells),
-                "measured": cell.measured,
-                "predicted": cell.predicted,
-                "accuracy": _accuracy(cell),
-                "problems": cell.problems,
-            }
-            for cell in report.cells
-        ],
+        "processor": processor,
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "system": platform.platform(terse=True),
+        "Python": platform.python_version(),
+        "Shoal": version("shoal"),
+        "locust": version("locust"),
     }
-
-
-def _accuracy(cell: Cell) -> list[dict[str, Any]]:
-    if cell.predicted is None:
-        return []
-    return [
-        {"name": figure.name, "predicted": figure.predicted, "measured": figure.measured, "error": figure.error}
-        for figure in compare(cell.predicted, cell.measured.median)
-    ]
-
-
-def _speed_up(cell: Cell, cells: Sequence[Cell]) -> float | None:
-    """Throughput over the static baseline's of the same workload and load."""
-    static = baseline(by_load(by_section(cells)[cell.section])[cell.load])
-    base = static.measured.median.throughput if static else 0.0
-    return cell.measured.median.throughput / base if base else None

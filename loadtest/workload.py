@@ -1,153 +1,290 @@
-"""What is asked of a server in a load test: requests with the lengths of their outputs, saved as JSON lines."""
+"""What is asked of a server: requests with the lengths of their outputs, saved as JSON lines, and the six workloads.
+
+A workload is a function of a seed, and of the tokenizer that counts.  Lengths are those for a context of 1,024 tokens.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
+from math import ceil, exp, log, sqrt
 from pathlib import Path
-from typing import Any
+from random import Random
+from statistics import NormalDist
+from typing import Annotated, Any, NamedTuple
 
-from shoal.loadtest.errors import WorkloadError
+import msgspec
+from msgspec import Meta, Struct
+
+from shoal.loadtest import text
+from shoal.loadtest.records import LoadTestError, read_lines
+from shoal.loadtest.text import Prompt, Tokenize
+
+Name = Annotated[str, Meta(min_length=1)]
+Count = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Limit = Annotated[float, Meta(gt=0)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkloadRequest:
+class WorkloadRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One request of a workload.
 
     Attributes:
         request_id: unique in its workload.
         session: requests of one session follow each other, each after the answer to the one before; a request alone
             is a session of its own.
-        client: whose it is, sent as `user`; empty if nobody's.
-        prompt: text.
-        prompt_token_ids: the same for the model that the workload was made for; the simulator needs them.
-        num_output_tokens: how long the output will be, which the server enforces (`end_after`).
-        max_tokens: the limit that the request names, the same in a whole workload, so that it tells nothing.
+        client: whose request it is, sent as `user`; empty if nobody's.
+        prompt_token_ids: the prompt in tokens of the model that the workload was made for; the twin needs them.
+        num_output_tokens: length of the output, which the server enforces (`end_after`).
+        max_tokens: the limit that the request names: the same in a whole workload, so that it says nothing of lengths.
         temperature, seed: of sampling.
-        priority, ttft_slo_ms, tpot_slo_ms: for the policy; None leaves them to the server.
-        arrival_time: seconds after the start at which an open loop sends it; None where the load decides.
+        priority, ttft_slo_ms, tpot_slo_ms: for the policy; None leaves an objective to the server.
+        arrival_time: seconds after the start at which an open loop sends the request; None where the load decides.
     """
 
-    request_id: str
-    session: str
+    request_id: Name
+    session: Name
     client: str = ""
-    prompt: str
-    prompt_token_ids: list[int]
-    num_output_tokens: int
-    max_tokens: int
-    temperature: float = 0.0
+    prompt: Name
+    prompt_token_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
+    num_output_tokens: Count
+    max_tokens: Count
+    temperature: NotNegative = 0.0
     seed: int = 0
     priority: int = 0
-    ttft_slo_ms: float | None = None
-    tpot_slo_ms: float | None = None
-    arrival_time: float | None = None
+    ttft_slo_ms: Limit | None = None
+    tpot_slo_ms: Limit | None = None
+    arrival_time: NotNegative | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_output_tokens > self.max_tokens:
+            raise ValueError(f"num_output_tokens is {self.num_output_tokens}, above max_tokens, {self.max_tokens}")
 
 
 def write_workload(path: Path, requests: Iterable[WorkloadRequest]) -> None:
     """Save requests, one JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
-        for request in requests:
-            file.write(json.dumps(asdict(request), ensure_ascii=False) + "\n")
+    path.write_bytes(b"".join(msgspec.json.encode(request) + b"\n" for request in requests))
 
 
 def read_workload(path: Path) -> list[WorkloadRequest]:
     """Read what `write_workload` saved.
 
     Raises:
-        WorkloadError: there is no such file, no request in it, or a line is broken, which is named by its number.
+        LoadTestError: the file cannot be read or has no request; or a line is broken, whose number and field are named.
     """
-    try:
-        # Lines end with \n alone: a prompt may well hold one of the other characters that end lines in Unicode.
-        with path.open(encoding="utf-8", newline="\n") as file:
-            requests = [_parse(line, f"{path}, line {number}") for number, line in enumerate(file, 1)]
-    except OSError as error:
-        raise WorkloadError(f"the workload {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise WorkloadError(f"the workload {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    requests: list[WorkloadRequest] = list(read_lines(path, WorkloadRequest))
     if not requests:
-        raise WorkloadError(f"the workload {path} is empty: it must have at least one request")
-    _check_unique(path, requests)
+        raise LoadTestError(f"the workload {path} is empty: it must have at least one request")
+    lines: dict[str, int] = {}
+    for number, request in enumerate(requests, 1):
+        if (first := lines.setdefault(request.request_id, number)) != number:
+            raise LoadTestError(f"{path}, line {number}: request_id {request.request_id!r} is that of line {first} too")
     return requests
 
 
-def _parse(line: str, place: str) -> WorkloadRequest:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise WorkloadError(f"{place}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise WorkloadError(f"{place}: must be a JSON object")
-    known = {field.name: field for field in fields(WorkloadRequest)}
-    if unknown := values.keys() - known.keys():
-        raise WorkloadError(f"{place}: unknown field {min(unknown)!r}; there are {', '.join(known)}")
-    for name, field in known.items():
-        if name in values:
-            _check(name, values[name], place)
-        elif field.default is MISSING:
-            raise WorkloadError(f"{place}: field {name!r} is missing")
-    if values["num_output_tokens"] > values["max_tokens"]:
-        raise WorkloadError(
-            f"{place}: num_output_tokens is {values['num_output_tokens']}, "
-            f"but can be at most max_tokens, which is {values['max_tokens']}"
-        )
-    return WorkloadRequest(**values)
+# -- the six workloads -------------------------------------------------------------------------------------------------
+
+MIN_MODEL_LEN = 1024
+Fields = dict[str, Any]  # of a request: prompt, num_output_tokens, max_tokens, and those that differ from the defaults
 
 
-def _check_unique(path: Path, requests: list[WorkloadRequest]) -> None:
-    lines: dict[str, int] = {}
-    for number, request in enumerate(requests, 1):
-        first = lines.setdefault(request.request_id, number)
-        if first != number:
-            raise WorkloadError(f"{path}, line {number}: request_id {request.request_id!r} is that of line {first} too")
+def make_workload(
+    name: str, num_requests: int, seed: int, tokenize: Tokenize, max_model_len: int
+) -> list[WorkloadRequest]:
+    """Make a workload; the same arguments make the same one, and more requests begin with the same ones.
+
+    Args:
+        tokenize: as the server tokenizes the prompt of a completion.
+
+    Raises:
+        LoadTestError: there is no such workload, or no room for it in the model's context.
+    """
+    if name not in WORKLOADS:
+        raise LoadTestError(f"unknown workload {name!r}; there are {', '.join(WORKLOADS)}")
+    if max_model_len < MIN_MODEL_LEN:
+        raise LoadTestError(f"workloads need a context of {MIN_MODEL_LEN} tokens; max_model_len is {max_model_len}")
+    maker = Maker(Random(f"{name} {seed}"), tokenize)
+    requests: list[WorkloadRequest] = []
+    for index, fields in enumerate(islice(WORKLOADS[name](maker), num_requests)):
+        request_id, (prompt, token_ids) = f"{name}-{index:05}", fields.pop("prompt")
+        named = {"request_id": request_id, "session": request_id, "prompt": prompt, "prompt_token_ids": token_ids}
+        requests.append(WorkloadRequest(**named | {"seed": maker.rng.getrandbits(31)} | fields))
+    return requests
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class Maker(NamedTuple):
+    """What workloads are made with.
+
+    Attributes:
+        rng: Python's own, whose numbers stay the same from release to release.
+    """
+
+    rng: Random
+    tokenize: Tokenize
+
+    def prose(self, num_tokens: int, opening: str = "") -> Prompt:
+        return text.prompt(text.prose, self.rng, num_tokens, self.tokenize, opening)
+
+    def temperature(self) -> float:
+        """Half of the requests are greedy."""
+        return 0.0 if self.rng.random() < 0.5 else 0.8
+
+    def log_normal(self, median: float, sigma: float, most: int) -> int:
+        """A length: log-normal, rounded up, at most `most`."""
+        return _length(log(median) + self.rng.gauss(0, sigma), most)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # so it is no NaN
+def _length(logarithm: float, most: int) -> int:
+    return min(ceil(exp(min(logarithm, log(most)))), most)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+def uniform(maker: Maker) -> Iterator[Fields]:
+    """All requests are alike, 128 tokens in and 128 out.
+
+    This is the control: batches of such requests end together, so that static batching should lose little.
+    """
+    while True:
+        prompt = maker.prose(128)
+        yield {"prompt": prompt, "num_output_tokens": 128, "max_tokens": 128, "temperature": maker.temperature()}
 
 
-# What a field may be, and how to say so.
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (_is_text, "a string that is not empty"),
-    "string": (lambda value: isinstance(value, str), "a string"),
-    "tokens": (
-        lambda value: isinstance(value, list) and bool(value) and all(_is_integer(v) and v >= 0 for v in value),
-        "a list of token ids that is not empty",
-    ),
-    "count": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
-    "integer": (_is_integer, "an integer"),
-    "seed": (lambda value: _is_integer(value) and -(2**63) <= value < 2**64, "an integer of 64 bits"),
-    "amount": (lambda value: _is_number(value) and value >= 0, "a finite number of at least 0"),
-    "time": (lambda value: value is None or (_is_number(value) and value >= 0), "null or a number of at least 0"),
-    "limit": (lambda value: value is None or (_is_number(value) and value > 0), "null or a number above 0"),
+CHAT_MAX_TOKENS, CHAT_MAX_PROMPT_TOKENS = 640, 384
+CHAT_OUTPUT_MEDIAN, CHAT_OUTPUT_SIGMA = 45.0, 1.2
+CHAT_SHARE = 0.25  # of the variance of the logarithm of an answer's length: the client's, and the kind's as well
+CHAT_NUM_CLIENTS = 8
+# From those that ask for the shortest answer to those that ask for the longest.
+CHAT_KINDS = (
+    "Name what this is about: ",
+    "Give a title to this: ",
+    "Is the following right? ",
+    "Summarize in a few words: ",
+    "List what is said here: ",
+    "Describe what this does: ",
+    "Explain step by step: ",
+    "Write a manual from these notes: ",
+)
+
+
+def chat(maker: Maker) -> Iterator[Fields]:
+    """Short questions, and answers of very different lengths, as in public traces of chats.
+
+    **Sources.**  In LMSYS-Chat-1M a prompt has 69.5 tokens on average and an answer 214.5 (Zheng et al. 2023).  In the
+    conversation trace of Azure that came with Splitwise (Patel et al. 2024) the median answer has 129 tokens, and the
+    mean answer 211.  A log-normal distribution of this median and mean has sigma = sqrt(2 ln(211 / 129)) = 0.99.
+
+    **Lengths.**  Prompts are log-normal with the mean of LMSYS-Chat-1M and sigma 1.  Answers keep their shape and are
+    scaled by about 0.4 to a context of 1,024 tokens.  Their median is 45, and sigma is 1.2, because a public chat has
+    more models and kinds of users than one service.  They are cut at 640 tokens, which one in seventy reaches.
+
+    **What can be predicted.**  Half of the variance of the logarithm of an answer's length: a quarter is the client's
+    (some want short answers, some long ones), and a quarter is due to the kind of prompt ("Name ..." asks for less than
+    "Write ...").  The other half is chance.  The Azure trace allows about as much: in 184 consecutive requests (from
+    2023-11-16 18:47:11 on), the range of the prompt's length, one of nine, explains 51% of this variance.
+    """
+
+    def offsets(num: int) -> list[float]:
+        """`num` values, as a normal distribution spreads them: mean 0, and `CHAT_SHARE` of the variance."""
+        quantiles = [NormalDist().inv_cdf((i + 0.5) / num) for i in range(num)]
+        scale = CHAT_OUTPUT_SIGMA * sqrt(CHAT_SHARE) / sqrt(sum(quantile**2 for quantile in quantiles) / num)
+        return [quantile * scale for quantile in quantiles]
+
+    rng, of_client, of_kind = maker.rng, offsets(CHAT_NUM_CLIENTS), offsets(len(CHAT_KINDS))
+    noise = CHAT_OUTPUT_SIGMA * sqrt(1 - 2 * CHAT_SHARE)
+    rng.shuffle(of_client)  # the number of a client says nothing
+    while True:
+        client, kind = rng.randrange(CHAT_NUM_CLIENTS), rng.randrange(len(CHAT_KINDS))
+        logarithm = log(CHAT_OUTPUT_MEDIAN) + of_client[client] + of_kind[kind] + rng.gauss(0, noise)
+        num_prompt_tokens = maker.log_normal(42.2, 1.0, CHAT_MAX_PROMPT_TOKENS)  # mean 69.5
+        yield {
+            "prompt": maker.prose(num_prompt_tokens, CHAT_KINDS[kind]),
+            "num_output_tokens": _length(logarithm, CHAT_MAX_TOKENS),
+            "max_tokens": CHAT_MAX_TOKENS,
+            "temperature": maker.temperature(),
+            "client": f"client-{client}",
+        }
+
+
+def code(maker: Maker) -> Iterator[Fields]:
+    """Completions in six files, as an editor asks for them.
+
+    A prompt is the beginning of a file, up to where its user is.  Users of the same file share what is above both
+    places, which the prefix cache can find.
+    """
+    files = [text.code(path) for path in maker.rng.sample(text.modules(), 6)]
+    while True:
+        file, num_tokens = maker.rng.randrange(len(files)), maker.rng.randint(300, 700)
+        while (prompt := text.cut(files[file], num_tokens, maker.tokenize)) is None:
+            num_tokens += 1
+        length = maker.log_normal(40.0, 0.8, 256)
+        yield {"prompt": prompt, "num_output_tokens": length, "max_tokens": 256, "client": f"editor-{file}"}
+
+
+AGENT_MAX_TOKENS = 160
+
+
+def agent(maker: Maker) -> Iterator[Fields]:
+    """Sessions of three to eight turns, in which each prompt is the whole of the one before, and more.
+
+    All agents begin with the same instructions.  A turn adds the model's answer to the turn before, and what a tool or
+    user said to it.  The answers in prompts are recorded ones (code, as long as the answer was), so that the prompts
+    do not depend on what a server writes.  A session ends when its next prompt would leave no room for an output.
+    """
+    rng, tokenize = maker.rng, maker.tokenize
+    instructions, _ = maker.prose(96)
+    for session in count():
+        so_far = instructions
+        for _ in range(rng.randint(3, 8)):
+            so_far += "\n\nUser:\n" + maker.prose(rng.randint(20, 100))[0]
+            token_ids = tokenize(so_far)
+            if len(token_ids) > MIN_MODEL_LEN - AGENT_MAX_TOKENS:
+                break
+            length = maker.log_normal(50.0, 0.7, AGENT_MAX_TOKENS)
+            whose = {"session": f"agent-session-{session:04}", "client": f"agent-{session}"}
+            yield {"prompt": (so_far, token_ids), "num_output_tokens": length, "max_tokens": AGENT_MAX_TOKENS, **whose}
+            so_far += "\n\nAnswer:\n" + text.prompt(text.code, rng, length, tokenize)[0]
+
+
+class RequestClass(NamedTuple):
+    """Requests of one kind, whose lengths are uniformly distributed in these ranges, both ends included."""
+
+    num_prompt_tokens: tuple[int, int]
+    num_output_tokens: tuple[int, int]
+    fields: Fields
+
+
+# Ten levels apart, so that ageing lets no ordinary request overtake an urgent one for long.
+URGENT = RequestClass((16, 48), (8, 32), {"client": "urgent", "ttft_slo_ms": 200.0})
+ORDINARY = RequestClass((100, 300), (100, 300), {"client": "ordinary", "priority": 10})
+MODEST = RequestClass((32, 64), (16, 48), {"client": "modest"})
+GREEDY = RequestClass((200, 400), (100, 300), {"client": "greedy"})
+
+
+def two_classes(rare: RequestClass, common: RequestClass) -> Callable[[Maker], Iterator[Fields]]:
+    """A workload of which every eighth request is of the rare class."""
+
+    def make(maker: Maker) -> Iterator[Fields]:
+        for number in count(1):
+            kind = common if number % 8 else rare
+            prompt, length = (
+                maker.prose(maker.rng.randint(*kind.num_prompt_tokens)),
+                maker.rng.randint(*kind.num_output_tokens),
+            )
+            temperature = maker.temperature()
+            yield {
+                "prompt": prompt,
+                "num_output_tokens": length,
+                "max_tokens": 400,
+                "temperature": temperature,
+            } | kind.fields
+
+    return make
+
+
+WORKLOADS: dict[str, Callable[[Maker], Iterator[Fields]]] = {
+    "chat": chat,
+    "code": code,
+    "agent": agent,
+    "uniform": uniform,
+    "mixed-priority": two_classes(URGENT, ORDINARY),  # a few urgent short requests among many long ordinary ones
+    "two-tenants": two_classes(MODEST, GREEDY),  # a client with many long requests, and one with few short ones
 }
-_KIND_OF = {
-    "request_id": "name",
-    "session": "name",
-    "client": "string",
-    "prompt": "name",
-    "prompt_token_ids": "tokens",
-    "num_output_tokens": "count",
-    "max_tokens": "count",
-    "temperature": "amount",
-    "seed": "seed",
-    "priority": "integer",
-    "ttft_slo_ms": "limit",
-    "tpot_slo_ms": "limit",
-    "arrival_time": "time",
-}
-
-
-def _check(name: str, value: Any, place: str) -> None:
-    is_right, what = _KINDS[_KIND_OF[name]]
-    if not is_right(value):
-        shown = repr(value)
-        raise WorkloadError(f"{place}: {name} must be {what}, not {shown[:60]}{'...' if len(shown) > 60 else ''}")

@@ -6,7 +6,6 @@ their favour), and hand back the time that all prompts took.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import os
@@ -21,8 +20,9 @@ from statistics import median
 from typing import Protocol, Self
 
 from bench.peers.gguf import write_gguf
-from bench.server import Server, stream_all
+from bench.server import start_server, stream_all
 from bench.table import show
+from shoal.loadtest.server import ServerProcess
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import CheckpointError
@@ -99,11 +99,21 @@ class Runner(Protocol):
         """Seconds that it takes to add `max_tokens` tokens to each prompt, all at once."""
 
 
-class ShoalRunner(Server):
+class ShoalRunner:
     """A server that streams to one client for each prompt."""
 
+    def __init__(self, server: ServerProcess) -> None:
+        self._server = server
+
+    def __enter__(self) -> Self:
+        self._server.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.end()
+
     def run(self, prompts: list[list[int]], max_tokens: int) -> float:
-        return asyncio.run(stream_all(self.url, prompts, max_tokens))[0]
+        return stream_all(self._server.url, prompts, max_tokens)[0]
 
 
 class PeerRunner:
@@ -135,7 +145,8 @@ class PeerRunner:
 
 def _start(contender: Contender, checkpoint: Path, folder: Path) -> AbstractContextManager[Runner]:
     if contender.arguments is not None:
-        return ShoalRunner(checkpoint, ["--no-enable-prefix-caching", "--max-num-seqs", "32", *contender.arguments])
+        arguments = ["--no-enable-prefix-caching", "--max-num-seqs", "32", *contender.arguments]
+        return ShoalRunner(start_server(checkpoint, arguments, folder))
     weights = folder / f"{contender.weights}.gguf"
     if not weights.exists():
         write_gguf(checkpoint, weights, contender.weights)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from shoal.loadtest import stream
+from shoal.loadtest.server import ServerProcess
 
 SHOAL = str(Path(sys.executable).parent / "shoal")
 PATIENCE = 280.0  # seconds that anything may take on a busy machine; no test measures time
 
 
-class Server:
-    """`shoal serve` with a log and a folder for temporary files of its own, in a process group of its own.
+class Server(ServerProcess):
+    """`shoal serve` with a log and a folder for temporary files of its own, and a way to speak with it.
 
     Args:
         folder: an empty folder for both.
@@ -35,29 +36,17 @@ class Server:
     def __init__(self, folder: Path, *args: str, port: int | None = None) -> None:
         self.temp = folder / "tmp"
         self.temp.mkdir()
-        self.port = free_port() if port is None else port
-        self._log = folder / "log"
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [SHOAL, "serve", "--port", str(self.port), "--threads", "1", *args],
-                cwd=folder,
-                env=clean_environment(TMPDIR=str(self.temp)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        super().__init__(
+            ["--threads", "1", *args],
+            folder / "log",
+            command=(SHOAL, "serve"),
+            port=port,
+            folder=folder,
+            environment=clean_environment(TMPDIR=str(self.temp)),
+        )
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
     # -- life --------------------------------------------------------------------------------------------------------
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
 
     def until(self, what: str, holds: Callable[[], Any]) -> Any:
         """Wait until something holds, and give it; fails with the log if it never does."""
@@ -69,27 +58,17 @@ class Server:
             time.sleep(0.02)
         raise AssertionError(f"never happened: {what}; the server's log:\n{self.log}")
 
-    def wait_ready(self) -> Server:
-        def is_ready() -> bool:
-            code = self.process.poll()
-            assert code is None, f"the server ended with exit code {code}; its log:\n{self.log}"
-            if not self.port and (announced := re.search(r"ready after .*: http://127\.0\.0\.1:(\d+)", self.log)):
-                self.port = int(announced[1])
-                self.http.base_url = self.url
-            return self.get("/health").status_code == 200
-
-        self.until("the server is ready", is_ready)
+    def wait_ready(self, seconds: float = PATIENCE) -> Self:
+        if not self.port:
+            announced = r"ready after .*: http://127\.0\.0\.1:(\d+)"
+            self.port = int(self.until("the server says its port", lambda: self.check() or re.search(announced, self.log))[1])
+            self.http.base_url = self.url
+        super().wait_ready(seconds)
         return self
 
     def engine_pid(self) -> int:
         """The engine process."""
-
-        def child() -> int | None:
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            engines = [int(pid) for pid in children if b"shoal.server.engine.process" in command_line(int(pid))]
-            return engines[0] if engines else None
-
-        found: int = self.until("there is an engine process", child)
+        found: int = self.until("there is an engine process", super().engine_pid)
         return found
 
     def signal(self, number: signal.Signals) -> None:
@@ -105,9 +84,7 @@ class Server:
 
     def close(self) -> None:
         self.http.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(PATIENCE)
+        self.kill()
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -142,8 +119,8 @@ class Server:
             yield events(response.iter_lines())
 
     def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
-        with self.streaming(path, **body) as stream:
-            return list(stream)
+        with self.streaming(path, **body) as found:
+            return list(found)
 
     @staticmethod
     def _ok(response: httpx.Response) -> dict[str, Any]:
@@ -191,30 +168,15 @@ class Waiting(threading.Thread):
         return self._response
 
 
-def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+def events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The JSON of each server-sent event; every event is one `data:` line, and `[DONE]` is the last."""
-    is_done = False
-    for line in lines:
-        if line:
-            assert not is_done, f"after [DONE] came {line!r}"
-            assert line.startswith("data: "), line
-            is_done = line == "data: [DONE]"
-            if not is_done:
-                yield json.loads(line.removeprefix("data: "))
-    assert is_done, "the stream ended without [DONE]"
+    return stream.events(line.encode() for line in lines)
 
 
 def joined(chunks: list[dict[str, Any]], index: int = 0) -> str:
     """The text of one choice of a stream, of either kind."""
     choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
     return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def clean_environment(**extra: str) -> dict[str, str]:

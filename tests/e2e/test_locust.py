@@ -6,20 +6,19 @@ import csv
 import subprocess
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from shoal.loadtest.arrivals import arrival_times
-from shoal.loadtest.locust_run import LOCUSTFILE, run_locust
+from shoal.loadtest.arrivals import open_arrivals
+from shoal.loadtest.measure import LOCUSTFILE, run_locust
 from shoal.loadtest.records import Load, RequestRecord
-from shoal.loadtest.results import read_results
-from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
-from shoal.loadtest.workloads import make_workload
-from shoal.server.wire.requests import CompletionBody
+from shoal.loadtest.traffic import read_results
+from shoal.loadtest.workload import WorkloadRequest, make_workload, read_workload, write_workload
 from tests.e2e.harness import PATIENCE, Server
 
-pytestmark = pytest.mark.skipif("end_after" not in CompletionBody.model_fields, reason="needs the field end_after")
 NUM_REQUESTS = 24
 
 
@@ -32,13 +31,9 @@ def workload(main: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return token_ids
 
     path = tmp_path_factory.mktemp("workload") / "chat.jsonl"
-    write_workload(path, map(shortened, make_workload("chat", NUM_REQUESTS, 1, tokenize, 1024)))
+    made = make_workload("chat", NUM_REQUESTS, 1, tokenize, 1024)
+    write_workload(path, [replace(request, num_output_tokens=min(request.num_output_tokens, 40)) for request in made])
     return path
-
-
-def shortened(request: WorkloadRequest) -> WorkloadRequest:
-    fields = {name: getattr(request, name) for name in WorkloadRequest.__dataclass_fields__}
-    return WorkloadRequest(**fields | {"num_output_tokens": min(request.num_output_tokens, 40)})
 
 
 def check_records(records: list[RequestRecord], requests: list[WorkloadRequest]) -> None:
@@ -49,7 +44,7 @@ def check_records(records: list[RequestRecord], requests: list[WorkloadRequest])
         request = by_id[record.request_id]
         assert record.error is None
         assert record.client == request.client
-        assert record.server_id.startswith("cmpl-")
+        assert record.engine_id.startswith("cmpl-")
         assert record.num_prompt_tokens == len(request.prompt_token_ids)
         assert record.num_output_tokens == request.num_output_tokens
         assert 1 <= len(record.token_times) <= request.num_output_tokens
@@ -64,11 +59,12 @@ def test_closed_and_open_loop_and_replay_have_the_same_texts(main: Server, workl
     texts = []
     for number, load in enumerate((Load(users=8), Load(rate=40.0, burstiness=3.0, seed=5))):
         results = tmp_path / f"{number}.jsonl"
-        result = run_locust(main.url, workload, load, results, observe=lambda _: None)
-        check_records(result.records, requests)
-        texts.append({record.request_id: record.text_hash for record in result.records})
+        run_locust(main.url, workload, load, results)
+        records = read_results(results).records
+        check_records(records, requests)
+        texts.append({record.request_id: record.text_hash for record in records})
         if load.rate:
-            assert [record.sent_at for record in result.records] == arrival_times(load, NUM_REQUESTS).tolist()
+            assert [record.sent_at for record in records] == [due for due, _ in open_arrivals(load, requests)]
     assert texts[0] == texts[1]
     main.wait_idle()
 
@@ -80,7 +76,9 @@ def test_plain_locust_writes_its_own_files_and_a_workload_that_can_be_replayed(
     options = ["--workload", workload, "--users", "6", "--spawn-rate", "6", "--processes", "2"]
     files = ["--csv", "stats", "--html", "report.html", "--results", "results.jsonl", "--record", "recorded.jsonl"]
     locust(tmp_path, main.url, *map(str, options), *files)
-    records = read_results(tmp_path / "results.jsonl").records
+    parts = [read_results(tmp_path / f"results-{worker}.jsonl").records for worker in (0, 1)]
+    assert all(parts)
+    records = sorted(chain(*parts), key=lambda record: record.sent_at)
     check_records(records, read_workload(workload))
     rows = {row["Type"]: row for row in csv.DictReader((tmp_path / "stats_stats.csv").read_text().splitlines())}
     assert {"POST", "TTFT", "tokens"} <= rows.keys()
@@ -90,13 +88,18 @@ def test_plain_locust_writes_its_own_files_and_a_workload_that_can_be_replayed(
     assert float(rows["tokens"]["Average Response Time"]) == pytest.approx(mean)
     assert "TTFT" in (tmp_path / "report.html").read_text()
 
-    recorded = read_workload(tmp_path / "recorded.jsonl")
-    assert [request.arrival_time for request in recorded] == [record.sent_at for record in records]
-    again = run_locust(main.url, tmp_path / "recorded.jsonl", Load(), tmp_path / "again.jsonl", observe=lambda _: None)
-    assert [(record.request_id, record.sent_at) for record in again.records] == [
-        (request.request_id, request.arrival_time) for request in recorded
-    ]
-    assert {r.request_id: r.text_hash for r in again.records} == {r.request_id: r.text_hash for r in records}
+    recorded = [request for worker in (0, 1) for request in read_workload(tmp_path / f"recorded-{worker}.jsonl")]
+    assert sorted(request.arrival_time or 0.0 for request in recorded) == [record.sent_at for record in records]
+    write_workload(tmp_path / "recorded.jsonl", recorded)
+    run_locust(main.url, tmp_path / "recorded.jsonl", Load(), tmp_path / "again.jsonl")
+    again = read_results(tmp_path / "again.jsonl").records
+    assert [record.sent_at for record in again] == [record.sent_at for record in records]
+    assert {r.request_id: r.text_hash for r in again} == {r.request_id: r.text_hash for r in records}
+
+
+def test_a_run_that_recorded_nothing_fails(workload: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="no request was sent and recorded"):
+        locust(tmp_path, "http://127.0.0.1:1", "--workload", str(workload), "--replay", "--processes", "2")
 
 
 def locust(folder: Path, url: str, *options: str) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.loadtest.workload import WorkloadRequest
-from shoal.loadtest.workloads import make_workload
+from shoal.loadtest.workload import WorkloadRequest, make_workload
 from shoal.model.text.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "model" / "bundled" / "shoal-moe"

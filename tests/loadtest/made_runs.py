@@ -6,15 +6,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from shoal.loadtest.records import Load, RequestRecord, Run, Setup
-from shoal.loadtest.steps import EngineRequest, Row, Step
+from shoal.loadtest.records import Load, RequestRecord, Run, ServerInfo, Setup
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.step_record import ShareRecord, StepRecord
 
 BASE_SECONDS, ROW_SECONDS, PROMPT_TOKEN_SECONDS = 4e-3, 2e-4, 5e-5
 BLOCK_SIZE, NUM_BLOCKS = 16, 1024
 
 
-def seconds_of(step: Step) -> float:
-    return cost([row.num_tokens for row in step.rows])
+SERVER = ServerInfo(limits=SchedulerConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_model_len=1024))
+
+
+def seconds_of(step: StepRecord) -> float:
+    return cost([share.num_scheduled_tokens for share in step.shares])
+
+
+def step(start: float, *shares: ShareRecord, seconds: float = 1.0, **values: object) -> StepRecord:
+    """A step of these shares, in which nothing else happens unless it is named."""
+    nothing: dict[str, object] = {"joined": {}, "preempted": [], "left": []}
+    counts = dict.fromkeys(("num_waiting", "num_preemptions", "num_used_blocks", "num_kv_tokens"), 0)
+    nothing |= counts | {"num_running": len(shares), "num_blocks": 10, "execute_seconds": seconds}
+    return StepRecord(number=0, start=start, shares=list(shares), **nothing | values)  # type: ignore[arg-type]
+
+
+def share(
+    row: int,
+    name: str,
+    tokens: int = 1,
+    *,
+    drafted: int = 0,
+    samples: bool = True,
+    padding: bool = False,
+    computed: int = 0,
+) -> ShareRecord:
+    return ShareRecord(name, row, computed, tokens, drafted, samples, padding)
 
 
 def cost(tokens: list[int]) -> float:
@@ -57,11 +82,9 @@ def make_run(
         (int(sizes.lognormvariate(3.5, 0.6)) + 2, int(sizes.lognormvariate(3.2, 0.8)) + 2) for _ in range(num_requests)
     ]
     records: list[RequestRecord] = []
-    joined: dict[str, float] = {}
-    left: dict[str, float] = {}
     waiting: list[_Occupant] = []
     rows: dict[int, _Occupant] = {}
-    steps: list[Step] = []
+    steps: list[StepRecord] = []
     now = 0.0
 
     def send() -> None:
@@ -73,7 +96,7 @@ def make_run(
                     request_id=f"r{number}",
                     client=client(number),
                     priority=priority(number),
-                    server_id=f"cmpl-{number}",
+                    engine_id=f"cmpl-{number}",
                     sent_at=now,
                     num_prompt_tokens=prompt,
                     text_hash=f"{number:x}",
@@ -84,41 +107,40 @@ def make_run(
     for _ in range(users):
         send()
     while waiting or any(not occupant.is_padding for occupant in rows.values()):
-        is_static = policy.startswith("static")
+        is_static, joined, left = policy.startswith("static"), {}, []
         if all(occupant.is_padding for occupant in rows.values()):
+            left += [occupant.record.engine_id for occupant in rows.values()]
             rows.clear()
         if policy != "static":
+            left += [occupant.record.engine_id for occupant in rows.values() if occupant.is_padding]
             rows = {row: occupant for row, occupant in rows.items() if not occupant.is_padding}
         if not is_static or not rows:
             for row in sorted(set(range(num_rows)) - rows.keys())[: len(waiting)]:
                 rows[row] = waiting.pop(0)
-                joined[rows[row].record.server_id] = now
+                joined[rows[row].record.engine_id] = now - rows[row].record.sent_at
         shares = [
-            Row(
-                request_id=occupant.record.server_id,
-                row=row,
-                num_tokens=1 if occupant.num_chosen else occupant.num_prompt_tokens,
-                num_spec_tokens=0,
-                samples=True,
-                is_padding=occupant.is_padding,
+            share(
+                row,
+                occupant.record.engine_id,
+                1 if occupant.num_chosen else occupant.num_prompt_tokens,
+                padding=occupant.is_padding,
+                computed=occupant.num_prompt_tokens + occupant.num_chosen - 1 if occupant.num_chosen else 0,
             )
             for row, occupant in sorted(rows.items())
         ]
-        seconds = cost([share.num_tokens for share in shares]) * (1 + noise * hiccups.random())
+        seconds = cost([one.num_scheduled_tokens for one in shares]) * (1 + noise * hiccups.random())
         working = [occupant for occupant in rows.values() if not occupant.is_padding]
         steps.append(
-            Step(
-                start=now,
+            step(
+                now,
+                *shares,
                 seconds=seconds,
-                execute_seconds=0.9 * seconds,
-                rows=shares,
+                joined=joined,
+                left=left,
                 num_waiting=len(waiting),
                 num_blocks=NUM_BLOCKS,
                 num_used_blocks=sum(occupant.num_blocks for occupant in rows.values()),
                 num_kv_tokens=sum(o.num_prompt_tokens + o.num_chosen for o in rows.values()),
-                num_pairs=sum(o.num_prompt_tokens + o.num_chosen for o in rows.values()),
-                num_keys=sum(o.num_prompt_tokens + o.num_chosen for o in rows.values()),
-                num_preemptions=0,
             )
         )
         now += seconds + 1e-4
@@ -128,21 +150,14 @@ def make_run(
             occupant.record.token_times.append(now)
             if occupant.is_padding:
                 occupant.record.finished_at = now
-                left[occupant.record.server_id] = now
                 send()
     return Run(
         setup=Setup(policy=policy, speculation=speculation),
         workload=workload,
         load=Load(users=users, seed=repetition),
         repetition=repetition,
+        server=SERVER,
         requests=records,
         steps=steps,
-        engine_requests={
-            record.server_id: EngineRequest(
-                record.server_id, record.sent_at, joined[record.server_id], left[record.server_id]
-            )
-            for record in records
-        },
-        block_size=BLOCK_SIZE,
         generator_cpu_seconds=0.05 * now,
     )

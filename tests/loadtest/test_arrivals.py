@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from msgspec.structs import replace
+from numpy.typing import NDArray
 from scipy import stats
 
-from shoal.loadtest.arrivals import arrival_times, check_load, due_times, think_times
-from shoal.loadtest.errors import LoadTestError
-from shoal.loadtest.records import Load
+from shoal.loadtest.arrivals import closed_sessions, open_arrivals
+from shoal.loadtest.records import Load, LoadTestError
 from shoal.loadtest.workload import WorkloadRequest
 
+Floats = NDArray[np.float64]
 NUM = 20_000
 SURE = 1e-3  # a p-value below this is no accident; seeds are fixed, so a test that passes always does
 
@@ -27,7 +31,16 @@ def request(name: str, arrival_time: float | None = None) -> WorkloadRequest:
     )
 
 
-def gaps(load: Load) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def arrival_times(load: Load, num: int) -> Floats:
+    return np.array([due for due, _ in open_arrivals(load, [request(str(number)) for number in range(num)])])
+
+
+def think_times(load: Load, num: int) -> Floats:
+    sessions = closed_sessions(load, [request(str(number)) for number in range(num)])
+    return np.array([arrival.seconds for (arrival,) in sessions])
+
+
+def gaps(load: Load) -> Floats:
     return np.diff(arrival_times(load, NUM), prepend=0.0)
 
 
@@ -74,31 +87,46 @@ def test_a_seed_gives_the_same_times_and_fewer_of_them_are_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "message"),
+    ("fields", "message"),
     [
-        (Load(rate=-1.0), "rate must be a finite number above 0, not -1.0"),
-        (Load(rate=float("nan")), "rate must be"),
-        (Load(rate=float("inf")), "rate must be"),
-        (Load(rate=1.0, burstiness=0.0), "burstiness must be a finite number above 0, not 0.0"),
-        (Load(rate=1.0, burstiness=-2.0), "burstiness must be"),
-        (Load(users=2, think_seconds=-1.0), "think_seconds must be a finite number of at least 0, not -1.0"),
-        (Load(users=-2), "users must be at least 0, not -2"),
-        (Load(users=2, seed=-1), "seed must be at least 0, not -1"),
-        (Load(users=2, rate=2.0), "either users or a rate"),
-        (Load(), "request 'b' of the workload has no arrival_time"),
+        ({"rate": -1.0}, "rate must be a finite number of at least 0, not -1"),
+        ({"rate": float("nan")}, "rate must be"),
+        ({"rate": float("inf")}, "rate must be"),
+        ({"rate": 1.0, "burstiness": 0.0}, "burstiness must be a finite number above 0, not 0"),
+        ({"rate": 1.0, "burstiness": -2.0}, "burstiness must be"),
+        ({"users": 2, "think_seconds": -1.0}, "think_seconds must be a finite number of at least 0, not -1"),
+        ({"users": -2}, "users must be a finite number of at least 0, not -2"),
+        ({"users": 2, "seed": -1}, "seed must be a finite number of at least 0, not -1"),
+        ({"users": 2, "rate": 2.0}, "either users or a rate"),
     ],
 )
-def test_a_load_out_of_range_is_refused_by_field(load: Load, message: str) -> None:
+def test_a_load_out_of_range_is_refused_by_field(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(LoadTestError, match=message):
-        check_load(load, [request("a", 1.0), request("b")])
+        Load(**fields)
 
 
-def test_a_rate_of_zero_has_no_arrivals() -> None:
-    with pytest.raises(LoadTestError, match="rate must be a finite number above 0, not 0"):
-        arrival_times(Load(), 3)
-
-
-def test_without_a_rate_a_replay_is_meant() -> None:
+def test_without_a_rate_requests_are_due_when_the_workload_says() -> None:
     requests = [request("a", 2.0), request("b", 0.5)]
-    assert due_times(Load(), requests) == [2.0, 0.5]
-    assert due_times(Load(rate=4.0), requests) == arrival_times(Load(rate=4.0), 2).tolist()
+    assert open_arrivals(Load(), requests) == [(0.5, requests[1]), (2.0, requests[0])]
+    assert [due for due, _ in open_arrivals(Load(rate=4.0), requests)] == arrival_times(Load(rate=4.0), 2).tolist()
+    with pytest.raises(LoadTestError, match="request 'c' has no arrival_time"):
+        open_arrivals(Load(), [*requests, request("c")])
+
+
+def test_sessions_keep_the_order_of_the_workload() -> None:
+    sessions = closed_sessions(Load(users=1), [replace(request(name), session=name[0]) for name in ("a1", "b1", "a2")])
+    assert [[arrival.request.request_id for arrival in session] for session in sessions] == [["a1", "a2"], ["b1"]]
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        (Load(users=1), "1 user"),
+        (Load(users=32, think_seconds=1.5), "32 users who think for 1.5 s"),
+        (Load(rate=12.5), "12.5 requests/s"),
+        (Load(rate=8, burstiness=4), "8 requests/s, burstiness 4"),
+        (Load(), "as recorded"),
+    ],
+)
+def test_loads_in_words(load: Load, words: str) -> None:
+    assert str(load) == words

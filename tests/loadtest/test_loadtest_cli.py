@@ -10,12 +10,9 @@ from click.testing import CliRunner, Result
 
 from shoal.extras import install_command
 from shoal.loadtest import cli
-from shoal.loadtest.errors import LoadTestError
-from shoal.loadtest.metrics import Slo
-from shoal.loadtest.plan import Experiment, Plan
-from shoal.loadtest.planning import SIZES, plan_comparison
-from shoal.loadtest.records import Load, Setup
-from shoal.loadtest.storage import Storage
+from shoal.loadtest.plan import SHARES, Asked, Plan, make_plan
+from shoal.loadtest.records import Load, LoadTestError, read_json, write_json
+from shoal.scheduler.policies import POLICIES
 
 
 def invoke(command: str, *args: str) -> Result:
@@ -33,7 +30,7 @@ def invoke(command: str, *args: str) -> Result:
         (["--rate", "nan"], "rate must be a finite number above 0, not nan"),
         (["--users", "0"], "users must be at least 1, not 0"),
         (["--users", "3", "--rate", "3"], "either --users (closed loops) or --rate (open loops), not both"),
-        (["--users", "3", "--think-seconds", "-1"], "think-seconds must be a finite number of at least 0, not -1"),
+        (["--users", "3", "--think-seconds", "-1"], "think_seconds must be a finite number of at least 0, not -1"),
         (["--rate", "3", "--burstiness", "0"], "burstiness must be a finite number above 0, not 0"),
         (["--requests", "0"], "requests must be at least 1, not 0"),
         (["--repetitions", "0"], "repetitions must be at least 1, not 0"),
@@ -70,32 +67,11 @@ def test_a_broken_line_of_a_replayed_workload_is_named_by_number(tmp_path: Path)
     assert "line 2" in result.stderr
 
 
-def test_a_folder_that_holds_another_comparison_is_left_alone(tmp_path: Path) -> None:
-    other = Plan(
-        experiments=(Experiment(workload="code", setups=(Setup(policy="fcfs"),), loads=(Load(users=1),)),),
-        num_requests=3,
-        slo=Slo(),
-    )
-    Storage(tmp_path, other)
-    for more in ([], ["--resume"]):
-        result = invoke("loadtest", "--output", str(tmp_path), *more)
-        assert result.exit_code == 2
-        assert "holds another comparison" in result.stderr
-
-
-def test_a_folder_in_which_nothing_was_measured_is_free_for_another_plan(tmp_path: Path) -> None:
-    def plan(num_requests: int) -> Plan:
-        return Plan(experiments=(), num_requests=num_requests, slo=Slo())
-
-    storage = Storage(tmp_path, plan(3))
-    storage.workload_file("chat").touch()
-    storage.withdraw()
-    assert not list(tmp_path.glob("*.json*"))
-    (tmp_path / "runs" / "001-fcfs").mkdir()
-    other = Storage(tmp_path, plan(4))
-    other.withdraw()
-    with pytest.raises(LoadTestError, match="holds another comparison"):
-        Storage(tmp_path, plan(3))
+def test_a_folder_that_holds_a_comparison_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    result = invoke("loadtest", "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert "holds a comparison already; go on with --resume" in result.stderr
 
 
 def test_to_go_on_needs_a_folder() -> None:
@@ -129,11 +105,7 @@ def test_a_simulation_refuses_the_same_input() -> None:
 
 
 def planned(**asked: object) -> Plan:
-    nothing = dict.fromkeys(
-        ("policies", "workloads", "users", "rates", "num_requests", "replay", "speculation", "repetitions", "costs")
-    )
-    values = {"think_seconds": 0.0, "burstiness": 1.0, "seed": 0, "size": "fast", "model": "shoal-moe", "options": ()}
-    return plan_comparison(**nothing | values | {"ttft_slo_ms": 1000.0, "tpot_slo_ms": 100.0} | asked)  # type: ignore[arg-type]
+    return make_plan(Asked(**asked), POLICIES)  # type: ignore[arg-type]  # what a test asks for
 
 
 def test_without_any_choice_the_policies_are_compared_on_chat() -> None:
@@ -148,17 +120,35 @@ def test_what_is_named_is_crossed() -> None:
     )
     assert len(plan.experiments) == 6
     assert [setup.name for setup in plan.experiments[0].setups] == ["fcfs", "sjf", "fcfs + draft", "sjf + draft"]
-    assert {setup.options for setup in plan.setups} == {("--x",)}
+    assert {setup.options for experiment in plan.experiments for setup in experiment.setups} == {("--x",)}
     assert [load.rate for load in plan.experiments[0].loads] == [5.0, 10.0]
     assert not plan.experiments[0].shares
 
 
-def test_the_full_profile_finds_saturation_by_itself() -> None:
+def test_the_full_size_finds_saturation_by_itself_and_repeats_it() -> None:
     (experiment,) = planned(size="full", policies=("fcfs",)).experiments
-    assert experiment.shares == SIZES["full"].shares
+    assert (experiment.shares, experiment.repetitions) == (SHARES, 2)
     everything = planned(size="full")
-    assert {name.partition(":")[0] for name in everything.workloads} >= {"chat", "uniform", "code", "agent"}
-    assert {"priority", "fair", "static", "static-nopad"} <= {setup.policy for setup in everything.setups}
+    assert {"chat", "uniform", "code", "agent"} <= set(everything.workloads)
+    setups = {setup.policy for experiment in everything.experiments for setup in experiment.setups}
+    assert {"priority", "fair", "static", "static-nopad"} <= setups
+    (curve,) = (one for one in everything.experiments if one.shares == SHARES)
+    assert curve.repetitions > 1, "so that its curves have bands"
+
+
+def test_a_recorded_workload_is_sent_when_it_was_recorded(tmp_path: Path) -> None:
+    request = {"request_id": "a", "session": "a", "prompt": "x", "prompt_token_ids": [1], "num_output_tokens": 1}
+    file = tmp_path / "saved one.jsonl"
+    for recorded, load in (({}, Load(users=32)), ({"arrival_time": 0.5}, Load())):
+        file.write_text(json.dumps(request | {"max_tokens": 2} | recorded) + "\n")
+        plan = planned(replay=file)
+        assert (plan.workloads, plan.num_requests, plan.experiments[0].loads) == (["saved-one"], 1, (load,))
+
+
+def test_a_plan_is_read_back_from_its_file(tmp_path: Path) -> None:
+    plan = planned(size="full", seed=3)
+    write_json(tmp_path / "plan.json", plan)
+    assert read_json(tmp_path / "plan.json", Plan) == plan
 
 
 def test_names_are_not_repeated() -> None:

@@ -3,142 +3,155 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import replace as replace_limits
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from shoal.loadtest.costs import CostModel
-from shoal.loadtest.errors import LoadTestError, WorkloadError
+from shoal.loadtest.costs import fit
 from shoal.loadtest.profile import (
     FILE,
+    LEAST_FOR_WHOLE,
     SERIES,
     Profile,
-    make_profile,
-    measure_series,
+    predict,
     read_profile,
-    read_profiled_workload,
+    series,
     write_profile,
 )
-from shoal.loadtest.records import Load, Run, Setup
-from shoal.loadtest.server_options import KNOBS, apply_options
-from shoal.loadtest.simulator import simulate
-from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.records import Load, LoadTestError, Run, Setup
+from shoal.loadtest.twin import simulate
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
-from tests.loadtest.twin import LIMITS, REALISTIC, chat
+from tests.loadtest.twin import LIMITS, REALISTIC, chat, run, server_info
 
-PROFILE = Profile(
-    model="m", options=("--threads", "2"), versions={"shoal": "1"}, limits=LIMITS, knobs=KNOBS, costs=REALISTIC
-)
-
-
-def make(name: str, num_requests: int, seed: int) -> list[WorkloadRequest]:
-    return chat(num_requests, seed, num_prompt_tokens={"chat": 70, "code": 400}[name])
+OPTIONS = ("--threads", "2")
+PROFILE = Profile(server=server_info(), options=OPTIONS, versions={"shoal": "1"}, costs=REALISTIC)
 
 
-class Engine:
-    """Stands in for a real one: simulates what it is asked to measure."""
-
-    def __init__(self, costs: CostModel) -> None:
-        self.costs = costs
-        self.setups: list[Setup] = []
-        self.seconds = 0.0
-
-    def measure(self, workload: Sequence[WorkloadRequest], load: Load, setup: Setup) -> Run:
-        self.setups.append(setup)
-        limits, knobs = apply_options(setup.options, ("--threads", "2"), LIMITS, KNOBS)
-        run = simulate(workload, load, setup, limits=limits, knobs=knobs, costs=self.costs)
-        self.seconds += max(record.finished_at or 0 for record in run.requests)
-        return run
+def measure(num_requests: int | None, **of_the_test: Any) -> list[Run]:
+    """The runs of a profile, which a simulation stands in for."""
+    return [
+        simulate(
+            chat(stretch.num_requests, num_prompt_tokens={"chat": 70, "code": 400}[stretch.workload]),
+            stretch.load,
+            stretch.setup,
+            server=PROFILE.server_with(stretch.setup.options),
+            costs=REALISTIC,
+        )
+        for stretch in series(num_requests, OPTIONS, **of_the_test)
+    ]
 
 
 def test_a_profile_knows_what_the_engine_costs() -> None:
-    engine = Engine(REALISTIC)
-    limits = replace(LIMITS, num_blocks=1)  # which the traces know better
-    options = ("--threads", "2")
-    runs = list(measure_series(engine.measure, make, options))
-    profile = make_profile(runs, model="m", limits=limits, knobs=KNOBS, options=options)
-    assert profile.limits == LIMITS
-    assert len(engine.setups) == len(SERIES)
-    assert all(setup.options[:2] == options for setup in engine.setups)
-    assert engine.seconds < 60
-    workload, load = chat(100, 77), Load(rate=40.0)
+    runs = measure(None)
+    assert len(runs) == len(SERIES)
+    assert sum(max(record.finished_at or 0 for record in one.requests) for one in runs) < 60
+    assert all(one.setup.options[:2] == OPTIONS for one in runs)
+    costs = replace(fit(runs), deviations={})
     for policy in ("fcfs", "static", "sjf"):
-        ends = [
-            [
-                record.finished_at
-                for record in simulate(
-                    workload, load, Setup(policy=policy), limits=LIMITS, knobs=KNOBS, costs=costs
-                ).requests
-            ]
-            for costs in (REALISTIC, replace(profile.costs, deviations=()))
-        ]
-        assert ends[0] == pytest.approx(ends[1], rel=0.01)
+        real, twin = (
+            [record.finished_at for record in run(chat(100, 77), Load(rate=40.0), policy, costs).requests]
+            for costs in (REALISTIC, costs)
+        )
+        assert twin == pytest.approx(real, rel=0.01)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- short profiles ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policies", "loads", "expected"),
+    [
+        (["fcfs", "sjf"], [Load(users=5)], [(8, 1, "fcfs"), (24, 5, "fcfs")]),
+        (["static"], [Load(users=5), Load(users=9)], [(8, 1, "fcfs"), (24, 9, "fcfs"), (24, 9, "static")]),
+        (["fcfs"], [Load(rate=3.0)], [(8, 1, "fcfs"), (24, 24, "fcfs"), (24, 0, "fcfs")]),
+    ],
+)
+def test_few_requests_need_few_runs(
+    policies: list[str], loads: list[Load], expected: list[tuple[int, int, str]]
+) -> None:
+    short = series(24, (), policies=policies, loads=loads)
+    assert [(one.num_requests, one.load.users, one.setup.policy) for one in short] == expected
+    assert series(LEAST_FOR_WHOLE, (), policies=policies, loads=loads) == list(SERIES)
+
+
+def test_the_shortest_profile_is_enough_for_what_it_is_taken_for() -> None:
+    load = Load(users=4)
+    runs = measure(1, policies=["fcfs", "static"], loads=[load])
+    costs = replace(fit(runs), deviations={})
+    for policy in ("fcfs", "static"):
+        real, twin = (run(chat(8, 7), load, policy, costs).requests[-1].finished_at for costs in (REALISTIC, costs))
+        assert twin == pytest.approx(real, rel=0.1)
+
+
+# -- the twin of a measured run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_predicted_with_the_limits_and_knobs_of_its_own_server() -> None:
+    knobs = {"static_timeout_seconds": 2.0}
+    measured = run(chat(20), Load(users=4), "static", REALISTIC, knobs=knobs, max_num_seqs=2)
+    measured.workload = "chat"
+    predicted = predict(PROFILE, measured, chat(20), measured.load)
+    assert predicted == measured
+
+
+def test_a_server_whose_steps_have_other_costs_is_not_predicted() -> None:
+    other = server_info()
+    other.settings["engine"] = {"threads": 1, "trace": "another.json"}
+    measured = replace(run(chat(2), Load(users=1)), server=other)
+    with pytest.raises(LoadTestError, match="its threads is 1, the profile's is 2"):
+        predict(PROFILE, measured, chat(2), measured.load)
+    measured = replace(measured, server=server_info(), setup=Setup(policy="fcfs", speculation="draft"))
+    with pytest.raises(LoadTestError, match="'draft' cannot be simulated"):
+        predict(PROFILE, measured, chat(2), measured.load)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
-    write_profile(tmp_path / "new", PROFILE, {"chat": chat(5), "two-tenants": chat(2)})
+    write_profile(tmp_path / "new", PROFILE)
     assert read_profile(tmp_path / "new") == PROFILE
-    assert read_profiled_workload(tmp_path / "new", "chat") == chat(5)
-    assert read_profiled_workload(tmp_path / "new", "chat", 3) == chat(5)[:3]
-    with pytest.raises(WorkloadError, match="'chat' has 5 requests, fewer than 6"):
-        read_profiled_workload(tmp_path / "new", "chat", 6)
-    with pytest.raises(WorkloadError, match="has no workload 'code'; it has chat, two-tenants"):
-        read_profiled_workload(tmp_path / "new", "code")
 
 
 def test_no_profile_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoadTestError, match=r"there is no profile in .*: profile.json cannot be read: No such file"):
+    with pytest.raises(LoadTestError, match=r"there is no profile in .*: profile.json is missing"):
         read_profile(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("path", "value", "message"),
     [
-        ({"model": 3}, "model must be a string, not 3"),
-        ({"options": "x"}, "options must be a list of strings, not 'x'"),
-        ({"versions": {"shoal": 3}}, "versions.shoal must be a string, not 3"),
-        ({"more": 3}, "profile.more is unknown"),
-        ({"costs": {}}, "costs.version is missing"),
-        ({"limits": {}}, "limits.max_num_seqs is missing"),
-        ({"knobs": {"ageing_seconds": 1}}, "knobs.ttft_slo_ms is missing"),
+        ("options", "x", r"Expected `array`, got `str` - at `\$.options`"),
+        ("more", 3, "unknown field `more`"),
+        ("server.limits.num_blocks", 0, "num_blocks must be at least 1, not 0"),
+        ("server.limits.num_blocks", "many", r"Expected `int`, got `str` - at `\$.server.limits.num_blocks`"),
+        ("costs.latencies.send", ..., r"missing required field `send` - at `\$.costs.latencies`"),
+        ("costs.latencies.walk", 1, r"unknown field `walk` - at `\$.costs.latencies`"),
+        ("costs.latencies.send", True, r"Expected `float`, got `bool` - at `\$.costs.latencies.send`"),
+        ("costs.steps.pair_seconds", -1.0, r"Expected `float` >= 0.0 - at `\$.costs.steps.pair_seconds`"),
+        ("costs.steps.pair_seconds", float("nan"), "malformed"),
+        ("costs.steps.token_seconds", {"1": 1.0}, r"length >= 2 - at `\$.costs.steps.token_seconds`"),
+        ("costs.deviations", {"1": []}, r"length >= 1 - at `\$.costs.deviations"),
+        ("costs.deviations", {"many": [1.0]}, r"at `key` in `\$.costs.deviations`"),
     ],
 )
-def test_a_broken_profile_is_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    write_profile(tmp_path, PROFILE, {})
+def test_what_is_broken_is_refused_by_name(*, tmp_path: Path, path: str, value: object, message: str) -> None:
+    write_profile(tmp_path, PROFILE)
     saved = json.loads((tmp_path / FILE).read_text())
-    (tmp_path / FILE).write_text(json.dumps(saved | change))
-    with pytest.raises(LoadTestError, match=f"profile.json is broken: {message}"):
-        read_profile(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("section", "name", "value", "message"),
-    [
-        ("limits", "num_blocks", 0, "limits.num_blocks must be at least 1, not 0"),
-        ("limits", "num_blocks", "many", "limits has a value of the wrong type"),
-        ("knobs", "ageing_tokens", -1, "knobs.ageing_tokens must be above 0, not -1"),
-    ],
-)
-def test_a_broken_limit_is_refused_by_name(
-    *, tmp_path: Path, section: str, name: str, value: object, message: str
-) -> None:
-    write_profile(tmp_path, PROFILE, {})
-    saved = json.loads((tmp_path / FILE).read_text())
-    saved[section][name] = value
+    *parents, last = path.split(".")
+    place = saved
+    for name in parents:
+        place = place[name]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
     (tmp_path / FILE).write_text(json.dumps(saved))
-    with pytest.raises(LoadTestError, match=message):
-        read_profile(tmp_path)
-
-
-def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text('{"model": ')
-    with pytest.raises(LoadTestError, match=r"profile.json is not JSON: .*line 1"):
+    with pytest.raises(LoadTestError, match=f"profile.json.*{message}"):
         read_profile(tmp_path)
 
 
@@ -157,9 +170,12 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
         ),
         (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}, {}),
         (["--enable-prefix-caching"], {}, {}),
-        (["--enable-prefix-caching", "false"], {"enable_prefix_caching": False}, {}),
-        (["--max-num-seqs", "8"], {"max_num_seqs": 8, "num_blocks": 512}, {}),
-        (["--max-num-seqs", "8", "--num-blocks", "99"], {"max_num_seqs": 8, "num_blocks": 99}, {}),
+        (["--max-num-seqs", "8"], {"max_num_seqs": 8, "num_blocks": 512}, {"max_num_seqs": 8}),
+        (
+            ["--max-num-seqs", "8", "--num-blocks", "99"],
+            {"max_num_seqs": 8, "num_blocks": 99},
+            {"max_num_seqs": 8},
+        ),
         (
             ["--predictor", "max_tokens", "--ageing-seconds", "3"],
             {},
@@ -167,30 +183,36 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_options_change_limits_and_knobs(options: list[str], limits: dict[str, int], knobs: dict[str, float]) -> None:
-    assert PROFILE.configure(options) == (replace(LIMITS, **limits), KNOBS | knobs)  # type: ignore[arg-type]  # any field
+def test_options_change_limits_and_knobs(options: list[str], limits: dict[str, int], knobs: dict[str, Any]) -> None:
+    assert PROFILE.server_with(options) == server_info(replace_limits(LIMITS, **limits), knobs)  # type: ignore[arg-type]  # any field
 
 
-def test_memory_that_was_short_stays_so() -> None:
-    short = SchedulerConfig(num_blocks=100, max_model_len=1024)
-    assert apply_options(["--max-num-seqs", "32"], [], short, KNOBS)[0].num_blocks == 100
-    assert apply_options(["--max-num-seqs", "1"], [], short, KNOBS)[0].num_blocks == 64
+@pytest.mark.parametrize(("rows", "num_blocks"), [("32", 100), ("1", 64)])
+def test_memory_that_was_short_stays_so(rows: str, num_blocks: int) -> None:
+    short = replace(PROFILE, server=server_info(SchedulerConfig(num_blocks=100, max_model_len=1024)))
+    assert short.server_with(["--max-num-seqs", rows]).limits.num_blocks == num_blocks
+
+
+def test_blocks_that_were_set_stay() -> None:
+    server = server_info()
+    server.settings["cache"]["num_blocks"] = 4096
+    assert replace(PROFILE, server=server).server_with(["--max-num-seqs", "8"]).limits.num_blocks == 4096
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--threads", "1"], "what --threads does to the costs of steps is not known"),
-        (["--max-num-seqs", "few"], "--max-num-seqs must be of type int, not 'few'"),
-        (["--enable-prefix-caching", "maybe"], "--enable-prefix-caching must be of type bool, not 'maybe'"),
-        (["8"], "unexpected argument '8'"),
+        (["--threads", "1"], "how --threads 1 changes the costs is unknown"),
+        (["--max-num-seqs", "few"], "argument --max-num-seqs: invalid int value: 'few'"),
+        (["--max-num-seqs"], "argument --max-num-seqs: expected one argument"),
+        (["8"], "how 8 changes"),
     ],
 )
 def test_options_that_cannot_be_simulated_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(LoadTestError, match=message):
-        PROFILE.configure(options)
+        PROFILE.server_with(options)
 
 
 def test_limits_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_num_batched_tokens"):
-        PROFILE.configure(["--max-num-batched-tokens", "8"])
+        PROFILE.server_with(["--max-num-batched-tokens", "8"])

@@ -5,27 +5,28 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import replace as replace_limits
 from math import ceil, inf
 
 import pytest
+from msgspec.structs import replace
 
-from shoal.loadtest.arrivals import due_times
+from shoal.loadtest.arrivals import closed_sessions, open_arrivals
 from shoal.loadtest.records import Load
-from shoal.loadtest.simulator import Simulation
+from shoal.loadtest.twin import Simulation
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import SamplingParams, SchedulerOutput, SchedulingParams, StepResult
 from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
 from shoal.scheduler.scheduler import Scheduler
+from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, EngineRequest, News, Report, Submit
-from shoal.server.engine.process import EngineLoop, Sockets
 from tests.loadtest.twin import LIMITS, SECONDS, ask
 
 STOP = -1
 # Few rows and few blocks, so that there is something to decide.
-TIGHT = replace(LIMITS, num_blocks=24, max_num_seqs=5, max_num_batched_tokens=48, max_chunk_tokens=32)
+TIGHT = replace_limits(LIMITS, num_blocks=24, max_num_seqs=5, max_num_batched_tokens=48, max_chunk_tokens=32)
 KNOBS = {"ageing_seconds": 0.5, "ageing_tokens": 40, "static_timeout_seconds": 0.0305, "fair_lead": 20}
 
 
@@ -61,8 +62,8 @@ class ScriptedExecutor:
         return StepResult(token_ids)
 
 
-class Server(Sockets):
-    """The sockets of an engine, with users at the other end who need no time for anything.
+class Server:
+    """Implements `Wire`: the sockets of an engine, with users at the other end who need no time for anything.
 
     Args:
         load: an open loop, or a closed one without time to think.
@@ -75,13 +76,11 @@ class Server(Sockets):
         self.sessions: deque[deque[WorkloadRequest]] = deque()
         self.session_of: dict[str, deque[WorkloadRequest]] = {}
         if load.rate:
-            for time, request in zip(due_times(load, workload), workload, strict=True):
+            for time, request in open_arrivals(load, workload):
                 self.submit(request, time)
         else:
-            by_name: dict[str, deque[WorkloadRequest]] = {}
-            for request in workload:
-                by_name.setdefault(request.session, deque()).append(request)
-            self.sessions.extend(by_name.values())
+            sessions = closed_sessions(load, workload)
+            self.sessions.extend(deque(arrival.request for arrival in session) for session in sessions)
             for _ in range(load.users):
                 self.go_on(deque())
 
@@ -94,7 +93,7 @@ class Server(Sockets):
             stop_token_ids=frozenset({STOP}),
         )
         scheduling = SchedulingParams(client=asked.client, priority=asked.priority)
-        request = EngineRequest(asked.request_id, asked.prompt_token_ids, params, time, scheduling=scheduling)
+        request = EngineRequest(asked.request_id, asked.prompt_token_ids, params, scheduling=scheduling)
         self.to_come.append((time, Submit([request])))
 
     def go_on(self, session: deque[WorkloadRequest]) -> None:
@@ -168,10 +167,10 @@ def decisions_of_twin(
     workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig
 ) -> list[SchedulerOutput]:
     made = create_policy(policy, limits, select_knobs(policy, KNOBS))
-    simulation = Simulation(workload, load, policy=made, limits=limits, costs=SECONDS)
+    simulation = Simulation(workload, load, policy=made, costs=SECONDS)
 
     def wait(seconds: float) -> None:
-        simulation.clock.now += seconds
+        simulation.now += seconds
 
     executor = ScriptedExecutor(workload, wait, seed=7)
     simulation.core.executor = executor

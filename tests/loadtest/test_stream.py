@@ -11,8 +11,7 @@ from typing import Any
 import gevent
 import pytest
 
-from shoal.loadtest.errors import LoadTestError
-from shoal.loadtest.records import RequestRecord
+from shoal.loadtest.records import LoadTestError, RequestRecord
 from shoal.loadtest.stream import CompletionClient, is_connection_error, request_body
 from shoal.loadtest.workload import WorkloadRequest
 from tests.clients.fake_server import PATIENCE, USAGE, Answer, FakeServer, error_body, sse
@@ -36,7 +35,7 @@ def record_of(fake: FakeServer, url: str | None = None, timeout_seconds: float =
     record = RequestRecord(request_id="r", sent_at=0.0)
     ticks = itertools.count(1.0)
     client = CompletionClient(url or fake.url, timeout_seconds=timeout_seconds)
-    client.stream(REQUEST, record, lambda: next(ticks))
+    client.stream(request_body(REQUEST), record, lambda: next(ticks))
     close(client)
     return record
 
@@ -106,7 +105,7 @@ def test_a_whole_answer_is_noted(fake: FakeServer) -> None:
     fake.stream(*events)
     assert record_of(fake) == RequestRecord(
         request_id="r",
-        server_id="cmpl-7",
+        engine_id="cmpl-7-0-0",
         sent_at=0.0,
         token_times=[1.0, 3.0, 4.0, 5.0],  # not the second, which carries nothing, nor the usage
         finished_at=8.0,  # after [DONE]
@@ -143,7 +142,7 @@ def test_a_connection_is_used_again(fake: FakeServer) -> None:
     for _ in range(3):
         fake.stream(*completion_events(["a"]))
         record = RequestRecord(request_id="r", sent_at=0.0)
-        client.stream(REQUEST, record, lambda: 0.0)
+        client.stream(request_body(REQUEST), record, lambda: 0.0)
         assert record.error is None
     close(client)
     assert len({request.client for request in fake.requests}) == 1
@@ -167,7 +166,7 @@ def test_an_error_in_the_middle_of_a_stream_is_noted_with_what_came_before(fake:
     record = record_of(fake)
     assert record.error == "in the stream: the engine has failed"
     assert record.token_times == [1.0]
-    assert record.server_id == "cmpl-7"
+    assert record.engine_id == "cmpl-7-0-0"
     assert not is_connection_error(record)
 
 
@@ -224,4 +223,4 @@ def test_a_line_that_is_no_json_is_an_error(fake: FakeServer) -> None:
     answer_pieces(fake, b"data: {\n\n", DONE)
     error = record_of(fake).error
     assert error is not None
-    assert "malformed: JSONDecodeError" in error
+    assert "malformed: Input data was truncated" in error

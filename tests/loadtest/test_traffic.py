@@ -7,14 +7,12 @@ from collections.abc import Callable
 import gevent
 import pytest
 
-from shoal.loadtest.arrivals import arrival_times, think_times
-from shoal.loadtest.errors import LoadTestError
-from shoal.loadtest.records import Load, RequestRecord
-from shoal.loadtest.traffic import CUT_OFF, MAX_CONNECTION_ERRORS, Share, Traffic
+from shoal.loadtest.arrivals import closed_sessions, open_arrivals
+from shoal.loadtest.records import Load, LoadTestError, RequestRecord
+from shoal.loadtest.traffic import CUT_OFF, MAX_CONNECTION_ERRORS, Traffic
 from shoal.loadtest.workload import WorkloadRequest
 
 PATIENCE = 120.0
-WHOLE = Share()
 
 
 class FakeClient:
@@ -27,8 +25,8 @@ class FakeClient:
         self._seconds = seconds
         self._error = error
 
-    def stream(self, request: WorkloadRequest, record: RequestRecord, now: Callable[[], float]) -> None:
-        self.sent.append(request.request_id)
+    def stream(self, body: bytes, record: RequestRecord, now: Callable[[], float]) -> None:
+        self.sent.append(record.request_id)
         self.in_flight += 1
         self.most_at_once = max(self.most_at_once, self.in_flight)
         try:
@@ -55,23 +53,21 @@ def workload(*sessions: str, arrival_times: list[float] | None = None) -> list[W
     ]
 
 
+def due_times(load: Load, requests: list[WorkloadRequest]) -> list[float]:
+    return [arrival.seconds for arrival in open_arrivals(load, requests)]
+
+
 def run(
-    client: FakeClient, requests: list[WorkloadRequest], load: Load, share: Share = WHOLE
+    client: FakeClient, requests: list[WorkloadRequest], load: Load, index: int = 0, count: int = 1
 ) -> tuple[Traffic, list[RequestRecord]]:
     """With as many users as the load has, until all has been sent."""
     records: list[RequestRecord] = []
-    traffic = Traffic(requests, load, client, records.append, share)  # type: ignore[arg-type]  # a fake
+    traffic = Traffic(requests, load, client, records.append, index=index, count=count)  # type: ignore[arg-type]  # a fake
     traffic.start()
-    users = [gevent.spawn(use, traffic) for _ in range(load.users)]
+    users = [gevent.spawn(traffic.serve_user) for _ in range(load.users)]
     assert traffic.finished.wait(PATIENCE)
     gevent.joinall(users, timeout=PATIENCE)
     return traffic, records
-
-
-def use(traffic: Traffic) -> None:
-    is_first = True
-    while traffic.serve_next_session(is_first=is_first):
-        is_first = False
 
 
 # -- closed loop -----------------------------------------------------------------------------------------------------
@@ -103,8 +99,9 @@ def test_more_users_than_sessions_are_no_harm() -> None:
 
 def test_a_user_pauses_before_each_request_but_its_first() -> None:
     load = Load(users=1, think_seconds=0.02, seed=4)
-    _, records = run(FakeClient(), workload("abcd"), load)
-    pauses = think_times(load, 4)
+    requests = workload("abcd")
+    _, records = run(FakeClient(), requests, load)
+    pauses = [arrival.seconds for (arrival,) in closed_sessions(load, requests)]
     assert records[0].sent_at < PATIENCE
     for before, after, pause in zip(records, records[1:], pauses[1:], strict=False):
         assert after.sent_at - (before.finished_at or 0.0) >= pause
@@ -114,10 +111,10 @@ def test_a_user_that_is_stopped_leaves_the_rest_of_its_session_to_the_others() -
     client = FakeClient(seconds=0.05)
     records: list[RequestRecord] = []
     traffic = Traffic(workload("aaab"), Load(users=1), client, records.append)  # type: ignore[arg-type]  # a fake
-    stopped = gevent.spawn(use, traffic)
+    stopped = gevent.spawn(traffic.serve_user)
     gevent.sleep(0.01)
     stopped.kill()
-    other = gevent.spawn(use, traffic)
+    other = gevent.spawn(traffic.serve_user)
     assert traffic.finished.wait(PATIENCE)
     other.join(PATIENCE)
     assert client.sent == ["a0", "a1", "a2", "b3"]
@@ -133,7 +130,7 @@ def test_an_open_loop_sends_when_due_whatever_the_server_does() -> None:
     slow, quick = FakeClient(seconds=0.5), FakeClient()
     _, slow_records = run(slow, requests, load)
     _, quick_records = run(quick, requests, load)
-    due = arrival_times(load, 20).tolist()
+    due = due_times(load, requests)
     for records in (slow_records, quick_records):
         assert sorted(record.sent_at for record in records) == due
     assert slow.sent == quick.sent == [request.request_id for request in requests]
@@ -170,11 +167,11 @@ def test_stopping_cuts_off_what_is_in_flight_and_reports_it() -> None:
 def test_shares_make_up_the_whole(load: Load, count: int) -> None:
     requests = workload("aabbbcddee")
     clients = [FakeClient() for _ in range(count)]
-    due = [run(client, requests, load, Share(index, count))[1] for index, client in enumerate(clients)]
+    due = [run(client, requests, load, index, count)[1] for index, client in enumerate(clients)]
     sent = [name for client in clients for name in client.sent]
     assert sorted(sent) == sorted(request.request_id for request in requests)
     if load.rate:
-        assert sorted(record.sent_at for records in due for record in records) == arrival_times(load, 10).tolist()
+        assert sorted(record.sent_at for records in due for record in records) == due_times(load, requests)
     else:
         owners = [{name[0] for name in client.sent} for client in clients]
         assert sum(map(len, owners)) == 5, "a session is sent by one"
@@ -193,6 +190,6 @@ def test_other_errors_do_not() -> None:
     assert len(client.sent) == 100
 
 
-def test_a_bad_load_is_refused_before_anything_is_sent() -> None:
-    with pytest.raises(LoadTestError, match="rate must be"):
-        Traffic(workload("a"), Load(rate=-1.0), FakeClient(), print)  # type: ignore[arg-type]  # a fake
+def test_a_load_that_does_not_suit_the_workload_is_refused_before_anything_is_sent() -> None:
+    with pytest.raises(LoadTestError, match="has no arrival_time"):
+        Traffic(workload("a"), Load(), FakeClient(), print)  # type: ignore[arg-type]  # a fake

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.loadtest.errors import WorkloadError
+from shoal.loadtest.records import LoadTestError
 from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 
 RIGHT: dict[str, Any] = {
@@ -62,65 +62,64 @@ def lines_of(*requests: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("field", "value", "what"),
     [
-        ("request_id", "", "a string that is not empty"),
-        ("session", 7, "a string that is not empty"),
-        ("client", None, "a string"),
-        ("prompt", ["text"], "a string that is not empty"),
-        ("prompt_token_ids", [], "a list of token ids"),
-        ("prompt_token_ids", [1, -1], "a list of token ids"),
-        ("prompt_token_ids", [1, 2.0], "a list of token ids"),
-        ("num_output_tokens", 0, "an integer of at least 1"),
-        ("num_output_tokens", -4, "an integer of at least 1"),
-        ("num_output_tokens", True, "an integer of at least 1"),
-        ("max_tokens", 2.5, "an integer of at least 1"),
-        ("temperature", float("nan"), "a finite number of at least 0"),
-        ("temperature", float("inf"), "a finite number of at least 0"),
-        ("temperature", -0.5, "a finite number of at least 0"),
-        ("temperature", "0.5", "a finite number of at least 0"),
-        ("seed", 2**64, "an integer of 64 bits"),
-        ("priority", 1.5, "an integer"),
-        ("ttft_slo_ms", 0, "null or a number above 0"),
-        ("tpot_slo_ms", float("nan"), "null or a number above 0"),
-        ("arrival_time", -1, "null or a number of at least 0"),
-        ("arrival_time", 10**400, "null or a number of at least 0"),
+        ("request_id", "", "Expected `str` of length >= 1"),
+        ("session", 7, "Expected `str`, got `int`"),
+        ("client", None, "Expected `str`, got `null`"),
+        ("prompt", ["text"], "Expected `str`, got `array`"),
+        ("prompt_token_ids", [], "Expected `array` of length >= 1"),
+        ("prompt_token_ids", [1, -1], "Expected `int` >= 0"),
+        ("prompt_token_ids", [1, 2.5], "Expected `int`, got `float`"),
+        ("num_output_tokens", 0, "Expected `int` >= 1"),
+        ("num_output_tokens", True, "Expected `int`, got `bool`"),
+        ("max_tokens", 2.5, "Expected `int`, got `float`"),
+        ("temperature", -0.5, "Expected `float` >= 0"),
+        ("temperature", "0.5", "Expected `float`, got `str`"),
+        ("priority", 1.5, "Expected `int`, got `float`"),
+        ("ttft_slo_ms", 0, "Expected `float` > 0"),
+        ("arrival_time", -1, "Expected `float` >= 0"),
     ],
 )
 def test_a_wrong_value_is_named_by_line_and_field(tmp_path: Path, field: str, value: Any, what: str) -> None:
     path = tmp_path / "w.jsonl"
     path.write_text(lines_of(RIGHT, RIGHT | {"request_id": "b", field: value}))
-    with pytest.raises(WorkloadError, match=f"line 2: {field} must be {what}") as raised:
+    with pytest.raises(LoadTestError) as raised:
         read_workload(path)
-    assert str(path) in str(raised.value)
-    assert len(str(raised.value)) < 300 + len(str(path))
+    for words in (f"{path}, line 2: ", what, f"$.{field}"):
+        assert words in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "is empty"),
-        (lines_of(RIGHT) + "{\n", "line 2: not valid JSON"),
-        (lines_of(RIGHT) + "\n", "line 2: not valid JSON"),
-        (lines_of(RIGHT) + "[" * 100_000, "line 2: not valid JSON"),
-        ("[]\n", "line 1: must be a JSON object"),
-        (lines_of(RIGHT | {"prompts": 1}), "line 1: unknown field 'prompts'"),
-        (lines_of({name: value for name, value in RIGHT.items() if name != "session"}), "field 'session' is missing"),
-        (lines_of(RIGHT | {"num_output_tokens": 6}), "num_output_tokens is 6, but can be at most max_tokens"),
+        (lines_of(RIGHT) + "{\n", "line 2: Input data was truncated"),
+        (lines_of(RIGHT) + "\n", "line 2: Input data was truncated"),
+        (lines_of(RIGHT) + "[" * 100_000, "line 2: "),
+        (lines_of(RIGHT | {"priority": float("nan")}), "line 1: JSON is malformed"),
+        (lines_of(RIGHT | {"arrival_time": 10**400}), "line 1: "),
+        ("[]\n", "line 1: Expected `object`"),
+        (lines_of(RIGHT | {"prompts": 1}), "line 1: Object contains unknown field `prompts`"),
+        (
+            lines_of({name: value for name, value in RIGHT.items() if name != "session"}),
+            "missing required field `session`",
+        ),
+        (lines_of(RIGHT | {"num_output_tokens": 6}), "line 1: num_output_tokens is 6, above max_tokens, 5"),
         (lines_of(RIGHT, RIGHT), "line 2: request_id 'a' is that of line 1 too"),
     ],
 )
 def test_a_broken_file_is_named_with_what_is_wrong(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "w.jsonl"
     path.write_text(content)
-    with pytest.raises(WorkloadError) as raised:
+    with pytest.raises(LoadTestError) as raised:
         read_workload(path)
     assert message in str(raised.value)
     assert str(path) in str(raised.value)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WorkloadError, match=r"none\.jsonl cannot be read"):
+    with pytest.raises(LoadTestError, match=r"none\.jsonl cannot be read"):
         read_workload(tmp_path / "none.jsonl")
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"request_id": "\xff"}\n')
-    with pytest.raises(WorkloadError, match="is not UTF-8"):
+    with pytest.raises(LoadTestError, match="line 1: 'utf-8' codec"):
         read_workload(path)

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import pairwise, takewhile
 from math import sqrt
+from random import Random
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from shoal.loadtest.errors import WorkloadError
-from shoal.loadtest.workload import WorkloadRequest
-from shoal.loadtest.workloads import WORKLOADS, make_workload
-from shoal.loadtest.workloads.agent import MAX_PROMPT_TOKENS
-from shoal.loadtest.workloads.chat import KINDS, MAX_TOKENS, OUTPUT_MEDIAN, OUTPUT_SIGMA, PROMPT_SIGMA, _offsets
-from shoal.loadtest.workloads.maker import Maker
+from shoal.loadtest.records import LoadTestError
+from shoal.loadtest.workload import (
+    AGENT_MAX_TOKENS,
+    CHAT_KINDS,
+    CHAT_MAX_TOKENS,
+    CHAT_OUTPUT_MEDIAN,
+    CHAT_OUTPUT_SIGMA,
+    MIN_MODEL_LEN,
+    WORKLOADS,
+    Maker,
+    WorkloadRequest,
+    make_workload,
+)
 from shoal.model.text.tokenizer import Tokenizer
 from tests.loadtest.conftest import MAX_MODEL_LEN, NUM_REQUESTS, Make
 
@@ -55,23 +63,23 @@ def test_a_seed_makes_the_same_and_another_seed_another(name: str) -> None:
     first, again, other = (make_workload(name, 12, seed, by_bytes, MAX_MODEL_LEN) for seed in (1, 1, 2))
     assert first == again
     assert [request.prompt for request in first] != [request.prompt for request in other]
+    assert make_workload(name, 5, 1, by_bytes, MAX_MODEL_LEN) == first[:5], "more requests begin with the same ones"
 
 
 @pytest.mark.parametrize(
-    ("name", "num_requests", "max_model_len", "message"),
+    ("name", "max_model_len", "message"),
     [
-        ("chatt", 1, 1024, "unknown workload 'chatt'; there are chat, code, agent, uniform, mixed-priority, two-ten"),
-        ("chat", 0, 1024, "at least 1 request, not 0"),
-        ("chat", 1, 1023, "need a context of 1024 tokens; max_model_len is 1023"),
+        ("chatt", 1024, "unknown workload 'chatt'; there are chat, code, agent, uniform, mixed-priority, two-ten"),
+        ("chat", 1023, "need a context of 1024 tokens; max_model_len is 1023"),
     ],
 )
-def test_what_cannot_be_made_is_refused(name: str, num_requests: int, max_model_len: int, message: str) -> None:
-    with pytest.raises(WorkloadError, match=message):
-        make_workload(name, num_requests, 1, by_bytes, max_model_len)
+def test_what_cannot_be_made_is_refused(name: str, max_model_len: int, message: str) -> None:
+    with pytest.raises(LoadTestError, match=message):
+        make_workload(name, 1, 1, by_bytes, max_model_len)
 
 
 def test_a_tokenizer_that_cannot_make_the_number_is_told_of() -> None:
-    with pytest.raises(WorkloadError, match="exactly 128 tokens"):
+    with pytest.raises(LoadTestError, match="exactly 128 tokens"):
         make_workload("uniform", 1, 1, lambda text: [0] * (2 * len(text) + 1), MAX_MODEL_LEN)
 
 
@@ -81,12 +89,12 @@ def test_a_tokenizer_that_cannot_make_the_number_is_told_of() -> None:
 def test_chat_is_log_normal_up_to_its_cut(many: list[WorkloadRequest]) -> None:
     """Against scipy's log-normal: lengths are rounded up, so that each step of the distribution is met exactly."""
     lengths = np.array([request.num_output_tokens for request in many])
-    expected = stats.lognorm(OUTPUT_SIGMA, scale=OUTPUT_MEDIAN)
+    expected = stats.lognorm(CHAT_OUTPUT_SIGMA, scale=CHAT_OUTPUT_MEDIAN)
     for length in (5, 20, 45, 100, 300, 600):
         share, error = expected.cdf(length), 4 * sqrt(0.25 / len(many))
         assert abs(np.mean(lengths <= length) - share) < error, length
-    assert lengths.max() == MAX_TOKENS
-    assert abs(np.mean(lengths == MAX_TOKENS) - expected.sf(MAX_TOKENS)) < 0.01
+    assert lengths.max() == CHAT_MAX_TOKENS
+    assert abs(np.mean(lengths == CHAT_MAX_TOKENS) - expected.sf(CHAT_MAX_TOKENS)) < 0.01
     assert 60 < lengths.mean() < 110
 
 
@@ -95,16 +103,18 @@ def test_the_prompts_of_chat_are_log_normal_too(many: list[WorkloadRequest]) -> 
     logarithms = np.log([length - 0.5 for length in lengths if 20 < length < 300])
     assert np.median(lengths) == pytest.approx(42, rel=0.1)
     assert np.mean(lengths) == pytest.approx(69.5, rel=0.1)
-    assert 0.5 < np.std(logarithms) < PROMPT_SIGMA
+    assert 0.5 < np.std(logarithms) < 1.0
 
 
 def test_client_and_kind_explain_half_of_the_logarithm_and_nothing_else_does(many: list[WorkloadRequest]) -> None:
     """Least squares on who asked and what for, by numpy."""
     clients = sorted({request.client for request in many})
     # Cut prompts may lack the end of their opening, which then is their kind's alone up to there.
-    kinds = [next((k for k, text in enumerate(KINDS) if request.prompt.startswith(text)), None) for request in many]
+    kinds = [
+        next((k for k, text in enumerate(CHAT_KINDS) if request.prompt.startswith(text)), None) for request in many
+    ]
     rows = [i for i, kind in enumerate(kinds) if kind is not None]
-    features = np.zeros((len(rows), len(clients) + len(KINDS)))
+    features = np.zeros((len(rows), len(clients) + len(CHAT_KINDS)))
     for row, i in enumerate(rows):
         features[row, clients.index(many[i].client)] = 1
         features[row, len(clients) + (kinds[i] or 0)] = 1
@@ -114,12 +124,6 @@ def test_client_and_kind_explain_half_of_the_logarithm_and_nothing_else_does(man
     assert 0.4 < explained < 0.6
     prompts = np.log([len(many[i].prompt_token_ids) for i in rows])
     assert abs(np.corrcoef(prompts, logarithms)[0, 1]) < 0.1
-
-
-def test_the_offsets_of_clients_and_kinds_are_spread_exactly() -> None:
-    offsets = _offsets(8, 0.6)
-    assert np.mean(offsets) == pytest.approx(0, abs=1e-12)
-    assert np.std(offsets) == pytest.approx(0.6)
 
 
 # -- the others ------------------------------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ def test_a_turn_of_an_agent_begins_with_the_whole_of_the_one_before(made: Make) 
             grown = len(after.prompt_token_ids) - len(before.prompt_token_ids)
             assert grown > before.num_output_tokens, "the recorded answer is as long as the answer was"
             assert num_shared(before.prompt_token_ids, after.prompt_token_ids) >= len(before.prompt_token_ids) - 4
-        assert len(turns[-1].prompt_token_ids) <= MAX_PROMPT_TOKENS
+        assert len(turns[-1].prompt_token_ids) <= MIN_MODEL_LEN - AGENT_MAX_TOKENS
     openings = [turns[0].prompt_token_ids for turns in sessions.values()]
     assert all(num_shared(openings[0], other) >= 90 for other in openings), "agents share their instructions"
     in_order = [request.session for request in made("agent")]
@@ -180,6 +184,6 @@ def test_the_greedy_tenant_asks_for_much_more(made: Make) -> None:
 
 
 def test_the_maker_cuts_lengths_at_their_most() -> None:
-    maker = Maker("chat", 1, 1, by_bytes)
+    maker = Maker(Random(1), by_bytes)
     lengths = [maker.log_normal(1e300, 2.0, 77) for _ in range(10)] + [maker.log_normal(1e-300, 1.0, 77)]
     assert lengths == [77] * 10 + [1]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from shoal.loadtest.costs import CostModel, Latencies, StepCosts
-from shoal.loadtest.records import Load, Run, Setup
-from shoal.loadtest.server_options import KNOBS
-from shoal.loadtest.simulator import simulate
+from shoal.loadtest.records import Load, Run, ServerInfo, Setup
+from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.policies import POLICIES
 
 LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
-NO_LATENCIES = Latencies(
-    lateness=0, send=0, request=0, prompt_token=0, command=0, token=0, delivery=0, end=0, turnaround=0
-)
+KNOBS = {knob.name: knob.default for kind in POLICIES.values() for knob in fields(kind.Knobs)}
+NO_LATENCIES = Latencies(lateness=0, send=0, request=0, prompt_token=0, token=0, delivery=0, turnaround=0)
 # Every step takes a second.
 SECOND_STEPS = StepCosts(
-    token_counts=(1, 2),
-    token_seconds=(1.0, 1.0),
+    token_seconds={1: 1.0, 2: 1.0},
     pair_seconds=0,
     key_seconds=0,
     sample_seconds=0,
@@ -35,8 +33,7 @@ SECONDS = CostModel(steps=SECOND_STEPS, latencies=NO_LATENCIES)
 # Of the order of a small model's on two cores; steps get cheaper by the token as they grow.
 REALISTIC = CostModel(
     steps=StepCosts(
-        token_counts=(1, 4, 16, 64, 512),
-        token_seconds=(0.0007, 0.0015, 0.003, 0.006, 0.04),
+        token_seconds={1: 0.0007, 4: 0.0015, 16: 0.003, 64: 0.006, 512: 0.04},
         pair_seconds=2e-8,
         key_seconds=3e-7,
         sample_seconds=1e-5,
@@ -52,10 +49,8 @@ REALISTIC = CostModel(
         send=1e-3,
         request=8e-4,
         prompt_token=1e-6,
-        command=2e-4,
         token=5e-5,
         delivery=3e-4,
-        end=4e-4,
         turnaround=1e-3,
     ),
 )
@@ -103,12 +98,15 @@ def run(
     **limits: int | bool,
 ) -> Run:
     """Simulate with these limits."""
-    return simulate(
-        workload,
-        load,
-        Setup(policy=policy),
-        limits=replace(LIMITS, **limits),  # type: ignore[arg-type]  # any limit
-        knobs=knobs or KNOBS,
-        costs=costs,
-        repetition=repetition,
-    )
+    server = server_info(replace(LIMITS, **limits), knobs)  # type: ignore[arg-type]  # any limit
+    return simulate(workload, load, Setup(policy=policy), server=server, costs=costs, repetition=repetition)
+
+
+def server_info(limits: SchedulerConfig = LIMITS, knobs: dict[str, Any] | None = None) -> ServerInfo:
+    """What a server with these limits and knobs says of itself."""
+    settings: dict[str, Any] = {
+        "engine": {"threads": 2, "trace": "trace.json"},
+        "cache": {"num_blocks": None, "kv_cache_dtype": "auto"},
+        "scheduler": {"policy": "fcfs", "max_num_seqs": limits.max_num_seqs} | KNOBS | (knobs or {}),
+    }
+    return ServerInfo(model="m", limits=limits, settings=settings)

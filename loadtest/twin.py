@@ -1,0 +1,272 @@
+"""The digital twin: the server's own scheduler and policies in virtual time, with a cost model for all that takes time.
+
+This module plays what is around the scheduler: users, the API process, which does one thing at a time, and the
+engine's loop, turn by turn as in `server/engine/process.py`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import chain, count, islice
+from math import ceil, inf
+from random import Random
+from typing import NamedTuple
+from zlib import crc32
+
+from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
+from shoal.loadtest.costs import CostModel, StepShape
+from shoal.loadtest.metrics import Figures
+from shoal.loadtest.records import Load, LoadTestError, RequestRecord, Run, ServerInfo, Setup
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler import output
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.policies import Policy, create_policy, select_knobs
+from shoal.scheduler.policies.predictor import Oracle
+from shoal.scheduler.policies.sjf import ShortestJobFirst
+from shoal.scheduler.request import Request
+from shoal.scheduler.scheduler import Scheduler
+from shoal.scheduler.step_record import StepRecord
+
+SJF_ORACLE = "sjf-oracle"
+"""The policy `sjf` with all lengths known; it exists in simulations only."""
+
+_STOP = -1  # a token that is in no prompt, whatever the vocabulary
+
+
+def simulate(
+    requests: Sequence[WorkloadRequest],
+    load: Load,
+    setup: Setup,
+    *,
+    server: ServerInfo,
+    costs: CostModel,
+    workload: str = "",
+    repetition: int = 0,
+) -> Run:
+    """What a run of these requests would be like, all figures included.
+
+    Args:
+        setup: its policy, which may be `SJF_ORACLE`, is simulated.
+        server: limits and the knobs of the policy are taken from it.
+        workload: the name of the workload.
+        repetition: the seed of the deviations from the costs, so that another repetition is like another measurement.
+
+    Raises:
+        ConfigError: there is no such policy, or a knob is out of range.
+        LoadTestError: requests have no arrival times, or the setup speculates, which the twin cannot simulate.
+    """
+    if setup.speculation != "off":
+        raise LoadTestError(f"speculation {setup.speculation!r} cannot be simulated: nobody knows what is accepted")
+    limits, knobs = server.limits, server.settings["scheduler"]
+    if setup.policy == SJF_ORACLE:
+        lengths = {request.request_id: request.num_output_tokens for request in requests}
+        chosen = ShortestJobFirst.Knobs(ageing_tokens=knobs["ageing_tokens"])
+        policy: Policy = ShortestJobFirst(limits, chosen, Oracle(lengths))
+    else:
+        policy = create_policy(setup.policy, limits, select_knobs(setup.policy, knobs))
+    simulation = Simulation(requests, load, policy=policy, costs=costs, seed=repetition)
+    simulation.run()
+    records = sorted(simulation.records.values(), key=lambda record: record.sent_at)
+    steps = [step for step in simulation.steps if step.shares]
+    return Run(
+        setup=setup, workload=workload, load=load, repetition=repetition, server=server, requests=records, steps=steps
+    )
+
+
+class Simulation:
+    """One run in virtual time, which is also the `scheduler.engine.Executor` of its engine.
+
+    Args:
+        seed: of the deviations from what the costs predict.
+
+    Attributes:
+        now: the virtual clock, in seconds after the start.  It may be set, but never back.
+        core: the engine, as the server has it.
+        steps: the records of its steps.
+        records: the requests, by id.
+    """
+
+    def __init__(
+        self, requests: Sequence[WorkloadRequest], load: Load, *, policy: Policy, costs: CostModel, seed: int = 0
+    ) -> None:
+        self.now = 0.0
+        self.steps: list[StepRecord] = []
+        self.records: dict[str, RequestRecord] = {}
+        self._requests = {request.request_id: request for request in requests}
+        self._costs, self._latencies = costs, costs.latencies
+        self._lateness = 0.0 if load.users else costs.latencies.lateness
+        self._random = Random(seed)
+        self._sorts = policy.sorts
+        self._shape = StepShape()  # of the last step
+        self._scheduler = Scheduler(policy.config, policy)
+        self.core = EngineCore(self._scheduler, self, lambda: self.now, [self.steps.append])
+        self._api_free_at = 0.0
+        self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the API process
+        self._order = count()
+        self._commands: deque[tuple[float, WorkloadRequest]] = deque()  # from when on the engine can take each request
+        self._users: dict[str, Iterator[Arrival]] = {}  # what its user sends next, by the request in flight
+        if load.users:
+            sessions = iter(closed_sessions(load, requests))
+            for _ in range(load.users):
+                user = chain.from_iterable(sessions)  # takes the next session when its last is over
+                for _, request in islice(user, 1):
+                    self._send(0.0, request, user)
+        else:
+            for due_at, request in open_arrivals(load, requests):
+                self._send(due_at, request, iter(()))
+
+    def run(self) -> None:
+        """Simulate until all requests are answered."""
+        while self._sent or self._commands or self._scheduler.num_unfinished:
+            self._turn()
+        self._scheduler.check_invariants()
+
+    def _turn(self) -> None:
+        """`EngineLoop.turn`: wait for something to do, take the commands that have come, run one step, report."""
+        for asked in self._receive(self._scheduler.wake_time(self.now)):
+            self.now += self._costs.steps.arrival_gap_seconds
+            try:
+                self._scheduler.add(_to_engine(asked, self.now))
+            except ShoalError as error:
+                self.records[asked.request_id].error = error.message
+                self._end(self.records[asked.request_id], self.now)
+        self._shape = StepShape()
+        self._deliver(self.core.step())
+        self.now += self._costs.steps.gap(self._shape)
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+
+    def execute(self, step: output.SchedulerOutput) -> output.StepResult:
+        """Let the clock jump by what the step costs, and choose tokens that no other text has."""
+        num_joins = sum(share.new is not None for share in step.scheduled)
+        self._shape = StepShape.of(step.scheduled, num_joins, len(self._scheduler.waiting) if self._sorts else 0)
+        ratios = self._costs.ratios(self._shape.num_streams)
+        self.now += self._costs.steps.seconds(self._shape) * (self._random.choice(ratios) if ratios else 1.0)
+        return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
+
+    def _choose(self, share: output.ScheduledRequest) -> int:
+        """The token after the share's last, or the stop token where the text ends."""
+        request = self._requests[share.request_id]
+        place = share.num_computed_tokens + share.num_scheduled_tokens - len(request.prompt_token_ids)
+        is_last = place + 1 >= request.num_output_tokens
+        return _STOP if is_last else crc32(f"{share.request_id} {place}".encode())
+
+    def _receive(self, wake_time: float | None) -> list[WorkloadRequest]:
+        """All requests that have come to the engine; waits for the first until `wake_time`, or without end (None)."""
+        # Sockets wait for whole milliseconds.
+        until = inf if wake_time is None else self.now + ceil((wake_time - self.now) * 1000) / 1000
+        self._take_sent(self.now)
+        while not self._commands and self._sent and self._sent[0][0] <= until:
+            self._take_sent(self._sent[0][0])
+        if self._commands:
+            until = min(until, self._commands[0][0])
+        self.now = max(self.now, until)
+        self._take_sent(self.now)
+        come: list[WorkloadRequest] = []
+        while self._commands and self._commands[0][0] <= self.now:
+            come.append(self._commands.popleft()[1])
+        return come
+
+    # -- the API process -------------------------------------------------------------------------------------------
+
+    def _take_sent(self, until: float) -> None:
+        """Let the API process take all requests that reach it by `until`, and pass them on."""
+        while self._sent and self._sent[0][0] <= until:
+            came_at, _, asked = heappop(self._sent)
+            work = self._latencies.request + self._latencies.prompt_token * len(asked.prompt_token_ids)
+            self._api_free_at = self.records[asked.request_id].accepted_at = max(came_at, self._api_free_at) + work
+            self._commands.append((self._api_free_at, asked))
+
+    def _deliver(self, news: Sequence[output.RequestOutput]) -> None:
+        """Let the API process pass on the tokens of the step that has just ended, one by one."""
+        self._take_sent(self.now)
+        free_at = max(self._api_free_at, self.now)
+        for one in news:
+            free_at += self._latencies.token
+            record = self.records[one.request_id]
+            record.token_times.append(free_at + self._latencies.delivery)
+            record.num_output_tokens += len(one.token_ids)
+            record.num_cached_tokens += one.num_cached_tokens
+            if one.finish_reason:
+                self._end(record, record.token_times[-1])
+        self._api_free_at = free_at
+
+    # -- users -----------------------------------------------------------------------------------------------------
+
+    def _send(self, sent_at: float, request: WorkloadRequest, user: Iterator[Arrival]) -> None:
+        """A user sends a request, now or later; `user` is what the same user sends afterwards."""
+        self.records[request.request_id] = RequestRecord(
+            request_id=request.request_id,
+            client=request.client,
+            engine_id=request.request_id,
+            priority=request.priority,
+            sent_at=sent_at,
+            num_prompt_tokens=len(request.prompt_token_ids),
+        )
+        self._users[request.request_id] = user
+        heappush(self._sent, (sent_at + self._lateness + self._latencies.send, next(self._order), request))
+
+    def _end(self, record: RequestRecord, now: float) -> None:
+        """An answer ends, and its user goes on."""
+        record.finished_at = now
+        user = self._users.pop(record.request_id)
+        for pause, request in islice(user, 1):
+            self._send(now + self._latencies.turnaround + pause, request, user)
+
+
+def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:
+    """The request as the server hands it to the engine.  It does not tell the length of its output."""
+    limit, stop = asked.max_tokens, frozenset({_STOP})
+    params = output.SamplingParams(
+        max_tokens=limit, min_tokens=limit, temperature=asked.temperature, seed=asked.seed, stop_token_ids=stop
+    )
+    scheduling = output.SchedulingParams(
+        client=asked.client, priority=asked.priority, ttft_slo_ms=asked.ttft_slo_ms, tpot_slo_ms=asked.tpot_slo_ms
+    )
+    return Request(asked.request_id, asked.prompt_token_ids, params, arrival_time, scheduling=scheduling)
+
+
+# -- predicted beside measured -----------------------------------------------------------------------------------------
+
+# The limits of the medians are Vidur's (Agrawal et al. 2024).
+_LIMITS = {"throughput": 0.09, "ttft p50": 0.09, "e2e p50": 0.09, "ttft p99": 0.15, "e2e p99": 0.15}
+_NAMES = (
+    "throughput",
+    *(f"{latency} {quantile}" for latency in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99")),
+)
+
+
+class Error(NamedTuple):
+    """One figure, predicted and measured, in the unit of `metrics.Figures`.
+
+    Attributes:
+        error: of the prediction, as a share of what was measured; None if that is 0.
+        limit: which the error should not exceed; None where nothing is promised.
+        is_within: whether the error keeps within the limit.
+    """
+
+    name: str
+    predicted: float
+    measured: float
+    error: float | None
+    limit: float | None
+    is_within: bool
+
+
+def compare(predicted: Figures, measured: Figures) -> list[Error]:
+    """The errors of throughput and latencies, as far as both sides have them."""
+    found = []
+    for name in (name for name in _NAMES if name in predicted and name in measured):
+        error = predicted[name] / measured[name] - 1 if measured[name] else None
+        limit = _LIMITS.get(name)
+        is_within = limit is None or (error is not None and abs(error) <= limit)
+        found.append(Error(name, predicted[name], measured[name], error, limit, is_within))
+    return found
+
+
+def step_seconds(costs: CostModel) -> Callable[[StepRecord], float]:
+    """What the costs say of a recorded step whose policy does not sort."""
+    return lambda step: costs.steps.seconds(StepShape.of(step.shares, len(step.joined), num_ordered=0))

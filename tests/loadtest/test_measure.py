@@ -1,0 +1,160 @@
+"""One run: real locust processes against a fake server that fails on command, and real processes as servers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shoal.loadtest.measure import run_locust, server_options
+from shoal.loadtest.records import Load, LoadTestError, ServerDiedError, Setup
+from shoal.loadtest.server import ServerProcess
+from shoal.loadtest.traffic import read_results
+from shoal.loadtest.workload import WorkloadRequest, write_workload
+from tests.loadtest.streaming_server import StreamingServer
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    """Thirty requests of 2 to 4 tokens, in sessions of three."""
+    path = tmp_path / "workload.jsonl"
+    requests = [
+        WorkloadRequest(
+            request_id=f"r{index}",
+            session=f"s{index // 3}",
+            client=f"c{index % 2}",
+            prompt=f"prompt {index}",
+            prompt_token_ids=[index],
+            num_output_tokens=2 + index % 3,
+            max_tokens=9,
+        )
+        for index in range(30)
+    ]
+    write_workload(path, requests)
+    return path
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[StreamingServer]:
+    server = StreamingServer(**request.param)
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("server", [{"seconds": 0.02}], indirect=True)
+def test_a_closed_loop_has_as_many_in_flight_as_users_and_reports_its_progress(
+    server: StreamingServer, workload: Path, tmp_path: Path
+) -> None:
+    progress: list[int] = []
+    run_locust(server.url, workload, Load(users=4), tmp_path / "r.jsonl", progress.append)
+    result = read_results(tmp_path / "r.jsonl")
+    assert result.is_whole
+    assert {record.error for record in result.records} == {None}
+    assert sorted(record.request_id for record in result.records) == sorted(f"r{i}" for i in range(30))
+    assert {record.num_output_tokens for record in result.records} == {2, 3, 4}
+    assert server.most_at_once == 4
+    assert progress == sorted(progress)
+    assert progress[-1] == 30
+    assert 0 < result.cpu_seconds < 60
+    assert result.started_at > 0
+
+
+@pytest.mark.parametrize("server", [{"dies_after": 12}], indirect=True)
+def test_a_server_that_dies_ends_the_run_with_what_was_measured(
+    server: StreamingServer, workload: Path, tmp_path: Path
+) -> None:
+    run_locust(server.url, workload, Load(users=2), tmp_path / "r.jsonl")
+    records = read_results(tmp_path / "r.jsonl").records
+    assert sum(record.is_answered for record in records) >= 10
+    assert any((record.error or "").startswith("connection: ") for record in records)
+    assert len(records) < 31
+
+
+@pytest.mark.parametrize(
+    ("url", "load", "message"),
+    [
+        ("nowhere", Load(users=1), "must be named by an http:// or https:// address"),
+        ("http://127.0.0.1:1", Load(), "has no arrival_time"),
+    ],
+)
+def test_locust_that_fails_says_why(workload: Path, tmp_path: Path, url: str, load: Load, message: str) -> None:
+    with pytest.raises(LoadTestError, match=f"(?s)exit code 2.*{message}"):
+        run_locust(url, workload, load, tmp_path / "r.jsonl")
+
+
+# -- the server process ----------------------------------------------------------------------------------------------
+
+HEALTHY = """
+import json, sys, signal
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"model": "m", "limits": {"num_blocks": 12, "max_model_len": %s}}).encode())
+
+%s
+HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+
+
+def process(tmp_path: Path, script: str) -> ServerProcess:
+    return ServerProcess([], tmp_path / "log", command=(sys.executable, "-c", script))
+
+
+def test_a_server_says_what_it_is(tmp_path: Path) -> None:
+    with process(tmp_path, HEALTHY % (128, "")) as server:
+        info = server.info()
+        assert (info.model, info.limits.num_blocks, info.limits.block_size, info.limits.max_model_len) == (
+            "m",
+            12,
+            16,
+            128,
+        )
+        server.check()
+        assert server.cpu_seconds() == (0.0, 0.0), "there is no engine"
+    with pytest.raises(ServerDiedError, match="by signal SIGTERM"):
+        server.check()
+
+
+def test_an_answer_that_makes_no_sense_is_named(tmp_path: Path) -> None:
+    with (
+        process(tmp_path, HEALTHY % (0, "")) as server,
+        pytest.raises(LoadTestError, match="server_info: max_model_len must be at least 1"),
+    ):
+        server.info()
+
+
+def test_a_server_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.loadtest.server.END_SECONDS", 0.1)
+    with process(tmp_path, HEALTHY % (1, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")) as server:
+        pass
+    with pytest.raises(ServerDiedError, match="by signal SIGKILL"):
+        server.check()
+
+
+def test_a_server_that_ends_at_once_is_quoted(tmp_path: Path) -> None:
+    script = "import sys; print('shoal serve: no such model'); sys.exit(2)"
+    with (
+        pytest.raises(ServerDiedError, match=r"(?s)exit code 2; the last lines of its log:.*no such model"),
+        process(tmp_path, script),
+    ):
+        pass
+
+
+def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
+    server = process(tmp_path, "import time; time.sleep(60)")
+    with pytest.raises(ServerDiedError, match=r"not ready after 0.2 s; its log is empty"):
+        server.wait_ready(0.2)
+    server.kill()
+
+
+def test_the_command_line_of_a_server() -> None:
+    setup = Setup(policy="sjf", speculation="draft", options=("--max-num-seqs", "8"))
+    assert server_options("tiny", setup) == [
+        *("--model", "tiny", "--policy", "sjf", "--speculation", "draft"),
+        *("--max-num-seqs", "8"),
+    ]
