@@ -61,7 +61,9 @@ class Server(ServerProcess):
     def wait_ready(self, seconds: float = PATIENCE) -> Self:
         if not self.port:
             announced = r"ready after .*: http://127\.0\.0\.1:(\d+)"
-            self.port = int(self.until("the server says its port", lambda: self.check() or re.search(announced, self.log))[1])
+            self.port = int(
+                self.until("the server says its port", lambda: self.check() or re.search(announced, self.log))[1]
+            )
             self.http.base_url = self.url
         super().wait_ready(seconds)
         return self
