@@ -1,5 +1,7 @@
 """The commands `shoal loadtest`, `shoal simulate` and `shoal profile`."""
 
+# ruff: noqa: PLC0415 (only the command that is called loads what it needs)
+
 from __future__ import annotations
 
 import shlex
@@ -18,55 +20,57 @@ from shoal.extras import install_command
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-NEEDED = ("locust", "matplotlib", "msgspec", "scipy", "tqdm")
+NEEDED = ("locust", "matplotlib", "scipy", "tqdm")
 USAGE_EXIT_CODE, COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 2, 1, 130
+SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys")
 DEFAULT_PROFILE_FOLDER = Path("shoal-profile")
 A_PATH, A_FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
+COUNT, POSITIVE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 
 
-def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """The type of an option of several values with commas between them."""
-
-    def read(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(map(kind, text.split(",")))
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is no number, nor several with commas between them") from None
-
-    return read
+def _several(one: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
+    """The type of an option of several values with commas between them; a repetition counts once."""
+    return lambda text: tuple(dict.fromkeys(one.convert(word, None, None) for word in text.split(",")))
 
 
-def _options(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """Options that commands share."""
+def _load_options(command: Function) -> Function:
+    """Options of what is compared, which commands share."""
+    names, counts, rates = _several(click.STRING), _several(COUNT), _several(POSITIVE)
+    for option in (
+        click.option("--replay", type=A_PATH, help="A saved workload, instead of --workload."),
+        click.option("--seed", type=int, default=0, help="Of workloads, arrivals and pauses."),
+        click.option("--requests", "num_requests", type=COUNT, help="Number of requests of each workload."),
+        click.option("--burstiness", type=POSITIVE, default=1.0, help="Of arrivals; 1 is a Poisson process."),
+        click.option("--think-seconds", type=float, default=0.0, help="Mean pause of a user before a request."),
+        click.option("--rate", "--rates", "rates", type=rates, metavar="R,...", help="Open loops, requests/s."),
+        click.option("--users", type=counts, metavar="N,...", help="Closed loops of N users."),
+        click.option("--workload", "workloads", type=names, metavar="NAME,...", help="Workloads, or all."),
+        click.option("--policies", type=names, metavar="NAME,...", help="Or all; `shoal policies` lists them."),
+    ):
+        command = option(command)
+    return command
 
-    def add(function: Function) -> Function:
-        for option in reversed(options):
-            function = option(function)
-        return function
 
-    return add
+def _check(ctx: click.Context, param: click.Parameter, options: tuple[str, ...]) -> tuple[str, ...]:
+    for name in (option.partition("=")[0] for option in options):
+        if name.startswith("--") and name.removeprefix("--").rpartition(".")[2] in SET_BY_US:
+            raise click.BadParameter(f"{name} cannot stand after --: the command itself sets it")
+    return options
 
 
-_load_options = _options(
-    click.option("--policies", type=_several(str), metavar="NAME,...", help="Or all; `shoal policies` lists them."),
-    click.option("--workload", "workloads", type=_several(str), metavar="NAME,...", help="Workloads, or all."),
-    click.option("--users", type=_several(int), metavar="N,...", help="Closed loops of N users."),
-    click.option("--rate", "--rates", "rates", type=_several(float), metavar="R,...", help="Open loops, requests/s."),
-    click.option("--think-seconds", type=float, default=0.0, help="Mean pause of a user before a request."),
-    click.option("--burstiness", type=float, default=1.0, help="Of arrivals; 1 is a Poisson process."),
-    click.option("--requests", "num_requests", type=int, help="Number of requests of each workload."),
-    click.option("--seed", type=int, default=0, help="Of workloads, arrivals and pauses."),
-    click.option("--replay", type=A_PATH, help="A saved workload, instead of --workload."),
-)
 _model = click.option(
     "--model", default="shoal-moe", show_default=True, help="Checkpoint folder, or a bundled model's name."
 )
-_server_options = click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- SERVER OPTIONS]")
+_server_options = click.argument(
+    "options", nargs=-1, type=click.UNPROCESSED, metavar="[-- SERVER OPTIONS]", callback=_check
+)
 
 
 @click.command()
 @_load_options
-@click.option("--speculation", type=_several(str), metavar="NAME,...", help="Methods: off, draft, ngram, self.")
+@click.option(
+    "--speculation", type=_several(click.STRING), metavar="NAME,...", help="Methods: off, draft, ngram, self."
+)
 @click.option(
     "--profile",
     "size",
@@ -75,10 +79,10 @@ _server_options = click.argument("options", nargs=-1, type=click.UNPROCESSED, me
     show_default=True,
     help="fast: under 3 minutes; full: up to saturation, and every workload if none is named.",
 )
-@click.option("--repetitions", type=int, help="How often everything is measured.")
+@click.option("--repetitions", type=COUNT, help="How often everything is measured.")
 @_model
-@click.option("--ttft-slo-ms", type=float, default=1000.0, show_default=True, help="Objective of goodput for TTFT.")
-@click.option("--tpot-slo-ms", type=float, default=100.0, show_default=True, help="Objective of goodput for TPOT.")
+@click.option("--ttft-slo-ms", type=POSITIVE, default=1000.0, show_default=True, help="Objective of goodput for TTFT.")
+@click.option("--tpot-slo-ms", type=POSITIVE, default=100.0, show_default=True, help="Objective of goodput for TPOT.")
 @click.option("--costs", type=A_PATH, help="Folder of a profile; without it, one is taken first.")
 @click.option("--output", type=A_FOLDER, help="Folder for all that comes of it.")
 @click.option("--resume", is_flag=True, help="Go on with the comparison in the folder, as it was asked for.")
@@ -90,15 +94,14 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
     with its pictures.  What stands after -- is passed to every server.
     """  # fmt: skip
     with _exit_codes("loadtest"):
-        from shoal.loadtest.plan import Asked, make_plan  # noqa: PLC0415 (only the command that is called loads what it needs)
-        from shoal.loadtest.records import LoadTestError  # noqa: PLC0415
-        from shoal.loadtest.study import conduct, open_folder  # noqa: PLC0415
-        from shoal.scheduler.policies import POLICIES  # noqa: PLC0415
+        from shoal.loadtest.plan import make_plan
+        from shoal.loadtest.study import conduct, open_folder
+        from shoal.scheduler.policies import POLICIES
 
         if resume and output is None:
-            raise LoadTestError("--resume needs --output, the folder of the comparison that is to go on")
+            raise click.UsageError("--resume needs --output, the folder of the comparison that is to go on")
         folder = output or Path("loadtest-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        plan = open_folder(folder, None if resume else make_plan(Asked(**asked), POLICIES))
+        plan = open_folder(folder, None if resume else make_plan(POLICIES, **asked))
         click.echo(
             f"Everything is saved in {folder}; if this ends early, --output {folder} --resume goes on.", err=True
         )
@@ -118,17 +121,17 @@ def simulate(costs: Path, **asked: Any) -> None:
     What stands after -- changes the limits and knobs of the scheduler.
     """  # fmt: skip
     with _exit_codes("simulate"):
-        from shoal.loadtest.plan import Asked, make_plan  # noqa: PLC0415
-        from shoal.loadtest.study import rehearse  # noqa: PLC0415
-        from shoal.loadtest.twin import SJF_ORACLE  # noqa: PLC0415
-        from shoal.scheduler.policies import POLICIES  # noqa: PLC0415
+        from shoal.loadtest.plan import make_plan
+        from shoal.loadtest.study import rehearse
+        from shoal.loadtest.twin import SJF_ORACLE
+        from shoal.scheduler.policies import POLICIES
 
-        _show(rehearse(make_plan(Asked(**asked), [*POLICIES, SJF_ORACLE]), costs), ())
+        _show(rehearse(make_plan([*POLICIES, SJF_ORACLE], **asked), costs), ())
 
 
 @click.command()
 @_model
-@click.option("--requests", "num_requests", type=int, default=256, show_default=True, help="Of each saved workload.")
+@click.option("--requests", "num_requests", type=COUNT, default=256, show_default=True, help="Of each saved workload.")
 @click.option("--seed", type=int, default=0, help="Of the workloads.")
 @click.option("--output", type=A_FOLDER, default=DEFAULT_PROFILE_FOLDER, show_default=True, help="For the profile.")
 @_server_options
@@ -138,19 +141,19 @@ def profile(output: Path, **asked: Any) -> None:
     What stands after -- is passed to every server.
     """  # fmt: skip
     with _exit_codes("profile"):
-        from shoal.loadtest.plan import Asked, make_plan  # noqa: PLC0415
-        from shoal.loadtest.study import take_profile  # noqa: PLC0415
+        from shoal.loadtest.plan import Plan
+        from shoal.loadtest.study import take_profile
 
-        take_profile(make_plan(Asked(workloads=("all",), policies=("fcfs",), **asked), ("fcfs",)), output)
+        take_profile(Plan(**asked), output)
         click.echo(f"{output}/profile.json")
 
 
 def _show(cells: Any, complaints: Sequence[str], **further: str) -> None:
     """Tables for people, what must not be overlooked, and one line of JSON."""
-    import msgspec  # noqa: PLC0415
+    import msgspec
 
-    from shoal.loadtest.report import terminal_tables  # noqa: PLC0415
-    from shoal.loadtest.study import summaries  # noqa: PLC0415
+    from shoal.loadtest.report import terminal_tables
+    from shoal.loadtest.study import summaries
 
     for table in terminal_tables(cells):
         click.echo(f"\n{table}")
@@ -168,8 +171,8 @@ def _exit_codes(command: str) -> Iterator[None]:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         _fail(command, f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`")
-    from shoal.loadtest.records import LoadTestError  # noqa: PLC0415
-    from shoal.scheduler.errors import ShoalError  # noqa: PLC0415
+    from shoal.loadtest.records import LoadTestError
+    from shoal.scheduler.errors import ShoalError
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

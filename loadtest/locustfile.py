@@ -21,7 +21,7 @@ part of the workload.  It writes what it measured to files of its own, whose nam
 from __future__ import annotations
 
 import logging
-import resource
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +64,7 @@ def add_options(parser: LocustArgumentParser) -> None:
 @events.init.add_listener
 def prepare(environment: Environment, **_: Any) -> None:
     if isinstance(environment.runner, MasterRunner):
-        Master(environment)
+        direct(environment)
     else:
         CompletionUser.sender = Sender(environment)
     if not isinstance(environment.runner, WorkerRunner):
@@ -97,6 +97,7 @@ class Sender:
         self.is_worker = isinstance(self.runner, WorkerRunner)
         self.options: Any = environment.parsed_options
         self.traffic: Traffic | None = None
+        self._requests: list[WorkloadRequest] = []
         self._results: BinaryIO | None = None
         self._sent: list[tuple[float, str]] = []
         self._cpu_seconds_before = 0.0
@@ -106,7 +107,7 @@ class Sender:
 
     def _start(self, **_: Any) -> None:
         self.traffic, self._results, self._sent = None, None, []
-        self._cpu_seconds_before = cpu_seconds()
+        self._cpu_seconds_before = time.process_time()
         try:
             traffic = self.traffic = self._traffic()
         except LoadTestError as error:
@@ -127,6 +128,8 @@ class Sender:
             LoadTestError: the options are not right.
         """
         options = self.options
+        if not options.workload:
+            raise LoadTestError("--workload FILE is needed: the requests to send, as JSON lines")
         if options.rate and options.replay:
             raise LoadTestError("give either --rate or --replay")
         load = Load(
@@ -136,14 +139,10 @@ class Sender:
             burstiness=options.burstiness,
             seed=options.load_seed,
         )
-        index, count = (self.runner.worker_index, options.expect_workers) if self.is_worker else (0, 1)
+        self._requests = read_workload(Path(options.workload))
         client = CompletionClient(self.environment.host or "", timeout_seconds=options.request_timeout)
-        return Traffic(self._workload(), load, client, self._report, index=index, count=count)
-
-    def _workload(self) -> list[WorkloadRequest]:
-        if not self.options.workload:
-            raise LoadTestError("--workload FILE is needed: the requests to send, as JSON lines")
-        return read_workload(Path(self.options.workload))
+        index, count = (self.runner.worker_index, options.expect_workers) if self.is_worker else (0, 1)
+        return Traffic(self._requests, load, client, self._report, index=index, count=count)
 
     def _own_file(self, path: str) -> Path:
         file = Path(path)
@@ -175,37 +174,29 @@ class Sender:
             self.traffic.stop()
 
     def _end(self, **_: Any) -> None:
-        self._write(End(cpu_seconds() - self._cpu_seconds_before))
-        if self.options.record and self.traffic:
-            requests = {request.request_id: request for request in self._workload()}
+        self._write(End(time.process_time() - self._cpu_seconds_before))
+        if self.options.record:
+            requests = {request.request_id: request for request in self._requests}
             recorded = [replace(requests[name], arrival_time=at) for at, name in sorted(self._sent)]
             write_workload(self._own_file(self.options.record), recorded)
 
 
-class Master:
-    """Sends nothing: it tells the workers how many they are, and ends the run when all have sent their parts."""
+def direct(environment: Any) -> None:
+    """Have a master tell its workers how many they are, and end the run when all have sent their parts."""
+    runner, done = environment.runner, set[str]()
 
-    def __init__(self, environment: Any) -> None:
-        self.environment = environment
-        self.runner = environment.runner
-        self._done: set[str] = set()
-        self.runner.register_message(ALL_SENT, lambda msg, **_: self._done.add(msg.node_id))
-        environment.events.test_start.add_listener(self._start)
+    def start(**_: Any) -> None:
+        done.clear()
+        environment.parsed_options.expect_workers = runner.worker_count  # an option that locust hands to its workers
+        gevent.spawn(watch)
 
-    def _start(self, **_: Any) -> None:
-        workers = self._workers()
-        self.environment.parsed_options.expect_workers = len(workers)  # an option that locust hands to its workers
-        self._done.clear()
-        gevent.spawn(self._watch, workers)
-
-    def _workers(self) -> set[str]:
-        clients = self.runner.clients
-        return {worker.id for worker in clients.ready + clients.spawning + clients.running}
-
-    def _watch(self, workers: set[str]) -> None:
-        while (workers & self._workers()) - self._done:
+    def watch() -> None:
+        while len(done & runner.clients.keys()) < runner.worker_count:
             gevent.sleep(POLL_SECONDS)
-        finish(self.environment)
+        finish(environment)
+
+    runner.register_message(ALL_SENT, lambda msg, **_: done.add(msg.node_id))
+    environment.events.test_start.add_listener(start)
 
 
 def finish(environment: Any) -> None:
@@ -227,24 +218,19 @@ def check_recorded(environment: Environment, **_: Any) -> None:
         environment.process_exit_code = 2
 
 
-def fire_events(environment: Environment, record: RequestRecord) -> None:
+def fire_events(environment: Any, record: RequestRecord) -> None:
     """Tell locust of a request that has ended: the rows that the module's docstring explains."""
-    fire: Any = environment.events.request.fire
-    rows: list[tuple[str, str, float, LoadTestError | None]] = []
-    if record.token_times:
-        first, last = record.token_times[0], record.token_times[-1]
-        rows.append(("TTFT", "to the first token", 1000 * (first - record.sent_at), None))
-        if len(record.token_times) > 1:
-            rows.append(("ITL", "mean of an answer", 1000 * (last - first) / (len(record.token_times) - 1), None))
+
+    def fire(kind: str, name: str, value: float, error: LoadTestError | None = None) -> None:
+        environment.events.request.fire(
+            request_type=kind, name=name, response_time=value, response_length=0, exception=error, context={}
+        )
+
+    if times := record.token_times:
+        fire("TTFT", "to the first token", 1000 * (times[0] - record.sent_at))
+        if len(times) > 1:
+            fire("ITL", "mean of an answer", 1000 * (times[-1] - times[0]) / (len(times) - 1))
     if record.error is None:
-        rows.append(("tokens", "of an answer (no time)", record.num_output_tokens, None))
+        fire("tokens", "of an answer (no time)", record.num_output_tokens)
     seconds = (record.finished_at or record.sent_at) - record.sent_at
-    rows.append(("POST", PATH, 1000 * seconds, LoadTestError(record.error) if record.error else None))
-    for kind, name, value, error in rows:
-        fire(request_type=kind, name=name, response_time=value, response_length=0, exception=error, context={})
-
-
-def cpu_seconds() -> float:
-    """Processor time of this process so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    fire("POST", PATH, 1000 * seconds, LoadTestError(record.error) if record.error else None)

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import isfinite
 from pathlib import Path
-from typing import TypeVar
 
 from msgspec import Struct
 
 from shoal.loadtest.metrics import Slo
-from shoal.loadtest.records import Load, LoadTestError, Setup
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Setup, slug
 from shoal.loadtest.workload import WORKLOADS, read_workload
 
-Number = TypeVar("Number", int, float)
-
 SPECULATION = ("off", "draft", "ngram", "self")
-SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys")
 DEFAULT_POLICIES = ("static", "static-nopad", "fcfs", "sjf")
 DEFAULT_USERS = 32
 SHARES = (0.4, 0.7, 0.9, 1.0, 1.1)
 SIZES = {"fast": (96, 1), "full": (256, 2)}  # requests of each workload, and repetitions
-
-
-class Asked(Struct, kw_only=True):
-    """What a user typed; None is what was not typed."""
-
-    options: Sequence[str] = ()
-    policies: Sequence[str] | None = None
-    workloads: Sequence[str] | None = None
-    users: Sequence[int] | None = None
-    rates: Sequence[float] | None = None
-    think_seconds: float = 0.0
-    burstiness: float = 1.0
-    num_requests: int | None = None
-    seed: int = 0
-    replay: Path | None = None
-    speculation: Sequence[str] | None = None
-    size: str = "fast"
-    repetitions: int | None = None
-    model: str = "shoal-moe"
-    ttft_slo_ms: float = 1000.0
-    tpot_slo_ms: float = 100.0
-    costs: Path | None = None
 
 
 class Experiment(Struct, frozen=True, kw_only=True):
@@ -89,29 +61,6 @@ class Plan(Struct, frozen=True, kw_only=True):
         return list(dict.fromkeys(experiment.workload.partition(":")[0] for experiment in self.experiments))
 
 
-class PlannedRun(Struct, frozen=True, kw_only=True):
-    """One run that is to be measured."""
-
-    setup: Setup
-    workload: str
-    load: Load
-    repetition: int = 0
-
-    @property
-    def name(self) -> str:
-        """Unique in a comparison, and good for a file."""
-        parts = self.setup.name, *self.setup.options, self.workload, str(self.load), f"r{self.repetition + 1}"
-        return slug("-".join(parts))
-
-    def __str__(self) -> str:
-        return f"{self.setup.name}, {self.workload}, {self.load}, repetition {self.repetition + 1}"
-
-
-def slug(name: str) -> str:
-    """A name that is good for a file."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
-
-
 def interleave(
     experiments: Iterable[Experiment], loads_of: Callable[[Experiment], Sequence[Load]]
 ) -> Iterator[PlannedRun]:
@@ -128,66 +77,75 @@ def interleave(
                     yield PlannedRun(setup=setup, workload=experiment.workload, load=load, repetition=repetition)
 
 
-# -- from what was typed -----------------------------------------------------------------------------------------------
-
-
-def make_plan(asked: Asked, known_policies: Iterable[str]) -> Plan:
+def make_plan(
+    known_policies: Iterable[str],
+    *,
+    policies: Sequence[str] | None = None,
+    workloads: Sequence[str] | None = None,
+    speculation: Sequence[str] | None = None,
+    users: Sequence[int] | None = None,
+    rates: Sequence[float] | None = None,
+    think_seconds: float = 0.0,
+    burstiness: float = 1.0,
+    num_requests: int | None = None,
+    repetitions: int | None = None,
+    seed: int = 0,
+    replay: Path | None = None,
+    size: str = "fast",
+    options: tuple[str, ...] = (),
+    model: str = "shoal-moe",
+    ttft_slo_ms: float = 1000.0,
+    tpot_slo_ms: float = 100.0,
+    costs: Path | None = None,
+) -> Plan:
     """The plan of what was typed; the full size compares everything if nothing is named.
 
     Raises:
-        LoadTestError: a name is unknown, a number is out of range, or an option is not for the servers.
+        LoadTestError: a name is unknown, a number is out of range, or two of the arguments contradict each other.
     """
-    for option in asked.options:
-        name = option.partition("=")[0]
-        if name.startswith("--") and name.removeprefix("--").rpartition(".")[2] in SET_BY_US:
-            raise LoadTestError(f"{name} cannot stand after --: the command itself sets it")
-    loads = _loads(asked)
-    num_requests, repetitions = SIZES[asked.size]
-    if asked.replay:
-        if asked.workloads:
-            raise LoadTestError("give either --workload or --replay, not both")
-        replayed = read_workload(asked.replay)
-        workloads, num_requests = [slug(asked.replay.stem)], len(replayed)
-        is_recorded = all(request.arrival_time is not None for request in replayed)
-        loads = loads or ([Load(seed=asked.seed)] if is_recorded else [])
+    if users and rates:
+        raise LoadTestError("give either --users (closed loops) or --rate (open loops), not both")
+    if workloads and replay:
+        raise LoadTestError("give either --workload or --replay, not both")
+    loads = [Load(users=number, think_seconds=think_seconds, seed=seed) for number in users or ()]
+    loads += [Load(rate=rate, burstiness=burstiness, seed=seed) for rate in rates or ()]
+    is_open = size == "full" and not (loads or replay)
+    repetitions = repetitions or SIZES[size][1]
+    if replay:
+        replayed, names = read_workload(replay), [slug(replay.stem)]
+        num_requests = len(replayed)
+        if not loads and all(request.arrival_time is not None for request in replayed):
+            loads = [Load(seed=seed)]
     else:
-        workloads = _known("workload", asked.workloads or ("chat",), WORKLOADS)
-        num_requests = num_requests if asked.num_requests is None else asked.num_requests
-    repetitions = _checked("repetitions", repetitions if asked.repetitions is None else asked.repetitions)
-    is_open = asked.size == "full" and not (asked.users or asked.rates or asked.replay)
-    if is_open and not (asked.policies or asked.workloads or asked.speculation):
-        experiments = _everything(tuple(asked.options), asked.seed, repetitions)
+        names = _known("workload", workloads or ("chat",), WORKLOADS)
+    if is_open and not (policies or workloads or speculation):
+        experiments = _everything(options, seed, repetitions)
     else:
-        policies = _known("policies", asked.policies or DEFAULT_POLICIES, known_policies)
-        methods = _known("speculation", asked.speculation or ("off",), SPECULATION)
         setups = tuple(
-            Setup(policy=policy, speculation=method, options=tuple(asked.options))
-            for method in methods
-            for policy in policies
+            Setup(policy=policy, speculation=method, options=options)
+            for method in _known("speculation", speculation or ("off",), SPECULATION)
+            for policy in _known("policies", policies or DEFAULT_POLICIES, known_policies)
         )
         experiments = tuple(
             Experiment(
-                workload=workload,
+                workload=name,
                 setups=setups,
-                loads=tuple(loads or [Load(users=DEFAULT_USERS, seed=asked.seed)]),
+                loads=tuple(loads or [Load(users=DEFAULT_USERS, seed=seed)]),
                 shares=SHARES if is_open else (),
                 repetitions=repetitions,
             )
-            for workload in workloads
+            for name in names
         )
     return Plan(
         experiments=experiments,
-        options=tuple(asked.options),
-        model=asked.model,
-        num_requests=_checked("requests", num_requests),
-        slo=Slo(
-            ttft=_checked("ttft-slo-ms", asked.ttft_slo_ms) / 1000,
-            tpot=_checked("tpot-slo-ms", asked.tpot_slo_ms) / 1000,
-        ),
-        seed=asked.seed,
-        replay=str(asked.replay) if asked.replay else None,
-        costs=str(asked.costs) if asked.costs else None,
-        profile_again=asked.size == "full" and not asked.costs,
+        options=options,
+        model=model,
+        num_requests=num_requests or SIZES[size][0],
+        slo=Slo(ttft=ttft_slo_ms / 1000, tpot=tpot_slo_ms / 1000),
+        seed=seed,
+        replay=str(replay) if replay else None,
+        costs=str(costs) if costs else None,
+        profile_again=size == "full" and not costs,
     )
 
 
@@ -224,19 +182,6 @@ def _everything(options: tuple[str, ...], seed: int, repetitions: int) -> tuple[
     )
 
 
-def _loads(asked: Asked) -> list[Load]:
-    if asked.users and asked.rates:
-        raise LoadTestError("give either --users (closed loops) or --rate (open loops), not both")
-    closed = [
-        Load(users=_checked("users", users), think_seconds=asked.think_seconds, seed=asked.seed)
-        for users in dict.fromkeys(asked.users or ())
-    ]
-    return closed + [
-        Load(rate=_checked("rate", rate), burstiness=asked.burstiness, seed=asked.seed)
-        for rate in dict.fromkeys(asked.rates or ())
-    ]
-
-
 def _known(field: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
     """Names without repetitions; "all" is all of them, and NAME:CLIENT is known if NAME is."""
     known = list(known)
@@ -244,11 +189,3 @@ def _known(field: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
         if name.partition(":")[0] not in (*known, "all"):
             raise LoadTestError(f"{field}: unknown {name!r}; known are {', '.join(known)}")
     return known if "all" in names else list(dict.fromkeys(names))
-
-
-def _checked(field: str, value: Number) -> Number:
-    if isinstance(value, int) and value < 1:
-        raise LoadTestError(f"{field} must be at least 1, not {value}")
-    if not (isfinite(value) and value > 0):
-        raise LoadTestError(f"{field} must be a finite number above 0, not {value:g}")
-    return value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +20,6 @@ T = TypeVar("T")
 
 class LoadTestError(Exception):
     """An error that is meant for a user: its text says what is wrong, and what would be right."""
-
-
-class ServerDiedError(LoadTestError):
-    """The server under test did not start, or ended before the run did."""
 
 
 class Load(Struct, frozen=True, kw_only=True):
@@ -48,10 +45,9 @@ class Load(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in ("users", "think_seconds", "rate", "seed"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value >= 0):
-                raise LoadTestError(f"{name} must be a finite number of at least 0, not {value:g}")
-        if not (isfinite(self.burstiness) and self.burstiness > 0):
+            if not 0 <= getattr(self, name) < inf:
+                raise LoadTestError(f"{name} must be a finite number of at least 0, not {getattr(self, name):g}")
+        if not 0 < self.burstiness < inf:
             raise LoadTestError(f"burstiness must be a finite number above 0, not {self.burstiness:g}")
         if self.users and self.rate:
             raise LoadTestError(f"a load has either users or a rate, not both: {self.users} and {self.rate:g}")
@@ -79,6 +75,29 @@ class Setup(Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         return self.policy if self.speculation == "off" else f"{self.policy} + {self.speculation}"
+
+
+class PlannedRun(Struct, frozen=True, kw_only=True):
+    """One load on one server.
+
+    Attributes:
+        workload: name, or "NAME:CLIENT" for one client's requests alone.
+        repetition: number of the repetition, from 0.
+    """
+
+    setup: Setup
+    workload: str
+    load: Load
+    repetition: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique in a comparison, and good for a file."""
+        parts = self.setup.name, *self.setup.options, self.workload, str(self.load), f"r{self.repetition + 1}"
+        return slug("-".join(parts))
+
+    def __str__(self) -> str:
+        return f"{self.setup.name}, {self.workload}, {self.load}, repetition {self.repetition + 1}"
 
 
 class ServerInfo(Struct, kw_only=True):
@@ -130,11 +149,10 @@ class RequestRecord(Struct, kw_only=True, tag="request", tag_field="kind"):
         return self.error is None and self.finished_at is not None
 
 
-class Run(Struct, kw_only=True):
-    """One load on one server, measured or simulated.
+class Run(PlannedRun, frozen=False, kw_only=True):  # type: ignore[misc]  # msgspec allows it
+    """A run, measured or simulated.
 
     Attributes:
-        repetition: number of the repetition, from 0.
         server: what the run's server said of itself.
         started_at: start of the run on the clock of the engine.
         requests: in the order in which they were sent.
@@ -144,10 +162,6 @@ class Run(Struct, kw_only=True):
         is_complete: whether all requests were answered; False for what was saved of a run that broke off.
     """
 
-    setup: Setup
-    workload: str
-    load: Load
-    repetition: int = 0
     server: ServerInfo
     started_at: float = 0.0
     requests: list[RequestRecord] = field(default_factory=list)
@@ -198,6 +212,11 @@ def read_json(path: Path, kind: type[T]) -> T:
         LoadTestError: the file cannot be read, or is broken; the field is named.
     """
     return decode(_read(path), kind, str(path))
+
+
+def slug(name: str) -> str:
+    """A name that is good for a file."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
 def _read(path: Path) -> bytes:

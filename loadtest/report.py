@@ -12,8 +12,8 @@ from msgspec import Struct
 
 from shoal.loadtest import plots
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, groups, in_order, main_cells, speed_up
-from shoal.loadtest.plan import slug
 from shoal.loadtest.plots import Panel, Picture
+from shoal.loadtest.records import slug
 from shoal.loadtest.twin import compare
 from shoal.scheduler.step_record import StepRecord
 

@@ -8,14 +8,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
+import psutil
 
-from shoal.loadtest.records import ServerDiedError, ServerInfo, decode
+from shoal.clients import ClientError
+from shoal.loadtest.records import LoadTestError, ServerInfo, decode
 
 START_SECONDS = 120.0
 END_SECONDS = 10.0
@@ -33,8 +35,7 @@ class ServerProcess:
         options: of `shoal serve`.
         log: file for what it prints.
         command: that starts the server.
-        folder: in which it runs; None is ours.
-        environment: of the process; None is ours.
+        folder, environment: of the process; None is ours.
 
     Attributes:
         process: of the API.
@@ -66,11 +67,10 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         try:
-            self.wait_ready()
+            return self.wait_ready()
         except BaseException:
             self.end()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
@@ -88,60 +88,62 @@ class ServerProcess:
         """Wait until the server answers at `/health`.
 
         Raises:
-            ServerDiedError: it ended, or was not ready in time; with the last lines of its log.
+            LoadTestError: it ended, or was not ready in time; with the last lines of its log.
         """
         deadline = time.monotonic() + seconds
-        while not self._is_healthy():
+        while True:
+            with suppress(httpx.TransportError):
+                if self._get("health").is_success:
+                    return self
             self.check()
             if time.monotonic() > deadline:
-                raise ServerDiedError(f"the server was not ready after {seconds:g} s; {self._last_lines()}")
+                raise LoadTestError(f"the server was not ready after {seconds:g} s; {self._last_lines()}")
             time.sleep(POLL_SECONDS)
-        return self
 
     def check(self) -> None:
-        """Raises:
-        ServerDiedError: the server has ended.
-        """
+        """Raise LoadTestError if the server has ended."""
         code = self.process.poll()
         if code is not None:
             how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            raise ServerDiedError(f"the server ended {how}; {self._last_lines()}")
+            raise LoadTestError(f"the server ended {how}; {self._last_lines()}")
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Raise LoadTestError if the server does not answer what it is asked in the block."""
+        try:
+            yield
+        except (ClientError, httpx.HTTPError) as error:
+            self.check()
+            raise LoadTestError(f"the server does not answer: {error}") from error
 
     def info(self) -> ServerInfo:
         """What the server says of itself.
 
         Raises:
-            ServerDiedError: it does not say so.
+            LoadTestError: it does not say so.
         """
-        try:
-            answer = httpx.get(f"{self.url}/server_info", timeout=END_SECONDS, trust_env=False).raise_for_status()
-        except httpx.HTTPError as error:
-            self.check()
-            raise ServerDiedError(f"the server does not answer GET /server_info: {error}") from error
-        return decode(answer.content, ServerInfo, f"{self.url}/server_info")
+        with self.answering():
+            answer = self._get("server_info").raise_for_status()
+        return decode(answer.content, ServerInfo, str(answer.url))
 
     def engine_pid(self) -> int | None:
         """The engine process; None while there is none."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        with suppress(OSError):
-            engines = [pid for pid in children.read_text().split() if b"engine" in _proc(pid, "cmdline").read_bytes()]
-            return int(engines[0]) if engines else None
+        with suppress(psutil.Error):
+            children = psutil.Process(self.process.pid).children()
+            return next((child.pid for child in children if "engine" in " ".join(child.cmdline())), None)
         return None
 
     def cpu_seconds(self) -> tuple[float, float]:
-        """Processor time of the API process and of the engine so far; 0 where the system does not tell (no /proc)."""
-        return self._of_both(_cpu_seconds)
+        """Processor time of the API process and of the engine so far; 0 if one of them is gone."""
+        return self._of_both(lambda process: sum(process.cpu_times()[:2]))
 
     def memory(self) -> tuple[float, float]:
-        """Resident MiB of the API process and of the engine; 0 where the system does not tell."""
-        return self._of_both(_memory)
+        """Resident MiB of the API process and of the engine; 0 if one of them is gone."""
+        return self._of_both(lambda process: process.memory_info().rss / 2**20)
 
     def end(self) -> None:
         """End it as an operator would, and by force what does not follow."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(END_SECONDS)
+        end(self.process)
         self.kill()
 
     def kill(self) -> None:
@@ -150,19 +152,27 @@ class ServerProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def _is_healthy(self) -> bool:
-        with suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/health", timeout=END_SECONDS, trust_env=False).status_code == 200
-        return False
+    def _get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}/{path}", timeout=END_SECONDS, trust_env=False)
 
-    def _of_both(self, read: Callable[[int], float]) -> tuple[float, float]:
-        with suppress(OSError):
-            return read(self.process.pid), read(self.engine_pid() or 0)
+    def _of_both(self, read: Callable[[Any], float]) -> tuple[float, float]:
+        with suppress(psutil.Error):
+            return read(psutil.Process(self.process.pid)), read(psutil.Process(self.engine_pid() or 0))
         return 0.0, 0.0
 
     def _last_lines(self) -> str:
         lines = self.log.splitlines()[-NUM_LAST_LINES:]
         return "the last lines of its log:\n" + "\n".join(lines) if lines else "its log is empty"
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, by force if it does not follow."""
+    process.terminate()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:
@@ -171,18 +181,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _proc(pid: int | str, file: str) -> Path:
-    return Path(f"/proc/{pid}/{file}")
-
-
-def _cpu_seconds(pid: int) -> float:
-    """User and system time of a process (proc(5): utime and stime)."""
-    fields = _proc(pid, "stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _memory(pid: int) -> float:
-    """Resident MiB of a process (proc(5): VmRSS)."""
-    return int(_proc(pid, "status").read_text().partition("VmRSS:")[2].split()[0]) / 1024

@@ -14,28 +14,31 @@ import os
 import platform
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 
-from shoal.clients import ClientError, ShoalClient
+from shoal.clients import ShoalClient
 from shoal.loadtest.arrivals import open_arrivals
 from shoal.loadtest.costs import fit
-from shoal.loadtest.measure import RUN_FILE, TOOLS, Sent, Tools, load_run, measure, server_options
-from shoal.loadtest.metrics import Cell, baseline, by, collect, problems, speed_up, summarize
-from shoal.loadtest.plan import Experiment, Plan, PlannedRun, interleave, slug
+from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, Sent, find_run, load_run, measure, server_options
+from shoal.loadtest.metrics import Cell, baseline, by, collect, speed_up, summarize
+from shoal.loadtest.plan import Experiment, Plan, interleave
 from shoal.loadtest.profile import Profile, predict, read_profile, series, write_profile
-from shoal.loadtest.records import Load, LoadTestError, Run, ServerDiedError, Setup, read_json, write_json
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup, read_json, slug, write_json
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.server import ServerProcess
+from shoal.loadtest.traffic import read_results
 from shoal.loadtest.twin import compare, simulate, step_seconds
-from shoal.loadtest.workload import WorkloadRequest, make_workload, read_workload, write_workload
+from shoal.loadtest.workload import WORKLOADS, WorkloadRequest, make_workload, read_workload, write_workload
 from shoal.scheduler.errors import ShoalError
 
 PLAN_FILE, PROFILE_FOLDER = "plan.json", "profile"
@@ -45,194 +48,68 @@ MAX_NAMED = 10  # requests in a complaint
 Workloads = dict[str, list[WorkloadRequest]]  # by name
 
 
-class Runs:
-    """A folder of runs, which measures those that it does not have.
-
-    Attributes:
-        bar: a progress bar that is told how many requests have ended; None is none.
-    """
-
-    def __init__(self, folder: Path, model: str, tools: Tools = TOOLS) -> None:
-        self.bar: Any = None
-        self._folder, self._model, self._tools = folder, model, tools
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def find(self, planned: PlannedRun, *, is_complete: bool = True) -> Path | None:
-        """The folder of a run that was saved, complete or broken off."""
-        for folder in self._folders(planned):
-            if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE, Run).is_complete == is_complete:
-                return folder
-        return None
-
-    def measure(self, planned: PlannedRun, sent: Sent) -> Path:
-        """The folder of a run, which is measured unless it is there; raises as `measure` does."""
-        if found := self.find(planned):
-            return found
-        for broken_off in self._folders(planned):
-            shutil.rmtree(broken_off)
-        numbers = [int(path.name.partition("-")[0]) for path in self._folder.iterdir()]
-        folder = self._folder / f"{max(numbers, default=0) + 1:03}-{planned.name}"
-        folder.mkdir()
-        measure(planned, self._model, sent, folder, observe=self._observe, tools=self._tools)
-        return folder
-
-    def _observe(self, num_requests: int) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{num_requests} requests")
-
-    def _folders(self, planned: PlannedRun) -> list[Path]:
-        return [folder for folder in self._folder.iterdir() if folder.name.partition("-")[2] == planned.name]
-
-
-class ProfileRuns:
-    """The runs of a profile in its folder: its series again and again, as far as they are asked for.
-
-    Args:
-        plan: a small comparison has a short series; a plan without experiments has the whole one.
-
-    Attributes:
-        workloads: files and their makings, for `prepare`.
-        failure: what went wrong amid the comparison; empty if nothing did.
-    """
-
-    def __init__(self, folder: Path, plan: Plan, tools: Tools = TOOLS) -> None:
-        self.failure = ""
-        self._folder, self._options = folder, plan.options
-        policies = {setup.policy for experiment in plan.experiments for setup in experiment.setups}
-        loads = [load for experiment in plan.experiments for load in experiment.loads]
-        num_requests = plan.num_requests if plan.experiments else None
-        self._stretches = series(num_requests, plan.options, policies=policies, loads=loads)
-        self._is_short = self._stretches != series(None, plan.options)
-        by_size = sorted(self._stretches, key=lambda stretch: stretch.num_requests)
-        self.workloads = {
-            self._file(stretch.workload): (stretch.workload, stretch.num_requests, 0) for stretch in by_size
-        }
-        self._runs = Runs(folder / "runs", plan.model, tools)
-        self._taken: list[Run] = []
-
-    def take(self) -> None:
-        """Measure the next run; raises as `measure` does."""
-        number = len(self._taken)
-        stretch = self._stretches[number % len(self._stretches)]
-        planned = PlannedRun(setup=stretch.setup, workload=f"profile-{number + 1}", load=stretch.load)
-        requests = read_workload(self._file(stretch.workload))[: stretch.num_requests]
-        self._taken.append(load_run(self._runs.measure(planned, Sent(requests, stretch.load))))
-
-    def take_series(self) -> None:
-        """Measure a first series, or complete the one that was begun."""
-        num_left = -len(self._taken) % len(self._stretches) if self._taken else len(self._stretches)
-        for _ in tqdm(range(num_left), unit="run", desc="profile"):
-            self.take()
-
-    def try_to(self, take: Callable[[], None]) -> None:
-        """Take further runs, until one fails: the comparison does not need them."""
-        try:
-            if not self.failure:
-                take()
-        except LoadTestError as error:
-            self.failure = f"Predictions are those of a profile that broke off: {error}"
-
-    def save(self) -> Profile:
-        """What follows from all that were taken; raises LoadTestError if they are too few."""
-        profile = Profile(
-            server=self._taken[0].server,
-            options=self._options,
-            versions=machine(),
-            costs=fit(self._taken),
-            is_short=self._is_short,
-        )
-        write_profile(self._folder, profile)
-        return profile
-
-    def _file(self, name: str) -> Path:
-        return self._folder / f"series-{name}.jsonl"
-
-
-class Comparison:
-    """All runs of a plan, and what they came to.
+def compare_all(
+    plan: Plan, folder: Path, workloads: Workloads, between: Callable[[], None] = lambda: None
+) -> tuple[dict[PlannedRun, Path], list[str]]:
+    """Measure all runs of a plan, each in its folder unless it is there.
 
     A server that does not start is not tried again: further runs of its setup are left out.  A server that dies in the
     middle costs this run only, and so does a load generator that fails.  The comparison goes on with the next run.
 
-    Attributes:
-        runs: the folders of what was measured, in this order; runs that broke off too.
-        failures, incomplete: in words, what could not be run, and what is missing of runs or differs among them.
-        differing: by workload, the requests whose answers were not the same in all runs.
+    Args:
+        between: is called after every few runs.
+
+    Returns:
+        The folders of what was measured, in this order, runs that broke off too; and in words, what could not be run.
     """
+    runs: dict[PlannedRun, Path] = {}
+    failures: list[str] = []
+    given_up: set[Setup] = set()
 
-    def __init__(self, plan: Plan, runs: Runs, workloads: Workloads) -> None:
-        self.runs: dict[PlannedRun, Path] = {}
-        self.failures: list[str] = []
-        self.incomplete: list[str] = []
-        self.differing: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        self._plan, self._runs, self._workloads = plan, runs, workloads
-        self._given_up: set[Setup] = set()
-        self._answers: dict[tuple[str, str], tuple[int, str]] = {}
-        self._request_rates: defaultdict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(list)
+    def planned_runs() -> Iterator[PlannedRun]:
+        yield from interleave(plan.experiments, lambda experiment: experiment.loads)
+        yield from interleave(plan.experiments, lambda experiment: _loads_by_share(experiment, plan, runs, failures))
 
-    def run(self, between: Callable[[], None] = lambda: None) -> None:
-        """Measure all that is not yet in the folder.
+    total = sum(len(one.setups) * len(one.loads + one.shares) * one.repetitions for one in plan.experiments)
+    with tqdm(planned_runs(), total=total, unit="run", desc="comparison") as bar:
+        for number, planned in enumerate(bar, 1):
+            try:
+                if planned.setup not in given_up:
+                    sent = sending(planned, workloads)
+                    measure(planned, plan.model, sent, folder, lambda num: bar.set_postfix_str(f"{num} requests"))
+            except LoadTestError as error:
+                failures.append(f"{planned}: {error}")
+                if not find_run(folder, planned):
+                    failures[-1] += "; further runs of this setup are left out"
+                    given_up.add(planned.setup)
+            if found := find_run(folder, planned):
+                runs[planned] = found
+            if number % RUNS_BETWEEN == 0:
+                between()
+    return runs, failures
 
-        Args:
-            between: is called after every few runs.
-        """
-        for loads_of in (lambda experiment: experiment.loads, self._loads_by_share):
-            planned_runs = list(interleave(self._plan.experiments, loads_of))
-            with tqdm(planned_runs, unit="run", desc="comparison", disable=not planned_runs) as self._runs.bar:
-                for number, planned in enumerate(self._runs.bar, 1):
-                    if folder := self._folder(planned):
-                        self.runs[planned] = folder
-                        self._check(planned, load_run(folder))
-                    if number % RUNS_BETWEEN == 0:
-                        between()
 
-    def _folder(self, planned: PlannedRun) -> Path | None:
-        """The folder of what was measured, if anything was."""
-        if planned.setup in self._given_up:
-            return self._runs.find(planned)
-        try:
-            return self._runs.measure(planned, sending(planned, self._workloads))
-        except LoadTestError as error:
-            folder = self._runs.find(planned, is_complete=False)
-            self.failures.append(
-                f"{planned}: {error}" + ("" if folder else "; further runs of this setup are left out")
-            )
-            if folder is None:
-                self._given_up.add(planned.setup)
-            return folder
+def _loads_by_share(
+    experiment: Experiment, plan: Plan, runs: Mapping[PlannedRun, Path], failures: list[str]
+) -> list[Load]:
+    """The open loops of an experiment; none, and a failure, if no closed loop of its workload could be measured.
 
-    def _check(self, planned: PlannedRun, run: Run) -> None:
-        """Compare the answers, request by request, with those of the first run of the workload."""
-        found = []
-        for record in filter(lambda record: record.is_answered, run.requests):
-            answer = record.num_output_tokens, record.text_hash
-            if self._answers.setdefault((run.workload, record.request_id), answer) != answer:
-                found.append(record.request_id)
-        if found:
-            self.differing[run.workload].update(dict.fromkeys(found))
-            named = ", ".join(found[:MAX_NAMED]) + (" and more" if len(found) > MAX_NAMED else "")
-            self.incomplete.append(
-                f"{planned}: {len(found)} answers differ from those of the first run of {run.workload}: {named}"
-            )
-        if not run.is_complete:
-            self.incomplete += problems(run)
-        elif planned.load.users:
-            rate = summarize(run, self._plan.slo)["request rate"]
-            self._request_rates[planned.workload, planned.setup.options].append(rate)
-
-    def _loads_by_share(self, experiment: Experiment) -> list[Load]:
-        """The open loops of an experiment; none if no closed loop of its workload could be measured.
-
-        The share of one client's requests is of the whole workload's rate.
-        """
-        whole = experiment.workload.partition(":")[0]
-        rates = self._request_rates[whole, experiment.setups[0].options]
-        if experiment.shares and not rates:
-            self.failures.append(f"{experiment.workload}: no closed loop was measured, so there are no open loops")
-            return []
-        # Three digits, so that a name shows all of a rate.
-        shares = [float(f"{share * max(rates):.3g}") for share in experiment.shares]
-        return [Load(rate=rate, seed=self._plan.seed) for rate in dict.fromkeys(shares)]
+    The share of one client's requests is of the whole workload's rate.
+    """
+    if not experiment.shares:
+        return []
+    whole, options = experiment.workload.partition(":")[0], experiment.setups[0].options
+    rates = []
+    for planned, folder in runs.items():
+        if planned.load.users and (planned.workload, planned.setup.options) == (whole, options):
+            run = load_run(folder, with_steps=False)
+            rates += [summarize(run, plan.slo)["request rate"]] if run.is_complete else []
+    if not rates:
+        failures.append(f"{experiment.workload}: no closed loop was measured, so there are no open loops")
+        return []
+    # Three digits, so that a name shows all of a rate.
+    shares = [float(f"{share * max(rates):.3g}") for share in experiment.shares]
+    return [Load(rate=rate, seed=plan.seed) for rate in dict.fromkeys(shares)]
 
 
 def sending(planned: PlannedRun, workloads: Workloads) -> Sent:
@@ -245,15 +122,81 @@ def sending(planned: PlannedRun, workloads: Workloads) -> Sent:
     """
     name, _, client = planned.workload.partition(":")
     requests, load = workloads[name], planned.load
-    if not client:
-        return Sent(requests, load)
     if load.rate:
         requests = [replace(request, arrival_time=due) for due, request in open_arrivals(load, requests)]
-    own = [request for request in requests if request.client == client]
+        load = replace(load, rate=0.0)
+    own = [request for request in requests if client in ("", request.client)]
     if not own:
         clients = ", ".join(sorted({request.client for request in requests}))
         raise LoadTestError(f"workload {planned.workload}: there is no client {client!r}; clients are {clients}")
-    return Sent(own, replace(load, rate=0.0))
+    return own, load
+
+
+def differing_answers(runs: Mapping[PlannedRun, Path]) -> dict[PlannedRun, list[str]]:
+    """By run, the requests whose answers are not those of the first run of the same workload."""
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    found: defaultdict[PlannedRun, list[str]] = defaultdict(list)
+    for planned, folder in runs.items():
+        for record in read_results(folder / REQUESTS_FILE).records:
+            answer = record.num_output_tokens, record.text_hash
+            if record.is_answered and first.setdefault((planned.workload, record.request_id), answer) != answer:
+                found[planned].append(record.request_id)
+    return found
+
+
+# -- the profile -------------------------------------------------------------------------------------------------------
+
+
+class ProfileRuns:
+    """The runs of a profile in its folder: a series again and again, as far as they are asked for.
+
+    Args:
+        plan: a small comparison has a short series; a plan without experiments has the whole one.
+
+    Attributes:
+        workloads: files and their makings, for `prepare`.
+    """
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        policies = {setup.policy for experiment in plan.experiments for setup in experiment.setups}
+        loads = [load for experiment in plan.experiments for load in experiment.loads]
+        num_requests = plan.num_requests if plan.experiments else None
+        self._folder, self._plan = folder, plan
+        self._series = series(num_requests, plan.options, policies=policies, loads=loads)
+        by_size = sorted(self._series, key=lambda stretch: stretch.num_requests)
+        self.workloads = {self._file(one.workload): (one.workload, one.num_requests, 0) for one in by_size}
+        self._to_come, self._taken = self._measure(), list[Run]()
+
+    def take(self, num_runs: int) -> None:
+        """Measure the next runs, but none after one that failed; raises as `measure` does."""
+        self._taken.extend(islice(self._to_come, num_runs))
+
+    def take_series(self) -> None:
+        """Measure a first series, or complete the one that was begun; raises as `measure` does."""
+        num_left = -len(self._taken) % len(self._series) if self._taken else len(self._series)
+        for _ in tqdm(range(num_left), unit="run", desc="profile"):
+            self.take(1)
+
+    def save(self) -> Profile:
+        """What follows from all that were taken; raises LoadTestError if they are too few."""
+        profile = Profile(
+            server=self._taken[0].server,
+            options=self._plan.options,
+            versions=machine(),
+            costs=fit(self._taken),
+            is_short=self._series != series(None, self._plan.options),
+        )
+        write_profile(self._folder, profile)
+        return profile
+
+    def _measure(self) -> Iterator[Run]:
+        for number, stretch in enumerate(cycle(self._series), 1):
+            planned = PlannedRun(setup=stretch.setup, workload=f"profile-{number}", load=stretch.load)
+            sent = read_workload(self._file(stretch.workload))[: stretch.num_requests], stretch.load
+            yield load_run(measure(planned, self._plan.model, sent, self._folder / "runs"))
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"series-{name}.jsonl"
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
@@ -286,53 +229,70 @@ def conduct(plan: Plan, folder: Path, command: str) -> Report:
     """
     given = read_profile(Path(plan.costs)) if plan.costs else None
     profiling = ProfileRuns(folder / PROFILE_FOLDER, plan)
-    if plan.replay:
-        write_workload(workload_file(folder, plan.workloads[0]), read_workload(Path(plan.replay)))
     files = {name: workload_file(folder, name) for name in plan.workloads}
-    prepare(
-        plan,
-        {file: (name, plan.num_requests, plan.seed) for name, file in files.items()}
-        | ({} if given else profiling.workloads),
-    )
+    if plan.replay:
+        shutil.copy(plan.replay, *files.values())
+    makings = {file: (name, plan.num_requests, plan.seed) for name, file in files.items()}
+    prepare(plan, makings if given else makings | profiling.workloads)
     write_json(folder / PLAN_FILE, plan)
     workloads = {name: read_workload(file) for name, file in files.items()}
+    warnings: list[str] = []
+
+    def again(take: Callable[[], None]) -> None:
+        """Take further runs of the profile, which the comparison does not need."""
+        try:
+            if plan.profile_again:
+                take()
+        except LoadTestError as error:
+            warnings.append(f"Predictions are those of a profile that broke off: {error}")
+
     if not given:
         profiling.take_series()
-    comparison = Comparison(plan, Runs(folder / "runs", plan.model), workloads)
-    comparison.run((lambda: profiling.try_to(profiling.take)) if plan.profile_again else lambda: None)
-    if plan.profile_again:
-        profiling.try_to(profiling.take_series)
+    runs, failures = compare_all(plan, folder / "runs", workloads, lambda: again(partial(profiling.take, 1)))
+    again(profiling.take_series)
     profile = given or profiling.save()
     for file in () if given else files.values():
         shutil.copy(file, folder / PROFILE_FOLDER)
-    predictions, reasons = _predictions(comparison.runs, workloads, profile)
+    predictions, reasons = _predictions(runs, workloads, profile)
+    cells = collect(map(load_run, runs.values()), predictions, plan.slo)
+    differing: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    complaints = [*failures, *(problem for cell in cells for problem in cell.problems)]
+    for planned, found in differing_answers(runs).items():
+        differing[planned.workload] |= dict.fromkeys(found)
+        named = ", ".join(found[:MAX_NAMED]) + (" and more" if len(found) > MAX_NAMED else "")
+        complaints.append(
+            f"{planned}: {len(found)} answers differ from those of the first run of {planned.workload}: {named}"
+        )
     report = Report(
         made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
         command=command,
         machine=machine(),
         model=profile.server.model,
         slo=plan.slo,
-        cells=collect(map(load_run, comparison.runs.values()), predictions, plan.slo),
-        differing={name: list(found) for name, found in comparison.differing.items()},
-        complaints=comparison.failures + comparison.incomplete,
-        warnings=[*comparison.failures, *filter(None, [profiling.failure]), *reasons],
+        cells=cells,
+        differing={name: list(requests) for name, requests in differing.items()},
+        complaints=complaints,
+        warnings=[*failures, *warnings, *reasons],
         step_seconds=step_seconds(profile.costs),
     )
     about = {name: getattr(report, name) for name in ("made_at", "command", "machine", "model", "slo", "complaints")}
-    write_json(folder / "summary.json", about | {"cells": summaries(report.cells)})
+    write_json(folder / "summary.json", about | {"cells": summaries(cells)})
     write_report(folder, report)
     return report
 
 
 def take_profile(plan: Plan, folder: Path) -> None:
-    """Take a profile, and save it with the plan's workloads in the tokens of the model.
+    """Take a profile, and save it with all workloads in the tokens of the model.
+
+    Args:
+        plan: has no experiments.
 
     Raises:
         LoadTestError: a server failed, or too little was measured.
     """
     _clear(folder)
-    profiling = ProfileRuns(folder, replace(plan, experiments=()))
-    files = {workload_file(folder, name): (name, plan.num_requests, plan.seed) for name in plan.workloads}
+    profiling = ProfileRuns(folder, plan)
+    files = {workload_file(folder, name): (name, plan.num_requests, plan.seed) for name in WORKLOADS}
     prepare(plan, files | profiling.workloads)
     profiling.take_series()
     profiling.save()
@@ -369,69 +329,61 @@ def workload_file(folder: Path, name: str) -> Path:
 
 def _clear(folder: Path) -> None:
     """Remove what an attempt has left that did not come to its first run."""
-    folder.mkdir(parents=True, exist_ok=True)
     for old in ("runs", PROFILE_FOLDER):
         shutil.rmtree(folder / old, ignore_errors=True)
     for file in folder.glob("*-*.jsonl"):
         file.unlink()
 
 
-def prepare(plan: Plan, workloads: dict[Path, tuple[str, int, int]]) -> None:
+def prepare(plan: Plan, workloads: Mapping[Path, tuple[str, int, int]]) -> None:
     """Make the workloads that are not there yet, with the tokenizer of one server.
 
     Args:
         workloads: name, number of requests and seed by file.
 
     Raises:
-        ServerDiedError: the server does not start or does not answer.
-        LoadTestError: a workload is unknown, or does not fit the model.
+        LoadTestError: the server does not start or does not answer, or a workload does not fit the model.
     """
     missing = {file: making for file, making in workloads.items() if not file.exists()}
-    if not missing:
-        return
-    options = server_options(plan.model, Setup(policy="fcfs", options=plan.options))
-    log = next(iter(missing)).with_name("preparation.log")
-    with ServerProcess(options, log) as server, ShoalClient(server.url) as client:
-        max_model_len = server.info().limits.max_model_len
-        try:
+    for file in missing:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if missing:
+        options = server_options(plan.model, Setup(policy="fcfs", options=plan.options))
+        log = next(iter(missing)).with_name("preparation.log")
+        with ServerProcess(options, log) as server, server.answering(), ShoalClient(server.url) as client:
+            max_model_len = server.info().limits.max_model_len
             for file, making in missing.items():
                 made = make_workload(*making, lambda text: list(client.tokenize(text).token_ids), max_model_len)
                 write_workload(file, made)
-        except ClientError as error:
-            server.check()
-            raise ServerDiedError(f"the server did not answer while workloads were made: {error}") from error
 
 
 def _predictions(
-    runs: dict[PlannedRun, Path], workloads: Workloads, profile: Profile
-) -> tuple[list[Run], Iterable[str]]:
+    runs: Mapping[PlannedRun, Path], workloads: Workloads, profile: Profile
+) -> tuple[list[Run], Sequence[str]]:
     """What the twin says of each combination, and why it says nothing of others."""
     found: list[Run] = []
     reasons: dict[str, None] = {}
     for planned, folder in {replace(planned, repetition=0): folder for planned, folder in runs.items()}.items():
         try:
-            found.append(predict(profile, load_run(folder, with_steps=False), *sending(planned, workloads)))
+            found.append(predict(profile, read_json(folder / RUN_FILE, Run), *sending(planned, workloads)))
         except (LoadTestError, ShoalError) as error:
             reasons[f"{planned.setup.name} was not simulated: {error}"] = None
-    return found, reasons
+    return found, list(reasons)
 
 
 def summaries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """All figures of each cell, for a program that reads along."""
-    found = []
-    for cell in cells:
-        base = baseline(by(by(cells, "section")[cell.section], "load")[cell.load])
-        names = ("section", "workload", "load", "setup", "measured", "predicted", "problems")
-        errors = (
-            {error.name: error.error for error in compare(cell.predicted, cell.measured.median)}
-            if cell.predicted
-            else {}
-        )
-        found.append(
-            {name: getattr(cell, name) for name in names}
-            | {"errors": errors, "x_static": speed_up("throughput", cell, base)}
-        )
-    return found
+    names = ("section", "workload", "load", "setup", "measured", "predicted", "problems")
+    return [
+        {name: getattr(cell, name) for name in names}
+        | {
+            "errors": {error.name: error.error for error in compare(cell.predicted or {}, cell.measured.median)},
+            "x_static": speed_up(
+                "throughput", cell, baseline(by(by(cells, "section")[cell.section], "load")[cell.load])
+            ),
+        }
+        for cell in cells
+    ]
 
 
 def machine() -> dict[str, str]:

@@ -6,11 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import gevent
 from gevent.event import Event
 from gevent.pool import Group
-from msgspec import Struct, field
+from msgspec import Struct
 
 from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
 from shoal.loadtest.records import Load, RequestRecord, read_lines
@@ -54,7 +55,8 @@ class Traffic:
         self.started_at = time.monotonic()
         self._client, self._report = client, report
         self._due: list[Arrival] = [] if load.users else open_arrivals(load, requests)[index::count]
-        self._sessions = deque(closed_sessions(load, requests)[index::count] if load.users else [])
+        sessions = closed_sessions(load, requests)[index::count] if load.users else []
+        self._sessions = deque(map(deque, sessions))
         self._num_left = len(self._due) + sum(map(len, self._sessions))
         self._num_connection_errors = 0
         self._in_flight = Group()
@@ -77,7 +79,7 @@ class Traffic:
         """
         is_first = True
         while self._sessions and not self.finished.is_set():
-            session = deque(self._sessions.popleft())
+            session = self._sessions.popleft()
             try:
                 while session and not self.finished.is_set():
                     if not is_first:
@@ -86,7 +88,7 @@ class Traffic:
                     self.send(session.popleft().request)
             finally:
                 if session:
-                    self._sessions.appendleft(list(session))
+                    self._sessions.appendleft(session)
 
     def _send_when_due(self) -> None:
         for due, request in self._due:
@@ -107,11 +109,9 @@ class Traffic:
         )
         try:
             self._client.stream(request_body(request), record, self.now)
-        except gevent.GreenletExit:
-            record.error = CUT_OFF
-            raise
         except BaseException as error:
-            record.error = f"the load generator failed: {error!r}"
+            is_stopped = isinstance(error, gevent.GreenletExit)
+            record.error = CUT_OFF if is_stopped else f"the load generator failed: {error!r}"
             raise
         finally:
             self._report(record)
@@ -145,18 +145,12 @@ class End(Struct, tag="end", tag_field="kind"):
     cpu_seconds: float
 
 
-class Results(Struct, kw_only=True):
-    """What a load generator measured.
+class Results(NamedTuple):
+    """What a load generator measured; the records are in the order in which requests were sent."""
 
-    Attributes:
-        records: in the order in which requests were sent.
-        is_whole: whether the load generator came to its end.
-    """
-
-    records: list[RequestRecord] = field(default_factory=list)
+    records: list[RequestRecord]
     started_at: float = 0.0
     cpu_seconds: float = 0.0
-    is_whole: bool = False
 
 
 def read_results(path: Path) -> Results:
@@ -165,14 +159,7 @@ def read_results(path: Path) -> Results:
     Raises:
         LoadTestError: the file cannot be read, or a line is broken, whose number is named.
     """
-    results = Results()
-    for line in read_lines(path, Begin | RequestRecord | End, may_be_cut=True):
-        match line:
-            case Begin():
-                results.started_at = line.started_at
-            case End():
-                results.cpu_seconds, results.is_whole = line.cpu_seconds, True
-            case RequestRecord():
-                results.records.append(line)
-    results.records.sort(key=lambda record: record.sent_at)
-    return results
+    lines = list(read_lines(path, Begin | RequestRecord | End, may_be_cut=True))
+    records = sorted((line for line in lines if isinstance(line, RequestRecord)), key=lambda record: record.sent_at)
+    started_at = sum(line.started_at for line in lines if isinstance(line, Begin))
+    return Results(records, started_at, sum(line.cpu_seconds for line in lines if isinstance(line, End)))

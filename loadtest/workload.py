@@ -6,6 +6,7 @@ A workload is a function of a seed, and of the tokenizer that counts.  Lengths a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import count, islice
 from math import ceil, exp, log, sqrt
 from pathlib import Path
@@ -85,7 +86,7 @@ def read_workload(path: Path) -> list[WorkloadRequest]:
 # -- the six workloads -------------------------------------------------------------------------------------------------
 
 MIN_MODEL_LEN = 1024
-Fields = dict[str, Any]  # of a request: prompt, num_output_tokens, max_tokens, and those that differ from the defaults
+Fields = dict[str, Any]  # of a request, as `_fields` names them
 
 
 def make_workload(
@@ -106,10 +107,14 @@ def make_workload(
     maker = Maker(Random(f"{name} {seed}"), tokenize)
     requests: list[WorkloadRequest] = []
     for index, fields in enumerate(islice(WORKLOADS[name](maker), num_requests)):
-        request_id, (prompt, token_ids) = f"{name}-{index:05}", fields.pop("prompt")
-        named = {"request_id": request_id, "session": request_id, "prompt": prompt, "prompt_token_ids": token_ids}
+        named: Fields = dict.fromkeys(("request_id", "session"), f"{name}-{index:05}")
         requests.append(WorkloadRequest(**named | {"seed": maker.rng.getrandbits(31)} | fields))
     return requests
+
+
+def _fields(prompt: Prompt, num_output_tokens: int, max_tokens: int, **others: Any) -> Fields:
+    lengths: Fields = {"num_output_tokens": num_output_tokens, "max_tokens": max_tokens}
+    return {"prompt": prompt[0], "prompt_token_ids": prompt[1]} | lengths | others
 
 
 class Maker(NamedTuple):
@@ -144,8 +149,7 @@ def uniform(maker: Maker) -> Iterator[Fields]:
     This is the control: batches of such requests end together, so that static batching should lose little.
     """
     while True:
-        prompt = maker.prose(128)
-        yield {"prompt": prompt, "num_output_tokens": 128, "max_tokens": 128, "temperature": maker.temperature()}
+        yield _fields(maker.prose(128), 128, 128, temperature=maker.temperature())
 
 
 CHAT_MAX_TOKENS, CHAT_MAX_PROMPT_TOKENS = 640, 384
@@ -168,18 +172,16 @@ CHAT_KINDS = (
 def chat(maker: Maker) -> Iterator[Fields]:
     """Short questions, and answers of very different lengths, as in public traces of chats.
 
-    **Sources.**  In LMSYS-Chat-1M a prompt has 69.5 tokens on average and an answer 214.5 (Zheng et al. 2023).  In the
-    conversation trace of Azure that came with Splitwise (Patel et al. 2024) the median answer has 129 tokens, and the
-    mean answer 211.  A log-normal distribution of this median and mean has sigma = sqrt(2 ln(211 / 129)) = 0.99.
-
-    **Lengths.**  Prompts are log-normal with the mean of LMSYS-Chat-1M and sigma 1.  Answers keep their shape and are
-    scaled by about 0.4 to a context of 1,024 tokens.  Their median is 45, and sigma is 1.2, because a public chat has
-    more models and kinds of users than one service.  They are cut at 640 tokens, which one in seventy reaches.
+    **Lengths.**  Prompts are log-normal with the mean of LMSYS-Chat-1M (69.5 tokens, Zheng et al. 2023) and sigma 1.
+    Answers have the shape of Azure's conversation trace (Patel et al. 2024, Splitwise), whose median of 129 tokens and
+    mean of 211 make a log-normal distribution of sigma sqrt(2 ln(211 / 129)) = 0.99.  They are scaled to a median of 45
+    for a context of 1,024 tokens.  Sigma is 1.2, because a public chat has more models and kinds of users than one
+    service.  They are cut at 640 tokens, which one in seventy reaches.
 
     **What can be predicted.**  Half of the variance of the logarithm of an answer's length: a quarter is the client's
     (some want short answers, some long ones), and a quarter is due to the kind of prompt ("Name ..." asks for less than
-    "Write ...").  The other half is chance.  The Azure trace allows about as much: in 184 consecutive requests (from
-    2023-11-16 18:47:11 on), the range of the prompt's length, one of nine, explains 51% of this variance.
+    "Write ...").  The other half is chance.  In 184 consecutive requests of the Azure trace, the range of the prompt's
+    length, one of nine, explains about as much: 51%.
     """
 
     def offsets(num: int) -> list[float]:
@@ -194,14 +196,9 @@ def chat(maker: Maker) -> Iterator[Fields]:
     while True:
         client, kind = rng.randrange(CHAT_NUM_CLIENTS), rng.randrange(len(CHAT_KINDS))
         logarithm = log(CHAT_OUTPUT_MEDIAN) + of_client[client] + of_kind[kind] + rng.gauss(0, noise)
-        num_prompt_tokens = maker.log_normal(42.2, 1.0, CHAT_MAX_PROMPT_TOKENS)  # mean 69.5
-        yield {
-            "prompt": maker.prose(num_prompt_tokens, CHAT_KINDS[kind]),
-            "num_output_tokens": _length(logarithm, CHAT_MAX_TOKENS),
-            "max_tokens": CHAT_MAX_TOKENS,
-            "temperature": maker.temperature(),
-            "client": f"client-{client}",
-        }
+        prompt = maker.prose(maker.log_normal(42.2, 1.0, CHAT_MAX_PROMPT_TOKENS), CHAT_KINDS[kind])  # mean 69.5
+        length, whose = _length(logarithm, CHAT_MAX_TOKENS), f"client-{client}"
+        yield _fields(prompt, length, CHAT_MAX_TOKENS, temperature=maker.temperature(), client=whose)
 
 
 def code(maker: Maker) -> Iterator[Fields]:
@@ -215,8 +212,7 @@ def code(maker: Maker) -> Iterator[Fields]:
         file, num_tokens = maker.rng.randrange(len(files)), maker.rng.randint(300, 700)
         while (prompt := text.cut(files[file], num_tokens, maker.tokenize)) is None:
             num_tokens += 1
-        length = maker.log_normal(40.0, 0.8, 256)
-        yield {"prompt": prompt, "num_output_tokens": length, "max_tokens": 256, "client": f"editor-{file}"}
+        yield _fields(prompt, maker.log_normal(40.0, 0.8, 256), 256, client=f"editor-{file}")
 
 
 AGENT_MAX_TOKENS = 160
@@ -240,7 +236,7 @@ def agent(maker: Maker) -> Iterator[Fields]:
                 break
             length = maker.log_normal(50.0, 0.7, AGENT_MAX_TOKENS)
             whose = {"session": f"agent-session-{session:04}", "client": f"agent-{session}"}
-            yield {"prompt": (so_far, token_ids), "num_output_tokens": length, "max_tokens": AGENT_MAX_TOKENS, **whose}
+            yield _fields((so_far, token_ids), length, AGENT_MAX_TOKENS, **whose)
             so_far += "\n\nAnswer:\n" + text.prompt(text.code, rng, length, tokenize)[0]
 
 
@@ -259,25 +255,13 @@ MODEST = RequestClass((32, 64), (16, 48), {"client": "modest"})
 GREEDY = RequestClass((200, 400), (100, 300), {"client": "greedy"})
 
 
-def two_classes(rare: RequestClass, common: RequestClass) -> Callable[[Maker], Iterator[Fields]]:
-    """A workload of which every eighth request is of the rare class."""
-
-    def make(maker: Maker) -> Iterator[Fields]:
-        for number in count(1):
-            kind = common if number % 8 else rare
-            prompt, length = (
-                maker.prose(maker.rng.randint(*kind.num_prompt_tokens)),
-                maker.rng.randint(*kind.num_output_tokens),
-            )
-            temperature = maker.temperature()
-            yield {
-                "prompt": prompt,
-                "num_output_tokens": length,
-                "max_tokens": 400,
-                "temperature": temperature,
-            } | kind.fields
-
-    return make
+def two_classes(rare: RequestClass, common: RequestClass, maker: Maker) -> Iterator[Fields]:
+    """Every eighth request is of the rare class."""
+    for number in count(1):
+        kind = common if number % 8 else rare
+        prompt = maker.prose(maker.rng.randint(*kind.num_prompt_tokens))
+        length = maker.rng.randint(*kind.num_output_tokens)
+        yield _fields(prompt, length, 400, temperature=maker.temperature(), **kind.fields)
 
 
 WORKLOADS: dict[str, Callable[[Maker], Iterator[Fields]]] = {
@@ -285,6 +269,10 @@ WORKLOADS: dict[str, Callable[[Maker], Iterator[Fields]]] = {
     "code": code,
     "agent": agent,
     "uniform": uniform,
-    "mixed-priority": two_classes(URGENT, ORDINARY),  # a few urgent short requests among many long ordinary ones
-    "two-tenants": two_classes(MODEST, GREEDY),  # a client with many long requests, and one with few short ones
+    "mixed-priority": partial(
+        two_classes, URGENT, ORDINARY
+    ),  # a few urgent short requests among many long ordinary ones
+    "two-tenants": partial(
+        two_classes, MODEST, GREEDY
+    ),  # a client with many long requests, and one with few short ones
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shoal.loadtest.measure import run_locust, server_options
-from shoal.loadtest.records import Load, LoadTestError, ServerDiedError, Setup
+from shoal.loadtest.records import Load, LoadTestError, Setup
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.workload import WorkloadRequest, write_workload
@@ -50,7 +50,6 @@ def test_a_closed_loop_has_as_many_in_flight_as_users_and_reports_its_progress(
     progress: list[int] = []
     run_locust(server.url, workload, Load(users=4), tmp_path / "r.jsonl", progress.append)
     result = read_results(tmp_path / "r.jsonl")
-    assert result.is_whole
     assert {record.error for record in result.records} == {None}
     assert sorted(record.request_id for record in result.records) == sorted(f"r{i}" for i in range(30))
     assert {record.num_output_tokens for record in result.records} == {2, 3, 4}
@@ -116,7 +115,7 @@ def test_a_server_says_what_it_is(tmp_path: Path) -> None:
         )
         server.check()
         assert server.cpu_seconds() == (0.0, 0.0), "there is no engine"
-    with pytest.raises(ServerDiedError, match="by signal SIGTERM"):
+    with pytest.raises(LoadTestError, match="by signal SIGTERM"):
         server.check()
 
 
@@ -132,14 +131,14 @@ def test_a_server_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("shoal.loadtest.server.END_SECONDS", 0.1)
     with process(tmp_path, HEALTHY % (1, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")) as server:
         pass
-    with pytest.raises(ServerDiedError, match="by signal SIGKILL"):
+    with pytest.raises(LoadTestError, match="by signal SIGKILL"):
         server.check()
 
 
 def test_a_server_that_ends_at_once_is_quoted(tmp_path: Path) -> None:
     script = "import sys; print('shoal serve: no such model'); sys.exit(2)"
     with (
-        pytest.raises(ServerDiedError, match=r"(?s)exit code 2; the last lines of its log:.*no such model"),
+        pytest.raises(LoadTestError, match=r"(?s)exit code 2; the last lines of its log:.*no such model"),
         process(tmp_path, script),
     ):
         pass
@@ -147,7 +146,7 @@ def test_a_server_that_ends_at_once_is_quoted(tmp_path: Path) -> None:
 
 def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
     server = process(tmp_path, "import time; time.sleep(60)")
-    with pytest.raises(ServerDiedError, match=r"not ready after 0.2 s; its log is empty"):
+    with pytest.raises(LoadTestError, match=r"not ready after 0.2 s; its log is empty"):
         server.wait_ready(0.2)
     server.kill()
 

@@ -12,12 +12,12 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from shoal.loadtest.measure import TRACE_FILE, Tools, load_run
-from shoal.loadtest.plan import Experiment, Plan, PlannedRun, interleave
+from shoal.loadtest import measure
+from shoal.loadtest.measure import TRACE_FILE, load_run
+from shoal.loadtest.plan import Experiment, Plan, interleave
 from shoal.loadtest.profile import series
-from shoal.loadtest.records import Load, LoadTestError, RequestRecord, ServerDiedError, ServerInfo, Setup
-from shoal.loadtest.server import ServerProcess
-from shoal.loadtest.study import Comparison, ProfileRuns, Runs, open_folder, sending
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, ServerInfo, Setup
+from shoal.loadtest.study import ProfileRuns, compare_all, differing_answers, open_folder, sending
 from shoal.loadtest.traffic import Begin, End
 from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 from tests.loadtest.made_runs import SERVER
@@ -38,13 +38,13 @@ class World:
     loads: list[Load] = field(default_factory=list)
     sent: dict[str, list[WorkloadRequest]] = field(default_factory=dict)
 
-    def start_server(self, options: Sequence[str], log: Path) -> AbstractContextManager[ServerProcess]:
+    def start_server(self, options: Sequence[str], log: Path) -> AbstractContextManager[FakeServer]:
         policy = options[options.index("--policy") + 1]
         self.starts.append(policy)
         if policy in self.dies_at_start:
-            raise ServerDiedError("the server ended with exit code 2; the last lines of its log:\nno")
+            raise LoadTestError("the server ended with exit code 2; the last lines of its log:\nno")
         Path(options[options.index("--trace") + 1]).write_text("[")
-        return nullcontext(FakeServer(policy))  # type: ignore[arg-type]
+        return nullcontext(FakeServer(policy))
 
     def run_load(self, url: str, workload: Path, load: Load, results: Path, observe: Callable[[int], None]) -> None:
         self.loads.append(load)
@@ -59,11 +59,12 @@ class World:
         results.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
         observe(len(answers))
         if dies:
-            raise ServerDiedError("the server ended by signal SIGKILL; its log is empty")
+            raise LoadTestError("the server ended by signal SIGKILL; its log is empty")
 
-    @property
-    def tools(self) -> Tools:
-        return Tools(start_server=self.start_server, run_load=self.run_load, warm=lambda url: None)
+    def replaces(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(measure, "ServerProcess", self.start_server)
+        patch.setattr(measure, "run_locust", self.run_load)
+        patch.setattr(measure, "warm", lambda server: None)
 
 
 @dataclass
@@ -118,10 +119,12 @@ def requests() -> list[WorkloadRequest]:
     ]
 
 
-def compare(folder: Path, world: World, what: Plan) -> Comparison:
-    found = Comparison(what, Runs(folder, "tiny", world.tools), {name: requests() for name in what.workloads})
-    found.run()
-    return found
+def compare(
+    folder: Path, world: World, what: Plan, between: Callable[[], None] = lambda: None
+) -> tuple[dict[PlannedRun, Path], list[str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        world.replaces(patch)
+        return compare_all(what, folder, {name: requests() for name in what.workloads}, between)
 
 
 # -- order -----------------------------------------------------------------------------------------------------------
@@ -154,15 +157,15 @@ def test_the_order_turns_with_the_load_too() -> None:
 
 
 def test_everything_is_measured_and_saved(tmp_path: Path) -> None:
-    found = compare(tmp_path, World(), plan(experiment(STATIC, FCFS, repetitions=2)))
-    assert not found.failures and not found.incomplete
-    assert [folder.name for folder in found.runs.values()] == [
+    runs, failures = compare(tmp_path, World(), plan(experiment(STATIC, FCFS, repetitions=2)))
+    assert not failures and not differing_answers(runs)
+    assert [folder.name for folder in runs.values()] == [
         "001-static-chat-2-users-r1",
         "002-fcfs-chat-2-users-r1",
         "003-fcfs-chat-2-users-r2",
         "004-static-chat-2-users-r2",
     ]
-    for planned, folder in found.runs.items():
+    for planned, folder in runs.items():
         run = load_run(folder)
         assert (run.setup, run.load, run.repetition) == (planned.setup, planned.load, planned.repetition)
         assert (run.server, run.generator_cpu_seconds, run.is_complete) == (SERVER, 0.25, True)
@@ -172,20 +175,20 @@ def test_everything_is_measured_and_saved(tmp_path: Path) -> None:
 
 
 def test_open_loops_are_shares_of_what_the_closed_loop_reached(tmp_path: Path) -> None:
-    world = World()
-    found = compare(tmp_path, world, plan(experiment(STATIC, FCFS), experiment(FCFS, loads=(), shares=(0.5, 1.1))))
-    assert [load.rate for load in world.loads] == [0.0, 0.0, 0.5, 1.1]  # 3 requests in 3 seconds
-    assert not found.failures
-    alone = compare(tmp_path / "other", World(), plan(experiment(FCFS, loads=(), shares=(0.5,))))
-    assert alone.failures == ["chat: no closed loop was measured, so there are no open loops"]
+    by_shares = experiment(FCFS, loads=(), shares=(0.5, 1.1))
+    runs, failures = compare(tmp_path, World(), plan(experiment(STATIC, FCFS), by_shares))
+    assert [planned.load.rate for planned in runs] == [0.0, 0.0, 0.5, 1.1]  # 3 requests in 3 seconds
+    assert not failures
+    _, failures = compare(tmp_path / "other", World(), plan(by_shares))
+    assert failures == ["chat: no closed loop was measured, so there are no open loops"]
 
 
 def test_one_client_alone_is_sent_what_it_sends_among_the_others(tmp_path: Path) -> None:
     world = World()
     alone = experiment(FCFS, workload="two-tenants:modest", loads=(Load(rate=2.0, seed=5),))
-    found = compare(tmp_path, world, plan(alone))
+    runs, _ = compare(tmp_path, world, plan(alone))
     assert world.loads == [Load(seed=5)]  # at the times in the workload
-    (planned,) = found.runs
+    (planned,) = runs
     assert planned.load.rate == 2.0
     (sent,) = world.sent["fcfs"]
     assert sent.client == "modest" and sent.arrival_time is not None
@@ -195,12 +198,9 @@ def test_one_client_alone_is_sent_what_it_sends_among_the_others(tmp_path: Path)
 
 
 def test_texts_that_differ_are_named_and_kept(tmp_path: Path) -> None:
-    found = compare(tmp_path, World(texts={"fcfs": "other"}), plan(experiment(STATIC, FCFS, SJF)))
-    assert {name: list(differing) for name, differing in found.differing.items()} == {"chat": ["q1"]}
-    assert found.incomplete == [
-        "fcfs, chat, 2 users, repetition 1: 1 answers differ from those of the first run of chat: q1"
-    ]
-    assert len(found.runs) == 3
+    runs, _ = compare(tmp_path, World(texts={"fcfs": "other"}), plan(experiment(STATIC, FCFS, SJF)))
+    assert {planned.setup: differing for planned, differing in differing_answers(runs).items()} == {FCFS: ["q1"]}
+    assert len(runs) == 3
 
 
 # -- what dies -------------------------------------------------------------------------------------------------------
@@ -208,34 +208,33 @@ def test_texts_that_differ_are_named_and_kept(tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_start_costs_its_setup_and_nothing_else(tmp_path: Path) -> None:
     world = World(dies_at_start={"static"})
-    found = compare(tmp_path, world, plan(experiment(STATIC, FCFS, repetitions=2)))
+    runs, failures = compare(tmp_path, world, plan(experiment(STATIC, FCFS, repetitions=2)))
     assert world.starts == ["static", "fcfs", "fcfs"]
-    assert [run.setup for run in found.runs] == [FCFS, FCFS]
-    (complaint,) = found.failures
+    assert [run.setup for run in runs] == [FCFS, FCFS]
+    (complaint,) = failures
     assert complaint.startswith("static, chat, 2 users, repetition 1: the server ended with exit code 2")
     assert complaint.endswith("further runs of this setup are left out")
 
 
 def test_a_server_that_dies_in_the_middle_leaves_what_was_measured(tmp_path: Path) -> None:
     world = World(dies_in_the_middle={("fcfs", 1)})
-    found = compare(tmp_path, world, plan(experiment(STATIC, FCFS, repetitions=2)))
+    runs, failures = compare(tmp_path, world, plan(experiment(STATIC, FCFS, repetitions=2)))
     assert world.starts == ["static", "fcfs", "fcfs", "static"]
-    assert "signal SIGKILL" in found.failures[0]
-    assert any("broke off: 1 requests" in line for line in found.incomplete)
-    broken = next(folder for run, folder in found.runs.items() if run.setup == FCFS and not run.repetition)
+    assert "signal SIGKILL" in failures[0]
+    broken = next(folder for run, folder in runs.items() if run.setup == FCFS and not run.repetition)
     run = load_run(broken)
     assert not run.is_complete and [record.request_id for record in run.requests] == ["q0"]
 
 
 def test_a_comparison_goes_on_with_what_is_missing(tmp_path: Path) -> None:
     what = plan(experiment(STATIC, FCFS, SJF))
-    first = compare(tmp_path, World(dies_in_the_middle={("fcfs", 1)}), what)
+    _, first_failures = compare(tmp_path, World(dies_in_the_middle={("fcfs", 1)}), what)
     world = World()
-    second = compare(tmp_path, world, what)
+    runs, failures = compare(tmp_path, world, what)
     assert world.starts == ["fcfs"]
-    assert first.failures and not second.failures
+    assert first_failures and not failures
     assert len(list(tmp_path.iterdir())) == 3
-    assert all(load_run(folder).is_complete for folder in second.runs.values())
+    assert all(load_run(folder).is_complete for folder in runs.values())
 
 
 def test_a_comparison_that_was_killed_has_kept_what_had_ended(tmp_path: Path) -> None:
@@ -260,6 +259,7 @@ def test_a_folder_holds_one_comparison_and_goes_on_with_its_plan(tmp_path: Path)
     with pytest.raises(LoadTestError, match=r"plan\.json cannot be read"):
         open_folder(folder, None)
     assert open_folder(folder, what) is what
+    folder.mkdir()
     stale = folder / "workload-chat.jsonl"  # of an attempt that came to nothing
     write_workload(stale, requests())
     open_folder(folder, what)
@@ -273,27 +273,28 @@ def test_a_folder_holds_one_comparison_and_goes_on_with_its_plan(tmp_path: Path)
 # -- the profile -----------------------------------------------------------------------------------------------------
 
 
-def profile_runs(folder: Path, world: World, num_requests: int = 256) -> ProfileRuns:
+def profile_runs(folder: Path, num_requests: int = 256) -> ProfileRuns:
     what = Plan(options=("--threads", "2"), experiments=(experiment(FCFS),), num_requests=num_requests)
-    taking = ProfileRuns(folder, what, world.tools)
+    taking = ProfileRuns(folder, what)
+    folder.mkdir(exist_ok=True)
     for file in taking.workloads:
         write_workload(file, requests())
     return taking
 
 
-def test_the_series_is_run_again_and_again_and_nothing_twice(tmp_path: Path) -> None:
+def test_the_series_is_run_again_and_again_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     length, first, again = len(series(None, ())), World(), World()
-    taking = profile_runs(tmp_path, first)
+    first.replaces(monkeypatch)
+    taking = profile_runs(tmp_path)
     taking.take_series()
-    taking.take()
-    taking.take()
+    taking.take(2)
     assert len(first.starts) == length + 2
     names = [folder.name for folder in (tmp_path / "runs").iterdir()]
     assert all("threads-2" in name for name in names)
-    resumed = profile_runs(tmp_path, again)
-    for _ in range(length + 3):
-        resumed.take()
+    again.replaces(monkeypatch)
+    profile_runs(tmp_path).take(length + 3)
     assert len(again.starts) == 1, "all but the last were there"
+    first.replaces(monkeypatch)
     taking.take_series()
     assert len(first.starts) == 2 * length - 1, "the series that was begun is completed"
 
@@ -302,24 +303,21 @@ def test_the_workloads_of_a_profile_are_made_once_for_all_its_runs(tmp_path: Pat
     most: defaultdict[str, int] = defaultdict(int)
     for stretch in series(None, ()):
         most[stretch.workload] = max(most[stretch.workload], stretch.num_requests)
-    assert {name: number for name, number, _ in profile_runs(tmp_path, World()).workloads.values()} == most
+    assert {name: number for name, number, _ in profile_runs(tmp_path).workloads.values()} == most
 
 
-def test_a_failure_amid_the_comparison_costs_it_nothing(tmp_path: Path) -> None:
+def test_after_a_run_that_failed_a_profile_has_no_further_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(dies_at_start={"fcfs"})
-    taking = profile_runs(tmp_path, world)
-    taking.try_to(taking.take)
-    taking.try_to(taking.take)
-    assert world.starts == ["fcfs"], "no further one after a failure"
-    assert "broke off: the server ended with exit code 2" in taking.failure
-    with pytest.raises(LoadTestError, match="exit code 2"):
+    world.replaces(monkeypatch)
+    taking = profile_runs(tmp_path)
+    with pytest.raises(LoadTestError, match="the server ended with exit code 2"):
         taking.take_series()
+    taking.take_series()
+    assert world.starts == ["fcfs"]
 
 
 def test_between_few_runs_the_profile_has_its_turn(tmp_path: Path) -> None:
     turns: list[int] = []
     world = World()
-    what = plan(experiment(STATIC, FCFS, repetitions=4))
-    found = Comparison(what, Runs(tmp_path, "tiny", world.tools), {"chat": requests()})
-    found.run(lambda: turns.append(len(world.starts)))
+    compare(tmp_path, world, plan(experiment(STATIC, FCFS, repetitions=4)), lambda: turns.append(len(world.starts)))
     assert turns == [3, 6]
