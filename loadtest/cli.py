@@ -168,22 +168,20 @@ def _show(cells: Any, complaints: Sequence[str], **further: str) -> None:
 @contextmanager
 def _exit_codes(command: str) -> Iterator[None]:
     """Exit with 2 and one line on stderr after an error, with 130 after Ctrl-C; SIGTERM leaves no server behind."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        _fail(command, f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`")
-    from shoal.loadtest.records import LoadTestError
-    from shoal.scheduler.errors import ShoalError
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        message = f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`"
+    else:
+        from shoal.loadtest.records import LoadTestError
+        from shoal.scheduler.errors import ShoalError
 
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    except (LoadTestError, ShoalError) as error:
-        _fail(command, str(error))
-    except KeyboardInterrupt:
-        click.echo("Interrupted.", err=True)
-        sys.exit(CTRL_C_EXIT_CODE)
-
-
-def _fail(command: str, message: str) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            yield
+            return
+        except (LoadTestError, ShoalError) as error:
+            message = str(error)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            sys.exit(CTRL_C_EXIT_CODE)
     click.echo(f"shoal {command}: {message}", err=True)
     sys.exit(USAGE_EXIT_CODE)

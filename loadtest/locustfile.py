@@ -109,17 +109,16 @@ class Sender:
         self.traffic, self._results, self._sent = None, None, []
         self._cpu_seconds_before = time.process_time()
         try:
-            traffic = self.traffic = self._traffic()
+            self.traffic = self._traffic()
         except LoadTestError as error:
             logger.error("%s", error)
             self.environment.process_exit_code = 2
-            gevent.spawn(self._all_sent)
-            return
-        traffic.start()
-        if self.options.results:
-            self._results = self._own_file(self.options.results).open("wb", buffering=0)
-            self._write(Begin(traffic.started_at))
-        gevent.spawn(self._watch, traffic)  # on its own, because what belongs to the run is killed at its end
+        else:
+            self.traffic.start()
+            if self.options.results:
+                self._results = self._own_file(self.options.results).open("wb", buffering=0)
+                self._write(Begin(self.traffic.started_at))
+        gevent.spawn(self._watch, self.traffic)  # on its own, because what belongs to the run is killed at its end
 
     def _traffic(self) -> Traffic:
         """The traffic that the options ask for.
@@ -148,16 +147,12 @@ class Sender:
         file = Path(path)
         return file.with_name(f"{file.stem}-{self.runner.worker_index}{file.suffix}") if self.is_worker else file
 
-    def _watch(self, traffic: Traffic) -> None:
-        traffic.finished.wait()
+    def _watch(self, traffic: Traffic | None) -> None:
+        """Tell, or end, when all has been sent."""
+        if traffic:
+            traffic.finished.wait()
         if traffic is self.traffic:
-            self._all_sent()
-
-    def _all_sent(self) -> None:
-        if self.is_worker:
-            self.runner.send_message(ALL_SENT)
-        else:
-            finish(self.environment)
+            self.runner.send_message(ALL_SENT) if self.is_worker else finish(self.environment)
 
     def _report(self, record: RequestRecord) -> None:
         fire_events(self.environment, record)

@@ -90,25 +90,21 @@ class PlannedRun(Struct, frozen=True, kw_only=True):
     load: Load
     repetition: int = 0
 
+    def __str__(self) -> str:
+        server = " ".join([self.setup.name, *self.setup.options])
+        return f"{server}, {self.workload}, {self.load}, repetition {self.repetition + 1}"
+
     @property
     def name(self) -> str:
         """Unique in a comparison, and good for a file."""
-        parts = self.setup.name, *self.setup.options, self.workload, str(self.load), f"r{self.repetition + 1}"
-        return slug("-".join(parts))
-
-    def __str__(self) -> str:
-        return f"{self.setup.name}, {self.workload}, {self.load}, repetition {self.repetition + 1}"
+        return slug(str(self))
 
 
 class ServerInfo(Struct, kw_only=True):
-    """The answer to `GET /server_info`: what a server is, its limits, and all of its settings by section and name."""
+    """Of the answer to `GET /server_info`: the server's limits, and all of its settings by section and name."""
 
     version: str = ""
     model: str = ""
-    num_parameters: int = 0
-    backend: str = ""
-    warning: str | None = None
-    kv_cache_bytes: int = 0
     limits: SchedulerConfig
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -178,11 +174,8 @@ class Run(PlannedRun, frozen=False, kw_only=True):  # type: ignore[misc]  # msgs
 def decode(content: bytes, kind: type[T] | Any, place: str) -> T:
     """A value from JSON.
 
-    Args:
-        place: where the content stands, with which errors begin.
-
     Raises:
-        LoadTestError: the content is not JSON, or a field is missing, unknown or wrong; the field is named.
+        LoadTestError: the content is not JSON, or a field is wrong; `place` and field are named.
     """
     try:
         value: T = msgspec.json.decode(content, type=kind)
@@ -191,32 +184,20 @@ def decode(content: bytes, kind: type[T] | Any, place: str) -> T:
     return value
 
 
+def read_json(path: Path, kind: type[T]) -> T:
+    """The value of a file; raises LoadTestError if it cannot be read, or is wrong."""
+    return decode(_read(path), kind, str(path))
+
+
 def read_lines(path: Path, kind: type[T] | Any, *, may_be_cut: bool = False) -> Iterator[T]:
-    """The values of a file, one on each line.
+    """The values of a file, one on each line; raises LoadTestError if it cannot be read, or a line of it is wrong.
 
     Args:
         may_be_cut: whether a last line without its end is left out.
-
-    Raises:
-        LoadTestError: the file cannot be read, or a line is broken, whose number and field are named.
     """
     *lines, last = _read(path).split(b"\n")
     for number, line in enumerate([*lines, last] if last and not may_be_cut else lines, 1):
         yield decode(line, kind, f"{path}, line {number}")
-
-
-def read_json(path: Path, kind: type[T]) -> T:
-    """The value of a file.
-
-    Raises:
-        LoadTestError: the file cannot be read, or is broken; the field is named.
-    """
-    return decode(_read(path), kind, str(path))
-
-
-def slug(name: str) -> str:
-    """A name that is good for a file."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
 def _read(path: Path) -> bytes:
@@ -231,3 +212,8 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
     partial.replace(path)
+
+
+def slug(name: str) -> str:
+    """A name that is good for a file."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")

@@ -63,9 +63,9 @@ def read_events(record: RequestRecord, lines: list[bytes], times: list[float]) -
                 if choice["text"] or choice["finish_reason"]:
                     record.token_times.append(time)
             if usage := event.get("usage"):
-                read, drafted = (usage.get(f"{kind}_tokens_details") or {} for kind in ("prompt", "completion"))
                 record.num_prompt_tokens, record.num_output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-                record.num_cached_tokens = read.get("cached_tokens") or 0
+                record.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                drafted = usage.get("completion_tokens_details") or {}
                 record.num_accepted_tokens = drafted.get("accepted_prediction_tokens") or 0
                 record.num_rejected_tokens = drafted.get("rejected_prediction_tokens") or 0
         record.text_hash = sha256("".join(texts).encode()).hexdigest()
@@ -108,12 +108,8 @@ class CompletionClient:
             raise LoadTestError(f"the server must be named by an http:// or https:// address, not {url!r}")
         self._path = parts.path.rstrip("/") + PATH
         self._timeout_seconds = timeout_seconds
-        self._http = HTTPClient.from_url(
-            url,
-            concurrency=_MAX_CONNECTIONS,
-            connection_timeout=_CONNECT_SECONDS,
-            network_timeout=timeout_seconds,
-        )
+        limits = {"connection_timeout": _CONNECT_SECONDS, "network_timeout": timeout_seconds}
+        self._http = HTTPClient.from_url(url, concurrency=_MAX_CONNECTIONS, **limits)
 
     def stream(self, body: bytes, record: RequestRecord, now: Callable[[], float]) -> None:
         """Send a request, follow its answer to the end, and note in `record` what came; what went wrong is its `error`.
@@ -133,7 +129,7 @@ class CompletionClient:
                             times.append(now())
                             lines.append(line)
                 else:
-                    record.error = _refusal(response.status_code, response.read())
+                    record.error = f"HTTP {response.status_code}: {_message(response.read())[:_MAX_SHOWN]}"
         except TimeoutError:
             record.error = f"timeout: the server was silent for {self._timeout_seconds:g} s"
         except (OSError, HTTPParseError) as error:
@@ -147,9 +143,9 @@ class CompletionClient:
         self._http.close()
 
 
-def _refusal(status: int, body: bytes) -> str:
+def _message(body: bytes) -> str:
+    """What a refusal says, in OpenAI's shape or any other."""
     try:
-        message = str(decode(body, Any, "")["error"]["message"])
+        return str(decode(body, Any, "")["error"]["message"])
     except (LoadTestError, KeyError, TypeError):
-        message = body.decode(errors="replace")
-    return f"HTTP {status}: {message[:_MAX_SHOWN]}"
+        return body.decode(errors="replace")

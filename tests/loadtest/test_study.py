@@ -160,10 +160,10 @@ def test_everything_is_measured_and_saved(tmp_path: Path) -> None:
     runs, failures = compare(tmp_path, World(), plan(experiment(STATIC, FCFS, repetitions=2)))
     assert not failures and not differing_answers(runs)
     assert [folder.name for folder in runs.values()] == [
-        "001-static-chat-2-users-r1",
-        "002-fcfs-chat-2-users-r1",
-        "003-fcfs-chat-2-users-r2",
-        "004-static-chat-2-users-r2",
+        "001-static-chat-2-users-repetition-1",
+        "002-fcfs-chat-2-users-repetition-1",
+        "003-fcfs-chat-2-users-repetition-2",
+        "004-static-chat-2-users-repetition-2",
     ]
     for planned, folder in runs.items():
         run = load_run(folder)
