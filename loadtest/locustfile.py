@@ -121,11 +121,7 @@ class Sender:
         gevent.spawn(self._watch, self.traffic)  # on its own, because what belongs to the run is killed at its end
 
     def _traffic(self) -> Traffic:
-        """The traffic that the options ask for.
-
-        Raises:
-            LoadTestError: the options are not right.
-        """
+        """The traffic that the options ask for; raises LoadTestError if they are not right."""
         options = self.options
         if not options.workload:
             raise LoadTestError("--workload FILE is needed: the requests to send, as JSON lines")

@@ -44,12 +44,10 @@ def measure(
     """The folder of a complete run among `runs`, in which it is measured unless it is there.
 
     Args:
-        sent: what is sent for the planned run.
         observe: is told the number of requests that have ended.
 
     Raises:
-        LoadTestError: the server did not start or died, or the load generator failed.  What was measured until then is
-            saved, if anything was.
+        LoadTestError: the server or the load generator failed.  What was measured until then is saved.
     """
     new = runs / f"{len(list(runs.glob('*'))) + 1:03}-{planned.name}"
     folder = next(runs.glob(f"???-{planned.name}"), new)
@@ -83,11 +81,7 @@ def measure(
 
 
 def load_run(folder: Path, *, with_steps: bool = True) -> Run:
-    """A run that was saved in this folder, its steps without those that warmed the server.
-
-    Raises:
-        LoadTestError: a file is missing or broken.
-    """
+    """A run that was saved in this folder; raises LoadTestError if a file is missing or broken."""
     run = read_json(folder / RUN_FILE, Run)
     is_traced = with_steps and (folder / TRACE_FILE).exists()
     steps = read_trace(folder / TRACE_FILE, run.started_at) if is_traced else []
@@ -100,11 +94,7 @@ def server_options(model: str, setup: Setup) -> list[str]:
 
 
 def warm(server: ServerProcess) -> None:
-    """Have a server compute a few short requests, alone and together, that no workload contains.
-
-    Raises:
-        LoadTestError: it does not answer.
-    """
+    """Have a server compute a few short requests, alone and together; raises LoadTestError if it does not answer."""
     with server.answering(), ShoalClient(server.url, read_timeout=60.0) as client, ThreadPoolExecutor(8) as pool:
 
         def ask(number: int) -> None:

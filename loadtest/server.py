@@ -117,11 +117,7 @@ class ServerProcess:
             raise LoadTestError(f"the server does not answer: {error}") from error
 
     def info(self) -> ServerInfo:
-        """What the server says of itself.
-
-        Raises:
-            LoadTestError: it does not say so.
-        """
+        """What the server says of itself; raises LoadTestError if it does not."""
         with self.answering():
             answer = self._get("server_info").raise_for_status()
         return decode(answer.content, ServerInfo, str(answer.url))

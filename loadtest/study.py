@@ -92,19 +92,15 @@ def compare_all(
 def _loads_by_share(
     experiment: Experiment, plan: Plan, runs: Mapping[PlannedRun, Path], failures: list[str]
 ) -> list[Load]:
-    """The open loops of an experiment; none, and a failure, if no closed loop of its workload could be measured.
-
-    The share of one client's requests is of the whole workload's rate.
-    """
-    if not experiment.shares:
-        return []
+    """The open loops of an experiment; none, and a failure, if no closed loop of the whole workload was measured."""
     whole, options = experiment.workload.partition(":")[0], experiment.setups[0].options
-    rates = []
-    for planned, folder in runs.items():
-        if planned.load.users and (planned.workload, planned.setup.options) == (whole, options):
-            run = load_run(folder, with_steps=False)
-            rates += [summarize(run, plan.slo)["request rate"]] if run.is_complete else []
-    if not rates:
+    closed = [
+        load_run(folder, with_steps=False)
+        for planned, folder in runs.items()
+        if experiment.shares and planned.load.users and (planned.workload, planned.setup.options) == (whole, options)
+    ]
+    rates = [summarize(run, plan.slo)["request rate"] for run in closed if run.is_complete]
+    if experiment.shares and not rates:
         failures.append(f"{experiment.workload}: no closed loop was measured, so there are no open loops")
         return []
     # Three digits, so that a name shows all of a rate.
@@ -113,9 +109,7 @@ def _loads_by_share(
 
 
 def sending(planned: PlannedRun, workloads: Workloads) -> Sent:
-    """What is sent for a run: the workload or, for "NAME:CLIENT", one client's requests alone.
-
-    In an open loop these are sent when they are due in the whole workload.
+    """What is sent for a run: the workload or, for "NAME:CLIENT", one client's requests, due as in the whole workload.
 
     Raises:
         LoadTestError: the workload has no such client.
@@ -179,13 +173,9 @@ class ProfileRuns:
 
     def save(self) -> Profile:
         """What follows from all that were taken; raises LoadTestError if they are too few."""
-        profile = Profile(
-            server=self._taken[0].server,
-            options=self._plan.options,
-            versions=machine(),
-            costs=fit(self._taken),
-            is_short=self._series != series(None, self._plan.options),
-        )
+        is_short = self._series != series(None, self._plan.options)
+        about: dict[str, Any] = {"options": self._plan.options, "versions": machine(), "is_short": is_short}
+        profile = Profile(server=self._taken[0].server, costs=fit(self._taken), **about)
         write_profile(self._folder, profile)
         return profile
 
@@ -218,10 +208,7 @@ def open_folder(folder: Path, plan: Plan | None) -> Plan:
 
 
 def conduct(plan: Plan, folder: Path, command: str) -> Report:
-    """Carry a plan out, as far as the folder does not hold it, and write its report.
-
-    Args:
-        command: that repeats it, for the report.
+    """Carry a plan out, as far as the folder does not hold it, and write its report, which names the command.
 
     Raises:
         LoadTestError: it cannot begin; or something other than a server under test failed in the middle, and what was
@@ -282,10 +269,7 @@ def conduct(plan: Plan, folder: Path, command: str) -> Report:
 
 
 def take_profile(plan: Plan, folder: Path) -> None:
-    """Take a profile, and save it with all workloads in the tokens of the model.
-
-    Args:
-        plan: has no experiments.
+    """Take a profile, and save it with all workloads in the tokens of the model; the plan has no experiments.
 
     Raises:
         LoadTestError: a server failed, or too little was measured.
@@ -299,10 +283,7 @@ def take_profile(plan: Plan, folder: Path) -> None:
 
 
 def rehearse(plan: Plan, costs: Path) -> list[Cell]:
-    """Simulate a plan.
-
-    Args:
-        costs: folder of a profile.
+    """Simulate a plan with the profile in the folder `costs`.
 
     Raises:
         LoadTestError: there is no such profile, it lacks a workload, or a run cannot be simulated.

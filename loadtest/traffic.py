@@ -154,11 +154,7 @@ class Results(NamedTuple):
 
 
 def read_results(path: Path) -> Results:
-    """Read a results file, whole or cut off at any place.
-
-    Raises:
-        LoadTestError: the file cannot be read, or a line is broken, whose number is named.
-    """
+    """Read a results file, whole or cut off at any place; raises LoadTestError if a line of it is broken."""
     lines = list(read_lines(path, Begin | RequestRecord | End, may_be_cut=True))
     records = sorted((line for line in lines if isinstance(line, RequestRecord)), key=lambda record: record.sent_at)
     started_at = sum(line.started_at for line in lines if isinstance(line, Begin))
