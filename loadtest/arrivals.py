@@ -10,8 +10,6 @@ import numpy as np
 from shoal.loadtest.records import Load, LoadTestError
 from shoal.loadtest.workload import WorkloadRequest
 
-_ARRIVALS, _PAUSES = 0, 1  # streams of random numbers that are independent of each other
-
 
 class Arrival(NamedTuple):
     """A request and its time: open loop, seconds after the start; closed loop, the pause before it."""
@@ -32,7 +30,8 @@ def open_arrivals(load: Load, requests: Sequence[WorkloadRequest]) -> list[Arriv
         LoadTestError: there is no rate, and a request has no arrival time.
     """
     if load.rate:
-        gaps = _random(load, _ARRIVALS).gamma(1 / load.burstiness, load.burstiness / load.rate, len(requests))
+        random = np.random.default_rng([load.seed, 0])
+        gaps = random.gamma(1 / load.burstiness, load.burstiness / load.rate, len(requests))
         return list(map(Arrival, np.cumsum(gaps).tolist(), requests))
     for request in requests:
         if request.arrival_time is None:
@@ -46,12 +45,9 @@ def closed_sessions(load: Load, requests: Sequence[WorkloadRequest]) -> list[lis
 
     A request has its pause whichever user sends it; users do not pause before the very first request that they send.
     """
-    pauses = _random(load, _PAUSES).exponential(load.think_seconds, len(requests)).tolist()
+    random = np.random.default_rng([load.seed, 1])  # independent of that of arrivals
+    pauses = random.exponential(load.think_seconds, len(requests)).tolist()
     sessions: dict[str, list[Arrival]] = {}
     for request, pause in zip(requests, pauses, strict=True):
         sessions.setdefault(request.session, []).append(Arrival(pause, request))
     return list(sessions.values())
-
-
-def _random(load: Load, stream: int) -> np.random.Generator:
-    return np.random.default_rng([load.seed, stream])

@@ -101,7 +101,7 @@ def make_plan(
     """The plan of what was typed; the full size compares everything if nothing is named.
 
     Raises:
-        LoadTestError: a name is unknown, a number is out of range, or two of the arguments contradict each other.
+        LoadTestError: a name is unknown, or two of the arguments contradict each other.
     """
     if users and rates:
         raise LoadTestError("give either --users (closed loops) or --rate (open loops), not both")

@@ -43,7 +43,7 @@ from shoal.scheduler.errors import ShoalError
 
 PLAN_FILE, PROFILE_FOLDER = "plan.json", "profile"
 RUNS_BETWEEN = 3  # of the comparison, between two of a profile that is taken amid it
-MAX_NAMED = 10  # requests in a complaint
+MAX_NAMED = 10  # requests in a complaint, the first of them
 
 Workloads = dict[str, list[WorkloadRequest]]  # by name
 
@@ -246,10 +246,8 @@ def conduct(plan: Plan, folder: Path, command: str) -> Report:
     complaints = [*failures, *(problem for cell in cells for problem in cell.problems)]
     for planned, found in differing_answers(runs).items():
         differing[planned.workload] |= dict.fromkeys(found)
-        named = ", ".join(found[:MAX_NAMED]) + (" and more" if len(found) > MAX_NAMED else "")
-        complaints.append(
-            f"{planned}: {len(found)} answers differ from those of the first run of {planned.workload}: {named}"
-        )
+        named = ", ".join(found[:MAX_NAMED])
+        complaints.append(f"{planned}: {len(found)} answers differ from the first run's of the workload: {named}")
     report = Report(
         made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
         command=command,
