@@ -217,7 +217,7 @@ def conduct(plan: Plan, folder: Path, command: str) -> Report:
     given = read_profile(Path(plan.costs)) if plan.costs else None
     profiling = ProfileRuns(folder / PROFILE_FOLDER, plan)
     files = {name: workload_file(folder, name) for name in plan.workloads}
-    if plan.replay:
+    if plan.replay and not (folder / PLAN_FILE).exists():
         shutil.copy(plan.replay, *files.values())
     makings = {file: (name, plan.num_requests, plan.seed) for name, file in files.items()}
     prepare(plan, makings if given else makings | profiling.workloads)
@@ -308,6 +308,7 @@ def workload_file(folder: Path, name: str) -> Path:
 
 def _clear(folder: Path) -> None:
     """Remove what an attempt has left that did not come to its first run."""
+    folder.mkdir(parents=True, exist_ok=True)
     for old in ("runs", PROFILE_FOLDER):
         shutil.rmtree(folder / old, ignore_errors=True)
     for file in folder.glob("*-*.jsonl"):

@@ -259,7 +259,6 @@ def test_a_folder_holds_one_comparison_and_goes_on_with_its_plan(tmp_path: Path)
     with pytest.raises(LoadTestError, match=r"plan\.json cannot be read"):
         open_folder(folder, None)
     assert open_folder(folder, what) is what
-    folder.mkdir()
     stale = folder / "workload-chat.jsonl"  # of an attempt that came to nothing
     write_workload(stale, requests())
     open_folder(folder, what)
