@@ -33,9 +33,9 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
-# As check, but with the tests of what has changed since origin/main (tests/changed.py), as many as begin in 40 seconds.
+# As check, but with the tests nearest to what has changed since origin/main (tests/changed.py): as many as begin in 40 s.
 quick: $(VENV)/.dev
-	@$(call BUILD_NATIVE,--dev) || true
+	@$(call BUILD_NATIVE,--only best) || true
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -50,9 +50,9 @@ loadtest: $(VENV)/.loadtest
 	@$(BUILD_TO_SERVE)
 	$(BIN)/shoal loadtest $(ARGS)
 
-# For work on the C++: compiles for this machine alone.
+# For work on the C++: compiles for the best instruction set of this machine alone.
 native: $(VENV)/.runtime
-	@$(call BUILD_NATIVE,--dev)
+	@$(call BUILD_NATIVE,--only best)
 
 # The tests of the native backend with every access to memory and all arithmetic watched: many times slower, so without
 # those on the larger models.

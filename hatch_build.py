@@ -10,18 +10,19 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+FOLDER = "src/shoal/model/native"
+
 
 class NativeBuildHook(BuildHookInterface[Any]):
     """A wheel that carries libraries is tagged for the platform they were compiled on."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        root = Path(self.root)
-        build = _load(root / "model" / "native" / "build.py")
+        build = _load(Path(self.root) / FOLDER / "build.py")
         libraries = build.build(list(build.isa_flags()))
         if libraries:
             build_data["pure_python"] = False
             build_data["infer_tag"] = True
-            build_data["artifacts"] += [f"src/shoal/{path.relative_to(root).as_posix()}" for path in libraries]
+            build_data["artifacts"] += [f"{FOLDER}/{library.name}" for library in libraries]
 
 
 def _load(path: Path) -> ModuleType:

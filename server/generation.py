@@ -5,116 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
-from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulingParams, TokenLogprobs
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulingParams
 from shoal.server.engine.engine import Engine
-from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.metrics import Metrics
-from shoal.server.text import StopStrings
+from shoal.server.text import Choice, Delta
 from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
-
-NUM_CONTEXT_TOKENS = 8  # of the prompt, before which a token's text depends on nothing
-
-
-@dataclass(slots=True)
-class Scored:
-    """A token, the place of its text in the choice's text, and its log-probabilities; a prompt's first has none."""
-
-    token_id: int
-    text_offset: int
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(slots=True)
-class Delta:
-    """What is new in one choice.
-
-    Attributes:
-        token_ids: the new output tokens; what a stop string cut off is among them.
-        scored: the new tokens, prompt tokens before the others; filled if log-probabilities were asked for.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int] = field(default_factory=list)
-    scored: list[Scored] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class Choice:
-    """Turns the tokens of one request into text, up to the first stop string.
-
-    Args:
-        echo: the prompt's text, if it is to stand before the rest.
-    """
-
-    def __init__(
-        self, index: int, journal: Journal, tokenizer: Tokenizer, stop_strings: Sequence[str], echo: str | None
-    ) -> None:
-        self.index = index
-        self.journal = journal
-        self.num_tokens = 0
-        self.is_finished = False
-        self._tokenizer = tokenizer
-        self._stop_strings = StopStrings(stop_strings)
-        self._echo = echo
-        self._num_chars = 0
-        self._num_given = 0
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-        # Some tokenizers write a token otherwise at the start of a text than in the middle of it.
-        self._detokenizer.push(journal.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:])
-
-    def feed(self, output: RequestOutput) -> Delta:
-        """The text of a piece of news.  After a stop string the choice is finished, whatever the engine still does."""
-        delta = Delta(self.index, "")
-        if self._echo is not None and (output.token_ids or output.finish_reason):
-            self._echo_prompt(delta, self._echo)
-        for position, token_id in enumerate(output.token_ids):
-            self.num_tokens += 1
-            if output.logprobs:
-                delta.scored.append(Scored(token_id, self._num_chars, output.logprobs[position]))
-            if output.finish_reason is FinishReason.STOP and position == len(output.token_ids) - 1:
-                break  # the stop token itself is not part of the text
-            if self._append(delta, self._detokenizer.push([token_id])):
-                return self._finish(delta, "stop")
-        if output.finish_reason is None:
-            return delta
-        if self._append(delta, self._detokenizer.flush()):
-            return self._finish(delta, "stop")
-        delta.text += self._stop_strings.flush()
-        return self._finish(delta, "stop" if output.finish_reason is FinishReason.STOP else "length")
-
-    def take_token_ids(self) -> list[int]:
-        """The output tokens that were fed since the last call."""
-        begin, self._num_given = self._num_given, self.num_tokens
-        return self.journal.output_token_ids[begin : self.num_tokens]
-
-    def _append(self, delta: Delta, text: str) -> bool:
-        """Add what is certain of the text; whether a stop string ends it."""
-        certain, is_stopped = self._stop_strings.push(text)
-        delta.text += certain
-        self._num_chars += len(text)
-        return is_stopped
-
-    def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> Delta:
-        self.is_finished = True
-        delta.finish_reason = reason
-        return delta
-
-    def _echo_prompt(self, delta: Delta, prompt: str) -> None:
-        self._echo = None
-        delta.text = prompt
-        self._num_chars = len(prompt)
-        if self.journal.request.params.num_prompt_logprobs is not None:
-            detokenizer, offset = IncrementalDetokenizer(self._tokenizer), 0
-            logprobs = [None, *self.journal.prompt_logprobs]
-            for token_id, entry in zip(self.journal.request.prompt_token_ids, logprobs, strict=True):
-                delta.scored.append(Scored(token_id, offset, entry))
-                offset += len(detokenizer.push([token_id]))
 
 
 @dataclass(frozen=True, slots=True)

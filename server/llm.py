@@ -18,10 +18,11 @@ from shoal.scheduler.output import SchedulingParams
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.local import LocalEngine
 from shoal.server.errors import EngineUnavailableError
-from shoal.server.generation import Delta, Scored
 from shoal.server.sampling import resolve_seed
-from shoal.server.service import Service, build_service, new_id
+from shoal.server.service import Service, new_id
 from shoal.server.settings import DEFAULT_MODEL, Settings, declared, resolve
+from shoal.server.setup import build_service
+from shoal.server.text import Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody, Message, SamplingBody, request_error
 
 Prompt = str | list[int]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.output import TokenLogprobs
-from shoal.server.generation import Scored
+from shoal.server.text import Scored
 from shoal.server.wire.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token that cannot occur

@@ -20,8 +20,9 @@ from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import Ready
 from shoal.server.engine.supervisor import EngineSupervisor
 from shoal.server.metrics import Metrics
-from shoal.server.service import Service, build_service
+from shoal.server.service import Service
 from shoal.server.settings import Settings
+from shoal.server.setup import build_service
 
 logger = logging.getLogger("shoal")
 

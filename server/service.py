@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from shoal.model.checkpoint.config import GenerationDefaults, load_config, load_generation_defaults
-from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_checkpoint
-from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.model.record import ModelConfig
 from shoal.model.text.tokenizer import Tokenizer
-from shoal.scheduler.errors import ConfigError, InvalidRequestError
+from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import SchedulingParams
 from shoal.server.engine.engine import Engine
 from shoal.server.errors import ModelNotFoundError
@@ -176,44 +173,6 @@ class Service:
     def _decoded(self, token_ids: list[int]) -> tuple[str, list[int]]:
         check_token_ids("prompt", token_ids, self.config.vocab_size)
         return self.tokenizer.decode(token_ids), token_ids
-
-
-def build_service(settings: Settings, connect: Callable[[Metrics], Engine]) -> Service:
-    """Read what the API needs of the checkpoint; the engine reads the rest.
-
-    Args:
-        connect: makes the engine, which tells the metrics what it does.
-
-    Raises:
-        CheckpointError: a file is missing or malformed.
-        ConfigError: the draft model has another tokenizer.
-    """
-    checkpoint = resolve_checkpoint(settings.model)
-    opened = open_checkpoint(checkpoint)
-    tokenizer = Tokenizer.load(opened)
-    if settings.speculation.method == "draft":
-        _check_draft(tokenizer, find_draft(settings.speculation.draft_model))
-    model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
-    metrics = Metrics(model_name)
-    return Service(
-        settings=settings,
-        model_name=model_name,
-        config=load_config(opened),
-        defaults=load_generation_defaults(opened),
-        tokenizer=tokenizer,
-        engine=connect(metrics),
-        metrics=metrics,
-        started=unix_time(),
-    )
-
-
-def _check_draft(tokenizer: Tokenizer, draft: Path) -> None:
-    """A vocabulary of the same size may be another one, of which nothing would ever be accepted."""
-    if not Tokenizer.load(draft).has_vocabulary_of(tokenizer):
-        raise ConfigError(
-            f"draft_model {draft} has another vocabulary than the model: they need the same tokenizer",
-            param="draft_model",
-        )
 
 
 def new_id(prefix: str) -> str:

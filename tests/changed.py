@@ -1,7 +1,7 @@
 """`python -m tests.changed` lists the tests of what has changed since origin/main, or since HEAD where there is none.
 
-A changed file of tests is listed itself.  For a changed module, those files of tests are listed that import it by name,
-and for a change in C++ those of the native backend.  Tests with a real server process are left out unless they changed.
+First come the files of tests that changed, and those that import a changed module by its name.  Then come the others of
+the same room.  Tests with a real server process are left out unless they changed themselves.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ def changed_files() -> list[str]:
 
 
 def affected_by(changed: Iterable[str]) -> list[str]:
-    """The files of tests, relative to the root, for files that have changed."""
+    """The files of tests for files that have changed, the nearest first; all paths are relative to the root."""
     changed = set(changed)
     modules = {_module(path) for path in changed if path.endswith(".py")}
-    is_native = any(path.startswith("model/native/") for path in changed)
-    chosen = {ALWAYS}
+    rooms = {
+        "tests/training" if path.startswith("model/training/") else f"tests/{Path(path).parts[0]}" for path in changed
+    }
+    nearest, others = {ALWAYS}, set()
     for file in ROOT.glob("tests/**/test_*.py"):
         path = file.relative_to(ROOT).as_posix()
-        if path in changed or (is_native and path.startswith("tests/model/test_native")):
-            chosen.add(path)
+        if path in changed:
+            nearest.add(path)
         elif not path.startswith("tests/e2e/"):
             imported = imports(path, file.read_text("utf-8"))
             if any(f"{name}.".startswith(f"{module}.") for name in imported for module in modules):
-                chosen.add(path)
-    return sorted(chosen)
+                nearest.add(path)
+            elif path.rpartition("/")[0] in rooms:
+                others.add(path)
+    return [*sorted(nearest), *sorted(others)]
 
 
 def _module(path: str) -> str:

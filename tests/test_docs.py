@@ -199,3 +199,15 @@ def test_the_example_is_a_policy_with_a_setting_of_its_own() -> None:
         harness.add("short", [1], max_tokens=1)
         harness.drain()
         assert list(harness.finish_reasons) == expected
+
+
+# -- reading.md --------------------------------------------------------------------------------------------------------
+
+
+def test_the_walks_are_as_long_as_they_say() -> None:
+    """A change of a few lines need not change the page."""
+    listed = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", (ROOT / "docs/reading.md").read_text("utf-8"), re.MULTILINE)
+    lengths = {name: len((ROOT / name).read_text("utf-8").splitlines()) for name, _ in listed}
+    assert len(listed) > 20
+    assert {name: int(count) for name, count in listed} == pytest.approx(lengths, abs=20)
+    assert sum(lengths.values()) <= 3600

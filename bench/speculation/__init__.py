@@ -25,7 +25,7 @@ METHODS = ("draft", "ngram", "self")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS: tuple[int | None, ...] = (2, 4, 8, None)
 TEMPERATURES = (0.0, 0.8)
-_REPEATS_OF_ADAPTIVE = 4  # times those of a fixed length: it is held to the finest difference
+_REPEATS_OF_ADAPTIVE = 4  # times the pairs of a fixed length, for small differences matter most here
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def run(
     """Measure every combination; print tables, and draw a picture if a path for it is given.
 
     Args:
-        steps: that each cost is the median of.
-        repeats: pairs of runs that each gain is the median of.
-        device: where the models run, as `shoal serve --device` takes it.
+        steps: number of steps; each cost is their median.
+        repeats: number of pairs of runs; each gain is their median.
+        device: device of the models, as `shoal serve --device` takes it.
     """
     record, tokenizer = load_checkpoint(checkpoint), Tokenizer.load(checkpoint)
     gains: dict[Case, Gain] = {}
@@ -88,7 +88,7 @@ def _num_pairs(length: int | None, repeats: int) -> int:
 def _cases(
     checkpoint: Path, method: str, concurrencies: Sequence[int], device: str
 ) -> Iterator[tuple[Case, tuple[EngineCore, TimedBackend]]]:
-    """All cases of a method, and the engine of each; those of one length share it."""
+    """Yield all cases of a method with their engine; the cases of one length share one."""
     for length in LENGTHS:
         engine = make_engine(checkpoint, _arguments(checkpoint, method, device, length))
         for temperature in TEMPERATURES:
@@ -125,10 +125,10 @@ def _cost_row(record: ModelRecord, method: str, concurrency: int, cost: Costs) -
 
 
 def _row(case: Case, gains: dict[Case, Gain], cost: Costs) -> dict[str, object]:
-    """A measurement beside the theory of its own length, and the best that any of the fixed lengths comes to.
+    """Return a measurement beside the theory of its length, and the bound: the best theory of the fixed lengths.
 
-    Theory takes what steps cost from the very runs that it is compared with: a text that is written step by step finds
-    other weights in the CPU's caches than one whose steps are timed alone.
+    The theory takes the costs of steps from the same runs that it is compared with.  Steps that are timed alone find
+    other weights in the CPU's caches than those of a text that is being written.
     """
     gain = gains[case]
     theories = {

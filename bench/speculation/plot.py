@@ -22,7 +22,7 @@ _FIGURES: dict[str, Callable[[Gain], float]] = {
 
 
 def draw(path: Path, model: str, gains: Mapping[Case, Gain]) -> None:
-    """A column for each proposer, a row for each figure; full lines are greedy, dashed ones at temperature 0.8."""
+    """Draw a column for each proposer and a row for each figure; solid lines are greedy, dashed at temperature 0.8."""
     from matplotlib.figure import Figure  # noqa: PLC0415  (only here; it takes half a second)
 
     methods = list(dict.fromkeys(case.method for case in gains))
@@ -38,7 +38,7 @@ def draw(path: Path, model: str, gains: Mapping[Case, Gain]) -> None:
         axes[0, column].set_title(method)
         axes[-1, column].set_xlabel("concurrency (requests at once)")
     for of_figure in axes:
-        of_figure[0].set_ylim(bottom=0)  # when all is drawn: it ends the scaling of the whole row
+        of_figure[0].set_ylim(bottom=0)  # last, for it ends the automatic scaling of the row
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"Speculation on {model}")

@@ -1,4 +1,4 @@
-"""Serving the same requests with and without speculation, in turns, on one engine: a request says which it wants."""
+"""Serving the same requests with and without speculation in turns, on one engine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import SamplingParams, SchedulerStats
 from shoal.scheduler.request import Request
 
-_FEW = 8  # requests at once
-_ROUNDS = 4  # requests for each place
+_FEW = 8  # fewer requests at once than this are served in more pairs of runs
+_ROUNDS = 4  # requests that follow each other at each place of the batch
 _FUNCTIONS: tuple[Callable[..., object], ...] = (
     textwrap.wrap,
     textwrap.dedent,
@@ -33,11 +33,11 @@ _FUNCTIONS: tuple[Callable[..., object], ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of serving some requests: tokens, seconds, and what the scheduler counted meanwhile.
+    """The result of serving some requests: tokens, seconds, and counts of the scheduler.
 
     Attributes:
-        step_seconds: mean of what the target took for a step without prompts; None if there was none.
-        accepted: how many of the first, second, ... tokens of proposals were.
+        step_seconds: mean time of the target's steps without prompts; None if there were none.
+        accepted: number of accepted tokens at the first, second, ... place of proposals.
     """
 
     tokens: int
@@ -53,24 +53,24 @@ class Outcome:
 
     @property
     def steps(self) -> int:
-        """Steps of single requests that chose tokens."""
+        """Number of steps, counted for each request apart."""
         return self.tokens - sum(self.accepted)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Medians over pairs of runs with and without; sums over those with.
+    """Speed and costs are medians over pairs of runs with and without speculation; the rest is of all runs with it.
 
     Attributes:
-        off_speed: tokens/s without.
-        speed_up: ratio of tokens/s.
-        verification: what a step of the target took, relative to one without; v(k) if there always was a proposal;
-            None if requests came and went in every step.
-        acceptance_rate: accepted / drafted.
-        token_acceptance: the chance of a drafted token to be accepted if all before it were.
-        share_of_steps: of the steps of requests, those with a proposal.
-        mean_spec_tokens: drafted tokens for each step of a request.
-        mean_acceptance_length: tokens for each step of a request.
+        off_speed: tokens/s without speculation.
+        speed_up: ratio of tokens/s, with over without.
+        verification: ratio of the times of the target's steps, with over without: v(k) if each step had a proposal;
+            None if every step had a prompt in it.
+        acceptance_rate: accepted over drafted tokens.
+        token_acceptance: chance that a drafted token is accepted if all before it are.
+        share_of_steps: share of the steps of requests that had a proposal.
+        mean_spec_tokens: drafted tokens in a step of a request.
+        mean_acceptance_length: tokens that a step of a request gives.
     """
 
     off_speed: float
@@ -84,7 +84,7 @@ class Gain:
 
     @classmethod
     def of(cls, pairs: list[tuple[Outcome, Outcome]]) -> Gain:
-        """Of (without, with) pairs."""
+        """Summarize pairs of runs (without, with)."""
         on = [pair[1] for pair in pairs]
         drafted, steps = sum(one.drafted for one in on), sum(one.steps for one in on)
         per_place = [sum(counts) for counts in zip_longest(*(one.accepted for one in on), fillvalue=0)]
@@ -92,9 +92,8 @@ class Gain:
         verifications = [
             other.step_seconds / off.step_seconds for off, other in pairs if other.step_seconds and off.step_seconds
         ]
-        tried = sum(one.drafts for one in on) + sum(
-            per_place[:-1]
-        )  # each place is judged where the one before was good
+        # A place is verified where the place before was accepted.
+        tried = sum(one.drafts for one in on) + sum(per_place[:-1])
         return cls(
             off_speed=median(off.speed for off, _ in pairs),
             speed_up=median(other.speed / off.speed for off, other in pairs),
@@ -108,12 +107,12 @@ class Gain:
 
 
 class Load:
-    """A closed loop: so many requests at once, each followed by another when it ends, again and again.
+    """A closed loop: when one of `concurrency` requests ends, another one follows.
 
     Args:
-        engine: with its target.
-        prompts: token ids, dealt to the requests in turns.
-        max_tokens: of the longest request; the shortest has half as many, so that they do not end all at once.
+        engine: an engine and its target.
+        prompts: token ids; the requests take them in turns.
+        max_tokens: length of the longest request; the shortest is half as long, so that they do not end all at once.
     """
 
     def __init__(
@@ -130,22 +129,22 @@ class Load:
         self._numbers = count()
 
     def measure(self, repeats: int) -> Gain:
-        """Serve the same requests with and without, in turns; few at once are quick, and served more often.
+        """Serve the same requests with and without speculation, in turns.
 
         Args:
-            repeats: pairs of runs with eight or more requests at once.
+            repeats: number of pairs of runs with eight or more requests at once; with fewer requests there are more.
         """
-        self._serve(0, speculates=True)  # the prompts are in the cache then, and the adaptive rule knows the machine
+        self._serve(0, speculates=True)  # fills the prefix cache, and lets the adaptive length learn
         return Gain.of([self._pair(number) for number in range(repeats * max(1, _FEW // self._concurrency))])
 
     def _pair(self, number: int) -> tuple[Outcome, Outcome]:
-        """Without and with, in either order, so that neither always comes second; other prompts in each pair."""
+        """Serve without and with speculation, in alternating order, so that neither always comes second."""
         order = (True, False) if number % 2 else (False, True)
         outcomes = {speculates: self._serve(number, speculates=speculates) for speculates in order}
         return outcomes[False], outcomes[True]
 
     def _serve(self, first: int, *, speculates: bool) -> Outcome:
-        """Tokens and seconds while all places are taken."""
+        """Serve requests, and count while all places are taken."""
         scheduler = self._core.scheduler
         requests = iter([self._request(first + i, speculates) for i in range(_ROUNDS * self._concurrency)])
         self._fill(requests)
@@ -166,7 +165,7 @@ class Load:
         return outcome
 
     def _fill(self, requests: Iterator[Request]) -> None:
-        """Take the places that are free."""
+        """Add requests until all places are taken."""
         scheduler = self._core.scheduler
         for request in islice(requests, self._concurrency - scheduler.num_unfinished):
             scheduler.add(request)
@@ -187,7 +186,7 @@ def _outcome(tokens: int, seconds: float, steps: list[float], before: SchedulerS
 
 
 def make_prompts(tokenizer: Tokenizer, *, repeats_itself: bool) -> list[list[int]]:
-    """Functions to go on from; or, for proposers that look things up, functions to be written again with a change."""
+    """Return beginnings of functions, or functions to be written again with a change, for proposers that look up."""
     return [tokenizer.encode(text) for text in (_edits() if repeats_itself else _beginnings())]
 
 
@@ -198,7 +197,7 @@ def _beginnings() -> Iterator[str]:
 
 
 def _edits() -> Iterator[str]:
-    """A function, and the beginning of the same: under another name, or as it is, to be quoted and gone on from."""
+    """Yield functions, each followed by its beginning, under another name or the same."""
     for index, function in enumerate(_FUNCTIONS):
         lines = inspect.getsource(function).splitlines(keepends=True)[:40]
         name = function.__name__

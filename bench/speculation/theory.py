@@ -1,9 +1,9 @@
-"""What speculation can gain at most: the costs of verifying and of drafting, and what follows from an acceptance.
+"""What speculation can gain at most, by the costs of verification and drafting and by the acceptance rate.
 
-A proposal of k tokens of which each is accepted with probability a gives (1 - a^(k+1)) / (1 - a) tokens (Leviathan et
-al. 2022, equation 1), and costs v(k) + k c steps: v(k) what verifying k + 1 rows takes relative to one row, c a drafted
-token relative to the same.  A dense model reads its weights once for all rows; a mixture of experts reads more experts
-the more rows there are, so that v(k) grows with them.
+A proposal of k tokens, each accepted with probability a if those before it are, gives (1 - a^(k+1)) / (1 - a) tokens
+(Leviathan et al. 2022, equation 1).  It costs v(k) + k c steps: v(k) is the time of k + 1 rows relative to that of one
+row, and c that of a drafted token.  A dense model reads its weights once for all rows.  A mixture of experts reads more
+experts the more rows there are, so that v(k) grows with them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _WARM_UP, _STEPS_IN_A_ROW = 2, 8
 
 @dataclass(frozen=True)
 class Costs:
-    """Medians of a machine, at one concurrency.
+    """Median costs on this machine, at one concurrency.
 
     Attributes:
-        seconds: of a step without drafted tokens.
+        seconds: time of a step without drafted tokens.
         verification: v(k) for k from 0 on.
-        drafting: c, a drafted token of every request.
+        drafting: c, the cost of a drafted token for every request.
     """
 
     seconds: float
@@ -47,26 +47,27 @@ class Costs:
 def speed_up(
     acceptance: float, num_spec_tokens: int, verification: float, drafting: float, share: float = 1.0
 ) -> float:
-    """What proposals of one length gain if each token is accepted with this probability.
+    """Return the gain of proposals of one length.
 
     Args:
-        verification: what a step costs, relative to one without speculation; the mean if some have no proposal.
-        drafting: what a drafted token costs, relative to the same.
-        share: of the steps that there is a proposal in; a proposer that looks things up has not always one.
+        acceptance: chance that a token is accepted if all before it are.
+        verification: cost of a step relative to a step without speculation; the mean if some have no proposal.
+        drafting: cost of a drafted token, relative to the same.
+        share: share of the steps that have a proposal; a proposer that looks up does not always find one.
     """
     tokens = sum(acceptance**i for i in range(num_spec_tokens + 1))
     return (share * tokens + 1 - share) / (verification + share * num_spec_tokens * drafting)
 
 
 class Machine:
-    """Times steps of the target and of what drafts for it.
+    """Times steps of the target and of drafting.
 
     Args:
-        text: token ids, of which each sequence has another part, for the router of a mixture of experts to choose as it
-            does.
-        create: makes the backend of a model, with so many blocks of BLOCK_SIZE tokens.
-        draft: the draft model, None if nothing is computed for a guess.
-        draft_layers: of the target, if its first layers draft.
+        text: token ids; each sequence has another part, so that a router chooses experts as in real text.
+        most_seqs: largest number of sequences.
+        create: makes the backend of a model with this number of blocks of BLOCK_SIZE tokens.
+        draft: the draft model; None if drafting runs no other model.
+        draft_layers: number of layers of the target that draft; None if they do not.
     """
 
     def __init__(
@@ -88,11 +89,11 @@ class Machine:
         self._draft_layers = draft_layers
 
     def costs(self, num_seqs: int, repeats: int) -> Costs:
-        """Measure every number of rows, in turns."""
+        """Measure steps of every number of rows in turns."""
         sizes = range(MOST_SPEC_TOKENS + 1)
         works = [self._verification(num_seqs, k + 1) for k in sizes]
         if self._draft is not None:
-            works.append(self._drafting(num_seqs))  # of the most tokens
+            works.append(self._drafting(num_seqs))  # of MOST_SPEC_TOKENS tokens
         seconds = _in_turns(works, repeats)
         drafting = seconds[-1] / MOST_SPEC_TOKENS / seconds[0] if self._draft is not None else 0.0
         return Costs(seconds[0], tuple(seconds[k] / seconds[0] for k in sizes), drafting)
@@ -104,7 +105,7 @@ class Machine:
         return backend
 
     def _verification(self, num_seqs: int, num_rows: int) -> Work:
-        """A step over tokens that are others in each turn, as they are when a text goes on: other experts are read."""
+        """Return steps with other tokens in each turn, so that they read other experts, as in a text that goes on."""
         sampling = _greedy(num_seqs * num_rows)
         seqs = np.arange(num_seqs)
 
@@ -131,12 +132,12 @@ class Machine:
         return lambda turn: lambda: backend.draft(batch, sampling, layers)
 
     def _tables(self, seqs: Intp) -> Int32:
-        """[num_seqs, blocks_per_seq]: each sequence has blocks of its own."""
+        """Return block tables, [num_seqs, blocks_per_seq]: each sequence has its own blocks."""
         first = seqs[:, None] * self._blocks_per_seq
         return (first + np.arange(self._blocks_per_seq)).astype(np.int32)
 
     def _step(self, seqs: Intp, start: int, num_rows: int) -> ForwardBatch:
-        """`num_rows` tokens of each sequence, from `start` on."""
+        """Return a step of `num_rows` tokens of each sequence, from position `start` on."""
         positions = np.arange(start, start + num_rows, dtype=np.int32)
         tables = self._tables(seqs)
         slots = tables[:, positions // BLOCK_SIZE] * np.int32(BLOCK_SIZE) + positions % BLOCK_SIZE
@@ -153,7 +154,7 @@ class Machine:
 
 
 def expert_bytes(record: ModelRecord, num_rows: int) -> float:
-    """Bytes of experts, in float32, that so many rows read if the router chooses evenly; 0 for a dense model."""
+    """Return the bytes of float32 experts that `num_rows` rows read if the router chooses evenly; 0 if dense."""
     config = record.config
     if not config.num_experts:
         return 0.0
@@ -166,8 +167,10 @@ def _greedy(num_logits: int) -> SamplingBatch:
 
 
 def _in_turns(works: list[Work], repeats: int) -> list[float]:
-    """Medians.  Steps of one kind follow each other, as they do when texts are written: each finds in the CPU's caches
-    what the last one of its kind left there."""
+    """Return the median time of each kind of step.
+
+    Steps of one kind follow each other, as in serving: each finds in the CPU's caches what the last one left there.
+    """
     times: list[list[float]] = [[] for _ in works]
     for turn in range(-(-repeats // _STEPS_IN_A_ROW)):
         for work, found in zip(works, times, strict=True):

@@ -1,5 +1,5 @@
-"""Speculative decoding: a proposer guesses the next tokens of a request, the target verifies all of them in one step.
+"""Speculative decoding: a proposer drafts the next tokens of a request, and the target verifies them in one step.
 
-`Speculation` is what the executor talks to.  It asks a length rule how many tokens to guess for whom, a proposer to
-guess them, and a verification rule which of the guesses stand.
+The executor talks to `Speculation`.  It asks a length rule how many tokens to draft for each request, a proposer to
+draft them, and a verification rule which of them are accepted.
 """

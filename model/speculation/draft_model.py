@@ -1,4 +1,4 @@
-"""Guesses of a draft model: a small one with the target's tokenizer."""
+"""Drafting with a draft model: a small model with the target's tokenizer."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from shoal.model.step.batch import Backend
 from shoal.model.step.rows import BatchRows
 from shoal.scheduler.output import ScheduledRequest
 
-# Tokens that are read with what a guess begins with; more are caught up with before.
+# A draft model that lacks more tokens than this catches up first; fewer are read in the first step of drafting.
 _READ_ALONG = MOST_SPEC_TOKENS
 
 
 class DraftModelProposer:
-    """Implements `Proposer` with a model of its own.
+    """Implements `Proposer` with a draft model.
 
-    The draft has its own KV cache, in which a block has the number that it has in the target's.  So prefixes that the
-    target finds in its cache are there for the draft too, as far as the draft has read them; what it lacks it reads
-    before it guesses.
+    The draft model has its own KV cache, in which each block has the same number as in the target's.  So a prefix that
+    the target finds in its cache is there for the draft model too, as far as the draft model has read it.  It reads
+    the tokens that it lacks before it drafts.
 
     Args:
-        backend: of the draft model, with the target's number and size of blocks.
+        backend: the draft model's, with the target's number and size of blocks.
         rows: the batch.
-        num_blocks: of either KV cache.
-        max_catch_up: most tokens that are caught up with in a step, so that long prompts do not hold up the others.
+        num_blocks: number of blocks of each KV cache.
+        max_catch_up: most tokens to catch up with in one step, so that long prompts do not delay other requests.
         draws_apart: see `Drafter`.
     """
 
@@ -42,9 +42,10 @@ class DraftModelProposer:
         self._drafter = Drafter(backend, rows, num_layers=None, draws_apart=draws_apart)
         self._rows = rows
         self._max_catch_up = max_catch_up
-        self._num_read = [0] * rows.max_num_seqs  # leading tokens of each row whose keys and values stand
-        self._guessed: list[tuple[int, list[int]]] = [(0, [])] * rows.max_num_seqs  # behind how many tokens, and what
-        self._is_read = np.zeros(num_blocks, np.bool_)  # blocks that the draft has filled, by number
+        self._num_read = [0] * rows.max_num_seqs  # by row: leading tokens with keys and values in the cache
+        # By row: the number of tokens before the last draft, and the draft.
+        self._drafted: list[tuple[int, list[int]]] = [(0, [])] * rows.max_num_seqs
+        self._is_read = np.zeros(num_blocks, np.bool_)  # by block: whether the draft model has filled it
 
     def place(self, row: int, share: ScheduledRequest) -> None:
         fresh = share.new_block_ids
@@ -52,7 +53,7 @@ class DraftModelProposer:
             num_found = share.num_computed_tokens // self._rows.block_size  # blocks of the prefix cache
             found, fresh = self._is_read[fresh[:num_found]], fresh[num_found:]
             num_blocks = num_found if found.all() else int(found.argmin())
-            self._num_read[row], self._guessed[row] = num_blocks * self._rows.block_size, (0, [])
+            self._num_read[row], self._drafted[row] = num_blocks * self._rows.block_size, (0, [])
         if fresh:
             self._is_read[fresh] = False
 
@@ -77,28 +78,28 @@ class DraftModelProposer:
         proposals = [NO_PROPOSAL] * len(candidates)
         if ready:
             chosen = [candidates[i] for i in ready]
-            guesses = self._drafter.guess(chosen, [starts[i] for i in ready])
-            for i, one, proposal in zip(ready, chosen, guesses, strict=True):
+            drafted = self._drafter.draft(chosen, [starts[i] for i in ready])
+            for i, one, proposal in zip(ready, chosen, drafted, strict=True):
                 proposals[i] = proposal
                 self._note(one.row, one.num_tokens)
-                self._guessed[one.row] = one.num_tokens, proposal.token_ids
+                self._drafted[one.row] = one.num_tokens, proposal.token_ids
         return proposals
 
     def _start(self, candidate: Candidate) -> int:
-        """The first token that the draft must read: it has read what it guessed itself, but for the last token."""
+        """Return the first token that the draft model must read; it has read its own drafted tokens but the last."""
         row = candidate.row
-        num_known, guess = self._guessed[row]
+        num_known, drafted = self._drafted[row]
         read = self._num_read[row]
-        if guess and read == num_known:
-            true = self._rows.token_ids[row, num_known : min(candidate.num_tokens - 1, num_known + len(guess) - 1)]
-            for token_id, guessed in zip(true.tolist(), guess, strict=False):
-                if token_id != guessed:
+        if drafted and read == num_known:
+            true = self._rows.token_ids[row, num_known : min(candidate.num_tokens - 1, num_known + len(drafted) - 1)]
+            for token_id, expected in zip(true.tolist(), drafted, strict=False):
+                if token_id != expected:
                     break
                 read += 1
         return min(read, candidate.num_tokens - 1)
 
     def _note(self, row: int, num_read: int) -> None:
-        """The first `num_read` tokens of the row are read."""
+        """Take note that the first `num_read` tokens of the row are read."""
         size = self._rows.block_size
         self._is_read[self._rows.block_tables[row, self._num_read[row] // size : num_read // size]] = True
         self._num_read[row] = num_read

@@ -1,4 +1,4 @@
-"""What proposers that run a model have in common: batches of the last tokens of requests."""
+"""What proposers that run a model have in common."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from shoal.model.step.sampling import probabilities, sample_reference
 
 
 class Drafter:
-    """Has a backend guess behind the last tokens of requests.
+    """Has a backend draft what may follow the last tokens of requests.
 
     Args:
-        backend: of the draft model, or the target's own.
-        rows: the batch, whose block tables serve the draft's KV cache too.
-        num_layers: of the backend's model to run before its norm and head; all of them if None.
-        draws_apart: whether to draw with a noise of its own and tell the distributions drawn from, as rejection
-            sampling needs; else the target's noise is used, so that equal distributions choose equal tokens.
+        backend: the draft model's, or the target's.
+        rows: the batch; its block tables serve the draft model's KV cache too.
+        num_layers: number of layers to run before the norm and the head; None for all.
+        draws_apart: whether to draw with a noise of its own and to return the distributions, as rejection sampling
+            needs.  Else drafting uses the target's noise, so that equal distributions choose equal tokens.
     """
 
     def __init__(self, backend: Backend, rows: BatchRows, *, num_layers: int | None, draws_apart: bool) -> None:
@@ -28,13 +28,13 @@ class Drafter:
         self._num_layers, self._draws_apart = num_layers, draws_apart
 
     def read(self, places: list[int], starts: list[int], ends: list[int]) -> None:
-        """Have the model take in the tokens from `starts` to `ends` of the requests in these rows."""
+        """Compute the tokens from `starts` to `ends` of the requests in these rows of the batch."""
         step = known_tokens(self._batch(places, starts, ends, [1] * len(places)))
         step.logits_indices = step.logits_indices[:0]
         self._backend.forward(step, self._num_layers)
 
-    def guess(self, candidates: list[Candidate], starts: list[int]) -> list[Proposal]:
-        """Take in what the model lacks of the candidates' tokens, from `starts` on, and guess behind them."""
+    def draft(self, candidates: list[Candidate], starts: list[int]) -> list[Proposal]:
+        """Compute the candidates' tokens from `starts` on, and draft what may follow them."""
         order = sorted(range(len(candidates)), key=lambda i: -candidates[i].num_wanted)
         ordered = [candidates[i] for i in order]
         wanted = [one.num_wanted for one in ordered]
@@ -78,5 +78,5 @@ class Drafter:
 
 
 def _valid(token_ids: list[int]) -> list[int]:
-    """The tokens before the first that the model had no finite logits for."""
+    """Return the tokens before the first one for which the model had no finite logits."""
     return token_ids[: token_ids.index(-1)] if -1 in token_ids else token_ids

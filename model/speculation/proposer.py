@@ -1,4 +1,4 @@
-"""What every proposer can do."""
+"""The interface of proposers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A request whose next tokens are to be guessed.
+    """A request for which tokens are to be drafted.
 
     Attributes:
-        row: of the batch, where its tokens and its block table stand.
-        num_tokens: known tokens, all of which the batch's rows hold.
-        num_wanted: most tokens to propose, at least 1.
+        row: the row of the batch that holds its tokens and its block table.
+        num_tokens: number of known tokens; the row holds all of them.
+        num_wanted: most tokens to draft, at least 1.
     """
 
     row: int
@@ -30,11 +30,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Guessed tokens.
+    """Drafted tokens.
 
     Attributes:
-        token_ids: what may follow the known tokens; none if there is no guess.
-        probabilities: [num_tokens, vocab_size], the distribution that each was drawn from; None if it was not drawn.
+        token_ids: what may follow the known tokens; empty if nothing was drafted.
+        probabilities: [num_tokens, vocab_size], the distribution of each token's draw; None if none was drawn.
     """
 
     token_ids: list[int]
@@ -45,16 +45,16 @@ NO_PROPOSAL = Proposal([])
 
 
 class Proposer(Protocol):
-    """Guesses what comes next."""
+    """Drafts the next tokens of requests."""
 
     def place(self, row: int, share: ScheduledRequest) -> None:
-        """Take note of a share before its step is computed: who joins, and which blocks were gained."""
+        """Take note of a request's share of the next step: whether it joins, and its new blocks."""
         ...
 
     def catch_up(self, candidates: list[Candidate]) -> None:
-        """Do what guessing for these needs once, and not in every step."""
+        """Do what drafting for these needs once, and not in every step."""
         ...
 
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
-        """Guess for each candidate, behind its known tokens."""
+        """Return a proposal for each candidate."""
         ...

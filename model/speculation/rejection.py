@@ -1,11 +1,11 @@
 """Verification by rejection sampling: Leviathan et al. 2022, Chen et al. 2023.
 
-A drafted token x that was drawn from q is accepted with probability min(1, p(x) / q(x)), where p is what the target
-would draw from; the first one that is not is replaced by a draw from max(p - q, 0) normalized; and where all are
-accepted the target adds a draw from p.  What comes out has the target's distribution, but is not the sample that it
-draws without speculation.  It accepts more than the comparison of two choices does.
+A drafted token x that was drawn from q is accepted with probability min(1, p(x) / q(x)), where p is the target's
+distribution.  The first rejected token is replaced by a draw from max(p - q, 0), normalized.  If all are accepted, the
+target adds a draw from p, the bonus token.  The result has the target's distribution, but is not the sample that the
+target draws without speculation.  Rejection sampling accepts more tokens than the comparison of two choices does.
 
-The three draws at a position must be independent of each other, and repeatable: each has a noise of its own, the
+The three draws at a position must be independent of each other, and repeatable.  So each has its own noise: the
 specified one (`model/step/sampling.py`) under another seed.
 """
 
@@ -25,22 +25,22 @@ _REPLACEMENT_NOISE = 0xABC98388FB8FAC03
 
 
 def with_draft_noise(sampling: SamplingBatch) -> SamplingBatch:
-    """How the draft chooses: with a noise that is independent of all that decides about its choice."""
+    """Return how drafting chooses: with a noise that is independent of the noises of verification."""
     rows = sampling.rows.copy()
     rows["seed"] ^= _DRAFT_NOISE
     return replace(sampling, rows=rows)
 
 
 def verify(proposal: Proposal, target: Float64, chosen: list[int], seed: int, position: int) -> list[int]:
-    """The accepted tokens, and the one more that the target adds.
+    """Return the accepted tokens, and the token that the target adds.
 
     Args:
         proposal: the drafted tokens that the step computed.
-        target: [num_tokens + 1, vocab_size], what the target draws from at each position; a row of zeros where it has
+        target: [num_tokens + 1, vocab_size], the target's distribution at each position; a row of zeros where it has
             no finite logits.
-        chosen: the target's own draw at each of those positions, -1 where it has no finite logits.
-        seed: the request's.
-        position: of the first drafted token in its sequence.
+        chosen: the target's own draw at each of those positions; -1 where it has no finite logits.
+        seed: seed of the request.
+        position: position of the first drafted token in its sequence.
     """
     for index, token_id in enumerate(proposal.token_ids):
         if chosen[index] < 0:
@@ -53,20 +53,20 @@ def verify(proposal: Proposal, target: Float64, chosen: list[int], seed: int, po
 
 
 def _certain(token_id: int, vocab_size: int) -> Float64:
-    """The distribution of a guess that was not drawn."""
+    """Return the distribution of a drafted token that was not drawn."""
     q = np.zeros(vocab_size, np.float64)
     q[token_id] = 1.0
     return q
 
 
 def _uniform(seed: int, position: int) -> float:
-    """A number between 0 and 1: what the noise of token 0 is made from."""
+    """Return the number between 0 and 1 from which the noise of token 0 is made."""
     noise = gumbel_noise(seed ^ _ACCEPTANCE_NOISE, position, 1)[0]
     return float(np.exp(-np.exp(-noise)))
 
 
 def _replacement(weights: Float64, seed: int, position: int) -> int:
-    """A draw in proportion to the weights, by Gumbel-max."""
+    """Draw a token in proportion to the weights, by Gumbel-max."""
     kept = np.flatnonzero(weights)
     noise = gumbel_noise(seed ^ _REPLACEMENT_NOISE, position, len(weights))
     return int(kept[(np.log(weights[kept]) + noise[kept]).argmax()])

@@ -1,8 +1,8 @@
-"""Guesses of the target's own first layers, through its own norm and head.
+"""Drafting with the target's own first layers, through its own norm and head.
 
-Elhoushi et al. 2024, "LayerSkip"; without a training of its own a model is not made for it.  The keys and values of
-those layers stand in the target's KV cache already, so that there is nothing to catch up with, and what drafting
-writes there is what verifying writes again.
+Elhoushi et al. 2024, "LayerSkip"; it needs a model that was trained for it.  The keys and values of those layers are in
+the target's KV cache already, so that there is nothing to catch up with.  Verification writes again what drafting
+writes there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class SelfSpeculativeProposer:
     """Implements `Proposer` with the first layers of the target.
 
     Args:
-        backend: of the target.
+        backend: the target's.
         rows: the batch.
-        num_layers: how many of its layers, from the first one on.
+        num_layers: number of layers to draft with, from the first one on.
         draws_apart: see `Drafter`.
     """
 
@@ -34,4 +34,4 @@ class SelfSpeculativeProposer:
         """There is nothing to catch up with."""
 
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
-        return self._drafter.guess(candidates, [one.num_tokens - 1 for one in candidates])
+        return self._drafter.draft(candidates, [one.num_tokens - 1 for one in candidates])

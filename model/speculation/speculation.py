@@ -14,20 +14,20 @@ from shoal.model.step.rows import BatchRows
 from shoal.model.step.sampling import describe, probabilities, sample_reference
 from shoal.scheduler.output import ScheduledRequest, StepResult
 
-# Seconds; a longer pause between two steps is an idle engine's.
-_ONE_BREATH = 2e-3
+# A longer gap between two steps, in seconds, is an idle engine's; a shorter one counts as work for the second step.
+_LONGEST_GAP = 2e-3
 
 
 class Speculation:
-    """Proposes tokens for the requests of a batch, as many as the length rule says, within what they have room for.
+    """Proposes tokens for the requests of a batch: as many as the length rule says, and as they have room for.
 
     Args:
-        proposer: guesses.
-        lengths: says how much.
+        proposer: drafts the tokens.
+        lengths: says how many.
         rows: the batch.
-        needs_slots: whether guessing writes to the KV cache, so that it can reach no further than the block table.
+        needs_slots: whether drafting writes to the KV cache, so that it can reach no further than the block table.
         by_rejection: whether drafted tokens are verified by rejection sampling; else by comparison.
-        clock: seconds; what steps and proposals take is measured by it.
+        clock: returns seconds; steps and proposals are timed by it.
     """
 
     def __init__(
@@ -44,10 +44,11 @@ class Speculation:
         self._needs_slots, self._by_rejection, self._clock = needs_slots, by_rejection, clock
         self._most_tokens: dict[int, int] = {}  # by row, of the requests that want speculation
         self._proposals: dict[int, Proposal] = {}  # by row, those under verification
-        self._ended = 0.0  # when the last step, or the guessing after it, ended; what follows is part of the next
+        self._ended = 0.0  # time at which the last step, or the drafting after it, ended
+        self._step_seconds: float | None = None  # of the last step; None if it computed prompts, too
 
     def place(self, row: int, share: ScheduledRequest) -> None:
-        """Take note of a share before its step is computed."""
+        """Take note of a request's share of the next step."""
         if share.new:
             self._proposals.pop(row, None)
             self._most_tokens.pop(row, None)
@@ -64,19 +65,17 @@ class Speculation:
         scheduled: list[ScheduledRequest],
         layout: StepLayout,
     ) -> SamplerOutput:
-        """Compute the step; where drafted tokens are accepted, the tokens chosen are they."""
+        """Compute the step; an accepted drafted token is the token chosen at its place."""
         start = self._clock()
-        if start - self._ended < _ONE_BREATH:  # what the engine does between two steps is paid for by each step
-            start = self._ended
+        if start - self._ended < _LONGEST_GAP:
+            start = self._ended  # each step pays for what the engine does before it
         if self._by_rejection:
             chosen = self._execute_by_rejection(backend, batch, sampling, scheduled, layout)
         else:
             chosen = backend.execute(batch, sampling)
         self._ended = self._clock()
-        if len(batch.logits_indices) == len(
-            batch.token_ids
-        ):  # a prompt's tokens cost less: only its last is chosen from
-            self._lengths.took(len(batch.token_ids), self._ended - start)
+        has_prompt = len(batch.logits_indices) < len(batch.token_ids)  # tokens that nothing is chosen from cost less
+        self._step_seconds = None if has_prompt else self._ended - start
         return chosen
 
     def _execute_by_rejection(
@@ -105,22 +104,27 @@ class Speculation:
         return describe(token_ids, logits, sampling)
 
     def propose(self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult) -> list[list[int]]:
-        """Guess what may follow what a step has chosen; parallel to `scheduled`, or empty if nothing is guessed."""
-        if self._lengths.rests(len(scheduled)) and not any(share.spec_token_ids for share in scheduled):
+        """Draft what may follow the tokens that a step has chosen; parallel to `scheduled`, or empty if nothing is."""
+        verdicts = [
+            (row, len(share.spec_token_ids), len(chosen) - 1)
+            for share, row, chosen in zip(scheduled, layout.rows.tolist(), result.token_ids, strict=True)
+            if share.spec_token_ids
+        ]
+        self._lengths.stepped(len(scheduled), verdicts, self._step_seconds)
+        if self._lengths.rests():
             return []
         candidates, places = self._candidates(scheduled, layout, result)
         proposals: list[list[int]] = [[]] * len(scheduled)
         if candidates:
             began = self._clock()
-            self._proposer.catch_up(candidates)  # once for all guesses to come: not what a guess costs
+            self._proposer.catch_up(candidates)
             catching_up = self._clock() - began
-            self._lengths.caught_up(catching_up)
-            start = self._ended + catching_up
-            guessed = self._proposer.propose(candidates)
-            self._ended = self._clock()
-            if any(proposal.token_ids for proposal in guessed):
-                self._lengths.proposed([one.num_wanted for one in candidates], self._ended - start)
-            for place, candidate, proposal in zip(places, candidates, guessed, strict=True):
+            drafted = self._proposer.propose(candidates)
+            drafting = self._clock() - self._ended - catching_up
+            self._ended += catching_up + drafting
+            wanted = [one.num_wanted for one, proposal in zip(candidates, drafted, strict=True) if proposal.token_ids]
+            self._lengths.proposed(wanted, drafting, catching_up)
+            for place, candidate, proposal in zip(places, candidates, drafted, strict=True):
                 self._proposals[candidate.row] = proposal
                 proposals[place] = proposal.token_ids
         return proposals
@@ -128,24 +132,22 @@ class Speculation:
     def _candidates(
         self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult
     ) -> tuple[list[Candidate], list[int]]:
-        """Who may be guessed for, and their places in the step."""
-        waiting: list[tuple[int, int, int, int]] = []  # place, row, known tokens, room for guesses
+        """Return the requests to draft for, and their places in the step."""
+        waiting: list[tuple[int, int, int, int]] = []  # place, row, number of known tokens, most tokens to draft
         for place, (share, row) in enumerate(zip(scheduled, layout.rows.tolist(), strict=True)):
             chosen = result.token_ids[place]
-            if share.spec_token_ids:
-                self._lengths.verified(row, len(share.spec_token_ids), len(chosen) - 1)
             if not chosen or row not in self._most_tokens or share.is_padding or share.request_id in result.errors:
                 continue
             end = share.num_computed_tokens + share.num_scheduled_tokens
             num_tokens = end - len(share.spec_token_ids) + len(chosen)
             room = self._most_tokens[row] - num_tokens - 1
-            if self._needs_slots:  # the last guess is never read
+            if self._needs_slots:  # the last drafted token is never read, and needs no slot
                 room = min(room, share.num_blocks * self._rows.block_size - num_tokens + 1)
             if room > 0:
                 waiting.append((place, row, num_tokens, room))
         if not waiting:
             return [], []
-        lengths = self._lengths.lengths([row for _, row, _, _ in waiting], num_others=len(scheduled) - len(waiting))
+        lengths = self._lengths.lengths([row for _, row, _, _ in waiting])
         wanted = [
             (place, Candidate(row, num_tokens, min(length, room)))
             for (place, row, num_tokens, room), length in zip(waiting, lengths, strict=True)

@@ -9,12 +9,12 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from shoal.server.generation import Delta
 from shoal.server.logprobs import completion_logprobs
 from shoal.server.routes.answer import event
 from shoal.server.routes.call import Call, Unset
 from shoal.server.routes.schema import documented
 from shoal.server.service import Service
+from shoal.server.text import Delta
 from shoal.server.wire.requests import CompletionBody, parse_body
 from shoal.server.wire.responses import Completion, CompletionChoice, Usage
 

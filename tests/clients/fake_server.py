@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+PATIENCE = 120.0  # seconds that anything may take on a busy machine; no test measures time
+
 
 @dataclass
 class Recorded:
@@ -135,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _await_disconnect(self, fake: FakeServer) -> None:
         self.close_connection = True
-        readable, _, _ = select.select([self.connection], [], [], 20)
+        readable, _, _ = select.select([self.connection], [], [], PATIENCE)
         if readable and not self.connection.recv(1):
             fake.disconnected.set()
 

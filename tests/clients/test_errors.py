@@ -23,7 +23,7 @@ from shoal.clients import (
 )
 from shoal.clients.transport import retry_after, retry_delay
 from tests.clients.conftest import Driver
-from tests.clients.fake_server import Answer, FakeServer, completion, completion_chunks, error_body
+from tests.clients.fake_server import PATIENCE, Answer, FakeServer, completion, completion_chunks, error_body
 
 OPERATIONS: list[tuple[str, list[Any]]] = [
     ("complete", ["x"]),
@@ -147,7 +147,7 @@ def test_a_server_that_is_silent(server: FakeServer, driver: Driver) -> None:
     server.answer(Answer(ending="silence"))
     with pytest.raises(TimedOutError):
         driver.call("complete", "x", settings={"read_timeout": 0.1})
-    assert server.disconnected.wait(5)
+    assert server.disconnected.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("kind", [ShoalClient, AsyncShoalClient])

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.clients.fake_server import FakeServer, chat_chunks, completion_chunks
+from tests.clients.fake_server import PATIENCE, FakeServer, chat_chunks, completion_chunks
 
 CTRL_C = "\x03"
 CTRL_D = "\x04"
@@ -54,18 +55,24 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read until the text appears after the one that was waited for before."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while text not in self.seen[self._waited_for :]:
             readable, _, _ = select.select([self._keys], [], [], deadline - time.monotonic())
             assert readable, f"{text!r} did not appear: {self.seen!r}"
             self.seen += self._read()
         self._waited_for = self.seen.index(text, self._waited_for) + len(text)
 
+    def wait_asleep(self) -> None:
+        """Until the process waits for something."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        while stat.read_text().rpartition(") ")[2][0] != "S":
+            time.sleep(0.01)
+
     def exit_code(self) -> int:
         """Read until the process ends."""
         while piece := self._read():
             self.seen += piece
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE)
 
     def close(self) -> None:
         self.process.kill()
@@ -94,7 +101,7 @@ def test_ctrl_c_aborts_a_completion(server: FakeServer, terminals: list[Terminal
     terminal.wait_for("partial")
     terminal.type(CTRL_C)
     assert (terminal.exit_code(), terminal.seen) == (130, "partial^C\r\nInterrupted.\r\n")
-    assert server.disconnected.wait(20)
+    assert server.disconnected.wait(PATIENCE)
 
 
 def test_a_completion_ends_its_line(server: FakeServer, terminals: list[Terminal]) -> None:
@@ -117,7 +124,7 @@ def test_a_conversation(server: FakeServer, terminals: list[Terminal]) -> None:
     terminal.type("first\r")
     terminal.wait_for("a")
     terminal.type(CTRL_C)
-    assert server.disconnected.wait(20)
+    assert server.disconnected.wait(PATIENCE)
     terminal.wait_for("[stopped]")
     terminal.wait_for("> ")
     terminal.type("second\r")
@@ -125,7 +132,7 @@ def test_a_conversation(server: FakeServer, terminals: list[Terminal]) -> None:
     terminal.wait_for("> ")
     terminal.type("not this")
     terminal.wait_for("not this")
-    time.sleep(0.1)  # CPython's readline misses a signal in the instant before it waits for the next key
+    terminal.wait_asleep()  # CPython's readline misses a signal in the instant before it waits for the next key
     terminal.type(CTRL_C)
     terminal.wait_for("> ")
     terminal.type(UP + "\r")

@@ -22,6 +22,7 @@ CORPUS = [
 ]
 VOCAB_SIZE = 320
 MAX_MODEL_LEN = 4096
+CYCLE_MODEL_LEN = 16384  # so that a request can run for long enough to be watched on a busy machine
 # All characters of the text differ in all their bytes, so that a model which knows only the last token can write it.
 CYCLE = "a数é👍Z"
 _SHAPE: dict[str, Any] = {
@@ -63,7 +64,7 @@ def cycle_checkpoint(folder: Path) -> Path:
     token_ids = tokenizer.encode(CYCLE).ids
     assert len(token_ids) == len(set(token_ids)) == len(CYCLE.encode())
     torch.manual_seed(6)
-    model: Any = LlamaForCausalLM(LlamaConfig(**_SHAPE))
+    model: Any = LlamaForCausalLM(LlamaConfig(**_SHAPE | {"max_position_embeddings": CYCLE_MODEL_LEN}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "o_proj" in name or "down_proj" in name or "lm_head" in name:

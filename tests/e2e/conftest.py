@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterato
 def strict(tmp_path_factory: pytest.TempPathFactory, cycle_folder: Path) -> Iterator[Server]:
     """A known text; two requests run, one waits, and an API key is needed."""
     keys = f"--api-keys={','.join(API_KEYS)}"
-    limits = ("--max-num-seqs", "2", "--max-num-waiting", "1", "--num-blocks", "512")
+    limits = ("--max-num-seqs", "2", "--max-num-waiting", "1", "--num-blocks", "2048")
     server = Server(tmp_path_factory.mktemp("server"), "--model", str(cycle_folder), keys, *limits)
     server.http.headers["authorization"] = f"Bearer {API_KEYS[1]}"
     yield server.wait_ready()
@@ -59,7 +59,7 @@ def start(tmp_path: Path, cycle_folder: Path) -> Iterator[StartServer]:
     def start_one(*args: str) -> Server:
         folder = tmp_path / str(len(servers))
         folder.mkdir()
-        servers.append(Server(folder, "--model", str(cycle_folder), "--num-blocks", "1024", *args))
+        servers.append(Server(folder, "--model", str(cycle_folder), "--num-blocks", "2048", *args))
         return servers[-1]
 
     yield start_one

@@ -21,7 +21,7 @@ from shoal.loadtest import stream
 from shoal.loadtest.server import ServerProcess
 
 SHOAL = str(Path(sys.executable).parent / "shoal")
-PATIENCE = 120.0  # seconds that anything may take on a busy machine; no test measures time
+PATIENCE = 280.0  # seconds that anything may take on a busy machine; no test measures time
 
 
 class Server(ServerProcess):
@@ -61,7 +61,9 @@ class Server(ServerProcess):
     def wait_ready(self, seconds: float = PATIENCE) -> Self:
         if not self.port:
             announced = r"ready after .*: http://127\.0\.0\.1:(\d+)"
-            self.port = int(self.until("the server says its port", lambda: self.check() or re.search(announced, self.log))[1])
+            self.port = int(
+                self.until("the server says its port", lambda: self.check() or re.search(announced, self.log))[1]
+            )
             self.http.base_url = self.url
         super().wait_ready(seconds)
         return self

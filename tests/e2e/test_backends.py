@@ -24,9 +24,9 @@ REQUESTS: list[dict[str, Any]] = [
 @needs_native
 def test_the_backends_answer_alike(start: StartServer, tiny: Server, tiny_folder: Path) -> None:
     """The same tokens, greedy or drawn; the numbers may differ in their last digits."""
-    assert "float32, native (" in tiny.log
+    tiny.until("it says what it computes with", lambda: "float32, native (" in tiny.log)
     torch = start("--model", str(tiny_folder), "--backend", "torch").wait_ready()
-    assert "float32, torch on cpu" in torch.log
+    torch.until("it says what it computes with", lambda: "float32, torch on cpu" in torch.log)
     for request in REQUESTS:
         body = {"max_tokens": 40, "ignore_eos": True, "logprobs": 3, **request}
         native, other = (server.complete("the cat sat on", **body)["choices"][0] for server in (tiny, torch))
@@ -37,12 +37,14 @@ def test_the_backends_answer_alike(start: StartServer, tiny: Server, tiny_folder
 @needs_native
 def test_what_is_kept_in_fewer_bits_is_announced(start: StartServer) -> None:
     server = start("--quantization", "int8", "--kv-cache-dtype", "float16").wait_ready()
-    assert f"int8 weights, float16 KV cache, native ({supported_isas()[0]}, 1 thread)" in server.log
+    announced = f"int8 weights, float16 KV cache, native ({supported_isas()[0]}, 1 thread)"
+    server.until("it says what it keeps in fewer bits", lambda: announced in server.log)
     assert server.text("Z", max_tokens=40, temperature=0) == cycle_text(40)
 
 
 def test_torch_serves_where_native_cannot_and_one_line_says_why(start: StartServer) -> None:
     server = start("--block-size", "8").wait_ready()
     assert server.text("Z", max_tokens=40, temperature=0) == cycle_text(40)
+    server.until("the announcement is complete", lambda: "ready after" in server.log)
     (line,) = [line for line in server.log.splitlines() if " WARNING " in line]
     assert "the torch backend serves, which is slower and takes more memory: block_size 8 is not for" in line

@@ -33,19 +33,19 @@ def nothing_left(server: Server) -> bool:
 
 
 def test_an_engine_dies_a_new_one_comes_and_the_server_drains(start: StartServer) -> None:
-    server = start()
+    server = start("--drain-seconds", "280")
     assert server.until("it answers before it is ready", lambda: server.get("/health")).status_code == 503
     assert unavailable(server)
     server.wait_ready()
     engine = server.engine_pid()
 
-    waiting = Waiting(server, COMPLETIONS, **LONG, max_tokens=4000)
+    waiting = Waiting(server, COMPLETIONS, **LONG, max_tokens=12_000)
     server.until("it runs", lambda: server.metric("num_requests_running") == 1)
-    with server.streaming(COMPLETIONS, **LONG, max_tokens=4000) as stream:
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=12_000) as stream:
         first = next(stream)
         os.kill(engine, signal.SIGKILL)
         *chunks, last = [first, *stream]
-    assert cycle_text(4000).startswith(joined(chunks).removesuffix("\ufffd"))
+    assert cycle_text(12_000).startswith(joined(chunks).removesuffix("\ufffd"))
     assert all("error" not in chunk for chunk in chunks)
     assert last["error"].keys() == {"message", "type", "param", "code"}
     assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "engine_error")
@@ -60,13 +60,13 @@ def test_an_engine_dies_a_new_one_comes_and_the_server_drains(start: StartServer
     assert server.metric("request_success_total", finished_reason="error") == 2
 
     # A terminal or a service manager may signal the whole process group: it must drain all the same.
-    with server.streaming(COMPLETIONS, **LONG, max_tokens=3000) as stream:
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=12_000) as stream:
         chunks = [next(stream)]
         os.killpg(server.process.pid, signal.SIGTERM)
         server.until("new requests are refused", lambda: unavailable(server))
         assert server.get("/health").status_code == 503
         chunks += stream
-    assert joined(chunks) == cycle_text(3000)
+    assert joined(chunks) == cycle_text(12_000)
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert server.wait() == 0
     assert nothing_left(server)
@@ -74,11 +74,11 @@ def test_an_engine_dies_a_new_one_comes_and_the_server_drains(start: StartServer
 
 @pytest.mark.parametrize("how", ["time limit", "second signal"])
 def test_a_drain_ends(start: StartServer, how: str) -> None:
-    server = start("--drain-seconds", "0.2" if how == "time limit" else "100").wait_ready()
+    server = start("--drain-seconds", "0.2" if how == "time limit" else "280").wait_ready()
     engine = server.engine_pid()
-    waiting = Waiting(server, COMPLETIONS, **LONG, max_tokens=4000)
+    waiting = Waiting(server, COMPLETIONS, **LONG, max_tokens=12_000)
     server.until("it runs", lambda: server.metric("num_requests_running") == 1)
-    with server.streaming(COMPLETIONS, **LONG, max_tokens=4000) as stream:
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=12_000) as stream:
         next(stream)
         server.signal(signal.SIGINT)
         if how == "second signal":
@@ -106,7 +106,7 @@ def test_a_server_may_be_stopped_at_any_moment_of_its_start(start: StartServer, 
 def test_an_engine_ends_with_its_server(start: StartServer) -> None:
     server = start().wait_ready()
     engine = server.engine_pid()
-    with server.streaming(COMPLETIONS, **LONG, max_tokens=4000) as stream:
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=12_000) as stream:
         next(stream)
         server.signal(signal.SIGKILL)
         with pytest.raises((httpx.TransportError, AssertionError)):

@@ -32,6 +32,7 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any
 
 
 @pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("k", [None, *range(1, 9)])
 def test_300_requests(method: str, k: int | None, without: list[list[dict[str, Any]]], tmp_path: Path) -> None:

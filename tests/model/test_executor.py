@@ -298,7 +298,7 @@ SAMPLING = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=120, derandomize=True)
+@settings(max_examples=120, derandomize=True)
 @given(
     requests=st.lists(st.tuples(st.integers(0, 9), st.lists(TOKENS, min_size=1, max_size=8), SAMPLING), max_size=6),
     block_size=st.integers(1, 8),

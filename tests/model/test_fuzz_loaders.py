@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -151,7 +151,7 @@ def load_record(path: Path) -> None:
         array.tobytes()
 
 
-FUZZ = settings(max_examples=250, deadline=2000, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = settings(max_examples=250)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

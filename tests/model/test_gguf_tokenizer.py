@@ -129,7 +129,7 @@ def test_pieces_are_those_of_llama_cpp(pre: str, tmp_path: Path) -> None:
     definition = read_gguf_tokenizer(read_gguf(store(tmp_path, BYTE_LEVEL, pre=pre))).definition
     tokenizer = HubTokenizer.from_str(definition)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(text)
     def check(sample: str) -> None:
         expected = [sample]
@@ -170,7 +170,7 @@ def test_sentencepiece_ids_equal_transformers(tmp_path: Path) -> None:
     path = store(tmp_path, SENTENCEPIECE)
     ours, theirs = Tokenizer.load(path), transformers_tokenizer(path)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(text)
     def check(sample: str) -> None:
         if not sample.startswith((" ", "▁")):

@@ -188,7 +188,9 @@ def test_a_prefix_that_another_sequence_computed(model: str, numbers: str, pages
 
 # `paged` is a class, which no example can leave in another state.
 @each_model
-@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     numbers=st.sampled_from(list(NUMBERS)),
     seed=st.integers(0, 10_000),

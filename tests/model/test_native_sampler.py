@@ -131,7 +131,7 @@ rows_of_options = st.lists(
 vocab_sizes = st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 1023, 1024, 1025, 2000]))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(vocab_sizes, rows_of_options, st.sampled_from([0, 0, 1, 3, 40]), st.integers(0, 2**32))
 def test_chooses_as_the_reference(
     sampling_batch: Batches, vocab_size: int, options: list[dict[str, Any]], entries_per_row: int, seed: int

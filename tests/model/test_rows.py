@@ -107,7 +107,7 @@ def test_known_tokens_are_forced_where_a_prompt_is_scored() -> None:
     assert not rows.scored
 
 
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(
     prompt=st.lists(st.integers(0, 5), min_size=1, max_size=8),
     output=st.lists(st.integers(0, 5), max_size=8),

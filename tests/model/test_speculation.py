@@ -168,7 +168,7 @@ def test_lengths_that_change_with_the_weather_change_no_text(method: str) -> Non
             super().__init__(1)
             self._rng = np.random.default_rng(4)
 
-        def lengths(self, rows: list[int], num_others: int) -> list[int]:
+        def lengths(self, rows: list[int]) -> list[int]:
             return self._rng.integers(0, 9, len(rows)).tolist()
 
     assert_same(run(method, Fickle(), kind="torch", requests=mixed_requests(24)), truth("torch"))
@@ -256,7 +256,7 @@ def next_distribution(tokens: list[int], sampling: SamplingParams) -> np.ndarray
     new = NewRequest(tokens, len(tokens), sampling)
     row = rows.place(ScheduledRequest("a", 0, 0, len(tokens), [2], 1, True, [], new))
     drafter = Drafter(backend, rows, num_layers=None, draws_apart=True)
-    (proposal,) = drafter.guess([Candidate(row, len(tokens), 1)], [0])
+    (proposal,) = drafter.draft([Candidate(row, len(tokens), 1)], [0])
     assert proposal.probabilities is not None
     return proposal.probabilities[0]
 

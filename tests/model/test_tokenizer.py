@@ -61,7 +61,7 @@ any_ids = st.lists(st.integers(-2, 350) | st.sampled_from([0, 1, 2, 229, 133, 17
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ids=any_ids, cuts=st.lists(st.integers(0, 40)), skip=st.booleans())
 def test_pieces_of_any_ids_make_the_text_of_the_whole(kind: str, ids: list[int], cuts: list[int], skip: bool) -> None:
     detokenizer = IncrementalDetokenizer(TOKENIZERS[kind], skip_special_tokens=skip)
@@ -73,7 +73,7 @@ def test_pieces_of_any_ids_make_the_text_of_the_whole(kind: str, ids: list[int],
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text() | st.sampled_from(CORPUS))
 def test_any_text_comes_back_piece_by_piece_without_broken_characters(kind: str, text: str) -> None:
     tokenizer = TOKENIZERS[kind]

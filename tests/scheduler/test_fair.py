@@ -315,7 +315,7 @@ def bound(max_num_seqs: int, sizes: Sizes) -> float:
 sizes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=8, max_size=20)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     first=sizes,
     second=sizes,

@@ -29,7 +29,7 @@ def text(rng: random.Random, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", PREDICTORS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_whatever_was_learned_a_prediction_is_possible(name: str, data: st.DataObject) -> None:
     predictor = PREDICTORS[name]()

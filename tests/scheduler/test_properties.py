@@ -218,7 +218,6 @@ def test_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> No
         settings=settings(
             max_examples=250 if policy == "fcfs" else 30,
             stateful_step_count=40,
-            deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
@@ -300,7 +299,7 @@ def run_busily(rng: random.Random, harness: Harness) -> int:
 def test_under_load_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> None:
     num_preemptions = num_padding = num_pauses = 0
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=60, derandomize=True)
     @given(seed=st.integers(0, 2**32))
     def run(seed: int) -> None:
         nonlocal num_preemptions, num_padding, num_pauses

@@ -72,7 +72,7 @@ def run(harness: Harness, commands: list[Command]) -> FakeWire:
     return sockets
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     asked=st.lists(
         st.tuples(

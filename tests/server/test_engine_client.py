@@ -62,7 +62,7 @@ async def news(submission: Submission, count: int) -> list[RequestOutput]:
 
 
 async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(280):
         while not holds():  # noqa: ASYNC110 (what changes is a number in another's keeping)
             await asyncio.sleep(0.01)
 
@@ -74,7 +74,7 @@ def sample(client: EngineClient, name: str) -> float | None:
 
 def play_out(scene: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(280):
             await scene()
 
     asyncio.run(limited())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.scheduler.config import SchedulerConfig
@@ -83,13 +83,11 @@ reports = (
 )
 
 
-@settings(deadline=None)
 @given(command=commands)
 def test_commands(command: Command) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=Command) == command
 
 
-@settings(deadline=None)
 @given(report=reports)
 def test_reports(report: Report) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=Report) == report

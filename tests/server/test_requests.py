@@ -109,7 +109,7 @@ anything = st.recursive(
 kinds = st.sampled_from([CompletionBody, ChatBody, TokenizeBody, DetokenizeBody])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(kind=kinds, raw=st.binary(max_size=40) | anything.map(lambda value: json.dumps(value).encode()))
 def test_anything_is_read_or_refused(kind: Any, raw: bytes) -> None:
     try:
@@ -120,7 +120,7 @@ def test_anything_is_read_or_refused(kind: Any, raw: bytes) -> None:
         assert isinstance(body, kind)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(field=st.sampled_from([*CompletionBody.model_fields]), value=anything)
 def test_a_fault_in_a_field_is_said_of_that_field(field: str, value: Any) -> None:
     try:

@@ -11,8 +11,8 @@ from shoal.model.checkpoint import gguf_checkpoint
 from shoal.model.checkpoint.gguf_file import GgufFile, read_gguf
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.server.engine.client import EngineClient
-from shoal.server.service import build_service
 from shoal.server.settings import resolve
+from shoal.server.setup import build_service
 from tests.e2e.checkpoints import random_checkpoint
 from tests.gguf_writer import write_gguf
 

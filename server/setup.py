@@ -1,0 +1,54 @@
+"""Reads what the API needs of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.model.checkpoint.config import load_config, load_generation_defaults
+from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_checkpoint
+from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.errors import ConfigError
+from shoal.server.engine.engine import Engine
+from shoal.server.metrics import Metrics
+from shoal.server.service import Service, unix_time
+from shoal.server.settings import Settings
+
+
+def build_service(settings: Settings, connect: Callable[[Metrics], Engine]) -> Service:
+    """Read what the API needs of the checkpoint; the engine reads the rest.
+
+    Args:
+        connect: makes the engine, which tells the metrics what it does.
+
+    Raises:
+        CheckpointError: a file is missing or malformed.
+        ConfigError: the draft model has another tokenizer.
+    """
+    checkpoint = resolve_checkpoint(settings.model)
+    opened = open_checkpoint(checkpoint)
+    tokenizer = Tokenizer.load(opened)
+    if settings.speculation.method == "draft":
+        _check_draft(tokenizer, find_draft(settings.speculation.draft_model))
+    model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
+    metrics = Metrics(model_name)
+    return Service(
+        settings=settings,
+        model_name=model_name,
+        config=load_config(opened),
+        defaults=load_generation_defaults(opened),
+        tokenizer=tokenizer,
+        engine=connect(metrics),
+        metrics=metrics,
+        started=unix_time(),
+    )
+
+
+def _check_draft(tokenizer: Tokenizer, draft: Path) -> None:
+    """A vocabulary of the same size may be another one, of which nothing would ever be accepted."""
+    if not Tokenizer.load(draft).has_vocabulary_of(tokenizer):
+        raise ConfigError(
+            f"draft_model {draft} has another vocabulary than the model: they need the same tokenizer",
+            param="draft_model",
+        )
