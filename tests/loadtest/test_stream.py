@@ -107,8 +107,9 @@ def test_a_whole_answer_is_noted(fake: FakeServer) -> None:
         request_id="r",
         engine_id="cmpl-7-0-0",
         sent_at=0.0,
-        token_times=[1.0, 3.0, 4.0, 5.0],  # not the second, which carries nothing, nor the usage
-        finished_at=8.0,  # after [DONE]
+        accepted_at=1.0,
+        token_times=[2.0, 4.0, 5.0, 6.0],  # not the second, which carries nothing, nor the usage
+        finished_at=9.0,  # after [DONE]
         num_prompt_tokens=5,
         num_output_tokens=2,
         num_cached_tokens=4,
@@ -165,7 +166,7 @@ def test_an_error_in_the_middle_of_a_stream_is_noted_with_what_came_before(fake:
     fake.stream(completion_events(["a"])[0], error_body("the engine has failed"))
     record = record_of(fake)
     assert record.error == "in the stream: the engine has failed"
-    assert record.token_times == [1.0]
+    assert record.token_times == [2.0]
     assert record.engine_id == "cmpl-7-0-0"
     assert not is_connection_error(record)
 
@@ -174,8 +175,8 @@ def test_a_connection_that_is_cut_is_noted_with_what_came_before(fake: FakeServe
     fake.stream(*completion_events(["a", "b"])[:2], done=False, ending="cut")
     record = record_of(fake)
     assert is_connection_error(record)
-    assert record.token_times == [1.0, 2.0]
-    assert record.finished_at == 3.0
+    assert record.token_times == [2.0, 3.0]
+    assert record.finished_at == 4.0
 
 
 def test_a_connection_that_is_cut_before_the_first_byte_is_noted(fake: FakeServer) -> None:
@@ -194,7 +195,7 @@ def test_silence_is_noted_and_the_connection_closed(fake: FakeServer) -> None:
     answer_pieces(fake, sse(completion_events(["a"])[0]), ending="silence")
     record = record_of(fake, timeout_seconds=2.0)
     assert record.error == "timeout: the server was silent for 2 s"
-    assert record.token_times == [1.0]
+    assert record.token_times == [2.0]
     assert fake.disconnected.wait(PATIENCE)
 
 
