@@ -87,7 +87,7 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
     """Compare servers under load: policies, with and without speculation.
 
     For each combination a server is started, warmed and put under load.  At the end there is a table, and report.html
-    with its pictures.  What stands after -- is passed to every server.
+    with its pictures.  Options after -- are passed to every server.
     """  # fmt: skip
     with _exit_codes("loadtest"):
         from shoal.loadtest.plan import Asked, make_plan  # noqa: PLC0415 (only the command that is called loads what it needs)
@@ -116,7 +116,7 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
 def simulate(costs: Path, **asked: Any) -> None:
     """Predict what `shoal loadtest` would measure, from a profile and without a server.
 
-    What stands after -- changes the limits and knobs of the scheduler.
+    Options after -- change the limits and knobs of the scheduler.
     """  # fmt: skip
     with _exit_codes("simulate"):
         from shoal.loadtest.plan import Asked, make_plan  # noqa: PLC0415
@@ -136,7 +136,7 @@ def simulate(costs: Path, **asked: Any) -> None:
 def profile(output: Path, **asked: Any) -> None:
     """Measure what steps cost, for `shoal simulate`: a minute of short runs.
 
-    What stands after -- is passed to every server.
+    Options after -- are passed to every server.
     """  # fmt: skip
     with _exit_codes("profile"):
         from shoal.loadtest.plan import Asked, make_plan  # noqa: PLC0415

@@ -165,7 +165,7 @@ def decode(content: bytes, kind: type[T] | Any, place: str) -> T:
     """A value from JSON.
 
     Args:
-        place: where the content stands, with which errors begin.
+        place: where the content is from; errors begin with it.
 
     Raises:
         LoadTestError: the content is not JSON, or a field is missing, unknown or wrong; the field is named.
