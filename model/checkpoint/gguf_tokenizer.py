@@ -1,8 +1,8 @@
 """The tokenizer of a GGUF file, as the `tokenizer.json` that it would have in a Hugging Face folder.
 
-The file names one of llama.cpp's tokenizers and holds its vocabulary.  Two are understood: `gpt2`, byte-level BPE,
-which cuts a text before merging as `tokenizer.ggml.pre` says; and `llama`, SentencePiece's BPE, which merges whatever
-makes the token of the highest score and spells in bytes what has no token.
+The file names one of llama.cpp's tokenizers and holds its vocabulary.  Two are supported.  `gpt2` is
+byte-level BPE; `tokenizer.ggml.pre` names how it splits a text before merging.  `llama` is SentencePiece's BPE: it
+prefers the merge whose result has the highest score, and text without a token becomes bytes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SPECIAL_IDS = {
 _SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file names none
 # Types of tokens; normal, unused and byte-valued ones need nothing.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_SPACE = "▁"  # SentencePiece's letter for it
-_MAX_PIECE_LETTERS = 256  # every way to cut a piece in two is looked up
+_SPACE = "▁"  # SentencePiece's letter for a space
+_MAX_PIECE_LETTERS = 256  # every way to split a piece in two is looked up
 
 
 def _split(regex: str) -> Json:
@@ -39,19 +39,19 @@ def _split(regex: str) -> Json:
 
 
 def _bytes(*, words: bool) -> Json:
-    """The step to letters for bytes; `words` cuts as GPT-2 did first."""
+    """The step from bytes to letters; `words` first splits the text as GPT-2 does."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
 
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """How a byte-level tokenizer cuts a text into the pieces that it merges within.
+    """How a byte-level tokenizer splits a text into pieces, within which it merges.
 
     Attributes:
         steps: pre-tokenizers, in order.
-        normalizer: what comes before, such as a Unicode normal form.
-        whole_tokens: a piece that is a token is not put together by merges.
-        add_bos: whether a text begins with bos where the file does not say.
+        normalizer: runs before the steps, such as a Unicode normal form.
+        whole_tokens: whether a piece that is a token skips the merges.
+        add_bos: whether a text begins with bos if the file does not say.
     """
 
     steps: tuple[Json, ...]
@@ -71,7 +71,7 @@ _LLAMA3 = _Cut(
 )
 _DEFAULT = "default"
 _CUTS = {
-    # llama.cpp's own, for files that do not say.
+    # What llama.cpp uses for files that name none.
     _DEFAULT: _Cut(
         (
             _split(r"[\p{P}\$\+<=>\^~\|]+"),
@@ -162,7 +162,7 @@ def _definition(file: GgufFile, vocabulary: _Vocabulary) -> Json:
 
 
 def _added_tokens(vocabulary: _Vocabulary) -> list[Json]:
-    """Tokens that are themselves wherever a text spells them, and never merged."""
+    """Tokens that are found in a text before it is split, and never merged."""
     return [
         {
             "id": i,
@@ -198,7 +198,7 @@ def _byte_level(file: GgufFile, vocabulary: _Vocabulary) -> Json:
 
 
 def _sentencepiece(file: GgufFile, vocabulary: _Vocabulary) -> Json:
-    """As Hugging Face writes it for Llama 2: a text, or what follows a special token, begins with a space."""
+    """The form that Llama 2 has on Hugging Face: a space is put before a text, and after each special token."""
     add_space = file.section(_PREFIX).flag("add_space_prefix", default=True)
     space = [{"type": "Prepend", "prepend": _SPACE}] if add_space else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_space else []
@@ -230,9 +230,9 @@ def _sentencepiece(file: GgufFile, vocabulary: _Vocabulary) -> Json:
 
 
 def _merges_by_score(file: GgufFile, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, the token of the highest score first.
+    """Every way to make a token of two others, in descending order of the token's score.
 
-    SentencePiece merges by the score of the result and knows no list of merges; this one has the same effect.
+    SentencePiece merges by the score of the result and has no list of merges; this list has the same effect.
     """
     tokens, types = vocabulary.tokens, vocabulary.types
     scores = _one_each(file, "scores", len(tokens))
@@ -246,7 +246,7 @@ def _merges_by_score(file: GgufFile, vocabulary: _Vocabulary) -> list[tuple[str,
         if len(piece) > _MAX_PIECE_LETTERS:
             message = f"a token of {len(piece)} letters; at most {_MAX_PIECE_LETTERS} are supported"
             raise file.error(f"{_PREFIX}tokens", message)
-        # Hugging Face tries the longest left part first, where several ways lead to one piece.
+        # Of several pairs that make one piece, Hugging Face tries the one with the longest left part first.
         cuts = ((piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1))
         merges += [(left, right) for left, right in cuts if left in pieces and right in pieces]
     return merges
@@ -282,7 +282,7 @@ def _piece(text: str) -> Json:
 
 
 def _chat_templates(file: GgufFile) -> dict[str, str]:
-    """By name; the one without a name is the default."""
+    """The chat templates by name; the one without a name is the default."""
     templates = {}
     for key, value in file.metadata.items():
         if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
