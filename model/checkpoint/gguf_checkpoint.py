@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from shoal.model.checkpoint.gguf_file import BF16, F16, F32, ArrayValue, GgufFile, read_gguf
-from shoal.model.checkpoint.gguf_tokenizer import read_gguf_tokenizer, special_token_ids
 from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
 
 _ARCHITECTURE = "llama"
@@ -86,7 +85,7 @@ class GgufCheckpoint:
     def config(self) -> Fields:
         file, own = self._file, self._own
         _refuse_unsupported(own)
-        ids = special_token_ids(file)
+        ids = file.special_token_ids()
         values: dict[str, Any] = {name: file.metadata.get(key) for name, key in _KEYS.items()}
         values |= {
             "architectures": ["MixtralForCausalLM" if self._num_experts else "LlamaForCausalLM"],
@@ -102,10 +101,13 @@ class GgufCheckpoint:
 
     def generation_config(self) -> Fields:
         values: dict[str, Any] = {name: self._file.metadata.get(key) for name, key in _SAMPLING.items()}
-        values["eos_token_id"] = _end_ids(special_token_ids(self._file))
+        values["eos_token_id"] = _end_ids(self._file.special_token_ids())
         return Fields(self._file.path, values, names=_KEYS | _SAMPLING)
 
     def tokenizer(self) -> TokenizerParts:
+        # The engine process does not need the tokenizers package, which takes time to load.
+        from shoal.model.checkpoint.gguf_tokenizer import read_gguf_tokenizer  # noqa: PLC0415
+
         return read_gguf_tokenizer(self._file)
 
     def weights(self) -> Weights:

@@ -26,6 +26,17 @@ from shoal.scheduler.errors import CheckpointError
 # The types of tensors that are plain numbers; all others are blocks of quantised ones.
 F32, F16, BF16 = 0, 1, 30
 
+# The metadata keys, after `tokenizer.ggml.`, of the special tokens' ids.
+SPECIAL_TOKEN_KEYS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "pad": "padding_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+}
+_SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file names none
+
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
@@ -122,6 +133,17 @@ class GgufFile:
             raise self.error(key, "expected an array of numbers")
         numbers: NDArray[Any] = np.frombuffer(self.data, _NUMBERS[array.type], array.count, array.start)
         return numbers
+
+    def special_token_ids(self) -> dict[str, int]:
+        """Ids of the special tokens that the file has: bos, eos, unk, pad, eot (end of turn), eom (end of message).
+
+        Raises:
+            CheckpointError: naming the key that holds no id.
+        """
+        fields = self.section("tokenizer.ggml.")
+        ids = {name: fields.optional_integer(key) for name, key in SPECIAL_TOKEN_KEYS.items()}
+        defaults = _SENTENCEPIECE_IDS if fields.get("model") == "llama" else {}
+        return defaults | {name: token_id for name, token_id in ids.items() if token_id is not None}
 
     def _array(self, key: str) -> ArrayValue:
         value = self.metadata.get(key)

@@ -40,13 +40,18 @@ class HuggingFaceFolder:
         return Fields(path, read_json(path) if path.exists() else {})
 
     def tokenizer(self) -> TokenizerParts:
+        import tokenizers  # noqa: PLC0415  (the engine process does not need it, and it takes time to load)
+
         path = self.path / _TOKENIZER
         config_path = self.path / _TOKENIZER_CONFIG
         config = read_json(config_path) if config_path.exists() else {}
         read_json(path)  # for its messages: the library's do not name the file
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{path}: not a tokenizer: {error}", param=path.name) from error
         return TokenizerParts(
-            path=path,
-            definition=_read_text(path),
+            tokenizer=tokenizer,
             special_tokens=_special_tokens(config),
             chat_templates=_chat_templates(self.path, config),
         )

@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from shoal.scheduler.errors import CheckpointError
+
+if TYPE_CHECKING:  # it takes time to load, and the engine process does not need it
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +90,12 @@ class TokenizerParts:
     """What makes a tokenizer.
 
     Attributes:
-        path: the file that errors name.
-        definition: the text of a `tokenizer.json`.
+        tokenizer: as the library reads it.
         special_tokens: text of the special tokens by name, such as {"eos_token": "</s>"}.
         chat_templates: see `ChatTemplate`.
     """
 
-    path: Path
-    definition: str
+    tokenizer: Tokenizer
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str]
 

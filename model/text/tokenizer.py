@@ -75,11 +75,7 @@ class Tokenizer:
         opened = open_checkpoint(checkpoint)
         parts = opened.tokenizer()
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(parts.definition)
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{parts.path}: not a tokenizer: {error}", param=parts.path.name) from error
-        try:
-            return cls(tokenizer, special_tokens=parts.special_tokens, chat_templates=parts.chat_templates)
+            return cls(parts.tokenizer, special_tokens=parts.special_tokens, chat_templates=parts.chat_templates)
         except CheckpointError as error:
             raise CheckpointError(f"{opened.path}: {error.message}", param=error.param) from error
 
