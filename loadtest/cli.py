@@ -98,11 +98,12 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
         if resume and output is None:
             raise LoadTestError("--resume needs --output, the folder of the comparison that is to go on")
         folder = output or Path("loadtest-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
+        asked["command"] = shlex.join(["shoal", *sys.argv[1:]])
         plan = open_folder(folder, None if resume else make_plan(Asked(**asked), POLICIES))
         click.echo(
             f"Everything is saved in {folder}; if this ends early, --output {folder} --resume goes on.", err=True
         )
-        report = conduct(plan, folder, shlex.join(["shoal", *sys.argv[1:]]))
+        report = conduct(plan, folder)
         _show(report.cells, report.complaints, report=str(folder / "report.html"))
     if report.complaints:
         sys.exit(COMPLAINTS_EXIT_CODE)

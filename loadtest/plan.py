@@ -27,6 +27,7 @@ SIZES = {"fast": (96, 1), "full": (256, 2)}  # requests of each workload, and re
 class Asked(Struct, kw_only=True):
     """What a user typed; None is what was not typed."""
 
+    command: str = ""
     options: Sequence[str] = ()
     policies: Sequence[str] | None = None
     workloads: Sequence[str] | None = None
@@ -66,6 +67,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """A whole comparison.
 
     Attributes:
+        command: the line that asked for it.
         options: of all servers.
         num_requests: of each workload.
         replay: a saved workload that takes the place of the generated ones.
@@ -74,6 +76,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """
 
     experiments: tuple[Experiment, ...] = ()
+    command: str = ""
     options: tuple[str, ...] = ()
     model: str = "shoal-moe"
     num_requests: int = 256
@@ -177,6 +180,7 @@ def make_plan(asked: Asked, known_policies: Iterable[str]) -> Plan:
         )
     return Plan(
         experiments=experiments,
+        command=asked.command,
         options=tuple(asked.options),
         model=asked.model,
         num_requests=_checked("requests", num_requests),

@@ -182,7 +182,7 @@ class Comparison:
                 for number, planned in enumerate(self._runs.bar, 1):
                     if folder := self._folder(planned):
                         self.runs[planned] = folder
-                        self._check(planned, load_run(folder))
+                        self._check(planned, load_run(folder, with_steps=False))
                     if number % RUNS_BETWEEN == 0:
                         between()
 
@@ -215,7 +215,7 @@ class Comparison:
                 f"{planned}: {len(found)} answers differ from those of the first run of {run.workload}: {named}"
             )
         if not run.is_complete:
-            self.incomplete += problems(run)
+            self.incomplete += problems(load_run(self.runs[planned]))
         elif planned.load.users:
             rate = summarize(run, self._plan.slo)["request rate"]
             self._request_rates[planned.workload, planned.setup.options].append(rate)
@@ -274,11 +274,8 @@ def open_folder(folder: Path, plan: Plan | None) -> Plan:
     return plan
 
 
-def conduct(plan: Plan, folder: Path, command: str) -> Report:
+def conduct(plan: Plan, folder: Path) -> Report:
     """Carry a plan out, as far as the folder does not hold it, and write its report.
-
-    Args:
-        command: that repeats it, for the report.
 
     Raises:
         LoadTestError: it cannot begin; or something other than a server under test failed in the middle, and what was
@@ -308,7 +305,7 @@ def conduct(plan: Plan, folder: Path, command: str) -> Report:
     predictions, reasons = _predictions(comparison.runs, workloads, profile)
     report = Report(
         made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=command,
+        command=plan.command,
         machine=machine(),
         model=profile.server.model,
         slo=plan.slo,
