@@ -4,7 +4,7 @@ The cache of one layer is a matrix of rows, one row per (key or value, KV head, 
 of one head: gathering a sequence's rows gives keys and values that need no further copy.
 
 Queries are cut into tiles of a sequence; tiles of equal height and similar context run as one batched product.  What
-to gather and what to mask is worked out once a step, for all layers.
+to gather and what to mask is computed once a step, for all layers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from shoal.model.backends.torch_layers import COLUMNS, pad_rows
 from shoal.model.record import ModelConfig
 from shoal.model.step.batch import ForwardBatch
 
-# Most queries of one sequence that are computed together; fewer where the context is so long that scores grow large.
+# Upper limit on the queries of a tile; a long context, which has large scores, lowers it.
 _TILE_QUERIES = 64
-# Most elements of the scores, and of the gathered keys and values, of one group (one tile may exceed it): what a CPU's
-# caches take, or a small part of a GPU's memory.
+# Upper limit on the elements of a group's scores, and of its gathered keys and values; a single tile may exceed it.
+# It fits into a CPU's caches, or takes a small part of a GPU's memory.
 _MAX_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-# Positions that are summed at once.
+# Positions that one product sums over.
 _STRETCH = 128
-# Contexts are bucketed by powers of two from here on (in blocks), so that padding at most doubles the work.
+# From this number of blocks on, contexts are grouped by the next power of two: padding at most doubles the work.
 _MIN_BUCKET_BLOCKS = 16
 
 
@@ -49,12 +49,12 @@ class CacheLayout:
         return cls(config.num_heads, config.num_kv_heads, config.head_dim, num_blocks, block_size)
 
     def padded(self, num_blocks: int) -> int:
-        """The number of blocks that fills up a multiple of COLUMNS positions, which are the columns of the scores."""
+        """`num_blocks` rounded up so that their positions, the columns of the scores, are a multiple of COLUMNS."""
         multiple = math.lcm(COLUMNS, self.block_size) // self.block_size
         return -(-num_blocks // multiple) * multiple
 
     def rows(self, block_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of each block's keys and values: [..., num_blocks] to [2, ..., num_kv_heads, num_blocks]."""
+        """The cache rows of each block's keys and values: [..., num_blocks] to [2, ..., num_kv_heads, num_blocks]."""
         heads = np.arange(2 * self.num_kv_heads).reshape(2, *[1] * (block_ids.ndim - 1), self.num_kv_heads, 1)
         return heads * self.num_blocks + block_ids[..., None, :]
 
@@ -64,10 +64,10 @@ class TileGroup:
     """S tiles of n queries each over contexts padded to L positions, to be computed at once.
 
     Attributes:
-        tokens: [S * n], which tokens of the step the queries are; a slice if all of them, in order.
+        tokens: [S * n], indices of the queries in the step; a slice if the group holds all tokens, in order.
         num_queries: n.
         cache_rows: [2 * S * num_kv_heads * L / block_size], rows of the cache to gather.
-        mask: [S * num_kv_heads, n * queries per KV head, L] (the middle padded, or 1 if n is): 0 or -inf.
+        mask: [S * num_kv_heads, rows, L], 0 or -inf; rows is n * queries per KV head, padded, or 1 if n is 1.
     """
 
     tokens: Tensor | slice
@@ -78,7 +78,7 @@ class TileGroup:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What a step's attention needs beside the queries, the same for every layer.
+    """What a step's attention needs besides queries, keys and values; the same for every layer.
 
     Attributes:
         write_index: [T * 2 * num_kv_heads], position of each token's key and value vectors in a layer's cache.
@@ -91,6 +91,7 @@ class AttentionPlan:
 
 
 def plan_attention(batch: ForwardBatch, layout: CacheLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+    """Work out where the step writes keys and values, and what each group of tiles gathers and masks."""
     slots = batch.slot_mapping.astype(np.int64)
     heads = np.arange(2 * layout.num_kv_heads) * layout.num_blocks * layout.block_size
     fresh = slots[slots % layout.block_size == 0] // layout.block_size
@@ -110,8 +111,8 @@ def plan_attention(batch: ForwardBatch, layout: CacheLayout, device: torch.devic
 def clear_fresh_blocks(kv_cache: Tensor, plan: AttentionPlan) -> None:
     """Zero the blocks that the step starts to fill, in all layers [num_layers, *layout].
 
-    A group gathers whole blocks and masks what is past the context; were NaN left there by a request that failed, the
-    mask would not hide it.
+    A group gathers whole blocks and masks what is past the context.  A failed request may have left NaN there, which no
+    mask hides.
     """
     if plan.fresh_rows.numel():
         kv_cache.index_fill_(1, plan.fresh_rows, 0)
@@ -123,7 +124,7 @@ def attend(queries: Tensor, keys_values: Tensor, kv_cache: Tensor, plan: Attenti
     Args:
         queries: [T, num_heads, head_dim].
         keys_values: [T, 2 * num_kv_heads, head_dim], keys first.
-        kv_cache: one layer's, as `CacheLayout` says.
+        kv_cache: one layer's, in the shape of `CacheLayout`.
 
     Returns:
         [T, num_heads * head_dim].
@@ -190,7 +191,7 @@ def _tiles(batch: ForwardBatch, layout: CacheLayout, max_elements: int) -> _Tile
 
 
 def _groups(tiles: _Tiles, layout: CacheLayout, max_elements: int) -> Iterator[NDArray[np.intp]]:
-    """Numbers of tiles of equal height and similar context, ascending, few enough to be computed at once."""
+    """Indices, ascending, of tiles with equal height and similar context, few enough to be computed at once."""
     buckets = np.exp2(np.ceil(np.log2(np.maximum(tiles.num_blocks, _MIN_BUCKET_BLOCKS)))).astype(np.int64)
     keys = tiles.num_queries * (1 << 32) + buckets
     for key in np.unique(keys):
@@ -213,7 +214,7 @@ def _group(
 ) -> TileGroup:
     n, num_blocks = int(tiles.num_queries[0]), layout.padded(int(tiles.num_blocks.max()))
     tokens = tiles.starts[:, None] + np.arange(n)
-    # Padding gathers the last block of the sequence again, not another's: that may hold NaN, which no mask hides.
+    # Padding repeats the sequence's own last block: another block may hold NaN, which no mask hides.
     columns = np.minimum(np.arange(num_blocks), tiles.num_blocks[:, None] - 1)
     table = batch.block_tables[tiles.sequences[:, None], columns].astype(np.int64)
     positions = torch.from_numpy(batch.positions[tokens]).to(device)

@@ -1,11 +1,11 @@
 """Reads the header of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), strictly.
 
 The format, all little-endian: the letters GGUF, a version, the numbers of tensors and of metadata keys; each key with
-the type of its value and the value; each tensor's name, shape, type and offset; padding; the tensors' data, which the
-offsets count from.  Strings and arrays carry their length before them.
+the type of its value and the value; each tensor's name, shape, type and offset; padding; the tensors' data.  Offsets
+count from the start of the data.  Strings and arrays carry their length before them.
 
-Nothing in the file is believed before it is checked, and nothing is allocated by a length that the file claims.
-Arrays are only stepped over: a vocabulary of 50,000 strings costs time where it is wanted, not in every process.
+Everything is checked before it is used, and no length in the file decides how much is allocated.  Arrays are skipped:
+only a process that needs the vocabulary spends time on its 50,000 strings.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ from shoal.scheduler.errors import CheckpointError
 # The types of tensors that are plain numbers; all others are blocks of quantised ones.
 F32, F16, BF16 = 0, 1, 30
 
+# The metadata keys, after `tokenizer.ggml.`, of the special tokens' ids.
+SPECIAL_TOKEN_KEYS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "pad": "padding_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+}
+_SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file names none
+
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
@@ -39,10 +50,10 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class ArrayValue:
-    """Where an array of the metadata lies.
+    """The place of a metadata array in the file.
 
     Attributes:
-        type: of its elements, as the file numbers them.
+        type: GGUF's number for the type of its elements.
         start: offset in the file of the first element.
     """
 
@@ -62,9 +73,9 @@ class TensorInfo:
     """A tensor as the header describes it.
 
     Attributes:
-        shape: the dimension that varies slowest comes first, as everywhere but in the file.
-        type: as the file numbers them; see `F32`.
-        start: offset in the file, within it, a multiple of 8.
+        shape: slowest dimension first; the file has the reverse order.
+        type: GGUF's number for it; see `F32`.
+        start: offset of the data in the file, a multiple of 8.
     """
 
     name: str
@@ -87,7 +98,7 @@ class GgufFile:
         return CheckpointError(f"{self.path}: {name}: {message}", param=self.path.name)
 
     def section(self, prefix: str) -> Fields:
-        """The values whose keys begin so, by the rest of their keys."""
+        """The values whose keys begin with `prefix`, by the rest of their keys."""
         values = {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
         return Fields(self.path, values, prefix)
 
@@ -123,6 +134,17 @@ class GgufFile:
         numbers: NDArray[Any] = np.frombuffer(self.data, _NUMBERS[array.type], array.count, array.start)
         return numbers
 
+    def special_token_ids(self) -> dict[str, int]:
+        """Ids of the special tokens that the file has: bos, eos, unk, pad, eot (end of turn), eom (end of message).
+
+        Raises:
+            CheckpointError: naming the key that holds no id.
+        """
+        fields = self.section("tokenizer.ggml.")
+        ids = {name: fields.optional_integer(key) for name, key in SPECIAL_TOKEN_KEYS.items()}
+        defaults = _SENTENCEPIECE_IDS if fields.get("model") == "llama" else {}
+        return defaults | {name: token_id for name, token_id in ids.items() if token_id is not None}
+
     def _array(self, key: str) -> ArrayValue:
         value = self.metadata.get(key)
         if not isinstance(value, ArrayValue):
@@ -134,7 +156,7 @@ def read_gguf(path: Path) -> GgufFile:
     """Read the header and map the file.
 
     Raises:
-        CheckpointError: naming the file, and the key or tensor where it is about one: not readable, not GGUF, of an
+        CheckpointError: naming the file, and the key or tensor if one is at fault: not readable, not GGUF, of an
             unsupported version, truncated or inconsistent.
     """
     try:
@@ -222,7 +244,7 @@ class _Header:
         return array
 
     def _skip_strings(self, count: int) -> None:
-        """A loop as tight as can be: it runs 100,000 times for an ordinary vocabulary."""
+        """A tight loop: it runs 100,000 times for an ordinary vocabulary."""
         data, position, last = self._data, self._position, self._size - 8
         for _ in range(count):
             if position > last:
@@ -252,7 +274,7 @@ class _Header:
         return {name: self._placed(info, data_start, alignment) for name, info in tensors.items()}
 
     def _tensor(self, name: str) -> TensorInfo:
-        """Its `start` still counts from the beginning of the data."""
+        """The tensor, with a `start` that counts from the beginning of the data."""
         (num_dimensions,) = self._unpack("<I")
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
             raise self._error(f"expected 1 to {_MAX_DIMENSIONS} dimensions, found {num_dimensions}")

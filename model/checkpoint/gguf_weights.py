@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file of architecture llama, dequantised and in the order that `model/record.py` means."""
+"""The tensors of a GGUF file of architecture llama, dequantised, with rows in the order of `model/record.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 _PLAIN: dict[int, np.dtype[Any]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2")}
 _SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-# Buffers that follow from the metadata, or that the config holds.
+# Buffers that the metadata determines, or that are part of the config.
 _NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 _STACKED = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
 _ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
@@ -52,9 +52,9 @@ _OWN_NAMES = {
 
 
 def own_name(name: str) -> str:
-    """What llama.cpp calls the tensor of a Hugging Face name; the name itself where it has none.
+    """llama.cpp's name for the tensor with a Hugging Face name; `name` itself where it has none.
 
-    Experts are spelt one by one, `blk.0.ffn_gate.7.weight`, as in files before they were stacked.
+    Experts are named one by one, `blk.0.ffn_gate.7.weight`, as in older files, which do not stack them.
     """
     match = _HUGGING_FACE_NAME.fullmatch(name)
     if match is None:
@@ -66,14 +66,14 @@ def own_name(name: str) -> str:
 
 
 def read_gguf_weights(file: GgufFile, *, num_heads: int, num_kv_heads: int, num_experts: int) -> Weights:
-    """All weights: float32 where the file holds quantised blocks, else as they are.
+    """All weights: quantised tensors as float32, others in their own format.
 
-    Where anything is dequantised the rest is copied, so that the file's pages need not stay; else arrays are
-    read-only views of it.
+    If any tensor is quantised, the others are copied, so that the file's pages can be released; else arrays are
+    read-only views of the file.
 
     Raises:
-        CheckpointError: naming the tensor: of an unsupported type, of a shape that its type or the number of heads or
-            experts does not allow, truncated, or lying over another one.
+        CheckpointError: naming the tensor: of an unsupported type, of a shape that does not fit its type or the
+            numbers of heads and experts, truncated, or overlapping another one.
     """
     infos = [info for info in file.tensors.values() if not _NOT_WEIGHTS.fullmatch(info.name)]
     stored = [_stored(file, info) for info in infos]
@@ -140,8 +140,8 @@ def _check_apart(file: GgufFile, stored: list[_Stored]) -> None:
 
 
 def _by_halves(file: GgufFile, tensor: _Stored, num_heads: int) -> Array:
-    """The rows of a query or key projection as halves: llama.cpp turns neighbouring rows of a head together, rows 2 i
-    and 2 i + 1, the record rows i and i + head_dim / 2."""
+    """The rows of a query or key projection in the record's order: llama.cpp turns rows 2 i and 2 i + 1 of a head
+    together, the record rows i and i + head_dim / 2."""
     num_rows, row_bytes = tensor.rows.shape
     if num_rows % (2 * num_heads):
         raise _error(file, tensor.info, f"{num_rows} rows are not pairs of rows for each of {num_heads} heads")
@@ -162,10 +162,10 @@ def _arrays(stored: list[_Stored]) -> dict[str, Array]:
 
 
 def _dequantised(tensors: list[_Stored]) -> dict[str, Array]:
-    """Dequantises on all cores, for numpy lets go of the lock."""
+    """Dequantise on all cores: numpy releases the GIL."""
     arrays = _room(tensors)
-    # glibc hands a large array back to the kernel when it is freed, and new pages for the next take longer than the
-    # arithmetic on it; once a larger array has been freed it keeps them (mallopt(3), M_MMAP_THRESHOLD).
+    # glibc returns a large freed array to the kernel, and new pages for the next array take longer than its arithmetic.
+    # Once a larger array has been freed, glibc keeps such pages (mallopt(3), M_MMAP_THRESHOLD).
     np.empty(16 * _NUMBERS_AT_ONCE, np.float32)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
@@ -179,7 +179,7 @@ def _dequantised(tensors: list[_Stored]) -> dict[str, Array]:
 
 
 def _room(tensors: list[_Stored]) -> dict[str, Array]:
-    """Uninitialised float32 arrays, those of a layer in one allocation: only large ones get large pages."""
+    """Uninitialised float32 arrays, those of a layer in one allocation: only large allocations get large pages."""
     arrays: dict[str, Array] = {}
     layers: dict[str, list[TensorInfo]] = {}
     for tensor in tensors:
@@ -202,7 +202,7 @@ def _parts(tensor: _Stored, array: Array) -> Iterator[tuple[Array, Array]]:
 
 
 def _dequantise(blocks: Array, numbers: Array, kind: GGMLQuantizationType) -> None:
-    # As one row: the library takes 16 rows at a time, which in rows of a matrix is too little work for a call.
+    # As one long row: the library takes 16 rows at a time, and 16 rows of a matrix are too little work for a call.
     with np.errstate(all="ignore"):
         numbers[:] = quants.dequantize(blocks.reshape(1, -1), kind).reshape(numbers.shape)
 
