@@ -18,9 +18,7 @@ def draft_stepwise(
     drafted[:, 0] = token_ids
     for index in range(1, drafted.shape[1]):
         num_more = int((batch.num_wanted > index).sum())
-        step = _one_token_each(
-            batch, np.maximum(token_ids[:num_more], 0), index
-        )  # after -1 drafting continues with token 0
+        step = _one_token_each(batch, np.maximum(token_ids[:num_more], 0), index)  # -1 becomes token 0
         token_ids = choose(step, _first_rows(sampling, num_more, index))
         drafted[:num_more, index] = token_ids
     return drafted

@@ -38,15 +38,11 @@ _MIN_BUCKET_BLOCKS = 16
 class CacheLayout:
     """The shape of one layer's KV cache, [2 * num_kv_heads * num_blocks, block_size, head_dim]."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    config: ModelConfig
     num_blocks: int
     block_size: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, num_blocks: int, block_size: int) -> CacheLayout:
-        return cls(config.num_heads, config.num_kv_heads, config.head_dim, num_blocks, block_size)
+    device: torch.device
+    dtype: torch.dtype
 
     def padded(self, num_blocks: int) -> int:
         """`num_blocks` rounded up so that their positions, the columns of the scores, are a multiple of COLUMNS."""
@@ -55,7 +51,8 @@ class CacheLayout:
 
     def rows(self, block_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The cache rows of each block's keys and values: [..., num_blocks] to [2, ..., num_kv_heads, num_blocks]."""
-        heads = np.arange(2 * self.num_kv_heads).reshape(2, *[1] * (block_ids.ndim - 1), self.num_kv_heads, 1)
+        num_kv_heads = self.config.num_kv_heads
+        heads = np.arange(2 * num_kv_heads).reshape(2, *[1] * (block_ids.ndim - 1), num_kv_heads, 1)
         return heads * self.num_blocks + block_ids[..., None, :]
 
 
@@ -90,20 +87,20 @@ class AttentionPlan:
     groups: list[TileGroup]
 
 
-def plan_attention(batch: ForwardBatch, layout: CacheLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+def plan_attention(batch: ForwardBatch, layout: CacheLayout) -> AttentionPlan:
     """Work out where the step writes keys and values, and what each group of tiles gathers and masks."""
     slots = batch.slot_mapping.astype(np.int64)
-    heads = np.arange(2 * layout.num_kv_heads) * layout.num_blocks * layout.block_size
+    heads = np.arange(2 * layout.config.num_kv_heads) * layout.num_blocks * layout.block_size
     fresh = slots[slots % layout.block_size == 0] // layout.block_size
-    max_elements = _MAX_ELEMENTS[device.type]
+    max_elements = _MAX_ELEMENTS[layout.device.type]
     tiles = _tiles(batch, layout, max_elements)
     groups = [
-        _group(batch, tiles[members], layout, device, dtype, covers_step=len(members) == len(tiles.starts))
+        _group(batch, tiles[:, members], layout, covers_step=len(members) == tiles.shape[1])
         for members in _groups(tiles, layout, max_elements)
     ]
     return AttentionPlan(
-        write_index=torch.from_numpy((slots[:, None] + heads).ravel()).to(device),
-        fresh_rows=torch.from_numpy(layout.rows(fresh).ravel()).to(device),
+        write_index=torch.from_numpy((slots[:, None] + heads).ravel()).to(layout.device),
+        fresh_rows=torch.from_numpy(layout.rows(fresh).ravel()).to(layout.device),
         groups=groups,
     )
 
@@ -162,22 +159,10 @@ def weighted_sum(shares: Tensor, values: Tensor) -> Tensor:
     return result[:, :, :head_dim]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tiles:
-    """Runs of queries of one sequence, as parallel arrays [num_tiles]: first token, number of queries, sequence, and
-    blocks of context up to the last query."""
-
-    starts: NDArray[np.int64]
-    num_queries: NDArray[np.int64]
-    sequences: NDArray[np.int64]
-    num_blocks: NDArray[np.int64]
-
-    def __getitem__(self, which: NDArray[np.intp]) -> _Tiles:
-        return _Tiles(self.starts[which], self.num_queries[which], self.sequences[which], self.num_blocks[which])
-
-
-def _tiles(batch: ForwardBatch, layout: CacheLayout, max_elements: int) -> _Tiles:
-    height = max(1, min(_TILE_QUERIES, max_elements // (layout.num_heads * int(batch.context_lens.max()))))
+def _tiles(batch: ForwardBatch, layout: CacheLayout, max_elements: int) -> NDArray[np.int64]:
+    """Runs of queries of one sequence, [4, num_tiles]: for each its first token, number of queries, sequence, and
+    number of blocks of context up to the last query."""
+    height = max(1, min(_TILE_QUERIES, max_elements // (layout.config.num_heads * int(batch.context_lens.max()))))
     ends = batch.query_start_loc[1:].astype(np.int64)
     starts = batch.query_start_loc[:-1].astype(np.int64)
     tiles_per_sequence = -(-(ends - starts) // height)
@@ -187,51 +172,44 @@ def _tiles(batch: ForwardBatch, layout: CacheLayout, max_elements: int) -> _Tile
     starts = starts[sequences] + within * height
     num_queries = np.minimum(ends[sequences] - starts, height)
     last_positions = batch.positions[starts + num_queries - 1]
-    return _Tiles(starts, num_queries, sequences, last_positions // layout.block_size + 1)
+    return np.stack((starts, num_queries, sequences, last_positions // layout.block_size + 1))
 
 
-def _groups(tiles: _Tiles, layout: CacheLayout, max_elements: int) -> Iterator[NDArray[np.intp]]:
+def _groups(tiles: NDArray[np.int64], layout: CacheLayout, max_elements: int) -> Iterator[NDArray[np.intp]]:
     """Indices, ascending, of tiles with equal height and similar context, few enough to be computed at once."""
-    buckets = np.exp2(np.ceil(np.log2(np.maximum(tiles.num_blocks, _MIN_BUCKET_BLOCKS)))).astype(np.int64)
-    keys = tiles.num_queries * (1 << 32) + buckets
+    config, (_, num_queries, _, num_blocks) = layout.config, tiles
+    buckets = np.exp2(np.ceil(np.log2(np.maximum(num_blocks, _MIN_BUCKET_BLOCKS)))).astype(np.int64)
+    keys = num_queries * (1 << 32) + buckets
     for key in np.unique(keys):
         members = np.flatnonzero(keys == key)
         n, context = int(key >> 32), int(key & 0xFFFFFFFF) * layout.block_size
-        elements = context * max(n * layout.num_heads, 2 * layout.num_kv_heads * layout.head_dim)
+        elements = context * max(n * config.num_heads, 2 * config.num_kv_heads * config.head_dim)
         step = max(1, max_elements // elements)
         for start in range(0, len(members), step):
             yield members[start : start + step]
 
 
-def _group(
-    batch: ForwardBatch,
-    tiles: _Tiles,
-    layout: CacheLayout,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    covers_step: bool,
-) -> TileGroup:
-    n, num_blocks = int(tiles.num_queries[0]), layout.padded(int(tiles.num_blocks.max()))
-    tokens = tiles.starts[:, None] + np.arange(n)
+def _group(batch: ForwardBatch, tiles: NDArray[np.int64], layout: CacheLayout, *, covers_step: bool) -> TileGroup:
+    starts, num_queries, sequences, num_blocks = tiles
+    n, width = int(num_queries[0]), layout.padded(int(num_blocks.max()))
+    tokens = starts[:, None] + np.arange(n)
     # Padding repeats the sequence's own last block: another block may hold NaN, which no mask hides.
-    columns = np.minimum(np.arange(num_blocks), tiles.num_blocks[:, None] - 1)
-    table = batch.block_tables[tiles.sequences[:, None], columns].astype(np.int64)
-    positions = torch.from_numpy(batch.positions[tokens]).to(device)
+    columns = np.minimum(np.arange(width), num_blocks[:, None] - 1)
+    table = batch.block_tables[sequences[:, None], columns].astype(np.int64)
     return TileGroup(
-        tokens=slice(None) if covers_step else torch.from_numpy(tokens.ravel()).to(device),
+        tokens=slice(None) if covers_step else torch.from_numpy(tokens.ravel()).to(layout.device),
         num_queries=n,
-        cache_rows=torch.from_numpy(layout.rows(table).ravel()).to(device),
-        mask=_mask(positions, num_blocks * layout.block_size, layout, dtype),
+        cache_rows=torch.from_numpy(layout.rows(table).ravel()).to(layout.device),
+        mask=_mask(torch.from_numpy(batch.positions[tokens]).to(layout.device), width * layout.block_size, layout),
     )
 
 
-def _mask(positions: Tensor, context: int, layout: CacheLayout, dtype: torch.dtype) -> Tensor:
+def _mask(positions: Tensor, context: int, layout: CacheLayout) -> Tensor:
     """Additive mask of queries at `positions` [S, n]: a query sees its own position and those before."""
-    num_tiles, n = positions.shape
-    hidden = torch.arange(context, device=positions.device) > positions[..., None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
-    queries_per_kv_head = layout.num_heads // layout.num_kv_heads if n > 1 else 1
-    mask = mask[:, None, :, None].expand(num_tiles, layout.num_kv_heads, n, queries_per_kv_head, context)
-    mask = mask.reshape(num_tiles * layout.num_kv_heads, -1, context)
+    (num_tiles, n), num_kv_heads = positions.shape, layout.config.num_kv_heads
+    hidden = torch.arange(context, device=layout.device) > positions[..., None]
+    mask = torch.zeros(hidden.shape, dtype=layout.dtype, device=layout.device).masked_fill_(hidden, -torch.inf)
+    queries_per_kv_head = layout.config.num_heads // num_kv_heads if n > 1 else 1
+    mask = mask[:, None, :, None].expand(num_tiles, num_kv_heads, n, queries_per_kv_head, context)
+    mask = mask.reshape(num_tiles * num_kv_heads, -1, context)
     return pad_rows(mask) if n > 1 else mask

@@ -56,7 +56,7 @@ class TorchBackend:
         self._layers = [self._load_layer(layer) for layer in record.layers]
         self._norm = self._load(record.norm)
         self._head = self._embedding if record.head is record.embedding else self._load(record.head)
-        self._layout = CacheLayout.of(config, num_blocks, block_size)
+        self._layout = CacheLayout(config, num_blocks, block_size, self._device, self._dtype)
         self._kv_cache = torch.zeros(
             (config.num_layers, 2 * config.num_kv_heads * num_blocks, block_size, config.head_dim),
             dtype=self._dtype,
@@ -98,7 +98,7 @@ class TorchBackend:
     def _hidden(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """Run the first `num_layers` layers, or all; hidden states [num_tokens, hidden_size] before the last norm."""
         eps, num_heads, num_kv_heads = self._config.rms_norm_eps, self._config.num_heads, self._config.num_kv_heads
-        plan = plan_attention(batch, self._layout, self._device, self._dtype)
+        plan = plan_attention(batch, self._layout)
         clear_fresh_blocks(self._kv_cache, plan)
         positions = self._index(batch.positions)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)

@@ -28,7 +28,9 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     token_ids = greedy.to(torch.int32).cpu().numpy()
     forced, num_logprobs = sampling.rows["forced_token_id"], sampling.rows["num_logprobs"]
     drawn = np.flatnonzero((sampling.rows["temperature"] > 0) & (forced < 0))
-    for turn in _turns(drawn, logits.shape[1], _MAX_ELEMENTS[logits.device.type]):
+    rows_at_once = max(1, _MAX_ELEMENTS[logits.device.type] // logits.shape[1])
+    for start in range(0, len(drawn), rows_at_once):
+        turn = drawn[start : start + rows_at_once]
         token_ids[turn] = _draw(adjusted, _Draws.of(sampling.rows, turn, logits.device)).cpu().numpy()
     token_ids = np.where(forced >= 0, forced, token_ids)
     token_ids = np.where(torch.isfinite(greatest).cpu().numpy(), token_ids, np.int32(-1))
@@ -36,11 +38,6 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     if not asked.size:
         return SamplerOutput(token_ids)
     return _with_logprobs(token_ids, logits, asked, int(num_logprobs.max()))
-
-
-def _turns(rows: NDArray[np.intp], vocab_size: int, max_elements: int) -> list[NDArray[np.intp]]:
-    step = max(1, max_elements // vocab_size)
-    return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def _with_penalties_and_biases(logits: Tensor, sampling: SamplingBatch) -> Tensor:

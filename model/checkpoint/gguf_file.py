@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +178,6 @@ class _Header:
         self._subject = "the header"  # what is being read, for messages
 
     def read(self) -> GgufFile:
-        self._check_magic_and_version()
-        num_tensors, num_keys = self._unpack("<QQ")
-        metadata = self._metadata(num_keys)
-        tensors = self._tensors(num_tensors, self._alignment(metadata))
-        return GgufFile(self._path, self._data, metadata, tensors)
-
-    def _check_magic_and_version(self) -> None:
         if self._data[:4] != _MAGIC:
             raise self._error("not a GGUF file: it does not begin with the letters GGUF")
         self._skip(4)
@@ -193,6 +186,10 @@ class _Header:
             raise self._error("a big-endian GGUF file; only little-endian ones are supported")
         if version not in _VERSIONS:
             raise self._error(f"version {version} of GGUF is not supported; supported: 2, 3")
+        num_tensors, num_keys = self._unpack("<QQ")
+        metadata = self._metadata(num_keys)
+        tensors = self._tensors(num_tensors, self._alignment(metadata))
+        return GgufFile(self._path, self._data, metadata, tensors)
 
     def _metadata(self, count: int) -> dict[str, Value]:
         metadata: dict[str, Value] = {}
@@ -211,18 +208,15 @@ class _Header:
             number: int | float = self._unpack(_NUMBERS[kind])[0]
             return number
         if kind == _BOOL:
-            return self._bool()
+            (byte,) = self._unpack("<B")
+            if byte > 1:
+                raise self._error(f"expected true or false, found byte {byte}")
+            return bool(byte)
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
             return self._array()
         raise self._error(f"type {kind} of its value is unknown")
-
-    def _bool(self) -> bool:
-        (byte,) = self._unpack("<B")
-        if byte > 1:
-            raise self._error(f"expected true or false, found byte {byte}")
-        return bool(byte)
 
     def _string(self) -> str:
         (length,) = self._unpack("<Q")
@@ -269,11 +263,16 @@ class _Header:
             self._subject = f"tensor {name}"
             if name in tensors:
                 raise self._error("appears twice")
-            tensors[name] = self._tensor(name)
+            tensors[name] = self._tensor(name, alignment)
         data_start = -(-self._position // alignment) * alignment
-        return {name: self._placed(info, data_start, alignment) for name, info in tensors.items()}
+        for name, info in tensors.items():
+            self._subject, start = f"tensor {name}", data_start + info.start
+            if start >= self._size:
+                raise self._error(f"begins at byte {start}, but the file has {self._size}")
+            tensors[name] = replace(info, start=start)
+        return tensors
 
-    def _tensor(self, name: str) -> TensorInfo:
+    def _tensor(self, name: str, alignment: int) -> TensorInfo:
         """The tensor, with a `start` that counts from the beginning of the data."""
         (num_dimensions,) = self._unpack("<I")
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
@@ -282,16 +281,9 @@ class _Header:
         if not all(shape):
             raise self._error(f"shape {list(shape)} is empty")
         kind, offset = self._unpack("<IQ")
+        if offset % alignment:
+            raise self._error(f"offset {offset} is not a multiple of the alignment {alignment}")
         return TensorInfo(name, shape, kind, offset)
-
-    def _placed(self, info: TensorInfo, data_start: int, alignment: int) -> TensorInfo:
-        self._subject = f"tensor {info.name}"
-        if info.start % alignment:
-            raise self._error(f"offset {info.start} is not a multiple of the alignment {alignment}")
-        start = data_start + info.start
-        if start >= self._size:
-            raise self._error(f"begins at byte {start}, but the file has {self._size}")
-        return TensorInfo(info.name, info.shape, info.type, start)
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
         start = self._position

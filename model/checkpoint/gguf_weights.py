@@ -22,6 +22,7 @@ from shoal.scheduler.errors import CheckpointError
 Array = NDArray[Any]
 
 _PLAIN: dict[int, np.dtype[Any]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2")}
+_NAMES = {kind.value: kind.name for kind in GGMLQuantizationType}
 _SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 # Buffers that the metadata determines, or that are part of the config.
 _NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
@@ -100,37 +101,23 @@ class _Stored:
     type: GGMLQuantizationType
     rows: Array
 
-    @property
-    def is_plain(self) -> bool:
-        return self.info.type in _PLAIN
-
 
 def _stored(file: GgufFile, info: TensorInfo) -> _Stored:
-    kind = _type(file, info)
+    name = _NAMES.get(info.type, str(info.type))
+    if name not in _SUPPORTED:
+        raise _error(file, info, f"type {name} is not supported; supported: {', '.join(_SUPPORTED)}")
+    kind = GGMLQuantizationType(info.type)
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
     row = info.shape[-1]
     if row % block_size:
-        raise _error(file, info, f"rows of {row} are not whole blocks of {block_size}, as {kind.name} needs")
+        raise _error(file, info, f"rows of {row} are not whole blocks of {block_size}, as {name} needs")
     num_rows, row_bytes = math.prod(info.shape[:-1]), row // block_size * block_bytes
     end = info.start + num_rows * row_bytes
     if end > len(file.data):
-        message = (
-            f"truncated: shape {list(info.shape)} in {kind.name} ends at byte {end}, the file has {len(file.data)}"
-        )
-        raise _error(file, info, message)
+        ends = f"shape {list(info.shape)} in {name} ends at byte {end}, the file has {len(file.data)}"
+        raise _error(file, info, f"truncated: {ends}")
     data = np.frombuffer(file.data, np.uint8, num_rows * row_bytes, info.start)
     return _Stored(info, kind, data.reshape(num_rows, row_bytes))
-
-
-def _type(file: GgufFile, info: TensorInfo) -> GGMLQuantizationType:
-    supported = ", ".join(_SUPPORTED)
-    try:
-        kind = GGMLQuantizationType(info.type)
-    except ValueError:
-        raise _error(file, info, f"type {info.type} is unknown; supported: {supported}") from None
-    if kind.name not in _SUPPORTED:
-        raise _error(file, info, f"type {kind.name} is not supported; supported: {supported}")
-    return kind
 
 
 def _check_apart(file: GgufFile, stored: list[_Stored]) -> None:
@@ -151,54 +138,36 @@ def _by_halves(file: GgufFile, tensor: _Stored, num_heads: int) -> Array:
 
 def _arrays(stored: list[_Stored]) -> dict[str, Array]:
     """The tensors as arrays of numbers."""
-    plain = [tensor for tensor in stored if tensor.is_plain]
-    quantised = [tensor for tensor in stored if not tensor.is_plain]
-    views = {
-        tensor.info.name: tensor.rows.view(_PLAIN[tensor.info.type]).reshape(tensor.info.shape) for tensor in plain
-    }
-    if not quantised:
-        return views
-    return {name: view.copy() for name, view in views.items()} | _dequantised(quantised)
+    quantised = [tensor for tensor in stored if tensor.info.type not in _PLAIN]
+    arrays = _dequantised(quantised) if quantised else {}
+    for tensor in stored:
+        if tensor.info.type in _PLAIN:
+            view = tensor.rows.view(_PLAIN[tensor.info.type]).reshape(tensor.info.shape)
+            arrays[tensor.info.name] = view.copy() if quantised else view
+    return arrays
 
 
 def _dequantised(tensors: list[_Stored]) -> dict[str, Array]:
-    """Dequantise on all cores: numpy releases the GIL."""
-    arrays = _room(tensors)
+    """Dequantise on all cores (numpy releases the GIL) into one allocation (only large ones get large pages)."""
+    sizes = [math.prod(tensor.info.shape) for tensor in tensors]
+    room = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
     # glibc returns a large freed array to the kernel, and new pages for the next array take longer than its arithmetic.
     # Once a larger array has been freed, glibc keeps such pages (mallopt(3), M_MMAP_THRESHOLD).
     np.empty(16 * _NUMBERS_AT_ONCE, np.float32)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            pool.submit(_dequantise, *part, tensor.type)
-            for tensor in tensors
-            for part in _parts(tensor, arrays[tensor.info.name])
-        ]
-        for job in jobs:
-            job.result()
-    return arrays
+        parts = [part for pair in zip(tensors, room, strict=True) for part in _parts(*pair)]
+        list(pool.map(_dequantise, *zip(*parts, strict=True)))
+    return {tensor.info.name: array.reshape(tensor.info.shape) for tensor, array in zip(tensors, room, strict=True)}
 
 
-def _room(tensors: list[_Stored]) -> dict[str, Array]:
-    """Uninitialised float32 arrays, those of a layer in one allocation: only large allocations get large pages."""
-    arrays: dict[str, Array] = {}
-    layers: dict[str, list[TensorInfo]] = {}
-    for tensor in tensors:
-        layers.setdefault(".".join(tensor.info.name.split(".")[:2]), []).append(tensor.info)
-    for infos in layers.values():
-        sizes = [math.prod(info.shape) for info in infos]
-        parts = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
-        arrays |= {info.name: part.reshape(info.shape) for info, part in zip(infos, parts, strict=True)}
-    return arrays
-
-
-def _parts(tensor: _Stored, array: Array) -> Iterator[tuple[Array, Array]]:
-    """The tensor in parts of blocks, each with its place in the array."""
+def _parts(tensor: _Stored, array: Array) -> Iterator[tuple[Array, Array, GGMLQuantizationType]]:
+    """The tensor in parts of blocks, each with its place in the array and its type."""
     block_size, block_bytes = GGML_QUANT_SIZES[tensor.type]
     blocks, numbers = tensor.rows.reshape(-1, block_bytes), array.reshape(-1, block_size)
     step = _NUMBERS_AT_ONCE // block_size
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        yield blocks[part], numbers[part]
+        yield blocks[part], numbers[part], tensor.type
 
 
 def _dequantise(blocks: Array, numbers: Array, kind: GGMLQuantizationType) -> None:

@@ -7,12 +7,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
-from shoal.model.text.chat_template import ChatTemplate, Message
+from shoal.model.text.chat_template import ChatTemplate
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -27,6 +26,8 @@ class Tokenizer:
     bytes to fall back on (SentencePiece's).  Any other decoder is refused, because its text cannot be streamed exactly.
 
     Attributes:
+        is_byte_level: whether every token is a run of bytes and a text is their concatenation.
+        apply_chat_template: see `ChatTemplate.render`.
         bos_token_id, eos_token_id: as `tokenizer_config.json` names them, else None.
     """
 
@@ -57,10 +58,10 @@ class Tokenizer:
         self._byte_ids = frozenset(
             i for piece, i in vocabulary.items() if "ByteFallback" in decoders and _BYTE_TOKEN.fullmatch(piece)
         )
-        self._is_byte_level = "ByteLevel" in decoders
+        self.is_byte_level = "ByteLevel" in decoders
         self._anchor = _anchor(tokenizer, vocabulary)
         self._token_bytes: dict[int, bytes] = {}
-        self._chat_template = ChatTemplate(chat_templates or {}, special_tokens)
+        self.apply_chat_template = ChatTemplate(chat_templates or {}, special_tokens).render
         self.bos_token_id = vocabulary.get(special_tokens.get("bos_token", ""))
         self.eos_token_id = vocabulary.get(special_tokens.get("eos_token", ""))
 
@@ -124,16 +125,11 @@ class Tokenizer:
         piece = self._tokenizer.id_to_token(token_id) if 0 <= token_id <= self._max_id else None
         if piece is None:
             return b""
-        if self._is_byte_level:
+        if self.is_byte_level:
             return _byte_level_bytes(piece)
         if token_id in self._byte_ids:
             return bytes.fromhex(piece[3:5])
         return self.decode_within([token_id]).encode()
-
-    @property
-    def is_byte_level(self) -> bool:
-        """Whether every token is a run of bytes and a text is their concatenation."""
-        return self._is_byte_level
 
     def is_fallback_byte(self, token_id: int) -> bool:
         """Whether the token is a byte that SentencePiece falls back on, whose text depends on its neighbours."""
@@ -142,19 +138,6 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` skips the token unless told otherwise."""
         return token_id in self._special_ids
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> str:
-        """See `ChatTemplate.render`."""
-        return self._chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
-        )
 
 
 class IncrementalDetokenizer:
@@ -172,23 +155,20 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Add tokens; return the text that they complete, possibly empty."""
-        push = self._push_bytes if self._tokenizer.is_byte_level else self._push_piece
-        return "".join([push(token_id) for token_id in token_ids if not self._is_nothing(token_id)])
+        return "".join([self._push(token_id) for token_id in token_ids])
 
     def flush(self) -> str:
         """End the list of tokens; return the rest of the text."""
         return self._utf8.decode(b"", final=True) + self._pop_pending()
 
-    def _is_nothing(self, token_id: int) -> bool:
-        skipped = self._skip_special_tokens and self._tokenizer.is_special(token_id)
-        return skipped or not self._tokenizer.token_bytes(token_id)
-
-    def _push_bytes(self, token_id: int) -> str:
-        """Byte-level: only an incomplete character is held back."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-
-    def _push_piece(self, token_id: int) -> str:
-        """SentencePiece: a run of bytes is decoded as a whole or not at all, so it is held back until it ends."""
+    def _push(self, token_id: int) -> str:
+        """Byte-level: only an incomplete character is held back.  SentencePiece: a run of bytes is decoded as a whole
+        or not at all, so it is held back until it ends."""
+        token_bytes = self._tokenizer.token_bytes(token_id)
+        if not token_bytes or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
+            return ""
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(token_bytes)
         if self._tokenizer.is_fallback_byte(token_id):
             self._pending_bytes.append(token_id)
             return ""
