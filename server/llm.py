@@ -34,7 +34,7 @@ class SamplingParams(SamplingBody):
     """How the tokens of a request are chosen, in the words and with the defaults of `/v1/completions`.
 
     Attributes:
-        logprobs: log-probabilities of the chosen tokens and of so many alternatives are returned; None for none.
+        logprobs: log-probabilities of each chosen token and of this many alternatives are returned; None for none.
 
     Raises:
         InvalidRequestError: a field is unknown, of the wrong type, or out of range.
@@ -221,7 +221,7 @@ class LLM:
         try:
             return future.result()
         except BaseException as error:
-            future.cancel()  # after Ctrl-C nobody waits for it
+            future.cancel()  # after Ctrl-C its result is not needed
             if isinstance(error, ExceptionGroup):
                 raise error.exceptions[0] from None
             raise
