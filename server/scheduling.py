@@ -11,8 +11,8 @@ from shoal.server.wire.requests import GenerationBody
 def resolve_scheduling(body: GenerationBody, api_key: str | None) -> SchedulingParams:
     """What the body says of its urgency, and which client it is of.
 
-    The API key names the client, because a client cannot pretend to have several.  Where the server asks for no key, `user`
-    names it.
+    The API key names the client, because a client cannot pretend to have several.  Where the server asks for no key,
+    `user` names it.
     """
     return SchedulingParams(
         client=_name("key", api_key) if api_key else _name("user", body.user) if body.user else "",
