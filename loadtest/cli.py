@@ -91,7 +91,7 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
     """Compare servers under load: policies, with and without speculation.
 
     For each combination a server is started, warmed and put under load.  At the end there is a table, and report.html
-    with its pictures.  What stands after -- is passed to every server.
+    with its pictures.  Options after -- are passed to every server.
     """  # fmt: skip
     with _exit_codes("loadtest"):
         from shoal.loadtest.plan import make_plan
@@ -101,11 +101,12 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
         if resume and output is None:
             raise click.UsageError("--resume needs --output, the folder of the comparison that is to go on")
         folder = output or Path("loadtest-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
+        asked["command"] = shlex.join(["shoal", *sys.argv[1:]])
         plan = open_folder(folder, None if resume else make_plan(POLICIES, **asked))
         click.echo(
             f"Everything is saved in {folder}; if this ends early, --output {folder} --resume goes on.", err=True
         )
-        report = conduct(plan, folder, shlex.join(["shoal", *sys.argv[1:]]))
+        report = conduct(plan, folder)
         _show(report.cells, report.complaints, report=str(folder / "report.html"))
     if report.complaints:
         sys.exit(COMPLAINTS_EXIT_CODE)
@@ -118,7 +119,7 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
 def simulate(costs: Path, **asked: Any) -> None:
     """Predict what `shoal loadtest` would measure, from a profile and without a server.
 
-    What stands after -- changes the limits and knobs of the scheduler.
+    Options after -- change the limits and knobs of the scheduler.
     """  # fmt: skip
     with _exit_codes("simulate"):
         from shoal.loadtest.plan import make_plan
@@ -138,7 +139,7 @@ def simulate(costs: Path, **asked: Any) -> None:
 def profile(output: Path, **asked: Any) -> None:
     """Measure what steps cost, for `shoal simulate`: a minute of short runs.
 
-    What stands after -- is passed to every server.
+    Options after -- are passed to every server.
     """  # fmt: skip
     with _exit_codes("profile"):
         from shoal.loadtest.plan import Plan

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from shoal.loadtest.records import Load, RequestRecord, Run, Setup
 from shoal.loadtest.trace import Stay, stays
@@ -217,8 +216,6 @@ def _of_steps(steps: Sequence[StepRecord], block_size: int) -> Figures:
 WINDOW_SECONDS = 1.0
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # service of a token, as in VTC
 
-Interval = tuple[float, float]
-
 
 def jain(shares: Sequence[float]) -> float:
     """Jain's index of shares: 1 if all are the same, 1/n if one of n has everything (Jain et al. 1984)."""
@@ -247,9 +244,18 @@ def fairness(records: Sequence[RequestRecord], end: float) -> float | None:
         clients[record.client].append(record)
     if len(clients) < 2 or not num_windows:
         return None
-    service = np.array([_service(own, num_windows) for own in clients.values()])
-    active = np.array([_windows(_asking(own, end), num_windows, floor, ceil) for own in clients.values()])
-    backlogged = np.array([_windows(_waiting(own, end), num_windows, ceil, floor) for own in clients.values()])
+    service = np.zeros((len(clients), num_windows))
+    active, backlogged = np.zeros_like(service, dtype=bool), np.zeros_like(service, dtype=bool)
+    for place, own in enumerate(clients.values()):
+        for record in own:
+            until = end if record.finished_at is None else record.finished_at
+            active[place, floor(record.sent_at / WINDOW_SECONDS) : ceil(until / WINDOW_SECONDS)] = True
+            if times := record.token_times:
+                windows = np.minimum(np.array(times) // WINDOW_SECONDS, num_windows - 1).astype(int)
+                np.add.at(service[place], windows, OUTPUT_WEIGHT * record.num_output_tokens / len(times))
+                service[place, windows[0]] += PROMPT_WEIGHT * record.num_prompt_tokens
+        for start, until in _waits(own, end):
+            backlogged[place, ceil(start / WINDOW_SECONDS) : floor(until / WINDOW_SECONDS)] = True
     most = service.max(axis=0)
     shares = np.divide(service, most, out=np.ones_like(service), where=backlogged & (most > 0))
     contested = np.flatnonzero(active.sum(axis=0) >= 2)
@@ -257,24 +263,9 @@ def fairness(records: Sequence[RequestRecord], end: float) -> float | None:
     return float(np.mean(indices)) if indices else None
 
 
-def _service(records: Iterable[RequestRecord], num_windows: int) -> NDArray[np.float64]:
-    """Service in each window."""
-    service = np.zeros(num_windows)
-    for record in records:
-        if times := record.token_times:
-            places = np.minimum(np.array(times) // WINDOW_SECONDS, num_windows - 1).astype(int)
-            np.add.at(service, places, OUTPUT_WEIGHT * record.num_output_tokens / len(times))
-            service[places[0]] += PROMPT_WEIGHT * record.num_prompt_tokens
-    return service
-
-
-def _asking(records: Iterable[RequestRecord], end: float) -> list[Interval]:
-    return [(record.sent_at, end if record.finished_at is None else record.finished_at) for record in records]
-
-
-def _waiting(records: Iterable[RequestRecord], end: float) -> list[Interval]:
+def _waits(records: Iterable[RequestRecord], end: float) -> list[tuple[float, float]]:
     """When some request waited for its first token: intervals that do not touch each other."""
-    merged: list[Interval] = []
+    merged: list[tuple[float, float]] = []
     for start, until in sorted(
         (r.sent_at, r.token_times[0] if r.token_times else r.finished_at or end) for r in records
     ):
@@ -283,16 +274,6 @@ def _waiting(records: Iterable[RequestRecord], end: float) -> list[Interval]:
         else:
             merged.append((start, until))
     return merged
-
-
-def _windows(
-    intervals: Iterable[Interval], num: int, first: Callable[[float], int], last: Callable[[float], int]
-) -> NDArray[np.bool_]:
-    """Windows of the intervals: with floor and ceil those that touch one, with ceil and floor those inside one."""
-    found = np.zeros(num, dtype=bool)
-    for start, end in intervals:
-        found[first(start / WINDOW_SECONDS) : last(end / WINDOW_SECONDS)] = True
-    return found
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """A whole comparison.
 
     Attributes:
+        command: the line that asked for it.
         options: of all servers.
         num_requests: of each workload.
         replay: a saved workload that takes the place of the generated ones.
@@ -46,6 +47,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """
 
     experiments: tuple[Experiment, ...] = ()
+    command: str = ""
     options: tuple[str, ...] = ()
     model: str = "shoal-moe"
     num_requests: int = 256
@@ -80,6 +82,7 @@ def interleave(
 def make_plan(
     known_policies: Iterable[str],
     *,
+    command: str = "",
     policies: Sequence[str] | None = None,
     workloads: Sequence[str] | None = None,
     speculation: Sequence[str] | None = None,
@@ -138,6 +141,7 @@ def make_plan(
         )
     return Plan(
         experiments=experiments,
+        command=command,
         options=options,
         model=model,
         num_requests=num_requests or SIZES[size][0],

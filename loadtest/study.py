@@ -207,8 +207,8 @@ def open_folder(folder: Path, plan: Plan | None) -> Plan:
     return plan
 
 
-def conduct(plan: Plan, folder: Path, command: str) -> Report:
-    """Carry a plan out, as far as the folder does not hold it, and write its report, which names the command.
+def conduct(plan: Plan, folder: Path) -> Report:
+    """Carry a plan out, as far as the folder does not hold it, and write its report.
 
     Raises:
         LoadTestError: it cannot begin; or something other than a server under test failed in the middle, and what was
@@ -250,7 +250,7 @@ def conduct(plan: Plan, folder: Path, command: str) -> Report:
         complaints.append(f"{planned}: {len(found)} answers differ from the first run's of the workload: {named}")
     report = Report(
         made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=command,
+        command=plan.command,
         machine=machine(),
         model=profile.server.model,
         slo=plan.slo,

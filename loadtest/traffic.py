@@ -19,7 +19,7 @@ from shoal.loadtest.stream import CompletionClient, is_connection_error, request
 from shoal.loadtest.workload import WorkloadRequest
 
 CUT_OFF = "cut off: the run ended before the answer"
-MAX_CONNECTION_ERRORS = 16  # so many requests in a row without a connection mean that the server is gone
+MAX_CONNECTION_ERRORS = 16  # in a row; they mean that the server is gone
 
 
 class Traffic:

@@ -26,8 +26,8 @@ class RopeConfig:
     Attributes:
         scaling: "none"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides those with
             a wavelength above original_max_position_embeddings / low_freq_factor, keeps those below
-            original_max_position_embeddings / high_freq_factor, and blends between; "factors" divides each frequency
-            by its own of `factors`, head_dim / 2 of them, as a GGUF file spells out any scaling.
+            original_max_position_embeddings / high_freq_factor, and blends between; "factors" divides frequency i
+            by factors[i], of which there are head_dim / 2 (GGUF files give the scaling in this form).
     """
 
     theta: float
@@ -48,8 +48,8 @@ class ModelConfig:
         intermediate_size: width of the feed-forward block, or of each expert.
         num_experts: 0 for a dense model.
         num_experts_per_tok: experts a token is routed to; 0 for a dense model.
-        max_position_embeddings: most tokens of one sequence.
-        dtype: of the checkpoint's tensors, as the file claims.
+        max_position_embeddings: the most tokens that a sequence may have.
+        dtype: of the checkpoint's tensors, as the file states it.
         bos_token_id, eos_token_ids: None and empty where the file names none.
     """
 
@@ -104,7 +104,7 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts (Jiang et al. 2024): each token goes to the best few by the router's score.
+    """A mixture of experts (Jiang et al. 2024): each token goes to the experts with the highest router scores.
 
     Attributes:
         router: [num_experts, hidden_size].
@@ -147,7 +147,7 @@ class ModelRecord:
 
     @property
     def num_parameters(self) -> int:
-        """Weights in all; tied ones count once."""
+        """The number of weights; tied ones count once."""
         config, layers = self.config, len(self.layers)
         heads = config.num_heads + 2 * config.num_kv_heads + config.num_heads
         attention = heads * config.head_dim * config.hidden_size

@@ -35,7 +35,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=service.settings.server.max_body_bytes)
     app.add_exception_handler(ShoalError, _answer_shoal_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(ClientDisconnect, _answer_vanished_client)
     app.add_exception_handler(Exception, _answer_unexpected)
     return app
 
@@ -94,7 +94,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return error_response(ShoalError(str(error.detail)))
 
 
-async def _answer_nobody(_: Request, __: Exception) -> Response:
+async def _answer_vanished_client(_: Request, __: Exception) -> Response:
     """The client went away before it had sent its whole request."""
     return Response(status_code=400)
 

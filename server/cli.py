@@ -52,6 +52,3 @@ def policies() -> None:
     width = max(map(len, described))
     for name, line in described.items():
         click.echo(f"{name:{width}}  {line}")
-
-
-from shoal.cli import main  # noqa: E402, F401

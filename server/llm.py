@@ -18,6 +18,7 @@ from shoal.scheduler.output import SchedulingParams
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.local import LocalEngine
 from shoal.server.errors import EngineUnavailableError
+from shoal.server.generation import Generation
 from shoal.server.sampling import resolve_seed
 from shoal.server.service import Service, new_id
 from shoal.server.settings import DEFAULT_MODEL, Settings, declared, resolve
@@ -33,7 +34,7 @@ class SamplingParams(SamplingBody):
     """How the tokens of a request are chosen, in the words and with the defaults of `/v1/completions`.
 
     Attributes:
-        logprobs: log-probabilities of the chosen tokens and of so many alternatives are returned; None for none.
+        logprobs: log-probabilities of each chosen token and of this many alternatives are returned; None for none.
 
     Raises:
         InvalidRequestError: a field is unknown, of the wrong type, or out of range.
@@ -183,33 +184,29 @@ class LLM:
         return [output for task in tasks for output in task.result()]
 
     async def _complete(self, body: CompletionBody | ChatBody) -> list[Output]:
-        prompts = await self._prompts(body)
-        seed = resolve_seed(body)
-        generation = self._service.generate(
-            body, prompts, api_id=new_id("llm"), seed=seed, scheduling=SchedulingParams()
-        )
+        prompt, seed, generation = await self._submit_body(body)
         return [
-            Output(prompts[0][0], whole.index, whole.text, whole.token_ids, whole.finish_reason, seed, whole.scored)
+            Output(prompt, whole.index, whole.text, whole.token_ids, whole.finish_reason, seed, whole.scored)
             for whole in await generation.complete()
         ]
 
     async def _deltas(self, body: CompletionBody | ChatBody) -> AsyncGenerator[Delta, None]:
-        generation = self._service.generate(
-            body,
-            await self._prompts(body),
-            api_id=new_id("llm"),
-            seed=resolve_seed(body),
-            scheduling=SchedulingParams(),
-        )
+        _, _, generation = await self._submit_body(body)
         async with aclosing(generation.deltas()) as steps:
             async for deltas in steps:
                 for delta in deltas:
                     yield delta
 
-    async def _prompts(self, body: CompletionBody | ChatBody) -> list[tuple[str, list[int]]]:
+    async def _submit_body(self, body: CompletionBody | ChatBody) -> tuple[str, int, Generation]:
+        """The text of the prompt, the seed, and what will come of them."""
+        service, seed = self._service, resolve_seed(body)
         if isinstance(body, ChatBody):
-            return [await self._service.encode_chat(body.messages)]
-        return await self._service.completion_prompts(body)
+            prompts = [await service.encode_chat(body.messages)]
+        else:
+            prompts = await service.completion_prompts(body)
+        scheduling = SchedulingParams()
+        generation = service.generate(body, prompts, api_id=new_id("llm"), seed=seed, scheduling=scheduling)
+        return prompts[0][0], seed, generation
 
     # -- from other threads --------------------------------------------------------------------------------------
 
@@ -224,7 +221,7 @@ class LLM:
         try:
             return future.result()
         except BaseException as error:
-            future.cancel()  # after Ctrl-C nobody waits for it
+            future.cancel()  # after Ctrl-C its result is not needed
             if isinstance(error, ExceptionGroup):
                 raise error.exceptions[0] from None
             raise

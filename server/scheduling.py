@@ -9,10 +9,10 @@ from shoal.server.wire.requests import GenerationBody
 
 
 def resolve_scheduling(body: GenerationBody, api_key: str | None) -> SchedulingParams:
-    """What the body says of its urgency, and whose it is.
+    """What the body says of its urgency, and which client it is of.
 
-    The client is who carries this API key, for nobody can claim to be several; where the server asks for none, it is
-    `user`.
+    The API key names the client, because a client cannot pretend to have several.  Where the server asks for no key,
+    `user` names it.
     """
     return SchedulingParams(
         client=_name("key", api_key) if api_key else _name("user", body.user) if body.user else "",
@@ -23,5 +23,5 @@ def resolve_scheduling(body: GenerationBody, api_key: str | None) -> SchedulingP
 
 
 def _name(kind: str, value: str) -> str:
-    """Short, and not the value itself, for names end in logs and a key must not."""
+    """Short, and not the value itself: names get into logs, and a key must not."""
     return blake2b(f"{kind} {value}".encode(), digest_size=8).hexdigest()

@@ -14,7 +14,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[ND
     """cos and sin of every position's angles, each [num_positions, head_dim / 2].
 
     Element i of a head's first half turns with element i of its second half.  Angles are products of float32, as in
-    training; at long positions a more exact product would be another model.
+    training: at long positions, more exact products would change the model.
     """
     angles = np.outer(np.arange(num_positions, dtype=np.float32), _frequencies(rope, head_dim).astype(np.float32))
     return np.cos(angles), np.sin(angles)

@@ -1,4 +1,4 @@
-"""Drafting with one call for each token of the longest proposal, for backends that have no single call for it."""
+"""Drafting with one call for each token of the longest proposal, for backends that cannot draft in one call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draft_stepwise(
     drafted[:, 0] = token_ids
     for index in range(1, drafted.shape[1]):
         num_more = int((batch.num_wanted > index).sum())
-        step = _one_token_each(batch, np.maximum(token_ids[:num_more], 0), index)  # -1 goes on as token 0
+        step = _one_token_each(batch, np.maximum(token_ids[:num_more], 0), index)  # -1 becomes token 0
         token_ids = choose(step, _first_rows(sampling, num_more, index))
         drafted[:num_more, index] = token_ids
     return drafted
@@ -45,7 +45,7 @@ def known_tokens(batch: DraftBatch) -> ForwardBatch:
 
 
 def _one_token_each(batch: DraftBatch, token_ids: Int32, index: int) -> ForwardBatch:
-    """The step over the `index`-th guess, counted from 1, of each of the first sequences."""
+    """The step over drafted token `index`, counted from 1, of each of the first sequences."""
     num_seqs = len(token_ids)
     positions = batch.ends[:num_seqs] + np.int32(index - 1)
     every = np.arange(num_seqs + 1, dtype=np.int32)

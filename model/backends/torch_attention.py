@@ -4,7 +4,7 @@ The cache of one layer is a matrix of rows, one row per (key or value, KV head, 
 of one head: gathering a sequence's rows gives keys and values that need no further copy.
 
 Queries are cut into tiles of a sequence; tiles of equal height and similar context run as one batched product.  What
-to gather and what to mask is worked out once a step, for all layers.
+to gather and what to mask is computed once a step, for all layers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from shoal.model.backends.torch_layers import COLUMNS, pad_rows
 from shoal.model.record import ModelConfig
 from shoal.model.step.batch import ForwardBatch
 
-# Most queries of one sequence that are computed together; fewer where the context is so long that scores grow large.
+# Upper limit on the queries of a tile; a long context, which has large scores, lowers it.
 _TILE_QUERIES = 64
-# Most elements of the scores, and of the gathered keys and values, of one group (one tile may exceed it): what a CPU's
-# caches take, or a small part of a GPU's memory.
+# Upper limit on the elements of a group's scores, and of its gathered keys and values; a single tile may exceed it.
+# It fits into a CPU's caches, or takes a small part of a GPU's memory.
 _MAX_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-# Positions that are summed at once.
+# Positions that one product sums over.
 _STRETCH = 128
-# Contexts are bucketed by powers of two from here on (in blocks), so that padding at most doubles the work.
+# From this number of blocks on, contexts are grouped by the next power of two: padding at most doubles the work.
 _MIN_BUCKET_BLOCKS = 16
 
 
@@ -38,24 +38,21 @@ _MIN_BUCKET_BLOCKS = 16
 class CacheLayout:
     """The shape of one layer's KV cache, [2 * num_kv_heads * num_blocks, block_size, head_dim]."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    config: ModelConfig
     num_blocks: int
     block_size: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, num_blocks: int, block_size: int) -> CacheLayout:
-        return cls(config.num_heads, config.num_kv_heads, config.head_dim, num_blocks, block_size)
+    device: torch.device
+    dtype: torch.dtype
 
     def padded(self, num_blocks: int) -> int:
-        """The number of blocks that fills up a multiple of COLUMNS positions, which are the columns of the scores."""
+        """`num_blocks` rounded up so that their positions, the columns of the scores, are a multiple of COLUMNS."""
         multiple = math.lcm(COLUMNS, self.block_size) // self.block_size
         return -(-num_blocks // multiple) * multiple
 
     def rows(self, block_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of each block's keys and values: [..., num_blocks] to [2, ..., num_kv_heads, num_blocks]."""
-        heads = np.arange(2 * self.num_kv_heads).reshape(2, *[1] * (block_ids.ndim - 1), self.num_kv_heads, 1)
+        """The cache rows of each block's keys and values: [..., num_blocks] to [2, ..., num_kv_heads, num_blocks]."""
+        num_kv_heads = self.config.num_kv_heads
+        heads = np.arange(2 * num_kv_heads).reshape(2, *[1] * (block_ids.ndim - 1), num_kv_heads, 1)
         return heads * self.num_blocks + block_ids[..., None, :]
 
 
@@ -64,10 +61,10 @@ class TileGroup:
     """S tiles of n queries each over contexts padded to L positions, to be computed at once.
 
     Attributes:
-        tokens: [S * n], which tokens of the step the queries are; a slice if all of them, in order.
+        tokens: [S * n], indices of the queries in the step; a slice if the group holds all tokens, in order.
         num_queries: n.
         cache_rows: [2 * S * num_kv_heads * L / block_size], rows of the cache to gather.
-        mask: [S * num_kv_heads, n * queries per KV head, L] (the middle padded, or 1 if n is): 0 or -inf.
+        mask: [S * num_kv_heads, rows, L], 0 or -inf; rows is n * queries per KV head, padded, or 1 if n is 1.
     """
 
     tokens: Tensor | slice
@@ -78,7 +75,7 @@ class TileGroup:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What a step's attention needs beside the queries, the same for every layer.
+    """What a step's attention needs besides queries, keys and values; the same for every layer.
 
     Attributes:
         write_index: [T * 2 * num_kv_heads], position of each token's key and value vectors in a layer's cache.
@@ -90,19 +87,20 @@ class AttentionPlan:
     groups: list[TileGroup]
 
 
-def plan_attention(batch: ForwardBatch, layout: CacheLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+def plan_attention(batch: ForwardBatch, layout: CacheLayout) -> AttentionPlan:
+    """Work out where the step writes keys and values, and what each group of tiles gathers and masks."""
     slots = batch.slot_mapping.astype(np.int64)
-    heads = np.arange(2 * layout.num_kv_heads) * layout.num_blocks * layout.block_size
+    heads = np.arange(2 * layout.config.num_kv_heads) * layout.num_blocks * layout.block_size
     fresh = slots[slots % layout.block_size == 0] // layout.block_size
-    max_elements = _MAX_ELEMENTS[device.type]
+    max_elements = _MAX_ELEMENTS[layout.device.type]
     tiles = _tiles(batch, layout, max_elements)
     groups = [
-        _group(batch, tiles[members], layout, device, dtype, covers_step=len(members) == len(tiles.starts))
+        _group(batch, tiles[:, members], layout, covers_step=len(members) == tiles.shape[1])
         for members in _groups(tiles, layout, max_elements)
     ]
     return AttentionPlan(
-        write_index=torch.from_numpy((slots[:, None] + heads).ravel()).to(device),
-        fresh_rows=torch.from_numpy(layout.rows(fresh).ravel()).to(device),
+        write_index=torch.from_numpy((slots[:, None] + heads).ravel()).to(layout.device),
+        fresh_rows=torch.from_numpy(layout.rows(fresh).ravel()).to(layout.device),
         groups=groups,
     )
 
@@ -110,8 +108,8 @@ def plan_attention(batch: ForwardBatch, layout: CacheLayout, device: torch.devic
 def clear_fresh_blocks(kv_cache: Tensor, plan: AttentionPlan) -> None:
     """Zero the blocks that the step starts to fill, in all layers [num_layers, *layout].
 
-    A group gathers whole blocks and masks what is past the context; were NaN left there by a request that failed, the
-    mask would not hide it.
+    A group gathers whole blocks and masks what is past the context.  A failed request may have left NaN there, which no
+    mask hides.
     """
     if plan.fresh_rows.numel():
         kv_cache.index_fill_(1, plan.fresh_rows, 0)
@@ -123,7 +121,7 @@ def attend(queries: Tensor, keys_values: Tensor, kv_cache: Tensor, plan: Attenti
     Args:
         queries: [T, num_heads, head_dim].
         keys_values: [T, 2 * num_kv_heads, head_dim], keys first.
-        kv_cache: one layer's, as `CacheLayout` says.
+        kv_cache: one layer's, in the shape of `CacheLayout`.
 
     Returns:
         [T, num_heads * head_dim].
@@ -161,22 +159,10 @@ def weighted_sum(shares: Tensor, values: Tensor) -> Tensor:
     return result[:, :, :head_dim]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tiles:
-    """Runs of queries of one sequence, as parallel arrays [num_tiles]: first token, number of queries, sequence, and
-    blocks of context up to the last query."""
-
-    starts: NDArray[np.int64]
-    num_queries: NDArray[np.int64]
-    sequences: NDArray[np.int64]
-    num_blocks: NDArray[np.int64]
-
-    def __getitem__(self, which: NDArray[np.intp]) -> _Tiles:
-        return _Tiles(self.starts[which], self.num_queries[which], self.sequences[which], self.num_blocks[which])
-
-
-def _tiles(batch: ForwardBatch, layout: CacheLayout, max_elements: int) -> _Tiles:
-    height = max(1, min(_TILE_QUERIES, max_elements // (layout.num_heads * int(batch.context_lens.max()))))
+def _tiles(batch: ForwardBatch, layout: CacheLayout, max_elements: int) -> NDArray[np.int64]:
+    """Runs of queries of one sequence, [4, num_tiles]: for each its first token, number of queries, sequence, and
+    number of blocks of context up to the last query."""
+    height = max(1, min(_TILE_QUERIES, max_elements // (layout.config.num_heads * int(batch.context_lens.max()))))
     ends = batch.query_start_loc[1:].astype(np.int64)
     starts = batch.query_start_loc[:-1].astype(np.int64)
     tiles_per_sequence = -(-(ends - starts) // height)
@@ -186,51 +172,44 @@ def _tiles(batch: ForwardBatch, layout: CacheLayout, max_elements: int) -> _Tile
     starts = starts[sequences] + within * height
     num_queries = np.minimum(ends[sequences] - starts, height)
     last_positions = batch.positions[starts + num_queries - 1]
-    return _Tiles(starts, num_queries, sequences, last_positions // layout.block_size + 1)
+    return np.stack((starts, num_queries, sequences, last_positions // layout.block_size + 1))
 
 
-def _groups(tiles: _Tiles, layout: CacheLayout, max_elements: int) -> Iterator[NDArray[np.intp]]:
-    """Numbers of tiles of equal height and similar context, ascending, few enough to be computed at once."""
-    buckets = np.exp2(np.ceil(np.log2(np.maximum(tiles.num_blocks, _MIN_BUCKET_BLOCKS)))).astype(np.int64)
-    keys = tiles.num_queries * (1 << 32) + buckets
+def _groups(tiles: NDArray[np.int64], layout: CacheLayout, max_elements: int) -> Iterator[NDArray[np.intp]]:
+    """Indices, ascending, of tiles with equal height and similar context, few enough to be computed at once."""
+    config, (_, num_queries, _, num_blocks) = layout.config, tiles
+    buckets = np.exp2(np.ceil(np.log2(np.maximum(num_blocks, _MIN_BUCKET_BLOCKS)))).astype(np.int64)
+    keys = num_queries * (1 << 32) + buckets
     for key in np.unique(keys):
         members = np.flatnonzero(keys == key)
         n, context = int(key >> 32), int(key & 0xFFFFFFFF) * layout.block_size
-        elements = context * max(n * layout.num_heads, 2 * layout.num_kv_heads * layout.head_dim)
+        elements = context * max(n * config.num_heads, 2 * config.num_kv_heads * config.head_dim)
         step = max(1, max_elements // elements)
         for start in range(0, len(members), step):
             yield members[start : start + step]
 
 
-def _group(
-    batch: ForwardBatch,
-    tiles: _Tiles,
-    layout: CacheLayout,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    covers_step: bool,
-) -> TileGroup:
-    n, num_blocks = int(tiles.num_queries[0]), layout.padded(int(tiles.num_blocks.max()))
-    tokens = tiles.starts[:, None] + np.arange(n)
-    # Padding gathers the last block of the sequence again, not another's: that may hold NaN, which no mask hides.
-    columns = np.minimum(np.arange(num_blocks), tiles.num_blocks[:, None] - 1)
-    table = batch.block_tables[tiles.sequences[:, None], columns].astype(np.int64)
-    positions = torch.from_numpy(batch.positions[tokens]).to(device)
+def _group(batch: ForwardBatch, tiles: NDArray[np.int64], layout: CacheLayout, *, covers_step: bool) -> TileGroup:
+    starts, num_queries, sequences, num_blocks = tiles
+    n, width = int(num_queries[0]), layout.padded(int(num_blocks.max()))
+    tokens = starts[:, None] + np.arange(n)
+    # Padding repeats the sequence's own last block: another block may hold NaN, which no mask hides.
+    columns = np.minimum(np.arange(width), num_blocks[:, None] - 1)
+    table = batch.block_tables[sequences[:, None], columns].astype(np.int64)
     return TileGroup(
-        tokens=slice(None) if covers_step else torch.from_numpy(tokens.ravel()).to(device),
+        tokens=slice(None) if covers_step else torch.from_numpy(tokens.ravel()).to(layout.device),
         num_queries=n,
-        cache_rows=torch.from_numpy(layout.rows(table).ravel()).to(device),
-        mask=_mask(positions, num_blocks * layout.block_size, layout, dtype),
+        cache_rows=torch.from_numpy(layout.rows(table).ravel()).to(layout.device),
+        mask=_mask(torch.from_numpy(batch.positions[tokens]).to(layout.device), width * layout.block_size, layout),
     )
 
 
-def _mask(positions: Tensor, context: int, layout: CacheLayout, dtype: torch.dtype) -> Tensor:
+def _mask(positions: Tensor, context: int, layout: CacheLayout) -> Tensor:
     """Additive mask of queries at `positions` [S, n]: a query sees its own position and those before."""
-    num_tiles, n = positions.shape
-    hidden = torch.arange(context, device=positions.device) > positions[..., None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
-    queries_per_kv_head = layout.num_heads // layout.num_kv_heads if n > 1 else 1
-    mask = mask[:, None, :, None].expand(num_tiles, layout.num_kv_heads, n, queries_per_kv_head, context)
-    mask = mask.reshape(num_tiles * layout.num_kv_heads, -1, context)
+    (num_tiles, n), num_kv_heads = positions.shape, layout.config.num_kv_heads
+    hidden = torch.arange(context, device=layout.device) > positions[..., None]
+    mask = torch.zeros(hidden.shape, dtype=layout.dtype, device=layout.device).masked_fill_(hidden, -torch.inf)
+    queries_per_kv_head = layout.config.num_heads // num_kv_heads if n > 1 else 1
+    mask = mask[:, None, :, None].expand(num_tiles, num_kv_heads, n, queries_per_kv_head, context)
+    mask = mask.reshape(num_tiles * num_kv_heads, -1, context)
     return pad_rows(mask) if n > 1 else mask

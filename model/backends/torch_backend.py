@@ -1,4 +1,4 @@
-"""The readable backend: executes a `ModelRecord` with torch on CPU or CUDA, and is the oracle of the others."""
+"""The readable backend: it executes a `ModelRecord` with torch on CPU or CUDA; native is tested against it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class TorchBackend:
 
     Args:
         device: as torch names it, such as "cpu" or "cuda:0".
-        dtype: of weights, KV cache and activations; router shares, softmax and logits are float32 in any case.
-        num_blocks, block_size: of the KV cache, which is allocated here and now.
-        num_threads: of torch's pool, which belongs to the process; None leaves it alone.
+        dtype: of weights, KV cache and activations; router shares, softmax and logits are always computed in float32.
+        num_blocks, block_size: of the KV cache, which the constructor allocates.
+        num_threads: of torch's pool, which the whole process shares; None leaves it unchanged.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TorchBackend:
         self._layers = [self._load_layer(layer) for layer in record.layers]
         self._norm = self._load(record.norm)
         self._head = self._embedding if record.head is record.embedding else self._load(record.head)
-        self._layout = CacheLayout.of(config, num_blocks, block_size)
+        self._layout = CacheLayout(config, num_blocks, block_size, self._device, self._dtype)
         self._kv_cache = torch.zeros(
             (config.num_layers, 2 * config.num_kv_heads * num_blocks, block_size, config.head_dim),
             dtype=self._dtype,
@@ -96,9 +96,9 @@ class TorchBackend:
         return linear(rms_norm(x, self._norm, self._config.rms_norm_eps), self._head).float()
 
     def _hidden(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
-        """Run the first layers, or all: the hidden states [num_tokens, hidden_size] before the last norm."""
+        """Run the first `num_layers` layers, or all; hidden states [num_tokens, hidden_size] before the last norm."""
         eps, num_heads, num_kv_heads = self._config.rms_norm_eps, self._config.num_heads, self._config.num_kv_heads
-        plan = plan_attention(batch, self._layout, self._device, self._dtype)
+        plan = plan_attention(batch, self._layout)
         clear_fresh_blocks(self._kv_cache, plan)
         positions = self._index(batch.positions)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
@@ -116,7 +116,7 @@ class TorchBackend:
         return torch.from_numpy(array).to(self._device)
 
     def _load(self, *arrays: Array) -> Tensor:
-        """The arrays, one above the other, with the backend's dtype on its device."""
+        """The arrays, one below the other, in the backend's dtype and on its device."""
         tensors = [torch.from_numpy(np.array(array)) for array in arrays]
         tensors = [t.view(torch.bfloat16) if t.dtype == torch.uint16 else t for t in tensors]
         return torch.cat([t.to(self._device, self._dtype) for t in tensors])

@@ -1,9 +1,9 @@
 """The layers of the model as functions of tensors; T is the number of tokens in the step.
 
-Weights that are applied to the same input are stacked into one matrix, because on a small model the number of
-operations is what costs.
+Weights that are applied to the same input are stacked into one matrix, because the time of a small model depends on
+the number of operations.
 
-A row's result must not depend on the rows beside it.  MKL rounds a row of a product in one and the same way under three
+A row's result must not depend on the rows beside it.  MKL rounds a row of a product in the same way under three
 conditions.  The number of rows is a multiple of 4.  The product has at least 24 columns: for fewer, MKL chooses between
 kernels by the number of rows (under 8 columns on Intel's processors; under 24 on AMD's, with two threads or more).  On
 Intel's processors MKL is told to be strict, before its first product.  So every product here is padded.
@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-ROWS = 4  # the number of rows of a product is a multiple of this
-COLUMNS = 32  # fewest columns of a product
+ROWS = 4  # every product has a multiple of this number of rows
+COLUMNS = 32  # and at least this number of columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn `heads` [T, num_heads, head_dim] in place by the angles of their positions (RoPE, Su et al. 2021).
 
     Args:
-        cos, sin: [T, 1, 2, head_dim / 2]; the half of sin that meets a head's first half is negative.
+        cos, sin: [T, 1, 2, head_dim / 2]; sin is negated at [:, :, 0], for a head's first half.
     """
     halves = heads.view(*heads.shape[:-1], 2, -1)
     swapped = halves.flip(-2)
@@ -103,7 +103,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def mixture_of_experts(x: Tensor, weights: ExpertWeights) -> Tensor:
-    """Send each token through its experts and add their outputs by the router's shares: [T, hidden] to [T, hidden].
+    """Add the outputs of each token's experts, weighted by the router's shares: [T, hidden] to [T, hidden].
 
     Tokens are placed in a buffer, expert after expert, so that all experts run as one grouped product.
     """
@@ -118,22 +118,22 @@ def mixture_of_experts(x: Tensor, weights: ExpertWeights) -> Tensor:
 
 
 def route(x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
-    """The share and the number of each token's experts, both [T, num_experts_per_tok].
+    """The shares and the indices of each token's experts, both [T, num_experts_per_tok].
 
-    A softmax over all experts, renormalised over the best, is the softmax over the best alone.
+    A softmax over all experts, renormalised over the chosen ones, is the softmax over these alone.
     """
     scores, experts = linear(x, weights.router).float().topk(weights.num_experts_per_tok, dim=-1)
     return scores.softmax(dim=-1).to(x.dtype), experts
 
 
 def place_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Where each row goes if rows are gathered by expert, every expert's share of the buffer a multiple of ROWS.
+    """Where each row goes if rows are grouped by expert; each expert's part of the buffer is a multiple of ROWS.
 
     Args:
         experts: [n], the expert of each row.
 
     Returns:
-        The places [n], and where each expert's share ends [num_experts] int32.
+        The places [n], and where each expert's part ends [num_experts] int32.
     """
     sent = experts[:, None] == torch.arange(num_experts, device=experts.device)
     so_far = sent.cumsum(dim=0)

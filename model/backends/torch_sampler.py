@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from shoal.model.step.batch import Int32, Records, SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
 
-# The most elements of a [rows, vocab_size] temporary: it fits into a CPU's caches, or takes a small part of a GPU's
-# memory.  Further rows are drawn in turns.
+# Upper limit on the elements of a [rows, vocab_size] temporary, so that it fits into a CPU's caches, or takes a small
+# part of a GPU's memory.  Further rows are drawn in the next turn.
 _MAX_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
 # For top_p this many of the most probable tokens are tried before the whole vocabulary is sorted.
 _NARROW = 128
@@ -28,7 +28,9 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     token_ids = greedy.to(torch.int32).cpu().numpy()
     forced, num_logprobs = sampling.rows["forced_token_id"], sampling.rows["num_logprobs"]
     drawn = np.flatnonzero((sampling.rows["temperature"] > 0) & (forced < 0))
-    for turn in _turns(drawn, logits.shape[1], _MAX_ELEMENTS[logits.device.type]):
+    rows_at_once = max(1, _MAX_ELEMENTS[logits.device.type] // logits.shape[1])
+    for start in range(0, len(drawn), rows_at_once):
+        turn = drawn[start : start + rows_at_once]
         token_ids[turn] = _draw(adjusted, _Draws.of(sampling.rows, turn, logits.device)).cpu().numpy()
     token_ids = np.where(forced >= 0, forced, token_ids)
     token_ids = np.where(torch.isfinite(greatest).cpu().numpy(), token_ids, np.int32(-1))
@@ -38,13 +40,8 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     return _with_logprobs(token_ids, logits, asked, int(num_logprobs.max()))
 
 
-def _turns(rows: NDArray[np.intp], vocab_size: int, max_elements: int) -> list[NDArray[np.intp]]:
-    step = max(1, max_elements // vocab_size)
-    return [rows[start : start + step] for start in range(0, len(rows), step)]
-
-
 def _with_penalties_and_biases(logits: Tensor, sampling: SamplingBatch) -> Tensor:
-    """Steps 1 and 2; the logits themselves where there is nothing to do."""
+    """Steps 1 and 2; `logits` itself where no row has a penalty or a bias."""
     penalties, biases, device = sampling.penalties, sampling.biases, logits.device
     if not penalties.size and not biases.size:
         return logits
@@ -120,7 +117,7 @@ def _draw(logits: Tensor, draws: _Draws) -> Tensor:
 
 
 def _draw_from_all(logits: Tensor, draws: _Draws) -> Tensor:
-    """Draw where neither top_k nor top_p applies: nothing needs an order."""
+    """Draw where neither top_k nor top_p applies: no sorting is needed."""
     x = logits.double().div_(draws.temperature)
     all_ids = torch.arange(x.shape[1], device=x.device)[None]
     scores = x + _noise(draws.keys, all_ids)
@@ -131,7 +128,7 @@ def _draw_from_all(logits: Tensor, draws: _Draws) -> Tensor:
 
 
 def _draw_from_best(logits: Tensor, draws: _Draws) -> Tensor:
-    """Draw where top_k or top_p applies: from the few most probable tokens if they are sure to hold all that stay."""
+    """Draw where top_k or top_p applies: from the few most probable tokens if no other can be chosen."""
     vocab_size = logits.shape[1]
     width = min(vocab_size, int(torch.where(draws.top_k > 0, draws.top_k, _NARROW).max()))
     token_ids, certain = _draw_among(logits, draws, width)
@@ -141,7 +138,7 @@ def _draw_from_best(logits: Tensor, draws: _Draws) -> Tensor:
 
 
 def _draw_among(logits: Tensor, draws: _Draws, width: int) -> tuple[Tensor, Tensor]:
-    """Draw from the `width` most probable tokens; and whether no token beyond them could have stayed, [n]."""
+    """Draw from the `width` most probable tokens: token ids [n], and whether no other could be chosen, [n]."""
     values, ids = _greatest(logits, width)
     x = values.double().div_(draws.temperature)
     in_top_k = (draws.top_k == 0) | (torch.arange(width, device=x.device) < draws.top_k)
@@ -165,7 +162,7 @@ def _greatest(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The `width` greatest logits of each row and their ids, ordered by logit descending, then id ascending."""
     if width < logits.shape[1]:
         values, ids = logits.topk(width, dim=-1)
-        # topk takes and orders equals as it likes: order them here; where the border cuts through equals, sort all.
+        # topk orders equal logits arbitrarily, so order them here; if it left some equals out, sort all.
         if not width or not ((logits >= values[:, -1:]).sum(dim=-1) > width).any():
             ids = ids.sort(dim=-1).values
             values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)

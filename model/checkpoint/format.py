@@ -1,4 +1,4 @@
-"""The formats that checkpoints come in, behind one interface; all else in this room does not know which it reads."""
+"""The formats of checkpoints behind one interface; the rest of the room does not depend on the format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
 
 
 class CheckpointFormat(Protocol):
-    """Gives the parts of a checkpoint in the words of a Hugging Face folder.
+    """Gives the parts of a checkpoint under the names of a Hugging Face folder.
 
     Every method raises CheckpointError, naming the file and the field, key or tensor that is missing, malformed or not
     supported.
@@ -37,7 +37,7 @@ class CheckpointFormat(Protocol):
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether there is a checkpoint at the path, by its look."""
+    """Whether the path looks like a checkpoint; its content is not read."""
     return (path / CONFIG).is_file() or is_gguf(path)
 
 
@@ -48,8 +48,8 @@ def is_gguf(path: Path) -> bool:
 def open_checkpoint(checkpoint: Path | CheckpointFormat) -> CheckpointFormat:
     """The checkpoint at the path: a GGUF file, or a Hugging Face folder.
 
-    An opened checkpoint is returned as it is.  Who loads several parts opens it once, and has the header of a GGUF file
-    read once.
+    An opened checkpoint is returned as it is: a caller that loads several parts opens it once, so that the header of a
+    GGUF file is read once.
 
     Raises:
         CheckpointError: the file is not one of GGUF.

@@ -1,6 +1,6 @@
-"""A GGUF file as a checkpoint: its metadata in the words of a Hugging Face folder.
+"""A GGUF file as a checkpoint: its metadata under the names of a Hugging Face folder.
 
-Only the keys of architecture llama are understood; with experts it is Mixtral.  Keys that would change the numbers and
+Only the architecture llama is supported; with experts it is Mixtral.  Keys that would change the numbers and
 that no backend implements are refused by name.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from shoal.model.checkpoint.gguf_file import BF16, F16, F32, ArrayValue, GgufFile, read_gguf
-from shoal.model.checkpoint.gguf_tokenizer import read_gguf_tokenizer, special_token_ids
 from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
 
 _ARCHITECTURE = "llama"
@@ -39,7 +38,7 @@ _KEYS = {
     "rope_parameters.factor": "llama.rope.scaling.factor",
     "rope_parameters.factors": "tensor rope_freqs.weight",
 }
-# Keys after `llama.` that would change the numbers, with the values that leave them alone.
+# Keys, without `llama.`, that may change the numbers, with the values that do not.
 _HARMLESS: dict[str, tuple[float, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -86,7 +85,7 @@ class GgufCheckpoint:
     def config(self) -> Fields:
         file, own = self._file, self._own
         _refuse_unsupported(own)
-        ids = special_token_ids(file)
+        ids = file.special_token_ids()
         values: dict[str, Any] = {name: file.metadata.get(key) for name, key in _KEYS.items()}
         values |= {
             "architectures": ["MixtralForCausalLM" if self._num_experts else "LlamaForCausalLM"],
@@ -102,10 +101,13 @@ class GgufCheckpoint:
 
     def generation_config(self) -> Fields:
         values: dict[str, Any] = {name: self._file.metadata.get(key) for name, key in _SAMPLING.items()}
-        values["eos_token_id"] = _end_ids(special_token_ids(self._file))
+        values["eos_token_id"] = _end_ids(self._file.special_token_ids())
         return Fields(self._file.path, values, names=_KEYS | _SAMPLING)
 
     def tokenizer(self) -> TokenizerParts:
+        # The engine process does not need the tokenizers package, which takes time to load.
+        from shoal.model.checkpoint.gguf_tokenizer import read_gguf_tokenizer  # noqa: PLC0415
+
         return read_gguf_tokenizer(self._file)
 
     def weights(self) -> Weights:
@@ -152,7 +154,7 @@ def _refuse_unsupported(own: Fields) -> None:
 
 
 def _vocab_size(file: GgufFile) -> Any:
-    """As the file claims, else the number of tokens."""
+    """The size that the file states, else the number of its tokens."""
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     num_tokens = tokens.count if isinstance(tokens, ArrayValue) else None
     claimed = file.metadata.get("llama.vocab_size", num_tokens)
@@ -162,7 +164,7 @@ def _vocab_size(file: GgufFile) -> Any:
 
 
 def _rope(file: GgufFile, own: Fields) -> dict[str, Any]:
-    """The `rope_parameters` of config.json.  Without a type llama.cpp scales linearly, without a factor not at all."""
+    """The `rope_parameters` of config.json.  llama.cpp's default type is linear; without a factor it does not scale."""
     theta = own.get("rope.freq_base")
     rope: dict[str, Any] = {"rope_theta": 10_000.0 if theta is None else theta}
     factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear")
@@ -179,7 +181,7 @@ def _rope(file: GgufFile, own: Fields) -> dict[str, Any]:
 
 
 def _rope_factors(file: GgufFile) -> list[float]:
-    """What each frequency is divided by: so llama.cpp writes the scaling of Llama 3."""
+    """The divisor of each frequency; llama.cpp writes the scaling of Llama 3 in this form."""
     info = file.tensors[_ROPE_FACTORS]
     if info.type != F32 or len(info.shape) != 1 or info.start + 4 * info.shape[0] > len(file.data):
         raise file.error(f"tensor {_ROPE_FACTORS}", "expected one dimension of float32, within the file")
@@ -188,7 +190,7 @@ def _rope_factors(file: GgufFile) -> list[float]:
 
 
 def _dtype(file: GgufFile) -> str:
-    """The number format of the matrices, but for some that are kept in float32; float32 where they are quantised."""
+    """The number format of the matrices that are not float32; float32 if they are quantised or differ."""
     types = {info.type for info in file.tensors.values() if len(info.shape) > 1} - {F32}
     return "float16" if types == {F16} else "bfloat16" if types == {BF16} else "float32"
 

@@ -1,11 +1,11 @@
 """Reads the header of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), strictly.
 
 The format, all little-endian: the letters GGUF, a version, the numbers of tensors and of metadata keys; each key with
-the type of its value and the value; each tensor's name, shape, type and offset; padding; the tensors' data, which the
-offsets count from.  Strings and arrays carry their length before them.
+the type of its value and the value; each tensor's name, shape, type and offset; padding; the tensors' data.  Offsets
+count from the start of the data.  Strings and arrays carry their length before them.
 
-Nothing in the file is believed before it is checked, and nothing is allocated by a length that the file claims.
-Arrays are only stepped over: a vocabulary of 50,000 strings costs time where it is wanted, not in every process.
+Everything is checked before it is used, and no length in the file decides how much is allocated.  Arrays are skipped:
+only a process that needs the vocabulary spends time on its 50,000 strings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ from shoal.scheduler.errors import CheckpointError
 
 # The types of tensors that are plain numbers; all others are blocks of quantised ones.
 F32, F16, BF16 = 0, 1, 30
+
+# The metadata keys, after `tokenizer.ggml.`, of the special tokens' ids.
+SPECIAL_TOKEN_KEYS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "pad": "padding_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+}
+_SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file names none
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -39,10 +50,10 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class ArrayValue:
-    """Where an array of the metadata lies.
+    """The place of a metadata array in the file.
 
     Attributes:
-        type: of its elements, as the file numbers them.
+        type: GGUF's number for the type of its elements.
         start: offset in the file of the first element.
     """
 
@@ -62,9 +73,9 @@ class TensorInfo:
     """A tensor as the header describes it.
 
     Attributes:
-        shape: the dimension that varies slowest comes first, as everywhere but in the file.
-        type: as the file numbers them; see `F32`.
-        start: offset in the file, within it, a multiple of 8.
+        shape: slowest dimension first; the file has the reverse order.
+        type: GGUF's number for it; see `F32`.
+        start: offset of the data in the file, a multiple of 8.
     """
 
     name: str
@@ -87,7 +98,7 @@ class GgufFile:
         return CheckpointError(f"{self.path}: {name}: {message}", param=self.path.name)
 
     def section(self, prefix: str) -> Fields:
-        """The values whose keys begin so, by the rest of their keys."""
+        """The values whose keys begin with `prefix`, by the rest of their keys."""
         values = {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
         return Fields(self.path, values, prefix)
 
@@ -123,6 +134,17 @@ class GgufFile:
         numbers: NDArray[Any] = np.frombuffer(self.data, _NUMBERS[array.type], array.count, array.start)
         return numbers
 
+    def special_token_ids(self) -> dict[str, int]:
+        """Ids of the special tokens that the file has: bos, eos, unk, pad, eot (end of turn), eom (end of message).
+
+        Raises:
+            CheckpointError: naming the key that holds no id.
+        """
+        fields = self.section("tokenizer.ggml.")
+        ids = {name: fields.optional_integer(key) for name, key in SPECIAL_TOKEN_KEYS.items()}
+        defaults = _SENTENCEPIECE_IDS if fields.get("model") == "llama" else {}
+        return defaults | {name: token_id for name, token_id in ids.items() if token_id is not None}
+
     def _array(self, key: str) -> ArrayValue:
         value = self.metadata.get(key)
         if not isinstance(value, ArrayValue):
@@ -134,7 +156,7 @@ def read_gguf(path: Path) -> GgufFile:
     """Read the header and map the file.
 
     Raises:
-        CheckpointError: naming the file, and the key or tensor where it is about one: not readable, not GGUF, of an
+        CheckpointError: naming the file, and the key or tensor if one is at fault: not readable, not GGUF, of an
             unsupported version, truncated or inconsistent.
     """
     try:
@@ -156,13 +178,6 @@ class _Header:
         self._subject = "the header"  # what is being read, for messages
 
     def read(self) -> GgufFile:
-        self._check_magic_and_version()
-        num_tensors, num_keys = self._unpack("<QQ")
-        metadata = self._metadata(num_keys)
-        tensors = self._tensors(num_tensors, self._alignment(metadata))
-        return GgufFile(self._path, self._data, metadata, tensors)
-
-    def _check_magic_and_version(self) -> None:
         if self._data[:4] != _MAGIC:
             raise self._error("not a GGUF file: it does not begin with the letters GGUF")
         self._skip(4)
@@ -171,6 +186,10 @@ class _Header:
             raise self._error("a big-endian GGUF file; only little-endian ones are supported")
         if version not in _VERSIONS:
             raise self._error(f"version {version} of GGUF is not supported; supported: 2, 3")
+        num_tensors, num_keys = self._unpack("<QQ")
+        metadata = self._metadata(num_keys)
+        tensors = self._tensors(num_tensors, self._alignment(metadata))
+        return GgufFile(self._path, self._data, metadata, tensors)
 
     def _metadata(self, count: int) -> dict[str, Value]:
         metadata: dict[str, Value] = {}
@@ -189,18 +208,15 @@ class _Header:
             number: int | float = self._unpack(_NUMBERS[kind])[0]
             return number
         if kind == _BOOL:
-            return self._bool()
+            (byte,) = self._unpack("<B")
+            if byte > 1:
+                raise self._error(f"expected true or false, found byte {byte}")
+            return bool(byte)
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
             return self._array()
         raise self._error(f"type {kind} of its value is unknown")
-
-    def _bool(self) -> bool:
-        (byte,) = self._unpack("<B")
-        if byte > 1:
-            raise self._error(f"expected true or false, found byte {byte}")
-        return bool(byte)
 
     def _string(self) -> str:
         (length,) = self._unpack("<Q")
@@ -222,7 +238,7 @@ class _Header:
         return array
 
     def _skip_strings(self, count: int) -> None:
-        """A loop as tight as can be: it runs 100,000 times for an ordinary vocabulary."""
+        """A tight loop: it runs 100,000 times for an ordinary vocabulary."""
         data, position, last = self._data, self._position, self._size - 8
         for _ in range(count):
             if position > last:
@@ -247,12 +263,17 @@ class _Header:
             self._subject = f"tensor {name}"
             if name in tensors:
                 raise self._error("appears twice")
-            tensors[name] = self._tensor(name)
+            tensors[name] = self._tensor(name, alignment)
         data_start = -(-self._position // alignment) * alignment
-        return {name: self._placed(info, data_start, alignment) for name, info in tensors.items()}
+        for name, info in tensors.items():
+            self._subject, start = f"tensor {name}", data_start + info.start
+            if start >= self._size:
+                raise self._error(f"begins at byte {start}, but the file has {self._size}")
+            tensors[name] = replace(info, start=start)
+        return tensors
 
-    def _tensor(self, name: str) -> TensorInfo:
-        """Its `start` still counts from the beginning of the data."""
+    def _tensor(self, name: str, alignment: int) -> TensorInfo:
+        """The tensor, with a `start` that counts from the beginning of the data."""
         (num_dimensions,) = self._unpack("<I")
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
             raise self._error(f"expected 1 to {_MAX_DIMENSIONS} dimensions, found {num_dimensions}")
@@ -260,16 +281,9 @@ class _Header:
         if not all(shape):
             raise self._error(f"shape {list(shape)} is empty")
         kind, offset = self._unpack("<IQ")
+        if offset % alignment:
+            raise self._error(f"offset {offset} is not a multiple of the alignment {alignment}")
         return TensorInfo(name, shape, kind, offset)
-
-    def _placed(self, info: TensorInfo, data_start: int, alignment: int) -> TensorInfo:
-        self._subject = f"tensor {info.name}"
-        if info.start % alignment:
-            raise self._error(f"offset {info.start} is not a multiple of the alignment {alignment}")
-        start = data_start + info.start
-        if start >= self._size:
-            raise self._error(f"begins at byte {start}, but the file has {self._size}")
-        return TensorInfo(info.name, info.shape, info.type, start)
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
         start = self._position

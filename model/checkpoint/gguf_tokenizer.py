@@ -1,61 +1,50 @@
-"""The tokenizer of a GGUF file, as the `tokenizer.json` that it would have in a Hugging Face folder.
+"""The tokenizer of a GGUF file, in the form that Hugging Face gives it.
 
-The file names one of llama.cpp's tokenizers and holds its vocabulary.  Two are understood: `gpt2`, byte-level BPE,
-which cuts a text before merging as `tokenizer.ggml.pre` says; and `llama`, SentencePiece's BPE, which merges whatever
-makes the token of the highest score and spells in bytes what has no token.
+The file names one of llama.cpp's tokenizers and holds its vocabulary.  Two are supported.  `gpt2` is byte-level BPE;
+`tokenizer.ggml.pre` names how it splits a text before merging.  `llama` is SentencePiece's BPE: it prefers the merge
+whose result has the highest score, and text without a token becomes bytes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.model.checkpoint.gguf_file import GgufFile
-from shoal.model.checkpoint.parts import TokenizerParts
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-Json = dict[str, Any]
+from shoal.model.checkpoint.gguf_file import SPECIAL_TOKEN_KEYS, GgufFile
+from shoal.model.checkpoint.parts import TokenizerParts
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
-_SPECIAL_IDS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "unk": "unknown_token_id",
-    "pad": "padding_token_id",
-    "eot": "eot_token_id",
-    "eom": "eom_token_id",
-}
-_SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file names none
 # Types of tokens; normal, unused and byte-valued ones need nothing.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_SPACE = "▁"  # SentencePiece's letter for it
-_MAX_PIECE_LETTERS = 256  # every way to cut a piece in two is looked up
+_SPACE = "▁"  # SentencePiece's letter for a space
+_MAX_PIECE_LETTERS = 256  # every way to split a piece in two is looked up
 
 
-def _split(regex: str) -> Json:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+def _split(regex: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(regex), behavior="isolated")
 
 
-def _bytes(*, words: bool) -> Json:
-    """The step to letters for bytes; `words` cuts as GPT-2 did first."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
+_LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # a letter for each byte
+_GPT2_LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False)  # the same, after a split as in GPT-2
 
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """How a byte-level tokenizer cuts a text into the pieces that it merges within.
+    """How a byte-level tokenizer splits a text into pieces, within which it merges.
 
     Attributes:
         steps: pre-tokenizers, in order.
-        normalizer: what comes before, such as a Unicode normal form.
-        whole_tokens: a piece that is a token is not put together by merges.
-        add_bos: whether a text begins with bos where the file does not say.
+        normalizer: runs before the steps, such as a Unicode normal form.
+        whole_tokens: whether a piece that is a token skips the merges.
+        add_bos: whether a text begins with bos if the file does not say.
     """
 
-    steps: tuple[Json, ...]
-    normalizer: Json | None = None
+    steps: tuple[pre_tokenizers.PreTokenizer, ...]
+    normalizer: normalizers.Normalizer | None = None
     whole_tokens: bool = False
     add_bos: bool = False
 
@@ -64,58 +53,18 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = _Cut(
-    (_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), _bytes(words=False)),
-    whole_tokens=True,
-    add_bos=True,
-)
-_DEFAULT = "default"
+_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
+_LLAMA3 = _Cut((_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), _LETTERS), whole_tokens=True, add_bos=True)
+_DEFAULT = "default"  # what llama.cpp uses for files that name none
 _CUTS = {
-    # llama.cpp's own, for files that do not say.
-    _DEFAULT: _Cut(
-        (
-            _split(r"[\p{P}\$\+<=>\^~\|]+"),
-            _split(_GPT2),
-            _split(r"\p{N}+"),
-            _split(r"[0-9][0-9][0-9]"),
-            _bytes(words=False),
-        )
-    ),
-    "gpt-2": _Cut((_bytes(words=True),)),
+    _DEFAULT: _Cut((*map(_split, (_PUNCTUATION, _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")), _LETTERS)),
+    "gpt-2": _Cut((_GPT2_LETTERS,)),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "qwen2": _Cut((_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"), _bytes(words=False)), {"type": "NFC"}),
-    "smollm": _Cut(({"type": "Digits", "individual_digits": True}, _bytes(words=True))),
+    "qwen2": _Cut((_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"), _LETTERS), normalizers.NFC()),
+    "smollm": _Cut((pre_tokenizers.Digits(individual_digits=True), _GPT2_LETTERS)),
 }
-
-
-def special_token_ids(file: GgufFile) -> dict[str, int]:
-    """Ids of the special tokens that the file has: bos, eos, unk, pad, eot (end of turn), eom (end of message).
-
-    Raises:
-        CheckpointError: naming the key that holds no id.
-    """
-    fields = file.section(_PREFIX)
-    ids = {name: fields.optional_integer(key) for name, key in _SPECIAL_IDS.items()}
-    defaults = _SENTENCEPIECE_IDS if fields.get("model") == "llama" else {}
-    return defaults | {name: token_id for name, token_id in ids.items() if token_id is not None}
-
-
-def read_gguf_tokenizer(file: GgufFile) -> TokenizerParts:
-    """The tokenizer and the chat templates.
-
-    Raises:
-        CheckpointError: naming the key that is missing, malformed, inconsistent, or of an unsupported kind.
-    """
-    vocabulary = _read_vocabulary(file)
-    texts = {f"{name}_token": vocabulary.tokens[i] for name, i in vocabulary.special_ids.items()}
-    return TokenizerParts(
-        path=file.path,
-        definition=json.dumps(_definition(file, vocabulary), ensure_ascii=False),
-        special_tokens=texts,
-        chat_templates=_chat_templates(file),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +75,30 @@ class _Vocabulary:
     types: list[int]
     special_ids: Mapping[str, int]
 
-    def ids(self) -> dict[str, int]:
-        return {token: i for i, token in enumerate(self.tokens)}
+    def special(self, name: str) -> str:
+        """The text of a special token."""
+        return self.tokens[self.special_ids[name]]
+
+
+def read_gguf_tokenizer(file: GgufFile) -> TokenizerParts:
+    """The tokenizer and the chat templates.
+
+    Raises:
+        CheckpointError: naming the key that is missing, malformed, inconsistent, or of an unsupported kind.
+    """
+    vocabulary = _read_vocabulary(file)
+    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
+    kind = file.metadata.get(f"{_PREFIX}model")
+    if kind not in kinds:
+        message = "missing" if kind is None else f"{kind!r} is not supported; supported: {', '.join(kinds)}"
+        raise file.error(f"{_PREFIX}model", message)
+    tokenizer = kinds[str(kind)](file, vocabulary)
+    tokenizer.add_tokens(_added_tokens(vocabulary))
+    return TokenizerParts(
+        tokenizer=tokenizer,
+        special_tokens={f"{name}_token": vocabulary.special(name) for name in vocabulary.special_ids},
+        chat_templates=_chat_templates(file),
+    )
 
 
 def _read_vocabulary(file: GgufFile) -> _Vocabulary:
@@ -137,108 +108,82 @@ def _read_vocabulary(file: GgufFile) -> _Vocabulary:
         types = _one_each(file, "token_type", len(tokens))
     if len(set(tokens)) < len(tokens):
         raise file.error(f"{_PREFIX}tokens", "a token appears twice")
-    special_ids = special_token_ids(file)
+    special_ids = file.special_token_ids()
     for name, token_id in special_ids.items():
         if token_id >= len(tokens):
-            raise file.error(_PREFIX + _SPECIAL_IDS[name], f"{token_id} is not one of {len(tokens)} tokens")
+            raise file.error(_PREFIX + SPECIAL_TOKEN_KEYS[name], f"{token_id} is not one of {len(tokens)} tokens")
     return _Vocabulary(tokens, types, special_ids)
 
 
-def _definition(file: GgufFile, vocabulary: _Vocabulary) -> Json:
-    """The content of a tokenizer.json."""
-    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
-    kind = file.metadata.get(f"{_PREFIX}model")
-    if kind is None:
-        raise file.error(f"{_PREFIX}model", "missing")
-    if kind not in kinds:
-        raise file.error(f"{_PREFIX}model", f"{kind!r} is not supported; supported: {', '.join(kinds)}")
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(vocabulary),
-        **kinds[str(kind)](file, vocabulary),
-    }
-
-
-def _added_tokens(vocabulary: _Vocabulary) -> list[Json]:
-    """Tokens that are themselves wherever a text spells them, and never merged."""
+def _added_tokens(vocabulary: _Vocabulary) -> list[AddedToken]:
+    """Tokens that are found in a text before it is split, and never merged."""
     return [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind != _USER_DEFINED,
-        }
-        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
     ]
 
 
-def _byte_level(file: GgufFile, vocabulary: _Vocabulary) -> Json:
+def _byte_level(file: GgufFile, vocabulary: _Vocabulary) -> Tokenizer:
     name = file.metadata.get(f"{_PREFIX}pre", _DEFAULT)
     cut = _CUTS.get(str(name))
     if cut is None:
         raise file.error(f"{_PREFIX}pre", f"{name!r} is not supported; supported: {', '.join(_CUTS)}")
-    return {
-        "normalizer": cut.normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cut.steps},
-        "post_processor": _ends(file, vocabulary, add_bos=cut.add_bos),
-        "decoder": _bytes(words=True),
-        "model": {
-            "type": "BPE",
-            "ignore_merges": cut.whole_tokens,
-            "vocab": vocabulary.ids(),
-            "merges": file.strings(f"{_PREFIX}merges"),
-        },
-    }
+    merges = [tuple(merge.split(" ")) for merge in file.strings(f"{_PREFIX}merges")]
+    tokenizer = _bpe(file, vocabulary, merges, add_bos=cut.add_bos, ignore_merges=cut.whole_tokens)
+    tokenizer.normalizer = cut.normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cut.steps])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
-def _sentencepiece(file: GgufFile, vocabulary: _Vocabulary) -> Json:
-    """As Hugging Face writes it for Llama 2: a text, or what follows a special token, begins with a space."""
+def _sentencepiece(file: GgufFile, vocabulary: _Vocabulary) -> Tokenizer:
+    """The form that Llama 2 has on Hugging Face: a space is put before a text, and after each special token."""
+    merges, unknown = _merges_by_score(file, vocabulary), vocabulary.special("unk")
+    tokenizer = _bpe(file, vocabulary, merges, add_bos=True, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     add_space = file.section(_PREFIX).flag("add_space_prefix", default=True)
-    space = [{"type": "Prepend", "prepend": _SPACE}] if add_space else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_space else []
-    return {
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [*space, {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}],
-        },
-        "pre_tokenizer": None,
-        "post_processor": _ends(file, vocabulary, add_bos=True),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *strip,
+    before = [normalizers.Prepend(_SPACE)] if add_space else []
+    after = [decoders.Strip(" ", 1, 0)] if add_space else []
+    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    return tokenizer
+
+
+def _bpe(file: GgufFile, vocabulary: _Vocabulary, merges: list[Any], *, add_bos: bool, **options: Any) -> Tokenizer:
+    """The tokenizer with its model, and with what it adds at both ends of a text."""
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    try:
+        tokenizer = Tokenizer(models.BPE(ids, merges, **options))
+    except Exception as error:  # the library raises nothing narrower
+        raise file.error(f"{_PREFIX}merges", f"not those of a tokenizer: {error}") from error
+    fields = file.section(_PREFIX)
+    defaults = {"bos": add_bos, "eos": False}
+    added = [name for name, default in defaults.items() if fields.flag(f"add_{name}_token", default=default)]
+    for name in added:
+        if name not in vocabulary.special_ids:
+            raise fields.error(SPECIAL_TOKEN_KEYS[name], f"missing, though a text is to begin or end with {name}")
+    if added:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[part for part in ("bos", "$A", "eos") if part == "$A" or part in added],
+            special_tokens=[
+                {"id": name, "ids": [vocabulary.special_ids[name]], "tokens": [vocabulary.special(name)]}
+                for name in added
             ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": vocabulary.tokens[vocabulary.special_ids["unk"]],
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocabulary.ids(),
-            "merges": _merges_by_score(file, vocabulary),
-        },
-    }
+        )
+    return tokenizer
 
 
 def _merges_by_score(file: GgufFile, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, the token of the highest score first.
+    """Every way to make a token of two others, in descending order of the token's score.
 
-    SentencePiece merges by the score of the result and knows no list of merges; this one has the same effect.
+    SentencePiece merges by the score of the result and has no list of merges; this list has the same effect.
     """
-    tokens, types = vocabulary.tokens, vocabulary.types
-    scores = _one_each(file, "scores", len(tokens))
+    scores = _one_each(file, "scores", len(vocabulary.tokens))
     pieces = {
         token: score
-        for token, kind, score in zip(tokens, types, scores, strict=True)
+        for token, kind, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True)
         if kind not in (_UNKNOWN, _CONTROL, _BYTE)
     }
     merges = []
@@ -246,43 +191,14 @@ def _merges_by_score(file: GgufFile, vocabulary: _Vocabulary) -> list[tuple[str,
         if len(piece) > _MAX_PIECE_LETTERS:
             message = f"a token of {len(piece)} letters; at most {_MAX_PIECE_LETTERS} are supported"
             raise file.error(f"{_PREFIX}tokens", message)
-        # Hugging Face tries the longest left part first, where several ways lead to one piece.
+        # Of several pairs that make one piece, Hugging Face tries the one with the longest left part first.
         cuts = ((piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1))
         merges += [(left, right) for left, right in cuts if left in pieces and right in pieces]
     return merges
 
 
-def _ends(file: GgufFile, vocabulary: _Vocabulary, *, add_bos: bool) -> Json | None:
-    """The post-processor that puts bos before a text and eos after it, as the file asks for."""
-    fields = file.section(_PREFIX)
-    adds = {
-        "bos": fields.flag("add_bos_token", default=add_bos),
-        "eos": fields.flag("add_eos_token", default=False),
-    }
-    if not any(adds.values()):
-        return None
-    for name, is_added in adds.items():
-        if is_added and name not in vocabulary.special_ids:
-            raise fields.error(_SPECIAL_IDS[name], f"missing, though a text is to begin or end with {name}")
-    texts = {name: vocabulary.tokens[vocabulary.special_ids[name]] for name, is_added in adds.items() if is_added}
-    before = [_piece(texts[name]) for name in ("bos",) if name in texts]
-    after = [_piece(texts[name]) for name in ("eos",) if name in texts]
-    return {
-        "type": "TemplateProcessing",
-        "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}, *after],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {
-            text: {"id": text, "ids": [vocabulary.special_ids[name]], "tokens": [text]} for name, text in texts.items()
-        },
-    }
-
-
-def _piece(text: str) -> Json:
-    return {"SpecialToken": {"id": text, "type_id": 0}}
-
-
 def _chat_templates(file: GgufFile) -> dict[str, str]:
-    """By name; the one without a name is the default."""
+    """The chat templates by name; the one without a name is the default."""
     templates = {}
     for key, value in file.metadata.items():
         if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):

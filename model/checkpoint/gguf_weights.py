@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file of architecture llama, dequantised and in the order that `model/record.py` means."""
+"""The tensors of a GGUF file of architecture llama, dequantised, with rows in the order of `model/record.py`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from shoal.scheduler.errors import CheckpointError
 Array = NDArray[Any]
 
 _PLAIN: dict[int, np.dtype[Any]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2")}
+_NAMES = {kind.value: kind.name for kind in GGMLQuantizationType}
 _SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-# Buffers that follow from the metadata, or that the config holds.
+# Buffers that the metadata determines, or that are part of the config.
 _NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 _STACKED = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
 _ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
@@ -52,9 +53,9 @@ _OWN_NAMES = {
 
 
 def own_name(name: str) -> str:
-    """What llama.cpp calls the tensor of a Hugging Face name; the name itself where it has none.
+    """llama.cpp's name for the tensor with a Hugging Face name; `name` itself where it has none.
 
-    Experts are spelt one by one, `blk.0.ffn_gate.7.weight`, as in files before they were stacked.
+    Experts are named one by one, `blk.0.ffn_gate.7.weight`, as in older files, which do not stack them.
     """
     match = _HUGGING_FACE_NAME.fullmatch(name)
     if match is None:
@@ -66,14 +67,14 @@ def own_name(name: str) -> str:
 
 
 def read_gguf_weights(file: GgufFile, *, num_heads: int, num_kv_heads: int, num_experts: int) -> Weights:
-    """All weights: float32 where the file holds quantised blocks, else as they are.
+    """All weights: quantised tensors as float32, others in their own format.
 
-    Where anything is dequantised the rest is copied, so that the file's pages need not stay; else arrays are
-    read-only views of it.
+    If any tensor is quantised, the others are copied, so that the file's pages can be released; else arrays are
+    read-only views of the file.
 
     Raises:
-        CheckpointError: naming the tensor: of an unsupported type, of a shape that its type or the number of heads or
-            experts does not allow, truncated, or lying over another one.
+        CheckpointError: naming the tensor: of an unsupported type, of a shape that does not fit its type or the
+            numbers of heads and experts, truncated, or overlapping another one.
     """
     infos = [info for info in file.tensors.values() if not _NOT_WEIGHTS.fullmatch(info.name)]
     stored = [_stored(file, info) for info in infos]
@@ -100,37 +101,23 @@ class _Stored:
     type: GGMLQuantizationType
     rows: Array
 
-    @property
-    def is_plain(self) -> bool:
-        return self.info.type in _PLAIN
-
 
 def _stored(file: GgufFile, info: TensorInfo) -> _Stored:
-    kind = _type(file, info)
+    name = _NAMES.get(info.type, str(info.type))
+    if name not in _SUPPORTED:
+        raise _error(file, info, f"type {name} is not supported; supported: {', '.join(_SUPPORTED)}")
+    kind = GGMLQuantizationType(info.type)
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
     row = info.shape[-1]
     if row % block_size:
-        raise _error(file, info, f"rows of {row} are not whole blocks of {block_size}, as {kind.name} needs")
+        raise _error(file, info, f"rows of {row} are not whole blocks of {block_size}, as {name} needs")
     num_rows, row_bytes = math.prod(info.shape[:-1]), row // block_size * block_bytes
     end = info.start + num_rows * row_bytes
     if end > len(file.data):
-        message = (
-            f"truncated: shape {list(info.shape)} in {kind.name} ends at byte {end}, the file has {len(file.data)}"
-        )
-        raise _error(file, info, message)
+        ends = f"shape {list(info.shape)} in {name} ends at byte {end}, the file has {len(file.data)}"
+        raise _error(file, info, f"truncated: {ends}")
     data = np.frombuffer(file.data, np.uint8, num_rows * row_bytes, info.start)
     return _Stored(info, kind, data.reshape(num_rows, row_bytes))
-
-
-def _type(file: GgufFile, info: TensorInfo) -> GGMLQuantizationType:
-    supported = ", ".join(_SUPPORTED)
-    try:
-        kind = GGMLQuantizationType(info.type)
-    except ValueError:
-        raise _error(file, info, f"type {info.type} is unknown; supported: {supported}") from None
-    if kind.name not in _SUPPORTED:
-        raise _error(file, info, f"type {kind.name} is not supported; supported: {supported}")
-    return kind
 
 
 def _check_apart(file: GgufFile, stored: list[_Stored]) -> None:
@@ -140,8 +127,8 @@ def _check_apart(file: GgufFile, stored: list[_Stored]) -> None:
 
 
 def _by_halves(file: GgufFile, tensor: _Stored, num_heads: int) -> Array:
-    """The rows of a query or key projection as halves: llama.cpp turns neighbouring rows of a head together, rows 2 i
-    and 2 i + 1, the record rows i and i + head_dim / 2."""
+    """The rows of a query or key projection in the record's order: llama.cpp turns rows 2 i and 2 i + 1 of a head
+    together, the record rows i and i + head_dim / 2."""
     num_rows, row_bytes = tensor.rows.shape
     if num_rows % (2 * num_heads):
         raise _error(file, tensor.info, f"{num_rows} rows are not pairs of rows for each of {num_heads} heads")
@@ -151,58 +138,40 @@ def _by_halves(file: GgufFile, tensor: _Stored, num_heads: int) -> Array:
 
 def _arrays(stored: list[_Stored]) -> dict[str, Array]:
     """The tensors as arrays of numbers."""
-    plain = [tensor for tensor in stored if tensor.is_plain]
-    quantised = [tensor for tensor in stored if not tensor.is_plain]
-    views = {
-        tensor.info.name: tensor.rows.view(_PLAIN[tensor.info.type]).reshape(tensor.info.shape) for tensor in plain
-    }
-    if not quantised:
-        return views
-    return {name: view.copy() for name, view in views.items()} | _dequantised(quantised)
+    quantised = [tensor for tensor in stored if tensor.info.type not in _PLAIN]
+    arrays = _dequantised(quantised) if quantised else {}
+    for tensor in stored:
+        if tensor.info.type in _PLAIN:
+            view = tensor.rows.view(_PLAIN[tensor.info.type]).reshape(tensor.info.shape)
+            arrays[tensor.info.name] = view.copy() if quantised else view
+    return arrays
 
 
 def _dequantised(tensors: list[_Stored]) -> dict[str, Array]:
-    """Dequantises on all cores, for numpy lets go of the lock."""
-    arrays = _room(tensors)
-    # glibc hands a large array back to the kernel when it is freed, and new pages for the next take longer than the
-    # arithmetic on it; once a larger array has been freed it keeps them (mallopt(3), M_MMAP_THRESHOLD).
+    """Dequantise on all cores (numpy releases the GIL) into one allocation (only large ones get large pages)."""
+    sizes = [math.prod(tensor.info.shape) for tensor in tensors]
+    room = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
+    # glibc returns a large freed array to the kernel, and new pages for the next array take longer than its arithmetic.
+    # Once a larger array has been freed, glibc keeps such pages (mallopt(3), M_MMAP_THRESHOLD).
     np.empty(16 * _NUMBERS_AT_ONCE, np.float32)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            pool.submit(_dequantise, *part, tensor.type)
-            for tensor in tensors
-            for part in _parts(tensor, arrays[tensor.info.name])
-        ]
-        for job in jobs:
-            job.result()
-    return arrays
+        parts = [part for pair in zip(tensors, room, strict=True) for part in _parts(*pair)]
+        list(pool.map(_dequantise, *zip(*parts, strict=True)))
+    return {tensor.info.name: array.reshape(tensor.info.shape) for tensor, array in zip(tensors, room, strict=True)}
 
 
-def _room(tensors: list[_Stored]) -> dict[str, Array]:
-    """Uninitialised float32 arrays, those of a layer in one allocation: only large ones get large pages."""
-    arrays: dict[str, Array] = {}
-    layers: dict[str, list[TensorInfo]] = {}
-    for tensor in tensors:
-        layers.setdefault(".".join(tensor.info.name.split(".")[:2]), []).append(tensor.info)
-    for infos in layers.values():
-        sizes = [math.prod(info.shape) for info in infos]
-        parts = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
-        arrays |= {info.name: part.reshape(info.shape) for info, part in zip(infos, parts, strict=True)}
-    return arrays
-
-
-def _parts(tensor: _Stored, array: Array) -> Iterator[tuple[Array, Array]]:
-    """The tensor in parts of blocks, each with its place in the array."""
+def _parts(tensor: _Stored, array: Array) -> Iterator[tuple[Array, Array, GGMLQuantizationType]]:
+    """The tensor in parts of blocks, each with its place in the array and its type."""
     block_size, block_bytes = GGML_QUANT_SIZES[tensor.type]
     blocks, numbers = tensor.rows.reshape(-1, block_bytes), array.reshape(-1, block_size)
     step = _NUMBERS_AT_ONCE // block_size
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        yield blocks[part], numbers[part]
+        yield blocks[part], numbers[part], tensor.type
 
 
 def _dequantise(blocks: Array, numbers: Array, kind: GGMLQuantizationType) -> None:
-    # As one row: the library takes 16 rows at a time, which in rows of a matrix is too little work for a call.
+    # As one long row: the library takes 16 rows at a time, and 16 rows of a matrix are too little work for a call.
     with np.errstate(all="ignore"):
         numbers[:] = quants.dequantize(blocks.reshape(1, -1), kind).reshape(numbers.shape)
 

@@ -21,7 +21,7 @@ _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# Buffers that some files carry and that follow from the config.
+# Buffers in some files, which the config determines.
 _NOT_WEIGHTS = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
@@ -40,13 +40,18 @@ class HuggingFaceFolder:
         return Fields(path, read_json(path) if path.exists() else {})
 
     def tokenizer(self) -> TokenizerParts:
+        import tokenizers  # noqa: PLC0415  (the engine process does not need it, and it takes time to load)
+
         path = self.path / _TOKENIZER
         config_path = self.path / _TOKENIZER_CONFIG
         config = read_json(config_path) if config_path.exists() else {}
         read_json(path)  # for its messages: the library's do not name the file
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{path}: not a tokenizer: {error}", param=path.name) from error
         return TokenizerParts(
-            path=path,
-            definition=_read_text(path),
+            tokenizer=tokenizer,
             special_tokens=_special_tokens(config),
             chat_templates=_chat_templates(self.path, config),
         )
@@ -57,7 +62,7 @@ class HuggingFaceFolder:
         return Weights(path, kept, own_name=str)
 
     def _tensors(self) -> tuple[Path, dict[str, NDArray[Any]]]:
-        """The tensors by name, and the file that speaks for them: the one file, or the index of the shards."""
+        """The file that errors name (the single file, or the index of the shards), and the tensors by name."""
         folder = self.path
         if (folder / _WEIGHTS).exists():
             return folder / _WEIGHTS, read_safetensors(folder / _WEIGHTS)
@@ -112,7 +117,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name: the file's, else the config's, which holds one or a list of named ones."""
+    """Chat templates by name: from their own file, else from the config, which holds one or a list of named ones."""
     path = folder / "chat_template.jinja"
     if path.exists():
         return {"default": _read_text(path)}

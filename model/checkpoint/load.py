@@ -14,8 +14,8 @@ from shoal.scheduler.errors import CheckpointError
 
 
 def load_checkpoint(checkpoint: Path | CheckpointFormat) -> ModelRecord:
-    """Read the config and all weights.  Arrays are views of the mapped files, so that what is not touched is not
-    loaded, but for the quantised ones of a GGUF file, which become float32.
+    """Read the config and all weights.  Arrays are views of the mapped files, loaded on access; quantised
+    tensors of a GGUF file become float32.
 
     Raises:
         CheckpointError: naming the file, and the field or tensor: missing, malformed, of the wrong shape, of an
@@ -50,7 +50,7 @@ class _Tensors:
         return array
 
     def take_equal(self, name: str, other: Array) -> None:
-        """Take a tensor that may only repeat another one."""
+        """Take a tensor that must be equal to `other`."""
         if not np.array_equal(self.take(name, *other.shape), other):
             raise self._error(name, "differs from the embedding although config.json ties them")
 
@@ -122,7 +122,7 @@ def _dense(config: ModelConfig, tensors: _Tensors, prefix: str, names: tuple[str
 
 
 def _fused_experts(config: ModelConfig, tensors: _Tensors, prefix: str) -> Experts:
-    """The names of a transformers 5 state dict, which stacks the experts, gate above up."""
+    """Experts under the names of a transformers 5 state dict, which stacks them, gate above up."""
     count, hidden, width = config.num_experts, config.hidden_size, config.intermediate_size
     gate_up = tensors.take(f"{prefix}experts.gate_up_proj", count, 2 * width, hidden)
     down = tensors.take(f"{prefix}experts.down_proj", count, hidden, width)

@@ -1,7 +1,7 @@
-"""What a checkpoint is read into before it is understood, the same parts from every format.
+"""The unchecked parts of a checkpoint, the same for every format.
 
-Whatever the format, the parts speak the language of a Hugging Face folder: the fields of `config.json` and
-`generation_config.json`, the text of a `tokenizer.json`, the tensors that make up the model.
+They have the form of a Hugging Face folder: the fields of `config.json` and `generation_config.json`, the text of a
+`tokenizer.json`, and the tensors of the model.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from shoal.scheduler.errors import CheckpointError
 
+if TYPE_CHECKING:  # it takes time to load, and the engine process does not need it
+    from tokenizers import Tokenizer
+
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Typed access to the fields of an object; every failure names the file and the field.  null is absent.
+    """Typed access to the fields of an object; every error names the file and the field.  null counts as missing.
 
     Attributes:
-        names: what the file itself calls a field, where that is another name.
+        names: the file's own names of fields, where they differ.
     """
 
     path: Path
@@ -87,14 +90,12 @@ class TokenizerParts:
     """What makes a tokenizer.
 
     Attributes:
-        path: the file that speaks for it.
-        definition: the text of a `tokenizer.json`.
+        tokenizer: as the library reads it.
         special_tokens: text of the special tokens by name, such as {"eos_token": "</s>"}.
         chat_templates: see `ChatTemplate`.
     """
 
-    path: Path
-    definition: str
+    tokenizer: Tokenizer
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str]
 
@@ -104,9 +105,9 @@ class Weights:
     """The tensors of a checkpoint.
 
     Attributes:
-        path: the file that speaks for them.
+        path: the file that errors name.
         tensors: by the names that the file gives them; number formats as in `model/record.py`.
-        own_name: what the file calls the tensor of a Hugging Face name.
+        own_name: gives the file's name for a Hugging Face name.
     """
 
     path: Path

@@ -1,7 +1,7 @@
 """Reads a safetensors file as numpy views of a memory map, bfloat16 included.
 
 The format: 8 bytes little-endian length of the header, the header in JSON
-{name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the data that the offsets count from.
+{name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the data; offsets count from its start.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
-    """All tensors of the file by name, read-only and loaded when touched; those that lie askew in it are copied.
+    """All tensors of the file by name: read-only views, loaded on access; misaligned tensors are copied.
 
     Raises:
-        CheckpointError: naming the file, and the tensor where it is about one: not readable, not a safetensors file,
+        CheckpointError: naming the file, and the tensor if one is at fault: not readable, not a safetensors file,
             truncated, or a dtype other than float32, float16 and bfloat16.
     """
     try:
@@ -76,7 +76,7 @@ def _error(path: Path, name: str, message: str) -> CheckpointError:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these members; json would take the last of those that share a name."""
+    """The object of these members; json itself would keep the last of those that share a name."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name appears twice")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from shoal.model.speculation.config import MOST_SPEC_TOKENS
 from shoal.model.speculation.drafting import Drafter
-from shoal.model.speculation.length import MOST_SPEC_TOKENS
 from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
 from shoal.model.step.batch import Backend
 from shoal.model.step.rows import BatchRows

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from shoal.model.speculation.estimates import Acceptance, Costs, load_class
 
-# The longest proposal.
-MOST_SPEC_TOKENS = 16
 # The longest adaptive proposal of a proposer that runs a model.
 ADAPTIVE_MOST = 8
 # Trials may lose this share of the time of plain steps.

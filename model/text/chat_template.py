@@ -27,8 +27,8 @@ class ChatTemplate:
     """The compiled chat templates of a checkpoint.
 
     Args:
-        sources: template text by name; "default" is the usual one, "tool_use" goes before it where tools are given.
-        variables: what every rendering sees, such as `bos_token`.
+        sources: template text by name; "default" is the usual one; "tool_use" replaces it if tools are given.
+        variables: for every rendering, such as `bos_token`.
 
     Raises:
         CheckpointError: a template is not valid Jinja.
@@ -55,7 +55,7 @@ class ChatTemplate:
         Args:
             add_generation_prompt: end with what opens the assistant's next message.
             tools: JSON schemas of functions that the model may call.
-            variables: further names that the template may use; they go before the checkpoint's.
+            variables: further variables of the template; they override the checkpoint's.
 
         Raises:
             InvalidRequestError: there is no template, or it refuses the messages.
@@ -68,7 +68,7 @@ class ChatTemplate:
         names |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
             return template.render(names)
-        except Exception as error:  # whatever a template's code raises, it was these messages that made it
+        except Exception as error:  # a template may raise anything; the messages are the cause
             raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
 
 
@@ -78,12 +78,12 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what to train on; for rendering it is its content."""
+    """`{% generation %}` marks what to train on; rendering shows its content."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
 
@@ -104,7 +104,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -7,26 +7,27 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
-from shoal.model.text.chat_template import ChatTemplate, Message
+from shoal.model.text.chat_template import ChatTemplate
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Decoders under which a token's text depends on nothing but whether it comes first (and bytes on their neighbours).
+# Decoders under which a token's text depends only on whether it comes first; bytes also depend on their neighbours.
 _LOCAL_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint.  Immutable and safe to share between threads.
 
-    Two kinds of vocabulary are understood: byte-level (GPT-2's: every token is a run of bytes), and pieces of text with
+    Two kinds of vocabulary are supported: byte-level (GPT-2's: every token is a run of bytes), and pieces of text with
     bytes to fall back on (SentencePiece's).  Any other decoder is refused, because its text cannot be streamed exactly.
 
     Attributes:
+        is_byte_level: whether every token is a run of bytes and a text is their concatenation.
+        apply_chat_template: see `ChatTemplate.render`.
         bos_token_id, eos_token_id: as `tokenizer_config.json` names them, else None.
     """
 
@@ -57,10 +58,10 @@ class Tokenizer:
         self._byte_ids = frozenset(
             i for piece, i in vocabulary.items() if "ByteFallback" in decoders and _BYTE_TOKEN.fullmatch(piece)
         )
-        self._is_byte_level = "ByteLevel" in decoders
+        self.is_byte_level = "ByteLevel" in decoders
         self._anchor = _anchor(tokenizer, vocabulary)
         self._token_bytes: dict[int, bytes] = {}
-        self._chat_template = ChatTemplate(chat_templates or {}, special_tokens)
+        self.apply_chat_template = ChatTemplate(chat_templates or {}, special_tokens).render
         self.bos_token_id = vocabulary.get(special_tokens.get("bos_token", ""))
         self.eos_token_id = vocabulary.get(special_tokens.get("eos_token", ""))
 
@@ -75,11 +76,7 @@ class Tokenizer:
         opened = open_checkpoint(checkpoint)
         parts = opened.tokenizer()
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(parts.definition)
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{parts.path}: not a tokenizer: {error}", param=parts.path.name) from error
-        try:
-            return cls(tokenizer, special_tokens=parts.special_tokens, chat_templates=parts.chat_templates)
+            return cls(parts.tokenizer, special_tokens=parts.special_tokens, chat_templates=parts.chat_templates)
         except CheckpointError as error:
             raise CheckpointError(f"{opened.path}: {error.message}", param=error.param) from error
 
@@ -89,7 +86,7 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def has_vocabulary_of(self, other: Tokenizer) -> bool:
-        """Whether each token id stands for the same in both."""
+        """Whether each token id stands for the same token in both."""
         mine, theirs = (one._tokenizer.get_vocab(with_added_tokens=True) for one in (self, other))
         return mine == theirs
 
@@ -105,17 +102,17 @@ class Tokenizer:
             raise InvalidRequestError("the text holds a lone surrogate (U+D800 to U+DFFF)", param="prompt") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of the tokens; unknown ids are nothing, bytes that are not UTF-8 become U+FFFD."""
+        """Text of the tokens; unknown ids are skipped, bytes that are not UTF-8 become U+FFFD."""
         known = [i for i in token_ids if 0 <= i <= self._max_id]
         return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
 
     def decode_within(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens that follow others: a space that opens it stays.  Special tokens are not skipped."""
+        """Text of tokens that follow others: a leading space is kept.  Special tokens are not skipped."""
         anchor_id, anchor_text = self._anchor
         return self.decode([anchor_id, *token_ids], skip_special_tokens=False)[len(anchor_text) :]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token stands for inside a text, exactly, be they UTF-8 on their own or not.
+        """The exact bytes that the token stands for inside a text; alone they need not be UTF-8.
 
         Empty for an unknown id; a special token stands for its name.
         """
@@ -128,41 +125,23 @@ class Tokenizer:
         piece = self._tokenizer.id_to_token(token_id) if 0 <= token_id <= self._max_id else None
         if piece is None:
             return b""
-        if self._is_byte_level:
+        if self.is_byte_level:
             return _byte_level_bytes(piece)
         if token_id in self._byte_ids:
             return bytes.fromhex(piece[3:5])
         return self.decode_within([token_id]).encode()
 
-    @property
-    def is_byte_level(self) -> bool:
-        """Whether every token is a run of bytes and a text is their concatenation."""
-        return self._is_byte_level
-
     def is_fallback_byte(self, token_id: int) -> bool:
-        """Whether the token is a byte that SentencePiece falls back on, whose text hangs on its neighbours."""
+        """Whether the token is a byte that SentencePiece falls back on, whose text depends on its neighbours."""
         return token_id in self._byte_ids
 
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` skips the token unless told otherwise."""
         return token_id in self._special_ids
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> str:
-        """See `ChatTemplate.render`."""
-        return self._chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
-        )
-
 
 class IncrementalDetokenizer:
-    """Turns a growing list of tokens into text, a piece at a time: what is certain, whatever follows.
+    """Turns a growing list of tokens into text, piece by piece: a piece is out once no later token can change it.
 
     All pieces together are `tokenizer.decode` of all tokens.  The work per token does not grow with the text.
     """
@@ -175,24 +154,21 @@ class IncrementalDetokenizer:
         self._is_first = True
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Add tokens; the text that they complete, possibly empty."""
-        push = self._push_bytes if self._tokenizer.is_byte_level else self._push_piece
-        return "".join([push(token_id) for token_id in token_ids if not self._is_nothing(token_id)])
+        """Add tokens; return the text that they complete, possibly empty."""
+        return "".join([self._push(token_id) for token_id in token_ids])
 
     def flush(self) -> str:
-        """No tokens follow: the rest of the text."""
+        """End the list of tokens; return the rest of the text."""
         return self._utf8.decode(b"", final=True) + self._pop_pending()
 
-    def _is_nothing(self, token_id: int) -> bool:
-        skipped = self._skip_special_tokens and self._tokenizer.is_special(token_id)
-        return skipped or not self._tokenizer.token_bytes(token_id)
-
-    def _push_bytes(self, token_id: int) -> str:
-        """Byte-level: hold back no more than an incomplete character."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-
-    def _push_piece(self, token_id: int) -> str:
-        """SentencePiece: a run of bytes is decoded as a whole or not at all, so it is held back until it ends."""
+    def _push(self, token_id: int) -> str:
+        """Byte-level: only an incomplete character is held back.  SentencePiece: a run of bytes is decoded as a whole
+        or not at all, so it is held back until it ends."""
+        token_bytes = self._tokenizer.token_bytes(token_id)
+        if not token_bytes or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
+            return ""
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(token_bytes)
         if self._tokenizer.is_fallback_byte(token_id):
             self._pending_bytes.append(token_id)
             return ""
@@ -212,7 +188,7 @@ class IncrementalDetokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others for letters from U+0100 on."""
+    """The bytes of GPT-2's letters: printable bytes are their own letters, the others have letters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -233,7 +209,7 @@ def _decoders(tokenizer: tokenizers.Tokenizer) -> set[str]:
     """The steps of the tokenizer's decoder, by the names of their types.
 
     Raises:
-        CheckpointError: they are of neither kind of vocabulary.
+        CheckpointError: they belong to neither kind of vocabulary.
     """
     state = {"decoders": []} if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
     steps = state.get("decoders", [state])
@@ -248,7 +224,7 @@ def _decoders(tokenizer: tokenizers.Tokenizer) -> set[str]:
 
 
 def _anchor(tokenizer: tokenizers.Tokenizer, vocabulary: Mapping[str, int]) -> tuple[int, str]:
-    """A plain token and its text, to put before others so that those are not the first.
+    """A plain token and its text; tokens that are decoded after it are not the first.
 
     Raises:
         CheckpointError: the vocabulary holds none.

@@ -17,7 +17,7 @@ _HERE = Path(__file__).parent
 
 
 class _Commands(click.Group):
-    """Shows our own errors as click shows its own: one line, and exit code 1."""
+    """Shows Shoal's errors as click shows its own: one line, and exit code 1."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -31,11 +31,9 @@ class _Commands(click.Group):
     "--recipe",
     default="target",
     show_default=True,
-    help="target or draft, which stand in recipes/gpu or recipes/cpu, whichever is at hand; or a TOML file.",
+    help="target or draft (from recipes/gpu if there is a GPU, else from recipes/cpu), or a TOML file.",
 )
-@click.option(
-    "--work", type=click.Path(path_type=Path), default=Path(".train"), help="Folder of everything in between."
-)
+@click.option("--work", type=click.Path(path_type=Path), default=Path(".train"), help="Folder of intermediate files.")
 @click.pass_context
 def main(context: click.Context, recipe: str, work: Path) -> None:
     """Train a model from the sources of pinned packages and export it."""
@@ -53,7 +51,7 @@ def _find(recipe: str) -> Path:
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the model [model/bundled/NAME].")
 @click.pass_obj
 def run_all(pipeline: Pipeline, budget: str, output: Path | None) -> None:
-    """Walk all steps, from the corpus to the model card; steps that are done are skipped."""
+    """Run all steps, from the corpus to the model card; steps that are done are skipped."""
     limit = Budget.parse(budget)
     for step in (pipeline.make_corpus, pipeline.make_tokenizer, pipeline.make_tokens):
         click.echo(step.__name__.replace("_", " "), err=True)
@@ -67,7 +65,7 @@ def run_all(pipeline: Pipeline, budget: str, output: Path | None) -> None:
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the model [model/bundled/NAME].")
 @click.pass_obj
 def train_only(pipeline: Pipeline, budget: str, output: Path | None) -> None:
-    """Train and export, on a machine that has the work folder's tokenizer and tokens but nothing else."""
+    """Train and export; only the tokenizer and the tokens need be in the work folder."""
     pipeline.train(Budget.parse(budget))
     pipeline.export(_folder(pipeline, output))
 

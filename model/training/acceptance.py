@@ -1,8 +1,8 @@
-"""How often the target takes what a draft proposes, under the rule that Shoal verifies by.
+"""How often the target accepts what a draft proposes, under Shoal's rule of verification.
 
-Draft and target choose with the same noise, and a drafted token is accepted exactly when it is what the target chooses
-(`model/step/sampling.py` specifies the choice).  What is accepted is then the target's own text: one such text,
-and what the draft would choose at each of its positions, tell what comes of every length of proposal.
+Draft and target choose with the same noise, and a drafted token is accepted exactly when the target chooses it
+(`model/step/sampling.py` specifies the choice).  So the text is always the target's own.  One such text, and the
+draft's choice at each of its positions, give the acceptance for every length of proposal.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ NUM_SPEC_TOKENS = (2, 4, 6)
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What came of proposals of `num_spec_tokens` tokens.
+    """How proposals of `num_spec_tokens` tokens were accepted.
 
     Attributes:
         acceptance_rate: accepted / drafted.
-        mean_acceptance_length: tokens per step of the target, the one that it always adds among them.
+        mean_acceptance_length: tokens per step of the target, including the one that it always adds.
     """
 
     temperature: float
@@ -37,12 +37,12 @@ class Acceptance:
 
 
 def measure_acceptance(target: Any, draft: Any, prompts: Tensor, num_tokens: int) -> list[Acceptance]:
-    """Have the target continue prompts at each temperature, and count what proposals of each length would give.
+    """Have the target continue prompts at each temperature, and count what it accepts of each length of proposal.
 
     Args:
         target, draft: causal language models of transformers, with the same vocabulary.
         prompts: [num_prompts, length] int64.
-        num_tokens: to continue by.
+        num_tokens: of each continuation.
     """
     figures = []
     for temperature in TEMPERATURES:
@@ -53,7 +53,7 @@ def measure_acceptance(target: Any, draft: Any, prompts: Tensor, num_tokens: int
 
 @torch.inference_mode()
 def _matches(target: Any, draft: Any, prompts: Tensor, num_tokens: int, temperature: float) -> NDArray[np.bool_]:
-    """[num_prompts, num_tokens]: whether draft and target, behind the same text, choose the same token."""
+    """[num_prompts, num_tokens]: whether draft and target, after the same text, choose the same token."""
     start = prompts.shape[1]
     text = target.generate(
         prompts,
@@ -61,7 +61,7 @@ def _matches(target: Any, draft: Any, prompts: Tensor, num_tokens: int, temperat
         logits_processor=[lambda ids, logits: _scores(logits[:, None], ids.shape[1], temperature)[:, 0]],
         max_new_tokens=num_tokens,
         do_sample=False,
-        eos_token_id=target.config.vocab_size,  # no token has this number: a text ends by its length alone
+        eos_token_id=target.config.vocab_size,  # no token has this id: only the length ends a text
         pad_token_id=0,
     )
     proposed = _scores(draft(text[:, :-1]).logits[:, start - 1 :], start, temperature).argmax(dim=-1)
@@ -70,8 +70,8 @@ def _matches(target: Any, draft: Any, prompts: Tensor, num_tokens: int, temperat
 
 
 def _scores(logits: Tensor, position: int, temperature: float) -> Tensor:
-    """What the choice from `position` on is the greatest of: logits [num_seqs, num_tokens, vocab_size] with temperature
-    and noise; the seed is the row."""
+    """The scores whose greatest is the choice: logits [num_seqs, num_tokens, vocab_size], from `position` on, with
+    temperature and noise; the seed is the row."""
     if temperature == 0:
         return logits
     num_seqs, num_tokens, vocab_size = logits.shape

@@ -1,8 +1,8 @@
-"""Causal attention for training: torch's own on a GPU, and on a CPU one made of a few large matrix products.
+"""Causal attention for training: torch's own on a GPU, and a few large matrix products on a CPU.
 
 On a CPU torch's fused kernel reaches a tenth of the speed of its matrix products at our head sizes.  Here the query
-heads that share a KV head are rows of one product, the queries go block by block so that what lies after a block is
-never computed, and the backward pass is written out over the saved probabilities.
+heads that share a KV head are rows of one product.  Queries are taken block by block, so that positions after a block
+are not computed.  The backward pass is written out over the saved probabilities.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLOCK = 128  # queries
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Grouped-query attention (Ainslie et al. 2023) in which a position sees itself and what is before it.
+    """Grouped-query attention (Ainslie et al. 2023) in which a position sees itself and those before it.
 
     Args:
         queries: [batch, num_heads, length, head_dim].

@@ -1,4 +1,4 @@
-"""The model card: what the model is, what it was made from, and what it reached."""
+"""The model card: what the model is, what it was made from, and how good it is."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Provenance:
     """What went into a model.
 
     Attributes:
-        num_parameters, num_active_parameters: all, and those that any one token is multiplied with.
-        tokens, seconds: trained, and the wall time of that.
-        hardware: what trained.
+        num_parameters, num_active_parameters: all, and those that a token is multiplied with.
+        tokens, seconds: tokens trained on, and the wall time of training.
+        hardware: what the model was trained on.
         corpus_tokens: size of the training set.
         licences: by package and version.
     """
@@ -33,7 +33,7 @@ class Provenance:
 def model_card(
     recipe: Recipe, provenance: Provenance, evaluation: Evaluation, draft: DraftEvaluation | None = None
 ) -> str:
-    """The card as Markdown, with the front matter that model hubs read; `draft` if the model is one."""
+    """The card as Markdown, with the front matter that model hubs read; `draft` is given for a draft model."""
     parts = [
         _head(recipe, provenance),
         _figures(evaluation),
@@ -65,9 +65,9 @@ def _head(recipe: Recipe, provenance: Provenance) -> str:
     }
     if recipe.teacher:
         facts["distilled from"] = (
-            f"{recipe.teacher.name}, whose distribution over the next token it is taught, mostly on "
-            f"{recipe.echo_tokens / 1e6:g} M tokens that this one wrote; from {recipe.acceptance_from:.0%} of the "
-            "budget on, to be accepted by it"
+            f"{recipe.teacher.name}: trained to match its next-token distribution, mostly on "
+            f"{recipe.echo_tokens / 1e6:g} M tokens that it wrote; from {recipe.acceptance_from:.0%} of the budget on, "
+            "trained for acceptance by it"
         )
     purpose = (
         "A small model of Python source, trained by `make train` and bundled so that a fresh clone answers with text."
@@ -101,7 +101,7 @@ def _figures(evaluation: Evaluation) -> str:
     return f"""\
 ## Evaluation
 
-On files that were held out before anything else was made; measured on the files in this folder, in float32.
+On text that was held out before the training data were made; measured with the model in this folder, in float32.
 
 {_table(facts)}"""
 
@@ -117,10 +117,10 @@ def _draft(draft: DraftEvaluation, recipe: Recipe) -> str:
         [
             "## As a draft",
             "",
-            f"A token costs {draft.work_ratio:.3f} of what it costs {recipe.teacher.name} in multiplications, and",
-            f"{draft.time_ratio:.2f} in time (decoding one sequence on Shoal's own backend). Proposals of k tokens for",
-            "texts that the target writes behind held-out function headers, both choosing with the same noise;",
-            "accepted is what the target chooses too:",
+            f"A token takes {draft.work_ratio:.3f} of the multiplications that {recipe.teacher.name} needs, and",
+            f"{draft.time_ratio:.2f} of the time (decoding one sequence on Shoal's own backend). The draft proposes",
+            "k tokens at a time for texts that the target writes after held-out function headers. Both choose with the",
+            "same noise; a token is accepted if the target chooses it too:",
             "",
             "| temperature | k | accepted / drafted | tokens per target step |",
             "|---|---|---|---|",
@@ -141,7 +141,7 @@ def _experts(shares: list[list[float]]) -> str:
         [
             "## Experts",
             "",
-            f"The share of routing choices that each expert got on held-out text. The least used one has {lowest:.2f}",
+            f"Each expert's share of routing choices on held-out text. The least used expert has {lowest:.2f}",
             "of the uniform share.",
             "",
             head,
@@ -155,13 +155,13 @@ def _limits() -> str:
     return """\
 ## What to expect
 
-Text in the shape of Python, with invented logic; the samples below show how well it takes up what it was given.
+The model writes text that looks like Python, with invented logic; the samples below show how well it follows a prompt.
 Long greedy completions start to loop. It knows no facts, follows instructions only in form, and has seen hardly
-any prose but documentation. It is a model to try a server with, not one to rely on."""
+any prose except documentation. It is a model to try a server with, not one to rely on."""
 
 
 def _samples(samples: list[Sample]) -> str:
-    parts = ["## Samples", "", "At most 96 tokens each, not chosen among several."]
+    parts = ["## Samples", "", "At most 96 tokens each; none was picked from several attempts."]
     for sample in samples:
         parts += ["", f"Temperature {sample.temperature:g}:", "", _quoted(sample.prompt), "", _quoted(sample.text)]
     return "\n".join(parts)
@@ -182,8 +182,8 @@ def _licences(licences: dict[str, str]) -> str:
             "## Corpus",
             "",
             "The sources of these packages, pinned by hash in `model/training/corpus.txt`, with the licences that",
-            "their own metadata states; tests, vendored packages, generated files and duplicates left out.",
-            "Instruction pairs are made from their docstrings, and a share of their functions stands alone.",
+            "their own metadata states. Tests, vendored packages, generated files and duplicates are left out.",
+            "Docstrings give instruction pairs, and some functions are also documents by themselves.",
             "",
             "| licence | packages |",
             "|---|---|",

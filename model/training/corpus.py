@@ -24,8 +24,8 @@ from .sources import STDLIB, SourceFile
 PACKAGE_CAP = 3_000_000  # characters, so that no package dominates
 CAPS = {STDLIB: 9_000_000, DOCUMENTATION: 5_000_000}
 VALIDATION_PER_MILLE = 12
-# Of the characters of the files.  Without bare functions, only answers in a chat would begin with "def", and a
-# completion of one would end in the fence that closes such an answer.
+# Shares of the files' characters.  Without bare functions, only answers in a chat would begin with "def", and a
+# completion of "def" would end in the fence that closes such an answer.
 INSTRUCTION_SHARE = 0.18
 FUNCTION_SHARE = 0.08
 
@@ -52,12 +52,12 @@ class Document:
 
     @property
     def is_file(self) -> bool:
-        """Whether this is a file as it stands, not something that was made from one."""
+        """Whether this is a whole file, not a text that was made from one."""
         return not re.search(r"[#@]\d+$", self.path)
 
 
 def stable_hash(text: str) -> int:
-    """64 bits of a text that are the same in every process."""
+    """A hash of 64 bits that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
@@ -140,7 +140,7 @@ def is_validation(file: SourceFile) -> bool:
 
 
 def build(files: Iterable[SourceFile]) -> tuple[list[Document], list[Document]]:
-    """The documents of the training and of the validation set, each in an order of its own."""
+    """The documents of the training and of the validation set, each shuffled in a fixed order."""
     cleaned = (SourceFile(file.package, file.path, clean(file.text)) for file in files)
     kept = capped(without_duplicates(filter(is_worth_reading, cleaned)))
     return (
@@ -150,7 +150,7 @@ def build(files: Iterable[SourceFile]) -> tuple[list[Document], list[Document]]:
 
 
 def _documents(files: list[SourceFile]) -> list[Document]:
-    """The files, a share of the questions and answers that they give, and a share of their functions alone."""
+    """The files, a share of the instruction pairs made from them, and a share of their bare functions."""
     size = sum(len(file.text) for file in files)
     python = [file for file in files if file.path.endswith(".py")]
     documents = [Document(file.package, file.path, (file.text,)) for file in files]
@@ -168,7 +168,7 @@ def _parts(
 
 
 def _share(documents: Iterable[Document], num_characters: float) -> Iterator[Document]:
-    """A choice of documents with that many characters in all, the same on every machine."""
+    """A choice of documents with at most `num_characters` in all, the same on every machine."""
     for document in sorted(documents, key=lambda document: stable_hash(f"{document.package}/{document.path}")):
         num_characters -= sum(map(len, document.turns))
         if num_characters < 0:
@@ -185,7 +185,7 @@ def write_documents(documents: list[Document], path: Path) -> None:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """What `write_documents` wrote; ConfigError if it is not there."""
+    """What `write_documents` wrote; ConfigError if the file is missing."""
     try:
         with path.open(encoding="utf-8") as lines:
             records = [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Models on Shoal's own backends, and what a token costs there."""
+"""Models on Shoal's own backends, and the time that a token takes there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUM_STEPS = 300
 
 
 def decode_seconds(*folders: Path) -> list[float]:
-    """The median time of computing one token of one sequence with each model, in turns."""
+    """Median seconds to compute one token of one sequence, for each model; the models take turns."""
     records = [load_checkpoint(folder) for folder in folders]
     context = min(_CONTEXT, *(record.config.max_position_embeddings - 1 for record in records))
     num_blocks = context // _BLOCK_SIZE + 1
@@ -38,7 +38,7 @@ def decode_seconds(*folders: Path) -> list[float]:
 
 
 def create_backend(record: ModelRecord, num_blocks: int, block_size: int, device: str = "cpu") -> Backend:
-    """What serves a model there: the native backend, or torch on a GPU and where that is not built."""
+    """The native backend; or torch, on a GPU and where native is not built."""
     if device == "cpu" and supported_isas():
         return NativeBackend(record, num_blocks=num_blocks, block_size=block_size)
     dtype: Literal["float32", "bfloat16"] = "float32" if device == "cpu" else "bfloat16"

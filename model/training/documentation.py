@@ -1,7 +1,7 @@
-"""CPython's documentation, in the sources that Debian's package of it carries.
+"""CPython's documentation, from the sources in Debian's package of it.
 
 The package is downloaded with apt, or put into the wheels' folder by hand where there is no apt; its hash is pinned.
-A .deb is an `ar` archive (deb(5)) with the files in a tar archive in it, so that nothing need be installed to read it.
+A .deb is an `ar` archive (deb(5)) that holds the files in a tar archive, so that it is read without being installed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _AR_MAGIC, _AR_HEADER = b"!<arch>\n", 60
 
 
 def archive_path(folder: Path) -> Path:
-    """Where the package lies, or belongs, in `folder`; apt gives it this name."""
+    """The path of the package in `folder`, under the name that apt gives it."""
     return folder / f"{PIN.name}_{PIN.version}_all.deb"
 
 
 def download(folder: Path) -> None:
-    """Have apt download the package into `folder` unless it is there; ConfigError with apt's own words if it fails."""
+    """Have apt download the package into `folder` unless it is there; ConfigError with apt's message if it fails."""
     path = archive_path(folder)
     if path.exists():
         return

@@ -1,8 +1,8 @@
-"""Text that the target writes itself, for a draft to learn from.
+"""Text that the target writes, for a draft to learn from.
 
-A draft is asked behind the target's words, not behind those of the corpus, so it is distilled on both (Zhou et al.
-2023, "DistillSpec").  The target writes on Shoal's own backend: a batch of documents' beginnings at a time, each
-continued to the same length.
+In use a draft continues the target's text, not the corpus, so it is distilled on both (Zhou et al. 2023,
+"DistillSpec").  The target writes on Shoal's own backend: it continues the beginnings of documents, a batch at a time,
+to the same length.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from shoal.model.step.sampling import sampling_rows
 from .tokens import Tokens
 
 NUM_ROWS = {"cpu": 64, "cuda": 4096}  # texts that are written at once
-LENGTH = 512  # tokens of a text, its beginning among them, where the target's context is so long
+LENGTH = 512  # tokens of a text, including its beginning; fewer if the target's context is shorter
 BLOCK_SIZE = 16
-_GIVEN = (32, 16, 8, 4)  # the part of a text that is its beginning, batch by batch
+_GIVEN = (32, 16, 8, 4)  # batch by batch, a text's length over that of its beginning
 _TEMPERATURES = (0.0, 0.8, 0.8, 1.0)  # row by row
 
 
@@ -33,17 +33,17 @@ def write_echoes(
     end_of_text: int,
     observe: Callable[[int], None],
 ) -> Tokens:
-    """Continue documents of `tokens`, chosen by their number, until there are `num_tokens` of text.
+    """Continue documents of `tokens` until there are `num_tokens` of text; the batch's number is the seed.
 
     Args:
-        create_backend: makes the target's, with so many blocks of BLOCK_SIZE tokens.
-        tokens: documents, each behind an `end_of_text`.
+        create_backend: makes the target's backend with a given number of blocks of BLOCK_SIZE tokens.
+        tokens: documents, each after an `end_of_text`.
         num_rows: texts that are written at once, a multiple of four.
         length: of each text, in tokens, a multiple of BLOCK_SIZE.
         observe: called with the number of tokens so far.
 
     Returns:
-        The texts one after the other, each behind an `end_of_text`.
+        The texts one after the other, each after an `end_of_text`.
     """
     starts = np.flatnonzero(tokens[: len(tokens) - length] == end_of_text)
     num_batches = -(-num_tokens // (num_rows * length))
@@ -59,7 +59,7 @@ def write_echoes(
 
 
 def _continue(backend: Backend, beginnings: Int32, length: int, seed: int) -> Int32:
-    """Texts [num_rows, length] that go on from beginnings [num_rows, given]."""
+    """Texts [num_rows, length] that continue `beginnings` [num_rows, given]."""
     num_rows, given = beginnings.shape
     texts = np.zeros((num_rows, length), np.int32)
     texts[:, :given] = beginnings

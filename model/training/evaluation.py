@@ -1,4 +1,4 @@
-"""What an exported folder is worth, measured through transformers: the files are judged as a user gets them."""
+"""Evaluates an exported folder through transformers, with the files as a user gets them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SAMPLE_TOKENS = 96
 _NUM_FUNCTIONS = 96
 _FUNCTION_TOKENS = 160
 _LONGEST_HEADER = 1200  # characters
-_HEADER_TOKENS = 48  # of a header, its last ones, where a draft is judged
+_HEADER_TOKENS = 48  # the last ones of a header, which a draft is evaluated on
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class Evaluation:
         bits_per_byte, bits_per_character: of the text, as UTF-8 and as characters.
         xz_bits_per_character: what `xz -9` needs for the same text.
         expert_shares: by layer, the share of router choices that each expert got; empty for a dense model.
-        parse_share: of greedy completions of held-out functions, those that parse as Python.
-        num_functions: how many functions that share is of.
+        parse_share: share of greedy completions of held-out functions that parse as Python.
+        num_functions: how many functions were completed.
     """
 
     loss: float
@@ -76,10 +76,10 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class DraftEvaluation:
-    """What a draft is worth to its target.
+    """How useful a draft is to its target.
 
     Attributes:
-        acceptances: over texts that the target writes behind held-out function headers.
+        acceptances: over texts that the target writes after held-out function headers.
         work_ratio: multiplications for a token, draft / target, without attention over the context.
         time_ratio: time of a token of one sequence, draft / target, on Shoal's own backend.
     """
@@ -123,7 +123,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def evaluate_draft(self, target: Evaluator, documents: list[Document]) -> list[Acceptance]:
-        """How often `target` takes what this model proposes, behind the headers of held-out functions."""
+        """How often `target` accepts what this model proposes, after the headers of held-out functions."""
         headers = list(held_out_headers(documents))[:_NUM_FUNCTIONS]
         prompts = [target._tokenizer(header)["input_ids"][-_HEADER_TOKENS:] for header in headers]
         whole = torch.tensor([prompt for prompt in prompts if len(prompt) == _HEADER_TOKENS])
@@ -205,7 +205,7 @@ def held_out_headers(documents: list[Document]) -> Iterator[str]:
 def completes_function(header: str, body: str) -> bool:
     """Whether the header and the body's lines parse, up to the end of the function or the last whole line.
 
-    Where the limit has cut the body off right behind the head of a block, that head is no fault.
+    If the limit cut the body off right after the head of a block, that head is ignored.
     """
     lines = body.split("\n")
     end = next((i for i, line in enumerate(lines) if line and not line.startswith(" ")), None)

@@ -1,8 +1,8 @@
-"""Tokens through their experts, one pair of matrix products for each expert, with the backward pass by hand.
+"""A mixture of experts as one pair of matrix products for each expert, with the backward pass by hand.
 
 Sorting tokens by expert makes every expert's work contiguous.  The backward pass is written out because autograd
 would keep, and then add up, a slice of every intermediate for every expert, and would scatter where a gather will do.
-On a GPU, where a product for each expert is lost in launches, all experts are one grouped product.
+On a GPU, where launches would take longer than the products, all experts are one grouped product.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 def route_through_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The weighted sum of what each token's chosen experts make of it.
+    """The weighted sum of the outputs of each token's chosen experts.
 
     Args:
         x: [num_tokens, hidden], in the dtype that the products are computed in.
-        weights: [num_tokens, k], how much each chosen expert counts.
+        weights: [num_tokens, k], of the chosen experts.
         chosen: [num_tokens, k] int64, expert ids.
         gate_up: [num_experts, 2 * intermediate, hidden].
         down: [num_experts, hidden, intermediate].
@@ -46,7 +46,7 @@ def _grouped(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: 
 
 
 def count_by_expert(chosen: Tensor, num_experts: int) -> Tensor:
-    """How often each expert was chosen, [num_experts] int64, without a GPU having to be waited for."""
+    """How often each expert was chosen, [num_experts] int64; it does not wait for a GPU."""
     return (chosen.flatten() == torch.arange(num_experts, device=chosen.device)[:, None]).sum(dim=1)
 
 
@@ -78,7 +78,7 @@ def _sorted_by_expert(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Experts(torch.autograd.Function):
-    """`route_through_experts`, expert by expert; weights of any dtype are computed with in x's."""
+    """`route_through_experts`, expert by expert; weights are cast to x's dtype."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:

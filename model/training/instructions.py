@@ -1,4 +1,4 @@
-"""What the functions of a file give beside the file: instruction pairs from docstrings, and the functions alone.
+"""Texts made from the functions of a file: instruction pairs from docstrings, and bare functions.
 
 In a pair a docstring asks for a function and its code answers, or the other way round.
 """
@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 
-_MOST_LINES = 40  # of a function that is asked for
+_MOST_LINES = 40  # of a function
 _SYSTEM = "You are Shoal, a small model that writes Python."
 
 _ASK_FOR_CODE = (
@@ -27,10 +27,10 @@ _ASK_FOR_SUMMARY = (
 
 
 def instruction_pairs(source: str) -> Iterator[tuple[str, ...]]:
-    """The pairs that the functions of a file give: (question, answer), or (system, question, answer) now and then.
+    """The instruction pairs of a file's functions: (question, answer), sometimes (system, question, answer).
 
-    A function gives one pair if it has a docstring and is of moderate length.  Which way it is asked follows from its
-    name and place, so that a file always gives the same pairs.
+    A function gives one pair if it has a docstring and is of moderate length.  The form of the question depends on the
+    function's name and place, so that a file always gives the same pairs.
     """
     lines = source.split("\n")
     for node in ast.walk(_parse(source)):
@@ -42,7 +42,7 @@ def instruction_pairs(source: str) -> Iterator[tuple[str, ...]]:
 
 
 def bare_functions(source: str) -> Iterator[tuple[str]]:
-    """The functions and classes of a file's top level that are of moderate length, each a text of its own."""
+    """The functions and classes of a file's top level that are of moderate length, each as a separate text."""
     lines = source.split("\n")
     for node in _parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -66,7 +66,7 @@ def _summary(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def _code_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """The function's own lines, moved to the left margin; empty if there is no body, or too long a one."""
+    """The function's own lines, moved to the left margin; empty if there is no body, or if it is too long."""
     docstring = node.body[0]
     end = node.end_lineno or node.lineno
     if len(node.body) < 2 or docstring.end_lineno is None or end - docstring.end_lineno > _MOST_LINES:

@@ -1,4 +1,4 @@
-"""Losses of a large vocabulary without ever holding all logits: cross-entropy, and distillation from a teacher."""
+"""Losses over a large vocabulary that never hold all logits: cross-entropy, and distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def chunked_distillation(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, t
 
 
 def chunked_acceptance_loss(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-    """Mean of -log(a), a the chance that a token drafted from softmax(hidden @ head.T) is what the teacher accepts.
+    """Mean of -log(a), where a is the chance that the teacher accepts a token from softmax(hidden @ head.T).
 
-    That is the sum over the tokens of the lesser of both probabilities (Leviathan et al. 2022, corollary 3.6), here at
-    the temperature ACCEPTANCE_TEMPERATURE.  Where a model is too small to be like its teacher, the divergence has it
-    attend to all that might come, and this to what is likely to come.
+    a is the sum over the tokens of the lesser of both probabilities (Leviathan et al. 2022, corollary 3.6), here at
+    the temperature ACCEPTANCE_TEMPERATURE.  A model that is too small to match its teacher learns all possible tokens
+    from the divergence, and the likely ones from this loss.
 
     Args:
         hidden, head, teacher_hidden, teacher_head: as in `chunked_distillation`.
@@ -87,7 +87,7 @@ class _TeacherTargets:
 
 
 class _AcceptanceTargets(_TeacherTargets):
-    """The target of a row is to be taken by a teacher."""
+    """The target of a row is acceptance by a teacher."""
 
     def loss_and_gradient(self, start: int, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
         wanted = self._logits(start, log_probabilities).div_(ACCEPTANCE_TEMPERATURE).softmax(dim=-1)
@@ -99,7 +99,7 @@ class _AcceptanceTargets(_TeacherTargets):
 
 
 class _Chunked(torch.autograd.Function):
-    """Both gradients are made in the forward pass, chunk by chunk, while the chunk's logits are at hand."""
+    """Both gradients are computed in the forward pass, chunk by chunk, while the chunk's logits exist."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: _TokenTargets | _TeacherTargets) -> Tensor:

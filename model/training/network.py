@@ -18,7 +18,7 @@ from .recipe import NetworkConfig
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """What matrix products are computed in: bfloat16 where the processor has instructions for it, else float32."""
+    """The dtype of matrix products: bfloat16 if the processor has instructions for it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16
     capabilities = torch.cpu.get_capabilities()
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[batch, length, hidden] to the same, computed in `dtype`, and a balance loss of nothing."""
+        """[batch, length, hidden] to the same, computed in `dtype`, and a balance loss of zero."""
         used = x.to(dtype)
         inner = F.silu(_project(used, self.gate_proj)) * _project(used, self.up_proj)
         return _project(inner, self.down_proj), x.new_zeros(())
@@ -99,7 +99,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[batch, length, hidden] to the same, computed in `dtype`, and the load-balancing loss of the layer."""
         flat = x.flatten(0, 1)
-        probabilities = self.router(flat).softmax(dim=-1)  # in float32: its order decides who computes
+        probabilities = self.router(flat).softmax(dim=-1)  # in float32: its order decides which experts compute
         weights, chosen = probabilities.topk(self.num_experts_per_tok, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         mixed = route_through_experts(flat.to(dtype), weights, chosen, self.gate_up, self.down)
@@ -117,7 +117,7 @@ def _project(x: Tensor, linear: nn.Linear) -> Tensor:
 
 
 class Layer(nn.Module):
-    """Attention, then experts or a feed-forward network, each behind its norm and added to the stream."""
+    """Attention, then experts or a feed-forward network, each after its norm and added to the residual stream."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Network(nn.Module):
     """The whole model; the head is the embedding unless the recipe unties them.
 
     Attributes:
-        dtype: what matrix products are computed in.  Weights, the stream, norms, routers and losses are float32.
+        dtype: of matrix products.  Weights, the residual stream, norms, routers and losses are float32.
     """
 
     def __init__(self, config: NetworkConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -156,7 +156,7 @@ class Network(nn.Module):
         return self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def initialize(self, seed: int) -> None:
-        """Draw all matrices from N(0, 0.02), those that write to the stream narrower by sqrt(2 * num_layers)."""
+        """Draw all matrices from N(0, 0.02); those that write to the stream have 0.02 / sqrt(2 * num_layers)."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -185,9 +185,9 @@ class Network(nn.Module):
         return chunked_cross_entropy(hidden.flatten(0, 1), self.head, targets.flatten()), balance
 
     def distillation_loss(self, inputs: Tensor, teacher: Network, *, by_acceptance: bool) -> tuple[Tensor, Tensor]:
-        """What is to be learnt from a teacher after inputs [batch, length], in nats a token, and the balance loss.
+        """The loss against a teacher after inputs [batch, length], in nats a token, and the balance loss.
 
-        The mean cross-entropy under the teacher's distribution; or -log of the chance to be accepted by it.
+        It is the mean cross-entropy under the teacher's distribution, or -log of the chance that it accepts a token.
         """
         with torch.no_grad():
             teacher_hidden, _ = teacher.hidden_states(inputs)
@@ -203,7 +203,7 @@ def count_parameters(config: NetworkConfig) -> int:
 
 
 def count_active_parameters(config: NetworkConfig) -> int:
-    """The parameters that a token is multiplied with: an expert that is not chosen is not, nor is a looked-up row."""
+    """The parameters that a token is multiplied with: without experts that are not chosen and looked-up rows."""
     idle = max(0, config.num_experts - config.num_experts_per_tok)
     unused = config.num_layers * idle * 3 * config.hidden_size * config.intermediate_size
     if not config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""The steps of the recipe, each of which reads what the one before it wrote under the work directory.
+"""The steps of the recipe; each reads what the step before it wrote under the work directory.
 
     wheels/  ->  corpus/  ->  tokenizer-4096/  ->  tokens-4096/  ->  NAME/checkpoint.pt  ->  the exported folder
 
@@ -79,7 +79,7 @@ class Pipeline:
         tokenizer.save(str(self.tokenizer))
 
     def make_tokens(self) -> None:
-        """Encode both sets; of the held-out documents only the files, because what is made from them repeats them."""
+        """Encode both sets; of the validation set only whole files, because the other documents repeat them."""
         if (self.tokens / "tokenizer.json").exists():
             return
         tokenizer = load_tokenizer(self.tokenizer)
@@ -112,7 +112,7 @@ class Pipeline:
             )
 
     def export(self, folder: Path) -> None:
-        """Write the last checkpoint as a folder for inference, and note how it came about."""
+        """Write the last checkpoint as a folder for inference, and note how it was trained."""
         export(self.load_network(), self.tokenizer, folder)
         state = load_state(self.checkpoint, self.recipe, fingerprint(self.tokenizer))
         _, num_tokens, seconds = state["counters"]
@@ -157,7 +157,7 @@ class Pipeline:
     def describe(self, folder: Path) -> None:
         """Evaluate an exported folder and write its model card, wherever it was trained.
 
-        A draft is judged beside its exported target, which lies next to it; CheckpointError if it does not.
+        A draft is evaluated with its exported target in the folder next to it; CheckpointError if that is missing.
         """
         if not self.provenance.exists():
             raise CheckpointError(f"{self.provenance} is missing: export the model first", param=self.provenance.name)
@@ -192,7 +192,7 @@ class Pipeline:
 class _Progress:
     """Shows a bar with loss, tokens/s and time left, and appends every step to a log.
 
-    Steps that a killed run took after its last checkpoint are taken, and logged, again.
+    Steps that a killed run took after its last checkpoint are repeated, and logged again.
     """
 
     def __init__(self, log: Path) -> None:

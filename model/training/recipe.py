@@ -56,8 +56,8 @@ class TrainingConfig:
 
     Attributes:
         batch_size: sequences a step, each of `sequence_length` tokens.
-        short_length: into stretches of how many tokens those are cut at first, because attention over a short
-            stretch is cheap; a divisor of `sequence_length`.
+        short_length: tokens of the pieces that sequences are cut into at first, because attention over a short
+            piece is cheap; a divisor of `sequence_length`.
         lengthen_from: share of the budget after which sequences stay whole.
         decay_from: share of the budget after which the learning rate falls linearly to zero.
         balance_coefficient: weight of the load-balancing loss beside the cross-entropy.
@@ -89,9 +89,9 @@ class Recipe:
 
     Attributes:
         teacher: the recipe of the target that a draft model is distilled from; None trains on the text itself.
-        echo_tokens: how much text of its own the target writes for its draft, who reads half as much of the corpus.
-        acceptance_from: share of the budget from which a draft is trained for the chance that its target accepts its
-            tokens; before, to expect what the target expects.
+        echo_tokens: tokens that the target writes for its draft; the draft reads half as many of the corpus.
+        acceptance_from: share of the budget after which a draft is trained for acceptance by its target; before, it
+            is trained to match the target's distribution.
     """
 
     name: str

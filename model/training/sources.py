@@ -30,7 +30,7 @@ _PIP_DOWNLOAD = [
     *("--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none", "--python-version=3.11"),
 ]
 _PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF)\b")
-# Tests repeat what they test; vendored packages have other licences; the rest is data in Python's clothes.
+# Tests repeat what they test; vendored packages have other licences; the rest is data in the form of Python.
 _SKIPPED_FOLDERS = re.compile(
     r"(^|/)(tests?|testing|testsuite|_?vendor(ed)?|locales?|migrations|unicode_data|lib2to3|idlelib|turtledemo"
     r"|ensurepip|pydoc_data|encodings|site-packages|dist-packages|typeshed|node_modules)/"
@@ -57,7 +57,7 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A text of the corpus: the package it is from, its path there, and what it says."""
+    """A text of the corpus, with its package and its path there."""
 
     package: str
     path: str
@@ -78,7 +78,7 @@ def read_pins(path: Path = CORPUS_FILE) -> list[Package]:
 
 
 def download(wheels: Path, pins: Path = CORPUS_FILE) -> None:
-    """Download what `pins` lists into the folder `wheels`; ConfigError with pip's own words if that fails."""
+    """Download what `pins` lists into the folder `wheels`; ConfigError with pip's message if that fails."""
     wheels.mkdir(parents=True, exist_ok=True)
     command = [*_PIP_DOWNLOAD, f"--dest={wheels}", f"--requirement={pins}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,8 +1,8 @@
 """The tokenizer: byte-level BPE in which a newline is always a token of its own.
 
 No piece of the pre-tokenizer spans a newline, looks beyond its own end, or joins letters to what follows them.  So
-the tokens of a prompt that ends in a newline, or in an indentation, begin the tokens of every text that goes on
-from there, and a completion starts from tokens that training has seen.
+the tokens of a prompt that ends in a newline, or in an indentation, are the first tokens of every text that continues
+it, and a completion starts from tokens that training has seen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# A newline; a run of blanks; letters behind at most one blank; one digit; signs behind at most one blank; a blank.
+# A newline; a run of blanks; letters after at most one blank; one digit; signs after at most one blank; a blank.
 _PIECES = r"\n|[^\S\n]{2,}| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[^\S\n]"
 
 
@@ -66,7 +66,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json; CheckpointError if it is missing or lacks a special token.
 
-    What it encodes is text: the name of a special token that a text happens to spell is not that token.
+    It encodes plain text: the name of a special token in a text does not become that token.
     """
     tokenizer = Tokenizer.from_buffer(_read(path))
     for token in SPECIAL_TOKENS:
@@ -84,7 +84,7 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def fingerprint(path: Path) -> str:
-    """The SHA-256 of a tokenizer.json, which token arrays and checkpoints carry so that no other is used with them.
+    """The SHA-256 of a tokenizer.json; token arrays and checkpoints carry it, so that no other is used with them.
 
     CheckpointError if the file is missing.
     """

@@ -1,4 +1,4 @@
-"""Token arrays: all documents of a set in one line of token ids, and the windows of it that make a batch."""
+"""Token arrays: all documents of a set as one array of token ids, and the windows of it that make a batch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _ENCODE_AT_ONCE = 1000
 
 
 def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> Tokens:
-    """The token ids of documents one after the other, each behind an end-of-text token.
+    """The token ids of the documents one after the other, each after an end-of-text token.
 
-    The turns of an instruction pair stand in the chat template's format.
+    The turns of an instruction pair have the chat template's format.
     """
     parts = []
     for start in range(0, len(documents), _ENCODE_AT_ONCE):
@@ -60,7 +60,7 @@ def save_tokens(folder: Path, sets: dict[str, Tokens], tokenizer_fingerprint: st
 
 
 def save_array(path: Path, tokens: Tokens) -> None:
-    """Write an array whole or not at all."""
+    """Write an array completely or not at all."""
     unfinished = path.with_suffix(".unfinished.npy")
     np.save(unfinished, tokens)
     unfinished.replace(path)
@@ -78,7 +78,7 @@ def load_tokens(folder: Path, name: str, tokenizer_fingerprint: str) -> Tokens:
 def batch_of_windows(tokens: Tokens, length: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:
     """The windows [batch_size, length + 1] of a step; the last token of a window is the first of the next one.
 
-    Every epoch visits every window once, in an order that depends on the seed and the epoch alone.
+    Every epoch visits every window once, in an order that depends only on the seed and the epoch.
     """
     num_windows = count_windows(tokens, length)
     rows = []

@@ -1,9 +1,9 @@
 """Training: AdamW (Loshchilov & Hutter 2019) with warm-up, a plateau, and a linear decay to zero at the budget's end.
 
-A run that was stopped goes on from its last checkpoint with the losses that it would have had: the batch of a step
-is a function of the step and the seed, and after the first weights nothing is drawn at random, so the weights, the
-optimizer's moments and three counters are the whole state.  (Under a budget in seconds the learning rate follows
-the clock, so two runs are only equal as far as their clocks are.)
+A stopped run continues from its last checkpoint with the losses that it would have had.  The batch of a step depends
+only on the step and the seed, and only the first weights are drawn at random.  So the weights, the optimizer's moments
+and three counters are the whole state.  (Under a budget in seconds the learning rate follows the clock, so two runs
+are equal only if their clocks are.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StepReport:
     Attributes:
         loss: cross-entropy, nats a token.
         balance: load-balancing loss, 1 at its best.
-        tokens, seconds: trained so far.
+        tokens, seconds: of all training so far.
         spent: share of the budget, 0 to 1.
     """
 
@@ -45,11 +45,11 @@ class StepReport:
 
 
 class Trainer:
-    """A network on its way, one step at a time.
+    """Trains a network, one step at a time.
 
     Attributes:
         step: steps done.
-        tokens, seconds: how many tokens they trained, and how long that took.
+        tokens, seconds: the tokens that those steps trained on, and their time.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Trainer:
         self._optimizer = _adamw(self.network, recipe.training)
 
     def train_step(self, spent: float) -> tuple[float, float, float]:
-        """Take one step, `spent` of the way through the budget; the loss, the balance loss and the learning rate."""
+        """Take one step after the share `spent` of the budget; returns loss, balance loss and learning rate."""
         config = self.recipe.training
         windows = batch_of_windows(self._data, config.sequence_length, config.batch_size, self.step, config.seed)
         rate = learning_rate(config, self.step, spent)
@@ -86,7 +86,7 @@ class Trainer:
         return loss.item(), balance.item(), rate
 
     def _loss(self, windows: Tensor, spent: float) -> tuple[Tensor, Tensor]:
-        """The loss and the balance loss of windows [batch, sequence_length + 1], cut short at first."""
+        """The loss and the balance loss of windows [batch, sequence_length + 1], which are cut into pieces at first."""
         config = self.recipe.training
         length = config.short_length if spent < config.lengthen_from else config.sequence_length
         inputs, targets = (windows[:, cut].reshape(-1, length) for cut in (slice(None, -1), slice(1, None)))
@@ -96,7 +96,7 @@ class Trainer:
         return self.network.loss(inputs, targets)
 
     def save(self, path: Path) -> None:
-        """Write the state; the file is either the old one or the new one at any time."""
+        """Write the state; at any time the file is either the old one or the new one."""
         state = {
             "recipe": asdict(self.recipe),
             "tokenizer": self._fingerprint,
@@ -141,7 +141,7 @@ def learning_rate(config: TrainingConfig, step: int, spent: float) -> float:
 
 
 def _hardware(device: torch.device) -> str:
-    """What a model card says of the machine."""
+    """The machine, as the model card names it."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}"
     return f"{torch.get_num_threads()} CPU threads"
@@ -169,7 +169,7 @@ def run(
     """Train until the budget is spent, saving every `checkpoint_seconds` and at the end.
 
     Args:
-        clock: seconds, never going back.
+        clock: a monotonic clock, in seconds.
         observe: called after every step.
     """
     last, saved = clock(), trainer.seconds

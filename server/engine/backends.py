@@ -72,7 +72,7 @@ class TorchPlan:
     """The torch backend: runs on any device, and keeps the KV cache in the number format that it computes in.
 
     Attributes:
-        warning: why it serves although nobody asked for it; None if somebody did.
+        warning: why torch serves although the settings do not ask for it; None if they do.
     """
 
     config: BackendConfig
@@ -111,10 +111,10 @@ class TorchPlan:
 
 
 def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) -> NativePlan | TorchPlan:
-    """Choose the backend: if the settings leave it open, native wherever that can be had.
+    """Choose the backend: if the settings leave it open, native wherever it can serve.
 
     Raises:
-        ConfigError: the settings contradict each other, or ask for what is not to be had here.
+        ConfigError: the settings contradict each other, or ask for what this machine does not have.
     """
     if config.backend == "torch":
         return _plan_torch(config, cache, model, "backend is torch", None)
@@ -131,36 +131,22 @@ def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) 
 
 
 def _native_obstacle(config: BackendConfig, cache: CacheConfig, model: ModelConfig) -> tuple[str, str] | None:
-    """Why the native backend cannot be had, if so, and the setting that is at fault."""
-    return _obstacle_of_settings(config, cache) or _obstacle_of_model(model) or _obstacle_of_library()
-
-
-def _obstacle_of_settings(config: BackendConfig, cache: CacheConfig) -> tuple[str, str] | None:
+    """Why the native backend cannot serve, if so, and the setting that is at fault."""
     if config.device != "cpu":
         return f"device {config.device} is not for the native backend, which computes on the CPU", "device"
     if config.dtype == "bfloat16":
         return "dtype bfloat16 is not for the native backend, which computes in float32", "dtype"
     if cache.block_size % SLOTS:
-        reason = f"block_size {cache.block_size} is not for the native backend, which needs a multiple of {SLOTS}"
-        return reason, "block_size"
-    return None
-
-
-def _obstacle_of_model(model: ModelConfig) -> tuple[str, str] | None:
-    limits = {"head_dim": (model.head_dim, MAX_HEAD_DIM), "num_experts": (model.num_experts, MAX_EXPERTS)}
-    for name, (value, limit) in limits.items():
-        if value > limit:
+        needed = f"which needs a multiple of {SLOTS}"
+        return f"block_size {cache.block_size} is not for the native backend, {needed}", "block_size"
+    for name, limit in (("head_dim", MAX_HEAD_DIM), ("num_experts", MAX_EXPERTS)):
+        if (value := getattr(model, name)) > limit:
             return f"the model's {name} {value} exceeds the {limit} that the native backend is made for", "backend"
-    return None
-
-
-def _obstacle_of_library() -> tuple[str, str] | None:
     try:
-        if not supported_isas():
-            return f"backend native is not built: install a C++ compiler, then run {BUILD}", "backend"
+        is_built = bool(supported_isas())
     except OSError as error:  # a library that was built elsewhere
         return f"backend native does not load: {error}; remove the library, then run {BUILD}", "backend"
-    return None
+    return None if is_built else (f"backend native is not built: install a C++ compiler, then run {BUILD}", "backend")
 
 
 def _plan_torch(

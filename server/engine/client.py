@@ -27,7 +27,7 @@ class EngineState(Enum):
 
 
 class EngineClient:
-    """Implements `Engine`.  Whoever owns the engine connects it, hands its news over, and says when it is lost.
+    """Implements `Engine`.  The owner of the engine connects it, hands its news over, and says when it is lost.
 
     Args:
         name: of the engine, for metrics.
@@ -88,7 +88,7 @@ class EngineClient:
         self.state = EngineState.STOPPED
         self._fail_all(EngineUnavailableError("the server is shutting down"))
 
-    # -- for whoever owns the engine -----------------------------------------------------------------------------
+    # -- for the owner of the engine ------------------------------------------------------------------------------
 
     def connect(self, ready: Ready, send: Callable[[Command], None]) -> None:
         """The engine is ready, and takes commands through `send`."""
@@ -97,7 +97,7 @@ class EngineClient:
             self.state = EngineState.READY
 
     def take(self, news: News) -> None:
-        """Note what came of a step, and wake whoever waits for it."""
+        """Note what came of a step, and wake the calls that wait for it."""
         now = time.monotonic()
         self._events.stats(self.name, news.stats)
         for output in news.outputs:

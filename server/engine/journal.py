@@ -1,4 +1,4 @@
-"""What the API process keeps of each unfinished request, and how its news reaches whoever waits for it."""
+"""What the API process keeps of each unfinished request, and how its outputs reach the call that waits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Journal:
     last_token_time: float | None = None
 
     def note(self, output: RequestOutput, now: float) -> None:
-        """Take in a piece of news."""
+        """Take in an output."""
         self.prompt_logprobs += output.prompt_logprobs or ()
         if output.token_ids:
             self.num_accepted_tokens += output.num_accepted_tokens
@@ -49,7 +49,7 @@ class Journal:
 
 
 class Submission:
-    """Requests that were submitted together, and one stream of the news of all of them."""
+    """Requests that were submitted together, and one stream of the outputs of all of them."""
 
     def __init__(self, requests: Sequence[EngineRequest], engine: str, arrival_time: float) -> None:
         self.journals = {request.request_id: Journal(request, engine, arrival_time) for request in requests}
@@ -69,7 +69,7 @@ class Submission:
         self._arrived.set()
 
     async def get(self) -> list[RequestOutput]:
-        """All news that has come since the last call, at least one.
+        """All outputs that have come since the last call, at least one.
 
         Raises:
             EngineError: the engine died, or failed on one of the requests.

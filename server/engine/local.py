@@ -63,7 +63,7 @@ class LocalEngine:
     def _run(self, engine: BuiltEngine) -> None:
         try:
             EngineLoop(engine.core, self).run()
-        except Exception as error:  # whatever it is, nobody may wait for ever
+        except Exception as error:  # whatever it is, no request may wait for ever
             logger.exception("the engine failed")
             self._event_loop.call_soon_threadsafe(self._client.lose, EngineError(f"the engine failed: {error}"))
         finally:

@@ -1,4 +1,4 @@
-"""What an engine and whoever uses it say to each other: plain data, msgpack where it crosses a process.
+"""What an engine and its client say to each other: plain data, msgpack where it crosses a process.
 
 No reading of a clock is among it: ages and durations mean the same on every machine.
 """

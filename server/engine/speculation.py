@@ -1,4 +1,4 @@
-"""Which proposer guesses, with what: what the settings ask for, checked against the model."""
+"""What drafts tokens, as the settings ask for it, checked against the model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from shoal.server.engine.backends import NativePlan, TorchPlan
 
 @dataclass(frozen=True)
 class SpeculationPlan:
-    """How tokens will be guessed.
+    """How tokens will be drafted.
 
     Attributes:
         draft: the draft model, if there is one.
-        num_layers: of the target to guess with, if it guesses itself.
+        num_layers: layers of the target that draft, for self-speculation.
     """
 
     config: SpeculationConfig
@@ -37,7 +37,7 @@ class SpeculationPlan:
 
     @property
     def num_lookahead_tokens(self) -> int:
-        """How far beyond the known tokens guessing writes to the KV cache: what is guessed last is never read."""
+        """How far beyond the known tokens drafting writes to the KV cache; the last drafted token is never read."""
         if self.config.method == "ngram":
             return 0
         return self.config.num_spec_tokens or ADAPTIVE_MOST
@@ -75,11 +75,11 @@ class SpeculationPlan:
 
 
 def plan_speculation(config: SpeculationConfig, target: ModelRecord, max_model_len: int) -> SpeculationPlan | None:
-    """Check what the settings ask for, and load the draft model; None if nothing guesses.
+    """Check what the settings ask for, and load the draft model; None if nothing drafts.
 
     Raises:
         CheckpointError: the draft model cannot be read.
-        ConfigError: it does not fit the target, or the target has not so many layers.
+        ConfigError: it does not fit the target, or the target has too few layers.
     """
     match config.method:
         case "off":

@@ -64,7 +64,7 @@ class EngineSupervisor:
             began = time.monotonic()
             try:
                 exit_code = await self._run_process()
-            except Exception as error:  # whatever it is, nobody may wait for ever
+            except Exception as error:  # whatever it is, no request may wait for ever
                 failure = error if isinstance(error, ShoalError) else EngineError(f"the engine failed: {error}")
                 if not self._first_start.done():
                     self._first_start.set_exception(failure)

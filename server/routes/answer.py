@@ -1,4 +1,4 @@
-"""How answers travel: whole, as server-sent events, or not at all if nobody waits for them any more."""
+"""How answers travel: whole, as server-sent events, or not at all if the client has gone."""
 
 from __future__ import annotations
 

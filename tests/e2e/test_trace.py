@@ -8,9 +8,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from shoal.loadtest.steps import Step, read_trace
+from shoal.loadtest.trace import stays
+from shoal.scheduler.step_record import StepRecord
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
 from tests.e2e.harness import Server, Waiting, joined
@@ -33,11 +35,10 @@ def events(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def chosen(steps: list[Step], server_id: str) -> list[int]:
-    """The row in each step that chose a token for a request."""
-    return [
-        row.row for step in steps for row in step.rows if row.request_id == server_id and row.samples > row.is_padding
-    ]
+def records(found: list[dict[str, Any]]) -> list[StepRecord]:
+    """The steps of a trace in which anything was computed."""
+    steps = [event["args"] for event in found if (event["name"], event["ph"]) == ("step", "X")]
+    return [step for step in msgspec.convert(steps, list[StepRecord]) if step.shares]
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "static"])
@@ -55,25 +56,27 @@ def test_the_trace_agrees_with_the_answers(start: StartServer, tmp_path: Path, p
         assert answer["usage"]["completion_tokens"] == end_after
     server.wait_idle()
 
-    spans = [event for event in events(path) if event["ph"] == "X"]
-    steps, requests = read_trace(path)
-    assert requests.keys() == {answer["id"] for answer in answers}
+    found = events(path)
+    spans, steps = [event for event in found if event["ph"] == "X"], records(found)
+    requests = stays(steps)
+    assert requests.keys() == {f"{answer['id']}-0-0" for answer in answers}
     for answer in answers:
-        usage, request, rows = answer["usage"], requests[answer["id"]], chosen(steps, answer["id"])
+        usage, request_id = answer["usage"], f"{answer['id']}-0-0"
+        shares = [share for step in steps for share in step.shares if share.request_id == request_id]
+        rows = [share.row for share in shares if share.samples > share.is_padding]
         assert len(rows) == usage["completion_tokens"]
         assert set(rows) <= {0, 1}
         assert len(set(rows)) == 1
-        (slot,) = [span for span in spans if span["name"].startswith(answer["id"])]
+        (slot,) = [span for span in spans if span["name"] == request_id]
         assert slot["tid"] == 2 + rows[0]
-        assert request.joined_at is not None
-        assert request.left_at is not None
-        assert request.arrived_at < request.joined_at < request.left_at
-        assert (slot["ts"], slot["ts"] + slot["dur"]) == pytest.approx((request.joined_at * 1e6, request.left_at * 1e6))
-        computed = [row.num_tokens for step in steps for row in step.rows if row.request_id == answer["id"]]
-        is_padded = any(row.is_padding for step in steps for row in step.rows if row.request_id == answer["id"])
+        stay = requests[request_id]
+        assert stay.left_at is not None
+        assert stay.arrived_at < stay.joined_at < stay.left_at
+        assert (slot["ts"], slot["ts"] + slot["dur"]) == pytest.approx((stay.joined_at * 1e6, stay.left_at * 1e6))
+        computed = sum(share.num_scheduled_tokens for share in shares)
         least = usage["prompt_tokens"] + usage["completion_tokens"] - 1
-        assert sum(computed) > least if is_padded else sum(computed) == least
-    assert any(row.is_padding for step in steps for row in step.rows) == (policy == "static")
+        assert computed > least if any(share.is_padding for share in shares) else computed == least
+    assert any(share.is_padding for step in steps for share in step.shares) == (policy == "static")
 
 
 def speaks(server: Server, ends: int) -> str:
@@ -107,8 +110,14 @@ def test_every_choice_ends_there_and_a_new_engine_goes_on_with_the_trace(start: 
     server.until("a new engine has come", lambda: server.engine_pid() != engine)
     server.wait_ready()
     last = speaks(server, 5)
-    assert {event["pid"] for event in events(path)} == {engine, server.engine_pid()}
-    steps, requests = read_trace(path)
-    assert {first, last, chunks[0]["id"]} <= requests.keys()
-    assert {f"{answer['id']}-{rest}" for rest in ("0-1", "1-0", "1-1")} | {answer["id"]} <= requests.keys()
-    assert any(row.num_spec_tokens for step in steps for row in step.rows)
+    found = events(path)
+    assert {event["pid"] for event in found} == {engine, server.engine_pid()}
+    steps = records(found)
+    requests = {share.request_id for step in steps for share in step.shares}
+    assert {f"{one}-0-0" for one in (first, last, chunks[0]["id"])} <= requests
+    assert {f"{answer['id']}-{rest}" for rest in ("0-0", "0-1", "1-0", "1-1")} <= requests
+    assert any(share.num_spec_tokens for step in steps for share in step.shares)
+
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert len(json.loads(path.read_text())) >= len(found), "closed, it is JSON as it is"

@@ -127,7 +127,7 @@ LIES = [
     (put(0, 2**59, 8), r"truncated: shape \[8, 576460752303423488\] in Q8_0 ends at byte \d+, the file has \d+"),
     (put(8, 2**63, 8), "truncated: shape"),
     (put(0, 48, 8), "rows of 48 are not whole blocks of 32, as Q8_0 needs"),
-    (put(16, 99, 4), "type 99 is unknown; supported: F32, F16, BF16, Q4_0"),
+    (put(16, 99, 4), "type 99 is not supported; supported: F32, F16, BF16, Q4_0"),
     (put(16, int(Type.IQ2_XS), 4), "type IQ2_XS is not supported; supported: F32"),
     (put(16, int(Type.I32), 4), "type I32 is not supported"),
     (put(8, 9, 8), "its data overlaps that of output"),

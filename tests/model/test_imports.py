@@ -49,3 +49,9 @@ def test_only_what_reads_weights_loads_the_gguf_package() -> None:
     names = "shoal.model.checkpoint.find, shoal.model.checkpoint.config, shoal.model.text.tokenizer"
     code = f"import sys, {names}; assert 'gguf' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_what_reads_a_tokenizer_loads_the_library_for_it() -> None:
+    """The engine process reads weights alone."""
+    code = "import sys, shoal.model.checkpoint.load; assert 'tokenizers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
