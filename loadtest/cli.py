@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,17 @@ USAGE_EXIT_CODE, COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 2, 1, 130
 SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys")
 DEFAULT_PROFILE_FOLDER = Path("shoal-profile")
 A_PATH, A_FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
-COUNT, POSITIVE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
+
+
+class _Positive(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+COUNT, POSITIVE = click.IntRange(min=1), _Positive(min=0, min_open=True)
 
 
 def _several(one: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
