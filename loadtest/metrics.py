@@ -1,8 +1,7 @@
 """The figures of a run by name, and of several repetitions of it.
 
-Figures are over all requests of the run, from the first that was sent to the end of the last.  The set of requests is
-the same for all that are compared, so neither the time in which a batch fills nor that in which it drains is cut away:
-both are part of what a policy costs.  The requests that warm the server are sent before, and are no part of the run.
+Figures are over all requests of the run, from the first that was sent to the end of the last.  The times in which a
+batch fills and drains count: all that are compared have the same requests, and both are part of what a policy costs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ Figures = dict[str, float]
 
 What was not measured is absent.  The figures of a client or priority are named "client NAME: FIGURE" and so on.
 """
-
 
 WORDS = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "end-to-end", "kv": "KV", "throughput": "tokens/s"}
 
@@ -107,10 +105,8 @@ def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
 
 def combine(repetitions: Sequence[Figures]) -> Measured:
     """The figures of at least one repetition together; a figure that some lack is that of the others."""
-    values: defaultdict[str, list[float]] = defaultdict(list)
-    for figures in repetitions:
-        for name, value in figures.items():
-            values[name].append(value)
+    names = dict.fromkeys(name for figures in repetitions for name in figures)
+    values = {name: [figures[name] for figures in repetitions if name in figures] for name in names}
     return Measured(
         num_runs=len(repetitions),
         median={name: median(own) for name, own in values.items()},
@@ -297,10 +293,11 @@ def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEF
     predicted = {combination(run): summarize(run, slo) for run in predictions}
     workloads = list(dict.fromkeys(workload for workload, _, _ in repetitions))
     setups = list(dict.fromkeys(setup for _, _, setup in repetitions))
-    ordered = sorted(repetitions.items(), key=lambda item: setups.index(item[0][2]))
-    ordered.sort(key=lambda item: (workloads.index(item[0][0]), item[0][1].rate, item[0][1].users))
     cells = []
-    for (workload, load, setup), own in ordered:
+    for workload, load, setup in sorted(
+        repetitions, key=lambda key: (workloads.index(key[0]), key[1].rate, key[1].users, setups.index(key[2]))
+    ):
+        own = repetitions[workload, load, setup]
         shown = [one for one in own if one[0].is_complete] or own
         options = zip(*(other.options for name, _, other in repetitions if name == workload), strict=False)
         num_common = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, options))

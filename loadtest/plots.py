@@ -45,7 +45,7 @@ CURVES = ("ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e p99", "t
 RC: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
-    "axes.titlesize": 9,
+    "axes.titlesize": "medium",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -180,15 +180,12 @@ def of_groups(cells: Sequence[Cell], kind: str) -> Panels:
 
 
 def timeline(cells: Sequence[Cell]) -> Panels:
-    """Which request occupied which row of the batch, a panel for each setup, in the same stretch of time.
-
-    Requests are coloured by their priorities, or else by their clients, where there are a few of them.
-    """
+    """Which request occupied which row of the batch, a panel for each setup; a few clients have a colour each."""
     records = [record for cell in cells for record in cell.run.requests]
-    kinds = [kind for kind in ("priority", "client") if 1 < len(by(records, kind)) <= len(HUES)]
-    values = [(kind, value) for kind in kinds[:1] for value in sorted(by(records, kind))]
-    hue_of = {r.engine_id: values.index((kind, getattr(r, kind))) for kind in kinds[:1] for r in records}
-    names = [f"{kind} {value}" for kind, value in values] or ["decode, a request a colour"]
+    clients = sorted(by(records, "client"))
+    are_few = 1 < len(clients) <= len(HUES)
+    hue_of = {record.engine_id: clients.index(record.client) for record in records if are_few}
+    names = clients if are_few else ["decode, a request a colour"]
     decoding = {name: dots(light, "s") for name, (light, _) in zip(names, HUES, strict=False)}
     panels = legend(decoding | {"prefill (dark)": dots(HUES[0][1], "s"), "padding row": dots(PADDING, "s")})
     start, until = window((baseline(cells) or cells[0]).run.steps)
@@ -205,14 +202,10 @@ def timeline(cells: Sequence[Cell]) -> Panels:
 
 def occupancy(cells: Sequence[Cell]) -> Panels:
     """Batch size over time and its distribution, and the share of the KV cache that was owned and filled."""
+    areas = {"rows that work": (INK, 0.75), "padding rows": (PADDING, 1), "owned blocks": (INK, 0.25)}
     panels = legend(
-        {
-            "rows that work": dots(INK, "s", alpha=0.75),
-            "padding rows": dots(PADDING, "s"),
-            "owned blocks": dots(INK, "s", alpha=0.25),
-            "slots that are filled": {"color": INK},
-            "mean": {"color": INK, "linestyle": "--"},
-        }
+        {label: dots(shade, "s", alpha=alpha) for label, (shade, alpha) in areas.items()}
+        | {"slots that are filled": {"color": INK}, "mean": {"color": INK, "linestyle": "--"}}
     )
     until = max(ends(cell.run.steps)[-1] for cell in cells)
     most = 1.05 * max(len(step.shares) for cell in cells for step in cell.run.steps)
@@ -250,9 +243,8 @@ def step_cost(cells: Sequence[Cell], predict: Callable[[StepRecord], float]) -> 
     """What a step takes against what is in it: as measured, and as the cost model has it."""
     panels = legend({"measured steps": dots(PADDING), "cost model, median": {"color": INK}})
     steps = [step for cell in cells for step in cell.run.steps]
-    decoding = [step for step in steps if all(share.num_scheduled_tokens == 1 for share in step.shares)]
-    others = [step for step in steps if any(share.num_scheduled_tokens != 1 for share in step.shares)]
-    for title, own in (("Steps that only decode", decoding), ("Steps with prefill or drafts", others)):
+    for title, decodes in (("Steps that only decode", True), ("Steps with prefill or drafts", False)):
+        own = [step for step in steps if all(share.num_scheduled_tokens == 1 for share in step.shares) == decodes]
         with panel(panels, title) as axes:
             shown = own[:: max(1, len(own) // MAX_POINTS)]
             tokens = np.array([sum(share.num_scheduled_tokens for share in step.shares) for step in shown])

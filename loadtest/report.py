@@ -34,10 +34,7 @@ class Report(Struct, kw_only=True):
     """All that a report says.
 
     Attributes:
-        made_at: when, for people.
         command: the line that makes the same comparison again.
-        machine: what it ran on, value by name.
-        cells: in the order in which they are shown.
         differing: by workload, the requests whose answers were not the same in all runs.
         complaints: what must not be overlooked.
         warnings: further things to know before believing the figures.
@@ -74,9 +71,6 @@ class Section(NamedTuple):
     tables: Sequence[Sequence[Cell]] = ()
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
 def title(name: str) -> str:
     """A figure as people write it, with its unit."""
     unit = " [ms]" if name.endswith(IN_MS) else " [%]" if name.endswith(IN_PERCENT) else ""
@@ -85,8 +79,8 @@ def title(name: str) -> str:
 
 def text(name: str, value: float | None) -> str:
     """A figure's value in the unit of its title: three digits, or all of a large number."""
-    if value is None:
-        return NOTHING
+    if value is None or isinstance(value, int):  # a count
+        return NOTHING if value is None else f"{value:,}"
     value *= 1e3 if name.endswith(IN_MS) else 100 if name.endswith(IN_PERCENT) else 1
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}".rstrip(".") if value else "0"
 
@@ -146,11 +140,12 @@ def _sections(report: Report) -> Iterator[Section]:
     """A section for each workload, and one for the twin's predictions."""
     for number, (section, cells) in enumerate(by(report.cells, "section").items(), 1):
         name = f"{slug(section).lower()}-{number}"
-        pictures = enumerate(_pictures(cells, report.step_seconds if number == 1 else None), 1)
+        main = max(by(cells, "load").values(), key=len)  # the load of the most setups, of several the first
+        pictures = enumerate(_pictures(cells, main, report.step_seconds if number == 1 else None), 1)
         yield Section(
             name=name,
             title=f"Workload {section}",
-            paragraphs=list(_paragraphs(cells, report)),
+            paragraphs=list(_paragraphs(cells, main, report)),
             pictures={f"{name}-{place}-{picture.kind}": picture for place, picture in pictures},
             tables=list(by(cells, "load").values()),
         )
@@ -159,9 +154,8 @@ def _sections(report: Report) -> Iterator[Section]:
         yield Section("prediction", "Predicted against measured", (), {"twin": picture})
 
 
-def _paragraphs(cells: Sequence[Cell], report: Report) -> Iterator[str]:
+def _paragraphs(cells: Sequence[Cell], main: Sequence[Cell], report: Report) -> Iterator[str]:
     """What the pictures and tables of a workload come to, and what was compared."""
-    main = _main(cells)
     base, best = baseline(main), max(main, key=lambda cell: cell.measured.median["throughput"])
     if base is None:
         yield "There is no static baseline among the setups, so there are no speed-ups."
@@ -186,36 +180,31 @@ def _paragraphs(cells: Sequence[Cell], report: Report) -> Iterator[str]:
         yield f"Servers ran with {' '.join(options)}."
 
 
-def _main(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells of the load that the pictures show: that of the most setups, of several the first."""
-    return max(by(cells, "load").values(), key=len)
-
-
 def _kinds(cells: Sequence[Cell]) -> list[str]:
     """What the requests of a load can be told apart by."""
     numbers = {kind: max(len(groups(cell.measured.median, kind)) for cell in cells) for kind in ("client", "priority")}
     return [kind for kind, number in numbers.items() if 1 < number <= MAX_GROUPS]
 
 
-def _pictures(cells: Sequence[Cell], step_seconds: StepSeconds | None) -> Iterator[Picture]:
+def _pictures(cells: Sequence[Cell], main: Sequence[Cell], step_seconds: StepSeconds | None) -> Iterator[Picture]:
     """The pictures of one workload, as far as there is something to draw.
 
     Args:
+        main: the cells of one load, which most pictures show.
         step_seconds: costs of steps that are shown too.
     """
-    main = _main(cells)
     load = main[0].load
-    # Of each policy one setup, without speculation if there is one.
-    by_speculation = sorted(main, key=lambda cell: cell.setup.speculation == "off")
-    traced = list({cell.setup.policy: cell for cell in by_speculation if cell.run.steps}.values())
-    plain = [cell for cell in traced if cell.setup.speculation == "off"]
+    plain = [cell for cell in main if cell.run.steps and cell.setup.speculation == "off"]
+    traced = plain or [cell for cell in main if cell.run.steps]
     yield Picture("throughput", f"Throughput and goodput, {load}", plots.throughput(main))
     if traced:
         yield Picture("timeline", f"The batch, row by row, {load}", plots.timeline(traced))
     if any("ttft p50" in cell.measured.median for cell in main):
         yield Picture("latencies", f"Distributions of latency, {load}", plots.distributions(main))
-    for own in _curves(cells):
-        yield Picture("load", f"Latency against load, from {own[0].load} to {own[-1].load}", plots.curves(own))
+    for is_closed in (True, False):
+        own = [cell for cell in cells if bool(cell.load.users) == is_closed]
+        if len(by(own, "load")) > 1:
+            yield Picture("load", f"Latency against load, from {own[0].load} to {own[-1].load}", plots.curves(own))
     if traced:
         yield Picture("batch", f"Batch size and KV cache over time, {load}", plots.occupancy(traced))
     for own in by(cells, "load").values():
@@ -223,12 +212,3 @@ def _pictures(cells: Sequence[Cell], step_seconds: StepSeconds | None) -> Iterat
             yield Picture("groups", f"Each {kind} apart, {own[0].load}", plots.of_groups(own, kind))
     if step_seconds and plain:
         yield Picture("costs", "What a step costs", plots.step_cost(plain, step_seconds))
-
-
-def _curves(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells that form curves: of loads that differ in users only or in rate only."""
-    kinds: dict[tuple[float, ...], list[Cell]] = {}
-    for cell in cells:
-        kind = bool(cell.load.users), cell.load.think_seconds, cell.load.burstiness
-        kinds.setdefault(kind, []).append(cell)
-    return [own for own in kinds.values() if len(by(own, "load")) > 1]

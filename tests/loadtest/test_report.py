@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, collect, summarize
 from shoal.loadtest.records import Load, Run
-from shoal.loadtest.report import Report, _curves, terminal_tables, write_report
+from shoal.loadtest.report import Report, terminal_tables, write_report
 from tests.loadtest.made_runs import make_run, seconds_of
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -217,6 +217,7 @@ def test_an_exact_table(tmp_path: Path) -> None:
         "ITL p50 [ms]": "250",
         "end-to-end p50 [ms]": "1,000",
         "goodput share [%]": "0",
+        "requests": "2",
         "request rate": "1.60",
     }
     assert {label: page.row(label)["fcfs"] for label in expected} == expected
@@ -347,8 +348,9 @@ def test_a_prediction_belongs_to_its_combination_whatever_the_seed() -> None:
     assert cell.predicted == summarize(predicted)
 
 
-def test_curves_are_of_loads_that_differ_in_one_thing() -> None:
-    loads = [Load(users=8), Load(users=4), Load(rate=5), Load(rate=9), Load(rate=7, burstiness=2)]
-    run = make_run("fcfs", num_requests=4)
-    found = _curves(collect([replace(run, load=load) for load in loads]))
-    assert [[cell.load for cell in curve] for curve in found] == [[loads[1], loads[0]], [loads[2], loads[3]]]
+def test_closed_and_open_loops_have_curves_of_their_own(tmp_path: Path) -> None:
+    loads = [Load(users=8), Load(users=4), Load(rate=5), Load(rate=9)]
+    run = replace(make_run("fcfs", num_requests=4), steps=[])
+    page = made(collect([replace(run, load=load) for load in loads]), tmp_path)
+    for words in ("from 4 users to 8 users", "from 5 requests/s to 9 requests/s"):
+        assert f"Latency against load, {words}" in page.text
