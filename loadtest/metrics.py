@@ -1,32 +1,41 @@
 """The figures of a run by name, and of several repetitions of it.
 
-Figures are over all requests of the run, from the first that was sent to the end of the last.  The set of requests is
-the same for all that are compared, so neither the time in which a batch fills nor that in which it drains is cut away:
-both are part of what a policy costs.  The requests that warm the server are sent before, and are no part of the run.
+Figures are over all requests of the run, from the first that was sent to the end of the last.  The times in which a
+batch fills and drains count: all that are compared have the same requests, and both are part of what a policy costs.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, pairwise
-from math import ceil, floor
+from itertools import takewhile
+from math import ceil
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
+from numpy.typing import ArrayLike, NDArray
 
 from shoal.loadtest.records import Load, RequestRecord, Run, Setup
-from shoal.loadtest.trace import Stay, stays
+from shoal.loadtest.trace import stays
 from shoal.scheduler.step_record import StepRecord
+
+T = TypeVar("T")
 
 Figures = dict[str, float]
 """Figures by name, as docs/loadtest/files.md lists them; latencies in seconds, shares as parts of one.
 
 What was not measured is absent.  The figures of a client or priority are named "client NAME: FIGURE" and so on.
 """
+
+WORDS = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "end-to-end", "kv": "KV", "throughput": "tokens/s"}
+
+
+def words(name: str) -> str:
+    """A figure's name as people write it."""
+    return " ".join(WORDS.get(word, word) for word in name.split())
 
 
 class Slo(Struct, frozen=True, kw_only=True):
@@ -48,95 +57,94 @@ class Measured(Struct, kw_only=True):
     most: Figures
 
 
+def by(items: Iterable[T], attribute: str) -> dict[Any, list[T]]:
+    """The items by an attribute of theirs, in the order in which its values appear."""
+    groups: defaultdict[Any, list[T]] = defaultdict(list)
+    for item in items:
+        groups[getattr(item, attribute)].append(item)
+    return dict(groups)
+
+
 def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
     """The figures of a run, whole or broken off."""
-    begin = min((record.sent_at for record in run.requests), default=0.0)
-    end = max(map(_last_seen, run.requests), default=begin)
-    seconds = end - begin
     answered = [record for record in run.requests if record.is_answered]
+    begin = min((record.sent_at for record in run.requests), default=0.0)
+    seconds = max([begin, *map(_last_seen, run.requests)]) - begin
     in_batch = stays(run.steps)
+    admitted = [r.token_times[0] - in_batch[r.engine_id].joined_at for r in answered if r.engine_id in in_batch]
     num_good = sum(_keeps(record, slo) for record in answered)
-    num_accepted = sum(record.num_accepted_tokens for record in answered)
+    num_cached, num_accepted, num_rejected = (
+        sum(getattr(record, f"num_{kind}_tokens") for record in answered) for kind in ("cached", "accepted", "rejected")
+    )
     figures = _of_requests(answered, seconds) | {
         "requests": len(run.requests),
         "errors": len(run.requests) - len(answered),
-        "prompt tokens": sum(record.num_prompt_tokens for record in answered),
         "seconds": seconds,
-        "request rate": _ratio(len(answered), seconds) or 0.0,
-        "goodput": _ratio(num_good, seconds) or 0.0,
-        "goodput share": _ratio(num_good, len(run.requests)) or 0.0,
+        "request rate": _rate(len(answered), seconds),
+        "goodput": _rate(num_good, seconds),
+        "goodput share": _rate(num_good, len(run.requests)),
+        **quantiles("ttft from admission", admitted),
+        **quantiles("queueing", [stay.joined_at - stay.arrived_at for stay in in_batch.values()]),
     }
-    figures |= quantiles("ttft from admission", [_admitted_ttft(record, in_batch) for record in answered])
-    figures |= quantiles("itl", chain.from_iterable(map(itl, answered)))
-    figures |= quantiles("queueing", [stay.joined_at - stay.arrived_at for stay in in_batch.values()])
-    optional = {
-        "cached share": _ratio(sum(record.num_cached_tokens for record in answered), figures["prompt tokens"]),
-        "acceptance rate": _ratio(num_accepted, num_accepted + sum(r.num_rejected_tokens for r in answered)),
-        "jain": fairness(run.requests, end),
-        "generator cores": _ratio(run.generator_cpu_seconds, seconds),
-        "generator cores per 1000": _ratio(1000 * run.generator_cpu_seconds, figures["output tokens"]),
-        "api cores": _ratio(run.api_cpu_seconds, seconds),
-        "engine cores": _ratio(run.engine_cpu_seconds, seconds),
-    }
-    is_measured = bool(run.generator_cpu_seconds)  # a simulation has no processor time
-    figures |= {
-        name: value
-        for name, value in optional.items()
-        if value is not None and (is_measured or not name.endswith(("cores", "1000")))
-    }
+    if figures["prompt tokens"]:
+        figures["cached share"] = num_cached / figures["prompt tokens"]
+    if num_drafted := num_accepted + num_rejected:
+        figures["acceptance rate"] = num_accepted / num_drafted
+    if (index := fairness(run.requests, begin + seconds)) is not None:
+        figures["jain"] = index
+    if run.generator_cpu_seconds:  # a simulation has no processor time
+        figures["generator cores per 1000"] = _rate(1000 * run.generator_cpu_seconds, figures["output tokens"])
+        for process in ("generator", "api", "engine"):
+            figures[f"{process} cores"] = _rate(getattr(run, f"{process}_cpu_seconds"), seconds)
     for kind in ("client", "priority"):
-        figures |= _of_groups(answered, seconds, kind)
+        for name, own in sorted(by(answered, kind).items()):
+            if len(own) < len(answered):
+                figures |= {f"{kind} {name}: {key}": value for key, value in _of_requests(own, seconds).items()}
     return figures | _of_steps(run.steps, run.server.limits.block_size)
 
 
 def combine(repetitions: Sequence[Figures]) -> Measured:
     """The figures of at least one repetition together; a figure that some lack is that of the others."""
+    names = dict.fromkeys(name for figures in repetitions for name in figures)
+    values = {name: [figures[name] for figures in repetitions if name in figures] for name in names}
+    return Measured(
+        num_runs=len(repetitions),
+        median={name: median(own) for name, own in values.items()},
+        least={name: min(own) for name, own in values.items()},
+        most={name: max(own) for name, own in values.items()},
+    )
 
-    def fold(function: Callable[[list[float]], float]) -> Figures:
-        names = dict.fromkeys(chain.from_iterable(repetitions))
-        return {name: function([one[name] for one in repetitions if name in one]) for name in names}
 
-    return Measured(num_runs=len(repetitions), median=fold(median), least=fold(min), most=fold(max))
-
-
-def quantiles(name: str, values: Iterable[float | None]) -> Figures:
-    """p50, p90, p99 and mean, interpolated between values; None among them is left out."""
-    known = [value for value in values if value is not None]
-    if not known:
+def quantiles(name: str, values: Sequence[float]) -> Figures:
+    """p50, p90, p99 and mean, interpolated between values; nothing of no values."""
+    if not values:
         return {}
-    found = *np.quantile(known, (0.5, 0.9, 0.99)).tolist(), float(np.mean(known))
-    return {f"{name} {which}": value for which, value in zip(("p50", "p90", "p99", "mean"), found, strict=True)}
+    p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99)).tolist()
+    return {f"{name} p50": p50, f"{name} p90": p90, f"{name} p99": p99, f"{name} mean": float(np.mean(values))}
 
 
-# -- requests ----------------------------------------------------------------------------------------------------------
+def latencies(answered: Iterable[RequestRecord]) -> dict[str, list[float]]:
+    """TTFT, ITL, TPOT and end-to-end latency of requests that were answered; one token alone has no TPOT."""
+    found: dict[str, list[float]] = {"ttft": [], "itl": [], "tpot": [], "e2e": []}
+    for record in answered:
+        times = record.token_times
+        found["ttft"].append(times[0] - record.sent_at)
+        found["itl"] += np.diff(times).tolist()
+        if record.num_output_tokens > 1:
+            found["tpot"].append((times[-1] - times[0]) / (record.num_output_tokens - 1))
+        found["e2e"].append(_last_seen(record) - record.sent_at)
+    return found
 
 
-def ttft(record: RequestRecord) -> float | None:
-    return record.token_times[0] - record.sent_at if record.token_times else None
-
-
-def itl(record: RequestRecord) -> list[float]:
-    return [after - before for before, after in pairwise(record.token_times)]
-
-
-def tpot(record: RequestRecord) -> float | None:
-    if record.num_output_tokens < 2 or not record.token_times:
-        return None
-    return (record.token_times[-1] - record.token_times[0]) / (record.num_output_tokens - 1)
-
-
-def e2e(record: RequestRecord) -> float | None:
-    return None if record.finished_at is None else record.finished_at - record.sent_at
-
-
-def _admitted_ttft(record: RequestRecord, in_batch: dict[str, Stay]) -> float | None:
-    stay = in_batch.get(record.engine_id)
-    return record.token_times[0] - stay.joined_at if stay and record.token_times else None
+def groups(figures: Iterable[str], kind: str) -> list[str]:
+    """Names of the groups of a kind, "client" or "priority", that figures have."""
+    names = (name.rpartition(": ")[0] for name in figures if name.startswith(f"{kind} "))
+    return list(dict.fromkeys(names))
 
 
 def _keeps(record: RequestRecord, slo: Slo) -> bool:
-    first, further = ttft(record), tpot(record)
-    return first is not None and first <= slo.ttft and (further is None or further <= slo.tpot)
+    own = latencies([record])
+    return own["ttft"][0] <= slo.ttft and max(own["tpot"], default=0.0) <= slo.tpot
 
 
 def _last_seen(record: RequestRecord) -> float:
@@ -146,66 +154,44 @@ def _last_seen(record: RequestRecord) -> float:
 def _of_requests(answered: Sequence[RequestRecord], seconds: float) -> Figures:
     """Figures that all requests have, and each group of them."""
     num_tokens = sum(record.num_output_tokens for record in answered)
-    counts = {
+    figures = {
+        "throughput": _rate(num_tokens, seconds),
         "requests": len(answered),
+        "prompt tokens": sum(record.num_prompt_tokens for record in answered),
         "output tokens": num_tokens,
-        "throughput": _ratio(num_tokens, seconds) or 0.0,
     }
-    latencies = {"ttft": ttft, "tpot": tpot, "e2e": e2e}
-    return counts | {
-        figure: value
-        for name, read in latencies.items()
-        for figure, value in quantiles(name, map(read, answered)).items()
-    }
+    for name, values in latencies(answered).items():
+        figures |= quantiles(name, values)
+    return figures
 
 
-def _of_groups(answered: Sequence[RequestRecord], seconds: float, kind: str) -> Figures:
-    groups: defaultdict[str | int, list[RequestRecord]] = defaultdict(list)
-    for record in answered:
-        groups[getattr(record, kind)].append(record)
-    return {
-        f"{kind} {name}: {figure}": value
-        for name, own in sorted(groups.items(), key=lambda group: str(group[0]).zfill(12))
-        if len(groups) > 1
-        for figure, value in _of_requests(own, seconds).items()
-    }
-
-
-def groups(figures: Figures, kind: str) -> list[str]:
-    """Names of the groups of a kind, "client" or "priority", that figures have."""
-    return list(dict.fromkeys(name.partition(": ")[0] for name in figures if ": " in name and name.startswith(kind)))
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
-# -- steps -------------------------------------------------------------------------------------------------------------
+def _rate(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def _of_steps(steps: Sequence[StepRecord], block_size: int) -> Figures:
+    """Figures of the engine; means are over time."""
     seconds = np.array([step.seconds for step in steps])
-    if not seconds.sum():
+    if not seconds.any():
         return {}
 
-    def mean(values: Sequence[float]) -> float:
-        return float(np.average(values, weights=seconds))
+    def mean(read: Callable[[StepRecord], float]) -> float:
+        return float(np.average([read(step) for step in steps], weights=seconds))
 
-    padding = mean([sum(share.is_padding for share in step.shares) for step in steps])
-    num_rows = mean([len(step.shares) for step in steps])
-    used_slots = mean([step.num_used_blocks * block_size for step in steps])
-    free_slots = used_slots - mean([step.num_kv_tokens for step in steps])
-    usage = [step.num_used_blocks / step.num_blocks for step in steps]
+    padding = mean(lambda step: sum(share.is_padding for share in step.shares))
+    num_rows = mean(lambda step: len(step.shares))
+    used_slots = mean(lambda step: step.num_used_blocks * block_size)
+    free_slots = used_slots - mean(lambda step: step.num_kv_tokens)
     return {
         "steps": len(steps),
         "step seconds": float(seconds.mean()),
-        "tokens per step": mean([sum(share.num_scheduled_tokens for share in step.shares) for step in steps]),
+        "tokens per step": mean(lambda step: sum(share.num_scheduled_tokens for share in step.shares)),
         "batch": num_rows - padding,
         "padding rows": padding,
         "padding share": padding / num_rows,
-        "kv usage": mean(usage),
-        "kv usage peak": max(usage),
-        "kv utilisation": 1 - (_ratio(free_slots, used_slots) or 0.0),
+        "kv usage": mean(lambda step: step.num_used_blocks / step.num_blocks),
+        "kv usage peak": max(step.num_used_blocks / step.num_blocks for step in steps),
+        "kv utilisation": 1 - _rate(free_slots, used_slots),
         "kv waste": free_slots / block_size / num_rows,
         "preemptions": sum(step.num_preemptions for step in steps),
     }
@@ -213,72 +199,54 @@ def _of_steps(steps: Sequence[StepRecord], block_size: int) -> Figures:
 
 # -- fairness ----------------------------------------------------------------------------------------------------------
 
-WINDOW_SECONDS = 1.0
-PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # service of a token, as in VTC
+MOMENTS = 100  # in each second, at which it is looked who waits
 
 
-def jain(shares: Sequence[float]) -> float:
-    """Jain's index of shares: 1 if all are the same, 1/n if one of n has everything (Jain et al. 1984)."""
-    most = max(shares)
-    if not most:
-        return 1.0
-    scaled = [share / most for share in shares]  # so that squares neither vanish nor overflow
-    return sum(scaled) ** 2 / (len(scaled) * sum(share * share for share in scaled))
+def jain(shares: Sequence[float] | NDArray[np.float64]) -> float:
+    """Jain's index of shares, not all of them 0: 1 if all are the same, 1/n if one of n has everything (1984)."""
+    return float(np.sum(shares) ** 2 / (len(shares) * np.sum(np.square(shares))))
 
 
-def fairness(records: Sequence[RequestRecord], end: float) -> float | None:
+def fairness(records: Iterable[RequestRecord], end: float) -> float | None:
     """Jain's index of the clients' service, the mean over windows of a second; None if never two asked at once.
 
     Service is counted as in VTC (Sheng et al. 2024, "Fairness in Serving Large Language Models"): one for a token of
-    a prompt, two for an output token, each when its user saw that it was done.  Only backlogged clients are compared,
-    because a client that asked for little and got it was not wronged.  A client is backlogged in a window if some
-    request of it waited for its first token at every moment.  Its share is its service over that of the client that was
-    served most; the share of any other client that asked for something is 1.
+    a prompt, two for an output token, each when its user saw it.  The share of a client that is backlogged in a window
+    is its service over that of the client that was served most.  A client is backlogged if some request of it waits for
+    its first token at every moment.  The share of any other client that asks is 1: it gets all that it asks for.
 
     Args:
         end: of the run; a request that was never answered is taken to wait until then.
     """
-    num_windows = ceil(end / WINDOW_SECONDS)
-    clients: defaultdict[str, list[RequestRecord]] = defaultdict(list)
-    for record in records:
-        clients[record.client].append(record)
-    if len(clients) < 2 or not num_windows:
+    clients = by(records, "client").values()
+    if len(clients) < 2 or end <= 0:
         return None
-    service = np.zeros((len(clients), num_windows))
-    active, backlogged = np.zeros_like(service, dtype=bool), np.zeros_like(service, dtype=bool)
-    for place, own in enumerate(clients.values()):
-        for record in own:
-            until = end if record.finished_at is None else record.finished_at
-            active[place, floor(record.sent_at / WINDOW_SECONDS) : ceil(until / WINDOW_SECONDS)] = True
-            if times := record.token_times:
-                windows = np.minimum(np.array(times) // WINDOW_SECONDS, num_windows - 1).astype(int)
-                np.add.at(service[place], windows, OUTPUT_WEIGHT * record.num_output_tokens / len(times))
-                service[place, windows[0]] += PROMPT_WEIGHT * record.num_prompt_tokens
-        for start, until in _waits(own, end):
-            backlogged[place, ceil(start / WINDOW_SECONDS) : floor(until / WINDOW_SECONDS)] = True
-    most = service.max(axis=0)
-    shares = np.divide(service, most, out=np.ones_like(service), where=backlogged & (most > 0))
-    contested = np.flatnonzero(active.sum(axis=0) >= 2)
-    indices = [jain(shares[active[:, window], window].tolist()) for window in contested]
+    windows = np.arange(ceil(end) + 1)
+    moments = (np.arange(ceil(end) * MOMENTS) + 0.5) / MOMENTS
+
+    def some_open(starts: ArrayLike, ends: ArrayLike) -> NDArray[np.bool_]:
+        """Whether any of the intervals is open at each moment of each window."""
+        num_open = np.searchsorted(np.sort(starts), moments) - np.searchsorted(np.sort(ends), moments)
+        return (num_open > 0).reshape(-1, MOMENTS)
+
+    service, active, backlogged = [], [], []
+    for own in clients:
+        sent = [record.sent_at for record in own]
+        finished = [record.finished_at or end for record in own]
+        first = [record.token_times[0] if record.token_times else record.finished_at or end for record in own]
+        prompts = [(record.token_times[0], record.num_prompt_tokens) for record in own if record.token_times]
+        outputs = [(t, 2 * r.num_output_tokens / len(r.token_times)) for r in own for t in r.token_times]
+        times, weights = np.array(prompts + outputs).reshape(-1, 2).T
+        service.append(np.histogram(times, windows, weights=weights)[0])
+        active.append(some_open(sent, finished).any(axis=1) | (service[-1] > 0))
+        backlogged.append(some_open(sent, first).all(axis=1))
+    most = np.max(service, axis=0)
+    shares = np.divide(service, most, out=np.ones_like(service), where=np.array(backlogged) & (most > 0))
+    indices = [jain(own[asked]) for own, asked in zip(shares.T, np.transpose(active), strict=True) if asked.sum() >= 2]
     return float(np.mean(indices)) if indices else None
 
 
-def _waits(records: Iterable[RequestRecord], end: float) -> list[tuple[float, float]]:
-    """When some request waited for its first token: intervals that do not touch each other."""
-    merged: list[tuple[float, float]] = []
-    for start, until in sorted(
-        (r.sent_at, r.token_times[0] if r.token_times else r.finished_at or end) for r in records
-    ):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], until))
-        else:
-            merged.append((start, until))
-    return merged
-
-
 # -- cells -------------------------------------------------------------------------------------------------------------
-
-BASELINES = ("static", "static-nopad")
 
 
 class Cell(Struct, kw_only=True):
@@ -308,7 +276,8 @@ def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEF
     The steps of one run of each combination are kept, so that `runs` may be read from files one by one.
 
     Args:
-        runs: measured, in any order; workloads, loads and setups are shown in the order of their first runs.
+        runs: measured, in any order; workloads and setups are shown in the order of their first runs, loads from little
+            to much, closed loops first.
         predictions: simulated; those of a combination that was not measured are left out.
     """
 
@@ -322,19 +291,19 @@ def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEF
         if len(own) > 1 and own[0][0].is_complete:
             run.steps = []  # of one run they are enough
     predicted = {combination(run): summarize(run, slo) for run in predictions}
-    order = {
-        (workload, load, setup): None
-        for workload, load in dict.fromkeys((workload, load) for workload, load, _ in repetitions)
-        for setup in dict.fromkeys(setup for _, _, setup in repetitions)
-    }
+    workloads = list(dict.fromkeys(workload for workload, _, _ in repetitions))
+    setups = list(dict.fromkeys(setup for _, _, setup in repetitions))
     cells = []
-    for workload, load, setup in filter(repetitions.__contains__, order):
+    for workload, load, setup in sorted(
+        repetitions, key=lambda key: (workloads.index(key[0]), key[1].rate, key[1].users, setups.index(key[2]))
+    ):
         own = repetitions[workload, load, setup]
         shown = [one for one in own if one[0].is_complete] or own
-        options = [other.options for name, _, other in repetitions if name == workload]
+        options = zip(*(other.options for name, _, other in repetitions if name == workload), strict=False)
+        num_common = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, options))
         cells.append(
             Cell(
-                section=_section(workload, setup.options, options),
+                section=", ".join(filter(None, [workload, " ".join(setup.options[num_common:])])),
                 workload=workload,
                 load=load,
                 setup=setup,
@@ -345,14 +314,6 @@ def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEF
             )
         )
     return cells
-
-
-def _section(workload: str, own: tuple[str, ...], all_options: Sequence[tuple[str, ...]]) -> str:
-    """The workload, and the options that distinguish these servers from others that ran it."""
-    num_common = 0
-    while num_common < len(own) and len({options[: num_common + 1] for options in all_options}) == 1:
-        num_common += 1
-    return ", ".join([workload, *([" ".join(own[num_common:])] if own[num_common:] else [])])
 
 
 def problems(run: Run) -> Iterable[str]:
@@ -368,28 +329,10 @@ def problems(run: Run) -> Iterable[str]:
         yield f"{where}: there is no trace of the engine's steps."
 
 
-def by(cells: Iterable[Cell], name: str) -> dict[Any, list[Cell]]:
-    """The cells by their section or their load."""
-    groups: defaultdict[Any, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[getattr(cell, name)].append(cell)
-    return groups
-
-
-def in_order(cells: Iterable[Cell]) -> list[tuple[Load, list[Cell]]]:
-    """The cells of each load, from little to much."""
-    return sorted(by(cells, "load").items(), key=lambda item: (item[0].users, item[0].rate, item[0].burstiness))
-
-
-def main_cells(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells of the load that the pictures show: that of the most setups, of several the first."""
-    return max(by(cells, "load").values(), key=len)
-
-
 def baseline(cells: Iterable[Cell]) -> Cell | None:
     """The static baseline among cells of one load: with padding rows, or else without; never with speculation."""
     plain = {cell.setup.policy: cell for cell in cells if cell.setup.speculation == "off"}
-    return next((plain[policy] for policy in BASELINES if policy in plain), None)
+    return plain.get("static") or plain.get("static-nopad")
 
 
 def speed_up(name: str, cell: Cell, base: Cell | None) -> float | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from shoal.loadtest.records import LoadTestError, decode
 from shoal.scheduler.step_record import ShareRecord, StepRecord
@@ -20,11 +22,7 @@ class _Event(Struct):
     """Any event of a Chrome trace."""
 
     name: str
-    ph: str
-
-
-class _StepEvent(Struct):
-    args: StepRecord
+    args: Raw = Raw()
 
 
 def read_trace(path: Path, started_at: float) -> list[StepRecord]:
@@ -36,44 +34,31 @@ def read_trace(path: Path, started_at: float) -> list[StepRecord]:
     Raises:
         LoadTestError: the file cannot be read, or a line of it is no event; its number is named.
     """
-    steps: list[StepRecord] = []
-    for number, line in enumerate(_lines(path), 1):
-        event = line.strip().removesuffix(b",")
-        if event in (b"", b"[", b"]"):
-            continue
-        place = f"{path}, line {number}"
-        try:
-            known: _Event = decode(event, _Event, place)
-            step: StepRecord | None = None
-            if (known.name, known.ph) == ("step", "X"):
-                step = decode(event, _StepEvent, place).args
-        except LoadTestError:
-            if not line.endswith(b"\n"):
-                break  # the writer was ended here
-            raise
-        if step is not None and step.shares and step.start >= started_at:
-            steps.append(replace(step, start=step.start - started_at))
-    return steps
-
-
-def _lines(path: Path) -> Iterator[bytes]:
     try:
-        with gzip.open(path) as lines:
-            yield from lines
+        with gzip.open(path) as file:
+            lines = file.readlines()
     except (OSError, EOFError, zlib.error) as error:
         raise LoadTestError(f"the trace {path} cannot be read: {error}") from error
+    steps: list[StepRecord] = []
+    for number, line in enumerate(lines, 1):
+        place, text = f"{path}, line {number}", line.strip(b"[],\r\n")
+        try:
+            event = decode(text, _Event, place) if text else _Event("")
+            if event.name == "step":
+                steps.append(decode(bytes(event.args), StepRecord, place))
+        except LoadTestError:
+            if line.endswith(b"\n"):
+                raise
+            break  # the writer was ended here
+    return [replace(step, start=step.start - started_at) for step in steps if step.shares and step.start >= started_at]
 
 
 def pack(trace: Path, packed: Path) -> None:
     """Compress a trace to a twentieth, and delete it; nothing if there is none."""
     if trace.exists():
         with trace.open("rb") as plain, gzip.open(packed, "wb", compresslevel=3) as file:
-            while block := plain.read(2**20):
-                file.write(block)
+            shutil.copyfileobj(plain, file)
         trace.unlink()
-
-
-# -- requests ----------------------------------------------------------------------------------------------------------
 
 
 class Stay(NamedTuple):
@@ -105,24 +90,11 @@ def stays(steps: Iterable[StepRecord]) -> dict[str, Stay]:
     return found
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
-
-
-class Bar(NamedTuple):
-    """A row that one request occupied with one kind of work in consecutive steps.
-
-    Attributes:
-        turn: number of other requests that had occupied the row before.
-        work: "prefill", "decode" or "padding".
-        start, end: seconds; a row belongs to its request between its steps too.
-    """
-
-    row: int
-    turn: int
-    request_id: str
-    work: str
-    start: float
-    end: float
+def window(steps: Sequence[StepRecord], num_stays: int = 3) -> tuple[float, float]:
+    """From the first step on, a time that shows several stays; those of a static batch are as long as the batch."""
+    start, end = steps[0].start, steps[-1].start + steps[-1].seconds
+    lengths = [stay.left_at - stay.joined_at for stay in stays(steps).values() if stay.left_at is not None]
+    return start, min(end, start + num_stays * median(lengths)) if lengths else end
 
 
 def work(share: ShareRecord) -> str:
@@ -132,29 +104,36 @@ def work(share: ShareRecord) -> str:
     return "decode" if share.samples and share.num_scheduled_tokens - share.num_spec_tokens <= 1 else "prefill"
 
 
-def bars(steps: Iterable[StepRecord]) -> list[Bar]:
+def ends(steps: Sequence[StepRecord]) -> list[float]:
+    """Until when the rows of each step are occupied: until the next step starts, if some request goes on in it."""
+    found = [step.start + step.seconds for step in steps]
+    names = [{share.request_id for share in step.shares} for step in steps]
+    for number, (own, following) in enumerate(pairwise(names)):
+        if own & following:
+            found[number] = steps[number + 1].start
+    return found
+
+
+class Bar(Struct):
+    """A row that one request occupied from `start` to `end` with one kind of work, as `work` has it."""
+
+    row: int
+    request_id: str
+    work: str
+    start: float
+    end: float
+
+
+def bars(steps: Sequence[StepRecord]) -> list[Bar]:
     """The picture of the batch, in the order of the bars' starts."""
-    done: list[Bar] = []
-    last: dict[int, Bar] = {}  # of each row, its last bar
-    before: set[int] = set()  # rows of the step before
-    for step in steps:
-        end = step.start + step.seconds
+    found: list[Bar] = []
+    last: dict[int, Bar] = {}  # of each row
+    for step, end in zip(steps, ends(steps), strict=True):
         for share in step.shares:
-            bar, kind = last.get(share.row), work(share)
-            goes_on = bar is not None and bar.request_id == share.request_id and share.row in before
-            if bar is not None and goes_on and bar.work == kind:
-                last[share.row] = bar._replace(end=end)
-                continue
-            if bar is not None:
-                done.append(bar._replace(end=step.start) if goes_on else bar)
-            turn = 0 if bar is None else bar.turn + (bar.request_id != share.request_id)
-            last[share.row] = Bar(share.row, turn, share.request_id, kind, step.start, end)
-        before = {share.row for share in step.shares}
-    return sorted([*done, *last.values()], key=lambda bar: (bar.start, bar.row))
-
-
-def window(steps: Sequence[StepRecord], num_stays: int = 3) -> tuple[float, float]:
-    """From the first step on, a time that shows several stays; those of a static batch are as long as the batch."""
-    start, end = steps[0].start, steps[-1].start + steps[-1].seconds
-    lengths = [stay.left_at - stay.joined_at for stay in stays(steps).values() if stay.left_at is not None]
-    return start, min(end, start + num_stays * median(lengths)) if lengths else end
+            bar = last.get(share.row)
+            if bar and (bar.request_id, bar.work, bar.end) == (share.request_id, work(share), step.start):
+                bar.end = end
+            else:
+                last[share.row] = Bar(share.row, share.request_id, work(share), step.start, end)
+                found.append(last[share.row])
+    return found

@@ -8,7 +8,6 @@ from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from msgspec.structs import replace
 
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, collect, summarize
 from shoal.loadtest.records import Load, Run
-from shoal.loadtest.report import Report, _curves, terminal_tables, write_report
-from tests.loadtest.made_runs import SERVER, make_run, seconds_of
+from shoal.loadtest.report import Report, terminal_tables, write_report
+from tests.loadtest.made_runs import make_run, seconds_of
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 SLO = Slo(ttft=0.1, tpot=0.02)
@@ -59,16 +58,17 @@ class Page(HTMLParser):
         if {"td", "th"} & set(self._open) and "small" not in self._open:
             self.rows[-1][-1] += data
 
-    def column(self, heading: str, group: str = "") -> dict[str, str]:
-        """By their labels, the texts of the first column of that heading: below one group heading, or below all."""
-        start = next(i for i, row in enumerate(self.rows) if heading in row)
-        place, current, found = self.rows[start].index(heading), "", {}
-        for row in takewhile(lambda row: row[0], self.rows[start + 1 :]):
-            if len(row) == 1:
+    def row(self, label: str, group: str = "all requests") -> dict[str, str]:
+        """By setup, the values of the first row of that label below that group heading."""
+        columns, current = [""], ""
+        for row in self.rows:
+            if not row[0]:
+                columns = row[1:]
+            elif len(row) == 1:
                 current = row[0]
-            elif group in ("", current):
-                found[row[0]] = row[place]
-        return found
+            elif (current, row[0]) == (group, label):
+                return dict(zip(columns, row[1:], strict=True))
+        raise AssertionError(f"there is no row {label} below {group}")
 
 
 def read(path: Path) -> Page:
@@ -141,16 +141,16 @@ def test_the_page_needs_nothing_else(page: Page, folder: Path) -> None:
 
 
 def test_sections_and_pictures_are_there_and_pictures_come_first(page: Page) -> None:
-    chat = ["throughput", "timeline", "latencies", "load-1", "batch", "costs"]
-    tenants = ["throughput", "timeline", "latencies", "batch", "groups-1"]
+    chat = ["throughput", "timeline", "latencies", "load", "batch", "costs"]
+    tenants = ["throughput", "timeline", "latencies", "batch", "groups"]
     assert page.ids == [
-        *("chat-1", *(f"chat-1-{name}" for name in chat)),
-        *("two-tenants-2", *(f"two-tenants-2-{name}" for name in tenants)),
+        *("chat-1", *(f"chat-1-{place}-{name}" for place, name in enumerate(chat, 1))),
+        *("two-tenants-2", *(f"two-tenants-2-{place}-{name}" for place, name in enumerate(tenants, 1))),
         *("prediction", "twin", "how"),
     ]
     assert page.tags.count("figcaption") == len(chat) + len(tenants) + 1
     assert page.tags.index("figure") < page.tags.index("table")
-    assert page.tags.count("table") == page.tags.count("details") > 5, "tables fold"
+    assert page.tags.count("table") == page.tags.count("details") == 3, "a table for each load, which folds"
 
 
 def test_what_was_compared_and_how_to_repeat_it(page: Page) -> None:
@@ -166,7 +166,7 @@ def test_pictures_are_svg_that_a_telephone_can_show_and_not_blank(page: Page, fo
     for image in images:
         root = ET.fromstring(image)
         assert float(root.attrib["width"].removesuffix("pt")) * 96 / 72 <= 420
-        assert image.count("<path") + image.count("<use") > 2
+        assert image.count("<path") + image.count("<use") > 3
         sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", image)]
         assert sizes and min(sizes) >= 6, "labels can be read at that width"
 
@@ -177,7 +177,7 @@ def test_a_legend_names_each_line_once(page: Page, folder: Path) -> None:
     for file in legends:
         labels = re.findall(r"<text [^>]*>([^<]+)</text>", file.read_text("utf-8"))
         assert len(labels) == len(set(labels)) > 0
-    for file in (folder / "pictures").glob("chat-1-latencies-[1-3].svg"):
+    for file in (folder / "pictures").glob("chat-1-3-latencies-[1-3].svg"):
         assert "static" not in file.read_text("utf-8")
 
 
@@ -190,8 +190,8 @@ def test_the_table_of_a_workload_holds_the_medians(page: Page) -> None:
         sorted(summarize(run, SLO)["throughput"] for run in runs if run.setup.policy == policy)[1]
         for policy in ("static", "static-nopad", "fcfs")
     ]
-    assert list(page.column("tokens/s", "8 users").values()) == [f"{value:,.0f}" for value in middle]
-    better = list(page.column("tokens/s, × better", "8 users").values())  # noqa: RUF001
+    assert list(page.row("tokens/s").values()) == [f"{value:,.0f}" for value in middle]
+    better = list(page.row("tokens/s", "times better than static").values())
     assert better == [f"{value / middle[0]:.2f}×" for value in middle]  # noqa: RUF001
 
 
@@ -217,32 +217,24 @@ def test_an_exact_table(tmp_path: Path) -> None:
         "ITL p50 [ms]": "250",
         "end-to-end p50 [ms]": "1,000",
         "goodput share [%]": "0",
+        "requests": "2",
         "request rate": "1.60",
     }
-    assert {heading: page.column(heading)["fcfs"] for heading in expected} == expected
+    assert {label: page.row(label)["fcfs"] for label in expected} == expected
 
 
-def test_predictions_stand_beside_and_what_is_far_off_is_marked(page: Page, folder: Path) -> None:
-    start = next(i for i, row in enumerate(page.rows) if row[1:3] == ["tokens/s", "TTFT p50 [ms]"] and len(row) > 9)
-    errors = {row[0]: row[1] for row in page.rows[start + 1 :] if row[1:] and row[1].endswith("%")}
-    assert set(errors) == {"static", "fcfs"}
+def test_predictions_stand_below_and_what_is_far_off_is_marked(page: Page, folder: Path) -> None:
+    errors = page.row("tokens/s", "error of the prediction, and below it: predicted / measured")
+    assert errors["static-nopad"] == "–"  # noqa: RUF001
     assert float(errors["static"].rstrip("%")) < -9
     assert re.search(rf'class="alarm">{re.escape(errors["static"])}<', (folder / "report.html").read_text("utf-8"))
     assert f"<td>{errors['fcfs']}<" in (folder / "report.html").read_text("utf-8")
 
 
-def test_a_ttft_that_is_the_timeout_of_static_is_said_to_be_it(tmp_path: Path) -> None:
-    run = make_run("static", users=1, num_requests=4)
-    run.server = replace(SERVER, settings={"scheduler": {"static_timeout_seconds": 0.1}})
-    assert "to fill" not in made(collect([run], (), SLO), tmp_path).text
-    for step in run.steps:
-        step.start += 0.1
-        step.joined = {name: waited + 0.1 for name, waited in step.joined.items()}
-    for record in run.requests:
-        record.token_times = [time + 0.1 for time in record.token_times]
-    page = made(collect([run], (), SLO), tmp_path)
-    assert "static waited 100 ms for a batch to fill (static_timeout_seconds is 0.1)" in page.text
-    assert float(page.column("TTFT from admission p50 [ms]")["static"]) < 20
+def test_each_client_has_rows_of_its_own(page: Page) -> None:
+    (run,) = (run for run in measured_runs() if run.setup.policy == "fair")
+    expected = summarize(run, SLO)["client modest: throughput"]
+    assert page.row("tokens/s", "client modest")["fair"] == f"{expected:#.3g}".rstrip(".")
 
 
 def test_the_same_work_is_said(page: Page) -> None:
@@ -270,7 +262,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "script" not in page.tags and "i" not in page.tags and "w" not in page.tags
     for words in ("<script>alert(1)</script>", "a && b < c", "a<b>&c", "Workload <w>", "<i>x"):
         assert words in page.text
-    assert (tmp_path / "pictures" / "w-1-throughput-0.svg").exists()
+    assert (tmp_path / "pictures" / "w-1-1-throughput-0.svg").exists()
 
 
 # -- whatever is missing -----------------------------------------------------------------------------------------------
@@ -309,9 +301,9 @@ def test_errors_only_and_no_steps(tmp_path: Path) -> None:
     page = made(collect([run, a_quick_run("fcfs")], (), SLO), tmp_path)
     assert "40 of 40 requests were not answered, most often: connection <refused>." in page.text
     assert "chat, 8 users, fcfs, repetition 1: there is no trace of the engine's steps." in page.text
-    assert page.column("TTFT p50 [ms]")["static"] == "–"  # noqa: RUF001
+    assert page.row("TTFT p50 [ms]")["static"] == "–"  # noqa: RUF001
     run_alone = made(collect([run], (), SLO), tmp_path / "alone")
-    assert "chat-1-timeline" not in run_alone.ids and "chat-1-throughput" in run_alone.ids
+    assert run_alone.ids == ["warnings", "chat-1", "chat-1-1-throughput", "how"]
 
 
 # -- putting runs together ---------------------------------------------------------------------------------------------
@@ -356,8 +348,9 @@ def test_a_prediction_belongs_to_its_combination_whatever_the_seed() -> None:
     assert cell.predicted == summarize(predicted)
 
 
-def test_curves_are_of_loads_that_differ_in_one_thing() -> None:
-    loads = [Load(users=8), Load(users=4), Load(rate=5), Load(rate=9), Load(rate=7, burstiness=2)]
-    run = make_run("fcfs", num_requests=4)
-    found = _curves(collect([replace(run, load=load) for load in loads]))
-    assert [[cell.load for cell in curve] for curve in found] == [[loads[2], loads[3]], [loads[1], loads[0]]]
+def test_closed_and_open_loops_have_curves_of_their_own(tmp_path: Path) -> None:
+    loads = [Load(users=8), Load(users=4), Load(rate=5), Load(rate=9)]
+    run = replace(make_run("fcfs", num_requests=4), steps=[])
+    page = made(collect([replace(run, load=load) for load in loads]), tmp_path)
+    for words in ("from 4 users to 8 users", "from 5 requests/s to 9 requests/s"):
+        assert f"Latency against load, {words}" in page.text

@@ -140,26 +140,26 @@ def test_a_static_batch_bar_by_bar() -> None:
         step(9.0, share(0, "c", 3)),
     ]
     assert bars(steps) == [
-        Bar(0, 0, "a", "prefill", 0.0, 1.5),
-        Bar(1, 0, "b", "prefill", 0.0, 1.5),
-        Bar(0, 0, "a", "padding", 1.5, 4.0),
-        Bar(1, 0, "b", "decode", 1.5, 4.0),
-        Bar(0, 1, "c", "prefill", 9.0, 10.0),
+        Bar(0, "a", "prefill", 0.0, 1.5),
+        Bar(1, "b", "prefill", 0.0, 1.5),
+        Bar(0, "a", "padding", 1.5, 4.0),
+        Bar(1, "b", "decode", 1.5, 4.0),
+        Bar(0, "c", "prefill", 9.0, 10.0),
     ]
 
 
 def test_a_row_that_was_left_out_of_a_step_is_empty_then() -> None:
     steps = [step(0.0, share(0, "a")), step(1.0, share(1, "b")), step(2.0, share(0, "a"))]
-    assert [(bar.request_id, bar.turn, bar.start, bar.end) for bar in bars(steps)] == [
-        ("a", 0, 0.0, 1.0),
-        ("b", 0, 1.0, 2.0),
-        ("a", 0, 2.0, 3.0),
+    assert [(bar.request_id, bar.start, bar.end) for bar in bars(steps)] == [
+        ("a", 0.0, 1.0),
+        ("b", 1.0, 2.0),
+        ("a", 2.0, 3.0),
     ]
 
 
 def test_a_request_that_takes_the_row_of_another_at_once_has_a_bar_of_its_own() -> None:
     found = bars([step(0.0, share(0, "a")), step(2.0, share(0, "b"))])
-    assert found == [Bar(0, 0, "a", "decode", 0.0, 1.0), Bar(0, 1, "b", "decode", 2.0, 3.0)]
+    assert found == [Bar(0, "a", "decode", 0.0, 1.0), Bar(0, "b", "decode", 2.0, 3.0)]
 
 
 def test_bars_cover_the_steps_rows_and_nothing_twice() -> None:
