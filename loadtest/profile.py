@@ -98,6 +98,12 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     costs: CostModel
     is_short: bool = False
 
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before believing its predictions."""
+        short = "The profile was short, as the comparison is: `shoal profile` takes a whole one, and --costs uses it."
+        return [short] if self.is_short else []
+
     def server_with(self, options: Sequence[str]) -> ServerInfo:
         """What a server with these options of `shoal serve` would say of itself.
 

@@ -257,7 +257,7 @@ def conduct(plan: Plan, folder: Path) -> Report:
         cells=cells,
         differing={name: list(requests) for name, requests in differing.items()},
         complaints=complaints,
-        warnings=[*failures, *warnings, *reasons],
+        warnings=[*failures, *warnings, *profile.warnings, *reasons],
         step_seconds=step_seconds(profile.costs),
     )
     about = {name: getattr(report, name) for name in ("made_at", "command", "machine", "model", "slo", "complaints")}

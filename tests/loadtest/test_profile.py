@@ -112,6 +112,11 @@ def test_a_server_whose_steps_have_other_costs_is_not_predicted() -> None:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
+def test_predictions_of_a_short_profile_come_with_a_warning() -> None:
+    assert not PROFILE.warnings
+    assert "short" in replace(PROFILE, is_short=True).warnings[0]
+
+
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
     write_profile(tmp_path / "new", PROFILE)
     assert read_profile(tmp_path / "new") == PROFILE
