@@ -8,7 +8,7 @@ from functools import partial
 from math import inf
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from bench.table import show
 from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelRecord
+from shoal.model.step.batch import ForwardBatch, SamplingBatch
 
 CONTEXT = 256
 # What weights and KV cache are kept in: the arguments of the backend, and the bytes of an element of each.
@@ -27,28 +28,21 @@ PRECISIONS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
-class Shape(NamedTuple):
-    """A step of `num_seqs` sequences with `num_queries` tokens each, whose contexts end at `context`."""
-
-    num_seqs: int
-    num_queries: int
-    context: int
-    num_logits: int
-
-
+# Steps: sequences, tokens of each, where their contexts end, and logits.
 SHAPES = {
-    **{f"decode {n}": Shape(n, 1, CONTEXT, n) for n in (1, 8, 32, 64)},
-    "verify 5": Shape(1, 5, CONTEXT, 5),
-    "prefill 512": Shape(1, 512, 512, 1),
-    "decode 1 at 4000": Shape(1, 1, 4000, 1),
+    **{f"decode {n}": (n, 1, CONTEXT, n) for n in (1, 8, 32, 64)},
+    "verify 5": (1, 5, CONTEXT, 5),
+    "prefill 512": (1, 512, 512, 1),
+    "decode 1 at 4000": (1, 1, 4000, 1),
 }
 
 
 def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
     """Time forward passes and what the machine can do in turns; print how much of it each step reaches."""
     record = load_checkpoint(checkpoint)
-    shapes = {name: one for name, one in SHAPES.items() if one.context <= record.config.max_position_embeddings}
-    num_blocks = max(shape.num_seqs * -(-shape.context // BLOCK_SIZE) for shape in shapes.values())
+    names = [name for name, (_, _, context, _) in SHAPES.items() if context <= record.config.max_position_embeddings]
+    batches = [_step(name, record.config.vocab_size) for name in names]
+    num_blocks = max(batch.block_tables.size for batch, _ in batches)
     backends = [
         NativeBackend(record, num_blocks=num_blocks, block_size=BLOCK_SIZE, **arguments)
         for arguments, _, _ in PRECISIONS.values()
@@ -60,13 +54,13 @@ def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
         works: list[Callable[[], object]] = [
             partial(np.matmul, left, right),
             lambda: list(threads.map(lambda pair: np.dot(pair[0], pair[1]), vectors)),
-            *(partial(one.execute, *_step(shape, record)) for one in backends for shape in shapes.values()),
+            *(partial(backend.execute, *step) for backend in backends for step in batches),
         ]
         # Many short turns: a machine's memory is not equally fast at all times.
         times = in_turns([partial(seconds, work) for work in works], max(5, steps // 10), pause=0.05)
     multiplying, reading, *own = map(median, times)
     rate, bandwidth = 2 * left.size * right.shape[1] / multiplying, sum(pair.nbytes for pair in vectors) / reading
-    kinds = [(precision, shape) for precision in PRECISIONS for shape in shapes]
+    kinds = [(precision, shape) for precision in PRECISIONS for shape in names]
     rows = [_row(*kind, record, time, bandwidth=bandwidth, rate=rate) for kind, time in zip(kinds, own, strict=True)]
     limits = {"read GB/s": bandwidth / 1e9, "float32 GFLOP/s": rate / 1e9}
     show("machine: median of numpy's dot and matmul", [limits])
@@ -74,11 +68,10 @@ def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
     return {"machine": limits, "roofline": rows}
 
 
-def _step(shape: Shape, record: ModelRecord) -> tuple[Any, Any]:
-    size = shape.num_seqs, shape.num_queries
-    token_ids = np.random.default_rng(0).integers(0, record.config.vocab_size, size, np.int32)
-    start = shape.context - shape.num_queries
-    return equal_shares(token_ids, start, -(-shape.context // BLOCK_SIZE), shape.num_logits)
+def _step(shape: str, vocab_size: int) -> tuple[ForwardBatch, SamplingBatch]:
+    num_seqs, each, context, num_logits = SHAPES[shape]
+    token_ids = np.random.default_rng(0).integers(0, vocab_size, (num_seqs, each), np.int32)
+    return equal_shares(token_ids, context - each, -(-context // BLOCK_SIZE), num_logits)
 
 
 def _row(
@@ -88,17 +81,17 @@ def _row(
 
     int8 products are quicker than float32 ones, so their arithmetic sets no limit here.
     """
-    config, shape = record.config, SHAPES[step]
+    config = record.config
+    num_seqs, each, context, num_logits = SHAPES[step]
     _, weight_bytes, kv_bytes = PRECISIONS[precision]
-    num_tokens = shape.num_seqs * shape.num_queries
+    num_tokens = num_seqs * each
     without_experts = record.num_parameters - expert_weights(config, inf)
     weights = without_experts + expert_weights(config, num_tokens)
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * shape.num_seqs * shape.context
+    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_seqs * context
     num_bytes = weights * weight_bytes + kv * kv_bytes
-    keys = num_tokens * (shape.context - (shape.num_queries - 1) / 2)
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * keys
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * num_tokens * (context - (each - 1) / 2)
     per_token = without_experts + expert_weights(config, 1) - record.head.size
-    flops = 2 * (per_token * num_tokens + record.head.size * shape.num_logits) + attention
+    flops = 2 * (per_token * num_tokens + record.head.size * num_logits) + attention
     limit = max(num_bytes / bandwidth, flops / rate if weight_bytes == 4 else 0.0)
     return {
         "precision": precision,

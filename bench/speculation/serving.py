@@ -53,21 +53,15 @@ def measure(
     max_tokens: int,
     repeats: int,
 ) -> dict[str, float | None]:
-    """Serve the same requests with and without speculation, in turns.
+    """Serve the same requests with and without speculation in turns, and return figures by name.
 
-    It is a closed loop: when one of `concurrency` requests ends, another one follows.
+    It is a closed loop: when one of `concurrency` requests ends, another one follows.  Speeds and v are medians over
+    pairs of runs; the other figures are of all runs with speculation.
 
     Args:
         prompts: token ids; the requests take them in turns.
         max_tokens: length of the longest request; the shortest is half as long, so that they do not end all at once.
         repeats: number of pairs of runs with eight or more requests at once; with fewer requests there are more.
-
-    Returns:
-        Figures by name.  Speeds and v are medians over pairs of runs; the rest is of all runs with speculation.
-        v: time of the target's steps, with over without speculation; None if every step had a prompt in it.
-        a: chance that a drafted token is accepted if all before it are.
-        steps with one: share of the steps of requests that had a proposal.
-        mean k: drafted tokens in a step of a request.
     """
 
     def serve(first: int, *, speculates: bool) -> Run:
@@ -98,8 +92,8 @@ def _figures(pairs: list[tuple[Run, Run]]) -> dict[str, float | None]:
     return {
         "off tokens/s": median(off.speed for off, _ in pairs),
         "speed-up": median(run.speed / off.speed for off, run in pairs),
-        "a": min(1.0, total["accepted"] / max(1, total["tried"])),
-        "v": median(costs) if costs else None,
+        "a": min(1.0, total["accepted"] / max(1, total["tried"])),  # chance of a token if all before it are accepted
+        "v": median(costs) if costs else None,  # None if every step had a prompt in it
         "steps with one": total["drafts"] / steps,
         "accepted/drafted": total["accepted"] / max(1, total["drafted"]),
         "mean k": total["drafted"] / steps,
