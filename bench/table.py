@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 
 def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Print rows with equal keys as a table."""
-    columns = list(rows[0])
-    cells = [[_text(row[column]) for column in columns] for row in rows]
-    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-    print(f"\n{title}")
-    for line in (columns, *cells):
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    cells = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}", *("  ".join(map(str.rjust, row, widths)) for row in cells), sep="\n")
 
 
 def _text(value: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.model.step.batch import Backend, DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
+from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import SamplingParams
 from shoal.scheduler.request import Request
@@ -17,7 +17,7 @@ from shoal.server.sources import load_settings
 
 
 class TimedBackend:
-    """A backend that notes how long its last step took, and can be told to compute nothing.
+    """Times the steps of a backend for the executor, and can be told to compute nothing.
 
     Attributes:
         seconds: of the last step.
@@ -26,38 +26,28 @@ class TimedBackend:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self.backend = backend
         self.seconds = 0.0
         self.chooses_all = False
         self.computes = True
 
-    @property
-    def vocab_size(self) -> int:
-        return self._backend.vocab_size
-
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
         began = time.perf_counter()
         if self.computes:
-            output = self._backend.execute(batch, sampling)
+            output = self.backend.execute(batch, sampling)
         else:
             output = SamplerOutput(np.ones(len(batch.logits_indices), np.int32))
         self.seconds = time.perf_counter() - began
         self.chooses_all = len(batch.logits_indices) == len(batch.token_ids)
         return output
 
-    def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> Float32:
-        return self._backend.forward(batch, num_layers)
-
-    def draft(self, batch: DraftBatch, sampling: SamplingBatch, num_layers: int | None = None) -> Int32:
-        return self._backend.draft(batch, sampling, num_layers)
-
 
 def make_engine(checkpoint: Path, arguments: list[str]) -> tuple[EngineCore, TimedBackend]:
     """The engine that `shoal serve` with these arguments would run, in this process."""
     core = build_engine(load_settings(["--model", str(checkpoint), *arguments])).core
-    backend = TimedBackend(core.executor.backend)  # type: ignore[attr-defined]  # it is a ModelExecutor
-    core.executor.backend = backend  # type: ignore[attr-defined]
-    return core, backend
+    timed = TimedBackend(core.executor.backend)  # type: ignore[attr-defined]  # it is a ModelExecutor
+    core.executor.backend = timed  # type: ignore[attr-defined]
+    return core, timed
 
 
 def make_request(request_id: str, num_prompt_tokens: int, max_tokens: int, vocab_size: int) -> Request:

@@ -1,26 +1,27 @@
 """Shoal over HTTP beside other servers' engines on the same weights, prompts and machine, in one run.
 
 Peers are optional: whichever is installed takes part.  They run in their own processes, without HTTP (which is in
-their favour), and hand back the time that all prompts took.
+their favour).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import pydoc_data.topics
-import subprocess
-import sys
-import tempfile
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Protocol, Self
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from bench.peers.gguf import write_gguf
-from bench.server import start_server, stream_all
+from bench.server import fresh_process, stream_all
+from bench.steps import seconds
 from bench.table import show
 from shoal.loadtest.server import ServerProcess
 from shoal.model.checkpoint.find import resolve_checkpoint
@@ -30,43 +31,36 @@ from shoal.scheduler.errors import CheckpointError
 MODEL = "smollm2-135m"
 CONCURRENCIES = (1, 8, 32)
 NUM_PROMPT_TOKENS = 64
+ARGUMENTS = ("--no-enable-prefix-caching", "--max-num-seqs", "32")
+KV_FLOAT16 = ("--kv-cache-dtype", "float16")
+
+# The module here that drives a peer, and the package that it needs.
+PEERS = {"llama.cpp": ("llama", "llama_cpp"), "OpenVINO GenAI": ("openvino", "openvino_genai")}
+
+# The seconds that it takes to add a number of tokens to each prompt, all at once.
+Generate = Callable[[list[list[int]], int], float]
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Who takes part in what precision.
+class Contender(NamedTuple):
+    """Who takes part: Shoal with arguments of `shoal serve`, or a peer with a GGUF file's type of matrices."""
 
-    Attributes:
-        arguments: of `shoal serve`; None for a peer.
-        module: of this package that drives the peer, and the package it needs.
-        weights: type of the GGUF file's matrices that a peer is given.
-    """
-
-    name: str
+    engine: str
     precision: str
-    arguments: tuple[str, ...] | None = None
-    module: str = ""
-    package: str = ""
-    weights: str = ""
-
-    @property
-    def is_installed(self) -> bool:
-        return self.arguments is not None or importlib.util.find_spec(self.package) is not None
+    arguments: tuple[str, ...]
 
 
-INT8 = ("--quantization", "int8", "--kv-cache-dtype", "float16")
 CONTENDERS = (
     Contender("Shoal", "float32", ()),
-    Contender("Shoal", "float32, KV float16", ("--kv-cache-dtype", "float16")),
-    Contender("Shoal", "int8", INT8),
-    Contender("llama.cpp", "float32", None, "llama", "llama_cpp", "F32"),
-    Contender("llama.cpp", "int8", None, "llama", "llama_cpp", "Q8_0"),
-    Contender("OpenVINO GenAI", "float32", None, "openvino", "openvino_genai", "F16"),
-    Contender("OpenVINO GenAI", "int8", None, "openvino", "openvino_genai", "Q8_0"),
+    Contender("Shoal", "float32, KV float16", KV_FLOAT16),
+    Contender("Shoal", "int8", ("--quantization", "int8", *KV_FLOAT16)),
+    Contender("llama.cpp", "float32", ("F32",)),
+    Contender("llama.cpp", "int8", ("Q8_0",)),
+    Contender("OpenVINO GenAI", "float32", ("F16",)),
+    Contender("OpenVINO GenAI", "int8", ("Q8_0",)),
 )
 
 
-def run(num_repeats: int, max_tokens: int) -> dict[str, object]:
+def run(_: Path, *, repeats: int, max_tokens: int, **others: object) -> dict[str, object]:
     """Time all contenders in turns at each concurrency; print tokens/s, and Shoal's ratio to the peers."""
     try:
         checkpoint = resolve_checkpoint(MODEL)
@@ -74,83 +68,61 @@ def run(num_repeats: int, max_tokens: int) -> dict[str, object]:
         print(f"\npeers: left out: {error.message}")
         return {}
     prompts = _prompts(checkpoint)
-    contenders = [contender for contender in CONTENDERS if contender.is_installed]
-    seconds: dict[tuple[int, int], list[float]] = {}
+    contenders = [one for one in CONTENDERS if one.engine == "Shoal" or find_spec(PEERS[one.engine][1])]
+    speeds: defaultdict[tuple[Contender, int], list[float]] = defaultdict(list)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        runners = [stack.enter_context(_start(contender, checkpoint, folder)) for contender in contenders]
-        for repeat in range(num_repeats + 1):
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        ways = [stack.enter_context(_start(one, checkpoint, folder)) for one in contenders]
+        for repeat in range(repeats + 1):
             for concurrency in CONCURRENCIES:
-                for index, runner in enumerate(runners):
-                    taken = runner.run(prompts[:concurrency], max_tokens)
+                for contender, generate in zip(contenders, ways, strict=True):
+                    taken = generate(prompts[:concurrency], max_tokens)
                     if repeat > 0:  # the first round warms up
-                        seconds.setdefault((index, concurrency), []).append(taken)
-    rows = [_row(index, contender, seconds, max_tokens) for index, contender in enumerate(contenders)]
+                        speeds[contender, concurrency].append(concurrency * max_tokens / taken)
+    medians = {one: [median(speeds[one, concurrency]) for concurrency in CONCURRENCIES] for one in contenders}
+    own = {one.precision: values for one, values in medians.items() if one.engine == "Shoal"}
+    rows = [_row("engine", one, values) for one, values in medians.items()]
+    ratios = [
+        _row("over", one, [ours / theirs for ours, theirs in zip(own[one.precision], values, strict=True)])
+        for one, values in medians.items()
+        if one.engine != "Shoal"
+    ]
     title = f"{NUM_PROMPT_TOKENS}-token prompts, {max_tokens} new tokens, tokens/s at concurrency"
-    show(f"peers: {MODEL}, {title}, median of {num_repeats}; Shoal over HTTP, peers in process", rows)
-    ratios = _ratios(rows)
+    show(f"peers: {MODEL}, {title}, median of {repeats}; Shoal over HTTP, peers in process", rows)
     if ratios:
-        show("peers: Shoal is so many times as fast at the same precision", ratios)
+        show("peers: tokens/s of Shoal / of the peer at the same precision", ratios)
     return {"peers": rows, "peer_ratios": ratios}
 
 
-class Runner(Protocol):
-    def run(self, prompts: list[list[int]], max_tokens: int) -> float:
-        """Seconds that it takes to add `max_tokens` tokens to each prompt, all at once."""
+@contextmanager
+def _start(contender: Contender, checkpoint: Path, folder: Path) -> Iterator[Generate]:
+    if contender.engine == "Shoal":
+        options = ["--model", str(checkpoint), *ARGUMENTS, *contender.arguments]
+        with ServerProcess(options, folder / f"{contender.precision}.log") as server:
+            yield partial(stream_all, server.url)
+    else:
+        (kind,) = contender.arguments
+        weights = folder / f"{kind}.gguf"
+        if not weights.exists():
+            write_gguf(checkpoint, weights, kind)
+        module, _ = PEERS[contender.engine]
+        with fresh_process() as process:
+            yield lambda *work: process.submit(_generate, module, weights, *work).result()
 
 
-class ShoalRunner:
-    """A server that streams to one client for each prompt."""
-
-    def __init__(self, server: ServerProcess) -> None:
-        self._server = server
-
-    def __enter__(self) -> Self:
-        self._server.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.end()
-
-    def run(self, prompts: list[list[int]], max_tokens: int) -> float:
-        return stream_all(self._server.url, prompts, max_tokens)[0]
+def _generate(module: str, weights: Path, prompts: list[list[int]], max_tokens: int) -> float:
+    """Have a peer generate, in its process."""
+    engine = _load(module, weights)
+    return seconds(lambda: engine.generate(prompts, max_tokens))
 
 
-class PeerRunner:
-    """A peer's process: one line of JSON in, the seconds it took out."""
-
-    def __init__(self, module: str, weights: Path) -> None:
-        command = [sys.executable, "-m", f"bench.peers.{module}", str(weights), str(os.cpu_count())]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def run(self, prompts: list[list[int]], max_tokens: int) -> float:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:  # a peer may have things to say of its own
-            if line.startswith("seconds "):
-                return float(line.split()[1])
-        raise RuntimeError("the peer's process ended")
-
-
-def _start(contender: Contender, checkpoint: Path, folder: Path) -> AbstractContextManager[Runner]:
-    if contender.arguments is not None:
-        arguments = ["--no-enable-prefix-caching", "--max-num-seqs", "32", *contender.arguments]
-        return ShoalRunner(start_server(checkpoint, arguments, folder))
-    weights = folder / f"{contender.weights}.gguf"
-    if not weights.exists():
-        write_gguf(checkpoint, weights, contender.weights)
-    return PeerRunner(contender.module, weights)
+@cache
+def _load(module: str, weights: Path) -> Any:
+    """Load a peer's engine, and keep what the peer prints from the tables."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    return import_module(f"bench.peers.{module}").Engine(str(weights), os.cpu_count())
 
 
 def _prompts(checkpoint: Path) -> list[list[int]]:
@@ -160,20 +132,6 @@ def _prompts(checkpoint: Path) -> list[list[int]]:
     return [token_ids[i * NUM_PROMPT_TOKENS : (i + 1) * NUM_PROMPT_TOKENS] for i in range(max(CONCURRENCIES))]
 
 
-def _row(
-    index: int, contender: Contender, seconds: dict[tuple[int, int], list[float]], max_tokens: int
-) -> dict[str, object]:
-    speeds = {f"{n}": n * max_tokens / median(seconds[index, n]) for n in CONCURRENCIES}
-    return {"engine": contender.name, "precision": contender.precision, **speeds}
-
-
-def _ratios(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Shoal's speed over each peer's at the same precision."""
-    own = {row["precision"]: row for row in rows if row["engine"] == "Shoal"}
-    columns = [str(n) for n in CONCURRENCIES]
-    return [
-        {"over": row["engine"], "precision": row["precision"]}
-        | {column: float(str(own[row["precision"]][column])) / float(str(row[column])) for column in columns}
-        for row in rows
-        if row["engine"] != "Shoal"
-    ]
+def _row(column: str, contender: Contender, values: list[float]) -> dict[str, object]:
+    named = {str(concurrency): value for concurrency, value in zip(CONCURRENCIES, values, strict=True)}
+    return {column: contender.engine, "precision": contender.precision, **named}

@@ -1,4 +1,4 @@
-"""Drives llama.cpp with one batch for all sequences: `python -m bench.peers.llama WEIGHTS.gguf THREADS`.
+"""Drives llama.cpp with one batch for all sequences.
 
 The server that comes with the Python package runs one request at a time, so this does what llama.cpp's own server
 does: all sequences in one context, their prompts first, then one token of each in every step.
@@ -7,9 +7,6 @@ does: all sequences in one context, their prompts first, then one token of each 
 from __future__ import annotations
 
 import ctypes
-import json
-import sys
-import time
 from typing import Any
 
 import llama_cpp
@@ -37,40 +34,28 @@ class Engine:
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
-        entries = [(seq, at, token) for seq, prompt in enumerate(prompts) for at, token in enumerate(prompt)]
-        last = {(seq, len(prompt) - 1) for seq, prompt in enumerate(prompts)}
+        entries = [
+            (seq, at, token, at == len(prompt) - 1)
+            for seq, prompt in enumerate(prompts)
+            for at, token in enumerate(prompt)
+        ]
         tokens = [0] * len(prompts)
         for start in range(0, len(entries), NUM_BATCH):
-            part = entries[start : start + NUM_BATCH]
-            wanted = [(seq, at) in last for seq, at, _ in part]
-            self._decode(part, wanted, tokens)
+            self._decode(entries[start : start + NUM_BATCH], tokens)
         for step in range(max_tokens - 1):
-            part = [(seq, len(prompt) + step, tokens[seq]) for seq, prompt in enumerate(prompts)]
-            self._decode(part, [True] * len(part), tokens)
+            self._decode([(seq, len(prompt) + step, tokens[seq], True) for seq, prompt in enumerate(prompts)], tokens)
 
-    def _decode(self, entries: list[tuple[int, int, int]], wanted: list[bool], tokens: list[int]) -> None:
-        """Compute the entries (sequence, position, token); where wanted, note the sequence's most likely next token."""
+    def _decode(self, entries: list[tuple[int, int, int, bool]], tokens: list[int]) -> None:
+        """Compute entries (sequence, position, token, is_wanted); where wanted, note the sequence's next token."""
         batch: Any = self._batch
         batch.n_tokens = len(entries)
-        for i, (seq, at, token) in enumerate(entries):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, at, wanted[i]
+        for i, (seq, at, token, is_wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, at, is_wanted
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq
         if llama_cpp.llama_decode(self._context, batch):
             raise RuntimeError("llama_decode failed")
-        for i, (seq, _, _) in enumerate(entries):
-            if wanted[i]:
+        for i, (seq, _, _, is_wanted) in enumerate(entries):
+            if is_wanted:
                 logits = llama_cpp.llama_get_logits_ith(self._context, i)
                 row = np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (self._vocab_size,))
                 tokens[seq] = int(row.argmax())
-
-
-def main() -> None:
-    engine = Engine(sys.argv[1], int(sys.argv[2]))
-    for line in sys.stdin:
-        work = json.loads(line)
-        began = time.perf_counter()
-        engine.generate(work["prompts"], work["max_tokens"])
-        print("seconds", time.perf_counter() - began, flush=True)
-
-
-main()

@@ -6,10 +6,11 @@ import inspect
 import json
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import count, islice, zip_longest
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import islice
 from statistics import fmean, median
+from typing import NamedTuple
 
 from bench.workload import TimedBackend
 from shoal.model.text.tokenizer import Tokenizer
@@ -31,181 +32,121 @@ _FUNCTIONS: tuple[Callable[..., object], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of serving some requests: tokens, seconds, and counts of the scheduler.
+class Run(NamedTuple):
+    """What was counted in a run, its seconds, and the mean of the target's steps without prompts if there were any."""
 
-    Attributes:
-        step_seconds: mean time of the target's steps without prompts; None if there were none.
-        accepted: number of accepted tokens at the first, second, ... place of proposals.
-    """
-
-    tokens: int
+    counts: Counter[str]
     seconds: float
     step_seconds: float | None
-    drafts: int
-    drafted: int
-    accepted: tuple[int, ...]
 
     @property
     def speed(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def steps(self) -> int:
-        """Number of steps, counted for each request apart."""
-        return self.tokens - sum(self.accepted)
+        return self.counts["tokens"] / self.seconds
 
 
-@dataclass(frozen=True)
-class Gain:
-    """Speed and costs are medians over pairs of runs with and without speculation; the rest is of all runs with it.
+def measure(
+    engine: tuple[EngineCore, TimedBackend],
+    prompts: list[list[int]],
+    concurrency: int,
+    temperature: float,
+    *,
+    max_tokens: int,
+    repeats: int,
+) -> dict[str, float | None]:
+    """Serve the same requests with and without speculation in turns, and return figures by name.
 
-    Attributes:
-        off_speed: tokens/s without speculation.
-        speed_up: ratio of tokens/s, with over without.
-        verification: ratio of the times of the target's steps, with over without: v(k) if each step had a proposal;
-            None if every step had a prompt in it.
-        acceptance_rate: accepted over drafted tokens.
-        token_acceptance: chance that a drafted token is accepted if all before it are.
-        share_of_steps: share of the steps of requests that had a proposal.
-        mean_spec_tokens: drafted tokens in a step of a request.
-        mean_acceptance_length: tokens that a step of a request gives.
-    """
-
-    off_speed: float
-    speed_up: float
-    verification: float | None
-    acceptance_rate: float
-    token_acceptance: float
-    share_of_steps: float
-    mean_spec_tokens: float
-    mean_acceptance_length: float
-
-    @classmethod
-    def of(cls, pairs: list[tuple[Outcome, Outcome]]) -> Gain:
-        """Summarize pairs of runs (without, with)."""
-        on = [pair[1] for pair in pairs]
-        drafted, steps = sum(one.drafted for one in on), sum(one.steps for one in on)
-        per_place = [sum(counts) for counts in zip_longest(*(one.accepted for one in on), fillvalue=0)]
-        accepted = sum(per_place)
-        verifications = [
-            other.step_seconds / off.step_seconds for off, other in pairs if other.step_seconds and off.step_seconds
-        ]
-        # A place is verified where the place before was accepted.
-        tried = sum(one.drafts for one in on) + sum(per_place[:-1])
-        return cls(
-            off_speed=median(off.speed for off, _ in pairs),
-            speed_up=median(other.speed / off.speed for off, other in pairs),
-            verification=median(verifications) if verifications else None,
-            acceptance_rate=accepted / drafted if drafted else 0.0,
-            token_acceptance=min(1.0, accepted / tried) if tried else 0.0,
-            share_of_steps=sum(one.drafts for one in on) / steps,
-            mean_spec_tokens=drafted / steps,
-            mean_acceptance_length=sum(one.tokens for one in on) / steps,
-        )
-
-
-class Load:
-    """A closed loop: when one of `concurrency` requests ends, another one follows.
+    It is a closed loop: when one of `concurrency` requests ends, another one follows.  Speeds and v are medians over
+    pairs of runs; the other figures are of all runs with speculation.
 
     Args:
-        engine: an engine and its target.
         prompts: token ids; the requests take them in turns.
         max_tokens: length of the longest request; the shortest is half as long, so that they do not end all at once.
+        repeats: number of pairs of runs with eight or more requests at once; with fewer requests there are more.
     """
 
-    def __init__(
-        self,
-        engine: tuple[EngineCore, TimedBackend],
-        prompts: list[list[int]],
-        concurrency: int,
-        temperature: float,
-        max_tokens: int,
-    ) -> None:
-        self._core, self._target = engine
-        self._prompts = prompts
-        self._concurrency, self._temperature, self._max_tokens = concurrency, temperature, max_tokens
-        self._numbers = count()
+    def serve(first: int, *, speculates: bool) -> Run:
+        requests = []
+        for index in range(first, first + _ROUNDS * concurrency):
+            num_tokens = max_tokens // 2 + index * 5 % 8 * max_tokens // 14
+            params = SamplingParams(max_tokens=num_tokens, temperature=temperature, seed=index)
+            prompt = prompts[index % len(prompts)]
+            requests.append(Request(f"{index}", prompt, params, time.monotonic(), speculates=speculates))
+        return _serve(*engine, requests, concurrency)
 
-    def measure(self, repeats: int) -> Gain:
-        """Serve the same requests with and without speculation, in turns.
+    serve(0, speculates=True)  # fills the prefix cache, and lets the adaptive length learn
+    pairs = []
+    for number in range(repeats * max(1, _FEW // concurrency)):
+        order = (True, False) if number % 2 else (False, True)  # so that neither always comes second
+        runs = {speculates: serve(number, speculates=speculates) for speculates in order}
+        pairs.append((runs[False], runs[True]))
+    return _figures(pairs)
 
-        Args:
-            repeats: number of pairs of runs with eight or more requests at once; with fewer requests there are more.
-        """
-        self._serve(0, speculates=True)  # fills the prefix cache, and lets the adaptive length learn
-        return Gain.of([self._pair(number) for number in range(repeats * max(1, _FEW // self._concurrency))])
 
-    def _pair(self, number: int) -> tuple[Outcome, Outcome]:
-        """Serve without and with speculation, in alternating order, so that neither always comes second."""
-        order = (True, False) if number % 2 else (False, True)
-        outcomes = {speculates: self._serve(number, speculates=speculates) for speculates in order}
-        return outcomes[False], outcomes[True]
+def _figures(pairs: list[tuple[Run, Run]]) -> dict[str, float | None]:
+    """Summarize pairs of runs without and with speculation."""
+    total: Counter[str] = Counter()
+    for _, run in pairs:
+        total.update(run.counts)
+    steps = total["tokens"] - total["accepted"]  # counted for each request apart
+    costs = [run.step_seconds / off.step_seconds for off, run in pairs if run.step_seconds and off.step_seconds]
+    return {
+        "off tokens/s": median(off.speed for off, _ in pairs),
+        "speed-up": median(run.speed / off.speed for off, run in pairs),
+        "a": min(1.0, total["accepted"] / max(1, total["tried"])),  # chance of a token if all before it are accepted
+        "v": median(costs) if costs else None,  # None if every step had a prompt in it
+        "steps with one": total["drafts"] / steps,
+        "accepted/drafted": total["accepted"] / max(1, total["drafted"]),
+        "mean k": total["drafted"] / steps,
+        "tokens/step": total["tokens"] / steps,
+    }
 
-    def _serve(self, first: int, *, speculates: bool) -> Outcome:
-        """Serve requests, and count while all places are taken."""
-        scheduler = self._core.scheduler
-        requests = iter([self._request(first + i, speculates) for i in range(_ROUNDS * self._concurrency)])
-        self._fill(requests)
-        waiting = set(scheduler.waiting)
-        while waiting:  # the first of many may end before the last has begun
-            waiting -= {output.request_id for output in self._core.step()}
-            self._fill(requests)
-        before, tokens, began = scheduler.stats(), 0, time.perf_counter()
-        steps: list[float] = []
-        while scheduler.num_unfinished == self._concurrency:
-            tokens += sum(len(output.token_ids) for output in self._core.step())
-            if self._target.chooses_all:
-                steps.append(self._target.seconds)
-            self._fill(requests)
-        outcome = _outcome(tokens, time.perf_counter() - began, steps, before, scheduler.stats())
-        while scheduler.num_unfinished:
-            self._core.step()
-        return outcome
 
-    def _fill(self, requests: Iterator[Request]) -> None:
-        """Add requests until all places are taken."""
-        scheduler = self._core.scheduler
-        for request in islice(requests, self._concurrency - scheduler.num_unfinished):
+def _serve(core: EngineCore, target: TimedBackend, requests: Iterable[Request], concurrency: int) -> Run:
+    """Serve requests, and count while all places are taken."""
+    scheduler, left = core.scheduler, iter(requests)
+
+    def fill() -> None:
+        for request in islice(left, concurrency - scheduler.num_unfinished):
             scheduler.add(request)
 
-    def _request(self, index: int, speculates: bool) -> Request:
-        prompt = self._prompts[index % len(self._prompts)]
-        num_tokens = self._max_tokens // 2 + index * 5 % 8 * self._max_tokens // 14
-        params = SamplingParams(max_tokens=num_tokens, temperature=self._temperature, seed=index)
-        return Request(f"{next(self._numbers)}", prompt, params, time.monotonic(), speculates=speculates)
+    fill()
+    waiting = set(scheduler.waiting)
+    while waiting:  # the first of many may end before the last has begun
+        waiting -= {output.request_id for output in core.step()}
+        fill()
+    counts, steps, began = Counter(_drafts(scheduler.stats(), -1)), [], time.perf_counter()
+    while scheduler.num_unfinished == concurrency:
+        counts["tokens"] += sum(len(output.token_ids) for output in core.step())
+        if target.chooses_all:
+            steps.append(target.seconds)
+        fill()
+    seconds = time.perf_counter() - began
+    counts.update(_drafts(scheduler.stats(), 1))
+    while scheduler.num_unfinished:
+        core.step()
+    return Run(counts, seconds, fmean(steps) if steps else None)
 
 
-def _outcome(tokens: int, seconds: float, steps: list[float], before: SchedulerStats, after: SchedulerStats) -> Outcome:
-    places = zip_longest(after.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, fillvalue=0)
-    accepted = tuple(now - then for now, then in places)
-    drafted = after.num_draft_tokens - before.num_draft_tokens
-    step_seconds = fmean(steps) if steps else None
-    return Outcome(tokens, seconds, step_seconds, after.num_drafts - before.num_drafts, drafted, accepted)
+def _drafts(stats: SchedulerStats, sign: int) -> dict[str, int]:
+    """Return the counts of proposals so far, times `sign`."""
+    accepted = stats.num_accepted_tokens_per_pos
+    counts = {"drafts": stats.num_drafts, "drafted": stats.num_draft_tokens, "accepted": sum(accepted)}
+    counts["tried"] = stats.num_drafts + sum(accepted[:-1])  # a token is tried where the one before was accepted
+    return {name: sign * count for name, count in counts.items()}
 
 
 def make_prompts(tokenizer: Tokenizer, *, repeats_itself: bool) -> list[list[int]]:
     """Return beginnings of functions, or functions to be written again with a change, for proposers that look up."""
-    return [tokenizer.encode(text) for text in (_edits() if repeats_itself else _beginnings())]
-
-
-def _beginnings() -> Iterator[str]:
-    for function in _FUNCTIONS:
-        lines = inspect.getsource(function).splitlines(keepends=True)
-        yield "".join(lines[: max(2, len(lines) // 3)])
-
-
-def _edits() -> Iterator[str]:
-    """Yield functions, each followed by its beginning, under another name or the same."""
+    prompts = []
     for index, function in enumerate(_FUNCTIONS):
-        lines = inspect.getsource(function).splitlines(keepends=True)[:40]
-        name = function.__name__
-        if index % 2:
-            task, start = "The same again, with a test behind it", lines[:2]
+        lines = inspect.getsource(function).splitlines(keepends=True)
+        if not repeats_itself:
+            text = "".join(lines[: max(2, len(lines) // 3)])
         else:
-            task, start = (
-                "The same function under another name",
-                [line.replace(name, f"{name}_2") for line in lines[:2]],
-            )
-        yield f"{''.join(lines)}\n\n# {task}:\n{''.join(start)}"
+            task, start = "The same again, with a test behind it", "".join(lines[:2])
+            if index % 2 == 0:
+                task = "The same function under another name"
+                start = start.replace(function.__name__, f"{function.__name__}_2")
+            text = f"{''.join(lines[:40])}\n\n# {task}:\n{start}"
+        prompts.append(tokenizer.encode(text))
+    return prompts
