@@ -111,4 +111,4 @@ def test_it_measures_and_simulates(installed: Path, tmp_path: Path) -> None:
     printed = run(
         shoal, "simulate", *load, "--replay", "out/workload-chat.jsonl", "--costs", profile.parent, cwd=tmp_path
     )
-    assert [result["setup"] for result in json.loads(printed.splitlines()[-1])["results"]] == ["fcfs"]
+    assert [result["setup"]["policy"] for result in json.loads(printed.splitlines()[-1])["results"]] == ["fcfs"]
