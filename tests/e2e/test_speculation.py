@@ -103,9 +103,12 @@ def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--speculation", "magic"], "speculation.method: input should be 'off', 'draft', 'ngram' or 'self'"),
-        (["--speculation", "ngram", "--num-spec-tokens", "17"], "speculation.num_spec_tokens: input should be less"),
-        (["--speculation", "ngram", "--num-spec-tokens", "0"], "speculation.num_spec_tokens: input should be greater"),
+        (["--speculation", "magic"], "speculation.method must be one of off, draft, ngram, self, not 'magic'"),
+        (
+            ["--speculation", "ngram", "--num-spec-tokens", "17"],
+            "speculation.num_spec_tokens must be at most 16, not 17",
+        ),
+        (["--speculation", "ngram", "--num-spec-tokens", "0"], "speculation.num_spec_tokens must be at least 1, not 0"),
         (["--speculation", "draft", "--draft-model", "nowhere"], "draft_model: 'nowhere' is neither"),
         (["--speculation", "self", "--draft-layers", "99"], "draft_layers 99 leaves nothing to verify with"),
     ],
