@@ -19,7 +19,7 @@ from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.model.speculation.config import SpeculationConfig
 from shoal.scheduler.config import Config, SchedulerLimits, check_setting, setting
 from shoal.scheduler.errors import ConfigError
-from shoal.scheduler.policies import POLICIES, find_policy
+from shoal.scheduler.policies import POLICIES, find_policy, select_knobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ def resolve(values: Mapping[str, Any]) -> Settings:
 
 def _build(model: str, taken: Mapping[str, Mapping[str, Any]]) -> Settings:
     made: dict[str, Any] = {section: _take(kind, taken[section]) for section, kind in _SECTIONS.items()}
-    knobs = {name: _take(policy.Knobs, taken["scheduler"]) for name, policy in POLICIES.items()}
+    knobs = {name: select_knobs(name, taken["scheduler"]) for name in POLICIES}
     return Settings(model=model, knobs=knobs, **made)
 
 

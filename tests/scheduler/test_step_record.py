@@ -238,8 +238,10 @@ def check_stays(records: list[StepRecord], harness: Harness) -> None:
     """Rows have one request at a time, the lowest is taken first, and every request leaves for good once."""
     occupied: dict[str, int] = {}
     for record in records:
-        for request_id in [*record.preempted, *record.left]:
-            if request_id not in {share.request_id for share in record.shares}:
+        served = {share.request_id for share in record.shares}
+        preempted = {occupied.pop(request_id) for request_id in record.preempted if request_id not in served}
+        for request_id in record.left:
+            if request_id not in served:
                 del occupied[request_id]
         for share in record.shares:
             if share.request_id in record.joined:
@@ -247,7 +249,7 @@ def check_stays(records: list[StepRecord], harness: Harness) -> None:
                 assert share.row < harness.config.max_num_seqs
                 free = set(range(share.row)) - set(occupied.values())
                 # A request that joined before another was preempted in the same step could not have its row.
-                assert not free or record.preempted, "a lower row was free"
+                assert free <= preempted, "a lower row was free"
                 occupied[share.request_id] = share.row
             assert occupied[share.request_id] == share.row
         assert len(set(occupied.values())) == len(occupied)
