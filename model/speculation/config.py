@@ -8,6 +8,7 @@ from typing import Literal
 from shoal.scheduler.config import Config, setting
 
 MOST_SPEC_TOKENS = 16  # of any proposal
+ADAPTIVE_MOST = 8  # of an adaptive one, if drafting runs a model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ _KEPT = 0.98
 _UNKNOWN_RATE = 0.5
 # The rate of all requests counts as much as this many proposals for the request itself.
 _WEIGHT_OF_ALL = 12.0
-# The cost of a row with a drafted token, relative to a row of a plain step, that is assumed before it was measured.
+# The time that a drafted token for each request adds to a plain step, relative to it, before it was measured.
 _UNKNOWN_COST = 0.3
 # A step counts as at most this many times as long as expected, for what made it longer is not the step's own work.
 _MOST_SURPRISE = 2.0
@@ -51,56 +51,92 @@ class Acceptance:
         return first, self._further.value(all_requests._further.value(first, 1), _WEIGHT_OF_ALL)
 
 
+class Cost:
+    """What a thing costs, with a fixed part for each group of them: a least-squares fit in which older costs fade.
+
+    The fixed part counts as observed once to be 0.  So where all groups have had the same size it is taken to be small.
+    """
+
+    def __init__(self) -> None:
+        # Of groups^2, groups * things, things^2, groups * cost and things * cost.
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+
+    def add(self, num_groups: float, num_things: float, cost: float) -> None:
+        """Take in the cost of `num_things` in `num_groups`; both may be shares of a whole."""
+        gg, gt, tt, gc, tc = (_KEPT * total for total in self._sums)
+        g, t = num_groups, num_things
+        self._sums = gg + g * g, gt + g * t, tt + t * t, gc + g * cost, tc + t * cost
+
+    def parts(self) -> tuple[float, float]:
+        """Return the fixed part and that of each thing, neither negative; 0 before anything was observed."""
+        gg, gt, tt, gc, tc = self._sums
+        if not tt:
+            return 0.0, 0.0
+        fixed = (tt * gc - gt * tc) / ((gg + 1) * tt - gt * gt)
+        if fixed < 0:
+            return 0.0, max(tc / tt, 0.0)
+        each = (tc - gt * fixed) / tt
+        return (fixed, each) if each > 0 else (max(gc / (gg + 1), 0.0), 0.0)
+
+
 def load_class(num_requests: int) -> int:
     """Return a number for the loads from one power of two to the next, which are taken to be alike."""
     return num_requests.bit_length()
 
 
 class Costs:
-    """Seconds of plain steps, of rows with drafted tokens in them, and of drafting.
+    """Seconds of plain steps, of proposals that they verify, and of drafting.
 
-    What a drafted token adds to a step is learnt apart for each class of loads, and relative to a plain step: a row
-    more for the same request costs less than a row for another one.  The same is assumed for each drafted token, which
-    is close enough to the truth near the lengths that were measured last.
+    What proposals add to a step is learnt apart for each class of loads, and relative to a plain step.
     """
 
     def __init__(self) -> None:
         self._plain: defaultdict[int, Mean] = defaultdict(Mean)  # seconds, by number of requests
-        self._rows: defaultdict[int, Mean] = defaultdict(Mean)  # a drafted row over a plain one, by class of loads
-        self._drafting: defaultdict[int, Mean] = defaultdict(Mean)  # seconds of a token each, by class of loads
+        self._verification: defaultdict[int, Cost] = defaultdict(_unknown_cost)  # by class of loads
+        self._drafting: defaultdict[int, Cost] = defaultdict(Cost)  # seconds, by class of loads
 
-    def step(self, num_requests: int, num_drafted: int, seconds: float) -> None:
-        """Take in the time of a step with `num_drafted` tokens besides one for each request."""
+    def step(self, num_requests: int, num_proposals: int, num_drafted: int, seconds: float) -> None:
+        """Take in the time of a step in which `num_proposals` of the requests had `num_drafted` tokens in all."""
         is_first = num_requests not in self._plain
         if num_drafted == 0:
             most = seconds if is_first else _MOST_SURPRISE * self.plain(num_requests)
             self._plain[num_requests].add(min(seconds, most), 1)
         elif not is_first:
-            plain, per_request = self.plain(num_requests), num_drafted / num_requests
-            most = _MOST_SURPRISE * (plain + num_drafted * self.row(num_requests))
-            extra = min(seconds, most) / plain - 1
-            self._rows[load_class(num_requests)].add(extra * per_request, per_request**2)  # least squares
+            plain, (fixed, each) = self.plain(num_requests), self.verification(num_requests)
+            most = _MOST_SURPRISE * (plain + num_proposals * fixed + num_drafted * each)
+            shares = num_proposals / num_requests, num_drafted / num_requests
+            self._verification[load_class(num_requests)].add(*shares, min(seconds, most) / plain - 1)
 
     def proposal(self, lengths: Sequence[int], seconds: float) -> None:
         """Take in the time of a proposal; `lengths` are at least one, each at least 1."""
-        self._drafting[load_class(len(lengths))].add(seconds * max(lengths), max(lengths) ** 2)
+        self._drafting[load_class(len(lengths))].add(1, max(lengths), seconds)
 
     def knows(self, num_requests: int) -> bool:
-        """Return whether a plain step of `num_requests` was timed, which `plain` and `row` need."""
+        """Return whether a plain step of `num_requests` was timed, which `plain` and `verification` need."""
         return num_requests in self._plain
 
     def plain(self, num_requests: int) -> float:
         """Return the seconds of a step without drafted tokens."""
         return self._plain[num_requests].value()
 
-    def row(self, num_requests: int) -> float:
-        """Return the seconds that a drafted token adds to a step."""
-        relative = self._rows[load_class(num_requests)].value(_UNKNOWN_COST, 1)
-        return relative * self.plain(num_requests) / num_requests
+    def verification(self, num_requests: int) -> tuple[float, float]:
+        """Return the seconds that a proposal adds to a step, and those that each token of it adds besides."""
+        fixed, each = self._verification[load_class(num_requests)].parts()
+        per_request = self.plain(num_requests) / num_requests
+        return fixed * per_request, each * per_request
 
-    def drafting(self, num_requests: int) -> float:
-        """Return the seconds of drafting a token for each request; 0 before anything was drafted."""
+    def drafting(self, num_requests: int) -> tuple[float, float]:
+        """Return the seconds that drafting takes for this many requests, and those that each token adds.
+
+        Both are 0 before anything was drafted.
+        """
         if not self._drafting:
-            return 0.0
+            return 0.0, 0.0
         wanted = load_class(num_requests)
-        return self._drafting[min(self._drafting, key=lambda known: abs(known - wanted))].value()
+        return self._drafting[min(self._drafting, key=lambda known: abs(known - wanted))].parts()
+
+
+def _unknown_cost() -> Cost:
+    cost = Cost()
+    cost.add(1, 1, _UNKNOWN_COST)
+    return cost

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from shoal.model.speculation.config import ADAPTIVE_MOST
 from shoal.model.speculation.estimates import Acceptance, Costs, load_class
 
-# The longest adaptive proposal of a proposer that runs a model.
-ADAPTIVE_MOST = 8
 # Trials may lose this share of the time of plain steps.
 _SHARE_FOR_TRIALS = 0.01
 # Gains are kept for later trials until they are worth the time of this many tokens.
 _MOST_CREDIT = 32
+# While such gains last, drafting need only reach this share of a plain step's goodput, for an estimate may be too low.
+_NEAR = 0.9
 # While drafting pays, one decision in this many is a plain step, which shows what those cost by now.
-_PLAIN_EVERY = 32
+_PLAIN_EVERY = 64
 # A trial drafts this many tokens, for one request.
 _TRIED_TOKENS = 2
 
@@ -98,11 +99,12 @@ class AdaptiveLength(LengthRule):
             self._acceptance_of_all.count(drafted, accepted)
             num_drafted, num_accepted = num_drafted + drafted, num_accepted + accepted
         if seconds is not None:
-            self._costs.step(num_requests, num_drafted, seconds)
+            self._costs.step(num_requests, len(verdicts), num_drafted, seconds)
         if self._costs.knows(num_requests):
             load, plain = load_class(num_requests), self._costs.plain(num_requests)
             if num_drafted:
-                gain = num_accepted * plain / num_requests - num_drafted * self._costs.row(num_requests)
+                fixed, each = self._costs.verification(num_requests)
+                gain = num_accepted * plain / num_requests - len(verdicts) * fixed - num_drafted * each
                 self._credit[load] = min(self._credit[load] + gain, _MOST_CREDIT * plain / num_requests)
             elif self._credit[load] < 0:
                 self._credit[load] += _SHARE_FOR_TRIALS * plain
@@ -129,25 +131,29 @@ class AdaptiveLength(LengthRule):
             self._costs.proposal(lengths, drafting)
 
     def _best(self, rows: list[int]) -> list[int]:
-        """Return the lengths with the greatest goodput, all of them 0 if that is a plain step's.
+        """Return the lengths with the greatest goodput, all of them 0 if a plain step's is greater.
 
         They grow a token at a time, for the requests whose next token is worth the time of its row.
         """
         rates = [self._acceptance[row].rates(self._acceptance_of_all) for row in rows]
         chances = [first for first, _ in rates]  # of the next token of each request
-        row_seconds = self._costs.row(self._num_requests)
         tokens, seconds = float(self._num_requests), self._costs.plain(self._num_requests)
         goodput, best = tokens / seconds, [0] * len(rows)
+        if self._credit[load_class(self._num_requests)] > 0:
+            goodput *= _NEAR
         lengths, growing = best.copy(), list(range(len(rows)))
+        fixed, each = self._costs.verification(self._num_requests)
         for length in range(1, self._most + 1):
-            growing = [i for i in growing if chances[i] > goodput * row_seconds]
+            verification = each if length > 1 else fixed + each
+            growing = [i for i in growing if chances[i] > goodput * verification]
             if not growing:
                 break
             for i in growing:
                 lengths[i] = length
                 tokens += chances[i]
                 chances[i] *= rates[i][1]
-            seconds += len(growing) * row_seconds + self._costs.drafting(len(growing))
+            start, drafting = self._costs.drafting(len(growing))
+            seconds += len(growing) * verification + drafting + (start if length == 1 else 0.0)
             if tokens / seconds > goodput:
                 goodput, best = tokens / seconds, lengths.copy()
         return best

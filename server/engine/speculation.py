@@ -8,9 +8,9 @@ from pathlib import Path
 from shoal.model.checkpoint.find import find_draft
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelRecord
-from shoal.model.speculation.config import MOST_SPEC_TOKENS, SpeculationConfig
+from shoal.model.speculation.config import ADAPTIVE_MOST, MOST_SPEC_TOKENS, SpeculationConfig
 from shoal.model.speculation.draft_model import DraftModelProposer
-from shoal.model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
+from shoal.model.speculation.length import AdaptiveLength, FixedLength
 from shoal.model.speculation.ngram import NgramProposer
 from shoal.model.speculation.proposer import Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+from scipy.optimize import nnls
 
-from shoal.model.speculation.estimates import Acceptance, Costs, Mean
+from shoal.model.speculation.estimates import Acceptance, Cost, Costs, Mean
 
 
 def test_a_mean_weighs_observations_and_takes_a_prior_in() -> None:
@@ -62,10 +64,37 @@ def test_further_tokens_are_as_good_as_the_first_once_they_were_not_drafted_for_
     assert further == pytest.approx(first, abs=0.01)
 
 
+def test_a_cost_is_that_of_least_squares() -> None:
+    """The oracle is scipy; its last row is the observation of 0 that a cost begins with."""
+    rng = random.Random(0)
+    for _ in range(50):
+        cost, rows, costs = Cost(), [], []
+        true_fixed, true_each = rng.uniform(-3, 3), rng.uniform(-1, 1)
+        for age in reversed(range(30)):
+            groups, things = rng.randint(1, 4), rng.randint(4, 20)
+            observed = true_fixed * groups + true_each * things + rng.gauss(0, 0.1)
+            cost.add(groups, things, observed)
+            weight = 0.98 ** (age / 2)
+            rows.append((groups * weight, things * weight))
+            costs.append(observed * weight)
+        assert cost.parts() == pytest.approx(nnls(np.array([*rows, (1, 0)]), np.array([*costs, 0]))[0], abs=1e-6)
+
+
+def test_the_fixed_part_of_a_cost_is_found_once_groups_differ_in_size() -> None:
+    cost = Cost()
+    assert cost.parts() == (0, 0)
+    cost.add(1, 2, 3.0)
+    assert cost.parts() == pytest.approx((0, 1.5))
+    for _ in range(50):
+        cost.add(1, 2, 3.0)
+        cost.add(1, 8, 6.0)
+    assert cost.parts() == pytest.approx((2, 0.5), abs=0.2)
+
+
 def test_a_plain_step_is_known_by_its_number_of_requests() -> None:
     costs = Costs()
-    costs.step(4, 0, 1.0)
-    costs.step(4, 4, 9.0)
+    costs.step(4, 0, 0, 1.0)
+    costs.step(4, 4, 4, 9.0)
     assert costs.knows(4)
     assert not costs.knows(5)
     assert costs.plain(4) == 1.0
@@ -74,44 +103,44 @@ def test_a_plain_step_is_known_by_its_number_of_requests() -> None:
 def test_a_cost_follows_what_is_seen_and_is_not_thrown_by_one_slow_step() -> None:
     costs = Costs()
     for _ in range(50):
-        costs.step(4, 0, 1.0)
-    costs.step(4, 0, 1000.0)
+        costs.step(4, 0, 0, 1.0)
+    costs.step(4, 0, 0, 1000.0)
     assert costs.plain(4) < 1.05
     for _ in range(300):
-        costs.step(4, 0, 3.0)
+        costs.step(4, 0, 0, 3.0)
     assert costs.plain(4) == pytest.approx(3.0, rel=0.01)
 
 
-def test_drafted_rows_are_learnt_where_they_were_drafted() -> None:
-    """A step of eight requests and eight drafted tokens says nothing of steps of sixteen requests."""
+def test_verification_is_learnt_where_tokens_were_drafted() -> None:
+    """A step of eight requests and sixteen drafted tokens says nothing of steps of sixteen requests."""
     costs = Costs()
     for num_requests in (8, 12, 16):
-        costs.step(num_requests, 0, float(num_requests))
-    unknown = costs.row(16)
+        costs.step(num_requests, 0, 0, float(num_requests))
+    unknown = costs.verification(16)
     for _ in range(100):
-        costs.step(8, 16, 10.0)
-        costs.step(12, 24, 15.0)
-    assert costs.row(8) == pytest.approx(2 / 16, rel=0.02)
-    assert costs.row(12) == pytest.approx(3 / 24, rel=0.02)
-    assert costs.row(16) == unknown
+        costs.step(8, 8, 16, 10.0)
+        costs.step(12, 12, 24, 15.0)
+    assert costs.verification(8) == pytest.approx((0, 2 / 16), abs=0.01)
+    assert costs.verification(12) == pytest.approx((0, 3 / 24), abs=0.01)
+    assert costs.verification(16) == unknown
 
 
-def test_drafted_rows_are_not_learnt_before_a_plain_step_nor_from_one_slow_step() -> None:
+def test_verification_is_not_learnt_before_a_plain_step_nor_from_one_slow_step() -> None:
     costs = Costs()
-    costs.step(1, 4, 100.0)
-    costs.step(1, 0, 1.0)
-    unknown = costs.row(1)
+    costs.step(1, 1, 4, 100.0)
+    costs.step(1, 0, 0, 1.0)
+    _, unknown = costs.verification(1)
     for _ in range(50):
-        costs.step(1, 4, 1.0 + 4 * unknown)
-    costs.step(1, 4, 1000.0)
-    assert costs.row(1) == pytest.approx(unknown, rel=0.2)
+        costs.step(1, 1, 4, 1.0 + 4 * unknown)
+    costs.step(1, 1, 4, 1000.0)
+    assert sum(costs.verification(1)) == pytest.approx(unknown, rel=0.2)
 
 
 def test_the_time_of_drafting_is_that_of_the_nearest_load() -> None:
     costs = Costs()
-    assert costs.drafting(3) == 0.0
+    assert costs.drafting(3) == (0, 0)
     costs.proposal([4, 2, 1], 8.0)
-    assert costs.drafting(3) == costs.drafting(64) == 2.0
+    assert costs.drafting(3) == costs.drafting(64) == (0, 2.0)
     costs.proposal([1] * 32, 20.0)
-    assert costs.drafting(64) == 20.0
-    assert costs.drafting(1) == 2.0
+    assert sum(costs.drafting(64)) == 20.0
+    assert costs.drafting(1) == (0, 2.0)

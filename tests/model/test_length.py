@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from shoal.model.speculation.length import ADAPTIVE_MOST, AdaptiveLength, FixedLength
+from shoal.model.speculation.config import ADAPTIVE_MOST
+from shoal.model.speculation.length import AdaptiveLength, FixedLength
 
 
 def test_fixed_is_fixed() -> None:
