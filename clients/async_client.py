@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from types import TracebackType
+from itertools import count
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
@@ -13,13 +13,7 @@ from httpx_sse import EventSource
 
 from shoal.clients import wire
 from shoal.clients.errors import ClientError, StatusError
-from shoal.clients.transport import (
-    headers,
-    httpx_settings,
-    retry_delay,
-    status_error,
-    translated_errors,
-)
+from shoal.clients.transport import httpx_settings, retry_delay, status_error, translated_errors
 from shoal.clients.types import (
     ChatOptions,
     Chunk,
@@ -55,9 +49,7 @@ class AsyncStream(AsyncIterator[Chunk]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 
@@ -120,9 +112,7 @@ class AsyncShoalClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _call(self, call: wire.Call[T]) -> T:
@@ -142,33 +132,18 @@ class AsyncShoalClient:
 
     @asynccontextmanager
     async def _response(self, call: wire.Call[Any]) -> AsyncIterator[httpx.Response]:
-        response = await self._send(call)
-        try:
-            with translated_errors(self._http.base_url):
-                yield response
-        finally:
-            await response.aclose()
-
-    async def _send(self, call: wire.Call[Any]) -> httpx.Response:
-        retries = self._max_retries if call.retried else 0
-        for attempt in range(retries):
+        for attempt in count():
             try:
-                return await self._try(call)
+                with translated_errors(self._http.base_url):
+                    request = self._http.stream(call.method, call.path, content=call.body, headers=call.headers)
+                    async with request as response:
+                        if not response.is_success:
+                            await response.aread()
+                            raise status_error(response)
+                        yield response
+                        return
             except ClientError as error:
                 delay = retry_delay(error, attempt)
-                if delay is None:
+                if delay is None or not call.retried or attempt >= self._max_retries:
                     raise
             await asyncio.sleep(delay)
-        return await self._try(call)
-
-    async def _try(self, call: wire.Call[Any]) -> httpx.Response:
-        with translated_errors(self._http.base_url):
-            request = self._http.build_request(call.method, call.path, content=call.body, headers=headers(call))
-            response = await self._http.send(request, stream=True)
-            if response.is_success:
-                return response
-            try:
-                await response.aread()
-            finally:
-                await response.aclose()
-            raise status_error(response)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from itertools import count
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
@@ -13,13 +13,7 @@ from httpx_sse import EventSource
 
 from shoal.clients import wire
 from shoal.clients.errors import ClientError, StatusError
-from shoal.clients.transport import (
-    headers,
-    httpx_settings,
-    retry_delay,
-    status_error,
-    translated_errors,
-)
+from shoal.clients.transport import httpx_settings, retry_delay, status_error, translated_errors
 from shoal.clients.types import (
     ChatOptions,
     Chunk,
@@ -54,9 +48,7 @@ class Stream(Iterator[Chunk]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -138,9 +130,7 @@ class ShoalClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _call(self, call: wire.Call[T]) -> T:
@@ -156,35 +146,20 @@ class ShoalClient:
 
     @contextmanager
     def _response(self, call: wire.Call[Any]) -> Iterator[httpx.Response]:
-        """A successful response whose body is still to be read."""
-        response = self._send(call)
-        try:
-            with translated_errors(self._http.base_url):
-                yield response
-        finally:
-            response.close()
-
-    def _send(self, call: wire.Call[Any]) -> httpx.Response:
-        """Send the request, and again up to `max_retries` times while it is refused."""
-        retries = self._max_retries if call.retried else 0
-        for attempt in range(retries):
+        """A successful response whose body is still to be read.  What is refused is sent again, `max_retries` times."""
+        for attempt in count():
             try:
-                return self._try(call)
+                with (
+                    translated_errors(self._http.base_url),
+                    self._http.stream(call.method, call.path, content=call.body, headers=call.headers) as response,
+                ):
+                    if not response.is_success:
+                        response.read()
+                        raise status_error(response)
+                    yield response
+                    return
             except ClientError as error:
                 delay = retry_delay(error, attempt)
-                if delay is None:
+                if delay is None or not call.retried or attempt >= self._max_retries:
                     raise
             time.sleep(delay)
-        return self._try(call)
-
-    def _try(self, call: wire.Call[Any]) -> httpx.Response:
-        with translated_errors(self._http.base_url):
-            request = self._http.build_request(call.method, call.path, content=call.body, headers=headers(call))
-            response = self._http.send(request, stream=True)
-            if response.is_success:
-                return response
-            try:
-                response.read()
-            finally:
-                response.close()
-            raise status_error(response)

@@ -57,10 +57,6 @@ def httpx_settings(
     }
 
 
-def headers(call: wire.Call[Any]) -> dict[str, str]:
-    return {} if call.body is None else {"Content-Type": "application/json"}
-
-
 @contextmanager
 def translated_errors(base_url: httpx.URL) -> Iterator[None]:
     """Raise what httpx raises within it as one of our errors."""

@@ -52,6 +52,10 @@ class Call(Generic[T]):
     build: Callable[[Any], T]
     retried: bool = True
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.body is None else {"Content-Type": "application/json"}
+
     def parse(self, data: bytes | str) -> T:
         """Read an answer.
 
@@ -148,22 +152,10 @@ def _post(path: str, fields: dict[str, Any], build: Callable[[Any], T]) -> Call[
 
 def _completion(answer: Any) -> Completion:
     choices = tuple(
-        Choice(
-            index=choice["index"],
-            text=_text(choice, "message"),
-            finish_reason=choice["finish_reason"],
-            logprobs=_logprobs(choice.get("logprobs")),
-        )
+        Choice(choice["index"], _text(choice, "message"), choice["finish_reason"], _logprobs(choice.get("logprobs")))
         for choice in answer["choices"]
     )
-    return Completion(
-        id=answer["id"],
-        created=answer["created"],
-        model=answer["model"],
-        choices=choices,
-        usage=_usage(answer["usage"]),
-        seed=answer.get("seed"),
-    )
+    return Completion(choices=choices, usage=_usage(answer["usage"]), **_origin(answer))
 
 
 def _chunk(event: Any) -> Chunk:
@@ -171,21 +163,16 @@ def _chunk(event: Any) -> Chunk:
         raise StreamError(**_error_fields(event))
     choices = tuple(
         ChoiceDelta(
-            index=choice["index"],
-            text=_text(choice, "delta"),
-            finish_reason=choice.get("finish_reason"),
-            logprobs=_logprobs(choice.get("logprobs")),
+            choice["index"], _text(choice, "delta"), choice.get("finish_reason"), _logprobs(choice.get("logprobs"))
         )
         for choice in event["choices"]
     )
-    return Chunk(
-        id=event["id"],
-        created=event["created"],
-        model=event["model"],
-        choices=choices,
-        usage=_usage(event["usage"]) if event.get("usage") else None,
-        seed=event.get("seed"),
-    )
+    return Chunk(choices=choices, usage=_usage(event["usage"]) if event.get("usage") else None, **_origin(event))
+
+
+def _origin(answer: Any) -> dict[str, Any]:
+    """What an answer and each of its chunks say of where they come from."""
+    return {"seed": answer.get("seed"), **{name: answer[name] for name in ("id", "created", "model")}}
 
 
 def _text(choice: Any, chat_field: str) -> str:
