@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from bench.steps import in_turns
 from bench.table import show
+from bench.timing import in_turns
 from bench.workload import TimedBackend, make_engine, make_request
 from shoal.model.backends.native_library import supported_isas
 from shoal.scheduler.engine import EngineCore

@@ -12,22 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from bench.steps import BLOCK_SIZE, equal_shares, expert_weights, in_turns, seconds
 from bench.table import show
+from bench.timing import in_turns, seconds
 from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.checkpoint.load import load_checkpoint
-from shoal.model.record import ModelRecord
+from shoal.model.record import ModelConfig, ModelRecord
 from shoal.model.step.batch import ForwardBatch, SamplingBatch
+from shoal.model.step.sampling import sampling_rows
 
 CONTEXT = 256
+BLOCK_SIZE = 16
 # What weights and KV cache are kept in: the arguments of the backend, and the bytes of an element of each.
 PRECISIONS: dict[str, tuple[dict[str, Any], int, int]] = {
     "float32": ({}, 4, 4),
     "float32, KV float16": ({"kv_cache_dtype": "float16"}, 4, 2),
     "int8, KV float16": ({"quantization": "int8", "kv_cache_dtype": "float16"}, 1, 2),
 }
-
-
 # Steps: sequences, tokens of each, where their contexts end, and logits.
 SHAPES = {
     **{f"decode {n}": (n, 1, CONTEXT, n) for n in (1, 8, 32, 64)},
@@ -69,9 +69,22 @@ def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
 
 
 def _step(shape: str, vocab_size: int) -> tuple[ForwardBatch, SamplingBatch]:
+    """Return a step with as many tokens of each sequence, each of which has its own blocks, and greedy choice."""
     num_seqs, each, context, num_logits = SHAPES[shape]
-    token_ids = np.random.default_rng(0).integers(0, vocab_size, (num_seqs, each), np.int32)
-    return equal_shares(token_ids, context - each, -(-context // BLOCK_SIZE), num_logits)
+    num_tokens, blocks_per_seq = num_seqs * each, -(-context // BLOCK_SIZE)
+    positions = np.arange(context - each, context, dtype=np.int32)
+    tables = np.arange(num_seqs * blocks_per_seq, dtype=np.int32).reshape(num_seqs, blocks_per_seq)
+    slots = tables[:, positions // BLOCK_SIZE] * np.int32(BLOCK_SIZE) + positions % BLOCK_SIZE
+    batch = ForwardBatch(
+        token_ids=np.random.default_rng(0).integers(0, vocab_size, num_tokens, np.int32),
+        positions=np.tile(positions, num_seqs),
+        slot_mapping=slots.flatten(),
+        query_start_loc=np.arange(0, num_tokens + 1, each, dtype=np.int32),
+        context_lens=np.full(num_seqs, context, np.int32),
+        block_tables=tables,
+        logits_indices=np.arange(num_tokens - num_logits, num_tokens, dtype=np.int32),
+    )
+    return batch, SamplingBatch(sampling_rows(num_logits, temperature=0))
 
 
 def _row(
@@ -85,12 +98,12 @@ def _row(
     num_seqs, each, context, num_logits = SHAPES[step]
     _, weight_bytes, kv_bytes = PRECISIONS[precision]
     num_tokens = num_seqs * each
-    without_experts = record.num_parameters - expert_weights(config, inf)
-    weights = without_experts + expert_weights(config, num_tokens)
+    without_experts = record.num_parameters - _expert_weights(config, inf)
+    weights = without_experts + _expert_weights(config, num_tokens)
     kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_seqs * context
     num_bytes = weights * weight_bytes + kv * kv_bytes
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * num_tokens * (context - (each - 1) / 2)
-    per_token = without_experts + expert_weights(config, 1) - record.head.size
+    per_token = without_experts + _expert_weights(config, 1) - record.head.size
     flops = 2 * (per_token * num_tokens + record.head.size * num_logits) + attention
     limit = max(num_bytes / bandwidth, flops / rate if weight_bytes == 4 else 0.0)
     return {
@@ -102,3 +115,11 @@ def _row(
         "GFLOP/s": flops / time / 1e9,
         "of the limit": limit / time,
     }
+
+
+def _expert_weights(config: ModelConfig, num_tokens: float) -> float:
+    """Return the number of expert weights that a step of `num_tokens` tokens reads if the router chooses evenly."""
+    if not config.num_experts:
+        return 0.0
+    touched: float = config.num_experts * (1 - (1 - config.num_experts_per_tok / config.num_experts) ** num_tokens)
+    return config.num_layers * touched * 3 * config.intermediate_size * config.hidden_size

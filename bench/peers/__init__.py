@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from bench.peers.gguf import write_gguf
 from bench.server import fresh_process, stream_all
-from bench.steps import seconds
 from bench.table import show
+from bench.timing import seconds
 from shoal.loadtest.server import ServerProcess
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
