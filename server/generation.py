@@ -5,74 +5,73 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from shoal.model.text.tokenizer import Tokenizer
-from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulingParams
-from shoal.server.engine.engine import Engine
+from shoal.scheduler.output import RequestOutput, SchedulingParams
 from shoal.server.engine.messages import EngineRequest
-from shoal.server.metrics import Metrics
+from shoal.server.sampling import resolve_sampling
+from shoal.server.service import Service
 from shoal.server.text import Choice, Delta
+from shoal.server.wire.requests import ChatBody, CompletionBody
 from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt, as text and as tokens; `params` lack only the seed of each choice."""
-
-    text: str
-    token_ids: list[int]
-    params: SamplingParams
 
 
 class Generation:
     """The choices of one API call, from submission to the last token.
 
     Args:
+        prompts: text and token ids of each.
         api_id: id of the API call, from which the ids of the engine's requests are made.
-        n: choices for each prompt.  Choice i of a prompt samples with seed + i.
+        seed: choice i of a prompt samples with seed + i.
         scheduling: what the policy may know of them all.
-        speculates: whether tokens may be drafted for them.
-        end_after: the output token with which each choice ends, if that is not left to the model.
-        echo: whether a choice's text begins with its prompt's.
 
     Raises:
-        InvalidRequestError, QueueFullError, EngineUnavailableError: the engine refuses the call.
+        InvalidRequestError, QueueFullError, EngineUnavailableError: the call is refused.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        metrics: Metrics,
+        service: Service,
+        body: CompletionBody | ChatBody,
+        prompts: Sequence[tuple[str, list[int]]],
         *,
         api_id: str,
-        prompts: Sequence[Prompt],
-        n: int,
+        seed: int,
         scheduling: SchedulingParams,
-        speculates: bool,
-        stop_strings: Sequence[str],
-        end_after: int | None = None,
-        echo: bool = False,
     ) -> None:
-        self._engine = engine
-        self._metrics = metrics
+        self._engine = service.engine
+        self._metrics = service.metrics
         self._prompts = prompts
-        requests = [
-            EngineRequest(
-                f"{api_id}-{index}-{i}",
-                prompt.token_ids,
-                replace(prompt.params, seed=(prompt.params.seed + i) % 2**64),
-                scheduling=scheduling,
-                speculates=speculates,
-                end_after=end_after,
+        limits = self._engine.ready.limits
+        speculates = service.check_speculation(body.speculation)
+        requests: list[EngineRequest] = []
+        for index, (_, token_ids) in enumerate(prompts):
+            params = resolve_sampling(
+                body,
+                seed=seed,
+                num_prompt_tokens=len(token_ids),
+                limits=limits,
+                vocab_size=service.config.vocab_size,
+                eos_token_ids=service.defaults.eos_token_ids or service.config.eos_token_ids,
+                defaults=service.defaults,
             )
-            for index, prompt in enumerate(prompts)
-            for i in range(n)
-        ]
-        self._submission = engine.submit(requests)
+            requests += [
+                EngineRequest(
+                    f"{api_id}-{index}-{i}",
+                    token_ids,
+                    replace(params, seed=(seed + i) % 2**64),
+                    scheduling=scheduling,
+                    speculates=speculates,
+                    end_after=body.end_after,
+                )
+                for i in range(body.n)
+            ]
+        self._submission = self._engine.submit(requests)
+        echo = isinstance(body, CompletionBody) and body.echo
         self._choices = {
-            request_id: Choice(index, journal, tokenizer, stop_strings, prompts[index // n].text if echo else None)
+            request_id: Choice(
+                index, journal, service.tokenizer, body.stop_strings, prompts[index // body.n][0] if echo else None
+            )
             for index, (request_id, journal) in enumerate(self._submission.journals.items())
         }
 
@@ -129,7 +128,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens so far; a prompt counts once, however many choices it has."""
-        num_prompt = sum(len(prompt.token_ids) for prompt in self._prompts)
+        num_prompt = sum(len(token_ids) for _, token_ids in self._prompts)
         num_output = sum(choice.num_tokens for choice in self._choices.values())
         # The choices of a prompt run together, so that those after the first may find it in the cache: that is no hit.
         per_prompt = len(self._choices) // len(self._prompts)

@@ -8,14 +8,12 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequen
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import ValidationError
 
 from shoal.scheduler.errors import ConfigError, InvalidRequestError
 from shoal.scheduler.output import SchedulingParams
-from shoal.server.engine.client import EngineClient
 from shoal.server.engine.local import LocalEngine
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.generation import Generation
@@ -156,17 +154,14 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- in the event loop of this object ------------------------------------------------------------------------
 
     async def _start(self) -> tuple[Service, LocalEngine]:
-        service = build_service(self.settings, lambda metrics: EngineClient("0", metrics))
-        assert isinstance(service.engine, EngineClient)
-        engine = LocalEngine(self.settings, service.engine)
+        service, client = build_service(self.settings)
+        engine = LocalEngine(self.settings, client)
         await engine.start()
         return service, engine
 
@@ -205,7 +200,7 @@ class LLM:
         else:
             prompts = await service.completion_prompts(body)
         scheduling = SchedulingParams()
-        generation = service.generate(body, prompts, api_id=new_id("llm"), seed=seed, scheduling=scheduling)
+        generation = Generation(service, body, prompts, api_id=new_id("llm"), seed=seed, scheduling=scheduling)
         return prompts[0][0], seed, generation
 
     # -- from other threads --------------------------------------------------------------------------------------

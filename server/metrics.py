@@ -53,7 +53,7 @@ _COUNTED = {
 
 
 class Metrics:
-    """What the server counts and times, all seen from the API process.  Implements `EngineEvents`.
+    """What the server counts and times, all seen from the API process.
 
     Args:
         model_name: a label of every series; the other is the name of the engine.
@@ -87,6 +87,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def stats(self, engine: str, stats: SchedulerStats) -> None:
+        """Take in the scheduler's snapshot after a step of this engine."""
         series = self._of(engine)
         before = self._counted.get(engine) or SchedulerStats(0, 0, 0.0, 0, 0, 0)
         self._counted[engine] = stats
@@ -103,6 +104,7 @@ class Metrics:
                 self._accepted_per_pos.labels(self._model_name, engine, str(position)).inc(now - then)
 
     def tokens(self, journal: Journal, output: RequestOutput, now: float) -> None:
+        """Take in a request's news, before its journal does; `now` is on the clock of the journal."""
         if not output.token_ids:
             return
         series = self._of(journal.engine)

@@ -39,9 +39,7 @@ async def serve(settings: Settings) -> None:
     listener = listen(settings.server.host, settings.server.port)
     with contextlib.closing(listener):
         logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
-        service = build_service(settings, lambda metrics: EngineClient("0", metrics))
-        client = service.engine
-        assert isinstance(client, EngineClient)
+        service, client = build_service(settings)
         if settings.engine.trace is not None:
             begin_trace(settings.engine.trace)
         supervisor = EngineSupervisor(settings, client)

@@ -12,14 +12,12 @@ from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.model.record import ModelConfig
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.scheduler.output import SchedulingParams
 from shoal.server.engine.engine import Engine
 from shoal.server.errors import ModelNotFoundError
-from shoal.server.generation import Generation, Prompt
 from shoal.server.metrics import Metrics
-from shoal.server.sampling import check_token_ids, resolve_sampling
+from shoal.server.sampling import check_token_ids
 from shoal.server.settings import Settings
-from shoal.server.wire.requests import ChatBody, CompletionBody, Message
+from shoal.server.wire.requests import CompletionBody, Message
 
 # Tokenizing this many characters takes well under a millisecond; more would hold up the event loop.
 INLINE_CHARS = 4096
@@ -119,51 +117,6 @@ class Service:
                 return [self._decoded([token_id for token_id in token_ids if isinstance(token_id, int)])]
             case many:
                 return [self._decoded(token_ids) for token_ids in many if isinstance(token_ids, list)]
-
-    def generate(
-        self,
-        body: CompletionBody | ChatBody,
-        prompts: Sequence[tuple[str, list[int]]],
-        *,
-        api_id: str,
-        seed: int,
-        scheduling: SchedulingParams,
-    ) -> Generation:
-        """Submit the prompts of a body to the engine.
-
-        Raises:
-            InvalidRequestError, QueueFullError, EngineUnavailableError: it is refused.
-        """
-        limits = self.engine.ready.limits
-        resolved = [
-            Prompt(
-                text,
-                token_ids,
-                resolve_sampling(
-                    body,
-                    seed=seed,
-                    num_prompt_tokens=len(token_ids),
-                    limits=limits,
-                    vocab_size=self.config.vocab_size,
-                    eos_token_ids=self.defaults.eos_token_ids or self.config.eos_token_ids,
-                    defaults=self.defaults,
-                ),
-            )
-            for text, token_ids in prompts
-        ]
-        return Generation(
-            self.engine,
-            self.tokenizer,
-            self.metrics,
-            api_id=api_id,
-            prompts=resolved,
-            n=body.n,
-            scheduling=scheduling,
-            speculates=self.check_speculation(body.speculation),
-            stop_strings=body.stop_strings,
-            end_after=body.end_after,
-            echo=isinstance(body, CompletionBody) and body.echo,
-        )
 
     async def _encoded(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
         if not all(texts):

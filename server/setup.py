@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from shoal.model.checkpoint.config import load_config, load_generation_defaults
@@ -10,17 +9,17 @@ from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_che
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import ConfigError
-from shoal.server.engine.engine import Engine
+from shoal.server.engine.client import EngineClient
 from shoal.server.metrics import Metrics
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
 
 
-def build_service(settings: Settings, connect: Callable[[Metrics], Engine]) -> Service:
+def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     """Read what the API needs of the checkpoint; the engine reads the rest.
 
-    Args:
-        connect: makes the engine, which tells the metrics what it does.
+    Returns:
+        The service, and the client in it that the owner of the engine connects.
 
     Raises:
         CheckpointError: a file is missing or malformed.
@@ -33,16 +32,18 @@ def build_service(settings: Settings, connect: Callable[[Metrics], Engine]) -> S
         _check_draft(tokenizer, find_draft(settings.speculation.draft_model))
     model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
     metrics = Metrics(model_name)
-    return Service(
+    client = EngineClient("0", metrics)
+    service = Service(
         settings=settings,
         model_name=model_name,
         config=load_config(opened),
         defaults=load_generation_defaults(opened),
         tokenizer=tokenizer,
-        engine=connect(metrics),
+        engine=client,
         metrics=metrics,
         started=unix_time(),
     )
+    return service, client
 
 
 def _check_draft(tokenizer: Tokenizer, draft: Path) -> None:

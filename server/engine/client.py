@@ -11,10 +11,10 @@ from enum import Enum
 from shoal.scheduler.admission import check_queue, check_request
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.output import SchedulerStats
-from shoal.server.engine.engine import EngineEvents
 from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
 from shoal.server.errors import EngineUnavailableError
+from shoal.server.metrics import Metrics
 
 NO_STATS = SchedulerStats(0, 0, 0.0, 0, 0, 0)  # of an engine that has just started, or is no more
 
@@ -31,19 +31,19 @@ class EngineClient:
 
     Args:
         name: of the engine, for metrics.
-        events: told of each step and each request's tokens.
+        metrics: told of each step and each request's tokens.
     """
 
-    def __init__(self, name: str, events: EngineEvents) -> None:
+    def __init__(self, name: str, metrics: Metrics) -> None:
         self.name = name
         self.state = EngineState.STARTING
-        self._events = events
+        self._metrics = metrics
         self._ready: Ready | None = None
         self._send: Callable[[Command], None] | None = None
         self._unfinished: dict[str, Submission] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        events.stats(name, NO_STATS)
+        metrics.stats(name, NO_STATS)
 
     # -- for HTTP: see `Engine` ----------------------------------------------------------------------------------
 
@@ -99,12 +99,12 @@ class EngineClient:
     def take(self, news: News) -> None:
         """Note what came of a step, and wake the calls that wait for it."""
         now = time.monotonic()
-        self._events.stats(self.name, news.stats)
+        self._metrics.stats(self.name, news.stats)
         for output in news.outputs:
             submission = self._unfinished.get(output.request_id)
             if submission is not None:
                 journal = submission.journals[output.request_id]
-                self._events.tokens(journal, output, now)
+                self._metrics.tokens(journal, output, now)
                 journal.note(output, now)
                 submission.put(output)
                 if output.finish_reason is not None:
@@ -116,7 +116,7 @@ class EngineClient:
         if self.state is EngineState.READY:
             self.state = EngineState.STARTING
         self._fail_all(error)
-        self._events.stats(self.name, NO_STATS)
+        self._metrics.stats(self.name, NO_STATS)
 
     # -- the parts -----------------------------------------------------------------------------------------------
 

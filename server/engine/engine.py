@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from shoal.scheduler.output import RequestOutput, SchedulerStats
-from shoal.server.engine.journal import Journal, Submission
+from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import EngineRequest, Ready
 
 
@@ -35,16 +34,4 @@ class Engine(Protocol):
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget these requests; the blocks of the unfinished ones are free at the engine's next step."""
-        ...
-
-
-class EngineEvents(Protocol):
-    """Is told what engines do.  `engine` and `Journal.engine` are the name of the engine."""
-
-    def stats(self, engine: str, stats: SchedulerStats) -> None:
-        """The scheduler's snapshot after a step."""
-        ...
-
-    def tokens(self, journal: Journal, output: RequestOutput, now: float) -> None:
-        """A request's news, before its journal takes it in; `now` is on the clock of the journal."""
         ...

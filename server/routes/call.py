@@ -10,6 +10,7 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
+from shoal.server.generation import Generation
 from shoal.server.keys import known_key
 from shoal.server.routes.answer import EventStream, unless_disconnected, whole
 from shoal.server.sampling import resolve_seed
@@ -46,7 +47,7 @@ class Call(ABC, Generic[Body]):
         self.include_usage = body.stream_options is not None and body.stream_options.include_usage
         self.usage_in_chunks = None if self.include_usage else msgspec.UNSET
         scheduling = resolve_scheduling(body, known_key(request, service.settings.server.api_keys))
-        self.generation = service.generate(body, prompts, api_id=self.id, seed=self.seed, scheduling=scheduling)
+        self.generation = Generation(service, body, prompts, api_id=self.id, seed=self.seed, scheduling=scheduling)
 
     async def answer(self) -> Response:
         """Answer as the body asks."""

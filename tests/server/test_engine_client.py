@@ -68,8 +68,7 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 def sample(client: EngineClient, name: str) -> float | None:
-    assert isinstance(client._events, Metrics)
-    return client._events.registry.get_sample_value(f"vllm:{name}", {"model_name": "fake", "engine": "0"})
+    return client._metrics.registry.get_sample_value(f"vllm:{name}", {"model_name": "fake", "engine": "0"})
 
 
 def play_out(scene: Callable[[], Awaitable[None]]) -> None:

@@ -10,7 +10,6 @@ import pytest
 from shoal.model.checkpoint import gguf_checkpoint
 from shoal.model.checkpoint.gguf_file import GgufFile, read_gguf
 from shoal.model.checkpoint.load import load_checkpoint
-from shoal.server.engine.client import EngineClient
 from shoal.server.settings import resolve
 from shoal.server.setup import build_service
 from tests.e2e.checkpoints import random_checkpoint
@@ -26,7 +25,7 @@ def test_each_process_reads_the_header_of_a_gguf_file_once(tmp_path: Path, monke
         return read_gguf(path)
 
     async def start() -> None:
-        service = build_service(resolve({"model": str(path)}), lambda metrics: EngineClient("0", metrics))
+        service, _ = build_service(resolve({"model": str(path)}))
         assert service.config.vocab_size > 0
 
     monkeypatch.setattr(gguf_checkpoint, "read_gguf", counted)
