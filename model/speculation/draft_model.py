@@ -6,7 +6,7 @@ import numpy as np
 
 from shoal.model.speculation.config import MOST_SPEC_TOKENS
 from shoal.model.speculation.drafting import Drafter
-from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
+from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal, Proposer
 from shoal.model.step.batch import Backend
 from shoal.model.step.rows import BatchRows
 from shoal.scheduler.output import ScheduledRequest
@@ -15,7 +15,7 @@ from shoal.scheduler.output import ScheduledRequest
 _READ_ALONG = MOST_SPEC_TOKENS
 
 
-class DraftModelProposer:
+class DraftModelProposer(Proposer):
     """Implements `Proposer` with a draft model.
 
     The draft model has its own KV cache, in which each block has the same number as in the target's.  So a prefix that
@@ -31,13 +31,7 @@ class DraftModelProposer:
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        rows: BatchRows,
-        *,
-        num_blocks: int,
-        max_catch_up: int,
-        draws_apart: bool,
+        self, backend: Backend, rows: BatchRows, *, num_blocks: int, max_catch_up: int, draws_apart: bool
     ) -> None:
         self._drafter = Drafter(backend, rows, num_layers=None, draws_apart=draws_apart)
         self._rows = rows

@@ -5,16 +5,15 @@ Saxena 2023, "Prompt Lookup Decoding".  It runs no model and keeps no index: the
 
 from __future__ import annotations
 
-from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
+from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal, Proposer
 from shoal.model.step.rows import BatchRows
-from shoal.scheduler.output import ScheduledRequest
 
 # Numbers of tokens that are looked up, most first.  The more of them match, the longer the texts after them agree.  So
 # twice as many tokens are drafted as match, and as many as are wanted if the most match.
 _SIZES = (8, 4, 3, 2)
 
 
-class NgramProposer:
+class NgramProposer(Proposer):
     """Implements `Proposer` with the text of each request.
 
     Args:
@@ -23,12 +22,6 @@ class NgramProposer:
 
     def __init__(self, rows: BatchRows) -> None:
         self._rows = rows
-
-    def place(self, row: int, share: ScheduledRequest) -> None:
-        pass
-
-    def catch_up(self, candidates: list[Candidate]) -> None:
-        pass
 
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
         return [self._draft(candidate) for candidate in candidates]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,17 +43,15 @@ class Proposal:
 NO_PROPOSAL = Proposal([])
 
 
-class Proposer(Protocol):
-    """Drafts the next tokens of requests."""
+class Proposer:
+    """Drafts the next tokens of requests.  One that keeps nothing of its own inherits `place` and `catch_up`."""
 
     def place(self, row: int, share: ScheduledRequest) -> None:
         """Take note of a request's share of the next step: whether it joins, and its new blocks."""
-        ...
 
     def catch_up(self, candidates: list[Candidate]) -> None:
         """Do what drafting for these needs once, and not in every step."""
-        ...
 
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
         """Return a proposal for each candidate."""
-        ...
+        raise NotImplementedError

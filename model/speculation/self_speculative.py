@@ -8,13 +8,12 @@ writes there.
 from __future__ import annotations
 
 from shoal.model.speculation.drafting import Drafter
-from shoal.model.speculation.proposer import Candidate, Proposal
+from shoal.model.speculation.proposer import Candidate, Proposal, Proposer
 from shoal.model.step.batch import Backend
 from shoal.model.step.rows import BatchRows
-from shoal.scheduler.output import ScheduledRequest
 
 
-class SelfSpeculativeProposer:
+class SelfSpeculativeProposer(Proposer):
     """Implements `Proposer` with the first layers of the target.
 
     Args:
@@ -26,12 +25,6 @@ class SelfSpeculativeProposer:
 
     def __init__(self, backend: Backend, rows: BatchRows, *, num_layers: int, draws_apart: bool) -> None:
         self._drafter = Drafter(backend, rows, num_layers=num_layers, draws_apart=draws_apart)
-
-    def place(self, row: int, share: ScheduledRequest) -> None:
-        """There is nothing to take note of."""
-
-    def catch_up(self, candidates: list[Candidate]) -> None:
-        """There is nothing to catch up with."""
 
     def propose(self, candidates: list[Candidate]) -> list[Proposal]:
         return self._drafter.draft(candidates, [one.num_tokens - 1 for one in candidates])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from shoal.model.speculation import rejection
 from shoal.model.speculation.length import LengthRule
 from shoal.model.speculation.proposer import Candidate, Proposal, Proposer
-from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
+from shoal.model.step.batch import Backend, Float32, ForwardBatch, SamplerOutput, SamplingBatch
 from shoal.model.step.layout import StepLayout
 from shoal.model.step.rows import BatchRows
 from shoal.model.step.sampling import describe, probabilities, sample_reference
@@ -70,7 +70,7 @@ class Speculation:
         if start - self._ended < _LONGEST_GAP:
             start = self._ended  # each step pays for what the engine does before it
         if self._by_rejection:
-            chosen = self._execute_by_rejection(backend, batch, sampling, scheduled, layout)
+            chosen = self._verify(backend.forward(batch), sampling, scheduled, layout)
         else:
             chosen = backend.execute(batch, sampling)
         self._ended = self._clock()
@@ -78,15 +78,10 @@ class Speculation:
         self._step_seconds = None if has_prompt else self._ended - start
         return chosen
 
-    def _execute_by_rejection(
-        self,
-        backend: Backend,
-        batch: ForwardBatch,
-        sampling: SamplingBatch,
-        scheduled: list[ScheduledRequest],
-        layout: StepLayout,
+    def _verify(
+        self, logits: Float32, sampling: SamplingBatch, scheduled: list[ScheduledRequest], layout: StepLayout
     ) -> SamplerOutput:
-        logits = backend.forward(batch)
+        """Choose by rejection sampling."""
         token_ids = sample_reference(logits, sampling).token_ids
         target = probabilities(logits, sampling)
         end = 0

@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import exp, log, sqrt
-from typing import Protocol
 from zlib import crc32
 
 from shoal.scheduler.request import Request
 
 
-class Predictor(Protocol):
-    """Predicts lengths of outputs, and may learn from the requests that end."""
+class Predictor:
+    """Predicts lengths of outputs, and may learn from the requests that end; by itself it does not."""
 
     def predict(self, request: Request) -> float:
         """Output tokens that the request will have in all, from 1 to `max_tokens`.  Asked when the request arrives."""
-        ...
+        raise NotImplementedError
 
     def learn(self, request: Request) -> None:
         """Learn from a request that has ended, and from its output."""
-        ...
 
 
-class MaxTokens:
+class MaxTokens(Predictor):
     """Predicts `max_tokens`, which is an upper bound."""
 
     def predict(self, request: Request) -> float:
         return max(request.params.max_tokens, 1)
 
-    def learn(self, request: Request) -> None:
-        pass
 
-
-class Oracle:
+class Oracle(Predictor):
     """Knows the lengths: the best that a predictor could do, for experiments.
 
     Args:
@@ -45,9 +40,6 @@ class Oracle:
     def predict(self, request: Request) -> float:
         return max(self._num_output_tokens[request.request_id], 1)
 
-    def learn(self, request: Request) -> None:
-        pass
-
 
 _PRIOR_TOKENS = 128.0  # the prediction before anything is learned
 _NUM_SLOTS = 2**14
@@ -55,7 +47,7 @@ _SLOWEST_RATE = 0.05  # the rate of learning does not fall below this
 _NUM_WORDS = 32  # tokens at either end of a prompt that are features one by one
 
 
-class LearnedLengths:
+class LearnedLengths(Predictor):
     """Learns from the requests that end: an online linear regression of the logarithm of the length.
 
     The features of a request are its client, the magnitudes of its prompt and of `max_tokens`, how its prompt begins

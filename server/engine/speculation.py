@@ -46,32 +46,25 @@ class SpeculationPlan:
         self, backends: NativePlan | TorchPlan, target: Backend, limits: SchedulerConfig, rows: BatchRows
     ) -> Speculation:
         """Put it together around the target's backend and the rows of the batch."""
-        config = self.config
-        fixed = config.num_spec_tokens
-        most = MOST_SPEC_TOKENS if config.method == "ngram" else ADAPTIVE_MOST
-        return Speculation(
-            self._proposer(backends, target, limits, rows),
-            AdaptiveLength(rows.max_num_seqs, most) if fixed is None else FixedLength(fixed),
-            rows,
-            needs_slots=config.method != "ngram",
-            by_rejection=config.verification == "rejection",
-        )
-
-    def _proposer(
-        self, backends: NativePlan | TorchPlan, target: Backend, limits: SchedulerConfig, rows: BatchRows
-    ) -> Proposer:
-        draws_apart = self.config.verification == "rejection"
+        config, fixed = self.config, self.config.num_spec_tokens
+        by_rejection = config.verification == "rejection"
+        proposer: Proposer
         if self.draft is not None:
-            return DraftModelProposer(
+            proposer = DraftModelProposer(
                 backends.create(self.draft, limits.num_blocks, sibling=target),
                 rows,
                 num_blocks=limits.num_blocks,
                 max_catch_up=limits.max_num_batched_tokens,
-                draws_apart=draws_apart,
+                draws_apart=by_rejection,
             )
-        if self.num_layers is not None:
-            return SelfSpeculativeProposer(target, rows, num_layers=self.num_layers, draws_apart=draws_apart)
-        return NgramProposer(rows)
+        elif self.num_layers is not None:
+            proposer = SelfSpeculativeProposer(target, rows, num_layers=self.num_layers, draws_apart=by_rejection)
+        else:
+            proposer = NgramProposer(rows)
+        needs_slots = config.method != "ngram"
+        most = ADAPTIVE_MOST if needs_slots else MOST_SPEC_TOKENS
+        lengths = AdaptiveLength(rows.max_num_seqs, most) if fixed is None else FixedLength(fixed)
+        return Speculation(proposer, lengths, rows, needs_slots=needs_slots, by_rejection=by_rejection)
 
 
 def plan_speculation(config: SpeculationConfig, target: ModelRecord, max_model_len: int) -> SpeculationPlan | None:
