@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import Structure, byref, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_int64, c_void_p
 
 import numpy as np
 
-from shoal.model.step.batch import BIAS, PENALTY, Float32, Records, SamplerOutput, SamplingBatch
+from shoal.model.step.batch import BIAS, PENALTY, Records, SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import SAMPLING_ROW
 
 
@@ -81,20 +80,6 @@ class SamplerArguments:
             chosen.top_token_ids = output.top_token_ids.ctypes.data
             chosen.top_logprobs = output.top_logprobs.ctypes.data
         return output
-
-
-def sample(library: ctypes.CDLL, logits: Float32, sampling: SamplingBatch, *, num_threads: int = 1) -> SamplerOutput:
-    """Choose a token at each row of `logits` [num_logits, vocab_size], C-contiguous, with threads for this call only.
-
-    For tests and tools: a backend samples in the same call that computes the logits.
-    """
-    vocab_size = logits.shape[1]
-    arguments = SamplerArguments(vocab_size)
-    output = arguments.bind(sampling)
-    address, how = c_void_p(logits.ctypes.data), (byref(arguments.sampling), byref(arguments.chosen))
-    fault = library.shoal_sample(c_int32(num_threads), address, c_int32(vocab_size), *how)
-    assert fault is None, fault.decode()
-    return output
 
 
 def _address(records: Records, dtype: np.dtype[np.void]) -> int:

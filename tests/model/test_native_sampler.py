@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from shoal.model.backends.native_library import load_library, supported_isas
-from shoal.model.backends.native_sampling import SamplerArguments, sample
+from shoal.model.backends.native_sampling import SamplerArguments
 from shoal.model.step.batch import BIAS, PENALTY, SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import sample_reference
+from tests.model.native_sample import sample
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
 

@@ -23,13 +23,13 @@ from transformers import (
 from shoal.clients.types import SamplingOptions
 from shoal.model.backends import native_library
 from shoal.model.backends.native_library import load_library, supported_isas
-from shoal.model.backends.native_sampling import sample as native_sample
 from shoal.model.backends.torch_sampler import sample as torch_sample
 from shoal.model.step import sampling
 from shoal.model.step.batch import SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import SAMPLING_ROW, gumbel_noise, sample_reference
 from shoal.scheduler.output import SamplingParams
 from shoal.server.wire.requests import GenerationBody
+from tests.model import native_sample
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Sampler = Callable[[np.ndarray, SamplingBatch], SamplerOutput]
@@ -44,7 +44,7 @@ def torch_sampler(logits: np.ndarray, sampling: SamplingBatch) -> SamplerOutput:
 @pytest.fixture(params=["reference", "torch", *supported_isas()])
 def sampler(request: pytest.FixtureRequest) -> Sampler:
     by_name = {"reference": sample_reference, "torch": torch_sampler}
-    return by_name.get(request.param) or partial(native_sample, load_library(request.param))
+    return by_name.get(request.param) or partial(native_sample.sample, load_library(request.param))
 
 
 def random_logits(seed: int, num_rows: int, vocab_size: int, scale: float = 3.0) -> np.ndarray:
