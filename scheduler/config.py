@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import isfinite
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from shoal.scheduler.errors import ConfigError
 
@@ -41,6 +41,11 @@ class Config:
         hints = get_type_hints(type(self))
         for each in fields(self):
             check_setting(each, hints[each.name], getattr(self, each.name))
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration with those of these values that are its settings; the others have their defaults."""
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 
 def check_setting(declared: Field[Any], hint: Any, value: Any) -> None:

@@ -88,17 +88,10 @@ class Settings:
 
     def sections(self) -> dict[str, Any]:
         """The settings as a file holds them; `resolve` makes the same settings of it.  Secrets are not left out."""
-        scheduler = asdict(self.scheduler)
+        sections = {name: asdict(getattr(self, name)) for name in _SECTIONS}
         for knobs in self.knobs.values():
-            scheduler |= asdict(knobs)
-        return {
-            "model": self.model,
-            "server": asdict(self.server),
-            "engine": asdict(self.engine),
-            "cache": asdict(self.cache),
-            "scheduler": scheduler,
-            "speculation": asdict(self.speculation),
-        }
+            sections["scheduler"] |= asdict(knobs)
+        return {"model": self.model, **sections}
 
 
 @dataclass(frozen=True)
@@ -170,13 +163,9 @@ def resolve(values: Mapping[str, Any]) -> Settings:
 
 
 def _build(model: str, taken: Mapping[str, Mapping[str, Any]]) -> Settings:
-    made: dict[str, Any] = {section: _take(kind, taken[section]) for section, kind in _SECTIONS.items()}
+    made: dict[str, Any] = {section: kind.select(taken[section]) for section, kind in _SECTIONS.items()}
     knobs = {name: select_knobs(name, taken["scheduler"]) for name in POLICIES}
     return Settings(model=model, knobs=knobs, **made)
-
-
-def _take(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})
 
 
 def _convert(section: str, name: str, value: Any) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
 from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.errors import ConfigError
-from shoal.scheduler.policies.policy import Policy
+from shoal.scheduler.policies.policy import Policy as Policy
 
 
 def discover_policies() -> dict[str, type[Policy]]:
@@ -64,21 +63,9 @@ def select_knobs(name: str, values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: there is no such policy, or a value is out of range.
     """
-    kind = find_policy(name).Knobs
-    return kind(**{knob.name: values[knob.name] for knob in fields(kind) if knob.name in values})
+    return find_policy(name).Knobs.select(values)
 
 
 def describe_policies() -> dict[str, str]:
     """One line on each policy, by name."""
     return {name: (inspect.getdoc(kind) or "").partition("\n")[0] for name, kind in POLICIES.items()}
-
-
-__all__ = [
-    "POLICIES",
-    "Policy",
-    "create_policy",
-    "describe_policies",
-    "discover_policies",
-    "find_policy",
-    "select_knobs",
-]
