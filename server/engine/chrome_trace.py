@@ -73,8 +73,8 @@ class ChromeTrace:
         self._stays: dict[str, _Stay] = {}
         self._named: set[int] = set()
         self._events: list[bytes] = []
-        self._name("process_name", _STEPS, "engine")
-        self._name("thread_name", _STEPS, "steps")
+        self._add("process_name", "M", tid=_STEPS, args={"name": "engine"})
+        self._add("thread_name", "M", tid=_STEPS, args={"name": "steps"})
         self._flush()
 
     def __call__(self, record: StepRecord) -> None:
@@ -84,7 +84,9 @@ class ChromeTrace:
         start, scheduled, executed, end = (round(seconds * 1e9) for seconds in accumulate(parts))
         for share in record.shares:
             if share.request_id not in self._stays:
-                self._name_row(share.row)
+                if share.row not in self._named:
+                    self._named.add(share.row)
+                    self._add("thread_name", "M", tid=_ROWS + share.row, args={"name": f"row {share.row}"})
                 arrival = start - round(record.joined.get(share.request_id, 0.0) * 1e9)
                 self._stays[share.request_id] = _Stay(share.row, arrival, start, end)
             self._stays[share.request_id].end = end
@@ -117,27 +119,17 @@ class ChromeTrace:
             self._span(request_id, _ROWS + stay.row, stay.start, stay.end, args)
 
     def _span(self, name: str, tid: int, start: int, end: int, args: object = None) -> None:
-        event = {"name": name, "ph": "X", "ts": start / 1000, "dur": (end - start) / 1000, "tid": tid}
-        self._add(event | ({"args": args} if args else {}))
+        more = {"args": args} if args else {}
+        self._add(name, "X", ts=start / 1000, dur=(end - start) / 1000, tid=tid, **more)
 
     def _count(self, at: int, running: int, waiting: int, usage: float) -> None:
-        for name, args in (
-            ("running", {"requests": running}),
-            ("waiting", {"requests": waiting}),
-            ("KV usage", {"share": usage}),
-        ):
-            self._add({"name": name, "ph": "C", "ts": at / 1000, "args": args})
+        self._add("running", "C", ts=at / 1000, args={"requests": running})
+        self._add("waiting", "C", ts=at / 1000, args={"requests": waiting})
+        self._add("KV usage", "C", ts=at / 1000, args={"share": usage})
 
-    def _name_row(self, row: int) -> None:
-        if row not in self._named:
-            self._named.add(row)
-            self._name("thread_name", _ROWS + row, f"row {row}")
-
-    def _name(self, kind: str, tid: int, name: str) -> None:
-        self._add({"name": kind, "ph": "M", "tid": tid, "args": {"name": name}})
-
-    def _add(self, event: dict[str, Any]) -> None:
-        self._events.append(msgspec.json.encode(event | {"pid": self._pid}))
+    def _add(self, name: str, ph: str, **fields: Any) -> None:
+        """Add an event of the phase `ph`: X for a span, C for a counter, M for the name of a thread."""
+        self._events.append(msgspec.json.encode({"name": name, "ph": ph, **fields, "pid": self._pid}))
 
     # -- the file ------------------------------------------------------------------------------------------------
 
