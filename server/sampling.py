@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Collection
 from dataclasses import fields
 
 from shoal.model.checkpoint.config import GenerationDefaults
@@ -44,8 +45,7 @@ def resolve_sampling(
     if body.end_after is not None:
         _check_at_most("end_after", body.end_after, max_tokens)
         _check_end(body, eos_token_ids)
-    for token_id in body.stop_token_ids:
-        _check_token_id("stop_token_ids", token_id, vocab_size)
+    check_token_ids("stop_token_ids", body.stop_token_ids, vocab_size)
     num_logprobs = _num_logprobs(body)
     scores_prompt = isinstance(body, CompletionBody) and body.echo
     values = {
@@ -116,23 +116,19 @@ def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
     for key, addend in bias.items():
         if not _TOKEN_ID.fullmatch(key):
             raise InvalidRequestError(f"logit_bias: {key[:32]!r} is not a token id", param="logit_bias")
-        _check_token_id("logit_bias", int(key), vocab_size)
         resolved[int(key)] = addend
+    check_token_ids("logit_bias", resolved, vocab_size)
     return resolved
 
 
-def _check_token_id(param: str, token_id: int, vocab_size: int) -> None:
-    if token_id >= vocab_size:
-        raise InvalidRequestError(
-            f"{param}: token id {token_id} is outside the vocabulary of {vocab_size}", param=param
-        )
-
-
-def check_token_ids(param: str, token_ids: list[int], vocab_size: int) -> None:
+def check_token_ids(param: str, token_ids: Collection[int], vocab_size: int) -> None:
     """Refuse token ids that the model does not know.
 
     Raises:
         InvalidRequestError: one is outside the vocabulary.
     """
-    if token_ids:
-        _check_token_id(param, max(token_ids), vocab_size)
+    greatest = max(token_ids, default=-1)
+    if greatest >= vocab_size:
+        raise InvalidRequestError(
+            f"{param}: token id {greatest} is outside the vocabulary of {vocab_size}", param=param
+        )

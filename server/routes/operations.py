@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from shoal.server.routes.answer import whole
 from shoal.server.service import Service
-from shoal.server.wire.responses import Version
 
 
 def operations_router(service: Service) -> APIRouter:
@@ -27,6 +26,6 @@ def operations_router(service: Service) -> APIRouter:
 
     @router.get("/version")
     async def get_version() -> Response:
-        return whole(Version(version("shoal")))
+        return whole({"version": version("shoal")})
 
     return router

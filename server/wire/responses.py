@@ -153,10 +153,6 @@ class DetokenizeResult(msgspec.Struct):
     prompt: str
 
 
-class Version(msgspec.Struct):
-    version: str
-
-
 class ServerInfo(msgspec.Struct):
     """What the server computes with: the limits of its engine, and all settings but secrets.
 
