@@ -16,10 +16,8 @@ from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, suppo
 from shoal.model.record import ModelConfig, ModelRecord
 from shoal.model.step.batch import Backend
 from shoal.scheduler.errors import ConfigError
-from shoal.server.engine.memory import free_main_memory
 
 DType = Literal["float32", "bfloat16"]
-KVCacheDType = Literal["float32", "float16", "bfloat16"]
 
 BUILD = "`python -m shoal.model.native.build`"
 
@@ -37,10 +35,6 @@ class NativePlan:
     isa: str
     kv_cache_dtype: Literal["float32", "float16"]
     warning: None = None
-
-    def free_memory(self) -> int:
-        """Bytes that are free where the KV cache will be."""
-        return free_main_memory()
 
     def create(self, record: ModelRecord, num_blocks: int, sibling: Backend | None = None) -> Backend:
         """A backend with its KV cache; it shares the threads of a sibling that this plan created, if one is given."""
@@ -79,18 +73,6 @@ class TorchPlan:
     cache: CacheConfig
     kv_cache_dtype: DType
     warning: str | None
-
-    def free_memory(self) -> int:
-        """Bytes that are free where the KV cache will be.
-
-        Raises:
-            ConfigError: this machine has no such device.
-        """
-        if self.config.device == "cpu":
-            return free_main_memory()
-        from shoal.model.backends.torch_device import free_cuda_memory  # noqa: PLC0415
-
-        return free_cuda_memory(self.config.device)
 
     def create(self, record: ModelRecord, num_blocks: int, sibling: Backend | None = None) -> Backend:
         """A backend with its KV cache; all backends share torch's threads."""

@@ -17,7 +17,7 @@ from shoal.scheduler.policies import create_policy
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.backends import plan_backend
 from shoal.server.engine.chrome_trace import ChromeTrace
-from shoal.server.engine.memory import plan_kv_cache
+from shoal.server.engine.memory import free_memory, plan_kv_cache
 from shoal.server.engine.messages import Ready
 from shoal.server.engine.speculation import plan_speculation
 from shoal.server.settings import Settings
@@ -50,12 +50,13 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
     plan = plan_backend(settings.engine, settings.cache, record.config)
     speculation = plan_speculation(settings.speculation, record, max_model_len)
     models = [record.config, *([speculation.draft.config] if speculation and speculation.draft else [])]
-    cache = plan_kv_cache(
-        settings, *models, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=plan.free_memory()
+    free = free_memory(settings.engine.device)
+    num_blocks, num_bytes = plan_kv_cache(
+        settings, *models, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=free
     )
     limits = SchedulerConfig(
         **{name: getattr(settings.scheduler, name) for name in SchedulerLimits.__dataclass_fields__},
-        num_blocks=cache.num_blocks,
+        num_blocks=num_blocks,
         block_size=settings.cache.block_size,
         max_model_len=max_model_len,
         enable_prefix_caching=settings.cache.enable_prefix_caching,
@@ -63,8 +64,8 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
     )
     policy = settings.scheduler.policy
     scheduler = Scheduler(limits, create_policy(policy, limits, settings.knobs[policy]))
-    progress(f"preparing {record.num_parameters / 1e6:.1f} M parameters and {cache.num_bytes // 2**20} MiB of KV cache")
-    backend = plan.create(record, cache.num_blocks)
+    progress(f"preparing {record.num_parameters / 1e6:.1f} M parameters and {num_bytes // 2**20} MiB of KV cache")
+    backend = plan.create(record, num_blocks)
     executor = ModelExecutor(
         backend,
         max_num_seqs=limits.max_num_seqs,
@@ -72,7 +73,7 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         block_size=limits.block_size,
         speculate=partial(speculation.create, plan, backend, limits) if speculation else None,
     )
-    ready = Ready(limits, record.num_parameters, cache.num_bytes, plan.describe(backend), plan.warning)
+    ready = Ready(limits, record.num_parameters, num_bytes, plan.describe(backend), plan.warning)
     trace = None if settings.engine.trace is None else ChromeTrace(settings.engine.trace)
     core = EngineCore(scheduler, executor, time.monotonic, [] if trace is None else [trace])
     return BuiltEngine(core, ready, close=(lambda: None) if trace is None else trace.close)

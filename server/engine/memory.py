@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.model.record import ModelConfig, bytes_per_block
@@ -12,17 +11,16 @@ from shoal.server.settings import Settings
 MIB = 1024 * 1024
 
 
-@dataclass(frozen=True)
-class KVCachePlan:
-    num_blocks: int
-    num_bytes: int
-
-
-def plan_kv_cache(settings: Settings, *models: ModelConfig, dtype: str, max_model_len: int, free: int) -> KVCachePlan:
-    """Decide the number of blocks of a cache with elements of `dtype`, given the bytes that are free where it will be.
+def plan_kv_cache(
+    settings: Settings, *models: ModelConfig, dtype: str, max_model_len: int, free: int
+) -> tuple[int, int]:
+    """Decide the size of a cache with elements of `dtype`, given the bytes that are free where it will be.
 
     Args:
         models: those that keep keys and values in each block: the target, and a draft.
+
+    Returns:
+        The number of blocks, and their bytes.
 
     Raises:
         ConfigError: what was asked for exceeds the memory that is free, or holds not even one block.
@@ -45,12 +43,22 @@ def plan_kv_cache(settings: Settings, *models: ModelConfig, dtype: str, max_mode
             f"at most {free // per_block} blocks fit",
             param=param,
         )
-    return KVCachePlan(num_blocks, num_blocks * per_block)
+    return num_blocks, num_blocks * per_block
 
 
-def free_main_memory() -> int:
-    """Bytes that can be allocated without swapping: what the kernel could hand out, and no more than the container's
-    limit leaves."""
+def free_memory(device: str) -> int:
+    """Bytes that can be allocated on the device.
+
+    Main memory counts as far as it does not swap: what the kernel could hand out, and no more than the container's
+    limit leaves.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if device != "cpu":
+        from shoal.model.backends.torch_device import free_cuda_memory  # noqa: PLC0415 (torch loads if it computes)
+
+        return free_cuda_memory(device)
     meminfo = Path("/proc/meminfo").read_text()
     free = int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
