@@ -20,11 +20,7 @@ NUM_TURNS = 5
 
 
 def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
-    """Time decode and prefill steps on each backend, in turns; print a table.
-
-    The time outside the forward pass is measured twice: as it is, between two forward passes, which leave little of
-    the scheduler's code and data in the CPU's caches; and alone, with a forward pass that computes nothing.
-    """
+    """Time decode and prefill steps on each backend, in turns; print a table."""
     backends = ["native", "torch"] if supported_isas() else ["torch"]
     engines = [make_engine(checkpoint, ["--backend", name, "--no-enable-prefix-caching"]) for name in backends]
     rows: list[dict[str, object]] = []
@@ -33,16 +29,16 @@ def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
         name = f"decode {size}" if size else f"prefill {PREFILL}"
         in_a_row = max(1, steps // NUM_TURNS // (1 if size else 10))
         for engine in engines:
-            _begin(*engine, size, 2 * NUM_TURNS * (in_a_row + 1))
-        works = [partial(_step, *one, computes=how, prefills=not size) for one in engines for how in (False, True)]
+            _begin(*engine, size, NUM_TURNS * (in_a_row + 1))
+        works = [partial(_step, *engine, prefills=not size) for engine in engines]
         times = in_turns(works, NUM_TURNS, in_a_row=in_a_row, pause=0.02)
         for core, _timed in engines:
             _abort_all(core)
-        outside = [median(whole - inside for whole, inside in found) * 1e6 for found in times]
-        seconds = [median(whole for whole, _inside in found) for found in times[1::2]]
-        for backend, whole, alone, between in zip(backends, seconds, outside[::2], outside[1::2], strict=True):
+        seconds = [median(whole for whole, _inside in found) for found in times]
+        for backend, whole, found in zip(backends, seconds, times, strict=True):
+            outside = median(whole - inside for whole, inside in found) * 1e6
             speed = {"ms": whole * 1e3, "tokens/s": (size or PREFILL) / whole}
-            rows.append({"step": name, "backend": backend, **speed, "outside us": between, "outside us, alone": alone})
+            rows.append({"step": name, "backend": backend, **speed, "outside us": outside})
         ratios[name] = seconds[-1] / seconds[0]
     show(f"engine: median step, context {CONTEXT}; outside = schedule + build + update", rows)
     show(f"engine: time of {backends[-1]} / time of {backends[0]}", [ratios])
@@ -51,7 +47,6 @@ def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
 
 def _begin(core: EngineCore, timed: TimedBackend, batch_size: int, num_steps: int) -> None:
     """Let `batch_size` requests decode; within `num_steps` steps from now their mean context is CONTEXT tokens."""
-    timed.computes = True
     num_prompt_tokens = max(2, CONTEXT - num_steps // 2)
     for index in range(batch_size):
         core.scheduler.add(make_request(f"{index}", num_prompt_tokens, 2 * num_steps, timed.backend.vocab_size))
@@ -60,9 +55,8 @@ def _begin(core: EngineCore, timed: TimedBackend, batch_size: int, num_steps: in
         core.step()
 
 
-def _step(core: EngineCore, timed: TimedBackend, *, computes: bool, prefills: bool) -> tuple[float, float]:
+def _step(core: EngineCore, timed: TimedBackend, *, prefills: bool) -> tuple[float, float]:
     """Return the seconds of a step, and of it inside the backend; with `prefills` it computes a new prompt."""
-    timed.computes = computes
     if prefills:
         core.scheduler.add(make_request("prefill", PREFILL, 2, timed.backend.vocab_size))
     began = time.perf_counter()

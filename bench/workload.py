@@ -6,8 +6,6 @@ import random
 import time
 from pathlib import Path
 
-import numpy as np
-
 from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import SamplingParams
@@ -17,26 +15,21 @@ from shoal.server.sources import load_settings
 
 
 class TimedBackend:
-    """Times the steps of a backend for the executor, and can be told to compute nothing.
+    """Times the steps of a backend for the executor.
 
     Attributes:
         seconds: of the last step.
         chooses_all: whether the last step chose a token after each that it computed: no prompt was in it.
-        computes: whether a step is computed; if not, every request gets token 1 at once.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.seconds = 0.0
         self.chooses_all = False
-        self.computes = True
 
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
         began = time.perf_counter()
-        if self.computes:
-            output = self.backend.execute(batch, sampling)
-        else:
-            output = SamplerOutput(np.ones(len(batch.logits_indices), np.int32))
+        output = self.backend.execute(batch, sampling)
         self.seconds = time.perf_counter() - began
         self.chooses_all = len(batch.logits_indices) == len(batch.token_ids)
         return output
