@@ -32,6 +32,7 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
+from msgspec import Struct
 from msgspec.structs import replace
 
 from shoal.loadtest.records import Load, LoadTestError, RequestRecord
@@ -127,17 +128,17 @@ class Sender:
         environment.events.test_stop.add_listener(self._end)
 
     def _start(self, **_: Any) -> None:
+        self.traffic, self._results, self._recorded = None, None, None
         self._cpu_seconds_before = time.process_time()
         try:
             self.traffic = self._traffic()
         except LoadTestError as error:
-            self.traffic = None
             logger.error("%s", error)
             self.environment.process_exit_code = 2
         else:
             self.traffic.start()
             self._results, self._recorded = self._open(self.options.results), self._open(self.options.record)
-            self._write(Begin(self.traffic.started_at))
+            _write(self._results, Begin(self.traffic.started_at))
         gevent.spawn(self._watch, self.traffic)  # on its own, because what belongs to the run is killed at its end
 
     def _traffic(self) -> Traffic:
@@ -177,21 +178,20 @@ class Sender:
 
     def _report(self, record: RequestRecord) -> None:
         fire_events(self.environment, record)
-        self._write(record)
-        if self._recorded:
-            sent = replace(self._requests[record.request_id], arrival_time=record.sent_at)
-            self._recorded.write(msgspec.json.encode(sent) + b"\n")
-
-    def _write(self, line: Begin | RequestRecord | End) -> None:
-        if self._results:
-            self._results.write(msgspec.json.encode(line) + b"\n")
+        _write(self._results, record)
+        _write(self._recorded, replace(self._requests[record.request_id], arrival_time=record.sent_at))
 
     def _stop(self, **_: Any) -> None:
         if self.traffic:
             self.traffic.stop()
 
     def _end(self, **_: Any) -> None:
-        self._write(End(time.process_time() - self._cpu_seconds_before))
+        _write(self._results, End(time.process_time() - self._cpu_seconds_before))
+
+
+def _write(file: BinaryIO | None, line: Struct) -> None:
+    if file:
+        file.write(msgspec.json.encode(line) + b"\n")
 
 
 def check_recorded(environment: Environment, **_: Any) -> None:

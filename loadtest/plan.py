@@ -20,7 +20,7 @@ SHARES = (0.4, 0.7, 0.9, 1.0, 1.1)
 SIZES = {"fast": (96, 1), "full": (256, 2)}  # requests of each workload, and repetitions
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A comparison as it was asked for, and the runs that it comes to.
 
     Attributes:

@@ -181,12 +181,12 @@ def compare_all(plan: Plan, folder: Path, workloads: Workloads) -> tuple[Runs, l
     capacity: dict[tuple[str, tuple[str, ...]], float] = {}  # by workload and options: the most requests/s
     for number, asked in enumerate(bar := tqdm(plan.runs, unit="run", desc="comparison"), 1):
         bar.set_postfix_str(str(asked))
-        planned, of = asked, (asked.workload, asked.setup.options)
+        planned, alike = asked, (asked.workload, asked.setup.options)
         if share := asked.load.share:
-            if of not in capacity:
+            if alike not in capacity:
                 failures.append(f"{asked}: no closed loop was measured, so there is no open loop")
                 continue
-            rate = float(f"{share * capacity[of]:.3g}")  # three digits, so that a name shows all of it
+            rate = float(f"{share * capacity[alike]:.3g}")  # three digits, so that a name shows all of it
             planned = replace(asked, load=replace(asked.load, rate=rate, share=0.0))
         run_folder = folder / f"{number:03}-{planned.name}"
         try:
@@ -197,7 +197,7 @@ def compare_all(plan: Plan, folder: Path, workloads: Workloads) -> tuple[Runs, l
             runs[planned] = run_folder
             run = load_run(run_folder, with_steps=False)
             if run.load.users and run.is_complete:
-                capacity[of] = max(capacity.get(of, 0.0), summarize(run, plan.slo)["request rate"])
+                capacity[alike] = max(capacity.get(alike, 0.0), summarize(run, plan.slo)["request rate"])
     return runs, failures
 
 
