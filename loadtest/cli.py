@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.util import find_spec
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,18 +24,10 @@ NEEDED = ("locust", "matplotlib", "scipy", "tqdm")
 USAGE_EXIT_CODE, COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 2, 1, 130
 SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys")
 DEFAULT_PROFILE_FOLDER = Path("shoal-profile")
-A_PATH, A_FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
+A_FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-class _Positive(click.FloatRange):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if not isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
-
-
-COUNT, POSITIVE = click.IntRange(min=1), _Positive(min=0, min_open=True)
+COUNT, POSITIVE = click.IntRange(min=1), click.FloatRange(0, 10**6, min_open=True)
 
 
 def _several(one: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -48,7 +39,7 @@ def _load_options(command: Function) -> Function:
     """Options of what is compared, which commands share."""
     names, counts, rates = _several(click.STRING), _several(COUNT), _several(POSITIVE)
     for option in (
-        click.option("--replay", type=A_PATH, help="A saved workload, instead of --workload."),
+        click.option("--replay", help="A saved workload, instead of --workload."),
         click.option("--seed", type=int, default=0, help="Of workloads, arrivals and pauses."),
         click.option("--requests", "num_requests", type=COUNT, help="Number of requests of each workload."),
         click.option("--burstiness", type=POSITIVE, default=1.0, help="Of arrivals; 1 is a Poisson process."),
@@ -88,13 +79,13 @@ _server_options = click.argument(
     type=click.Choice(["fast", "full"]),
     default="fast",
     show_default=True,
-    help="fast: under 3 minutes; full: up to saturation, and every workload if none is named.",
+    help="fast: 96 requests a workload, once; full: 256, twice, up to saturation, and every workload if none is named.",
 )
 @click.option("--repetitions", type=COUNT, help="How often everything is measured.")
 @_model
 @click.option("--ttft-slo-ms", type=POSITIVE, default=1000.0, show_default=True, help="Objective of goodput for TTFT.")
 @click.option("--tpot-slo-ms", type=POSITIVE, default=100.0, show_default=True, help="Objective of goodput for TPOT.")
-@click.option("--costs", type=A_PATH, help="Folder of a profile; without it, one is taken first.")
+@click.option("--costs", help="Folder of a profile; without it, one is taken first.")
 @click.option("--output", type=A_FOLDER, help="Folder for all that comes of it.")
 @click.option("--resume", is_flag=True, help="Go on with the comparison in the folder, as it was asked for.")
 @_server_options
@@ -105,15 +96,19 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
     with its pictures.  Options after -- are passed to every server.
     """  # fmt: skip
     with _exit_codes("loadtest"):
-        from shoal.loadtest.plan import make_plan
-        from shoal.loadtest.study import conduct, open_folder
+        from shoal.loadtest.plan import Plan, make_plan
+        from shoal.loadtest.records import read_json
+        from shoal.loadtest.study import PLAN_FILE, begin, conduct
         from shoal.scheduler.policies import POLICIES
 
         if resume and output is None:
             raise click.UsageError("--resume needs --output, the folder of the comparison that is to go on")
         folder = output or Path("loadtest-results") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        asked["command"] = shlex.join(["shoal", *sys.argv[1:]])
-        plan = open_folder(folder, None if resume else make_plan(POLICIES, **asked))
+        if resume:
+            plan = read_json(folder / PLAN_FILE, Plan)
+        else:
+            plan = make_plan(POLICIES, command=shlex.join(["shoal", *sys.argv[1:]]), **asked)
+            begin(plan, folder)
         click.echo(
             f"Everything is saved in {folder}; if this ends early, --output {folder} --resume goes on.", err=True
         )
@@ -125,7 +120,7 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
 
 @click.command()
 @_load_options
-@click.option("--costs", type=A_PATH, default=DEFAULT_PROFILE_FOLDER, show_default=True, help="Folder of a profile.")
+@click.option("--costs", type=A_FOLDER, default=DEFAULT_PROFILE_FOLDER, show_default=True, help="Folder of a profile.")
 @_server_options
 def simulate(costs: Path, **asked: Any) -> None:
     """Predict what `shoal loadtest` would measure, from a profile and without a server.
@@ -148,7 +143,7 @@ def simulate(costs: Path, **asked: Any) -> None:
 @click.option("--output", type=A_FOLDER, default=DEFAULT_PROFILE_FOLDER, show_default=True, help="For the profile.")
 @_server_options
 def profile(output: Path, **asked: Any) -> None:
-    """Measure what steps cost, for `shoal simulate`: a minute of short runs.
+    """Measure what steps cost, for `shoal simulate`, in nine short runs.
 
     Options after -- are passed to every server.
     """  # fmt: skip

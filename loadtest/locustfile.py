@@ -27,22 +27,22 @@ from typing import Any, BinaryIO
 
 import gevent
 import msgspec
-from locust import User, events, task
+from locust import LoadTestShape, User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
+from msgspec import Struct
 from msgspec.structs import replace
 
 from shoal.loadtest.records import Load, LoadTestError, RequestRecord
-from shoal.loadtest.stream import PATH, CompletionClient
+from shoal.loadtest.stream import CALL, CompletionClient
 from shoal.loadtest.traffic import Begin, End, Traffic
-from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.loadtest.workload import WorkloadRequest, read_workload
 
 logger = logging.getLogger("shoal.loadtest")
 
-ALL_SENT = "shoal-all-sent"  # message of a worker to its master
-POLL_SECONDS = 0.1
+ALL_SENT = "shoal-all-sent"  # message of a process that sends
 
 
 @events.init_command_line_parser.add_listener
@@ -62,13 +62,36 @@ def add_options(parser: LocustArgumentParser) -> None:
 
 
 @events.init.add_listener
-def prepare(environment: Environment, **_: Any) -> None:
-    if isinstance(environment.runner, MasterRunner):
-        direct(environment)
-    else:
+def prepare(environment: Any, **_: Any) -> None:
+    if not isinstance(environment.runner, MasterRunner):
         CompletionUser.sender = Sender(environment)
     if not isinstance(environment.runner, WorkerRunner):
+        environment.runner.register_message(ALL_SENT, environment.shape_class.note_sent)
         environment.events.quitting.add_listener(check_recorded)
+
+
+class UntilAllIsSent(LoadTestShape):
+    """The users that are asked for, until every process that sends has sent its part."""
+
+    use_common_options = True
+    num_sent = 0
+
+    def note_sent(self, **_: Any) -> None:
+        self.num_sent += 1
+
+    def reset_time(self) -> None:
+        """Locust calls it at the start of each run."""
+        super().reset_time()
+        self.num_sent = 0
+
+    def tick(self) -> tuple[int, float] | None:
+        runner: Any = self.runner
+        options = runner.environment.parsed_options
+        is_over = options.run_time and self.get_run_time() > options.run_time
+        if is_over or 0 < runner.worker_count <= self.num_sent:
+            return None
+        options.expect_workers = runner.worker_count  # an option that locust hands to its workers
+        return options.num_users or 1, options.spawn_rate or 1
 
 
 class CompletionUser(User):
@@ -94,19 +117,18 @@ class Sender:
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
         self.runner: Any = environment.runner
-        self.is_worker = isinstance(self.runner, WorkerRunner)
         self.options: Any = environment.parsed_options
         self.traffic: Traffic | None = None
-        self._requests: list[WorkloadRequest] = []
+        self._requests: dict[str, WorkloadRequest] = {}
         self._results: BinaryIO | None = None
-        self._sent: list[tuple[float, str]] = []
+        self._recorded: BinaryIO | None = None
         self._cpu_seconds_before = 0.0
         environment.events.test_start.add_listener(self._start)
         environment.events.test_stopping.add_listener(self._stop)
         environment.events.test_stop.add_listener(self._end)
 
     def _start(self, **_: Any) -> None:
-        self.traffic, self._results, self._sent = None, None, []
+        self.traffic, self._results, self._recorded = None, None, None
         self._cpu_seconds_before = time.process_time()
         try:
             self.traffic = self._traffic()
@@ -115,9 +137,8 @@ class Sender:
             self.environment.process_exit_code = 2
         else:
             self.traffic.start()
-            if self.options.results:
-                self._results = self._own_file(self.options.results).open("wb", buffering=0)
-                self._write(Begin(self.traffic.started_at))
+            self._results, self._recorded = self._open(self.options.results), self._open(self.options.record)
+            _write(self._results, Begin(self.traffic.started_at))
         gevent.spawn(self._watch, self.traffic)  # on its own, because what belongs to the run is killed at its end
 
     def _traffic(self) -> Traffic:
@@ -134,72 +155,43 @@ class Sender:
             burstiness=options.burstiness,
             seed=options.load_seed,
         )
-        self._requests = read_workload(Path(options.workload))
+        requests = read_workload(Path(options.workload))
+        self._requests = {request.request_id: request for request in requests}
         client = CompletionClient(self.environment.host or "", timeout_seconds=options.request_timeout)
-        index, count = (self.runner.worker_index, options.expect_workers) if self.is_worker else (0, 1)
-        return Traffic(self._requests, load, client, self._report, index=index, count=count)
+        index, count = self.runner.worker_index, options.expect_workers
+        return Traffic(requests, load, client, self._report, index=index, count=count)
 
-    def _own_file(self, path: str) -> Path:
+    def _open(self, path: str) -> BinaryIO | None:
+        """A file of this process: what is written is in it at once."""
+        if not path:
+            return None
         file = Path(path)
-        return file.with_name(f"{file.stem}-{self.runner.worker_index}{file.suffix}") if self.is_worker else file
+        if isinstance(self.runner, WorkerRunner):
+            file = file.with_name(f"{file.stem}-{self.runner.worker_index}{file.suffix}")
+        return file.open("wb", buffering=0)
 
     def _watch(self, traffic: Traffic | None) -> None:
-        """Tell, or end, when all has been sent."""
+        """Tell when all has been sent."""
         if traffic:
             traffic.finished.wait()
-        if traffic is self.traffic:
-            self.runner.send_message(ALL_SENT) if self.is_worker else finish(self.environment)
+        self.runner.send_message(ALL_SENT)
 
     def _report(self, record: RequestRecord) -> None:
         fire_events(self.environment, record)
-        self._sent.append((record.sent_at, record.request_id))
-        self._write(record)
-
-    def _write(self, line: Begin | RequestRecord | End) -> None:
-        """What was written is in the file at once."""
-        if self._results:
-            self._results.write(msgspec.json.encode(line) + b"\n")
+        _write(self._results, record)
+        _write(self._recorded, replace(self._requests[record.request_id], arrival_time=record.sent_at))
 
     def _stop(self, **_: Any) -> None:
         if self.traffic:
             self.traffic.stop()
 
     def _end(self, **_: Any) -> None:
-        self._write(End(time.process_time() - self._cpu_seconds_before))
-        if self.options.record:
-            requests = {request.request_id: request for request in self._requests}
-            recorded = [replace(requests[name], arrival_time=at) for at, name in sorted(self._sent)]
-            write_workload(self._own_file(self.options.record), recorded)
+        _write(self._results, End(time.process_time() - self._cpu_seconds_before))
 
 
-def direct(environment: Any) -> None:
-    """Have a master tell its workers how many they are, and end the run when all have sent their parts."""
-    runner, done = environment.runner, set[str]()
-
-    def start(**_: Any) -> None:
-        done.clear()
-        environment.parsed_options.expect_workers = runner.worker_count  # an option that locust hands to its workers
-        gevent.spawn(watch)
-
-    def watch() -> None:
-        while len(done & runner.clients.keys()) < runner.worker_count:
-            gevent.sleep(POLL_SECONDS)
-        finish(environment)
-
-    runner.register_message(ALL_SENT, lambda msg, **_: done.add(msg.node_id))
-    environment.events.test_start.add_listener(start)
-
-
-def finish(environment: Any) -> None:
-    """End the run; without a web interface, or with `--autoquit`, end the process too."""
-    if environment.web_ui is None:
-        environment.runner.quit()
-        return
-    environment.runner.stop()
-    if environment.parsed_options.autoquit >= 0:
-        gevent.sleep(environment.parsed_options.autoquit)
-        environment.runner.quit()
-        environment.web_ui.stop()
+def _write(file: BinaryIO | None, line: Struct) -> None:
+    if file:
+        file.write(msgspec.json.encode(line) + b"\n")
 
 
 def check_recorded(environment: Environment, **_: Any) -> None:
@@ -224,4 +216,4 @@ def fire_events(environment: Any, record: RequestRecord) -> None:
     if record.error is None:
         fire("tokens", "of an answer (no time)", record.num_output_tokens)
     seconds = (record.finished_at or record.sent_at) - record.sent_at
-    fire("POST", PATH, 1000 * seconds, LoadTestError(record.error) if record.error else None)
+    fire("POST", CALL.path, 1000 * seconds, LoadTestError(record.error) if record.error else None)

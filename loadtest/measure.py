@@ -10,61 +10,47 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from msgspec.structs import asdict, replace
 
 from shoal.clients import ShoalClient
+from shoal.loadtest.arrivals import open_arrivals
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup, read_json, write_json
-from shoal.loadtest.server import ServerProcess, end
+from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.trace import pack, read_trace
 from shoal.loadtest.traffic import read_results
-from shoal.loadtest.workload import WorkloadRequest, write_workload
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 
 RUN_FILE, REQUESTS_FILE, TRACE_FILE = "run.json", "requests.jsonl", "trace.json.gz"
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 REQUEST_TIMEOUT_SECONDS = 600.0
-POLL_SECONDS = 0.2
-NUM_LOG_LINES = 15
-
-Sent = tuple[Sequence[WorkloadRequest], Load]  # in a run
+SLOWEST_TOKENS_PER_SECOND = 4.0  # of a server for which a load generator is waited
+NUM_LOG_LINES = 25
 
 
-def find_run(runs: Path, planned: PlannedRun) -> Path | None:
-    """The folder among `runs` of a run that was saved, whole or broken off."""
-    return next((file.parent for file in runs.glob(f"???-{planned.name}/{RUN_FILE}")), None)
-
-
-def measure(
-    planned: PlannedRun, model: str, sent: Sent, runs: Path, observe: Callable[[int], None] = lambda _: None
-) -> Path:
-    """The folder of a complete run among `runs`, in which it is measured unless it is there.
-
-    Args:
-        observe: is told the number of requests that have ended.
+def measure(folder: Path, planned: PlannedRun, model: str, requests: Sequence[WorkloadRequest]) -> None:
+    """Measure a run in a folder, unless it is there and complete.
 
     Raises:
         LoadTestError: the server or the load generator failed.  What was measured until then is saved.
     """
-    new = runs / f"{len(list(runs.glob('*'))) + 1:03}-{planned.name}"
-    folder = next(runs.glob(f"???-{planned.name}"), new)
     if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE, Run).is_complete:
-        return folder
+        return
     shutil.rmtree(folder, ignore_errors=True)  # what broke off
     folder.mkdir(parents=True)
     trace, workload, results = folder / "trace.json", folder / "workload.jsonl", folder / REQUESTS_FILE
-    write_workload(workload, sent[0])
+    write_workload(workload, requests)
     options = [*server_options(model, planned.setup), "--trace", str(trace.absolute())]
     try:
         with ServerProcess(options, folder / "server.log") as server:
-            warm(server)
+            warm(server.url)
             run = Run(**asdict(planned), server=server.info())
             before = server.cpu_seconds()
             try:
-                run_locust(server.url, workload, sent[1], results, observe)
+                run_locust(server.url, workload, planned.load, results)
                 server.check()
                 after = server.cpu_seconds()
                 run.api_cpu_seconds, run.engine_cpu_seconds = after[0] - before[0], after[1] - before[1]
@@ -72,12 +58,11 @@ def measure(
                 if results.exists():
                     measured = read_results(results)
                     run.started_at, run.generator_cpu_seconds = measured.started_at, measured.cpu_seconds
-                    run.is_complete = sum(record.is_answered for record in measured.records) == len(sent[0])
+                    run.is_complete = sum(record.is_answered for record in measured.records) == len(requests)
                     write_json(folder / RUN_FILE, run)
     finally:
         workload.unlink()
         pack(trace, folder / TRACE_FILE)
-    return folder
 
 
 def load_run(folder: Path, *, with_steps: bool = True) -> Run:
@@ -93,9 +78,9 @@ def server_options(model: str, setup: Setup) -> list[str]:
     return ["--model", model, "--policy", setup.policy, "--speculation", setup.speculation, *setup.options]
 
 
-def warm(server: ServerProcess) -> None:
-    """Have a server compute a few short requests, alone and together; raises LoadTestError if it does not answer."""
-    with server.answering(), ShoalClient(server.url, read_timeout=60.0) as client, ThreadPoolExecutor(8) as pool:
+def warm(url: str) -> None:
+    """Have a server compute a few short requests, alone and together."""
+    with ShoalClient(url, read_timeout=60.0) as client, ThreadPoolExecutor(8) as pool:
 
         def ask(number: int) -> None:
             client.complete(f"Warm-up {number}:", max_tokens=16, temperature=0, user="warm-up")
@@ -105,17 +90,14 @@ def warm(server: ServerProcess) -> None:
             list(pool.map(ask, range(8)))
 
 
-def run_locust(
-    url: str, workload: Path, load: Load, results: Path, observe: Callable[[int], None] = lambda _: None
-) -> None:
+def run_locust(url: str, workload: Path, load: Load, results: Path) -> None:
     """Put a load on a server until all requests are answered or the server is gone.
 
     Args:
         results: file of what was measured, which grows as requests end; locust's log is beside it.
-        observe: is told how many requests have ended, several times a second.
 
     Raises:
-        LoadTestError: locust failed.
+        LoadTestError: locust failed, or did not end when any server worth measuring would have been done.
     """
     options = {
         "--host": url,
@@ -134,18 +116,22 @@ def run_locust(
     command += [str(word) for option in options.items() for word in option]
     if not (load.users or load.rate):
         command.append("--replay")
-    log = results.with_name("locust.log")
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    log, limit = results.with_name("locust.log"), longest(read_workload(workload), load)
     try:
-        is_running = True
-        while is_running:
-            is_running = process.poll() is None
-            if results.exists():
-                observe(results.read_bytes().count(b'{"kind":"request"'))
-            time.sleep(POLL_SECONDS if is_running else 0)
-    finally:
-        end(process)
-    if process.returncode:
+        with log.open("wb") as output:
+            process = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=limit, check=False
+            )
+        how = f"ended with exit code {process.returncode}" if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        how = f"had not ended after {limit:.0f} s, longer than this load can take, and was stopped"
+    if how:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-NUM_LOG_LINES:])
-        raise LoadTestError(f"locust ended with exit code {process.returncode}; the last lines of its log:\n{tail}")
+        raise LoadTestError(f"locust {how}; the last lines of its log:\n{tail}")
+
+
+def longest(requests: Sequence[WorkloadRequest], load: Load) -> float:
+    """Seconds that a load may take: until its last request is due, the tokens of a slow server, and one timeout."""
+    num_tokens = sum(request.num_output_tokens for request in requests)
+    due = 2 * load.think_seconds * len(requests) if load.users else open_arrivals(load, requests)[-1].seconds
+    return due + num_tokens / SLOWEST_TOKENS_PER_SECOND + REQUEST_TIMEOUT_SECONDS

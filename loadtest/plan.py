@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from shoal.loadtest.metrics import Slo
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Setup, slug
@@ -18,178 +20,139 @@ SHARES = (0.4, 0.7, 0.9, 1.0, 1.1)
 SIZES = {"fast": (96, 1), "full": (256, 2)}  # requests of each workload, and repetitions
 
 
-class Experiment(Struct, frozen=True, kw_only=True):
-    """Setups that are compared on one workload, under each of several loads.
-
-    Attributes:
-        workload: name, or "NAME:CLIENT" for one client's requests alone.
-        shares: further loads, which are open loops.  Their rates are these shares of the most requests/s that any setup
-            with the same options answered in a closed loop of the whole workload.
-    """
-
-    workload: str
-    setups: tuple[Setup, ...]
-    loads: tuple[Load, ...] = ()
-    shares: tuple[float, ...] = ()
-    repetitions: int = 1
-
-
-class Plan(Struct, frozen=True, kw_only=True):
-    """A whole comparison.
+class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A comparison as it was asked for, and the runs that it comes to.
 
     Attributes:
         command: the line that asked for it.
-        options: of all servers.
-        num_requests: of each workload.
+        size: one of `SIZES`, for what is not given.
         replay: a saved workload that takes the place of the generated ones.
+        options: of all servers.
         costs: folder of a profile; None takes a profile.
-        profile_again: whether the profile is also taken amid the comparison, because machines change their speed.
+        runs: in the order in which they are measured; none of a profile alone.
     """
 
-    experiments: tuple[Experiment, ...] = ()
     command: str = ""
-    options: tuple[str, ...] = ()
-    model: str = "shoal-moe"
+    policies: tuple[str, ...] = ()
+    workloads: tuple[str, ...] = ()
+    speculation: tuple[str, ...] = ()
+    users: tuple[int, ...] = ()
+    rates: tuple[float, ...] = ()
+    think_seconds: float = 0.0
+    burstiness: float = 1.0
     num_requests: int = 256
-    slo: Slo = Slo()
+    repetitions: int = 1
     seed: int = 0
+    size: str = "fast"
     replay: str | None = None
+    model: str = "shoal-moe"
+    options: tuple[str, ...] = ()
+    ttft_slo_ms: float = 1000.0
+    tpot_slo_ms: float = 100.0
     costs: str | None = None
-    profile_again: bool = False
+    runs: tuple[PlannedRun, ...] = ()
 
     @property
-    def workloads(self) -> list[str]:
-        """Names of all workloads, without clients."""
-        return list(dict.fromkeys(experiment.workload.partition(":")[0] for experiment in self.experiments))
+    def slo(self) -> Slo:
+        return Slo(ttft=self.ttft_slo_ms / 1000, tpot=self.tpot_slo_ms / 1000)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all workloads."""
+        return list(dict.fromkeys(run.workload for run in self.runs))
 
 
-def interleave(
-    experiments: Iterable[Experiment], loads_of: Callable[[Experiment], Sequence[Load]]
-) -> Iterator[PlannedRun]:
-    """All runs, repetition by repetition, so that a drift of the machine affects all setups alike.
-
-    The order of the setups is rotated by one from load to load and from repetition to repetition.
-    """
-    planned = [(experiment, loads_of(experiment)) for experiment in experiments]
-    for repetition in range(max((experiment.repetitions for experiment, _ in planned), default=0)):
-        for experiment, loads in planned:
-            for place, load in enumerate(loads if repetition < experiment.repetitions else ()):
-                first = (repetition + place) % len(experiment.setups)
-                for setup in experiment.setups[first:] + experiment.setups[:first]:
-                    yield PlannedRun(setup=setup, workload=experiment.workload, load=load, repetition=repetition)
-
-
-def make_plan(
-    known_policies: Iterable[str],
-    *,
-    command: str = "",
-    policies: Sequence[str] | None = None,
-    workloads: Sequence[str] | None = None,
-    speculation: Sequence[str] | None = None,
-    users: Sequence[int] | None = None,
-    rates: Sequence[float] | None = None,
-    think_seconds: float = 0.0,
-    burstiness: float = 1.0,
-    num_requests: int | None = None,
-    repetitions: int | None = None,
-    seed: int = 0,
-    replay: Path | None = None,
-    size: str = "fast",
-    options: tuple[str, ...] = (),
-    model: str = "shoal-moe",
-    ttft_slo_ms: float = 1000.0,
-    tpot_slo_ms: float = 100.0,
-    costs: Path | None = None,
-) -> Plan:
-    """The plan of what was typed; the full size compares everything if nothing is named.
+def make_plan(known_policies: Iterable[str], **asked: Any) -> Plan:
+    """The plan of what was typed, fields of `Plan`; the full size compares everything if nothing is named.
 
     Raises:
-        LoadTestError: a name is unknown, or two of the arguments contradict each other.
+        LoadTestError: a name is unknown, or two of the fields contradict each other.
     """
-    if users and rates:
+    num_requests, repetitions = SIZES[asked.get("size", "fast")]
+    sizes = {"num_requests": num_requests, "repetitions": repetitions}
+    plan = Plan(**sizes | {name: value for name, value in asked.items() if value is not None})
+    if plan.users and plan.rates:
         raise LoadTestError("give either --users (closed loops) or --rate (open loops), not both")
-    if workloads and replay:
+    if plan.workloads and plan.replay:
         raise LoadTestError("give either --workload or --replay, not both")
-    loads = [Load(users=number, think_seconds=think_seconds, seed=seed) for number in users or ()]
-    loads += [Load(rate=rate, burstiness=burstiness, seed=seed) for rate in rates or ()]
-    is_open = size == "full" and not (loads or replay)
-    repetitions = repetitions or SIZES[size][1]
-    if replay:
-        replayed, names = read_workload(replay), [slug(replay.stem)]
-        num_requests = len(replayed)
-        if not loads and all(request.arrival_time is not None for request in replayed):
-            loads = [Load(seed=seed)]
-    else:
-        names = _known("workload", workloads or ("chat",), WORKLOADS)
-    if is_open and not (policies or workloads or speculation):
-        experiments = _everything(options, seed, repetitions)
-    else:
-        setups = tuple(
-            Setup(policy=policy, speculation=method, options=options)
-            for method in _known("speculation", speculation or ("off",), SPECULATION)
-            for policy in _known("policies", policies or DEFAULT_POLICIES, known_policies)
-        )
-        experiments = tuple(
-            Experiment(
-                workload=name,
-                setups=setups,
-                loads=tuple(loads or [Load(users=DEFAULT_USERS, seed=seed)]),
-                shares=SHARES if is_open else (),
-                repetitions=repetitions,
-            )
-            for name in names
-        )
-    return Plan(
-        experiments=experiments,
-        command=command,
-        options=options,
-        model=model,
-        num_requests=num_requests or SIZES[size][0],
-        slo=Slo(ttft=ttft_slo_ms / 1000, tpot=tpot_slo_ms / 1000),
-        seed=seed,
-        replay=str(replay) if replay else None,
-        costs=str(costs) if costs else None,
-        profile_again=size == "full" and not costs,
-    )
+    names = _known("workload", plan.workloads or ("chat",), WORKLOADS)
+    loads = [Load(users=number, think_seconds=plan.think_seconds, seed=plan.seed) for number in plan.users]
+    loads += [Load(rate=rate, burstiness=plan.burstiness, seed=plan.seed) for rate in plan.rates]
+    finds_saturation = plan.size == "full" and not loads and not plan.replay
+    if plan.replay:
+        requests, names = read_workload(Path(plan.replay)), [slug(Path(plan.replay).stem)]
+        plan = replace(plan, num_requests=len(requests))
+        if not loads and all(request.arrival_time is not None for request in requests):
+            loads = [Load(seed=plan.seed)]
+    if finds_saturation and not (plan.policies or plan.workloads or plan.speculation):
+        return replace(plan, runs=_in_order(_everything(plan)))
+    loads = loads or [Load(users=DEFAULT_USERS, seed=plan.seed)]
+    if finds_saturation:
+        loads += [Load(share=share, seed=plan.seed) for share in SHARES]
+    setups = [
+        Setup(policy=policy, speculation=method, options=plan.options)
+        for method in _known("speculation", plan.speculation or ("off",), SPECULATION)
+        for policy in _known("policies", plan.policies or DEFAULT_POLICIES, known_policies)
+    ]
+    return replace(plan, runs=_in_order(run for name in names for run in crossed(plan, name, setups, loads)))
 
 
-def _everything(options: tuple[str, ...], seed: int, repetitions: int) -> tuple[Experiment, ...]:
+def crossed(
+    plan: Plan, workload: str, setups: Sequence[Setup], loads: Sequence[Load], repetitions: int = 0
+) -> Iterator[PlannedRun]:
+    """Each setup under each load; the order of setups turns by one from load to load and from repetition to repetition.
+
+    Args:
+        repetitions: by default those of the plan.
+    """
+    for repetition in range(repetitions or plan.repetitions):
+        for place, load in enumerate(loads):
+            first = (repetition + place) % len(setups)
+            for setup in [*setups[first:], *setups[:first]]:
+                yield PlannedRun(setup=setup, workload=workload, load=load, repetition=repetition)
+
+
+def _in_order(runs: Iterable[PlannedRun]) -> tuple[PlannedRun, ...]:
+    """Closed loops first, which find the capacity; then by repetition, so that a drift of the machine affects all."""
+    return tuple(sorted(runs, key=lambda run: (run.load.share > 0, run.repetition)))
+
+
+def _everything(plan: Plan) -> Iterator[PlannedRun]:
     """What the full size compares if nothing is named: each claim of the policies on the workload that tries it.
 
     Those of `sjf`, `priority` and `fair` need a queue, and so more requests than rows.  `fair` needs short chunks too,
     because a client waits for the prompts of others that are under way.
     """
-    few = max(1, repetitions // 2)
 
-    def users(*counts: int) -> tuple[Load, ...]:
-        return tuple(Load(users=count, seed=seed) for count in counts)
+    def users(*counts: int) -> list[Load]:
+        return [Load(users=count, seed=plan.seed) for count in counts]
 
-    def setups(*policies: str, more: str = "") -> tuple[Setup, ...]:
-        return tuple(Setup(policy=policy, options=(*options, *more.split())) for policy in policies)
+    def shares(*values: float) -> list[Load]:
+        return [Load(share=share, seed=plan.seed) for share in values]
 
+    def setups(*policies: str, more: str = "") -> list[Setup]:
+        return [Setup(policy=policy, options=(*plan.options, *more.split())) for policy in policies]
+
+    few = max(1, plan.repetitions // 2)
     every, main = setups(*DEFAULT_POLICIES), users(DEFAULT_USERS)
-    drafting = Setup(policy="fcfs", speculation="draft", options=options)
     shortest = setups("fcfs", "sjf", more="--max-num-seqs 2")
     urgent = setups("fcfs", "priority", more="--max-num-seqs 16")
     tenants = setups("fcfs", "fair", more="--max-num-seqs 16 --max-chunk-tokens 128")
-    return (
-        Experiment(workload="chat", setups=(*every, drafting), loads=main, repetitions=repetitions),
-        Experiment(workload="uniform", setups=every, loads=main, repetitions=repetitions),
-        Experiment(workload="code", setups=every, loads=main, repetitions=repetitions),
-        Experiment(workload="agent", setups=every, loads=main, repetitions=repetitions),
-        Experiment(workload="chat", setups=every, loads=users(1, 8, 64)),
-        Experiment(workload="chat", setups=every, shares=SHARES, repetitions=repetitions),
-        Experiment(workload="chat", setups=shortest, loads=main, shares=(0.8, 0.9, 1.0), repetitions=repetitions),
-        Experiment(workload="mixed-priority", setups=urgent, loads=main, shares=(1.2,), repetitions=few),
-        Experiment(workload="two-tenants", setups=tenants, loads=main, shares=(1.2,), repetitions=few),
-        Experiment(workload="two-tenants:modest", setups=tenants[1:], shares=(1.2,), repetitions=few),
-    )
+    drafting = Setup(policy="fcfs", speculation="draft", options=plan.options)
+    yield from crossed(plan, "chat", [*every, drafting], main)
+    for name in ("uniform", "code", "agent"):
+        yield from crossed(plan, name, every, main)
+    yield from crossed(plan, "chat", every, users(1, 8, 64), repetitions=1)
+    yield from crossed(plan, "chat", every, shares(*SHARES))
+    yield from crossed(plan, "chat", shortest, main + shares(0.8, 0.9, 1.0))
+    yield from crossed(plan, "mixed-priority", urgent, main + shares(1.2), few)
+    yield from crossed(plan, "two-tenants", tenants, main + shares(1.2), few)
 
 
 def _known(field: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Names without repetitions; "all" is all of them, and NAME:CLIENT is known if NAME is."""
+    """Names without repetitions; "all" is all of them."""
     known = list(known)
     for name in names:
-        if name.partition(":")[0] not in (*known, "all"):
+        if name not in (*known, "all"):
             raise LoadTestError(f"{field}: unknown {name!r}; known are {', '.join(known)}")
     return known if "all" in names else list(dict.fromkeys(names))

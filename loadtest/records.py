@@ -29,6 +29,7 @@ class Load(Struct, frozen=True, kw_only=True):
         users: closed loop: number of users, each of whom sends its next request after the answer to the one before.
         think_seconds: closed loop: mean of the pause before each request of a user but its first; exponential.
         rate: open loop: requests a second, whatever the server does.
+        share: open loop of a plan: its rate is this share of the capacity, which closed loops are to find.
         burstiness: open loop: squared coefficient of variation of the times between arrivals, which are gamma
             distributed; 1 is a Poisson process.
         seed: of pauses and arrivals.
@@ -40,6 +41,7 @@ class Load(Struct, frozen=True, kw_only=True):
     users: int = 0
     think_seconds: float = 0.0
     rate: float = 0.0
+    share: float = 0.0
     burstiness: float = 1.0
     seed: int = 0
 
@@ -56,6 +58,8 @@ class Load(Struct, frozen=True, kw_only=True):
         if self.users:
             thinking = f" who think for {self.think_seconds:g} s" if self.think_seconds else ""
             return f"{self.users} user{'s' * (self.users > 1)}{thinking}"
+        if self.share:
+            return f"{self.share:g} of capacity"
         bursty = f", burstiness {self.burstiness:g}" if self.burstiness != 1 else ""
         return f"{self.rate:g} requests/s{bursty}" if self.rate else "as recorded"
 
@@ -81,7 +85,7 @@ class PlannedRun(Struct, frozen=True, kw_only=True):
     """One load on one server.
 
     Attributes:
-        workload: name, or "NAME:CLIENT" for one client's requests alone.
+        workload: its name.
         repetition: number of the repetition, from 0.
     """
 

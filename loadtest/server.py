@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,8 +72,14 @@ class ServerProcess:
             self.end()
             raise
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """End it; raise LoadTestError, with the last lines of its log, if it has not answered what was asked."""
+        try:
+            if isinstance(error, (ClientError, httpx.HTTPError)):
+                self.check()
+                raise LoadTestError(f"the server does not answer: {error}") from error
+        finally:
+            self.end()
 
     @property
     def url(self) -> str:
@@ -107,19 +113,9 @@ class ServerProcess:
             how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             raise LoadTestError(f"the server ended {how}; {self._last_lines()}")
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Raise LoadTestError if the server does not answer what it is asked in the block."""
-        try:
-            yield
-        except (ClientError, httpx.HTTPError) as error:
-            self.check()
-            raise LoadTestError(f"the server does not answer: {error}") from error
-
     def info(self) -> ServerInfo:
-        """What the server says of itself; raises LoadTestError if it does not."""
-        with self.answering():
-            answer = self._get("server_info").raise_for_status()
+        """What the server says of itself; raises LoadTestError if that makes no sense."""
+        answer = self._get("server_info").raise_for_status()
         return decode(answer.content, ServerInfo, str(answer.url))
 
     def engine_pid(self) -> int | None:
@@ -139,7 +135,9 @@ class ServerProcess:
 
     def end(self) -> None:
         """End it as an operator would, and by force what does not follow."""
-        end(self.process)
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
         self.kill()
 
     def kill(self) -> None:
@@ -159,16 +157,6 @@ class ServerProcess:
     def _last_lines(self) -> str:
         lines = self.log.splitlines()[-NUM_LAST_LINES:]
         return "the last lines of its log:\n" + "\n".join(lines) if lines else "its log is empty"
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, by force if it does not follow."""
-    process.terminate()
-    try:
-        process.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def free_port() -> int:

@@ -1,12 +1,13 @@
 """Reads streamed completions, as cheaply as times can be taken.
 
-While a stream runs, each line gets its time and is kept.  What the lines say is read after the stream has ended, so
+While a stream runs, each event gets its time and is kept.  What the events say is read after the stream has ended, so
 that the load generator does not delay the streams that it measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,66 +16,43 @@ import msgspec
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPParseError
 
-from shoal.loadtest.records import LoadTestError, RequestRecord, decode
+from shoal.clients import ClientError, ProtocolError, wire
+from shoal.loadtest.records import LoadTestError, RequestRecord
 from shoal.loadtest.workload import WorkloadRequest
 
-PATH = "/v1/completions"
+CALL = wire.stream_complete("", {})  # how its answer is read
 _HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}
 _CONNECT_SECONDS = 10.0
 _MAX_CONNECTIONS = 2**16  # an open loop has one for each unanswered request
 _CONNECTION_ERROR = "connection: "
-_MAX_SHOWN = 300  # characters of an answer that is no stream
 
 
-def events(lines: Iterable[bytes]) -> Iterator[Any]:
-    """The server-sent events of a stream, decoded from JSON; each is one `data:` line, and `[DONE]` is the last.
-
-    Raises:
-        LoadTestError: an event is malformed or follows `[DONE]`, or there is no `[DONE]`; all events before were given.
-    """
-    is_done = False
-    for line in filter(None, map(bytes.strip, lines)):
-        if is_done or not line.startswith(b"data:"):
-            raise LoadTestError(f"the stream is malformed: unexpected line {line[:_MAX_SHOWN]!r}")
-        payload = line[5:].strip()
-        is_done = payload == b"[DONE]"
-        if not is_done:
-            yield decode(payload, Any, "the stream is malformed")
-    if not is_done:
-        raise LoadTestError("the stream ended without [DONE]")
-
-
-def read_events(record: RequestRecord, lines: list[bytes], times: list[float]) -> None:
-    """Note in `record` what the lines of a stream say; what is wrong with it is its `error`, unless it has one.
+def read_events(record: RequestRecord, events: Sequence[tuple[float, bytes]]) -> None:
+    """Note in `record` what a stream says; what is wrong with it is its `error`, unless it has one.
 
     Args:
-        times: when each of the lines came.
+        events: when each of them came, and its data.
     """
+    reader = wire.EventReader(CALL)
     texts: list[str] = []
     is_finished = False
     try:
-        for event, time in zip(events(lines), [*times, 0.0], strict=False):
-            if "error" in event:
-                raise LoadTestError(f"in the stream: {event['error']['message']}")
-            record.engine_id = f"{event['id']}-0-0"  # first choice of the first prompt
-            for choice in event["choices"]:
-                texts.append(choice["text"])
-                is_finished |= choice["finish_reason"] is not None
-                if choice["text"] or choice["finish_reason"]:
-                    record.token_times.append(time)
-            if usage := event.get("usage"):
-                record.num_prompt_tokens, record.num_output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-                record.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-                drafted = usage.get("completion_tokens_details") or {}
-                record.num_accepted_tokens = drafted.get("accepted_prediction_tokens") or 0
-                record.num_rejected_tokens = drafted.get("rejected_prediction_tokens") or 0
-        record.text_hash = sha256("".join(texts).encode()).hexdigest()
+        for time, data in events:
+            for chunk in reader.read(data.decode()):
+                record.engine_id = f"{chunk.id}-0-0"  # first choice of the first prompt
+                for choice in chunk.choices:
+                    texts.append(choice.text)
+                    is_finished |= choice.finish_reason is not None
+                    if choice.text or choice.finish_reason:
+                        record.token_times.append(time)
+                for name, count in asdict(chunk.usage).items() if chunk.usage else ():
+                    setattr(record, name, count)
+        reader.finish()
         if not is_finished:
-            raise LoadTestError("the stream ended without a finish_reason")
-    except LoadTestError as error:
-        record.error = record.error or str(error)
-    except (KeyError, TypeError, AttributeError) as error:
-        record.error = record.error or f"the stream is malformed: {type(error).__name__}: {error}"
+            raise ProtocolError("the stream ended without a finish_reason")
+        record.text_hash = sha256("".join(texts).encode()).hexdigest()
+    except (ClientError, UnicodeError) as error:
+        record.error = record.error or f"in the stream: {error}"
 
 
 def request_body(request: WorkloadRequest) -> bytes:
@@ -106,7 +84,7 @@ class CompletionClient:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise LoadTestError(f"the server must be named by an http:// or https:// address, not {url!r}")
-        self._path = parts.path.rstrip("/") + PATH
+        self._path = parts.path.rstrip("/") + CALL.path
         self._timeout_seconds = timeout_seconds
         limits = {"connection_timeout": _CONNECT_SECONDS, "network_timeout": timeout_seconds}
         self._http = HTTPClient.from_url(url, concurrency=_MAX_CONNECTIONS, **limits)
@@ -118,34 +96,25 @@ class CompletionClient:
             body: JSON of the request, which asks for a stream.
             now: the clock of the run.
         """
-        lines: list[bytes] = []
-        times: list[float] = []
+        events: list[tuple[float, bytes]] = []
         try:
             with self._http.post(self._path, body, _HEADERS) as response:
                 if response.status_code == 200:
                     record.accepted_at = now()
                     while line := response.readline(b"\n"):
                         if line.startswith(b"data:"):
-                            times.append(now())
-                            lines.append(line)
+                            events.append((now(), line[5:].strip()))
                 else:
-                    record.error = f"HTTP {response.status_code}: {_message(response.read())[:_MAX_SHOWN]}"
+                    status, reason = response.status_code, response.status_message or ""
+                    record.error = str(wire.error_of(status, reason, response.read(), None))
         except TimeoutError:
             record.error = f"timeout: the server was silent for {self._timeout_seconds:g} s"
         except (OSError, HTTPParseError) as error:
             record.error = f"{_CONNECTION_ERROR}{str(error) or type(error).__name__}"
         finally:
             record.finished_at = now()
-            if lines or record.error is None:
-                read_events(record, lines, times)
+            if events or record.error is None:
+                read_events(record, events)
 
     def close(self) -> None:
         self._http.close()
-
-
-def _message(body: bytes) -> str:
-    """What a refusal says, in OpenAI's shape or any other."""
-    try:
-        return str(decode(body, Any, "")["error"]["message"])
-    except (LoadTestError, KeyError, TypeError):
-        return body.decode(errors="replace")

@@ -18,7 +18,6 @@ from shoal.loadtest.records import Load, RequestRecord, read_lines
 from shoal.loadtest.stream import CompletionClient, is_connection_error, request_body
 from shoal.loadtest.workload import WorkloadRequest
 
-CUT_OFF = "cut off: the run ended before the answer"
 MAX_CONNECTION_ERRORS = 16  # in a row; they mean that the server is gone
 
 
@@ -55,8 +54,7 @@ class Traffic:
         self.started_at = time.monotonic()
         self._client, self._report = client, report
         self._due: list[Arrival] = [] if load.users else open_arrivals(load, requests)[index::count]
-        sessions = closed_sessions(load, requests)[index::count] if load.users else []
-        self._sessions = deque(map(deque, sessions))
+        self._sessions = deque(closed_sessions(load, requests)[index::count] if load.users else [])
         self._num_left = len(self._due) + sum(map(len, self._sessions))
         self._num_connection_errors = 0
         self._in_flight = Group()
@@ -73,22 +71,16 @@ class Traffic:
         self._in_flight.kill()
 
     def serve_user(self) -> None:
-        """Be a user: send the requests of one session after the other, until none is left.
-
-        A user that is stopped leaves the rest of its session to the others.
-        """
-        is_first = True
-        while self._sessions and not self.finished.is_set():
-            session = self._sessions.popleft()
-            try:
-                while session and not self.finished.is_set():
-                    if not is_first:
-                        self._sleep_until(self.now() + session[0].seconds)
-                    is_first = False
-                    self.send(session.popleft().request)
-            finally:
-                if session:
-                    self._sessions.appendleft(session)
+        """Be a user: send the requests of one session after the other, until none is left."""
+        pauses = False
+        while self._sessions:
+            for pause, request in self._sessions.popleft():
+                if pauses:
+                    self._sleep_until(self.now() + pause)
+                if self.finished.is_set():
+                    return
+                self.send(request)
+                pauses = True
 
     def _send_when_due(self) -> None:
         for due, request in self._due:
@@ -109,9 +101,8 @@ class Traffic:
         )
         try:
             self._client.stream(request_body(request), record, self.now)
-        except BaseException as error:
-            is_stopped = isinstance(error, gevent.GreenletExit)
-            record.error = CUT_OFF if is_stopped else f"the load generator failed: {error!r}"
+        except BaseException as error:  # locust's end of a user is none of the others
+            record.error = f"cut off: {error!r}"
             raise
         finally:
             self._report(record)

@@ -269,10 +269,8 @@ WORKLOADS: dict[str, Callable[[Maker], Iterator[Fields]]] = {
     "code": code,
     "agent": agent,
     "uniform": uniform,
-    "mixed-priority": partial(
-        two_classes, URGENT, ORDINARY
-    ),  # a few urgent short requests among many long ordinary ones
-    "two-tenants": partial(
-        two_classes, MODEST, GREEDY
-    ),  # a client with many long requests, and one with few short ones
+    # A few urgent short requests among many long ordinary ones.
+    "mixed-priority": partial(two_classes, URGENT, ORDINARY),
+    # A client with many long requests, and one with few short ones.
+    "two-tenants": partial(two_classes, MODEST, GREEDY),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -17,7 +18,6 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.loadtest import stream
 from shoal.loadtest.server import ServerProcess
 
 SHOAL = str(Path(sys.executable).parent / "shoal")
@@ -172,7 +172,10 @@ class Waiting(threading.Thread):
 
 def events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The JSON of each server-sent event; every event is one `data:` line, and `[DONE]` is the last."""
-    return stream.events(line.encode() for line in lines)
+    data = (line.removeprefix("data: ") for line in lines if line)
+    for event in iter(lambda: next(data, "the stream ended without [DONE]"), "[DONE]"):
+        yield json.loads(event)
+    assert not list(data), "nothing follows [DONE]"
 
 
 def joined(chunks: list[dict[str, Any]], index: int = 0) -> str:

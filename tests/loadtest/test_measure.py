@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from shoal.loadtest.measure import run_locust, server_options
+from shoal.loadtest import measure
+from shoal.loadtest.measure import REQUEST_TIMEOUT_SECONDS, longest, run_locust, server_options
 from shoal.loadtest.records import Load, LoadTestError, Setup
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
-from shoal.loadtest.workload import WorkloadRequest, write_workload
+from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 from tests.loadtest.streaming_server import StreamingServer
 
 
@@ -44,18 +45,13 @@ def server(request: pytest.FixtureRequest) -> Iterator[StreamingServer]:
 
 
 @pytest.mark.parametrize("server", [{"seconds": 0.02}], indirect=True)
-def test_a_closed_loop_has_as_many_in_flight_as_users_and_reports_its_progress(
-    server: StreamingServer, workload: Path, tmp_path: Path
-) -> None:
-    progress: list[int] = []
-    run_locust(server.url, workload, Load(users=4), tmp_path / "r.jsonl", progress.append)
+def test_a_closed_loop_has_as_many_in_flight_as_users(server: StreamingServer, workload: Path, tmp_path: Path) -> None:
+    run_locust(server.url, workload, Load(users=4), tmp_path / "r.jsonl")
     result = read_results(tmp_path / "r.jsonl")
     assert {record.error for record in result.records} == {None}
     assert sorted(record.request_id for record in result.records) == sorted(f"r{i}" for i in range(30))
     assert {record.num_output_tokens for record in result.records} == {2, 3, 4}
     assert server.most_at_once == 4
-    assert progress == sorted(progress)
-    assert progress[-1] == 30
     assert 0 < result.cpu_seconds < 60
     assert result.started_at > 0
 
@@ -71,16 +67,28 @@ def test_a_server_that_dies_ends_the_run_with_what_was_measured(
     assert len(records) < 31
 
 
-@pytest.mark.parametrize(
-    ("url", "load", "message"),
-    [
-        ("nowhere", Load(users=1), "must be named by an http:// or https:// address"),
-        ("http://127.0.0.1:1", Load(), "has no arrival_time"),
-    ],
-)
-def test_locust_that_fails_says_why(workload: Path, tmp_path: Path, url: str, load: Load, message: str) -> None:
-    with pytest.raises(LoadTestError, match=f"(?s)exit code 2.*{message}"):
-        run_locust(url, workload, load, tmp_path / "r.jsonl")
+def test_locust_that_fails_says_why(workload: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoadTestError, match=r"(?s)exit code 2.*must be named by an http:// or https:// address"):
+        run_locust("nowhere", workload, Load(users=1), tmp_path / "r.jsonl")
+    with pytest.raises(LoadTestError, match="has no arrival_time"):
+        run_locust("http://127.0.0.1:1", workload, Load(), tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize("server", [{"seconds": 60.0}], indirect=True)
+def test_locust_that_does_not_end_is_given_up(
+    server: StreamingServer, workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "longest", lambda requests, load: 5.0)
+    with pytest.raises(LoadTestError, match="locust had not ended after 5 s, longer than this load can take"):
+        run_locust(server.url, workload, Load(users=2), tmp_path / "r.jsonl")
+
+
+def test_how_long_a_load_may_take_depends_on_its_arrivals_and_tokens(workload: Path) -> None:
+    requests = read_workload(workload)
+    at_least = REQUEST_TIMEOUT_SECONDS + sum(request.num_output_tokens for request in requests) / 4
+    assert longest(requests, Load(users=2)) == at_least
+    assert longest(requests, Load(users=2, think_seconds=3.0)) == at_least + 2 * 3.0 * 30
+    assert longest(requests, Load(rate=0.1)) > at_least + 100
 
 
 # -- the server process ----------------------------------------------------------------------------------------------

@@ -154,11 +154,11 @@ def test_a_connection_is_used_again(fake: FakeServer) -> None:
 
 def test_a_refusal_is_noted_in_the_words_of_the_server(fake: FakeServer) -> None:
     fake.error(429, "the server is full")
-    assert record_of(fake).error == "HTTP 429: the server is full"
+    assert record_of(fake).error == "the server is full"
     fake.answer(Answer(status=502, content_type="text/html", pieces=[b"<html>" + b"x" * 1000]))
     error = record_of(fake).error
     assert error is not None
-    assert error.startswith("HTTP 502: <html>xxx")
+    assert error.startswith("HTTP 502") and "<html>xxx" in error
     assert len(error) < 400
 
 
@@ -202,13 +202,17 @@ def test_silence_is_noted_and_the_connection_closed(fake: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("events", "done", "message"),
     [
-        (completion_events(["a"]), False, "ended without [DONE]"),
+        (completion_events(["a"]), False, "no [DONE] came"),
         (completion_events(["a"])[:1], True, "ended without a finish_reason"),
         ([], True, "ended without a finish_reason"),
-        ([], False, "ended without [DONE]"),
-        ([{"id": "x"}], True, "the stream is malformed: KeyError"),
-        ([[1]], True, "the stream is malformed"),
-        ([{"id": "x", "choices": [{"text": None, "finish_reason": None}]}], True, "the stream is malformed"),
+        ([], False, "no [DONE] came"),
+        ([{"id": "x"}], True, "answered something else than expected (KeyError('choices'))"),
+        ([[1]], True, "answered something else than expected"),
+        (
+            [{"id": "x", "choices": [{"text": None, "finish_reason": None}]}],
+            True,
+            "answered something else than expected",
+        ),
     ],
 )
 def test_a_stream_that_says_less_than_it_must_is_an_error(
@@ -224,4 +228,4 @@ def test_a_line_that_is_no_json_is_an_error(fake: FakeServer) -> None:
     answer_pieces(fake, b"data: {\n\n", DONE)
     error = record_of(fake).error
     assert error is not None
-    assert "malformed: Input data was truncated" in error
+    assert "answered something else than expected" in error

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +11,16 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from shoal.loadtest import measure
+from shoal.loadtest import measure, study
 from shoal.loadtest.measure import TRACE_FILE, load_run
-from shoal.loadtest.plan import Experiment, Plan, interleave
-from shoal.loadtest.profile import series
+from shoal.loadtest.plan import Plan, crossed, make_plan
+from shoal.loadtest.profile import read_profile, series
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, ServerInfo, Setup
-from shoal.loadtest.study import ProfileRuns, compare_all, differing_answers, open_folder, sending
+from shoal.loadtest.study import Runs, begin, compare_all, differing_answers, measure_profile
 from shoal.loadtest.traffic import Begin, End
 from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 from tests.loadtest.made_runs import SERVER
+from tests.loadtest.twin import REALISTIC
 
 STATIC, FCFS, SJF = (Setup(policy=policy) for policy in ("static", "fcfs", "sjf"))
 USERS = Load(users=2)
@@ -46,7 +46,7 @@ class World:
         Path(options[options.index("--trace") + 1]).write_text("[")
         return nullcontext(FakeServer(policy))
 
-    def run_load(self, url: str, workload: Path, load: Load, results: Path, observe: Callable[[int], None]) -> None:
+    def run_load(self, url: str, workload: Path, load: Load, results: Path) -> None:
         self.loads.append(load)
         policy = self.starts[-1]
         dies = (policy, self.starts.count(policy)) in self.dies_in_the_middle
@@ -57,14 +57,13 @@ class World:
         ]
         lines = [Begin(STARTED_AT), *answers, *([] if dies else [End(cpu_seconds=0.25)])]
         results.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-        observe(len(answers))
         if dies:
             raise LoadTestError("the server ended by signal SIGKILL; its log is empty")
 
     def replaces(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(measure, "ServerProcess", self.start_server)
         patch.setattr(measure, "run_locust", self.run_load)
-        patch.setattr(measure, "warm", lambda server: None)
+        patch.setattr(measure, "warm", lambda url: None)
 
 
 @dataclass
@@ -95,12 +94,10 @@ def answer(request: WorkloadRequest, number: int, text: str) -> RequestRecord:
     )
 
 
-def plan(*experiments: Experiment) -> Plan:
-    return Plan(experiments=experiments, num_requests=3)
-
-
-def experiment(*setups: Setup, **values: object) -> Experiment:
-    return replace(Experiment(workload="chat", setups=setups, loads=(USERS,)), **values)
+def plan(*policies: str, loads: Sequence[Load] = (USERS,), repetitions: int = 1) -> Plan:
+    setups = [Setup(policy=policy) for policy in policies]
+    asked = Plan(num_requests=3, repetitions=repetitions)
+    return replace(asked, runs=tuple(crossed(asked, "chat", setups, loads)))
 
 
 def requests() -> list[WorkloadRequest]:
@@ -119,22 +116,20 @@ def requests() -> list[WorkloadRequest]:
     ]
 
 
-def compare(
-    folder: Path, world: World, what: Plan, between: Callable[[], None] = lambda: None
-) -> tuple[dict[PlannedRun, Path], list[str]]:
+def compare(folder: Path, world: World, what: Plan) -> tuple[Runs, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         world.replaces(patch)
-        return compare_all(what, folder, {name: requests() for name in what.workloads}, between)
+        return compare_all(what, folder, {name: requests() for name in what.names})
 
 
 # -- order -----------------------------------------------------------------------------------------------------------
 
 
 def test_repetitions_are_outermost_and_no_setup_always_comes_first() -> None:
-    both = (experiment(STATIC, FCFS, SJF, repetitions=3), experiment(STATIC, FCFS, workload="code", repetitions=2))
-    runs = list(interleave(both, lambda one: one.loads))
-    assert [run.repetition for run in runs] == [0] * 5 + [1] * 5 + [2] * 3
-    assert [run.workload for run in runs[:10]] == (["chat"] * 3 + ["code"] * 2) * 2
+    asked = {"policies": ("static", "fcfs", "sjf"), "workloads": ("chat", "code"), "repetitions": 3}
+    runs = make_plan(["static", "fcfs", "sjf"], **asked).runs
+    assert [run.repetition for run in runs] == [0] * 6 + [1] * 6 + [2] * 6
+    assert [run.workload for run in runs] == (["chat"] * 3 + ["code"] * 3) * 3
     chat = [run.setup.policy for run in runs if run.workload == "chat"]
     assert chat == ["static", "fcfs", "sjf", "fcfs", "sjf", "static", "sjf", "static", "fcfs"]
     assert len({run.name for run in runs}) == len(runs)
@@ -148,8 +143,7 @@ def test_runs_of_setups_that_differ_in_an_option_alone_have_names_of_their_own()
 
 
 def test_the_order_turns_with_the_load_too() -> None:
-    loads = (Load(users=1), Load(users=8))
-    runs = interleave([experiment(STATIC, FCFS, loads=loads)], lambda one: one.loads)
+    runs = plan("static", "fcfs", loads=[Load(users=1), Load(users=8)]).runs
     assert [run.setup.policy for run in runs] == ["static", "fcfs", "fcfs", "static"]
 
 
@@ -157,7 +151,7 @@ def test_the_order_turns_with_the_load_too() -> None:
 
 
 def test_everything_is_measured_and_saved(tmp_path: Path) -> None:
-    runs, failures = compare(tmp_path, World(), plan(experiment(STATIC, FCFS, repetitions=2)))
+    runs, failures = compare(tmp_path, World(), plan("static", "fcfs", repetitions=2))
     assert not failures and not differing_answers(runs)
     assert [folder.name for folder in runs.values()] == [
         "001-static-chat-2-users-repetition-1",
@@ -175,30 +169,18 @@ def test_everything_is_measured_and_saved(tmp_path: Path) -> None:
 
 
 def test_open_loops_are_shares_of_what_the_closed_loop_reached(tmp_path: Path) -> None:
-    by_shares = experiment(FCFS, loads=(), shares=(0.5, 1.1))
-    runs, failures = compare(tmp_path, World(), plan(experiment(STATIC, FCFS), by_shares))
-    assert [planned.load.rate for planned in runs] == [0.0, 0.0, 0.5, 1.1]  # 3 requests in 3 seconds
+    shares = [Load(share=0.5), Load(share=1.1)]
+    runs, failures = compare(tmp_path, World(), plan("fcfs", loads=[USERS, *shares]))
+    assert [planned.load.rate for planned in runs] == [0.0, 0.5, 1.1]  # 3 requests in 3 seconds
     assert not failures
-    _, failures = compare(tmp_path / "other", World(), plan(by_shares))
-    assert failures == ["chat: no closed loop was measured, so there are no open loops"]
-
-
-def test_one_client_alone_is_sent_what_it_sends_among_the_others(tmp_path: Path) -> None:
-    world = World()
-    alone = experiment(FCFS, workload="two-tenants:modest", loads=(Load(rate=2.0, seed=5),))
-    runs, _ = compare(tmp_path, world, plan(alone))
-    assert world.loads == [Load(seed=5)]  # at the times in the workload
-    (planned,) = runs
-    assert planned.load.rate == 2.0
-    (sent,) = world.sent["fcfs"]
-    assert sent.client == "modest" and sent.arrival_time is not None
-    nobody = PlannedRun(setup=FCFS, workload="two-tenants:nobody", load=USERS)
-    with pytest.raises(LoadTestError, match=r"'nobody'; clients are greedy, modest"):
-        sending(nobody, {"two-tenants": requests()})
+    _, failures = compare(tmp_path / "other", World(), plan("fcfs", loads=shares[:1]))
+    assert failures == [
+        "fcfs, chat, 0.5 of capacity, repetition 1: no closed loop was measured, so there is no open loop"
+    ]
 
 
 def test_texts_that_differ_are_named_and_kept(tmp_path: Path) -> None:
-    runs, _ = compare(tmp_path, World(texts={"fcfs": "other"}), plan(experiment(STATIC, FCFS, SJF)))
+    runs, _ = compare(tmp_path, World(texts={"fcfs": "other"}), plan("static", "fcfs", "sjf"))
     assert {planned.setup: differing for planned, differing in differing_answers(runs).items()} == {FCFS: ["q1"]}
     assert len(runs) == 3
 
@@ -206,19 +188,16 @@ def test_texts_that_differ_are_named_and_kept(tmp_path: Path) -> None:
 # -- what dies -------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_does_not_start_costs_its_setup_and_nothing_else(tmp_path: Path) -> None:
-    world = World(dies_at_start={"static"})
-    runs, failures = compare(tmp_path, world, plan(experiment(STATIC, FCFS, repetitions=2)))
-    assert world.starts == ["static", "fcfs", "fcfs"]
+def test_a_server_that_does_not_start_costs_its_runs_and_nothing_else(tmp_path: Path) -> None:
+    runs, failures = compare(tmp_path, World(dies_at_start={"static"}), plan("static", "fcfs", repetitions=2))
     assert [run.setup for run in runs] == [FCFS, FCFS]
-    (complaint,) = failures
-    assert complaint.startswith("static, chat, 2 users, repetition 1: the server ended with exit code 2")
-    assert complaint.endswith("further runs of this setup are left out")
+    assert len(failures) == 2
+    assert failures[0].startswith("static, chat, 2 users, repetition 1: the server ended with exit code 2")
 
 
 def test_a_server_that_dies_in_the_middle_leaves_what_was_measured(tmp_path: Path) -> None:
     world = World(dies_in_the_middle={("fcfs", 1)})
-    runs, failures = compare(tmp_path, world, plan(experiment(STATIC, FCFS, repetitions=2)))
+    runs, failures = compare(tmp_path, world, plan("static", "fcfs", repetitions=2))
     assert world.starts == ["static", "fcfs", "fcfs", "static"]
     assert "signal SIGKILL" in failures[0]
     broken = next(folder for run, folder in runs.items() if run.setup == FCFS and not run.repetition)
@@ -227,7 +206,7 @@ def test_a_server_that_dies_in_the_middle_leaves_what_was_measured(tmp_path: Pat
 
 
 def test_a_comparison_goes_on_with_what_is_missing(tmp_path: Path) -> None:
-    what = plan(experiment(STATIC, FCFS, SJF))
+    what = plan("static", "fcfs", "sjf")
     _, first_failures = compare(tmp_path, World(dies_in_the_middle={("fcfs", 1)}), what)
     world = World()
     runs, failures = compare(tmp_path, world, what)
@@ -238,7 +217,7 @@ def test_a_comparison_goes_on_with_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_comparison_that_was_killed_has_kept_what_had_ended(tmp_path: Path) -> None:
-    world, what = World(), plan(experiment(STATIC, FCFS))
+    world, what = World(), plan("static", "fcfs")
     run_load = world.run_load
 
     def killed(*args: object) -> None:
@@ -254,69 +233,47 @@ def test_a_comparison_that_was_killed_has_kept_what_had_ended(tmp_path: Path) ->
     assert again.starts == ["fcfs"]
 
 
-def test_a_folder_holds_one_comparison_and_goes_on_with_its_plan(tmp_path: Path) -> None:
-    what, folder = plan(experiment(FCFS, shares=(0.5,))), tmp_path / "out"
-    with pytest.raises(LoadTestError, match=r"plan\.json cannot be read"):
-        open_folder(folder, None)
-    assert open_folder(folder, what) is what
-    stale = folder / "workload-chat.jsonl"  # of an attempt that came to nothing
-    write_workload(stale, requests())
-    open_folder(folder, what)
-    assert not stale.exists()
-    (folder / "plan.json").write_bytes(msgspec.json.encode(what))
-    assert open_folder(folder, None) == what
+def test_a_folder_holds_one_comparison_and_goes_on_with_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = plan("fcfs", loads=[USERS, Load(share=0.5)])
+    made: list[Path] = []
+    monkeypatch.setattr(study, "make_workloads", lambda plan, making: made.extend(making))
+    begin(what, tmp_path)
+    assert made[0] == tmp_path / "workload-chat.jsonl"
+    assert msgspec.json.decode((tmp_path / "plan.json").read_bytes(), type=Plan) == what
     with pytest.raises(LoadTestError, match="holds a comparison already; go on with --resume"):
-        open_folder(folder, what)
+        begin(what, tmp_path)
 
 
 # -- the profile -----------------------------------------------------------------------------------------------------
 
 
-def profile_runs(folder: Path, num_requests: int = 256) -> ProfileRuns:
-    what = Plan(options=("--threads", "2"), experiments=(experiment(FCFS),), num_requests=num_requests)
-    taking = ProfileRuns(folder, what)
-    folder.mkdir(exist_ok=True)
-    for file in taking.workloads:
+def test_a_profile_is_a_series_of_runs_none_of_which_is_measured_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what, world = Plan(options=("--threads", "2")), World()
+    making = study.profile_workloads(what, tmp_path)
+    most = {
+        name: max(one.num_requests for one in series(None, ()) if one.workload == name) for name in ("chat", "code")
+    }
+    assert {name: number for name, number, _ in making.values()} == most, "made once for all runs"
+    for file in making:
         write_workload(file, requests())
-    return taking
-
-
-def test_the_series_is_run_again_and_again_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    length, first, again = len(series(None, ())), World(), World()
-    first.replaces(monkeypatch)
-    taking = profile_runs(tmp_path)
-    taking.take_series()
-    taking.take(2)
-    assert len(first.starts) == length + 2
-    names = [folder.name for folder in (tmp_path / "runs").iterdir()]
-    assert all("threads-2" in name for name in names)
-    again.replaces(monkeypatch)
-    profile_runs(tmp_path).take(length + 3)
-    assert len(again.starts) == 1, "all but the last were there"
-    first.replaces(monkeypatch)
-    taking.take_series()
-    assert len(first.starts) == 2 * length - 1, "the series that was begun is completed"
-
-
-def test_the_workloads_of_a_profile_are_made_once_for_all_its_runs(tmp_path: Path) -> None:
-    most: defaultdict[str, int] = defaultdict(int)
-    for stretch in series(None, ()):
-        most[stretch.workload] = max(most[stretch.workload], stretch.num_requests)
-    assert {name: number for name, number, _ in profile_runs(tmp_path).workloads.values()} == most
-
-
-def test_after_a_run_that_failed_a_profile_has_no_further_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(dies_at_start={"fcfs"})
+    monkeypatch.setattr(study, "fit", lambda runs: REALISTIC)
     world.replaces(monkeypatch)
-    taking = profile_runs(tmp_path)
+    assert measure_profile(what, tmp_path) == read_profile(tmp_path)
+    assert len(world.starts) == len(series(None, ()))
+    assert all("threads-2" in folder.name for folder in (tmp_path / "runs").iterdir())
+    measure_profile(what, tmp_path)
+    assert len(world.starts) == len(series(None, ()))
+
+
+def test_a_profile_ends_with_the_first_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    what, world = plan("fcfs"), World(dies_at_start={"fcfs"})
+    for file in study.profile_workloads(what, tmp_path):
+        write_workload(file, requests())
+    world.replaces(monkeypatch)
     with pytest.raises(LoadTestError, match="the server ended with exit code 2"):
-        taking.take_series()
-    taking.take_series()
+        measure_profile(what, tmp_path)
     assert world.starts == ["fcfs"]
-
-
-def test_between_few_runs_the_profile_has_its_turn(tmp_path: Path) -> None:
-    turns: list[int] = []
-    world = World()
-    compare(tmp_path, world, plan(experiment(STATIC, FCFS, repetitions=4)), lambda: turns.append(len(world.starts)))
-    assert turns == [3, 6]
