@@ -14,7 +14,7 @@ TAKE_TURNS = exec 9<Makefile; $(FLOCK) -n 9 || { echo 'make: waiting for another
 BUILD_NATIVE = ($(TAKE_TURNS); exec $(BIN)/python -m shoal.model.native.build $(1))
 BUILD_TO_SERVE = $(BUILD_NATIVE) || $(MAKE) --no-print-directory $(VENV)/.torch
 
-.PHONY: serve test check quick bench loadtest native sanitize train clean
+.PHONY: serve test test-all check quick bench loadtest native sanitize train clean
 
 # MODEL is a folder, a .gguf file or a name: of a bundled model, or smollm2-135m, which is downloaded once (93 MB).
 # torch is installed too if ARGS ask for it.
@@ -25,6 +25,11 @@ serve: $(VENV)/.runtime $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.smollm2) $
 test: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(BIN)/python -m pytest $(ARGS)
+
+# With the tests that are marked as long: more cases of what `make test` tests too.
+test-all: $(VENV)/.dev
+	@$(BUILD_NATIVE) || true
+	$(BIN)/python -m pytest -m '' $(ARGS)
 
 check: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true

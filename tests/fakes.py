@@ -31,7 +31,7 @@ from shoal.scheduler.request import Request, RequestStatus
 from shoal.scheduler.scheduler import Scheduler
 
 Choose = Callable[[str, list[int]], int]  # request id, context -> the token after it
-Draft = Callable[[str, list[int]], list[int]]  # request id, context -> guesses for the tokens after it
+Draft = Callable[[str, list[int]], list[int]]  # request id, context -> drafted tokens after it
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 LIMITS = SchedulerConfig(num_blocks=1, max_model_len=16)  # for policies that read none of them
 
@@ -180,9 +180,9 @@ class FakeExecutor:
         chosen: list[int] = []
         if share.samples:
             known = end - len(share.spec_token_ids)
-            for guess in [*share.spec_token_ids, None]:
+            for drafted in [*share.spec_token_ids, None]:
                 chosen.append(self.choose(share.request_id, context[: known + len(chosen)]))
-                if chosen[-1] != guess:
+                if chosen[-1] != drafted:
                     break
         if message := self.error(share):
             result.errors[share.request_id] = message

@@ -139,8 +139,8 @@ def test_drafted_tokens_are_accepted_up_to_the_first_mismatch(num_right: int) ->
     executor, backend = make_executor()
     truth = oracle(backend, [1, 2], params(6))[0]
     executor.execute(SchedulerOutput([share("a", 0, 2, [3, 1], new([1, 2], max_tokens=6))], []))
-    guesses = [token if index < num_right else (token + 1) % 16 for index, token in enumerate(truth[1:4])]
-    result = executor.execute(SchedulerOutput([share("a", 2, 4, [], spec_token_ids=guesses, num_blocks=2)], []))
+    drafted = [token if index < num_right else (token + 1) % 16 for index, token in enumerate(truth[1:4])]
+    result = executor.execute(SchedulerOutput([share("a", 2, 4, [], spec_token_ids=drafted, num_blocks=2)], []))
     assert result.token_ids == [truth[1 : num_right + 2]]
     follow_up = share("a", 3 + num_right, 1, [], num_blocks=2)
     assert executor.execute(SchedulerOutput([follow_up], [])).token_ids == [[truth[num_right + 2]]]
@@ -258,7 +258,7 @@ def test_a_failed_step_can_be_repeated_request_by_request() -> None:
 
 
 class Proposing:
-    """A `ModelExecutor` whose steps end with guesses: the true continuation, spoilt now and then."""
+    """A `ModelExecutor` that drafts the next tokens of each text; every fifth token is wrong."""
 
     def __init__(self, executor: ModelExecutor, texts: dict[str, list[int]]) -> None:
         self.executor = executor
@@ -268,12 +268,12 @@ class Proposing:
         result = self.executor.execute(output)
         if output.scheduled:
             result.spec_token_ids = [
-                self._guess(share, len(tokens))
+                self._draft(share, len(tokens))
                 for share, tokens in zip(output.scheduled, result.token_ids, strict=True)
             ]
         return result
 
-    def _guess(self, share: ScheduledRequest, num_chosen: int) -> list[int]:
+    def _draft(self, share: ScheduledRequest, num_chosen: int) -> list[int]:
         if not num_chosen:
             return []
         known = share.num_computed_tokens + share.num_scheduled_tokens - len(share.spec_token_ids) + num_chosen

@@ -1,4 +1,4 @@
-"""What proposers guess, and what a draft model reads before it does."""
+"""What proposers draft, and what a draft model reads before it drafts."""
 
 from __future__ import annotations
 
@@ -57,8 +57,10 @@ def propose(proposer: Proposer, candidates: list[Candidate]) -> list[list[int]]:
 
 
 def look_up(text: list[int], num_wanted: int) -> list[int]:
-    """The specification, by brute force: the longest of the last 8, 4, 3 or 2 tokens that stood before, where it last
-    did; what followed it there, read on into the guess itself, up to twice its length, or more behind 8."""
+    """The specification, by brute force: find where the last 8 tokens, else 4, 3 or 2, last stood before.
+
+    What follows there is proposed, read on into the proposal itself; after fewer than 8, at most twice as many tokens.
+    """
     for size in (8, 4, 3, 2):
         for start in range(len(text) - size - 1, -1, -1):
             if text[start : start + size] == text[-size:]:
@@ -74,7 +76,7 @@ def look_up(text: list[int], num_wanted: int) -> list[int]:
     grown=st.lists(st.integers(1, 5), max_size=10),
     num_wanted=st.integers(1, 16),
 )
-def test_ngrams_guess_what_followed_the_longest_run_that_stood_before(
+def test_ngrams_propose_what_followed_the_longest_run_that_the_text_repeats(
     text: list[int], grown: list[int], num_wanted: int
 ) -> None:
     rows = BatchRows(2, 64, BLOCK_SIZE)
@@ -83,8 +85,8 @@ def test_ngrams_guess_what_followed_the_longest_run_that_stood_before(
     known = 1
     for step in [*grown, len(text)]:
         known = min(known + step, len(text))
-        (guessed,) = propose(proposer, [Candidate(row, known, num_wanted)])
-        assert guessed == look_up(text[:known], num_wanted)
+        (drafted,) = propose(proposer, [Candidate(row, known, num_wanted)])
+        assert drafted == look_up(text[:known], num_wanted)
 
 
 def test_ngrams_of_a_row_end_with_its_request() -> None:
@@ -101,7 +103,7 @@ def test_ngrams_of_a_row_end_with_its_request() -> None:
 
 
 class ReadingBackend:
-    """A draft whose guess is the last token and one more; notes what it is asked to read, as (start, tokens)."""
+    """Drafts the last token plus one; records what it is asked to read, as (start, tokens)."""
 
     vocab_size = VOCAB_SIZE
 
@@ -133,43 +135,43 @@ def draft_of(rows: BatchRows, *, max_catch_up: int = 100) -> tuple[DraftModelPro
     return proposer, backend
 
 
-def guess(rows: BatchRows, proposer: DraftModelProposer, row: int, known: list[int], k: int) -> list[int]:
+def draft(rows: BatchRows, proposer: DraftModelProposer, row: int, known: list[int], k: int) -> list[int]:
     rows.token_ids[row, : len(known)] = known
-    (guessed,) = propose(proposer, [Candidate(row, len(known), k)])
-    return guessed
+    (drafted,) = propose(proposer, [Candidate(row, len(known), k)])
+    return drafted
 
 
 @pytest.mark.parametrize(
     ("accepted", "reads"),
     [
-        ([14, 15, 16, 40], (6, [16, 40])),  # all: the last guess was never read
+        ([14, 15, 16, 40], (6, [16, 40])),  # all: the draft has not read its last token
         ([14, 15, 40], (6, [40])),
         ([14, 40], (5, [40])),
         ([40], (4, [40])),
     ],
     ids=["all", "mismatch at the last", "in the middle", "at the first"],
 )
-def test_a_draft_reads_what_it_has_not_guessed_itself(accepted: list[int], reads: tuple[int, list[int]]) -> None:
+def test_a_draft_reads_the_tokens_that_it_did_not_draft(accepted: list[int], reads: tuple[int, list[int]]) -> None:
     rows = BatchRows(2, 64, BLOCK_SIZE)
     proposer, backend = draft_of(rows)
     row = join(rows, proposer, [10, 11, 12], [3])
     known = [10, 11, 12, 13]
-    assert guess(rows, proposer, row, known, 3) == [14, 15, 16]
+    assert draft(rows, proposer, row, known, 3) == [14, 15, 16]
     assert backend.reads == [[(0, known)]]
-    guess(rows, proposer, row, known + accepted, 3)
+    draft(rows, proposer, row, known + accepted, 3)
     assert backend.reads[1] == [reads]
 
 
-def test_a_draft_that_was_not_asked_for_a_while_catches_up() -> None:
+def test_a_draft_that_skipped_steps_catches_up() -> None:
     rows = BatchRows(2, 64, BLOCK_SIZE)
     proposer, backend = draft_of(rows)
     row = join(rows, proposer, [10, 11, 12], [3])
-    guess(rows, proposer, row, [10, 11, 12, 13], 3)
-    guess(rows, proposer, row, [10, 11, 12, 13, 14, 50, 51, 52], 1)
+    draft(rows, proposer, row, [10, 11, 12, 13], 3)
+    draft(rows, proposer, row, [10, 11, 12, 13, 14, 50, 51, 52], 1)
     assert backend.reads[1] == [(5, [50, 51, 52])]
 
 
-def test_long_prompts_are_read_in_parts_before_anything_is_guessed() -> None:
+def test_long_prompts_are_read_in_parts_before_any_token_is_drafted() -> None:
     rows = BatchRows(3, 128, BLOCK_SIZE)
     proposer, backend = draft_of(rows, max_catch_up=24)
     long, other, short = list(range(100, 150)), list(range(40)), [60, 61, 62]
@@ -177,7 +179,7 @@ def test_long_prompts_are_read_in_parts_before_anything_is_guessed() -> None:
     second = join(rows, proposer, other, [4, 5, 6], row=1)
     third = join(rows, proposer, short, [7], row=2)
     candidates = [Candidate(first, 50, 2), Candidate(second, 40, 2), Candidate(third, 3, 2)]
-    assert propose(proposer, candidates) == [[], [], [63, 64]], "nobody waits for those who are behind"
+    assert propose(proposer, candidates) == [[], [], [63, 64]], "a row does not wait for rows that are behind"
     assert backend.reads == [[(0, long[:24])], [(0, short)]]
     assert propose(proposer, candidates[:2]) == [[150, 151], []]
     assert propose(proposer, candidates[1:2]) == [[40, 41]]
@@ -190,19 +192,19 @@ def test_a_prefix_that_the_draft_has_read_is_not_read_again() -> None:
     proposer, backend = draft_of(rows)
     prompt = list(range(40))
     row = join(rows, proposer, prompt, [5, 6, 7])
-    guess(rows, proposer, row, prompt, 1)
+    draft(rows, proposer, row, prompt, 1)
     rows.leave(row)
     row = join(rows, proposer, [*prompt[:32], 90], [5, 6, 9], num_found=32)
-    guess(rows, proposer, row, [*prompt[:32], 90], 1)
+    draft(rows, proposer, row, [*prompt[:32], 90], 1)
     assert backend.reads[-1] == [(32, [90])]
-    # A block that was given to somebody else meanwhile, of whom the draft has read nothing, is a new one.
+    # A block that was given to another request, which the draft has not read, is a new block.
     join(rows, proposer, [1, 2], [6], row=1)
     row = join(rows, proposer, [*prompt[:32], 91], [5, 6, 10], num_found=32)
-    guess(rows, proposer, row, [*prompt[:32], 91], 1)
+    draft(rows, proposer, row, [*prompt[:32], 91], 1)
     assert backend.reads[-1] == [(16, [*prompt[16:32], 91])]
 
 
-# -- guessing with a real model ----------------------------------------------------------------------------------
+# -- drafting with a real model ----------------------------------------------------------------------------------
 
 
 def make_backend(kind: str, record: ModelRecord) -> Backend:
@@ -219,7 +221,7 @@ BACKENDS = [
 
 @pytest.mark.parametrize("kind", BACKENDS)
 @pytest.mark.parametrize("num_layers", [None, 2])
-def test_guesses_are_what_the_backend_chooses_token_by_token(
+def test_drafted_tokens_are_what_the_backend_chooses_token_by_token(
     kind: str, num_layers: int | None, paged: Any, sampling_batch: Callable[..., SamplingBatch]
 ) -> None:
     record = random_record(3, num_layers=3)
@@ -249,10 +251,10 @@ def test_guesses_are_what_the_backend_chooses_token_by_token(
     )
 
     def oracle(text: list[int], row: int, count: int) -> list[int]:
-        """Each guess from the logits of the whole text before it."""
-        guess: list[int] = []
+        """Choose each token from the logits of the whole text before it."""
+        chosen: list[int] = []
         for index in range(count):
-            whole = paged(32, BLOCK_SIZE).batch([("a", text + guess, 0)], all_logits=False)
+            whole = paged(32, BLOCK_SIZE).batch([("a", text + chosen, 0)], all_logits=False)
             how = sampling_batch(
                 1,
                 temperature=[0.0, 1.0, 0.7][row],
@@ -261,8 +263,8 @@ def test_guesses_are_what_the_backend_chooses_token_by_token(
                 top_p=0.9,
                 biases=[[(0, 5, 1.0)], [], [(0, 7, 2.0)]][row],
             )
-            guess.append(int(sample_reference(other.forward(whole, num_layers), how).token_ids[0]))
-        return guess
+            chosen.append(int(sample_reference(other.forward(whole, num_layers), how).token_ids[0]))
+        return chosen
 
     drafted = one.draft(batch, sampling, num_layers)
     expected = [oracle(text, row, count) for row, (text, count) in enumerate(zip(texts, (5, 3, 1), strict=True))]
@@ -270,7 +272,7 @@ def test_guesses_are_what_the_backend_chooses_token_by_token(
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_the_first_layers_alone_are_a_model_of_so_many_layers(kind: str, paged: Any) -> None:
+def test_the_first_two_layers_compute_as_a_model_of_two_layers(kind: str, paged: Any) -> None:
     record = random_record(3, num_layers=3)
     shorter = replace(record, layers=record.layers[:2], config=replace(record.config, num_layers=2))
     batch = paged(32, BLOCK_SIZE).batch([("a", text, 0) for text in sequences(5, 20).values()])
@@ -279,7 +281,7 @@ def test_the_first_layers_alone_are_a_model_of_so_many_layers(kind: str, paged: 
     assert (whole.forward(batch) != part.forward(batch)).any()
 
 
-def test_self_speculation_asks_for_the_last_token_alone() -> None:
+def test_self_speculation_reads_only_the_last_token() -> None:
     rows = BatchRows(2, 64, BLOCK_SIZE)
     backend = ReadingBackend()
     proposer = SelfSpeculativeProposer(backend, rows, num_layers=1, draws_apart=False)  # type: ignore[arg-type]

@@ -172,14 +172,14 @@ def test_what_a_row_asked_for_leaves_with_it() -> None:
     assert batch.rows["forced_token_id"].tolist() == [-1]
 
 
-def test_guesses_and_choices_do_not_take_each_others_rows_for_their_own() -> None:
+def test_drafting_and_choosing_keep_their_own_rows() -> None:
     """Rows 1 and 0 as 32-bit numbers are, byte for byte, row 1 as one of 64 bits."""
     rows = BatchRows(2, 16, 4)
     seeds = [7, 8]
     for row, seed in enumerate(seeds):
         rows.place(joining([1], params(seed=seed), row=row))
     chosen = rows.sampling_batch(np.array([1]), np.array([1], np.int32), np.ones(1, np.bool_))
-    guessed = rows.drafting_batch(np.array([1, 0], np.int32), np.array([1, 1], np.int32))
+    drafting = rows.drafting_batch(np.array([1, 0], np.int32), np.array([1, 1], np.int32))
     assert chosen.rows["seed"].tolist() == [seeds[1]]
-    assert guessed.rows["seed"].tolist() == [seeds[1], seeds[0]]
-    assert guessed.rows["num_logprobs"].tolist() == [-1, -1]
+    assert drafting.rows["seed"].tolist() == [seeds[1], seeds[0]]
+    assert drafting.rows["num_logprobs"].tolist() == [-1, -1]

@@ -1,4 +1,4 @@
-"""Speculation in a whole engine: texts are those without it, whatever guesses, and whoever is preempted."""
+"""Speculation in a whole engine: texts are those without it, for every proposer and under preemption."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.model.oracles import random_record
 
 BLOCK_SIZE = 16
 RECORD = random_record(3, num_layers=3, vocab_size=64)
-# Much like the target, but not the same: some of what it guesses is right.
+# Similar to the target: some of the tokens that it drafts are accepted.
 DRAFT = replace(RECORD, layers=RECORD.layers[:2], config=replace(RECORD.config, num_layers=2))
 METHODS = ["draft", "self", "ngram"]
 BACKENDS = [
@@ -205,7 +205,7 @@ def distribution(seed: int, size: int = 6) -> np.ndarray:
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("is_drawn", [True, False], ids=["a drawn guess", "a certain guess"])
+@pytest.mark.parametrize("is_drawn", [True, False], ids=["a drawn token", "a certain token"])
 def test_what_rejection_lets_through_has_the_targets_distribution(is_drawn: bool) -> None:
     """Three positions, over many seeds, whatever the first ones were."""
     target, draft = np.stack([distribution(i) for i in range(4)]), np.stack([distribution(i + 10) for i in range(3)])
@@ -227,7 +227,7 @@ def test_what_rejection_lets_through_has_the_targets_distribution(is_drawn: bool
         assert counts[1].sum() / 6000 == pytest.approx(np.minimum(target[0], draft[0]).sum(), abs=0.03)
 
 
-def test_a_guess_that_nothing_can_follow_ends_the_proposal() -> None:
+def test_a_drafted_token_that_no_token_can_follow_ends_the_proposal() -> None:
     target = np.stack([distribution(0), np.zeros(6)])
     q = distribution(0)[None]
     assert rejection.verify(Proposal([2], q), target, [1, -1], seed=1, position=0) == [2, -1]

@@ -247,7 +247,7 @@ def test_no_row_is_taken_for_less_than_it_costs() -> None:
     harness.drain()
 
 
-def test_guesses_outlast_a_step_that_is_sat_out() -> None:
+def test_a_paused_request_keeps_its_drafted_tokens() -> None:
     texts = {name: list(range(start, start + 12)) for name, start in (("a0", 10), ("a1", 30), ("b0", 50))}
 
     def draft(request_id: str, context: list[int]) -> list[int]:

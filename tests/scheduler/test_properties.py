@@ -21,7 +21,7 @@ from shoal.scheduler.policies import POLICIES, select_knobs
 from shoal.scheduler.policies.fair import VirtualTokenCounter
 from tests.fakes import Draft, Harness, InjectedError, digest, generate, hashed
 
-VOCAB_SIZE = 4  # so few that prompts share prefixes, stop tokens come up and guesses hit
+VOCAB_SIZE = 4  # so small that prompts share prefixes, stop tokens appear and drafted tokens are accepted
 CHOOSE = hashed(VOCAB_SIZE)
 # Steps are a second each: in the length of a run waiting must come to matter.
 KNOBS = {
@@ -46,16 +46,16 @@ class Asked:
     params: SamplingParams
 
 
-def noisy_guesses(longest: int, salt: int) -> Draft:
-    """Proposes 0 to `longest` tokens, each of them true or not, at random but always the same."""
+def noisy_drafts(longest: int, salt: int) -> Draft:
+    """Proposes 0 to `longest` tokens, each of them right or wrong; the same context always has the same draft."""
 
     def draft(request_id: str, context: list[int]) -> list[int]:
         noise = digest(context, salt)
-        guesses: list[int] = []
+        drafted: list[int] = []
         for index in range(noise % (longest + 1)):
             is_wrong = noise >> (8 + index) & 3 == 0
-            guesses.append((CHOOSE(request_id, context + guesses) + is_wrong) % VOCAB_SIZE)
-        return guesses
+            drafted.append((CHOOSE(request_id, context + drafted) + is_wrong) % VOCAB_SIZE)
+        return drafted
 
     return draft
 
@@ -92,13 +92,13 @@ class Workload(RuleBasedStateMachine):
         max_chunk_tokens=st.integers(1, 12),
         max_num_waiting=st.integers(0, 8),
         enable_prefix_caching=st.booleans(),
-        longest_guess=st.integers(0, 4),
+        longest_draft=st.integers(0, 4),
         salt=st.integers(0, 99),
     )
-    def start(self, longest_guess: int, salt: int, spare_budget: int, max_num_seqs: int, **limits: int) -> None:
+    def start(self, longest_draft: int, salt: int, spare_budget: int, max_num_seqs: int, **limits: int) -> None:
         self.harness = Harness(
             CHOOSE,
-            noisy_guesses(longest_guess, salt) if longest_guess else None,
+            noisy_drafts(longest_draft, salt) if longest_draft else None,
             max_model_len=40,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + spare_budget,
@@ -232,7 +232,7 @@ def busy_harness(rng: random.Random, policy: str, knobs: Config) -> Harness:
     block_size, max_num_seqs = rng.randint(1, 4), rng.randint(1, 4)
     return Harness(
         CHOOSE,
-        noisy_guesses(rng.randint(1, 4), rng.randint(0, 99)) if rng.random() < 0.5 else None,
+        noisy_drafts(rng.randint(1, 4), rng.randint(0, 99)) if rng.random() < 0.5 else None,
         policy=policy,
         knobs=knobs,
         num_blocks=-(-rng.choice([24, 30, 60]) // block_size),

@@ -13,8 +13,8 @@ OUTPUT = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
 TEXTS = {"a": PROMPT + OUTPUT}
 
 
-def guesses(num_tokens: int, wrong: int | None = None) -> Draft:
-    """The true continuation, `num_tokens` at a time, with the guess number `wrong` spoilt."""
+def drafts(num_tokens: int, wrong: int | None = None) -> Draft:
+    """Draft the next `num_tokens` tokens of the text; the one with index `wrong` is wrong."""
 
     def draft(request_id: str, context: list[int]) -> list[int]:
         tokens = TEXTS[request_id][len(context) : len(context) + num_tokens]
@@ -35,7 +35,7 @@ def deliveries(harness: Harness) -> list[list[int]]:
 
 
 def test_all_accepted_and_one_token_more() -> None:
-    harness = Harness(scripted(TEXTS), guesses(3))
+    harness = Harness(scripted(TEXTS), drafts(3))
     assert deliveries(harness) == [[10], [11, 12, 13, 14], [15, 16, 17, 18], [19]]
     assert harness.chunks == [[("a", 0, 2)], [("a", 2, 4)], [("a", 6, 4)], [("a", 10, 1)]]
 
@@ -50,14 +50,14 @@ def test_all_accepted_and_one_token_more() -> None:
     ids=["first", "middle", "last"],
 )
 def test_a_mismatch_is_corrected_and_the_rest_taken_back(wrong: int, expected: list[list[int]]) -> None:
-    harness = Harness(scripted(TEXTS), guesses(3, wrong))
+    harness = Harness(scripted(TEXTS), drafts(3, wrong))
     assert deliveries(harness) == expected
     ends = [sum(map(len, expected[: index + 1])) for index in range(len(expected))]
     starts = [step[0][1] for step in harness.chunks]
     assert starts == [0] + [len(PROMPT) + end - 1 for end in ends[:-1]], "rejected tokens are computed again"
 
 
-def test_a_guess_of_another_length_in_each_step() -> None:
+def test_a_draft_of_another_length_in_each_step() -> None:
     def draft(request_id: str, context: list[int]) -> list[int]:
         return TEXTS["a"][len(context) :][: {3: 2, 6: 0, 7: 1, 9: 3}[len(context)]] if len(context) < 12 else []
 
@@ -68,7 +68,7 @@ def test_a_guess_of_another_length_in_each_step() -> None:
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_stop_token_inside_accepted_tokens_cuts_what_follows(stop: int) -> None:
-    harness = Harness(scripted(TEXTS), guesses(3), block_size=1)
+    harness = Harness(scripted(TEXTS), drafts(3), block_size=1)
     harness.add("a", PROMPT, max_tokens=10, num_logprobs=0, stop_token_ids=frozenset({OUTPUT[stop]}))
     harness.drain()
     assert harness.token_ids["a"] == OUTPUT[: stop + 1]
@@ -81,7 +81,7 @@ def test_a_stop_token_inside_accepted_tokens_cuts_what_follows(stop: int) -> Non
 
 @pytest.mark.parametrize("max_tokens", range(1, 10))
 def test_max_tokens_is_never_exceeded_and_nothing_is_verified_beyond_it(max_tokens: int) -> None:
-    harness = Harness(scripted(TEXTS), guesses(4))
+    harness = Harness(scripted(TEXTS), drafts(4))
     harness.add("a", PROMPT, max_tokens)
     harness.drain()
     assert harness.token_ids["a"] == OUTPUT[:max_tokens]
@@ -103,11 +103,11 @@ def test_an_executor_that_proposes_too_much_is_cut_at_max_tokens() -> None:
 
 
 def test_the_budget_cuts_drafted_tokens() -> None:
-    harness = Harness(scripted(TEXTS), guesses(8), max_num_seqs=1, max_num_batched_tokens=3)
+    harness = Harness(scripted(TEXTS), drafts(8), max_num_seqs=1, max_num_batched_tokens=3)
     assert deliveries(harness) == [[10], [11, 12, 13], [14, 15, 16], [17, 18, 19]]
 
 
-def test_guesses_leave_a_token_of_the_budget_for_each_running_request() -> None:
+def test_drafted_tokens_leave_a_token_of_the_budget_for_each_running_request() -> None:
     texts = dict.fromkeys("abc", PROMPT + OUTPUT)
     harness = Harness(scripted(texts), lambda _, context: TEXTS["a"][len(context) :][:3], max_num_batched_tokens=8)
     for request_id in texts:
@@ -120,7 +120,7 @@ def test_guesses_leave_a_token_of_the_budget_for_each_running_request() -> None:
 
 
 def test_a_chunk_limit_of_one_token_leaves_nothing_to_speculate() -> None:
-    harness = Harness(scripted(TEXTS), guesses(3), max_chunk_tokens=1)
+    harness = Harness(scripted(TEXTS), drafts(3), max_chunk_tokens=1)
     assert deliveries(harness) == [[token_id] for token_id in OUTPUT]
 
 
@@ -182,8 +182,8 @@ def test_abort_with_drafted_tokens_pending(is_under_way: bool) -> None:
     assert harness.token_ids == {"a": OUTPUT[:1], "b": OUTPUT[:3]}
 
 
-def test_a_victim_that_would_fit_without_its_guesses_waits_for_the_next_step() -> None:
-    """Six blocks of two: "b" holds four of them for its guesses, loses all, and three would do."""
+def test_a_victim_that_would_fit_without_its_drafted_tokens_waits_for_the_next_step() -> None:
+    """Six blocks of two: "b" holds four of them with its drafted tokens and loses all; three would suffice."""
     texts = {"a": [1, 2, 3, *OUTPUT], "b": [4, 5, 6, *OUTPUT]}
 
     def draft(request_id: str, context: list[int]) -> list[int]:
@@ -200,14 +200,14 @@ def test_a_victim_that_would_fit_without_its_guesses_waits_for_the_next_step() -
     assert harness.token_ids == {"a": OUTPUT[:4], "b": OUTPUT[:6]}
 
 
-def test_a_request_alone_in_the_cache_never_needs_more_for_its_guesses() -> None:
-    harness = Harness(scripted(TEXTS), guesses(8), num_blocks=11, block_size=1, max_model_len=12)
+def test_a_request_alone_in_the_cache_never_needs_more_for_its_drafted_tokens() -> None:
+    harness = Harness(scripted(TEXTS), drafts(8), num_blocks=11, block_size=1, max_model_len=12)
     deliveries(harness)
     assert harness.scheduler.stats().num_preemptions == 0
 
 
-def test_guesses_of_a_step_that_failed_are_verified_again() -> None:
-    harness = Harness(scripted(TEXTS), guesses(3))
+def test_drafted_tokens_of_a_step_that_failed_are_verified_again() -> None:
+    harness = Harness(scripted(TEXTS), drafts(3))
     failures = [1]
 
     def fail(output: SchedulerOutput) -> None:

@@ -265,10 +265,10 @@ def test_padding_after_speculation() -> None:
     """The executor's fake checks that each padding row chooses what it chose before."""
 
     def draft(request_id: str, context: list[int]) -> list[int]:
-        guesses: list[int] = []
+        drafted: list[int] = []
         for _ in range(3):
-            guesses.append(hashed(50)(request_id, context + guesses))
-        return guesses
+            drafted.append(hashed(50)(request_id, context + drafted))
+        return drafted
 
     harness = static(3, draft=draft)
     for request_id, max_tokens in (("a", 3), ("b", 12), ("c", 6)):

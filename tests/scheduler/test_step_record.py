@@ -163,7 +163,7 @@ prompts = st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20)
 workloads = st.lists(st.tuples(prompts, st.integers(1, 14), st.integers(0, 10)), min_size=1, max_size=8)
 
 
-def guess(choose: Choose, request_id: str, context: list[int]) -> list[int]:
+def draft(choose: Choose, request_id: str, context: list[int]) -> list[int]:
     """Right, right, wrong: two drafted tokens may be accepted."""
     first = choose(request_id, context)
     second = choose(request_id, [*context, first])
@@ -185,7 +185,7 @@ def test_what_it_says_of_memory_and_work_is_what_was_done(
     choose = hashed(50)
     harness = Harness(
         choose,
-        (lambda request_id, context: guess(choose, request_id, context)) if speculates else None,
+        (lambda request_id, context: draft(choose, request_id, context)) if speculates else None,
         policy=policy,
         knobs=select_knobs(policy, {"fair_lead": 2}),
         num_blocks=num_blocks,

@@ -41,8 +41,8 @@ class FakeWire:
         return commands
 
 
-def guess(request_id: str, context: list[int]) -> list[int]:
-    """Right, right, wrong: up to three tokens a step."""
+def draft(request_id: str, context: list[int]) -> list[int]:
+    """Draft two right tokens and a wrong one, so that a step gives up to three tokens."""
     first = CHOOSE(request_id, context)
     second = CHOOSE(request_id, [*context, first])
     return [first, second, 49 - CHOOSE(request_id, [*context, first, second])]
@@ -102,7 +102,7 @@ def test_they_end_exactly(
     ]
     harness = Harness(
         CHOOSE,
-        guess if speculates else None,
+        draft if speculates else None,
         policy=policy,
         num_blocks=num_blocks,
         max_num_seqs=4,
@@ -135,7 +135,7 @@ def test_a_preempted_request_ends_where_it_would_have() -> None:
 @pytest.mark.parametrize("end_after", range(1, 9))
 def test_an_end_among_accepted_tokens(end_after: int) -> None:
     """Three tokens come with a step; those after the end are nobody's, and are not found in the prefix cache."""
-    harness = Harness(CHOOSE, guess)
+    harness = Harness(CHOOSE, draft)
     asked = request("a", [1, 2, 3], 12, end_after)
     assert run(harness, [Submit([asked])]).token_ids == {"a": text(asked)}
     longer = request("b", [1, 2, 3, *text(asked), 7, 7, 7, 7], 4, None)
