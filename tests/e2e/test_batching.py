@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -13,13 +14,13 @@ import pytest
 
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import API_KEYS
-from tests.e2e.harness import PATIENCE, Server, Waiting, events, joined
+from tests.e2e.harness import PATIENCE, Server, events, joined
 
 COMPLETIONS = "/v1/completions"
 LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True, "max_tokens": 12_000}
 
 
-def test_thirty_streams_run_in_one_batch_and_each_as_if_it_were_alone(main: Server) -> None:
+def test_thirty_streams_run_in_one_batch_with_the_texts_that_each_has_alone(main: Server) -> None:
     bodies: list[dict[str, Any]] = [
         {"prompt": f"def function_{i}(a, b):" + " #" * (i % 7), "max_tokens": 150 + i % 5, "ignore_eos": True}
         | ({"temperature": 0} if i % 2 else {"temperature": 0.8, "seed": i})
@@ -70,17 +71,18 @@ def leave_before_the_answer(server: Server) -> None:
 
 
 @pytest.mark.parametrize("leave", [leave_stream, leave_before_the_answer])
-def test_who_leaves_gives_place_and_blocks_back(strict: Server, leave: Callable[[Server], None]) -> None:
-    """Two may run at a time: a third has its turn, long before the other is done, only if the one that left is gone."""
+def test_a_client_that_leaves_gives_row_and_blocks_back(strict: Server, leave: Callable[[Server], None]) -> None:
+    """Two requests may run at a time, so a third one is served beside the first only if the second has ended."""
     aborted = strict.metric("request_success_total", finished_reason="abort")
-    other = Waiting(strict, COMPLETIONS, **LONG)
-    strict.until("the other runs", lambda: strict.metric("num_requests_running") == 1)
-    leave(strict)
-    assert strict.text("Z", temperature=0, max_tokens=5) == cycle_text(5)
-    assert other.is_alive()
-    assert other.answer().json()["choices"][0]["text"] == cycle_text(LONG["max_tokens"])
+    with strict.streaming(COMPLETIONS, **LONG) as first:
+        chunks = [next(first)]
+        leave(strict)
+        assert strict.text("Z", temperature=0, max_tokens=5) == cycle_text(5)
+        strict.until("only the first request runs", lambda: strict.metric("num_requests_running") == 1)
+        chunks += islice(first, 2000)
+    assert cycle_text(LONG["max_tokens"]).startswith(joined(chunks).removesuffix("\ufffd"))
     strict.wait_idle()
-    assert strict.metric("request_success_total", finished_reason="abort") == aborted + 1
+    assert strict.metric("request_success_total", finished_reason="abort") == aborted + 2
 
 
 def raw_request(server: Server, **body: Any) -> socket.socket:
@@ -92,14 +94,14 @@ def raw_request(server: Server, **body: Any) -> socket.socket:
     return connection
 
 
-def test_who_leaves_at_once_leaves_nothing(strict: Server) -> None:
+def test_clients_that_leave_at_once_leave_nothing_behind(strict: Server) -> None:
     for i in range(20):
         raw_request(strict, **LONG, stream=i % 2 == 0).close()
     strict.wait_idle()
     assert strict.text("Z", temperature=0, max_tokens=11) == cycle_text(11)
 
 
-def test_a_full_queue_refuses_at_once_and_who_waits_may_leave(strict: Server) -> None:
+def test_a_full_queue_refuses_at_once_and_a_waiting_request_may_leave(strict: Server) -> None:
     with strict.streaming(COMPLETIONS, **LONG) as first, strict.streaming(COMPLETIONS, **LONG) as second:
         next(first), next(second)
         with raw_request(strict, **LONG):
@@ -111,12 +113,12 @@ def test_a_full_queue_refuses_at_once_and_who_waits_may_leave(strict: Server) ->
                 error = response.json()["error"]
                 assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
                 assert "max_num_seqs 2 + max_num_waiting 1" in error["message"]
-        strict.until("nobody waits", lambda: strict.metric("num_requests_waiting") == 0)
+        strict.until("no request waits", lambda: strict.metric("num_requests_waiting") == 0)
         assert strict.metric("num_requests_running") == 2
     strict.wait_idle()
 
 
-def test_what_can_never_fit_is_no_matter_of_trying_again(strict: Server) -> None:
+def test_more_requests_than_the_server_holds_are_refused_for_good(strict: Server) -> None:
     for prompt, n, param in (("Z", 4, "n"), (["Z"] * 4, 1, "prompt"), (["Z"] * 2, 2, "prompt")):
         response = strict.post(COMPLETIONS, prompt=prompt, n=n)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)

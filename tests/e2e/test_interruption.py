@@ -18,13 +18,14 @@ ROOT = Path(__file__).parents[2]
 INTERRUPTED = """
 import subprocess, time
 from pathlib import Path
+from tests.e2e.harness import Server
 
-def test_that_never_ends(start):
+def test_that_never_ends(tmp_path):
     orphan = subprocess.run("sleep 1000 >&- 2>&- & echo $!", shell=True, capture_output=True, text=True).stdout
-    server = start().wait_ready()
+    server = Server(tmp_path).wait_ready()
     Path("pids.new").write_text(f"{orphan} {server.process.pid} {server.engine_pid()}")
     Path("pids.new").rename("pids")
-    with server.streaming("/v1/completions", prompt="Z", ignore_eos=True, max_tokens=12_000) as stream:
+    with server.streaming("/v1/completions", prompt="Z", ignore_eos=True, max_tokens=1000) as stream:
         next(stream)
         time.sleep(1000)
 """
@@ -34,16 +35,7 @@ def test_that_never_ends(start):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_and_all_that_it_started(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "test_interrupted.py").write_text(INTERRUPTED)
-    options = [
-        "-c",
-        ROOT / "pyproject.toml",
-        "-p",
-        "tests.conftest",
-        "-p",
-        "tests.e2e.conftest",
-        "-p",
-        "no:cacheprovider",
-    ]
+    options = ["-c", ROOT / "pyproject.toml", "-p", "tests.conftest", "-p", "no:cacheprovider"]
     with (tmp_path / "log").open("wb") as log:
         run = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, "test_interrupted.py"],

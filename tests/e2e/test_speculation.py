@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +19,41 @@ from tests.e2e.harness import Server, run_shoal
 from tests.e2e.test_determinism import FEW_BLOCKS, make_requests, send_at_once
 
 COMPLETIONS = "/v1/completions"
-NUM_REQUESTS = 300
+NUM_REQUESTS, FEW_REQUESTS = 300, 100
+Answers = list[list[dict[str, Any]]]  # the choices, by request
 METHODS = ("draft", "ngram", "self")
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """What 300 requests of all kinds are answered without speculation."""
-    server = Server(tmp_path_factory.mktemp("without")).wait_ready()
-    try:
-        return send_at_once(server, make_requests(NUM_REQUESTS), range(NUM_REQUESTS))
-    finally:
-        server.close()
+def without(main: Server) -> Callable[[int], Answers]:
+    """The answers to the first requests, as many as are asked for, without speculation."""
+    return cache(lambda num_requests: send_at_once(main, make_requests(num_requests), range(num_requests)))
 
 
 @pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("k", [None, *range(1, 9)])
-def test_many_requests(method: str, k: int | None, without: list[list[dict[str, Any]]], tmp_path: Path) -> None:
-    """Under preemption, and one in ten without speculation beside the others; some lengths with fewer requests."""
+@pytest.mark.parametrize(
+    ("k", "num_requests"),
+    [
+        *((k, FEW_REQUESTS) for k in (None, 4)),
+        *(pytest.param(k, FEW_REQUESTS, marks=pytest.mark.long) for k in (1, 2, 3, 5, 6, 7, 8)),
+        *(pytest.param(k, NUM_REQUESTS, marks=pytest.mark.long) for k in (None, 4)),
+    ],
+)
+def test_answers_are_those_without_speculation(
+    method: str, k: int | None, num_requests: int, without: Callable[[int], Answers], tmp_path: Path
+) -> None:
+    """Under preemption; every tenth request asks for no speculation."""
     length = () if k is None else ("--num-spec-tokens", str(k))
-    num_requests = NUM_REQUESTS if k in (None, 4) else NUM_REQUESTS // 3
     server = Server(tmp_path, "--speculation", method, *length, *FEW_BLOCKS).wait_ready()
     try:
         requests = [
             request | ({"speculation": "off"} if i % 10 == 3 else {})
             for i, request in enumerate(make_requests(num_requests))
         ]
-        answers = send_at_once(server, requests, range(num_requests))
-        assert [i for i in range(num_requests) if answers[i] != without[i]] == []
+        answers, expected = send_at_once(server, requests, range(num_requests)), without(num_requests)
+        assert [i for i in range(num_requests) if answers[i] != expected[i]] == []
         assert server.metric("num_preemptions_total") > 0
         if k is not None:
             assert server.metric("spec_decode_num_accepted_tokens_total") > 0
@@ -56,7 +63,7 @@ def test_many_requests(method: str, k: int | None, without: list[list[dict[str, 
 
 
 def test_it_is_counted_in_the_answer_and_in_the_metrics(start: StartServer) -> None:
-    """N-grams know the text after its first round: 13 bytes, of which the prompt is the last."""
+    """The text repeats itself after 13 bytes, the last of which is the prompt; from then on n-grams find it."""
     server = start("--speculation", "ngram", "--num-spec-tokens", "4").wait_ready()
     answer = server.complete("Z", temperature=0, ignore_eos=True, max_tokens=60)
     assert answer["choices"][0]["text"] == cycle_text(60)
@@ -72,7 +79,7 @@ def test_it_is_counted_in_the_answer_and_in_the_metrics(start: StartServer) -> N
     assert drafts >= first >= server.metric("spec_decode_num_accepted_tokens_per_pos_total", position="3") > 0
 
 
-def test_a_request_can_do_without_it_and_asks_for_no_other(start: StartServer) -> None:
+def test_a_request_may_switch_it_off_but_not_choose_another(start: StartServer) -> None:
     server = start("--speculation", "ngram", "--num-spec-tokens", "4").wait_ready()
     params: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": 40}
     off, on = (server.complete("Z", **params, speculation=method) for method in ("off", "ngram"))
@@ -113,7 +120,7 @@ def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> N
         (["--speculation", "self", "--draft-layers", "99"], "draft_layers 99 leaves nothing to verify with"),
     ],
 )
-def test_what_cannot_be_is_refused_at_the_start(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_settings_are_refused_at_the_start(arguments: list[str], message: str, tmp_path: Path) -> None:
     code, output = run_shoal(tmp_path, "serve", "--port", "0", *arguments)
     assert code != 0
     assert message in output
@@ -121,7 +128,7 @@ def test_what_cannot_be_is_refused_at_the_start(arguments: list[str], message: s
 
 @pytest.fixture
 def swapped_folder(tmp_path: Path) -> Path:
-    """The bundled draft with two tokens in each other's place."""
+    """The bundled draft model with two tokens of its vocabulary exchanged."""
     folder = tmp_path / "swapped"
     shutil.copytree(resolve_checkpoint("shoal-draft"), folder)
     definition = json.loads((folder / "tokenizer.json").read_text())

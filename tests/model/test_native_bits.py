@@ -1,6 +1,6 @@
-"""The native backend's promise: the bits of a sequence's logits depend on nothing but the model and the sequence.
+"""The native backend's promise: the bits of a sequence's logits depend only on the model and the sequence.
 
-Each test compares with the same sequence prefilled whole and alone, to the bit.
+Each test compares them with those of the same sequence, prefilled whole and alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.model.oracles import BUNDLED, SMOLLM2, random_record, random_steps, r
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
 
 POOL = {"num_blocks": 400, "block_size": 16}
-# Attention::kStretch in attention.h: where the sums of attention begin anew.
+# Attention::kStretch in attention.h: the number of positions after which the sums of attention start again.
 STRETCH = 256
 
 # No size in the last one is a multiple of a vector's lanes, and more heads share a KV head than rows make a tile.
@@ -52,7 +52,7 @@ def record_of(model: str) -> ModelRecord:
 
 @cache
 def backend_of(model: str, numbers: str, *, num_threads: int = 2, isa: str | None = None) -> NativeBackend:
-    """Shared by the tests: what earlier ones left in the KV cache must not matter either."""
+    """Make a backend that the tests share: what earlier tests left in the KV cache must not matter either."""
     return NativeBackend(record_of(model), **POOL, **NUMBERS[numbers], num_threads=num_threads, isa=isa)
 
 
@@ -62,7 +62,7 @@ def pages(paged: Any) -> Any:
 
 
 def all_alone(backend: NativeBackend, pages: Any, texts: dict[str, list[int]]) -> dict[str, np.ndarray]:
-    """What the logits must be."""
+    """Compute the logits of each sequence whole and alone: the expected ones."""
     return {name: run_whole(backend, pages, text) for name, text in texts.items()}
 
 
@@ -117,10 +117,12 @@ def test_decoded_in_batches_of_1_to_32_at_every_row(model: str, numbers: str, pa
 
 @each_model
 @each_numbers
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("num_threads", [1, 3, pytest.param(2, marks=pytest.mark.long)])
 def test_around_the_borders_of_stretches(model: str, numbers: str, num_threads: int, pages: Any) -> None:
-    """One token, and five of a drafted continuation; with so little else to do that their context is split among the
-    threads, and with so much that it is not."""
+    """One token, and five as with drafted tokens.
+
+    Alone, their context is split among the threads; beside others it is not.
+    """
     backend = backend_of(model, numbers, num_threads=num_threads)
     texts = sequences(4, 2 * STRETCH + 6, *[20] * 31)
     long, *others = texts

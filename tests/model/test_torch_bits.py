@@ -1,6 +1,6 @@
 """A row of the torch backend's products has the same bits, whatever rows and sequences it is computed beside.
 
-Which kernel MKL takes depends on the processor: the last test has it take the kernels for AMD's.
+MKL chooses its kernels by the processor: the last test makes it choose those for AMD processors.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tests.model.oracles import random_record, random_steps, run_chunks, sequenc
 
 HEAD_DIMS = (4, 16, 20, 24, 64)
 # The number of products in a batch, and of rows in each of them.
-COMPANIES = list(product((1, 2, 7), (4, 8, 20, 64)))
-# Makes MKL, which is a part of torch, take this processor for a Zen of AMD's.
+BATCHES = list(product((1, 2, 7), (4, 8, 20, 64)))
+# Makes MKL, which is a part of torch, treat this processor as a Zen of AMD.
 AMD = "int mkl_serv_intel_cpu_true(void) { return 0; } int mkl_serv_cpuiszen(void) { return 1; }"
 
 
@@ -42,7 +42,7 @@ def threads(request: pytest.FixtureRequest, one_thread: None) -> Iterator[int]:
 def test_weighted_sum(head_dim: int, context: int, threads: int) -> None:
     rows, own_values = torch.rand(1, 4, context), torch.randn(1, context, head_dim)
     expected = weighted_sum(rows, own_values)[0]
-    for batch_size, n in COMPANIES:
+    for batch_size, n in BATCHES:
         shares, values = torch.rand(batch_size, n, context), torch.randn(batch_size, context, head_dim)
         values[-1] = own_values[0]
         for row in {0, n // 8 * 4, n - 4}:
@@ -78,19 +78,20 @@ def test_chunks_and_neighbours(shape: dict[str, Any], threads: int, paged: Any) 
     texts = sequences(7, 12, 9, 15, 3, 150)
     alone = {name: run_chunks(backend, paged(512, 4), {name: t}, [{name: len(t)}])[name] for name, t in texts.items()}
     short = {name: tokens for name, tokens in texts.items() if len(tokens) < 16}
-    for company, seed in product((texts, short), range(2)):
-        together = run_chunks(backend, paged(512, 4), company, random_steps(seed, company))
-        for name in company:
+    for others, seed in product((texts, short), range(2)):
+        together = run_chunks(backend, paged(512, 4), others, random_steps(seed, others))
+        for name in others:
             np.testing.assert_array_equal(together[name], alone[name])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a library is preloaded as the linker of Linux does")
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_on_the_kernels_of_amd(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", ["one-thread", pytest.param("thread", marks=pytest.mark.long, id="all")])
+def test_on_the_kernels_of_amd(threads: str, tmp_path: Path) -> None:
     library = tmp_path / "amd.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=AMD, text=True, check=True)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "not kernels_of_amd", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-k", f"not kernels_of_amd and {threads}", __file__],
         env=os.environ | {"LD_PRELOAD": str(library)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,6 @@
-"""The scheduler under random workloads: whatever happens, every request gets what it gets alone.
+"""The scheduler under random workloads: every request gets the tokens that it gets alone.
 
-The fake model is a function of the tokens before, so its plain loop (`tests.fakes.generate`) is the oracle; the
+The fake model is a function of the tokens so far, so its plain loop (`tests.fakes.generate`) is the oracle; the
 harness checks invariants and limits after every step.
 """
 
@@ -23,7 +23,7 @@ from tests.fakes import Draft, Harness, InjectedError, digest, generate, hashed
 
 VOCAB_SIZE = 4  # so small that prompts share prefixes, stop tokens appear and drafted tokens are accepted
 CHOOSE = hashed(VOCAB_SIZE)
-# Steps are a second each: in the length of a run waiting must come to matter.
+# A step takes a second: waiting must matter within the length of a run.
 KNOBS = {
     "ageing_seconds": 10,
     "ageing_tokens": 0.5,
@@ -31,7 +31,7 @@ KNOBS = {
     "tpot_slo_ms": 2000,
     "static_timeout_seconds": 3,
 }
-# With its own lead, `fair` pauses no request in so short a run.
+# With its default lead, `fair` pauses no request in such a short run.
 CASES = [
     *(pytest.param(policy, select_knobs(policy, KNOBS), id=policy) for policy in POLICIES),
     *(pytest.param("fair", VirtualTokenCounter.Knobs(fair_lead=lead), id=f"fair-{lead}") for lead in (1, 10)),
@@ -40,7 +40,7 @@ CASES = [
 
 @dataclass
 class Asked:
-    """What the test knows of a request."""
+    """A request, as the test asked for it."""
 
     prompt: list[int]
     params: SamplingParams
@@ -61,7 +61,7 @@ def noisy_drafts(longest: int, salt: int) -> Draft:
 
 
 def check_answer(harness: Harness, request_id: str, asked: Asked, is_at_fault: bool) -> None:
-    """Whoever was answered to the end has what it gets alone; the others have its beginning."""
+    """A request that ended by itself has the tokens that it gets alone; any other has the first of them."""
     reason, token_ids = harness.finish_reasons[request_id], harness.token_ids[request_id]
     alone = generate(CHOOSE, request_id, asked.prompt, asked.params)
     if reason in (FinishReason.ABORT, FinishReason.ERROR):
@@ -108,7 +108,7 @@ class Workload(RuleBasedStateMachine):
         )
         self.asked: dict[str, Asked] = {}
         self.broken: set[str] = set()  # requests whose every step fails
-        self.unwell: set[str] = set()  # requests that fail on their own account
+        self.unwell: set[str] = set()  # requests whose own result is an error
         self.fails_next = False
         self.harness.executor.fail = self._fail
         self.harness.executor.error = lambda share: "Injected" if share.request_id in self.unwell else None
@@ -203,8 +203,8 @@ class Workload(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "harness"):
             return
-        # Under fcfs the first request in line advances by a token in every step, and is never a victim.  Other policies
-        # may change their mind about who is first, but only so often, and a static batch waits until it is formed.
+        # Under fcfs the first request advances by a token in every step, and is never a victim.  Under other policies
+        # the first request may change, but not often, and a static batch waits until it is formed.
         bound = sum(len(asked.prompt) + asked.params.max_tokens for asked in self.asked.values())
         self.harness.drain(max_steps=bound if self.policy == "fcfs" else 3 * (bound + len(self.asked)))
         for request_id, asked in self.asked.items():
@@ -216,7 +216,7 @@ def test_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> No
     run_state_machine_as_test(
         type("Workload", (Workload,), {"policy": policy, "knobs": knobs}),
         settings=settings(
-            max_examples=250 if policy == "fcfs" else 30,
+            max_examples=100 if policy == "fcfs" else 30,
             stateful_step_count=40,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
