@@ -21,7 +21,7 @@ from shoal.model.native import build
 BEGAN = pytest.StashKey[float]()
 PR_SET_CHILD_SUBREAPER = 36  # of Linux's <sys/prctl.h>
 
-# How long an example takes depends on what else the machine does.  The timeout of pytest catches an example that hangs.
+# How long an example takes depends on other programs, too.  The timeout of pytest ends one that never returns.
 hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
 
@@ -53,7 +53,7 @@ def pytest_unconfigure() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End the run.  Its processes go first, so that no teardown waits for one of them to end in good order."""
+    """End the run.  Its processes go first, so that no teardown waits for one of them to end by itself."""
     _end_processes()
     raise KeyboardInterrupt
 

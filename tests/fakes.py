@@ -1,7 +1,7 @@
 """Scripted executors that record what they are asked for and fail on command.
 
 They keep token ids where a model keeps keys and values, and choose the next token from what they read back
-through the block table.  Hence a wrong slot, block table, position, preemption or prefix-cache hit shows as a wrong
+through the block table.  So a wrong slot, block table, position, preemption or prefix-cache hit shows as a wrong
 token, and most of them as a failed assertion before.
 """
 
@@ -60,7 +60,7 @@ def scripted(texts: Mapping[str, list[int]]) -> Choose:
 
 
 def generate(choose: Choose, request_id: str, prompt: list[int], params: SamplingParams) -> list[int]:
-    """What a request gets when nothing else exists: the plain loop, the oracle of every schedule."""
+    """Generate the tokens that a request gets alone, in a plain loop: the oracle of every schedule."""
     context = list(prompt)
     while len(context) < len(prompt) + params.max_tokens:
         context.append(choose(request_id, context))
@@ -84,7 +84,7 @@ class InjectedError(Exception):
 
 @dataclass
 class _Sequence:
-    """What an executor knows of a request in the batch."""
+    """The state that an executor keeps of a request in the batch."""
 
     request_id: str
     token_ids: list[int]
@@ -107,7 +107,7 @@ class FakeExecutor:
         released: the released rows of each call.
         sequences: what is known of the requests in the batch, by row.
         fail: called with each schedule before it is computed; raises to make the step fail.
-        error: called with each share; a message makes that request fail on its own account.
+        error: called with each share; a message makes that request fail alone.
     """
 
     def __init__(self, block_size: int, choose: Choose, draft: Draft | None = None) -> None:
@@ -218,8 +218,8 @@ class FakeExecutor:
 
 
 class Harness:
-    """An engine on a fake executor, whose every step is checked: invariants, limits, and that nobody is answered
-    after the end.
+    """An engine on a fake executor.  Every step is checked: invariants, limits, and that no request gets news after
+    its end.
 
     Args:
         policy: one that is made already, or the name of one.

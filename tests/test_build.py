@@ -106,7 +106,7 @@ def script(folder: Path, name: str, text: str) -> Path:
 
 @needs_compiler
 def test_this_tree_is_built() -> None:
-    """Otherwise the tests of the native backend skip themselves in silence."""
+    """Otherwise the tests of the native backend would be skipped silently."""
     assert supported_isas()[0] == best_isa()
 
 

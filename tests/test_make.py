@@ -50,7 +50,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def calls(folder: Path) -> list[str]:
-    """What Python was told to do."""
+    """The arguments of each call of Python."""
     return (folder / "calls").read_text().splitlines()
 
 

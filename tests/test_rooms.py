@@ -1,4 +1,4 @@
-"""Who may import whom: each room has one job and reaches only where `ROOMS` says."""
+"""What each room may import: each room has one job and reaches only where `ROOMS` says."""
 
 from __future__ import annotations
 

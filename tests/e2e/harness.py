@@ -49,7 +49,7 @@ class Server(ServerProcess):
     # -- life --------------------------------------------------------------------------------------------------------
 
     def until(self, what: str, holds: Callable[[], Any]) -> Any:
-        """Wait until something holds, and give it; fails with the log if it never does."""
+        """Wait until `holds` is true and return its value; fail with the log if it never is."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):
@@ -69,16 +69,16 @@ class Server(ServerProcess):
         return self
 
     def engine_pid(self) -> int:
-        """The engine process."""
+        """The process id of the engine, once it runs."""
         found: int = self.until("there is an engine process", super().engine_pid)
         return found
 
     def signal(self, number: signal.Signals) -> None:
-        """To the API process alone."""
+        """Send a signal to the API process alone."""
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Its exit code, once it has ended."""
+        """Wait for the end of the API process; return its exit code."""
         try:
             return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -133,7 +133,7 @@ class Server(ServerProcess):
     # -- metrics -----------------------------------------------------------------------------------------------------
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of a sample, `vllm:` left out."""
+        """The value of a metric, whose name is given without `vllm:`."""
         samples = [
             sample.value
             for family in text_string_to_metric_families(self.get("/metrics").text)
@@ -143,7 +143,7 @@ class Server(ServerProcess):
         return sum(samples)
 
     def wait_idle(self) -> None:
-        """Until no request is left and no block is in use."""
+        """Wait until no request is left and no block is in use."""
         names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         self.until("the server is idle", lambda: not any(self.metric(name) for name in names))
 
@@ -185,12 +185,12 @@ def joined(chunks: list[dict[str, Any]], index: int = 0) -> str:
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    """Ours without what would be settings of the server."""
+    """This environment without the variables that are settings of the server."""
     return {name: value for name, value in os.environ.items() if not name.startswith("SHOAL_")} | extra
 
 
 def command_line(pid: int) -> bytes:
-    """Of a process; empty once it has ended."""
+    """The command line of a process; empty once it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -198,7 +198,7 @@ def command_line(pid: int) -> bytes:
 
 
 def run_shoal(folder: Path, *args: str, **environment: str) -> tuple[int, str]:
-    """Run a command of the console script in the folder until it ends; exit code, and what it printed."""
+    """Run a command of the console script in the folder until it ends; return the exit code and the output."""
     done = subprocess.run(
         [SHOAL, *args],
         cwd=folder,

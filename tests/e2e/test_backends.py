@@ -1,4 +1,4 @@
-"""What a server says of its backend, and that all backends answer alike."""
+"""What a server announces of its backend, and that all backends give the same answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 
 @needs_native
-def test_the_backends_answer_alike(start: StartServer, tiny: Server, tiny_folder: Path) -> None:
+def test_the_backends_give_the_same_answers(start: StartServer, tiny: Server, tiny_folder: Path) -> None:
     """The same tokens, greedy or drawn; the numbers may differ in their last digits."""
     tiny.until("it says what it computes with", lambda: "float32, native (" in tiny.log)
     torch = start("--model", str(tiny_folder), "--backend", "torch").wait_ready()

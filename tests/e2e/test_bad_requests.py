@@ -1,4 +1,4 @@
-"""Bad input: a message that names the field and the limit, while everything else goes on."""
+"""Bad input: the message names the field and the limit, and other requests go on."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ FOR_CHAT: list[tuple[str, Any, str]] = [
 
 @pytest.fixture(scope="module", autouse=True)
 def others_go_on(tiny: Server) -> Iterator[None]:
-    """A stream that runs while the server gets all this, and ends as if nothing had been."""
+    """A stream that runs while the server gets the bad requests; its text does not change."""
     params: dict[str, Any] = {"prompt": "the dog", "temperature": 0, "ignore_eos": True, "max_tokens": 1500}
     expected = tiny.text(**params)
     with tiny.streaming("/v1/completions", **params) as stream:

@@ -93,7 +93,7 @@ def test_what_looks_like_the_beginning_of_a_stop_string_comes_in_the_end(strict:
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_stop_strings_of_a_text_that_nobody_made_up(tiny: Server) -> None:
+def test_stop_strings_of_the_text_of_a_random_model(tiny: Server) -> None:
     params = GREEDY | {"max_tokens": 40}
     choice = tiny.complete(PROMPT, **params, logprobs=0)["choices"][0]
     text, offsets = choice["text"], choice["logprobs"]["text_offset"]
@@ -157,7 +157,7 @@ def test_what_changes_the_choice(tiny: Server) -> None:
 
 
 def test_penalties_make_a_token_rarer(tiny: Server) -> None:
-    """A bias just large enough that the token comes again and again, so that a penalty tips the balance."""
+    """The bias is just large enough that the token repeats, so that a penalty changes the choice."""
     token_id = tiny.tokens("q")[0]
 
     def count(bias: float, **penalty: float) -> int:

@@ -1,4 +1,4 @@
-"""Engines die, servers are told to stop: what was asked for gets an answer, and nothing is left behind."""
+"""Engines die and servers are told to stop: every request gets an answer, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMPLETIONS = "/v1/completions"
 
 
 def unavailable(server: Server) -> httpx.Response | None:
-    """The answer to a new request, if it is a refusal that asks to come again later."""
+    """The answer to a new request, if it is a refusal with a time to try again."""
     response = server.post(COMPLETIONS, prompt="Z", max_tokens=1)
     if response.status_code != 503:
         return None

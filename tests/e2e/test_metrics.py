@@ -1,4 +1,4 @@
-"""What /metrics says is what was done."""
+"""The figures of /metrics agree with the requests that were served."""
 
 from __future__ import annotations
 

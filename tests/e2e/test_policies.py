@@ -1,4 +1,4 @@
-"""Policies on the whole server: chosen by a setting, told of by the request, and never seen in a text."""
+"""Policies on the whole server: a setting chooses one, requests carry what it reads, and no text depends on it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from tests.e2e.harness import Waiting
 
 COMPLETIONS = "/v1/completions"
 LENGTHS = (60, 3, 25, 1, 40)
+SOME = ("fair", "static")
+OTHERS = sorted(POLICIES.keys() - set(SOME))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_answers_everybody_and_frees_everything(policy: str, start: StartServer) -> None:
-    """Five requests for two rows; the last static batch is not full, so that the engine wakes for its timeout."""
+@pytest.mark.parametrize("policy", [*SOME, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+def test_every_policy_answers_every_request_and_frees_every_block(policy: str, start: StartServer) -> None:
+    """Five requests share two rows; the last static batch is not full, so it starts at its timeout."""
     server = start("--policy", policy, "--max-num-seqs", "2", "--static-timeout-seconds", "0.05").wait_ready()
     server.until("it says which policy it has", lambda: f"policy {policy}\n" in server.log)
     waiting = [

@@ -1,4 +1,4 @@
-"""Speculation on the whole server: it can be switched, it is counted, and no text or log-probability shows it."""
+"""Speculation on the whole server: it can be switched off, it is counted, and no text or log-probability shows it."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 
 
 def test_settings_are_read_in_their_order(tmp_path: Path) -> None:
-    """Each source has a wrong value more than the ones that win over it; the message shows what became of them."""
+    """Each source has a wrong value that no stronger source replaces; the message shows them all."""
     (tmp_path / "shoal.toml").write_text("[server]\nport = 70001\nprot = 1\n[cache]\nblock_size = 0\nnum_blocks = 0\n")
     environment = {"SHOAL_SERVER__PORT": "70002", "SHOAL_CACHE__BLOCK_SIZE": "-1"}
     code, printed = run_shoal(tmp_path, "serve", "--port", "70003", **environment)

@@ -80,7 +80,7 @@ def test_the_trace_agrees_with_the_answers(start: StartServer, tmp_path: Path, p
 
 
 def speaks(server: Server, ends: int) -> str:
-    """The id of an answer, whose text is right."""
+    """Complete, check the text and return the id of the answer."""
     answer = server.complete("Z", temperature=0, max_tokens=50, end_after=ends)
     assert answer["choices"][0]["text"] == cycle_text(ends - 1)
     answer_id: str = answer["id"]

@@ -109,7 +109,7 @@ def test_greedy_texts_are_those_of_transformers(shape: str, backend: str, tiny_c
 
 @pytest.mark.parametrize("backend", ["torch", NATIVE, NATIVE_INT8])
 @pytest.mark.parametrize("shape", ["llama", "mixtral"])
-def test_texts_and_logprobs_do_not_depend_on_company_chunks_cache_or_preemption(
+def test_texts_and_logprobs_do_not_depend_on_batch_chunks_cache_or_preemption(
     shape: str, backend: str, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     """To the bit: the promise that every backend keeps on the CPU."""
@@ -146,7 +146,7 @@ def test_texts_do_not_depend_on_the_policy(backend: str, tiny_checkpoint: Callab
         for index, request in enumerate(requests):
             slo = 9000.0 / (index + 1)
             request.scheduling = SchedulingParams(client=str(index % 3), priority=-index, ttft_slo_ms=slo)
-        how = {"policy": policy, "fair_lead": 4.0 * BACKENDS[backend][-1]}  # so that fair has some sit out
+        how = {"policy": policy, "fair_lead": 4.0 * BACKENDS[backend][-1]}  # so that fair pauses some
         stats, news = run(folder, backend, requests, num_blocks=NUM_BLOCKS, max_num_seqs=3, **how)
         assert stats.num_preemptions > 0, policy
         found[policy] = {request.request_id: [] for request in requests}

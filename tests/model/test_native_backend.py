@@ -234,7 +234,7 @@ def test_a_step_that_wants_no_logits(numbers: str, paged: Any, sampling_batch: C
 def test_nan_stays_in_its_sequence_and_leaves_with_it(
     numbers: str, num_experts: int, paged: Any, sampling_batch: Callable[..., SamplingBatch]
 ) -> None:
-    """Through attention, whose blocks others use again, and through experts, who work for many at once."""
+    """Through attention, whose blocks others use again, and through experts, which many sequences share."""
     record = random_record(num_experts=num_experts, num_experts_per_tok=num_experts // 2, tie_word_embeddings=False)
     embedding = np.array(record.embedding)
     embedding[95] = np.nan

@@ -86,7 +86,7 @@ def test_each_row_is_sampled_as_its_own_request_asks() -> None:
     assert {name: batch.rows[name].tolist() for name in expected} == expected
 
 
-def test_a_row_that_changes_hands_is_gathered_anew() -> None:
+def test_a_row_that_another_request_takes_is_gathered_again() -> None:
     rows = BatchRows(1, 16, 4)
     for temperature in (0.25, 0.5):
         row = rows.place(joining([1], params(temperature=temperature)))

@@ -331,7 +331,9 @@ def test_no_logprobs_unless_asked(sampler: Sampler, sampling_batch: Batches) -> 
     assert (out.logprobs, out.ranks, out.top_token_ids, out.top_logprobs) == (None, None, None, None)
 
 
-def test_a_broken_row_has_no_answer_and_harms_no_other(sampler: Sampler, sampling_batch: Batches) -> None:
+def test_a_row_that_is_not_finite_has_no_token_and_changes_no_other_row(
+    sampler: Sampler, sampling_batch: Batches
+) -> None:
     logits = random_logits(6, 60, 40)
     batch = mixed(sampling_batch, 2, 60, 40)
     batch.biases["addend"] = 0.0

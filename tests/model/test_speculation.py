@@ -151,7 +151,7 @@ def assert_same(actual: Harness, expected: Harness) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_texts_and_log_probabilities_are_those_without_it(method: str, kind: str, k: int) -> None:
-    """In so few blocks that requests are preempted all the time."""
+    """With so few blocks that requests are often preempted."""
     harness = run(method, FixedLength(k), kind=kind, requests=mixed_requests(24))
     stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
@@ -160,9 +160,9 @@ def test_texts_and_log_probabilities_are_those_without_it(method: str, kind: str
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_lengths_that_change_with_the_weather_change_no_text(method: str) -> None:
+def test_lengths_that_change_at_random_change_no_text(method: str) -> None:
     class Fickle(FixedLength):
-        """Any length for anybody at any time."""
+        """A random length for each row in each step."""
 
         def __init__(self) -> None:
             super().__init__(1)
@@ -175,7 +175,7 @@ def test_lengths_that_change_with_the_weather_change_no_text(method: str) -> Non
     assert_same(run(method, AdaptiveLength(8), kind="torch", requests=mixed_requests(24)), truth("torch"))
 
 
-def test_a_request_can_do_without() -> None:
+def test_a_request_can_switch_speculation_off() -> None:
     requests = [([1, 2, 3, 1, 2, 3, 1, 2], {"max_tokens": 20, "seed": 1, "temperature": 0.0, "speculates": False})]
     harness = run("ngram", FixedLength(4), kind="torch", requests=requests)
     assert harness.scheduler.stats().num_drafts == 0

@@ -61,7 +61,7 @@ def test_long_and_short_contexts_in_one_batch(tiny_checkpoint: Callable[..., Pat
 
 
 @pytest.mark.parametrize("shape", ["llama-wide-heads", "llama-no-groups", "mixtral", "mixtral-odd-width"])
-def test_a_row_has_the_same_bits_in_every_company(shape: str, tiny_checkpoint: Callable[..., Path], paged: Any) -> None:
+def test_a_row_keeps_its_bits_beside_others(shape: str, tiny_checkpoint: Callable[..., Path], paged: Any) -> None:
     """Alone and whole, or in any chunks beside any others on two threads: what makes a request's tokens its own."""
     folder = tiny_checkpoint(shape.split("-", maxsplit=1)[0], **SHAPES[shape])
     backend = TorchBackend(load_checkpoint(folder), num_blocks=512, block_size=4)

@@ -32,7 +32,7 @@ def test_a_deadline_counts_from_arrival_and_with_every_token() -> None:
     harness.drain()
 
 
-def test_who_is_late_is_served_and_served_first() -> None:
+def test_a_late_request_is_served_first() -> None:
     harness = Harness(max_num_seqs=1, policy=edf())
     harness.add("first", [1], max_tokens=5)
     harness.step()
@@ -44,7 +44,7 @@ def test_who_is_late_is_served_and_served_first() -> None:
     assert list(harness.finish_reasons) == ["first", "missed", "in time"]
 
 
-def test_nobody_takes_a_row() -> None:
+def test_no_request_takes_a_row() -> None:
     harness = Harness(max_num_seqs=1, policy=edf())
     harness.add("a", [1], max_tokens=4)
     harness.step()
@@ -73,7 +73,7 @@ def test_the_most_slack_gives_way_for_blocks() -> None:
     assert harness.token_ids["relaxed"] == generate(hashed(50), "relaxed", [1, 2, 3], params(4))
 
 
-def test_nobody_is_overtaken_by_who_comes_after_its_deadline() -> None:
+def test_a_request_that_arrives_after_the_deadline_of_another_does_not_overtake_it() -> None:
     harness = Harness(max_num_seqs=1, policy=edf())
     harness.add("patient", [1], max_tokens=1, ttft_slo_ms=8000.0)
     for step in range(20):

@@ -33,7 +33,7 @@ def fails_for(request_id: str, when: Callable[[Share], bool] = lambda _: True) -
     return fail
 
 
-def test_a_step_that_always_fails_ends_everybody_with_its_message() -> None:
+def test_a_step_that_always_fails_ends_all_requests_with_its_message() -> None:
     harness = Harness()
 
     def fail(output: SchedulerOutput) -> None:
@@ -72,7 +72,7 @@ def test_only_the_request_at_fault_ends_with_an_error(culprit: str, when: Callab
     assert harness.token_ids[culprit] == alone(culprit)[: len(harness.token_ids[culprit])]
 
 
-def test_the_blocks_of_who_failed_are_free_at_once_and_its_content_is_not_found() -> None:
+def test_the_blocks_of_a_failed_request_are_free_at_once_and_their_content_is_not_found() -> None:
     harness = Harness()
     harness.executor.fail = fails_for("b")
     harness.add("b", PROMPTS["b"])
@@ -86,7 +86,7 @@ def test_the_blocks_of_who_failed_are_free_at_once_and_its_content_is_not_found(
 
 
 @pytest.mark.parametrize("failing_call", range(6))
-def test_a_failure_that_passes_is_seen_by_nobody(failing_call: int) -> None:
+def test_a_passing_failure_reaches_no_client(failing_call: int) -> None:
     """The first call fails, its repetition one by one does not."""
     harness = Harness()
     calls = iter(range(1000))
@@ -140,7 +140,7 @@ def test_a_row_that_is_freed_during_a_step_goes_to_the_next_request(*, fails: bo
     assert harness.token_ids["d"] == alone("a")
 
 
-def test_a_request_may_fail_on_its_own_account() -> None:
+def test_a_request_may_fail_alone() -> None:
     harness = Harness()
     harness.executor.error = lambda share: "Injected: not finite" if share.request_id == "b" else None
     add_all(harness)
@@ -153,7 +153,7 @@ def test_a_request_may_fail_on_its_own_account() -> None:
     assert {request_id: harness.token_ids[request_id] for request_id in "ac"} == {"a": alone("a"), "c": alone("c")}
 
 
-def test_a_request_may_fail_on_its_own_account_in_the_middle_of_its_prompt() -> None:
+def test_a_request_may_fail_alone_in_the_middle_of_its_prompt() -> None:
     harness = Harness(max_chunk_tokens=2)
     harness.executor.error = lambda share: "Injected" if share.num_computed_tokens == 2 else None
     harness.add("b", PROMPTS["b"])

@@ -59,7 +59,7 @@ def test_service_is_weighted_tokens() -> None:
     assert list(harness.finish_reasons) == ["a0", "b0", "b1", "b2", "a1", "b3", "b4", "b5", "a2"]
 
 
-def test_who_is_alone_has_everything() -> None:
+def test_a_single_client_gets_all_rows() -> None:
     harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 8, max_tokens=2)
     harness.drain()
@@ -67,7 +67,7 @@ def test_who_is_alone_has_everything() -> None:
 
 
 def test_idleness_earns_no_credit() -> None:
-    """A new client that comes when others were served much is lifted to their level, and takes turns from there."""
+    """A new client is lifted to the level of clients that were served before it; from then on they take turns."""
     harness = one_row()
     add(harness, "a", 10, max_tokens=5)
     for _ in range(20):
@@ -87,7 +87,7 @@ def test_a_client_that_comes_to_an_empty_queue_is_lifted_to_the_last_one_that_le
     assert list(harness.finish_reasons)[5:] == ["b0", "a5", "b1", "a6"]
 
 
-def test_what_a_preemption_has_computed_again_is_nobodys_service() -> None:
+def test_what_is_computed_again_after_a_preemption_does_not_count_as_service() -> None:
     policy = fair(LEAD)
     harness = Harness(num_blocks=4, block_size=2, max_model_len=8, policy=policy, enable_prefix_caching=False)
     late = harness.add("a", [1, 2, 3], max_tokens=4, client="a")
@@ -113,7 +113,7 @@ def test_the_client_that_was_served_most_gives_way_for_blocks() -> None:
 
 
 def test_aborts_leave_the_queue() -> None:
-    """Whoever has nothing waiting any more is lifted when it comes back, to the level less two leads: 22 - 8."""
+    """A client without waiting requests is lifted when it returns, to the level less two leads: 22 - 8."""
     harness = one_row()
     add(harness, "a", 5, max_tokens=5)
     add(harness, "b", 1, max_tokens=5)
@@ -138,7 +138,7 @@ def test_clients_that_are_gone_are_forgotten() -> None:
 # -- within a step ---------------------------------------------------------------------------------------------------
 
 
-def test_who_is_ahead_sits_out_until_the_other_has_caught_up() -> None:
+def test_the_client_that_is_ahead_pauses_until_the_other_has_caught_up() -> None:
     """After the first step "a" was served 9 and "b" 3; a step of "a" is 6, one of "b" 2."""
     harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 3, max_tokens=5)
@@ -154,7 +154,7 @@ def test_who_is_ahead_sits_out_until_the_other_has_caught_up() -> None:
     ]
 
 
-def test_with_a_long_lead_nobody_sits_out() -> None:
+def test_with_a_long_lead_no_client_pauses() -> None:
     harness = Harness(max_num_seqs=4, policy=fair(1e9))
     add(harness, "a", 3, max_tokens=5)
     add(harness, "b", 1, max_tokens=5)
@@ -162,7 +162,7 @@ def test_with_a_long_lead_nobody_sits_out() -> None:
     assert [len(step) for step in harness.chunks] == [4] * 5
 
 
-def test_nobody_joins_a_client_that_sits_out() -> None:
+def test_no_request_joins_for_a_client_that_pauses() -> None:
     harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "a", 2, max_tokens=5)
     add(harness, "b", 1, max_tokens=5)
@@ -205,8 +205,8 @@ def test_a_row_is_taken_from_the_client_that_was_served_more() -> None:
     assert harness.scheduler.stats().num_preemptions == 1
 
 
-def test_who_comes_back_has_a_row_at_once() -> None:
-    """ "b" has 8 of credit: it is lifted to 20 - 8, and taking a row of "a" costs 2."""
+def test_a_client_that_returns_gets_a_row_at_once() -> None:
+    """ "b" has a credit of 8: it is lifted to 20 - 8, and a row of "a" costs 2."""
     harness = Harness(max_num_seqs=4, policy=fair(LEAD))
     add(harness, "b", 1)
     harness.step()
@@ -267,7 +267,7 @@ def test_a_paused_request_keeps_its_drafted_tokens() -> None:
 
 
 @pytest.mark.parametrize("lead", [0.5, 10.0, 1e6])
-def test_an_endless_stream_of_short_requests_starves_nobody(lead: float) -> None:
+def test_an_endless_stream_of_short_requests_starves_no_request(lead: float) -> None:
     harness = Harness(max_num_seqs=3, policy=fair(lead), max_num_waiting=10**6)
     add(harness, "a", 4, max_tokens=20)
     for _ in range(200):
@@ -325,7 +325,7 @@ sizes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=8, 
     budget=st.integers(4, 20),
     lead=st.sampled_from([0.5, 10.0, 1000.0]),
 )
-def test_two_clients_that_wait_are_served_alike(
+def test_two_clients_that_wait_are_served_equally(
     *, first: Sizes, second: Sizes, disturbances: Sizes, max_num_seqs: int, num_blocks: int, budget: int, lead: float
 ) -> None:
     """In any interval of the time in which both have requests waiting, the paper's bound holds."""

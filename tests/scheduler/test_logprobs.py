@@ -57,7 +57,7 @@ def test_a_prompt_that_is_to_be_scored_is_computed_although_it_is_cached() -> No
     assert harness.first_news["b"].num_cached_tokens == 0
 
 
-def test_nobody_gets_log_probabilities_that_were_not_asked_for() -> None:
+def test_only_requests_that_ask_for_log_probabilities_get_them() -> None:
     harness = Harness()
     harness.add("a", [1, 2, 3], num_prompt_logprobs=0)
     harness.add("b", [1, 2, 3], num_logprobs=0)

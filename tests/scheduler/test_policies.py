@@ -192,7 +192,7 @@ def test_the_share_of_a_victim_goes_back_into_the_budget() -> None:
     harness.drain()
 
 
-def test_a_full_batch_has_a_row_for_whom_the_policy_prefers() -> None:
+def test_a_full_batch_gives_a_row_to_the_request_that_the_policy_prefers() -> None:
     harness = Harness(max_num_seqs=2, policy=make_policy(UrgentFirst), enable_prefix_caching=False)
     for request_id in ("a", "b"):
         harness.add(request_id, [1, 2], max_tokens=3)
@@ -228,7 +228,7 @@ def test_a_row_is_taken_although_the_budget_is_spent() -> None:
 
 
 def test_the_budget_is_given_out_in_the_order_of_the_policy() -> None:
-    """Who is preferred does not wait until the prompts of others are computed; but each of them advances by a token."""
+    """The preferred request does not wait for the prompts of others, each of which advances by one token."""
     harness = Harness(
         max_num_batched_tokens=8, max_num_seqs=2, policy=make_policy(UrgentFirst), enable_prefix_caching=False
     )
@@ -244,7 +244,7 @@ def test_the_budget_is_given_out_in_the_order_of_the_policy() -> None:
     ]
 
 
-def test_nobody_joins_for_the_tokens_that_others_are_sure_of() -> None:
+def test_no_request_joins_with_the_tokens_that_running_requests_are_sure_of() -> None:
     harness = Harness(
         max_num_batched_tokens=3, max_num_seqs=3, policy=make_policy(UrgentFirst), enable_prefix_caching=False
     )
@@ -291,7 +291,7 @@ def test_not_all_can_pause(num_blocks: int) -> None:
 
 
 class Notes(FirstComeFirstServed):
-    """Writes down what it is told."""
+    """Records what it is told."""
 
     def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
         super().__init__(config, knobs)
@@ -318,7 +318,7 @@ def notes(act: Callable[[Harness], object], **limits: int) -> list[str]:
     return policy.notes
 
 
-def test_a_policy_is_told_what_becomes_of_requests() -> None:
+def test_a_policy_is_told_of_each_event_of_a_request() -> None:
     def act(harness: Harness) -> None:
         harness.add("a", [1, 2, 3], max_tokens=2)
         harness.add("b", [1], max_tokens=0)
@@ -373,7 +373,7 @@ def test_the_scheduler_knows_when_there_is_something_to_do() -> None:
     harness.now = 7.0
     assert harness.scheduler.wake_time(7.0) == 7.0, "never in the past"
     harness.step()
-    assert harness.scheduler.wake_time(8.0) == 8.0, "who runs has something to do"
+    assert harness.scheduler.wake_time(8.0) == 8.0, "a running request has work"
     harness.drain()
     assert harness.scheduler.wake_time(9.0) is None
 
@@ -393,7 +393,7 @@ def test_a_policy_sees_what_the_requests_have_left_to_do() -> None:
     assert list(harness.finish_reasons) == ["short", "middle", "long"]
 
 
-def test_nobody_takes_the_blocks_that_a_preemption_freed_in_the_same_step() -> None:
+def test_no_other_request_takes_the_blocks_that_a_preemption_freed_in_the_same_step() -> None:
     harness = Harness(
         num_blocks=4, block_size=2, max_model_len=8, policy=make_policy(ShortestFirst), enable_prefix_caching=False
     )
@@ -414,7 +414,7 @@ class SkipsUntil(FirstComeFirstServed):
         return now >= float(request.request_id)
 
 
-def test_a_policy_is_told_the_time_and_may_pass_over_a_request() -> None:
+def test_a_policy_gets_the_time_and_may_pass_over_a_request() -> None:
     harness = Harness(policy=make_policy(SkipsUntil))
     for request_id in ("3", "0", "2"):
         harness.add(request_id, [1], max_tokens=1)
@@ -457,4 +457,4 @@ def test_keys_are_computed_once_for_each_wait() -> None:
     for request in (first, second):
         policy.on_finish(request, FinishReason.ABORT)
     policy.order([first], 0.0)
-    assert policy.asked["a"] == 2, "nothing is kept of who has ended"
+    assert policy.asked["a"] == 2, "the key of a finished request is dropped"

@@ -1,4 +1,4 @@
-"""Who gives way when blocks run out, and how it comes back."""
+"""Which request gives way when blocks run out, and how it returns."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_several_victims_come_back_in_the_order_of_arrival() -> None:
         harness.step()
     assert list(harness.scheduler.waiting) == ["b", "c", "d"]
     harness.step()
-    assert [share[0] for share in harness.chunks[-1]] == ["b"], "nobody overtakes"
+    assert [share[0] for share in harness.chunks[-1]] == ["b"], "no request overtakes"
     harness.drain()
     assert harness.scheduler.stats().num_preemptions == 2
 
 
-def test_who_finds_no_victim_after_it_gives_way_itself() -> None:
+def test_a_request_without_a_later_victim_is_preempted_itself() -> None:
     """The latest arrival needs a block that all earlier ones hold."""
     harness = Harness(num_blocks=3, block_size=4, max_model_len=12, enable_prefix_caching=False)
     harness.add("a", [1] * 5, max_tokens=3)
@@ -75,7 +75,7 @@ def test_who_finds_no_victim_after_it_gives_way_itself() -> None:
     assert late.num_preemptions == 1
 
 
-def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
+def test_no_request_is_admitted_in_a_step_that_preempts() -> None:
     harness = Harness(num_blocks=4, block_size=2, max_model_len=8, enable_prefix_caching=False)
     harness.add("a", [1, 2, 3], max_tokens=4)
     harness.add("b", [4, 5, 6], max_tokens=4)

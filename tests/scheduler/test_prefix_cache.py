@@ -1,4 +1,4 @@
-"""Blocks: who owns them, what is found again by content, what is evicted first."""
+"""Blocks: which request owns them, which are found again by content, which are evicted first."""
 
 from __future__ import annotations
 

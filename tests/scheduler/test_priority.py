@@ -60,7 +60,7 @@ def test_several_urgent_requests_have_rows_in_one_step() -> None:
     harness.drain()
 
 
-def test_nobody_takes_a_row_from_an_equal() -> None:
+def test_no_request_takes_a_row_from_an_equal_one() -> None:
     harness = Harness(max_num_seqs=1, policy=make_policy(Priority, ageing_seconds=10))
     for request_id in "ab":
         harness.add(request_id, [1], max_tokens=3)
@@ -88,7 +88,7 @@ def test_the_least_urgent_gives_way_for_blocks_whenever_it_came() -> None:
 
 
 def test_waiting_makes_up_for_priority() -> None:
-    """Three levels at five seconds each: who comes 15 seconds later is behind, although it is urgent."""
+    """Three levels at five seconds each: a request that arrives 15 seconds later is behind, although it is urgent."""
     harness = urgent_stream(5, 30)
     assert harness.finish_reasons["patient"]
     urgent = [name for name in harness.finish_reasons if name.startswith("urgent")]

@@ -58,7 +58,7 @@ def test_requests_are_admitted_in_the_order_of_arrival_as_rows_become_free() -> 
     assert [[share[0] for share in step] for step in harness.chunks] == [["a", "b"], ["b", "c"], ["b", "d"]]
 
 
-def test_nobody_overtakes_a_request_that_waits_for_blocks() -> None:
+def test_no_request_overtakes_one_that_waits_for_blocks() -> None:
     harness = Harness(num_blocks=4, block_size=4, max_model_len=16, enable_prefix_caching=False)
     harness.add("a", [1] * 9, max_tokens=2)  # three blocks
     harness.step()

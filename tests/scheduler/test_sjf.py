@@ -1,4 +1,4 @@
-"""The policy `sjf`: exact schedules with an oracle, what becomes of wrong predictions, and that nobody starves."""
+"""The policy `sjf`: exact schedules with an oracle, effects of wrong predictions, and that no request starves."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_a_full_batch_has_a_row_for_less_work() -> None:
     assert harness.token_ids["long"] == generate(hashed(50), "long", [1, 2], params(30))
 
 
-def test_a_row_is_not_taken_from_who_would_lose_more_than_is_won() -> None:
-    """80 computed tokens are 8 of work, and the newcomer has 7 less to do."""
+def test_a_row_is_not_taken_where_more_work_is_lost_than_saved() -> None:
+    """80 computed tokens are work of 8, and the new request has 7 less left."""
     harness = Harness(max_num_seqs=1, max_num_batched_tokens=128, policy=sjf(MaxTokens(), 1000.0))
     running = harness.add("long", list(range(80)), max_tokens=10)
     harness.step()
@@ -80,7 +80,7 @@ def test_the_most_work_left_gives_way_for_blocks() -> None:
     harness.drain()
 
 
-def test_who_outlives_its_prediction_is_expected_to_need_as_much_again() -> None:
+def test_a_request_that_exceeds_its_prediction_is_expected_to_need_as_much_again() -> None:
     policy = sjf(Oracle({"a": 3}), 1.0)
     harness = Harness(policy=policy)
     request = harness.add("a", [1] * 10, max_tokens=7)
@@ -92,7 +92,7 @@ def test_who_outlives_its_prediction_is_expected_to_need_as_much_again() -> None
     harness.drain()
 
 
-def test_who_comes_with_output_has_less_left() -> None:
+def test_a_request_that_arrives_with_output_has_less_work_left() -> None:
     policy = sjf(Oracle({"a": 4, "b": 6}), 1.0)
     harness = Harness(max_num_seqs=1, policy=policy)
     harness.add("a", [1], max_tokens=20)
@@ -119,7 +119,7 @@ def stream_of_short_ones(ageing_tokens: float, num_steps: int) -> Harness:
     return harness
 
 
-def test_nobody_is_overtaken_by_who_comes_much_later() -> None:
+def test_a_request_that_arrives_much_later_does_not_overtake() -> None:
     """10.1 tokens of work at half a token a second: by none that comes more than 20.2 seconds later."""
     harness = stream_of_short_ones(0.5, 60)
     before = list(harness.finish_reasons)[: list(harness.finish_reasons).index("long")]

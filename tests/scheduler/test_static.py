@@ -1,4 +1,4 @@
-"""The static baselines: who is in which batch, when it is formed, and the rows that are computed for nothing."""
+"""The static baselines: the requests of each batch, when it starts, and padding rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_tokens(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("make", [static, unpadded])
-def test_nobody_joins_until_all_of_the_batch_has_finished(make: Callable[[int], Harness]) -> None:
+def test_no_request_joins_until_the_whole_batch_has_finished(make: Callable[[int], Harness]) -> None:
     harness = make(3)
     add_all(harness, 1, 4, 2, 1, 3, 1)
     harness.drain()
@@ -88,12 +88,12 @@ def test_all_rows_are_computed_until_the_longest_ends() -> None:
     ]
     assert harness.executor.released[:4] == [[], [], [], []]
     assert sorted(harness.executor.released[4]) == [0, 1, 2]
-    assert blocks == harness.config.num_blocks - 3, "padding takes no blocks that the request had not"
+    assert blocks == harness.config.num_blocks - 3, "padding takes no further blocks"
     check_tokens(harness)
 
 
 def test_the_last_to_finish_takes_its_batch_along_at_once() -> None:
-    """Blocks are free without another step, for an engine without requests takes none."""
+    """Blocks are free without another step, because an engine without requests takes no step."""
     harness = static(2)
     add_all(harness, 1, 2)
     harness.step()
@@ -103,7 +103,7 @@ def test_the_last_to_finish_takes_its_batch_along_at_once() -> None:
     harness.drain()
 
 
-def test_a_batch_is_formed_when_it_is_full_or_somebody_has_waited_long_enough() -> None:
+def test_a_batch_starts_when_it_is_full_or_at_the_timeout() -> None:
     harness = static(2)
     harness.add("a", [1], max_tokens=1)
     for _ in range(3):
@@ -135,7 +135,7 @@ def test_the_timeout_counts_from_the_oldest_that_still_waits() -> None:
     harness.drain()
 
 
-def test_who_has_waited_during_a_batch_need_not_wait_again() -> None:
+def test_a_request_that_waited_during_a_batch_does_not_wait_again() -> None:
     harness = static(2)
     add_all(harness, 8, 1, 1)
     for _ in range(8):
@@ -165,7 +165,7 @@ def test_members_whose_prompts_exceed_the_budget_join_over_several_steps() -> No
 
 
 def test_padding_gives_way_first_and_is_no_preemption() -> None:
-    """ "b" grows into the blocks of "a", which are needed for nothing."""
+    """ "b" grows into the blocks of "a", which only pads."""
     harness = static(2, num_blocks=4, block_size=2, max_model_len=8)
     add_all(harness, 2, 6)
     harness.step()
@@ -192,7 +192,7 @@ def test_a_preempted_member_comes_back_into_its_batch() -> None:
     members = list(harness.scheduler.waiting.values())[:3]
     while not all(harness.status(member) is RequestStatus.FINISHED for member in members):
         harness.step()
-        assert "d" in harness.scheduler.waiting, "nobody joins meanwhile"
+        assert "d" in harness.scheduler.waiting, "no request joins before the batch ends"
     assert harness.scheduler.stats().num_preemptions > 0
     harness.drain()
     check_tokens(harness)
@@ -203,11 +203,11 @@ def test_an_abort_frees_the_row_and_one_of_an_answered_request_is_no_news() -> N
     add_all(harness, 1, 4, 4)
     harness.step()
     assert harness.scheduler.abort("a") is None
-    assert padding(harness) == ["a"], "its batch has it computed on"
+    assert padding(harness) == ["a"], "its batch still computes its row"
     harness.abort("b")
-    assert padding(harness) == ["a"], "who is aborted wants nothing and pads nothing"
+    assert padding(harness) == ["a"], "an aborted request leaves no padding row"
     harness.abort("c")
-    assert padding(harness) == [], "and so ends the batch"
+    assert padding(harness) == [], "the batch has ended"
     assert harness.free_blocks == harness.config.num_blocks
     harness.drain()
 
@@ -225,7 +225,7 @@ def test_an_abort_during_the_step_of_a_padding_row() -> None:
     harness.drain()
 
 
-def test_a_padding_row_that_fails_is_dropped_without_a_word() -> None:
+def test_a_padding_row_that_fails_is_dropped_silently() -> None:
     harness = static(2)
     add_all(harness, 1, 4)
     harness.step()

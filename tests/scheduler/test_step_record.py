@@ -1,4 +1,4 @@
-"""What the observers of an engine are told of each step."""
+"""The record of each step that the observers of an engine get."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ workloads = st.lists(st.tuples(prompts, st.integers(1, 14), st.integers(0, 10)),
 
 
 def draft(choose: Choose, request_id: str, context: list[int]) -> list[int]:
-    """Right, right, wrong: two drafted tokens may be accepted."""
+    """Draft two right tokens and a wrong one."""
     first = choose(request_id, context)
     second = choose(request_id, [*context, first])
     return [first, second, 49 - choose(request_id, [*context, first, second])]
@@ -181,7 +181,7 @@ def draft(choose: Choose, request_id: str, context: list[int]) -> list[int]:
 def test_what_it_says_of_memory_and_work_is_what_was_done(
     workload: list[tuple[list[int], int, int]], policy: str, num_blocks: int, speculates: bool, lookahead: int
 ) -> None:
-    """Against slots, pairs and keys that are counted one by one."""
+    """Compared with slots, pairs and keys that are counted one by one."""
     choose = hashed(50)
     harness = Harness(
         choose,

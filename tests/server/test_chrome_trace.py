@@ -1,4 +1,4 @@
-"""The step trace: its events, and the file, begun anew by the server and gone on with by each of its engines."""
+"""The step trace: its events, and its file, which the server begins and each of its engines continues."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_events_of_two_requests(tmp_path: Path) -> None:
 
 
 class Watched:
-    """A `ModelExecutor` of which is noted, step by step, in which row of its table the tokens of each request stand."""
+    """A `ModelExecutor` that records for each step in which row of its table the tokens of each request stand."""
 
     def __init__(self, harness: Harness) -> None:
         self.harness = harness

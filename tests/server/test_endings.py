@@ -1,4 +1,4 @@
-"""Requests with `end_after` end with exactly that token, whatever happens to them, and nobody who schedules knows."""
+"""Requests with `end_after` end with exactly that token, in every schedule, and the scheduler does not know it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Re
 from tests.fakes import Harness, InjectedError, generate, hashed, params
 
 CHOOSE = hashed(50)
-STOP = 99  # which the model never chooses of itself
+STOP = 99  # which the model never chooses itself
 
 
 class FakeWire:
@@ -60,7 +60,7 @@ def text(asked: EngineRequest) -> list[int]:
 
 
 def run(harness: Harness, commands: list[Command]) -> FakeWire:
-    """Turn until everybody has an answer, and the engine has forgotten them."""
+    """Turn the loop until each request has its answer and the engine has forgotten it."""
     sockets = FakeWire(harness, commands)
     loop = EngineLoop(harness.engine, sockets)
     loop.turn()
@@ -134,7 +134,7 @@ def test_a_preempted_request_ends_where_it_would_have() -> None:
 
 @pytest.mark.parametrize("end_after", range(1, 9))
 def test_an_end_among_accepted_tokens(end_after: int) -> None:
-    """Three tokens come with a step; those after the end are nobody's, and are not found in the prefix cache."""
+    """Three tokens come with a step; those after the end are dropped and are not found in the prefix cache."""
     harness = Harness(CHOOSE, draft)
     asked = request("a", [1, 2, 3], 12, end_after)
     assert run(harness, [Submit([asked])]).token_ids == {"a": text(asked)}
@@ -157,7 +157,7 @@ def test_a_new_engine_goes_on_to_the_same_end() -> None:
     assert journal.output_token_ids + sockets.token_ids["a"] == text(asked)
 
 
-def test_who_is_aborted_or_refused_is_forgotten() -> None:
+def test_aborted_and_refused_requests_are_forgotten() -> None:
     harness = Harness(CHOOSE, max_num_seqs=1)
     too_long = request("c", [1] * 200, 5, 3)
     commands: list[Command] = [

@@ -37,7 +37,7 @@ def test_lines_of_json() -> None:
     assert "ValueError: why" in json.loads(JsonLines().format(failed))["exception"]
 
 
-def test_whoever_asks_how_the_server_is_leaves_no_line() -> None:
+def test_health_checks_and_metrics_leave_no_line() -> None:
     access = logging.getLogger("uvicorn.access")
     paths = ["/health", "/v1/models", "/metrics"]
     lines = [access.makeRecord("uvicorn.access", 20, "", 0, "%s %s %s", ("a", "GET", path), None) for path in paths]

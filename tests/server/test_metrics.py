@@ -20,7 +20,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return sample.value
 
 
-def test_the_schedulers_counters_go_on_when_an_engine_starts_anew() -> None:
+def test_the_schedulers_counters_go_on_when_a_new_engine_starts() -> None:
     metrics = Metrics("fish")
     for stats in (
         SchedulerStats(3, 2, 0.5, 7, 100, 60),

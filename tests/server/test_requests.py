@@ -94,7 +94,7 @@ def test_what_is_no_number_is_none(raw: bytes) -> None:
 
 @pytest.mark.parametrize("prompt", [[None] * 1_000_000, [1] * 1_000_000 + ["a"], [[None]] * 1_000_000])
 def test_a_million_faults_are_described_as_one(prompt: Any) -> None:
-    """Each would be an object in memory, and its description would hold up everyone."""
+    """Each would be an object in memory, and to describe them would delay all requests."""
     with pytest.raises(InvalidRequestError) as caught:
         completion(prompt=prompt)
     assert caught.value.param == "prompt"

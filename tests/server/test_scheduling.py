@@ -1,4 +1,4 @@
-"""What a request says of its urgency, and whose it is."""
+"""The scheduling parameters of a request, and the client that it belongs to."""
 
 from __future__ import annotations
 
@@ -71,11 +71,13 @@ def test_the_client_is_the_key_and_else_the_user(parse: Any) -> None:
     assert client("me", None) == client("me", None)
     names = [client(None, None), client("me", None), client("you", None), client("me", "a key"), client("me", "b key")]
     assert len(set(names)) == len(names)
-    assert client("me", "a key") == client("you", "a key") == client(None, "a key"), "nobody is several"
-    assert client("a key", None) != client(None, "a key"), "nobody can pass for the bearer of a key"
+    assert client("me", "a key") == client("you", "a key") == client(None, "a key"), (
+        "requests without a name have one client"
+    )
+    assert client("a key", None) != client(None, "a key"), "a name never stands for a key"
 
 
-def test_names_of_clients_are_short_and_tell_nobody_the_key(parse: Any) -> None:
+def test_names_of_clients_are_short_and_do_not_show_the_key(parse: Any) -> None:
     for params in (resolve_scheduling(parse(user="u" * 10_000), None), resolve_scheduling(parse(), "Schlüssel")):
         assert len(params.client) == 16
         assert "Schlüssel" not in repr(params)

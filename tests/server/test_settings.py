@@ -207,7 +207,7 @@ def test_a_wrong_environment(monkeypatch: pytest.MonkeyPatch, name: str, value: 
 
 
 def test_the_environment_of_others_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The terminal client's, and what Kubernetes sets for a Service named shoal."""
+    """The variables of the terminal client, and those that Kubernetes sets for a Service named shoal."""
     for name, value in {
         "SHOAL_URL": "http://elsewhere",
         "SHOAL_API_KEY": "secret",

@@ -43,7 +43,7 @@ TINY = Recipe(
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from a second thread, and lose much where the machine is shared."""
+    """Tiny products gain nothing from a second thread, and lose time where other programs use the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -54,15 +54,15 @@ def test_they_predict_held_out_files_far_better_than_chance(
 
 
 def test_the_draft_has_learnt_from_this_target(models: dict[Path, Any], held_out: list[torch.Tensor]) -> None:
-    """It expects what the target expects, far more often than the text itself."""
-    agreement, luck = [], []
+    """The draft predicts the token that the target predicts more often than the token of the text."""
+    agreement, accuracy = [], []
     for token_ids in held_out:
         with torch.no_grad():
             target, draft = (models[folder](token_ids).logits[0, :-1].argmax(-1) for folder in (TARGET, DRAFT))
         agreement.append((draft == target).float().mean().item())
-        luck.append((draft == token_ids[0, 1:]).float().mean().item())
+        accuracy.append((draft == token_ids[0, 1:]).float().mean().item())
     assert sum(agreement) / len(agreement) > 0.54
-    assert sum(agreement) > 1.2 * sum(luck)
+    assert sum(agreement) > 1.2 * sum(accuracy)
 
 
 def test_draft_and_target_have_the_same_tokenizer() -> None:

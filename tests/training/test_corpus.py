@@ -147,7 +147,7 @@ def test_cleaning_takes_the_licence_header_and_nothing_else() -> None:
     ],
     ids=["does not parse", "generated", "data", "one long line", "a table"],
 )
-def test_what_nobody_wrote_by_hand_is_left_out(text: str) -> None:
+def test_generated_files_are_left_out(text: str) -> None:
     assert corpus.is_worth_reading(SourceFile("p", "a.py", function("f")))
     assert not corpus.is_worth_reading(SourceFile("p", "a.py", text))
 
