@@ -22,21 +22,31 @@ serve: $(VENV)/.runtime $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/.smollm2) $
 	@$(BUILD_TO_SERVE)
 	$(BIN)/shoal serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
+# $(call run_tests,OPTIONS): the tests with a real server process run beside the others, and their output follows.
+# With ARGS there is one run.
+define run_tests
+$(if $(ARGS),$(BIN)/python -m pytest $(1) $(ARGS),\
+	$(BIN)/python -m pytest tests/e2e $(1) >$(VENV)/e2e.log 2>&1 & \
+	$(BIN)/python -m pytest --ignore tests/e2e $(1); others=$$?; \
+	wait $$!; e2e=$$?; \
+	cat $(VENV)/e2e.log; exit $$((others | e2e)))
+endef
+
 test: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
-	$(BIN)/python -m pytest $(ARGS)
+	$(call run_tests)
 
 # With the tests that are marked as long: more cases of what `make test` tests too.
 test-all: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(call run_tests,-m '')
 
 check: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(call run_tests)
 
 # As check, but with the tests nearest to what has changed since origin/main (tests/changed.py): as many as begin in 40 s.
 quick: $(VENV)/.dev

@@ -17,6 +17,7 @@ case "$1 $2" in
     "-c "*) exit ${TOO_OLD:-0};;
     "-m venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip;;
     "-m pip") echo "$@" >> calls; until [ -e go ]; do sleep 0.02; done;;
+    "-m pytest") echo "$@" >> calls; echo "output of $@"; case "$@" in *${FAILS:-none}*) exit 1;; esac;;
     "-m shoal.model.native.build") echo "$@" >> calls; exit ${NO_COMPILER:-0};;
 esac
 """
@@ -105,6 +106,28 @@ def test_torch_is_installed_where_it_is_needed(folder: Path, args: list[str], is
     code, printed = finish(make(folder, "serve", *args))
     assert code == 0, printed
     assert any(call.endswith(".[torch]") for call in calls(folder)) == is_installed
+
+
+@pytest.mark.parametrize("target", ["test", "test-all", "check"])
+@pytest.mark.parametrize("fails", [None, "pytest tests/e2e", "pytest --ignore"])
+def test_tests_with_servers_run_beside_the_others(target: str, fails: str | None, folder: Path) -> None:
+    (folder / "go").touch()
+    (folder / ".venv/bin").mkdir(parents=True)
+    for tool in ("ruff", "mypy"):
+        shutil.copy(folder / "python", folder / ".venv/bin" / tool)
+    code, printed = finish(make(folder, target, *([f"FAILS={fails}"] if fails else [])))
+    assert (code == 0) == (fails is None), printed
+    options = " -m " if target == "test-all" else ""
+    runs = [f"-m pytest tests/e2e{options}", f"-m pytest --ignore tests/e2e{options}"]
+    assert sorted(call for call in calls(folder) if call.startswith("-m pytest")) == sorted(runs)
+    assert all(f"output of {run}\n" in printed for run in runs)
+
+
+def test_with_arguments_there_is_one_run(folder: Path) -> None:
+    (folder / "go").touch()
+    code, printed = finish(make(folder, "test", "ARGS=tests/server"))
+    assert code == 0, printed
+    assert calls(folder)[-1] == "-m pytest tests/server"
 
 
 def test_clean_leaves_the_checkpoints_of_training(folder: Path) -> None:
