@@ -1,4 +1,4 @@
-"""Shapes of models, texts, and what says how the logits must be; the tests of all backends share them."""
+"""Shapes of models, texts and oracles of the logits, which the tests of all backends share."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_refuses_damaged_files(tiny_checkpoint: Write) -> None:
         load_checkpoint(folder)
 
 
-def test_tensors_that_lie_askew_in_the_file_are_aligned(tiny_checkpoint: Write) -> None:
+def test_tensors_at_odd_offsets_of_the_file_are_aligned(tiny_checkpoint: Write) -> None:
     """The format asks for no alignment, but code that takes their address does."""
     folder = tiny_checkpoint("llama")
     path = folder / "model.safetensors"

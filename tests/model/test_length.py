@@ -138,24 +138,26 @@ def test_drafting_begins_when_it_pays_and_ends_when_it_does_not() -> None:
 
 
 def test_drafting_begins_when_its_costs_have_come_down() -> None:
-    """Where rows were too dear in a bad moment, drafting is tried again."""
-    dear = True
-    machine = Machine(AdaptiveLength(1), lambda n, k: 1.0 + 5.0 * bool(k and dear), by_chance([0.9]), drafting=0.02)
+    """Drafting is tried again after rows were too expensive for a while."""
+    expensive = True
+    machine = Machine(
+        AdaptiveLength(1), lambda n, k: 1.0 + 5.0 * bool(k and expensive), by_chance([0.9]), drafting=0.02
+    )
     assert mean_length(machine.run(1, 300)) < 0.1
-    dear = False
+    expensive = False
     assert np.mean(machine.run(1, 10_000)[-200:]) > 4
 
 
 def test_long_proposals_that_were_dear_are_tried_again() -> None:
-    dear = True
+    expensive = True
     machine = Machine(
         AdaptiveLength(1, most=16),
-        lambda n, k: 1.0 + 0.02 * k + 5.0 * (dear and k > 4),
+        lambda n, k: 1.0 + 0.02 * k + 5.0 * (expensive and k > 4),
         lambda row, place: True,
         drafting=0.001,
     )
     machine.run(1, 200)
-    dear = False
+    expensive = False
     assert np.mean(machine.run(1, 1000)[-500:]) > 0.8 * 16
 
 
@@ -195,7 +197,7 @@ def test_bad_luck_of_one_request_is_no_reason_to_give_up() -> None:
 
 
 def test_steps_of_as_many_tokens_of_other_requests_do_not_mislead() -> None:
-    """A row of another request is cheap here, a further row of the same one dear."""
+    """A row of another request is cheap here, a further row of the same one is expensive."""
     machine = Machine(AdaptiveLength(64), lambda n, k: 1.0 + 0.01 * n + 0.2 * k, lambda row, place: True, drafting=0.0)
     tokens = time = 0.0
     for _ in range(200):
@@ -208,7 +210,7 @@ def test_steps_of_as_many_tokens_of_other_requests_do_not_mislead() -> None:
 
 
 def test_what_trials_cost_is_made_up_for_before_the_next() -> None:
-    """However dear catching up is, little of the time is lost, and trials go on."""
+    """Even where catching up is expensive, little time is lost, and trials go on."""
     machine = Machine(
         AdaptiveLength(64), lambda n, k: 1.0 + 0.05 * k, lambda row, place: False, drafting=0.05, catching_up=5.0
     )

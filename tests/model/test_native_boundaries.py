@@ -1,4 +1,4 @@
-"""What the native backend refuses before its code, which trusts what it is given, is called."""
+"""What the native backend refuses before it calls its C++ code, which trusts its arguments."""
 
 from __future__ import annotations
 

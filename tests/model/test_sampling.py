@@ -52,7 +52,7 @@ def random_logits(seed: int, num_rows: int, vocab_size: int, scale: float = 3.0)
 
 
 def select(sampling: SamplingBatch, rows: np.ndarray) -> SamplingBatch:
-    """The same choices for some rows, in the given order."""
+    """The batch of the given rows, in that order."""
 
     def entries_of(entries: np.ndarray) -> np.ndarray:
         kept = [entries[entries["row"] == row] for row in rows]

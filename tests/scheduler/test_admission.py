@@ -1,4 +1,4 @@
-"""What is refused at the door, at the exact borders."""
+"""Admission: what is refused, at the exact limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seam of the policies: how they are found, what they are asked and told, by policies that are written here."""
+"""The interface of the policies: how they are found, what they are asked and told, with policies written here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What foretells the length of an output: sane without data, quick to learn, slow to forget."""
+"""The predictor of output lengths: it is sane without data, learns fast and forgets slowly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Kind = Callable[[random.Random, int], tuple[str, list[int]]]  # class of request
 
 
 def request(prompt: list[int], *, client: str = "", length: int = 0, max_tokens: int = 1000) -> Request:
-    """One that has ended with so many output tokens."""
+    """A request that has ended with the given number of output tokens."""
     scheduling = SchedulingParams(client=client)
     return Request("a", prompt, params(max_tokens), 0.0, output_token_ids=[7] * length, scheduling=scheduling)
 

@@ -120,7 +120,7 @@ def stream_of_short_ones(ageing_tokens: float, num_steps: int) -> Harness:
 
 
 def test_a_request_that_arrives_much_later_does_not_overtake() -> None:
-    """10.1 tokens of work at half a token a second: by none that comes more than 20.2 seconds later."""
+    """10.1 tokens of work at half a token a second: no request that arrives more than 20.2 seconds later overtakes."""
     harness = stream_of_short_ones(0.5, 60)
     before = list(harness.finish_reasons)[: list(harness.finish_reasons).index("long")]
     assert 0 < len(before) <= 11
