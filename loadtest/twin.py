@@ -97,7 +97,6 @@ class Simulation:
         self.records: dict[str, RequestRecord] = {}
         self._requests = {request.request_id: request for request in requests}
         self._costs, self._latencies = costs, costs.latencies
-        self._lateness = 0.0 if load.users else costs.latencies.lateness
         self._random = Random(seed)
         self._sorts = policy.sorts
         self._shape = StepShape()  # of the last step
@@ -127,7 +126,6 @@ class Simulation:
     def _turn(self) -> None:
         """`EngineLoop.turn`: wait for something to do, take the commands that have come, run one step, report."""
         for asked in self._receive(self._scheduler.wake_time(self.now)):
-            self.now += self._costs.steps.arrival_gap_seconds
             try:
                 self._scheduler.add(_to_engine(asked, self.now))
             except ShoalError as error:
@@ -141,8 +139,7 @@ class Simulation:
 
     def execute(self, step: output.SchedulerOutput) -> output.StepResult:
         """Let the clock jump by what the step costs, and choose tokens that no other text has."""
-        num_joins = sum(share.new is not None for share in step.scheduled)
-        self._shape = StepShape.of(step.scheduled, num_joins, len(self._scheduler.waiting) if self._sorts else 0)
+        self._shape = StepShape.of(step.scheduled, len(self._scheduler.waiting) if self._sorts else 0)
         ratios = self._costs.ratios(self._shape.num_streams)
         self.now += self._costs.steps.seconds(self._shape) * (self._random.choice(ratios) if ratios else 1.0)
         return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
@@ -176,8 +173,8 @@ class Simulation:
         """Let the API process take all requests that reach it by `until`, and pass them on."""
         while self._sent and self._sent[0][0] <= until:
             came_at, _, asked = heappop(self._sent)
-            work = self._latencies.request + self._latencies.prompt_token * len(asked.prompt_token_ids)
-            self._api_free_at = self.records[asked.request_id].accepted_at = max(came_at, self._api_free_at) + work
+            self._api_free_at = max(came_at, self._api_free_at) + self._latencies.request
+            self.records[asked.request_id].accepted_at = self._api_free_at
             self._commands.append((self._api_free_at, asked))
 
     def _deliver(self, news: Sequence[output.RequestOutput]) -> None:
@@ -207,7 +204,7 @@ class Simulation:
             num_prompt_tokens=len(request.prompt_token_ids),
         )
         self._users[request.request_id] = user
-        heappush(self._sent, (sent_at + self._lateness + self._latencies.send, next(self._order), request))
+        heappush(self._sent, (sent_at + self._latencies.send, next(self._order), request))
 
     def _end(self, record: RequestRecord, now: float) -> None:
         """An answer ends, and its user goes on."""
@@ -269,4 +266,4 @@ def compare(predicted: Figures, measured: Figures) -> list[Error]:
 
 def step_seconds(costs: CostModel) -> Callable[[StepRecord], float]:
     """What the costs say of a recorded step whose policy does not sort."""
-    return lambda step: costs.steps.seconds(StepShape.of(step.shares, len(step.joined), num_ordered=0))
+    return lambda step: costs.steps.seconds(StepShape.of(step.shares))

@@ -118,10 +118,8 @@ def test_an_open_loop_with_a_rate_draws_its_own_times() -> None:
 # -- latencies outside the engine --------------------------------------------------------------------------------------
 
 LATENCIES = Latencies(
-    lateness=1 / 128,
     send=1 / 2,
-    request=1 / 4,
-    prompt_token=1 / 32,
+    request=1 / 2,
     token=1 / 64,
     delivery=1 / 8,
     turnaround=2,
@@ -130,8 +128,8 @@ LATE = replace(SECONDS, latencies=LATENCIES)
 
 
 def test_a_request_takes_its_time_on_the_way_and_its_tokens_too() -> None:
-    found = run([ask("a", num_prompt_tokens=8), ask("b", num_prompt_tokens=8)], Load(users=1), costs=LATE)
-    taken = 1 / 2 + 1 / 4 + 8 / 32
+    found = run([ask("a"), ask("b")], Load(users=1), costs=LATE)
+    taken = 1 / 2 + 1 / 2
     seen = taken + 1 + 1 / 64 + 1 / 8
     assert times(found)["a"] == (0, [seen, seen + 1], seen + 1)
     assert times(found)["b"][0] == seen + 1 + 2
@@ -140,7 +138,7 @@ def test_a_request_takes_its_time_on_the_way_and_its_tokens_too() -> None:
 
 
 def test_the_api_process_takes_one_thing_after_the_other() -> None:
-    found = run([ask("a", num_prompt_tokens=8), ask("b", num_prompt_tokens=8)], Load(users=2), costs=LATE)
+    found = run([ask("a"), ask("b")], Load(users=2), costs=LATE)
     assert [record(found, name).accepted_at for name in "ab"] == [1, 1.5]
     assert [stays(found.steps)[name].arrived_at for name in "ab"] == [1, 2], "b when the step is over"
     # a joins at once, and b the second step; the tokens of that are passed on in the order of the rows.
@@ -150,24 +148,17 @@ def test_the_api_process_takes_one_thing_after_the_other() -> None:
 
 
 def test_a_request_that_comes_first_holds_up_tokens() -> None:
-    workload = [ask("a", 8, arrival_time=0.0), ask("b", 8, arrival_time=1.5)]
+    workload = [ask("a", arrival_time=0.0), ask("b", arrival_time=1.25)]
     found = run(workload, Load(), costs=LATE)
-    # Both are sent 1/128 late.  a's first step ends 2 after that, when b comes, which is worked on until 2.5.
-    assert times(found)["a"][1][0] == 1 / 128 + 2.5 + 1 / 64 + 1 / 8
-    assert sent(found) == {"a": 0, "b": 1.5}, "when they were due"
+    # a's first step ends at 2; b comes before that, and is worked on until 2.25.
+    assert times(found)["a"][1][0] == 2.25 + 1 / 64 + 1 / 8
+    assert sent(found) == {"a": 0, "b": 1.25}, "when they were due"
 
 
 def test_gaps_between_steps_pass_too() -> None:
     steps = replace(SECONDS.steps, gap_seconds=1 / 4, stream_gap_seconds=1 / 8)
     found = run([ask("a", num_output_tokens=3)], Load(users=1), costs=replace(SECONDS, steps=steps))
     assert times(found)["a"][1] == [1, 1 + 3 / 8 + 1, 1 + 3 / 8 + 1 + 3 / 8 + 1]
-
-
-def test_requests_that_come_take_time_between_steps() -> None:
-    steps = replace(SECONDS.steps, arrival_gap_seconds=1 / 4)
-    workload = [ask("a", num_output_tokens=4, arrival_time=0.0), *(ask(name, arrival_time=1.5) for name in "bc")]
-    found = run(workload, Load(), costs=replace(SECONDS, steps=steps))
-    assert times(found)["a"][1] == [1.25, 2.25, 2.25 + 2 / 4 + 1, 2.25 + 2 / 4 + 2]
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------
