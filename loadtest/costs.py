@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from shoal.loadtest.records import LoadTestError, Run
-from shoal.loadtest.trace import stays
+from shoal.loadtest.trace import end_of, stays
 from shoal.scheduler.output import ScheduledRequest
 from shoal.scheduler.policies import find_policy
-from shoal.scheduler.step_record import ShareRecord, StepRecord
+from shoal.scheduler.step_record import ShareRecord
 
 Array = NDArray[np.float64]
 Amount = Annotated[float, Meta(ge=0)]
@@ -30,7 +30,7 @@ Count = Annotated[int, Meta(ge=0)]
 _TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)  # the cost of a step is linear between two of them
 _MIN_STEPS = 20
 _BANDS = (0, 2, 4, 8, 16, 32, 64)  # of streams, each up to the next
-_SHARES = (np.arange(200) + 0.5) / 200  # of a band's steps, for each of which its deviations have one
+_NUM_RATIOS = 200  # of a band
 _NUM_ROUNDS = 20
 _HUBER = 1.345 * 1.4826  # Huber's 1.345 standard deviations, each 1.4826 median absolute errors if errors are normal
 _TINY = 1e-12
@@ -200,19 +200,17 @@ def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
     return float(fit_robustly(table, seconds)[-1])
 
 
-def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float, gaps: Array) -> StepCosts:
+def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float, gaps: list[float]) -> StepCosts:
     tokens, *others, num_ordered = np.array(shapes, dtype=float).T
     counts = np.array([count for count in _TOKEN_COUNTS if count < tokens.max()] + [max(tokens.max(), 2)])
-    # The columns are a constant, the slope between each two counts, and the other counts of a shape.
-    slopes = np.clip(tokens[:, None] - counts[:-1], 0, np.diff(counts))
-    table = np.column_stack([np.ones(len(tokens)), slopes, *others])
-    found = fit_robustly(table, seconds - ordered * num_ordered)
-    at_counts = found[0] + np.cumsum([0, *found[1 : len(counts)] * np.diff(counts)])
-    points = zip(counts.astype(int).tolist(), at_counts.tolist(), strict=True)
-    return StepCosts(dict(points), *found[len(counts) :].tolist(), ordered, *gaps.tolist())
+    # The columns are a constant, the rise from each count to the next, and the other counts of a shape.
+    rises = np.clip((tokens[:, None] - counts[:-1]) / np.diff(counts), 0, 1)
+    found = fit_robustly(np.column_stack([np.ones(len(tokens)), rises, *others]), seconds - ordered * num_ordered)
+    points = zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)
+    return StepCosts(dict(points), *found[len(counts) :].tolist(), ordered, *gaps)
 
 
-def _fit_gaps(runs: Sequence[Run]) -> Array:
+def _fit_gaps(runs: Sequence[Run]) -> list[float]:
     """Seconds from a step to the next, and what each stream adds, from steps after which the engine had work.
 
     Their sum is that of the gaps: what took long, because another process was at work, counts in it.
@@ -221,14 +219,13 @@ def _fit_gaps(runs: Sequence[Run]) -> Array:
     for before, after in (pair for run in runs for pair in pairwise(run.steps)):
         goes_on = {share.request_id for share in before.shares if not share.is_padding}
         if any(share.request_id in goes_on and not share.is_padding for share in after.shares):
-            rows.append((1, StepShape.of(before.shares).num_streams, max(after.start - _end(before), 0.0)))
-    table, target = np.hsplit(np.array(rows, dtype=float).reshape(-1, 3), [2])
-    found = fit_robustly(table, target[:, 0])
-    return np.asarray(found * target.sum() / max((table @ found).sum(), _TINY))
-
-
-def _end(step: StepRecord) -> float:
-    return step.start + step.seconds
+            rows.append((1, StepShape.of(before.shares).num_streams, max(after.start - end_of(before), 0.0)))
+    if not rows:
+        return [0.0, 0.0]
+    *columns, gaps = np.array(rows, dtype=float).T
+    table = np.column_stack(columns)
+    found = fit_robustly(table, gaps)
+    return (found * gaps.sum() / max((table @ found).sum(), _TINY)).tolist()
 
 
 def _deviations(shapes: Sequence[StepShape], seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
@@ -238,9 +235,10 @@ def _deviations(shapes: Sequence[StepShape], seconds: Array, predicted: Array) -
     for band, least in enumerate(_BANDS):
         chosen = bands == band
         if chosen.sum() >= _MIN_STEPS:
-            ratios = np.quantile(seconds[chosen] / predicted[chosen], _SHARES)
+            ratios = np.sort(seconds[chosen] / predicted[chosen])
             ratios *= seconds[chosen].sum() / predicted[chosen].sum() / ratios.mean()  # the sum is predicted right
-            found[least] = tuple(ratios.tolist())
+            parts = np.array_split(ratios, min(_NUM_RATIOS, len(ratios)))
+            found[least] = tuple(float(part.mean()) for part in parts)
     return found
 
 
@@ -285,7 +283,7 @@ def _ways(run: Run) -> tuple[Array, Array]:
     ]
     accepted, sent, arrived = np.array(sorted(entries), dtype=float).reshape(-1, 3).T
     accepted_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (accepted, sent))
-    ends = list(map(_end, run.steps))
+    ends = list(map(end_of, run.steps))
 
     def seconds(since: Array, until: Array, chosen: NDArray[np.bool_]) -> Array:
         is_quiet = np.searchsorted(ends, since) == np.searchsorted(ends, until, side="right")
@@ -311,8 +309,8 @@ def _deliveries(run: Run) -> tuple[list[float], list[float]]:
         if seen := sorted(time for name in streams for time in islice(times.get(name, iter(())), 1)):
             if len(seen) > 1:
                 between.append((seen[-1] - seen[0]) / (len(seen) - 1))
-            if last <= _end(step):
-                first.append(seen[0] - _end(step))
+            if last <= end_of(step):
+                first.append(seen[0] - end_of(step))
             last = seen[-1]
     return between, first
 

@@ -215,8 +215,7 @@ def differing_answers(runs: Runs) -> dict[PlannedRun, list[str]]:
 
 def profile_series(plan: Plan) -> list[Stretch]:
     """The runs of a profile: a small comparison has a short series, a plan without runs the whole one."""
-    policies, loads = {run.setup.policy for run in plan.runs}, [run.load for run in plan.runs]
-    return series(plan.num_requests if plan.runs else None, plan.options, policies=policies, loads=loads)
+    return series(plan.num_requests if plan.runs else None, plan.options, [run.load for run in plan.runs])
 
 
 def profile_workloads(plan: Plan, folder: Path) -> dict[Path, tuple[str, int, int]]:
