@@ -19,7 +19,6 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFo
 from shoal.loadtest.metrics import Cell, baseline, by, groups, latencies, words
 from shoal.loadtest.records import Setup
 from shoal.loadtest.trace import bars, ends, window
-from shoal.loadtest.twin import compare
 from shoal.scheduler.step_record import StepRecord
 
 Panels = dict[str, str]
@@ -262,15 +261,14 @@ def step_cost(cells: Sequence[Cell], predict: Callable[[StepRecord], float]) -> 
 def twin_errors(cells: Sequence[Cell]) -> Panels:
     """Relative errors of the predictions, a line for each figure, with the band that it should keep within."""
     panels = legend_of(cells)
-    found = [(cell.setup, compare(cell.predicted or {}, cell.measured.median)) for cell in cells]
-    limits = {error.name: error.limit or 0.0 for _, errors in found for error in errors}
+    limits = {name: error.limit or 0.0 for cell in cells for name, error in cell.errors.items()}
     names, widths = list(map(words, limits)), np.array(list(limits.values()))
     with panel(panels, "Predicted over measured, less one", 0.6 + 0.3 * len(limits)) as axes:
         axes.barh(names, 2 * widths, 0.9, -widths, color="#e3ede3")
-        for (setup, errors), offset in zip(found, np.linspace(-0.36, 0.36, len(found)), strict=True):
-            known = {words(error.name): error.error for error in errors if error.error is not None}
-            places = [names.index(name) + offset for name in known]
-            axes.plot(list(known.values()), places, **style(setup) | {"linestyle": ""}, alpha=0.8)
+        for cell, offset in zip(cells, np.linspace(-0.36, 0.36, len(cells)), strict=True):
+            places = [names.index(words(name)) + offset for name in cell.errors]
+            errors = [error.error for error in cell.errors.values()]
+            axes.plot(errors, places, **style(cell.setup) | {"linestyle": ""}, alpha=0.8)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.invert_yaxis()
         axes.set_xscale("symlog", linthresh=0.1)

@@ -34,7 +34,7 @@ from shoal.loadtest.records import LoadTestError, PlannedRun, Run, Setup, read_j
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
-from shoal.loadtest.twin import compare, simulate, step_seconds
+from shoal.loadtest.twin import simulate, step_seconds
 from shoal.loadtest.workload import WORKLOADS, WorkloadRequest, make_workload, read_workload, write_workload
 from shoal.scheduler.errors import ShoalError
 
@@ -262,7 +262,7 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return [
         {name: getattr(cell, name) for name in names}
         | {
-            "errors": {error.name: error.error for error in compare(cell.predicted or {}, cell.measured.median)},
+            "errors": {name: error.error for name, error in cell.errors.items()},
             "x_static": speed_up(
                 "throughput", cell, baseline(by(by(cells, "section")[cell.section], "load")[cell.load])
             ),

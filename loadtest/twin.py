@@ -6,18 +6,15 @@ engine's loop, turn by turn as in `server/engine/process.py`.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import chain, count, islice
+from itertools import chain, islice
 from math import ceil, inf
 from random import Random
-from typing import NamedTuple
 from zlib import crc32
 
 from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
 from shoal.loadtest.costs import CostModel, StepShape
-from shoal.loadtest.metrics import Figures
 from shoal.loadtest.records import Load, LoadTestError, RequestRecord, Run, ServerInfo, Setup
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler import output
@@ -104,8 +101,7 @@ class Simulation:
         self.core = EngineCore(self._scheduler, self, lambda: self.now, [self.steps.append])
         self._api_free_at = 0.0
         self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the API process
-        self._order = count()
-        self._commands: deque[tuple[float, WorkloadRequest]] = deque()  # from when on the engine can take each request
+        self._commands: list[tuple[float, WorkloadRequest]] = []  # from when on the engine can take each request
         self._users: dict[str, Iterator[Arrival]] = {}  # what its user sends next, by the request in flight
         if load.users:
             sessions = iter(closed_sessions(load, requests))
@@ -162,9 +158,8 @@ class Simulation:
             until = min(until, self._commands[0][0])
         self.now = max(self.now, until)
         self._take_sent(self.now)
-        come: list[WorkloadRequest] = []
-        while self._commands and self._commands[0][0] <= self.now:
-            come.append(self._commands.popleft()[1])
+        come = [asked for taken_at, asked in self._commands if taken_at <= self.now]
+        del self._commands[: len(come)]
         return come
 
     # -- the API process -------------------------------------------------------------------------------------------
@@ -204,7 +199,7 @@ class Simulation:
             num_prompt_tokens=len(request.prompt_token_ids),
         )
         self._users[request.request_id] = user
-        heappush(self._sent, (sent_at + self._latencies.send, next(self._order), request))
+        heappush(self._sent, (sent_at + self._latencies.send, len(self.records), request))
 
     def _end(self, record: RequestRecord, now: float) -> None:
         """An answer ends, and its user goes on."""
@@ -224,44 +219,6 @@ def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:
         client=asked.client, priority=asked.priority, ttft_slo_ms=asked.ttft_slo_ms, tpot_slo_ms=asked.tpot_slo_ms
     )
     return Request(asked.request_id, asked.prompt_token_ids, params, arrival_time, scheduling=scheduling)
-
-
-# -- predicted beside measured -----------------------------------------------------------------------------------------
-
-# The limits of the medians are Vidur's (Agrawal et al. 2024).
-_LIMITS = {"throughput": 0.09, "ttft p50": 0.09, "e2e p50": 0.09, "ttft p99": 0.15, "e2e p99": 0.15}
-_NAMES = (
-    "throughput",
-    *(f"{latency} {quantile}" for latency in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99")),
-)
-
-
-class Error(NamedTuple):
-    """One figure, predicted and measured, in the unit of `metrics.Figures`.
-
-    Attributes:
-        error: of the prediction, as a share of what was measured; None if that is 0.
-        limit: which the error should not exceed; None where nothing is promised.
-        is_within: whether the error keeps within the limit.
-    """
-
-    name: str
-    predicted: float
-    measured: float
-    error: float | None
-    limit: float | None
-    is_within: bool
-
-
-def compare(predicted: Figures, measured: Figures) -> list[Error]:
-    """The errors of throughput and latencies, as far as both sides have them."""
-    found = []
-    for name in (name for name in _NAMES if name in predicted and name in measured):
-        error = predicted[name] / measured[name] - 1 if measured[name] else None
-        limit = _LIMITS.get(name)
-        is_within = limit is None or (error is not None and abs(error) <= limit)
-        found.append(Error(name, predicted[name], measured[name], error, limit, is_within))
-    return found
 
 
 def step_seconds(costs: CostModel) -> Callable[[StepRecord], float]:

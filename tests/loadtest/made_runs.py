@@ -14,7 +14,10 @@ BASE_SECONDS, ROW_SECONDS, PROMPT_TOKEN_SECONDS = 4e-3, 2e-4, 5e-5
 BLOCK_SIZE, NUM_BLOCKS = 16, 1024
 
 
-SERVER = ServerInfo(limits=SchedulerConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_model_len=1024))
+SERVER = ServerInfo(
+    limits=SchedulerConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_model_len=1024),
+    settings={"scheduler": {"static_timeout_seconds": 0.5}},
+)
 
 
 def seconds_of(step: StepRecord) -> float:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from scipy import stats
 
-from shoal.loadtest.metrics import Slo, collect, combine, fairness, groups, jain, quantiles, summarize
+from shoal.loadtest.metrics import Slo, collect, combine, compare, fairness, groups, jain, quantiles, summarize
 from shoal.loadtest.records import Load, RequestRecord, Run, Setup
 from shoal.loadtest.report import terminal_tables
 from shoal.scheduler.step_record import StepRecord
@@ -158,6 +158,26 @@ def test_the_table_shows_the_speed_up_over_static_and_no_empty_columns() -> None
     assert [line.split()[:3] for line in lines] == [["static", "1.00×", "0.500"], ["fcfs", "4.00×", "2.00"]]  # noqa: RUF001
     assert "KV" not in header and "errors" not in header
     assert len({len(line) for line in (header, *lines)}) == 1
+
+
+# -- predicted beside measured ---------------------------------------------------------------------------------------
+
+
+def test_predicted_beside_measured() -> None:
+    predicted = {"throughput": 110.0, "ttft p50": 0.9, "ttft p99": 4.0, "e2e p50": 1.08, "batch": 3.0}
+    measured = {"throughput": 100.0, "ttft p50": 1.0, "ttft p99": 5.0, "itl p50": 1.0, "e2e p50": 1.0, "batch": 9.0}
+    errors = compare(predicted, measured)
+    assert {name: error.error for name, error in errors.items()} == {
+        "throughput": pytest.approx(0.1),
+        "ttft p50": pytest.approx(-0.1),
+        "ttft p99": pytest.approx(-0.2),
+        "e2e p50": pytest.approx(0.08),
+    }
+    assert [name for name, error in errors.items() if not error.is_within] == ["throughput", "ttft p50", "ttft p99"]
+
+
+def test_nothing_measured_has_no_error() -> None:
+    assert not compare({"throughput": 1.0}, {"throughput": 0.0})
 
 
 # -- fairness --------------------------------------------------------------------------------------------------------

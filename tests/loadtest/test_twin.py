@@ -14,7 +14,7 @@ from shoal.loadtest.arrivals import closed_sessions
 from shoal.loadtest.costs import Latencies
 from shoal.loadtest.records import Load, LoadTestError, RequestRecord, Run, Setup
 from shoal.loadtest.trace import stays
-from shoal.loadtest.twin import SJF_ORACLE, Simulation, compare, simulate
+from shoal.loadtest.twin import SJF_ORACLE, Simulation, simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
@@ -338,25 +338,3 @@ def test_a_large_run_has_the_shape_of_a_real_one() -> None:
     found = {policy: run(chat(150), Load(users=32), policy, REALISTIC) for policy in ("fcfs", "static-nopad", "static")}
     ends = {policy: max(record.finished_at or 0 for record in one.requests) for policy, one in found.items()}
     assert ends["fcfs"] < ends["static-nopad"] < ends["static"]
-
-
-# -- predicted beside measured -----------------------------------------------------------------------------------------
-
-
-def test_predicted_beside_measured() -> None:
-    predicted = {"throughput": 110.0, "ttft p50": 0.9, "ttft p99": 4.0, "e2e p50": 1.08, "batch": 3.0}
-    measured = {"throughput": 100.0, "ttft p50": 1.0, "ttft p99": 5.0, "itl p50": 1.0, "e2e p50": 1.0, "batch": 9.0}
-    errors = compare(predicted, measured)
-    assert {error.name: error.error for error in errors} == {
-        "throughput": pytest.approx(0.1),
-        "ttft p50": pytest.approx(-0.1),
-        "ttft p99": pytest.approx(-0.2),
-        "e2e p50": pytest.approx(0.08),
-    }
-    assert [error.name for error in errors if not error.is_within] == ["throughput", "ttft p50", "ttft p99"]
-
-
-def test_nothing_measured_has_no_error() -> None:
-    (error,) = compare({"throughput": 1.0}, {"throughput": 0.0})
-    assert error.error is None
-    assert not error.is_within
