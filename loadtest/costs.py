@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from shoal.loadtest.records import LoadTestError, Run
-from shoal.loadtest.trace import end_of, stays
+from shoal.loadtest.trace import end_of, ends, stays
 from shoal.scheduler.output import ScheduledRequest
 from shoal.scheduler.policies import find_policy
 from shoal.scheduler.step_record import ShareRecord
@@ -69,14 +69,12 @@ class StepShape(NamedTuple):
 
 
 class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds of the engine's steps, and between them.
+    """Seconds from the start of a step to that of the next, if there is something to compute.
 
     Attributes:
         token_seconds: the seconds of a step by its number of tokens, on straight lines between at least two points;
             the last line goes on.
         pair_seconds to ordered_seconds: what one more of each further count of `StepShape` adds, in its order.
-        gap_seconds: from the end of a step to the start of the next, while the engine has work.
-        stream_gap_seconds: what each stream adds to the gap.
     """
 
     token_seconds: Annotated[dict[Count, Amount], Meta(min_length=2)]
@@ -85,8 +83,6 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
     sample_seconds: Amount
     stream_seconds: Amount
     ordered_seconds: Amount
-    gap_seconds: Amount
-    stream_gap_seconds: Amount
 
     def seconds(self, shape: StepShape) -> float:
         """The seconds of a step; 0 if it computes nothing."""
@@ -98,10 +94,6 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
         slope = (self.token_seconds[after] - self.token_seconds[before]) / (after - before)
         further: float = sum(number * seconds for number, seconds in zip(shape[1:], astuple(self)[1:], strict=False))
         return self.token_seconds[before] + slope * (shape.num_tokens - before) + further
-
-    def gap(self, shape: StepShape) -> float:
-        """The seconds after a step of this shape."""
-        return self.gap_seconds + shape.num_streams * self.stream_gap_seconds if shape.num_tokens else 0.0
 
 
 class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -161,9 +153,9 @@ def fit(runs: Sequence[Run]) -> CostModel:
         for run in runs
         for step in run.steps
     ]
-    seconds = np.array([step.seconds for step in steps])
-    ordered = _fit_order(shapes, seconds - [step.execute_seconds for step in steps])
-    costs = _fit_steps(shapes, seconds, ordered, _fit_gaps(runs))
+    outside = np.array([step.schedule_seconds + step.update_seconds for step in steps])
+    seconds = np.array([end for run in runs for end in ends(run.steps)]) - [step.start for step in steps]
+    costs = _fit_steps(shapes, seconds, _fit_order(shapes, outside))
     return CostModel(
         steps=costs,
         latencies=_fit_latencies(runs),
@@ -200,32 +192,14 @@ def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
     return float(fit_robustly(table, seconds)[-1])
 
 
-def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float, gaps: list[float]) -> StepCosts:
+def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float) -> StepCosts:
     tokens, *others, num_ordered = np.array(shapes, dtype=float).T
     counts = np.array([count for count in _TOKEN_COUNTS if count < tokens.max()] + [max(tokens.max(), 2)])
     # The columns are a constant, the rise from each count to the next, and the other counts of a shape.
     rises = np.clip((tokens[:, None] - counts[:-1]) / np.diff(counts), 0, 1)
     found = fit_robustly(np.column_stack([np.ones(len(tokens)), rises, *others]), seconds - ordered * num_ordered)
     points = zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)
-    return StepCosts(dict(points), *found[len(counts) :].tolist(), ordered, *gaps)
-
-
-def _fit_gaps(runs: Sequence[Run]) -> list[float]:
-    """Seconds from a step to the next, and what each stream adds, from steps after which the engine had work.
-
-    Their sum is that of the gaps: what took long, because another process was at work, counts in it.
-    """
-    rows = []
-    for before, after in (pair for run in runs for pair in pairwise(run.steps)):
-        goes_on = {share.request_id for share in before.shares if not share.is_padding}
-        if any(share.request_id in goes_on and not share.is_padding for share in after.shares):
-            rows.append((1, StepShape.of(before.shares).num_streams, max(after.start - end_of(before), 0.0)))
-    if not rows:
-        return [0.0, 0.0]
-    *columns, gaps = np.array(rows, dtype=float).T
-    table = np.column_stack(columns)
-    found = fit_robustly(table, gaps)
-    return (found * gaps.sum() / max((table @ found).sum(), _TINY)).tolist()
+    return StepCosts(dict(points), *found[len(counts) :].tolist(), ordered)
 
 
 def _deviations(shapes: Sequence[StepShape], seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
@@ -283,10 +257,10 @@ def _ways(run: Run) -> tuple[Array, Array]:
     ]
     accepted, sent, arrived = np.array(sorted(entries), dtype=float).reshape(-1, 3).T
     accepted_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (accepted, sent))
-    ends = list(map(end_of, run.steps))
+    step_ends = list(map(end_of, run.steps))
 
     def seconds(since: Array, until: Array, chosen: NDArray[np.bool_]) -> Array:
-        is_quiet = np.searchsorted(ends, since) == np.searchsorted(ends, until, side="right")
+        is_quiet = np.searchsorted(step_ends, since) == np.searchsorted(step_ends, until, side="right")
         return np.asarray((until - since)[chosen & is_quiet])
 
     is_behind = sent <= (sent_before + accepted_before) / 2
@@ -304,13 +278,13 @@ def _deliveries(run: Run) -> tuple[list[float], list[float]]:
         if record.is_answered and len(record.token_times) == record.num_output_tokens  # no token shared its event
     }
     between, first, last = [], [], -np.inf
-    for step in run.steps:
+    for step, end in zip(run.steps, ends(run.steps), strict=True):
         streams = [share.request_id for share in step.shares if share.samples and not share.is_padding]
         if seen := sorted(time for name in streams for time in islice(times.get(name, iter(())), 1)):
             if len(seen) > 1:
                 between.append((seen[-1] - seen[0]) / (len(seen) - 1))
-            if last <= end_of(step):
-                first.append(seen[0] - end_of(step))
+            if last <= end:
+                first.append(seen[0] - end)
             last = seen[-1]
     return between, first
 

@@ -96,7 +96,6 @@ class Simulation:
         self._costs, self._latencies = costs, costs.latencies
         self._random = Random(seed)
         self._sorts = policy.sorts
-        self._shape = StepShape()  # of the last step
         self._scheduler = Scheduler(policy.config, policy)
         self.core = EngineCore(self._scheduler, self, lambda: self.now, [self.steps.append])
         self._api_free_at = 0.0
@@ -127,17 +126,15 @@ class Simulation:
             except ShoalError as error:
                 self.records[asked.request_id].error = error.message
                 self._end(self.records[asked.request_id], self.now)
-        self._shape = StepShape()
         self._deliver(self.core.step())
-        self.now += self._costs.steps.gap(self._shape)
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
     def execute(self, step: output.SchedulerOutput) -> output.StepResult:
         """Let the clock jump by what the step costs, and choose tokens that no other text has."""
-        self._shape = StepShape.of(step.scheduled, len(self._scheduler.waiting) if self._sorts else 0)
-        ratios = self._costs.ratios(self._shape.num_streams)
-        self.now += self._costs.steps.seconds(self._shape) * (self._random.choice(ratios) if ratios else 1.0)
+        shape = StepShape.of(step.scheduled, len(self._scheduler.waiting) if self._sorts else 0)
+        ratios = self._costs.ratios(shape.num_streams)
+        self.now += self._costs.steps.seconds(shape) * (self._random.choice(ratios) if ratios else 1.0)
         return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
 
     def _choose(self, share: output.ScheduledRequest) -> int:

@@ -25,8 +25,6 @@ STEPS = StepCosts(
     sample_seconds=1e6,
     stream_seconds=1e8,
     ordered_seconds=1e10,
-    gap_seconds=3,
-    stream_gap_seconds=10,
 )
 
 
@@ -37,11 +35,10 @@ def test_tokens_cost_what_the_lines_say(count: int, seconds: float) -> None:
 
 def test_everything_else_adds_to_it() -> None:
     assert STEPS.seconds(StepShape(1, 2, 3, 4, 5, 6)) == 60_504_030_201
-    assert STEPS.gap(StepShape(1, 2, 3, 4, 5, 6)) == 53
 
 
 def test_a_step_that_computes_nothing_costs_nothing() -> None:
-    assert STEPS.seconds(StepShape()) == STEPS.gap(StepShape()) == 0
+    assert STEPS.seconds(StepShape()) == 0
 
 
 def test_the_shape_of_a_schedule() -> None:

@@ -155,12 +155,6 @@ def test_a_request_that_comes_first_holds_up_tokens() -> None:
     assert sent(found) == {"a": 0, "b": 1.25}, "when they were due"
 
 
-def test_gaps_between_steps_pass_too() -> None:
-    steps = replace(SECONDS.steps, gap_seconds=1 / 4, stream_gap_seconds=1 / 8)
-    found = run([ask("a", num_output_tokens=3)], Load(users=1), costs=replace(SECONDS, steps=steps))
-    assert times(found)["a"][1] == [1, 1 + 3 / 8 + 1, 1 + 3 / 8 + 1 + 3 / 8 + 1]
-
-
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 

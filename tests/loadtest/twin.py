@@ -24,8 +24,6 @@ SECOND_STEPS = StepCosts(
     sample_seconds=0,
     stream_seconds=0,
     ordered_seconds=0,
-    gap_seconds=0,
-    stream_gap_seconds=0,
 )
 SECONDS = CostModel(steps=SECOND_STEPS, latencies=NO_LATENCIES)
 # Of the order of a small model's on two cores; steps get cheaper by the token as they grow.
@@ -37,8 +35,6 @@ REALISTIC = CostModel(
         sample_seconds=1e-5,
         stream_seconds=4e-5,
         ordered_seconds=1e-6,
-        gap_seconds=1e-4,
-        stream_gap_seconds=2e-6,
     ),
     latencies=Latencies(
         send=1e-3,
