@@ -6,7 +6,7 @@ Inference"): predictions from the size of a batch, fitted to a short profile.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Annotated, NamedTuple
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from shoal.loadtest.records import LoadTestError, Run
-from shoal.loadtest.trace import end_of, ends, stays
+from shoal.loadtest.trace import ends, stays
 from shoal.scheduler.output import ScheduledRequest
 from shoal.scheduler.policies import find_policy
 from shoal.scheduler.step_record import ShareRecord
@@ -97,18 +97,16 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds outside the engine.  The API process does one thing at a time: it takes requests and sends tokens.
+    """Seconds outside the engine.  The API process does one thing at a time, which is to send tokens.
 
     Attributes:
-        send: of a request on its way from the user to the engine, without the API process's work.
-        request: the API process's work on a request.
+        send: of a request on its way from the user to the engine.
         token: the API process's work on a token, or the client's if that takes longer.
         delivery: from the end of that work to the client's notice of the token, if no other token is before it.
         turnaround: closed loop: from the end of an answer to the user's next request, without the time to think.
     """
 
     send: Amount
-    request: Amount
     token: Amount
     delivery: Amount
     turnaround: Amount
@@ -130,7 +128,7 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def ratios(self, num_streams: int) -> tuple[float, ...]:
         """The deviations of steps with `num_streams` streams; the first ones if it lies below all."""
         known = sorted(self.deviations)
-        return self.deviations[known[max(bisect_right(known, num_streams) - 1, 0)]] if known else ()
+        return self.deviations[known[max(bisect_right(known, num_streams) - 1, 0)]] if known else (1.0,)
 
 
 # -- the fit of steps --------------------------------------------------------------------------------------------------
@@ -167,15 +165,13 @@ def fit_robustly(table: Array, target: Array) -> Array:
     """Coefficients x, none negative, for which `table @ x` is near `target`.
 
     Errors are relative to the prediction and count by the loss of Huber 1964 ("Robust Estimation of a Location
-    Parameter"): nonnegative least squares, weighted anew until the coefficients stay.
+    Parameter"): nonnegative least squares, weighted anew by the errors some times.
     """
     target = np.maximum(target, _TINY)
     scale = np.maximum(np.abs(table).max(axis=0), _TINY)
-    weights, found = 1 / target, np.zeros(table.shape[1])
+    weights = 1 / target
     for _ in range(_NUM_ROUNDS):
-        before, found = found, nnls(table / scale * weights[:, None], target * weights)[0]
-        if np.allclose(before, found, rtol=1e-6, atol=0):
-            break
+        found = nnls(table / scale * weights[:, None], target * weights)[0]
         predicted = np.maximum(table / scale @ found, _TINY)
         errors = np.abs(target / predicted - 1)
         limit = _HUBER * max(float(np.median(errors)), 1e-6)
@@ -217,54 +213,33 @@ def _deviations(shapes: Sequence[StepShape], seconds: Array, predicted: Array) -
 
 
 # -- the fit of latencies ----------------------------------------------------------------------------------------------
-# Each latency is measured where nothing else delays the request or the token, as far as there are such places.  The
-# simulator computes how long they queue for the API process.
 
 
 def _fit_latencies(runs: Sequence[Run]) -> Latencies:
     """The typical latencies of these runs; 0 for those that no request shows."""
-    to_engine, queued = (np.concatenate(seconds) for seconds in zip(*map(_ways, runs), strict=True))
     between, first = zip(*map(_deliveries, runs), strict=True)
-    # The mean, because a load generator that gets no core notices several answers at once.
-    request = float(queued.mean()) if len(queued) else 0.0
     token = _typical(chain(*between))
     return Latencies(
-        send=max(_typical(to_engine) - request, 0.0),
-        request=request,
+        send=_typical(_typical(_ways(run)) for run in runs),
         token=token,
         delivery=max(_typical(chain(*first)) - token, 0.0),
-        turnaround=max(_typical(chain(*map(_turnarounds, runs))), 0.0),
+        turnaround=_typical(chain(*map(_turnarounds, runs))),
     )
 
 
 def _typical(values: Iterable[float]) -> float:
     known = list(values)
-    return float(np.median(known)) if known else 0.0
+    return max(float(np.median(known)), 0.0) if known else 0.0
 
 
-def _ways(run: Run) -> tuple[Array, Array]:
-    """How long requests took while no step ended.
-
-    Returns:
-        Seconds from sending to the engine, of requests that found the API process free; and of the API process's work
-        on requests that were sent well before it had taken the one before.
-    """
+def _ways(run: Run) -> Iterator[float]:
+    """Seconds from sending a request to its arrival in the engine, if that did not wait for the end of a step."""
+    step_ends = [step.start + step.seconds for step in run.steps]
     found = stays(run.steps)
-    entries = [
-        (record.accepted_at, record.sent_at, found[record.engine_id].arrived_at)
-        for record in run.requests
-        if record.accepted_at is not None and record.engine_id in found
-    ]
-    accepted, sent, arrived = np.array(sorted(entries), dtype=float).reshape(-1, 3).T
-    accepted_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (accepted, sent))
-    step_ends = list(map(end_of, run.steps))
-
-    def seconds(since: Array, until: Array, chosen: NDArray[np.bool_]) -> Array:
-        is_quiet = np.searchsorted(step_ends, since) == np.searchsorted(step_ends, until, side="right")
-        return np.asarray((until - since)[chosen & is_quiet])
-
-    is_behind = sent <= (sent_before + accepted_before) / 2
-    return seconds(sent, arrived, accepted_before <= sent), seconds(accepted_before, accepted, is_behind)
+    for record in run.requests:
+        stay = found.get(record.engine_id)
+        if stay and bisect_left(step_ends, record.sent_at) == bisect_right(step_ends, stay.arrived_at):
+            yield stay.arrived_at - record.sent_at
 
 
 def _deliveries(run: Run) -> tuple[list[float], list[float]]:

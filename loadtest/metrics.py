@@ -229,15 +229,20 @@ def fairness(records: Iterable[RequestRecord], end: float) -> float | None:
     moments = (np.arange(ceil(end) * MOMENTS) + 0.5) / MOMENTS
     service, active, backlogged = [], [], []
     for own in clients:
-        ends = [(r.sent_at, *(r.token_times or [r.finished_at or end])[:1], r.finished_at or end) for r in own]
-        # How many of its requests were sent, seen to begin and seen to end, at each moment of each window.
-        counts = [np.searchsorted(np.sort(times), moments).reshape(-1, MOMENTS) for times in zip(*ends, strict=True)]
+        times_of_requests = (
+            [record.sent_at for record in own],
+            [record.token_times[0] if record.token_times else record.finished_at or end for record in own],
+            [record.finished_at or end for record in own],
+        )
+        num_sent, num_begun, num_ended = (
+            np.searchsorted(np.sort(times), moments).reshape(-1, MOMENTS) for times in times_of_requests
+        )
         prompts = [(record.token_times[0], record.num_prompt_tokens) for record in own if record.token_times]
         outputs = [(t, 2 * r.num_output_tokens / len(r.token_times)) for r in own for t in r.token_times]
         times, weights = np.array(prompts + outputs).reshape(-1, 2).T
         service.append(np.histogram(times, windows, weights=weights)[0])
-        active.append((counts[0] > counts[2]).any(axis=1) | (service[-1] > 0))
-        backlogged.append((counts[0] > counts[1]).all(axis=1))
+        active.append((num_sent > num_ended).any(axis=1) | (service[-1] > 0))
+        backlogged.append((num_sent > num_begun).all(axis=1))
     most = np.max(service, axis=0)
     shares = np.divide(service, most, out=np.ones_like(service), where=np.array(backlogged) & (most > 0))
     indices = [jain(own[asked]) for own, asked in zip(shares.T, np.transpose(active), strict=True) if asked.sum() >= 2]
@@ -358,9 +363,8 @@ def problems(run: Run) -> Iterable[str]:
     if not run.is_complete:
         yield f"{where} broke off: {sum(record.is_answered for record in run.requests)} requests had been answered."
     errors = Counter(record.error for record in run.requests if record.error is not None)
-    if errors:
-        (error, _), num_errors = errors.most_common(1)[0], errors.total()
-        yield f"{where}: {num_errors} of {len(run.requests)} requests were not answered, most often: {error}."
+    for error, _ in errors.most_common(1):
+        yield f"{where}: {errors.total()} of {len(run.requests)} requests were not answered, most often: {error}."
     if not run.steps:
         yield f"{where}: there is no trace of the engine's steps."
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from operator import attrgetter
 from typing import Any
 from zlib import crc32
 
@@ -16,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from shoal.loadtest.costs import StepCosts, StepShape
 from shoal.loadtest.metrics import Cell, baseline, by, groups, latencies, words
 from shoal.loadtest.records import Setup
 from shoal.loadtest.trace import bars, ends, window
-from shoal.scheduler.step_record import StepRecord
 
 Panels = dict[str, str]
 """SVG by title: pairs of axes and, under "legend", what names each line once for all of them."""
@@ -238,18 +237,17 @@ def occupancy(cells: Sequence[Cell]) -> Panels:
     return panels
 
 
-def step_cost(cells: Sequence[Cell], predict: Callable[[StepRecord], float]) -> Panels:
-    """What a step takes against what is in it: as measured, and as the cost model has it."""
+def step_cost(cells: Sequence[Cell], costs: StepCosts) -> Panels:
+    """What a step takes until the next against what is in it: as measured, and as the cost model has it."""
     panels = legend({"measured steps": dots(PADDING), "cost model, median": {"color": INK}})
-    steps = [step for cell in cells for step in cell.run.steps]
+    steps = [pair for cell in cells for pair in zip(cell.run.steps, ends(cell.run.steps), strict=True)]
     for title, decodes in (("Steps that only decode", True), ("Steps with prefill or drafts", False)):
-        own = [step for step in steps if all(share.num_scheduled_tokens == 1 for share in step.shares) == decodes]
+        own = [pair for pair in steps if all(share.num_scheduled_tokens == 1 for share in pair[0].shares) == decodes]
         with panel(panels, title) as axes:
             shown = own[:: max(1, len(own) // MAX_POINTS)]
-            tokens = np.array([sum(share.num_scheduled_tokens for share in step.shares) for step in shown])
-            measured, predicted = (
-                1e3 * np.array([read(step) for step in shown]) for read in (attrgetter("seconds"), predict)
-            )
+            tokens = np.array([sum(share.num_scheduled_tokens for share in step.shares) for step, _ in shown])
+            measured = [1e3 * (end - step.start) for step, end in shown]
+            predicted = np.array([1e3 * costs.seconds(StepShape.of(step.shares)) for step, _ in shown])
             axes.plot(tokens, measured, "o", color=PADDING, alpha=0.5)
             counts = np.unique(tokens)
             axes.plot(counts, [np.median(predicted[tokens == count]) for count in counts], color=INK)

@@ -12,12 +12,10 @@ import numpy as np
 from msgspec import Struct
 
 from shoal.loadtest import plots
+from shoal.loadtest.costs import StepCosts
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, groups, speed_up, words
 from shoal.loadtest.plan import DEFAULT_USERS
 from shoal.loadtest.records import slug
-from shoal.scheduler.step_record import StepRecord
-
-StepSeconds = Callable[[StepRecord], float]
 
 NOTHING = "–"  # noqa: RUF001 -- the dash of an empty cell
 MAX_GROUPS = 8  # more clients are neither picture nor table
@@ -39,7 +37,7 @@ class Report(Struct, kw_only=True):
         differing: by workload, the requests whose answers were not the same in all runs.
         complaints: what must not be overlooked.
         warnings: further things to know before believing the figures.
-        step_seconds: the twin's cost model.
+        costs: the twin's costs of steps.
     """
 
     made_at: str
@@ -51,7 +49,7 @@ class Report(Struct, kw_only=True):
     differing: Mapping[str, Sequence[str]] = {}
     complaints: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    step_seconds: StepSeconds | None = None
+    costs: StepCosts | None = None
 
 
 class Picture(NamedTuple):
@@ -142,7 +140,7 @@ def _sections(report: Report) -> Iterator[Section]:
     for number, (section, cells) in enumerate(by(report.cells, "section").items(), 1):
         name = f"{slug(section).lower()}-{number}"
         main = max(by(cells, "load").values(), key=_how_much)
-        pictures = enumerate(_pictures(cells, main, report.step_seconds if number == 1 else None), 1)
+        pictures = enumerate(_pictures(cells, main, report.costs if number == 1 else None), 1)
         yield Section(
             name=name,
             title=f"Workload {section}",
@@ -200,12 +198,12 @@ def _kinds(cells: Sequence[Cell]) -> list[str]:
     return [kind for kind, number in numbers.items() if 1 < number <= MAX_GROUPS]
 
 
-def _pictures(cells: Sequence[Cell], main: Sequence[Cell], step_seconds: StepSeconds | None) -> Iterator[Picture]:
+def _pictures(cells: Sequence[Cell], main: Sequence[Cell], costs: StepCosts | None) -> Iterator[Picture]:
     """The pictures of one workload, as far as there is something to draw.
 
     Args:
         main: the cells of one load, which most pictures show.
-        step_seconds: costs of steps that are shown too.
+        costs: of steps, which are shown too.
     """
     load = main[0].load
     plain = [cell for cell in main if cell.run.steps and cell.setup.speculation == "off"]
@@ -224,5 +222,5 @@ def _pictures(cells: Sequence[Cell], main: Sequence[Cell], step_seconds: StepSec
     for own in by(cells, "load").values():
         for kind in _kinds(own):
             yield Picture("groups", f"Each {kind} apart, {own[0].load}", plots.of_groups(own, kind))
-    if step_seconds and plain:
-        yield Picture("costs", "What a step costs", plots.step_cost(plain, step_seconds))
+    if costs and plain:
+        yield Picture("costs", "What a step costs", plots.step_cost(plain, costs))

@@ -34,7 +34,7 @@ from shoal.loadtest.records import LoadTestError, PlannedRun, Run, Setup, read_j
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
-from shoal.loadtest.twin import simulate, step_seconds
+from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WORKLOADS, WorkloadRequest, make_workload, read_workload, write_workload
 from shoal.scheduler.errors import ShoalError
 
@@ -100,7 +100,7 @@ def conduct(plan: Plan, folder: Path) -> Report:
         cells=cells,
         differing={name: list(requests) for name, requests in differing.items()},
         warnings=[*failures, *profile.warnings, *reasons],
-        step_seconds=step_seconds(profile.costs),
+        costs=profile.costs.steps,
     )
     write_json(folder / "summary.json", about | {"cells": summaries(cells)})
     write_report(folder, report)

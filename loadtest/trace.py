@@ -75,10 +75,6 @@ class Stay(NamedTuple):
     left_at: float | None = None
 
 
-def end_of(step: StepRecord) -> float:
-    return step.start + step.seconds
-
-
 def stays(steps: Iterable[StepRecord]) -> dict[str, Stay]:
     """The stays of all requests that joined the batch, by their ids in the engine."""
     found: dict[str, Stay] = {}
@@ -87,7 +83,7 @@ def stays(steps: Iterable[StepRecord]) -> dict[str, Stay]:
         for request_id, waited in step.joined.items():
             found.setdefault(request_id, Stay(step.start - waited, step.start))
         for share in step.shares:
-            last_end[share.request_id] = end_of(step)
+            last_end[share.request_id] = step.start + step.seconds
         for request_id in step.left:
             if request_id in found:
                 found[request_id] = found[request_id]._replace(left_at=last_end[request_id])
@@ -96,7 +92,7 @@ def stays(steps: Iterable[StepRecord]) -> dict[str, Stay]:
 
 def window(steps: Sequence[StepRecord], num_stays: int = 3) -> tuple[float, float]:
     """From the first step on, a time that shows several stays; those of a static batch are as long as the batch."""
-    start, end = steps[0].start, end_of(steps[-1])
+    start, end = steps[0].start, steps[-1].start + steps[-1].seconds
     lengths = [stay.left_at - stay.joined_at for stay in stays(steps).values() if stay.left_at is not None]
     return start, min(end, start + num_stays * median(lengths)) if lengths else end
 
@@ -110,7 +106,7 @@ def work(share: ShareRecord) -> str:
 
 def ends(steps: Sequence[StepRecord]) -> list[float]:
     """Until when the rows of each step are occupied: until the next step starts, if some request goes on in it."""
-    found = list(map(end_of, steps))
+    found = [step.start + step.seconds for step in steps]
     names = [{share.request_id for share in step.shares} for step in steps]
     for number, (own, following) in enumerate(pairwise(names)):
         if own & following:

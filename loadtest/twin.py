@@ -6,7 +6,7 @@ engine's loop, turn by turn as in `server/engine/process.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import chain, islice
 from math import ceil, inf
@@ -99,8 +99,7 @@ class Simulation:
         self._scheduler = Scheduler(policy.config, policy)
         self.core = EngineCore(self._scheduler, self, lambda: self.now, [self.steps.append])
         self._api_free_at = 0.0
-        self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the API process
-        self._commands: list[tuple[float, WorkloadRequest]] = []  # from when on the engine can take each request
+        self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the engine
         self._users: dict[str, Iterator[Arrival]] = {}  # what its user sends next, by the request in flight
         if load.users:
             sessions = iter(closed_sessions(load, requests))
@@ -114,7 +113,7 @@ class Simulation:
 
     def run(self) -> None:
         """Simulate until all requests are answered."""
-        while self._sent or self._commands or self._scheduler.num_unfinished:
+        while self._sent or self._scheduler.num_unfinished:
             self._turn()
         self._scheduler.check_invariants()
 
@@ -133,8 +132,7 @@ class Simulation:
     def execute(self, step: output.SchedulerOutput) -> output.StepResult:
         """Let the clock jump by what the step costs, and choose tokens that no other text has."""
         shape = StepShape.of(step.scheduled, len(self._scheduler.waiting) if self._sorts else 0)
-        ratios = self._costs.ratios(shape.num_streams)
-        self.now += self._costs.steps.seconds(shape) * (self._random.choice(ratios) if ratios else 1.0)
+        self.now += self._costs.steps.seconds(shape) * self._random.choice(self._costs.ratios(shape.num_streams))
         return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
 
     def _choose(self, share: output.ScheduledRequest) -> int:
@@ -148,30 +146,18 @@ class Simulation:
         """All requests that have come to the engine; waits for the first until `wake_time`, or without end (None)."""
         # Sockets wait for whole milliseconds.
         until = inf if wake_time is None else self.now + ceil((wake_time - self.now) * 1000) / 1000
-        self._take_sent(self.now)
-        while not self._commands and self._sent and self._sent[0][0] <= until:
-            self._take_sent(self._sent[0][0])
-        if self._commands:
-            until = min(until, self._commands[0][0])
+        if self._sent:
+            until = min(until, self._sent[0][0])
         self.now = max(self.now, until)
-        self._take_sent(self.now)
-        come = [asked for taken_at, asked in self._commands if taken_at <= self.now]
-        del self._commands[: len(come)]
+        come: list[WorkloadRequest] = []
+        while self._sent and self._sent[0][0] <= self.now:
+            come.append(heappop(self._sent)[2])
         return come
 
     # -- the API process -------------------------------------------------------------------------------------------
 
-    def _take_sent(self, until: float) -> None:
-        """Let the API process take all requests that reach it by `until`, and pass them on."""
-        while self._sent and self._sent[0][0] <= until:
-            came_at, _, asked = heappop(self._sent)
-            self._api_free_at = max(came_at, self._api_free_at) + self._latencies.request
-            self.records[asked.request_id].accepted_at = self._api_free_at
-            self._commands.append((self._api_free_at, asked))
-
     def _deliver(self, news: Sequence[output.RequestOutput]) -> None:
         """Let the API process pass on the tokens of the step that has just ended, one by one."""
-        self._take_sent(self.now)
         free_at = max(self._api_free_at, self.now)
         for one in news:
             free_at += self._latencies.token
@@ -216,8 +202,3 @@ def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:
         client=asked.client, priority=asked.priority, ttft_slo_ms=asked.ttft_slo_ms, tpot_slo_ms=asked.tpot_slo_ms
     )
     return Request(asked.request_id, asked.prompt_token_ids, params, arrival_time, scheduling=scheduling)
-
-
-def step_seconds(costs: CostModel) -> Callable[[StepRecord], float]:
-    """What the costs say of a recorded step whose policy does not sort."""
-    return lambda step: costs.steps.seconds(StepShape.of(step.shares))

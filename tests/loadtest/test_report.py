@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, collect, summarize
 from shoal.loadtest.records import Load, Run
 from shoal.loadtest.report import Report, terminal_tables, write_report
-from tests.loadtest.made_runs import make_run, seconds_of
+from tests.loadtest.made_runs import COSTS, make_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 SLO = Slo(ttft=0.1, tpot=0.02)
@@ -119,7 +119,7 @@ def measured_runs() -> list[Run]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     cells = collect(measured_runs(), [make_run("fcfs", noise=0.2), make_run("static", noise=1.5)], SLO)
-    write_report(folder, report_of(cells, step_seconds=seconds_of))
+    write_report(folder, report_of(cells, costs=COSTS))
     return folder
 
 

@@ -118,8 +118,7 @@ def test_an_open_loop_with_a_rate_draws_its_own_times() -> None:
 # -- latencies outside the engine --------------------------------------------------------------------------------------
 
 LATENCIES = Latencies(
-    send=1 / 2,
-    request=1 / 2,
+    send=1,
     token=1 / 64,
     delivery=1 / 8,
     turnaround=2,
@@ -129,7 +128,7 @@ LATE = replace(SECONDS, latencies=LATENCIES)
 
 def test_a_request_takes_its_time_on_the_way_and_its_tokens_too() -> None:
     found = run([ask("a"), ask("b")], Load(users=1), costs=LATE)
-    taken = 1 / 2 + 1 / 2
+    taken = 1
     seen = taken + 1 + 1 / 64 + 1 / 8
     assert times(found)["a"] == (0, [seen, seen + 1], seen + 1)
     assert times(found)["b"][0] == seen + 1 + 2
@@ -137,22 +136,13 @@ def test_a_request_takes_its_time_on_the_way_and_its_tokens_too() -> None:
     assert (request.arrived_at, request.joined_at, request.left_at) == (taken, taken, taken + 2)
 
 
-def test_the_api_process_takes_one_thing_after_the_other() -> None:
+def test_the_api_process_passes_on_one_token_after_the_other() -> None:
     found = run([ask("a"), ask("b")], Load(users=2), costs=LATE)
-    assert [record(found, name).accepted_at for name in "ab"] == [1, 1.5]
-    assert [stays(found.steps)[name].arrived_at for name in "ab"] == [1, 2], "b when the step is over"
-    # a joins at once, and b the second step; the tokens of that are passed on in the order of the rows.
-    end = 3
-    assert times(found)["a"][1][1] == end + 1 / 64 + 1 / 8
-    assert times(found)["b"][1][0] == end + 2 / 64 + 1 / 8
-
-
-def test_a_request_that_comes_first_holds_up_tokens() -> None:
-    workload = [ask("a", arrival_time=0.0), ask("b", arrival_time=1.25)]
-    found = run(workload, Load(), costs=LATE)
-    # a's first step ends at 2; b comes before that, and is worked on until 2.25.
-    assert times(found)["a"][1][0] == 2.25 + 1 / 64 + 1 / 8
-    assert sent(found) == {"a": 0, "b": 1.25}, "when they were due"
+    assert [stays(found.steps)[name].arrived_at for name in "ab"] == [1, 1]
+    # Tokens of a step are passed on in the order of the rows.
+    assert [times(found)[name][1] for name in "ab"] == [
+        [end + place / 64 + 1 / 8 for end in (2, 3)] for place in (1, 2)
+    ]
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from shoal.scheduler.policies import POLICIES
 
 LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
 KNOBS = {knob.name: knob.default for kind in POLICIES.values() for knob in fields(kind.Knobs)}
-NO_LATENCIES = Latencies(send=0, request=0, token=0, delivery=0, turnaround=0)
+NO_LATENCIES = Latencies(send=0, token=0, delivery=0, turnaround=0)
 # Every step takes a second.
 SECOND_STEPS = StepCosts(
     token_seconds={1: 1.0, 2: 1.0},
@@ -38,7 +38,6 @@ REALISTIC = CostModel(
     ),
     latencies=Latencies(
         send=1e-3,
-        request=8e-4,
         token=5e-5,
         delivery=3e-4,
         turnaround=1e-3,
