@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -153,7 +153,14 @@ def fit(runs: Sequence[Run]) -> CostModel:
     ]
     outside = np.array([step.schedule_seconds + step.update_seconds for step in steps])
     seconds = np.array([end for run in runs for end in ends(run.steps)]) - [step.start for step in steps]
-    costs = _fit_steps(shapes, seconds, _fit_order(shapes, outside))
+    ordered = _fit_order(shapes, outside)
+    tokens, *others, num_ordered = np.array(shapes, dtype=float).T
+    counts = np.array([count for count in _TOKEN_COUNTS if count < tokens.max()] + [max(tokens.max(), 2)])
+    # The columns are a constant, the rise from each count to the next, and the other counts of a shape.
+    rises = np.clip((tokens[:, None] - counts[:-1]) / np.diff(counts), 0, 1)
+    found = fit_robustly(np.column_stack([np.ones(len(tokens)), rises, *others]), seconds - ordered * num_ordered)
+    points = zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)
+    costs = StepCosts(dict(points), *[*found[len(counts) :].tolist(), ordered])
     return CostModel(
         steps=costs,
         latencies=_fit_latencies(runs),
@@ -188,27 +195,16 @@ def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
     return float(fit_robustly(table, seconds)[-1])
 
 
-def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float) -> StepCosts:
-    tokens, *others, num_ordered = np.array(shapes, dtype=float).T
-    counts = np.array([count for count in _TOKEN_COUNTS if count < tokens.max()] + [max(tokens.max(), 2)])
-    # The columns are a constant, the rise from each count to the next, and the other counts of a shape.
-    rises = np.clip((tokens[:, None] - counts[:-1]) / np.diff(counts), 0, 1)
-    found = fit_robustly(np.column_stack([np.ones(len(tokens)), rises, *others]), seconds - ordered * num_ordered)
-    points = zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)
-    return StepCosts(dict(points), *found[len(counts) :].tolist(), ordered)
-
-
 def _deviations(shapes: Sequence[StepShape], seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
     num_streams = np.array([shape.num_streams for shape in shapes])
-    bands = np.searchsorted(_BANDS, num_streams, side="right") - 1
     found = {}
-    for band, least in enumerate(_BANDS):
-        chosen = bands == band
+    for least, following in pairwise((*_BANDS, np.inf)):
+        chosen = (least <= num_streams) & (num_streams < following)
         if chosen.sum() >= _MIN_STEPS:
             ratios = np.sort(seconds[chosen] / predicted[chosen])
             ratios *= seconds[chosen].sum() / predicted[chosen].sum() / ratios.mean()  # the sum is predicted right
             parts = np.array_split(ratios, min(_NUM_RATIOS, len(ratios)))
-            found[least] = tuple(float(part.mean()) for part in parts)
+            found[int(least)] = tuple(float(part.mean()) for part in parts)
     return found
 
 

@@ -6,7 +6,7 @@ batch fills and drains count: all that are compared have the same requests, and 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import ceil
 from os.path import commonprefix
@@ -59,10 +59,10 @@ class Measured(Struct, kw_only=True):
 
 def by(items: Iterable[T], attribute: str) -> dict[Any, list[T]]:
     """The items by an attribute of theirs, in the order in which its values appear."""
-    groups: defaultdict[Any, list[T]] = defaultdict(list)
+    groups: dict[Any, list[T]] = {}
     for item in items:
-        groups[getattr(item, attribute)].append(item)
-    return dict(groups)
+        groups.setdefault(getattr(item, attribute), []).append(item)
+    return groups
 
 
 def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
@@ -274,15 +274,6 @@ class Error(NamedTuple):
         return self.limit is None or abs(self.error) <= self.limit
 
 
-def compare(predicted: Figures, measured: Figures) -> dict[str, Error]:
-    """The errors of throughput and latencies, as far as both sides have them, and not 0."""
-    return {
-        name: Error(predicted[name], measured[name], predicted[name] / measured[name] - 1, limit)
-        for name, limit in _LIMITS.items()
-        if name in predicted and measured.get(name)
-    }
-
-
 # -- cells -------------------------------------------------------------------------------------------------------------
 
 
@@ -308,8 +299,13 @@ class Cell(Struct, kw_only=True):
 
     @property
     def errors(self) -> dict[str, Error]:
-        """The errors of the twin by figure, as far as both sides have it."""
-        return compare(self.predicted or {}, self.measured.median)
+        """The errors of the twin's throughput and latencies, as far as both sides have them, and not 0."""
+        predicted, measured = self.predicted or {}, self.measured.median
+        return {
+            name: Error(predicted[name], measured[name], predicted[name] / measured[name] - 1, limit)
+            for name, limit in _LIMITS.items()
+            if name in predicted and measured.get(name)
+        }
 
 
 def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEFAULT_SLO) -> list[Cell]:

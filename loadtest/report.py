@@ -173,9 +173,8 @@ def _paragraphs(cells: Sequence[Cell], main: Sequence[Cell], report: Report) -> 
     if base and timeout is not None and "queueing p50" in base.measured.median:
         queueing, ttft = (text(name, base.measured.median.get(name)) for name in ("queueing p50", "ttft p50"))
         yield (
-            f"A request to {base.setup.name} waits until the batch before has ended and its own is full, or until it "
-            f"has waited for {timeout:g} s (static_timeout_seconds): this takes {queueing} ms of a TTFT of {ttft} ms "
-            f"(medians)."
+            f"A request to {base.setup.name} waits until the batch before has ended, and then until its own is full or "
+            f"has waited for {timeout:g} s (static_timeout_seconds): {queueing} ms of a TTFT of {ttft} ms (medians)."
         )
     least = min(cell.measured.least["output tokens"] for cell in cells)
     most = max(cell.measured.most["output tokens"] for cell in cells)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from scipy import stats
 
-from shoal.loadtest.metrics import Slo, collect, combine, compare, fairness, groups, jain, quantiles, summarize
+from shoal.loadtest.metrics import Slo, collect, combine, fairness, groups, jain, quantiles, summarize
 from shoal.loadtest.records import Load, RequestRecord, Run, Setup
 from shoal.loadtest.report import terminal_tables
 from shoal.scheduler.step_record import StepRecord
@@ -166,7 +166,7 @@ def test_the_table_shows_the_speed_up_over_static_and_no_empty_columns() -> None
 def test_predicted_beside_measured() -> None:
     predicted = {"throughput": 110.0, "ttft p50": 0.9, "ttft p99": 4.0, "e2e p50": 1.08, "batch": 3.0}
     measured = {"throughput": 100.0, "ttft p50": 1.0, "ttft p99": 5.0, "itl p50": 1.0, "e2e p50": 1.0, "batch": 9.0}
-    errors = compare(predicted, measured)
+    errors = replace(collect([run()])[0], predicted=predicted, measured=combine([measured])).errors
     assert {name: error.error for name, error in errors.items()} == {
         "throughput": pytest.approx(0.1),
         "ttft p50": pytest.approx(-0.1),
@@ -177,7 +177,8 @@ def test_predicted_beside_measured() -> None:
 
 
 def test_nothing_measured_has_no_error() -> None:
-    assert not compare({"throughput": 1.0}, {"throughput": 0.0})
+    (cell,) = collect([run()])
+    assert not replace(cell, predicted={"throughput": 1.0}, measured=combine([{"throughput": 0.0}])).errors
 
 
 # -- fairness --------------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def test_loads_stand_side_by_side(page: Page) -> None:
 
 
 def test_the_first_token_of_a_static_batch_is_explained(page: Page) -> None:
-    assert "or until it has waited for 0.5 s (static_timeout_seconds)" in page.text
+    assert "is full or has waited for 0.5 s (static_timeout_seconds)" in page.text
 
 
 def test_pictures_show_the_load_that_is_compared_most(tmp_path: Path) -> None:
