@@ -6,9 +6,9 @@ Inference"): predictions from the size of a batch, fitted to a short profile.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from shoal.loadtest.records import LoadTestError, Run
-from shoal.loadtest.trace import stays
+from shoal.loadtest.trace import ends, stays
 from shoal.scheduler.output import ScheduledRequest
 from shoal.scheduler.policies import find_policy
-from shoal.scheduler.step_record import ShareRecord, StepRecord
+from shoal.scheduler.step_record import ShareRecord
 
 Array = NDArray[np.float64]
 Amount = Annotated[float, Meta(ge=0)]
@@ -29,8 +29,8 @@ Count = Annotated[int, Meta(ge=0)]
 
 _TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)  # the cost of a step is linear between two of them
 _MIN_STEPS = 20
-_MIN_ROWS = 5
-_NUM_RATIOS = 200
+_BANDS = (0, 2, 4, 8, 16, 32, 64)  # of streams, each up to the next
+_NUM_RATIOS = 200  # of a band
 _NUM_ROUNDS = 20
 _HUBER = 1.345 * 1.4826  # Huber's 1.345 standard deviations, each 1.4826 median absolute errors if errors are normal
 _TINY = 1e-12
@@ -45,7 +45,6 @@ class StepShape(NamedTuple):
         num_keys: keys that the rows see, each row's counted once; attention reads them.
         num_samples: rows for which a token is chosen, padding rows too.
         num_streams: rows whose token goes to a client, which takes time on the engine's cores in all processes.
-        num_joins: requests that join the batch.
         num_ordered: waiting requests that the policy sorts; 0 for a policy that does not sort.
     """
 
@@ -54,11 +53,10 @@ class StepShape(NamedTuple):
     num_keys: int = 0
     num_samples: int = 0
     num_streams: int = 0
-    num_joins: int = 0
     num_ordered: int = 0
 
     @classmethod
-    def of(cls, shares: Iterable[ScheduledRequest | ShareRecord], num_joins: int, num_ordered: int) -> StepShape:
+    def of(cls, shares: Iterable[ScheduledRequest | ShareRecord], num_ordered: int = 0) -> StepShape:
         num_tokens = num_pairs = num_keys = num_samples = num_streams = 0
         for share in shares:
             count = share.num_scheduled_tokens
@@ -67,18 +65,16 @@ class StepShape(NamedTuple):
             num_keys += share.num_computed_tokens + count
             num_samples += share.samples
             num_streams += share.samples and not share.is_padding
-        return cls(num_tokens, num_pairs, num_keys, num_samples, num_streams, num_joins, num_ordered)
+        return cls(num_tokens, num_pairs, num_keys, num_samples, num_streams, num_ordered)
 
 
 class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds of the engine's steps, and between them.
+    """Seconds from the start of a step to that of the next, if there is something to compute.
 
     Attributes:
         token_seconds: the seconds of a step by its number of tokens, on straight lines between at least two points;
             the last line goes on.
         pair_seconds to ordered_seconds: what one more of each further count of `StepShape` adds, in its order.
-        gap_seconds: from the end of a step to the start of the next, while the engine has work.
-        stream_gap_seconds, arrival_gap_seconds: what each stream and each arriving request adds to the gap.
     """
 
     token_seconds: Annotated[dict[Count, Amount], Meta(min_length=2)]
@@ -86,11 +82,7 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
     key_seconds: Amount
     sample_seconds: Amount
     stream_seconds: Amount
-    join_seconds: Amount
     ordered_seconds: Amount
-    gap_seconds: Amount
-    stream_gap_seconds: Amount
-    arrival_gap_seconds: Amount
 
     def seconds(self, shape: StepShape) -> float:
         """The seconds of a step; 0 if it computes nothing."""
@@ -103,27 +95,18 @@ class StepCosts(Struct, frozen=True, forbid_unknown_fields=True):
         further: float = sum(number * seconds for number, seconds in zip(shape[1:], astuple(self)[1:], strict=False))
         return self.token_seconds[before] + slope * (shape.num_tokens - before) + further
 
-    def gap(self, shape: StepShape) -> float:
-        """The seconds after a step of this shape, without those of arriving requests."""
-        return self.gap_seconds + shape.num_streams * self.stream_gap_seconds if shape.num_tokens else 0.0
-
 
 class Latencies(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds outside the engine.  The API process does one thing at a time: it takes requests and sends tokens.
+    """Seconds outside the engine.  The API process does one thing at a time, which is to send tokens.
 
     Attributes:
-        lateness: open loop: from when a request is due, from where its latency counts, to when it is sent.
-        send: of a request on its way from the user to the engine, without the API process's work.
-        request, prompt_token: the API process's work on a request, and on each token of its prompt.
+        send: of a request on its way from the user to the engine.
         token: the API process's work on a token, or the client's if that takes longer.
         delivery: from the end of that work to the client's notice of the token, if no other token is before it.
         turnaround: closed loop: from the end of an answer to the user's next request, without the time to think.
     """
 
-    lateness: Amount
     send: Amount
-    request: Amount
-    prompt_token: Amount
     token: Amount
     delivery: Amount
     turnaround: Amount
@@ -145,7 +128,7 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def ratios(self, num_streams: int) -> tuple[float, ...]:
         """The deviations of steps with `num_streams` streams; the first ones if it lies below all."""
         known = sorted(self.deviations)
-        return self.deviations[known[max(bisect_right(known, num_streams) - 1, 0)]] if known else ()
+        return self.deviations[known[max(bisect_right(known, num_streams) - 1, 0)]] if known else (1.0,)
 
 
 # -- the fit of steps --------------------------------------------------------------------------------------------------
@@ -163,20 +146,25 @@ def fit(runs: Sequence[Run]) -> CostModel:
     steps = [step for run in runs for step in run.steps]
     if len(steps) < _MIN_STEPS:
         raise LoadTestError(f"{len(steps)} steps were measured, but a cost model needs at least {_MIN_STEPS}")
-    sorting = [find_policy(run.setup.policy).sorts for run in runs for _ in run.steps]
     shapes = [
-        StepShape.of(step.shares, len(step.joined), step.num_waiting if sorts else 0)
-        for step, sorts in zip(steps, sorting, strict=True)
+        StepShape.of(step.shares, step.num_waiting if find_policy(run.setup.policy).sorts else 0)
+        for run in runs
+        for step in run.steps
     ]
-    seconds = np.array([step.seconds for step in steps])
-    ordered = _fit_order(shapes, seconds - [step.execute_seconds for step in steps])
-    gaps = np.array([gap for run in runs for gap in _gaps(run)], dtype=float).reshape(-1, 4)
-    costs = _fit_steps(shapes, seconds, ordered, _fit_sum(gaps).tolist())
-    predicted = np.array([costs.seconds(shape) for shape in shapes])
+    outside = np.array([step.schedule_seconds + step.update_seconds for step in steps])
+    seconds = np.array([end for run in runs for end in ends(run.steps)]) - [step.start for step in steps]
+    ordered = _fit_order(shapes, outside)
+    tokens, *others, num_ordered = np.array(shapes, dtype=float).T
+    counts = np.array([count for count in _TOKEN_COUNTS if count < tokens.max()] + [max(tokens.max(), 2)])
+    # The columns are a constant, the rise from each count to the next, and the other counts of a shape.
+    rises = np.clip((tokens[:, None] - counts[:-1]) / np.diff(counts), 0, 1)
+    found = fit_robustly(np.column_stack([np.ones(len(tokens)), rises, *others]), seconds - ordered * num_ordered)
+    points = zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)
+    costs = StepCosts(dict(points), *[*found[len(counts) :].tolist(), ordered])
     return CostModel(
         steps=costs,
-        latencies=_fit_latencies(runs, costs.arrival_gap_seconds),
-        deviations=_deviations(np.array([shape.num_streams for shape in shapes]), seconds, predicted),
+        latencies=_fit_latencies(runs),
+        deviations=_deviations(shapes, seconds, np.array([costs.seconds(shape) for shape in shapes])),
     )
 
 
@@ -184,32 +172,18 @@ def fit_robustly(table: Array, target: Array) -> Array:
     """Coefficients x, none negative, for which `table @ x` is near `target`.
 
     Errors are relative to the prediction and count by the loss of Huber 1964 ("Robust Estimation of a Location
-    Parameter"): nonnegative least squares, weighted anew until the coefficients stay.
+    Parameter"): nonnegative least squares, weighted anew by the errors some times.
     """
     target = np.maximum(target, _TINY)
     scale = np.maximum(np.abs(table).max(axis=0), _TINY)
-    weights, found = 1 / target, np.zeros(table.shape[1])
+    weights = 1 / target
     for _ in range(_NUM_ROUNDS):
-        before, found = found, nnls(table / scale * weights[:, None], target * weights)[0]
-        if np.allclose(before, found, rtol=1e-6, atol=0):
-            break
+        found = nnls(table / scale * weights[:, None], target * weights)[0]
         predicted = np.maximum(table / scale @ found, _TINY)
         errors = np.abs(target / predicted - 1)
         limit = _HUBER * max(float(np.median(errors)), 1e-6)
         weights = np.sqrt(np.minimum(1, limit / np.maximum(errors, _TINY))) / predicted
     return np.asarray(found / scale)
-
-
-def _fit_sum(rows: Array) -> Array:
-    """Coefficients for the last column of `rows` from the others, so that its sum is right; 0 from too few rows.
-
-    What took long, because another process was at work, counts in the sum.
-    """
-    table, target = rows[:, :-1], rows[:, -1]
-    if len(rows) < _MIN_ROWS:
-        return np.zeros(table.shape[1])
-    found = fit_robustly(table, target)
-    return np.asarray(found * target.sum() / max((table @ found).sum(), _TINY))
 
 
 def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
@@ -221,80 +195,31 @@ def _fit_order(shapes: Sequence[StepShape], seconds: Array) -> float:
     return float(fit_robustly(table, seconds)[-1])
 
 
-def _fit_steps(shapes: Sequence[StepShape], seconds: Array, ordered: float, gaps: Sequence[float]) -> StepCosts:
-    tokens, *others, num_ordered = np.array(shapes, dtype=float).T
-    counts = np.array([count for count in _TOKEN_COUNTS if count < tokens.max()] + [max(tokens.max(), 2)])
-    # The columns are a constant, the slope between each two counts, and the other counts of a shape.
-    slopes = np.clip(tokens[:, None] - counts[:-1], 0, np.diff(counts))
-    table = np.column_stack([np.ones(len(tokens)), slopes, *others])
-    found = fit_robustly(table, seconds - ordered * num_ordered)
-    at_counts = found[0] + np.cumsum([0, *found[1 : len(counts)] * np.diff(counts)])
-    points = zip(counts.astype(int).tolist(), at_counts.tolist(), strict=True)
-    further = [*found[len(counts) :].tolist(), ordered, *gaps]
-    return StepCosts(dict(points), *further)
-
-
-def _gaps(run: Run) -> Iterator[tuple[int, int, int, float]]:
-    """1, streams of a step, requests that arrived between the step and the next, and seconds between the two.
-
-    A step is left out if the engine may have had nothing to do after it.
-    """
-    arrivals = sorted(stay.arrived_at for stay in stays(run.steps).values())
-    num_arrived = np.searchsorted(arrivals, [step.start + step.seconds / 2 for step in run.steps]).tolist()
-    for (before, earlier), (after, later) in pairwise(zip(run.steps, num_arrived, strict=True)):
-        goes_on = {share.request_id for share in before.shares if not share.is_padding}
-        if any(share.request_id in goes_on and not share.is_padding for share in after.shares):
-            num_streams = sum(share.samples and not share.is_padding for share in before.shares)
-            yield 1, num_streams, later - earlier, max(after.start - _end(before), 0.0)
-
-
-def _end(step: StepRecord) -> float:
-    return step.start + step.seconds
-
-
-def _deviations(num_streams: NDArray[np.int_], seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
-    """Bands of streams reach from one power of two to the next; a band with few steps is joined to the next one."""
-    bands = np.frexp(num_streams)[1]  # the number of bits
-    found: dict[int, tuple[float, ...]] = {}
-    chosen = np.zeros(len(bands), dtype=bool)
-    for band in np.unique(bands):
-        chosen |= bands == band
-        if chosen.sum() >= _MIN_STEPS or band == bands.max():
+def _deviations(shapes: Sequence[StepShape], seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
+    num_streams = np.array([shape.num_streams for shape in shapes])
+    found = {}
+    for least, following in pairwise((*_BANDS, np.inf)):
+        chosen = (least <= num_streams) & (num_streams < following)
+        if chosen.sum() >= _MIN_STEPS:
             ratios = np.sort(seconds[chosen] / predicted[chosen])
             ratios *= seconds[chosen].sum() / predicted[chosen].sum() / ratios.mean()  # the sum is predicted right
             parts = np.array_split(ratios, min(_NUM_RATIOS, len(ratios)))
-            found[int(num_streams[chosen].min())] = tuple(float(part.mean()) for part in parts)
-            chosen[:] = False
+            found[int(least)] = tuple(float(part.mean()) for part in parts)
     return found
 
 
 # -- the fit of latencies ----------------------------------------------------------------------------------------------
-# Each latency is measured where nothing else delays the request or the token, as far as there are such places.  The
-# simulator computes how long they queue for the API process.
 
 
-def _fit_latencies(runs: Sequence[Run], arrival_gap: float) -> Latencies:
-    """The typical latencies of these runs; 0 for those that no request shows.
-
-    `arrival_gap` is the engine's work on a request until it has arrived, which `StepCosts` counts.
-    """
-    to_head, to_engine, queued = zip(*map(_ways, runs), strict=True)
-    handling = _fit_sum(np.concatenate(queued))  # where hardly any request queued, `send` is all there is to know
-
-    def sending(ways: Sequence[Array], *, is_closed: bool) -> float:
-        """The typical way in closed or in open loops, without the API process's work."""
-        chosen = [rows for run, rows in zip(runs, ways, strict=True) if bool(run.load.users) is is_closed]
-        return _typical(seconds for rows in chosen for seconds in rows[:, 2] - rows[:, :2] @ handling)
-
-    token, delivery = _fit_delivery(runs)
+def _fit_latencies(runs: Sequence[Run]) -> Latencies:
+    """The typical latencies of these runs; 0 for those that no request shows."""
+    between, first = zip(*map(_deliveries, runs), strict=True)
+    token = _typical(chain(*between))
     return Latencies(
-        lateness=max(sending(to_head, is_closed=False) - sending(to_head, is_closed=True), 0.0),
-        send=max(sending(to_engine, is_closed=True) - arrival_gap, 0.0),
-        request=float(handling[0]),
-        prompt_token=float(handling[1]),
+        send=_typical(_typical(_ways(run)) for run in runs),
         token=token,
-        delivery=delivery,
-        turnaround=_typical(wait for run in runs for wait in _turnarounds(run)),
+        delivery=max(_typical(chain(*first)) - token, 0.0),
+        turnaround=_typical(chain(*map(_turnarounds, runs))),
     )
 
 
@@ -303,59 +228,36 @@ def _typical(values: Iterable[float]) -> float:
     return max(float(np.median(known)), 0.0) if known else 0.0
 
 
-def _ways(run: Run) -> tuple[Array, Array, Array]:
-    """How long requests took while no step ended, in rows of 1, tokens of the prompt, and seconds.
-
-    Returns:
-        From sending to the head of the answer, and from sending to the engine, of requests that found the API process
-        free; and the API process's work on requests that were sent well before it had taken the one before.
-    """
+def _ways(run: Run) -> Iterator[float]:
+    """Seconds from sending a request to its arrival in the engine, if that did not wait for the end of a step."""
+    step_ends = [step.start + step.seconds for step in run.steps]
     found = stays(run.steps)
-    entries = [
-        (record.accepted_at, record.sent_at, record.num_prompt_tokens, found[record.engine_id].arrived_at)
-        for record in run.requests
-        if record.accepted_at is not None and record.engine_id in found
-    ]
-    accepted, sent, tokens, arrived = np.array(sorted(entries), dtype=float).reshape(-1, 4).T
-    accepted_before, sent_before = (np.concatenate([[-np.inf], times[:-1]]) for times in (accepted, sent))
-    ends = list(map(_end, run.steps))
-
-    def rows(since: Array, until: Array, chosen: NDArray[np.bool_]) -> Array:
-        is_quiet = np.searchsorted(ends, since) == np.searchsorted(ends, until, side="right")
-        return np.asarray(np.column_stack([np.ones(len(sent)), tokens, until - since])[chosen & is_quiet])
-
-    is_first, is_behind = accepted_before <= sent, sent <= (sent_before + accepted_before) / 2
-    return rows(sent, accepted, is_first), rows(sent, arrived, is_first), rows(accepted_before, accepted, is_behind)
+    for record in run.requests:
+        stay = found.get(record.engine_id)
+        if stay and bisect_left(step_ends, record.sent_at) == bisect_right(step_ends, stay.arrived_at):
+            yield stay.arrived_at - record.sent_at
 
 
-def _fit_delivery(runs: Sequence[Run]) -> tuple[float, float]:
-    """Seconds of work on each token of a step, and the further seconds until the first token is there."""
-    found = [list(_messages(run)) for run in runs]
-    spreads = [(len(times) - 1, times[-1] - times[0]) for messages in found for _, times in messages if len(times) > 1]
-    table = np.array(spreads, dtype=float).reshape(-1, 2)
-    token = float(fit_robustly(table[:, :1], table[:, 1])[0]) if spreads else 0.0
-    likely = _typical(times[0] - end - token for messages in found for end, times in messages)
-    free = [
-        times[0] - end - token
-        for messages in found
-        for (_, before), (end, times) in pairwise([(0.0, [-np.inf]), *messages])
-        if before[-1] - likely <= end  # otherwise tokens of the step before delayed this message
-    ]
-    return token, _typical(free) if free else likely
+def _deliveries(run: Run) -> tuple[list[float], list[float]]:
+    """Mean seconds between the tokens of each step, and seconds from its end to its first token.
 
-
-def _messages(run: Run) -> Iterator[tuple[float, list[float]]]:
-    """The end of each step, and when its tokens were there, ascending."""
+    The latter only where the tokens of the step before, which would delay it, were there already.
+    """
     times = {
         record.engine_id: iter(record.token_times)
         for record in run.requests
         if record.is_answered and len(record.token_times) == record.num_output_tokens  # no token shared its event
     }
-    for step in run.steps:
+    between, first, last = [], [], -np.inf
+    for step, end in zip(run.steps, ends(run.steps), strict=True):
         streams = [share.request_id for share in step.shares if share.samples and not share.is_padding]
-        seen = [next(times[request_id], None) for request_id in streams if request_id in times]
-        if known := sorted(time for time in seen if time is not None):
-            yield _end(step), known
+        if seen := sorted(time for name in streams for time in islice(times.get(name, iter(())), 1)):
+            if len(seen) > 1:
+                between.append((seen[-1] - seen[0]) / (len(seen) - 1))
+            if last <= end:
+                first.append(seen[0] - end)
+            last = seen[-1]
+    return between, first
 
 
 def _turnarounds(run: Run) -> Iterator[float]:

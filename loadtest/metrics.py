@@ -6,17 +6,17 @@ batch fills and drains count: all that are compared have the same requests, and 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from itertools import takewhile
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from math import ceil
+from os.path import commonprefix
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from shoal.loadtest.records import Load, RequestRecord, Run, Setup
 from shoal.loadtest.trace import stays
@@ -59,10 +59,10 @@ class Measured(Struct, kw_only=True):
 
 def by(items: Iterable[T], attribute: str) -> dict[Any, list[T]]:
     """The items by an attribute of theirs, in the order in which its values appear."""
-    groups: defaultdict[Any, list[T]] = defaultdict(list)
+    groups: dict[Any, list[T]] = {}
     for item in items:
-        groups[getattr(item, attribute)].append(item)
-    return dict(groups)
+        groups.setdefault(getattr(item, attribute), []).append(item)
+    return groups
 
 
 def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
@@ -72,23 +72,22 @@ def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
     seconds = max([begin, *map(_last_seen, run.requests)]) - begin
     in_batch = stays(run.steps)
     admitted = [r.token_times[0] - in_batch[r.engine_id].joined_at for r in answered if r.engine_id in in_batch]
-    num_good = sum(_keeps(record, slo) for record in answered)
-    num_cached, num_accepted, num_rejected = (
-        sum(getattr(record, f"num_{kind}_tokens") for record in answered) for kind in ("cached", "accepted", "rejected")
-    )
+    good = [record for record in answered if _keeps(record, slo)]
+    num_accepted = sum(record.num_accepted_tokens for record in answered)
+    num_drafted = num_accepted + sum(record.num_rejected_tokens for record in answered)
     figures = _of_requests(answered, seconds) | {
         "requests": len(run.requests),
         "errors": len(run.requests) - len(answered),
         "seconds": seconds,
         "request rate": _rate(len(answered), seconds),
-        "goodput": _rate(num_good, seconds),
-        "goodput share": _rate(num_good, len(run.requests)),
+        "goodput": _rate(len(good), seconds),
+        "goodput share": _rate(len(good), len(run.requests)),
         **quantiles("ttft from admission", admitted),
         **quantiles("queueing", [stay.joined_at - stay.arrived_at for stay in in_batch.values()]),
     }
     if figures["prompt tokens"]:
-        figures["cached share"] = num_cached / figures["prompt tokens"]
-    if num_drafted := num_accepted + num_rejected:
+        figures["cached share"] = sum(record.num_cached_tokens for record in answered) / figures["prompt tokens"]
+    if num_drafted:
         figures["acceptance rate"] = num_accepted / num_drafted
     if (index := fairness(run.requests, begin + seconds)) is not None:
         figures["jain"] = index
@@ -174,25 +173,30 @@ def _of_steps(steps: Sequence[StepRecord], block_size: int) -> Figures:
     seconds = np.array([step.seconds for step in steps])
     if not seconds.any():
         return {}
-
-    def mean(read: Callable[[StepRecord], float]) -> float:
-        return float(np.average([read(step) for step in steps], weights=seconds))
-
-    padding = mean(lambda step: sum(share.is_padding for share in step.shares))
-    num_rows = mean(lambda step: len(step.shares))
-    used_slots = mean(lambda step: step.num_used_blocks * block_size)
-    free_slots = used_slots - mean(lambda step: step.num_kv_tokens)
+    counts = [
+        (
+            len(step.shares),
+            sum(share.is_padding for share in step.shares),
+            sum(share.num_scheduled_tokens for share in step.shares),
+            step.num_used_blocks / step.num_blocks,
+            step.num_used_blocks * block_size,
+            step.num_kv_tokens,
+        )
+        for step in steps
+    ]
+    rows, padding, tokens, usage, slots, filled = np.average(counts, axis=0, weights=seconds).tolist()
     return {
         "steps": len(steps),
         "step seconds": float(seconds.mean()),
-        "tokens per step": mean(lambda step: sum(share.num_scheduled_tokens for share in step.shares)),
-        "batch": num_rows - padding,
+        "row seconds": float(seconds.sum() / sum(len(step.shares) for step in steps)),
+        "tokens per step": tokens,
+        "batch": rows - padding,
         "padding rows": padding,
-        "padding share": padding / num_rows,
-        "kv usage": mean(lambda step: step.num_used_blocks / step.num_blocks),
+        "padding share": padding / rows,
+        "kv usage": usage,
         "kv usage peak": max(step.num_used_blocks / step.num_blocks for step in steps),
-        "kv utilisation": 1 - _rate(free_slots, used_slots),
-        "kv waste": free_slots / block_size / num_rows,
+        "kv utilisation": filled / slots if slots else 1.0,
+        "kv waste": (slots - filled) / block_size / rows,
         "preemptions": sum(step.num_preemptions for step in steps),
     }
 
@@ -223,27 +227,51 @@ def fairness(records: Iterable[RequestRecord], end: float) -> float | None:
         return None
     windows = np.arange(ceil(end) + 1)
     moments = (np.arange(ceil(end) * MOMENTS) + 0.5) / MOMENTS
-
-    def some_open(starts: ArrayLike, ends: ArrayLike) -> NDArray[np.bool_]:
-        """Whether any of the intervals is open at each moment of each window."""
-        num_open = np.searchsorted(np.sort(starts), moments) - np.searchsorted(np.sort(ends), moments)
-        return (num_open > 0).reshape(-1, MOMENTS)
-
     service, active, backlogged = [], [], []
     for own in clients:
-        sent = [record.sent_at for record in own]
-        finished = [record.finished_at or end for record in own]
-        first = [record.token_times[0] if record.token_times else record.finished_at or end for record in own]
+        times_of_requests = (
+            [record.sent_at for record in own],
+            [record.token_times[0] if record.token_times else record.finished_at or end for record in own],
+            [record.finished_at or end for record in own],
+        )
+        num_sent, num_begun, num_ended = (
+            np.searchsorted(np.sort(times), moments).reshape(-1, MOMENTS) for times in times_of_requests
+        )
         prompts = [(record.token_times[0], record.num_prompt_tokens) for record in own if record.token_times]
         outputs = [(t, 2 * r.num_output_tokens / len(r.token_times)) for r in own for t in r.token_times]
         times, weights = np.array(prompts + outputs).reshape(-1, 2).T
         service.append(np.histogram(times, windows, weights=weights)[0])
-        active.append(some_open(sent, finished).any(axis=1) | (service[-1] > 0))
-        backlogged.append(some_open(sent, first).all(axis=1))
+        active.append((num_sent > num_ended).any(axis=1) | (service[-1] > 0))
+        backlogged.append((num_sent > num_begun).all(axis=1))
     most = np.max(service, axis=0)
     shares = np.divide(service, most, out=np.ones_like(service), where=np.array(backlogged) & (most > 0))
     indices = [jain(own[asked]) for own, asked in zip(shares.T, np.transpose(active), strict=True) if asked.sum() >= 2]
     return float(np.mean(indices)) if indices else None
+
+
+# -- predicted beside measured -----------------------------------------------------------------------------------------
+
+# By figure that is compared, the error that a prediction should not exceed; those of the medians are Vidur's (Agrawal
+# et al. 2024).  None where nothing is promised.
+_LIMITS: dict[str, float | None] = {
+    "throughput": 0.09,
+    **{"ttft p50": 0.09, "ttft p90": None, "ttft p99": 0.15},
+    **{"itl p50": None, "itl p90": None, "itl p99": None},
+    **{"e2e p50": 0.09, "e2e p90": None, "e2e p99": 0.15},
+}
+
+
+class Error(NamedTuple):
+    """The error of a prediction, as a share of what was measured, and the limit that it should not exceed."""
+
+    predicted: float
+    measured: float
+    error: float
+    limit: float | None
+
+    @property
+    def is_within(self) -> bool:
+        return self.limit is None or abs(self.error) <= self.limit
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -269,6 +297,16 @@ class Cell(Struct, kw_only=True):
     predicted: Figures | None = None
     problems: list[str]
 
+    @property
+    def errors(self) -> dict[str, Error]:
+        """The errors of the twin's throughput and latencies, as far as both sides have them, and not 0."""
+        predicted, measured = self.predicted or {}, self.measured.median
+        return {
+            name: Error(predicted[name], measured[name], predicted[name] / measured[name] - 1, limit)
+            for name, limit in _LIMITS.items()
+            if name in predicted and measured.get(name)
+        }
+
 
 def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEFAULT_SLO) -> list[Cell]:
     """Put the repetitions of each combination together, and beside them what the twin predicts.
@@ -284,9 +322,9 @@ def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEF
     def combination(run: Run) -> tuple[str, Load, Setup]:
         return run.workload, replace(run.load, seed=0), run.setup  # the seed of arrivals may differ
 
-    repetitions: defaultdict[tuple[str, Load, Setup], list[tuple[Run, Figures, list[str]]]] = defaultdict(list)
+    repetitions: dict[tuple[str, Load, Setup], list[tuple[Run, Figures, list[str]]]] = {}
     for run in runs:
-        own = repetitions[combination(run)]
+        own = repetitions.setdefault(combination(run), [])
         own.append((run, summarize(run, slo), list(problems(run))))
         if len(own) > 1 and own[0][0].is_complete:
             run.steps = []  # of one run they are enough
@@ -299,11 +337,10 @@ def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEF
     ):
         own = repetitions[workload, load, setup]
         shown = [one for one in own if one[0].is_complete] or own
-        options = zip(*(other.options for name, _, other in repetitions if name == workload), strict=False)
-        num_common = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, options))
+        common = commonprefix([other.options for name, _, other in repetitions if name == workload])  # noqa: RUF071 -- of tuples
         cells.append(
             Cell(
-                section=", ".join(filter(None, [workload, " ".join(setup.options[num_common:])])),
+                section=", ".join(filter(None, [workload, " ".join(setup.options[len(common) :])])),
                 workload=workload,
                 load=load,
                 setup=setup,
@@ -322,9 +359,8 @@ def problems(run: Run) -> Iterable[str]:
     if not run.is_complete:
         yield f"{where} broke off: {sum(record.is_answered for record in run.requests)} requests had been answered."
     errors = Counter(record.error for record in run.requests if record.error is not None)
-    if errors:
-        (error, _), num_errors = errors.most_common(1)[0], errors.total()
-        yield f"{where}: {num_errors} of {len(run.requests)} requests were not answered, most often: {error}."
+    for error, _ in errors.most_common(1):
+        yield f"{where}: {errors.total()} of {len(run.requests)} requests were not answered, most often: {error}."
     if not run.steps:
         yield f"{where}: there is no trace of the engine's steps."
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from operator import attrgetter
 from typing import Any
 from zlib import crc32
 
@@ -16,11 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from shoal.loadtest.costs import StepCosts, StepShape
 from shoal.loadtest.metrics import Cell, baseline, by, groups, latencies, words
 from shoal.loadtest.records import Setup
 from shoal.loadtest.trace import bars, ends, window
-from shoal.loadtest.twin import compare
-from shoal.scheduler.step_record import StepRecord
 
 Panels = dict[str, str]
 """SVG by title: pairs of axes and, under "legend", what names each line once for all of them."""
@@ -239,18 +237,17 @@ def occupancy(cells: Sequence[Cell]) -> Panels:
     return panels
 
 
-def step_cost(cells: Sequence[Cell], predict: Callable[[StepRecord], float]) -> Panels:
-    """What a step takes against what is in it: as measured, and as the cost model has it."""
+def step_cost(cells: Sequence[Cell], costs: StepCosts) -> Panels:
+    """What a step takes until the next against what is in it: as measured, and as the cost model has it."""
     panels = legend({"measured steps": dots(PADDING), "cost model, median": {"color": INK}})
-    steps = [step for cell in cells for step in cell.run.steps]
+    steps = [pair for cell in cells for pair in zip(cell.run.steps, ends(cell.run.steps), strict=True)]
     for title, decodes in (("Steps that only decode", True), ("Steps with prefill or drafts", False)):
-        own = [step for step in steps if all(share.num_scheduled_tokens == 1 for share in step.shares) == decodes]
+        own = [pair for pair in steps if all(share.num_scheduled_tokens == 1 for share in pair[0].shares) == decodes]
         with panel(panels, title) as axes:
             shown = own[:: max(1, len(own) // MAX_POINTS)]
-            tokens = np.array([sum(share.num_scheduled_tokens for share in step.shares) for step in shown])
-            measured, predicted = (
-                1e3 * np.array([read(step) for step in shown]) for read in (attrgetter("seconds"), predict)
-            )
+            tokens = np.array([sum(share.num_scheduled_tokens for share in step.shares) for step, _ in shown])
+            measured = [1e3 * (end - step.start) for step, end in shown]
+            predicted = np.array([1e3 * costs.seconds(StepShape.of(step.shares)) for step, _ in shown])
             axes.plot(tokens, measured, "o", color=PADDING, alpha=0.5)
             counts = np.unique(tokens)
             axes.plot(counts, [np.median(predicted[tokens == count]) for count in counts], color=INK)
@@ -262,15 +259,14 @@ def step_cost(cells: Sequence[Cell], predict: Callable[[StepRecord], float]) -> 
 def twin_errors(cells: Sequence[Cell]) -> Panels:
     """Relative errors of the predictions, a line for each figure, with the band that it should keep within."""
     panels = legend_of(cells)
-    found = [(cell.setup, compare(cell.predicted or {}, cell.measured.median)) for cell in cells]
-    limits = {error.name: error.limit or 0.0 for _, errors in found for error in errors}
+    limits = {name: error.limit or 0.0 for cell in cells for name, error in cell.errors.items()}
     names, widths = list(map(words, limits)), np.array(list(limits.values()))
     with panel(panels, "Predicted over measured, less one", 0.6 + 0.3 * len(limits)) as axes:
         axes.barh(names, 2 * widths, 0.9, -widths, color="#e3ede3")
-        for (setup, errors), offset in zip(found, np.linspace(-0.36, 0.36, len(found)), strict=True):
-            known = {words(error.name): error.error for error in errors if error.error is not None}
-            places = [names.index(name) + offset for name in known]
-            axes.plot(list(known.values()), places, **style(setup) | {"linestyle": ""}, alpha=0.8)
+        for cell, offset in zip(cells, np.linspace(-0.36, 0.36, len(cells)), strict=True):
+            places = [names.index(words(name)) + offset for name in cell.errors]
+            errors = [error.error for error in cell.errors.values()]
+            axes.plot(errors, places, **style(cell.setup) | {"linestyle": ""}, alpha=0.8)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.invert_yaxis()
         axes.set_xscale("symlog", linthresh=0.1)

@@ -16,8 +16,6 @@ from shoal.loadtest.records import Load, LoadTestError, Run, ServerInfo, Setup, 
 from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
-from shoal.scheduler.errors import ConfigError
-from shoal.scheduler.policies import POLICIES, Policy, find_policy
 
 FILE = "profile.json"
 LEAST_FOR_WHOLE = 128
@@ -46,39 +44,31 @@ SERIES = (
     Stretch("code", 64, Load(users=16)),
     Stretch("chat", 64, Load(users=32), Setup(policy="static")),
     Stretch("chat", 64, Load(users=48), Setup(policy="sjf", options=("--max-num-seqs", "16"))),
-    Stretch("chat", 32, Load(rate=16.0)),
 )
 """The whole profile: batches of 1 to 64 rows (a run passes through all smaller ones as it ends), prompts in chunks of
-all sizes, long contexts and found prefixes, padding rows, waiting requests that are sorted, and an open loop."""
+all sizes, long contexts and found prefixes, padding rows, and waiting requests that are sorted."""
 
 
-def series(
-    num_requests: int | None,
-    options: Sequence[str],
-    *,
-    policies: Collection[str] = tuple(POLICIES),
-    loads: Collection[Load] = (),
-) -> list[Stretch]:
+def series(num_requests: int | None, options: Sequence[str], loads: Collection[Load] = ()) -> list[Stretch]:
     """The runs of a profile for a load test.
 
     A load test of fewer than `LEAST_FOR_WHOLE` requests takes a short profile: one user; as many users as the load
-    test has at most; static batches, if it compares a policy that pads; and an open loop, unless all its loads are
-    closed.
+    test has at most; and as many with static batches.
 
     Args:
         num_requests: of each workload of the load test; None takes the whole profile.
         options: of all servers.
-        policies, loads: of the load test; by default, any that it may have.
+        loads: of the load test.
     """
     chosen = list(SERIES)
     if num_requests is not None and num_requests < LEAST_FOR_WHOLE:
         count = max(num_requests, _LEAST_REQUESTS)
         together = Load(users=max((load.users for load in loads), default=0) or count)
-        chosen = [Stretch("chat", _LEAST_REQUESTS, Load(users=1)), Stretch("chat", count, together)]
-        if any(find_policy(name).pads is not Policy.pads for name in policies):
-            chosen.append(Stretch("chat", count, together, Setup(policy="static")))
-        if not loads or not all(load.users for load in loads):
-            chosen.append(Stretch("chat", min(count, 32), Load(rate=16.0)))
+        chosen = [
+            Stretch("chat", _LEAST_REQUESTS, Load(users=1)),
+            Stretch("chat", count, together),
+            Stretch("chat", count, together, Setup(policy="static")),
+        ]
     return [replace(one, setup=replace(one.setup, options=(*options, *one.setup.options))) for one in chosen]
 
 
@@ -165,10 +155,7 @@ def read_profile(folder: Path) -> Profile:
     path = folder / FILE
     if not path.exists():
         raise LoadTestError(f"there is no profile in {folder}: {FILE} is missing; `shoal profile` takes one")
-    try:
-        return read_json(path, Profile)
-    except ConfigError as error:
-        raise LoadTestError(f"{path}: {error.message}") from error
+    return read_json(path, Profile)
 
 
 def _parse(options: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 from msgspec import Struct
 
 from shoal.loadtest import plots
+from shoal.loadtest.costs import StepCosts
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, groups, speed_up, words
+from shoal.loadtest.plan import DEFAULT_USERS
 from shoal.loadtest.records import slug
-from shoal.loadtest.twin import Error, compare
-from shoal.scheduler.step_record import StepRecord
-
-StepSeconds = Callable[[StepRecord], float]
 
 NOTHING = "–"  # noqa: RUF001 -- the dash of an empty cell
 MAX_GROUPS = 8  # more clients are neither picture nor table
@@ -26,6 +24,7 @@ TERMINAL = (
     *("throughput", "goodput", "ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e mean", "e2e p99"),
     *("queueing p50", "batch", "padding share", "kv utilisation", "preemptions", "jain", "errors"),
 )
+ACROSS_LOADS = (*TERMINAL, "step seconds", "row seconds")
 IN_MS = ("p50", "p90", "p99", "mean", "seconds")
 IN_PERCENT = ("share", "acceptance rate", "usage", "peak", "utilisation", "cores", "1000")
 
@@ -38,7 +37,7 @@ class Report(Struct, kw_only=True):
         differing: by workload, the requests whose answers were not the same in all runs.
         complaints: what must not be overlooked.
         warnings: further things to know before believing the figures.
-        step_seconds: the twin's cost model.
+        costs: the twin's costs of steps.
     """
 
     made_at: str
@@ -50,7 +49,7 @@ class Report(Struct, kw_only=True):
     differing: Mapping[str, Sequence[str]] = {}
     complaints: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    step_seconds: StepSeconds | None = None
+    costs: StepCosts | None = None
 
 
 class Picture(NamedTuple):
@@ -62,13 +61,13 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A chapter: paragraphs, pictures by name, and the cells of each table, which folds."""
+    """A chapter: paragraphs, pictures by name, and the cells of its tables, which fold."""
 
     name: str
     title: str
     paragraphs: Sequence[str]
     pictures: dict[str, Picture]
-    tables: Sequence[Sequence[Cell]] = ()
+    cells: Sequence[Cell] = ()
 
 
 def title(name: str) -> str:
@@ -91,11 +90,16 @@ def times(name: str, cell: Cell, base: Cell | None) -> str:
     return NOTHING if ratio is None else f"{ratio:#.3g}×"  # noqa: RUF001 -- the sign of multiplication
 
 
+def not_zero(names: Sequence[str], cells: Sequence[Cell]) -> list[str]:
+    """The figures that some cell has and that are not 0."""
+    return [name for name in names if any(cell.measured.median.get(name) for cell in cells)]
+
+
 def terminal_tables(cells: Sequence[Cell]) -> Iterator[str]:
     """A table for each section and load, in text; columns of nothing but zeros are left out."""
     for section, own in by(cells, "section").items():
         for load, compared in by(own, "load").items():
-            names = [name for name in TERMINAL if any(cell.measured.median.get(name) for cell in compared)]
+            names = not_zero(TERMINAL, compared)
             rows = [["policy", "× static", *map(title, names)]]  # noqa: RUF001
             for cell in compared:
                 values = [text(name, cell.measured.median.get(name)) for name in names]
@@ -118,8 +122,9 @@ def write_report(folder: Path, report: Report) -> None:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["base64"] = lambda image: b64encode(image.encode()).decode()
-    tools = {"baseline": baseline, "errors": errors, "names": names_by_group, "text": text, "times": times}
-    template = environment.get_template("report.html.j2", globals=tools | {"title": title, "words": words})
+    tools: tuple[Callable[..., Any], ...] = (baseline, by, names_by_group, not_zero, text, times, title, words)
+    known = {tool.__name__: tool for tool in tools} | {"ACROSS_LOADS": ACROSS_LOADS}
+    template = environment.get_template("report.html.j2", globals=known)
     (folder / "report.html").write_text(template.render(report=report, sections=sections), "utf-8")
 
 
@@ -130,28 +135,27 @@ def names_by_group(cells: Sequence[Cell]) -> dict[str, list[str]]:
     return {group: [name for name in names if name.rpartition(": ")[0] == group] for group in shown}
 
 
-def errors(cells: Sequence[Cell]) -> dict[str, list[Error | None]]:
-    """The errors of the twin by figure, for each of the cells."""
-    found = [{error.name: error for error in compare(cell.predicted or {}, cell.measured.median)} for cell in cells]
-    return {name: [own.get(name) for own in found] for name in dict.fromkeys(name for own in found for name in own)}
-
-
 def _sections(report: Report) -> Iterator[Section]:
     """A section for each workload, and one for the twin's predictions."""
     for number, (section, cells) in enumerate(by(report.cells, "section").items(), 1):
         name = f"{slug(section).lower()}-{number}"
-        main = max(by(cells, "load").values(), key=len)  # the load of the most setups, of several the first
-        pictures = enumerate(_pictures(cells, main, report.step_seconds if number == 1 else None), 1)
+        main = max(by(cells, "load").values(), key=_how_much)
+        pictures = enumerate(_pictures(cells, main, report.costs if number == 1 else None), 1)
         yield Section(
             name=name,
             title=f"Workload {section}",
             paragraphs=list(_paragraphs(cells, main, report)),
             pictures={f"{name}-{place}-{picture.kind}": picture for place, picture in pictures},
-            tables=list(by(cells, "load").values()),
+            cells=cells,
         )
     if predicted := [cell for cell in report.cells if cell.predicted]:
         picture = Picture("twin", "Errors of the digital twin", plots.twin_errors(predicted))
         yield Section("prediction", "Predicted against measured", (), {"twin": picture})
+
+
+def _how_much(cells: Sequence[Cell]) -> tuple[int, int, bool]:
+    """How much is compared under a load: setups, then repetitions, then whether it is the load of every comparison."""
+    return len(cells), sum(cell.measured.num_runs for cell in cells), cells[0].load.users == DEFAULT_USERS
 
 
 def _paragraphs(cells: Sequence[Cell], main: Sequence[Cell], report: Report) -> Iterator[str]:
@@ -164,6 +168,13 @@ def _paragraphs(cells: Sequence[Cell], main: Sequence[Cell], report: Report) -> 
         yield (
             f"{best.load}: {best.setup.name} has {more} the output tokens/s of {base.setup.name}, and a median TTFT "
             f"that is {sooner} lower."
+        )
+    timeout = base and base.run.server.settings.get("scheduler", {}).get("static_timeout_seconds")
+    if base and timeout is not None and "queueing p50" in base.measured.median:
+        queueing, ttft = (text(name, base.measured.median.get(name)) for name in ("queueing p50", "ttft p50"))
+        yield (
+            f"A request to {base.setup.name} waits until the batch before has ended, and then until its own is full or "
+            f"has waited for {timeout:g} s (static_timeout_seconds): {queueing} ms of a TTFT of {ttft} ms (medians)."
         )
     least = min(cell.measured.least["output tokens"] for cell in cells)
     most = max(cell.measured.most["output tokens"] for cell in cells)
@@ -186,12 +197,12 @@ def _kinds(cells: Sequence[Cell]) -> list[str]:
     return [kind for kind, number in numbers.items() if 1 < number <= MAX_GROUPS]
 
 
-def _pictures(cells: Sequence[Cell], main: Sequence[Cell], step_seconds: StepSeconds | None) -> Iterator[Picture]:
+def _pictures(cells: Sequence[Cell], main: Sequence[Cell], costs: StepCosts | None) -> Iterator[Picture]:
     """The pictures of one workload, as far as there is something to draw.
 
     Args:
         main: the cells of one load, which most pictures show.
-        step_seconds: costs of steps that are shown too.
+        costs: of steps, which are shown too.
     """
     load = main[0].load
     plain = [cell for cell in main if cell.run.steps and cell.setup.speculation == "off"]
@@ -210,5 +221,5 @@ def _pictures(cells: Sequence[Cell], main: Sequence[Cell], step_seconds: StepSec
     for own in by(cells, "load").values():
         for kind in _kinds(own):
             yield Picture("groups", f"Each {kind} apart, {own[0].load}", plots.of_groups(own, kind))
-    if step_seconds and plain:
-        yield Picture("costs", "What a step costs", plots.step_cost(plain, step_seconds))
+    if costs and plain:
+        yield Picture("costs", "What a step costs", plots.step_cost(plain, costs))

@@ -34,7 +34,7 @@ from shoal.loadtest.records import LoadTestError, PlannedRun, Run, Setup, read_j
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
-from shoal.loadtest.twin import compare, simulate, step_seconds
+from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WORKLOADS, WorkloadRequest, make_workload, read_workload, write_workload
 from shoal.scheduler.errors import ShoalError
 
@@ -100,7 +100,7 @@ def conduct(plan: Plan, folder: Path) -> Report:
         cells=cells,
         differing={name: list(requests) for name, requests in differing.items()},
         warnings=[*failures, *profile.warnings, *reasons],
-        step_seconds=step_seconds(profile.costs),
+        costs=profile.costs.steps,
     )
     write_json(folder / "summary.json", about | {"cells": summaries(cells)})
     write_report(folder, report)
@@ -215,8 +215,7 @@ def differing_answers(runs: Runs) -> dict[PlannedRun, list[str]]:
 
 def profile_series(plan: Plan) -> list[Stretch]:
     """The runs of a profile: a small comparison has a short series, a plan without runs the whole one."""
-    policies, loads = {run.setup.policy for run in plan.runs}, [run.load for run in plan.runs]
-    return series(plan.num_requests if plan.runs else None, plan.options, policies=policies, loads=loads)
+    return series(plan.num_requests if plan.runs else None, plan.options, [run.load for run in plan.runs])
 
 
 def profile_workloads(plan: Plan, folder: Path) -> dict[Path, tuple[str, int, int]]:
@@ -263,7 +262,7 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return [
         {name: getattr(cell, name) for name in names}
         | {
-            "errors": {error.name: error.error for error in compare(cell.predicted or {}, cell.measured.median)},
+            "errors": {name: error.error for name, error in cell.errors.items()},
             "x_static": speed_up(
                 "throughput", cell, baseline(by(by(cells, "section")[cell.section], "load")[cell.load])
             ),

@@ -6,18 +6,15 @@ engine's loop, turn by turn as in `server/engine/process.py`.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import chain, count, islice
+from itertools import chain, islice
 from math import ceil, inf
 from random import Random
-from typing import NamedTuple
 from zlib import crc32
 
 from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
 from shoal.loadtest.costs import CostModel, StepShape
-from shoal.loadtest.metrics import Figures
 from shoal.loadtest.records import Load, LoadTestError, RequestRecord, Run, ServerInfo, Setup
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler import output
@@ -97,16 +94,12 @@ class Simulation:
         self.records: dict[str, RequestRecord] = {}
         self._requests = {request.request_id: request for request in requests}
         self._costs, self._latencies = costs, costs.latencies
-        self._lateness = 0.0 if load.users else costs.latencies.lateness
         self._random = Random(seed)
         self._sorts = policy.sorts
-        self._shape = StepShape()  # of the last step
         self._scheduler = Scheduler(policy.config, policy)
         self.core = EngineCore(self._scheduler, self, lambda: self.now, [self.steps.append])
         self._api_free_at = 0.0
-        self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the API process
-        self._order = count()
-        self._commands: deque[tuple[float, WorkloadRequest]] = deque()  # from when on the engine can take each request
+        self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the engine
         self._users: dict[str, Iterator[Arrival]] = {}  # what its user sends next, by the request in flight
         if load.users:
             sessions = iter(closed_sessions(load, requests))
@@ -120,31 +113,26 @@ class Simulation:
 
     def run(self) -> None:
         """Simulate until all requests are answered."""
-        while self._sent or self._commands or self._scheduler.num_unfinished:
+        while self._sent or self._scheduler.num_unfinished:
             self._turn()
         self._scheduler.check_invariants()
 
     def _turn(self) -> None:
         """`EngineLoop.turn`: wait for something to do, take the commands that have come, run one step, report."""
         for asked in self._receive(self._scheduler.wake_time(self.now)):
-            self.now += self._costs.steps.arrival_gap_seconds
             try:
                 self._scheduler.add(_to_engine(asked, self.now))
             except ShoalError as error:
                 self.records[asked.request_id].error = error.message
                 self._end(self.records[asked.request_id], self.now)
-        self._shape = StepShape()
         self._deliver(self.core.step())
-        self.now += self._costs.steps.gap(self._shape)
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
     def execute(self, step: output.SchedulerOutput) -> output.StepResult:
         """Let the clock jump by what the step costs, and choose tokens that no other text has."""
-        num_joins = sum(share.new is not None for share in step.scheduled)
-        self._shape = StepShape.of(step.scheduled, num_joins, len(self._scheduler.waiting) if self._sorts else 0)
-        ratios = self._costs.ratios(self._shape.num_streams)
-        self.now += self._costs.steps.seconds(self._shape) * (self._random.choice(ratios) if ratios else 1.0)
+        shape = StepShape.of(step.scheduled, len(self._scheduler.waiting) if self._sorts else 0)
+        self.now += self._costs.steps.seconds(shape) * self._random.choice(self._costs.ratios(shape.num_streams))
         return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
 
     def _choose(self, share: output.ScheduledRequest) -> int:
@@ -158,31 +146,18 @@ class Simulation:
         """All requests that have come to the engine; waits for the first until `wake_time`, or without end (None)."""
         # Sockets wait for whole milliseconds.
         until = inf if wake_time is None else self.now + ceil((wake_time - self.now) * 1000) / 1000
-        self._take_sent(self.now)
-        while not self._commands and self._sent and self._sent[0][0] <= until:
-            self._take_sent(self._sent[0][0])
-        if self._commands:
-            until = min(until, self._commands[0][0])
+        if self._sent:
+            until = min(until, self._sent[0][0])
         self.now = max(self.now, until)
-        self._take_sent(self.now)
         come: list[WorkloadRequest] = []
-        while self._commands and self._commands[0][0] <= self.now:
-            come.append(self._commands.popleft()[1])
+        while self._sent and self._sent[0][0] <= self.now:
+            come.append(heappop(self._sent)[2])
         return come
 
     # -- the API process -------------------------------------------------------------------------------------------
 
-    def _take_sent(self, until: float) -> None:
-        """Let the API process take all requests that reach it by `until`, and pass them on."""
-        while self._sent and self._sent[0][0] <= until:
-            came_at, _, asked = heappop(self._sent)
-            work = self._latencies.request + self._latencies.prompt_token * len(asked.prompt_token_ids)
-            self._api_free_at = self.records[asked.request_id].accepted_at = max(came_at, self._api_free_at) + work
-            self._commands.append((self._api_free_at, asked))
-
     def _deliver(self, news: Sequence[output.RequestOutput]) -> None:
         """Let the API process pass on the tokens of the step that has just ended, one by one."""
-        self._take_sent(self.now)
         free_at = max(self._api_free_at, self.now)
         for one in news:
             free_at += self._latencies.token
@@ -207,7 +182,7 @@ class Simulation:
             num_prompt_tokens=len(request.prompt_token_ids),
         )
         self._users[request.request_id] = user
-        heappush(self._sent, (sent_at + self._lateness + self._latencies.send, next(self._order), request))
+        heappush(self._sent, (sent_at + self._latencies.send, len(self.records), request))
 
     def _end(self, record: RequestRecord, now: float) -> None:
         """An answer ends, and its user goes on."""
@@ -227,46 +202,3 @@ def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:
         client=asked.client, priority=asked.priority, ttft_slo_ms=asked.ttft_slo_ms, tpot_slo_ms=asked.tpot_slo_ms
     )
     return Request(asked.request_id, asked.prompt_token_ids, params, arrival_time, scheduling=scheduling)
-
-
-# -- predicted beside measured -----------------------------------------------------------------------------------------
-
-# The limits of the medians are Vidur's (Agrawal et al. 2024).
-_LIMITS = {"throughput": 0.09, "ttft p50": 0.09, "e2e p50": 0.09, "ttft p99": 0.15, "e2e p99": 0.15}
-_NAMES = (
-    "throughput",
-    *(f"{latency} {quantile}" for latency in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99")),
-)
-
-
-class Error(NamedTuple):
-    """One figure, predicted and measured, in the unit of `metrics.Figures`.
-
-    Attributes:
-        error: of the prediction, as a share of what was measured; None if that is 0.
-        limit: which the error should not exceed; None where nothing is promised.
-        is_within: whether the error keeps within the limit.
-    """
-
-    name: str
-    predicted: float
-    measured: float
-    error: float | None
-    limit: float | None
-    is_within: bool
-
-
-def compare(predicted: Figures, measured: Figures) -> list[Error]:
-    """The errors of throughput and latencies, as far as both sides have them."""
-    found = []
-    for name in (name for name in _NAMES if name in predicted and name in measured):
-        error = predicted[name] / measured[name] - 1 if measured[name] else None
-        limit = _LIMITS.get(name)
-        is_within = limit is None or (error is not None and abs(error) <= limit)
-        found.append(Error(name, predicted[name], measured[name], error, limit, is_within))
-    return found
-
-
-def step_seconds(costs: CostModel) -> Callable[[StepRecord], float]:
-    """What the costs say of a recorded step whose policy does not sort."""
-    return lambda step: costs.steps.seconds(StepShape.of(step.shares, len(step.joined), num_ordered=0))

@@ -160,6 +160,27 @@ def test_the_table_shows_the_speed_up_over_static_and_no_empty_columns() -> None
     assert len({len(line) for line in (header, *lines)}) == 1
 
 
+# -- predicted beside measured ---------------------------------------------------------------------------------------
+
+
+def test_predicted_beside_measured() -> None:
+    predicted = {"throughput": 110.0, "ttft p50": 0.9, "ttft p99": 4.0, "e2e p50": 1.08, "batch": 3.0}
+    measured = {"throughput": 100.0, "ttft p50": 1.0, "ttft p99": 5.0, "itl p50": 1.0, "e2e p50": 1.0, "batch": 9.0}
+    errors = replace(collect([run()])[0], predicted=predicted, measured=combine([measured])).errors
+    assert {name: error.error for name, error in errors.items()} == {
+        "throughput": pytest.approx(0.1),
+        "ttft p50": pytest.approx(-0.1),
+        "ttft p99": pytest.approx(-0.2),
+        "e2e p50": pytest.approx(0.08),
+    }
+    assert [name for name, error in errors.items() if not error.is_within] == ["throughput", "ttft p50", "ttft p99"]
+
+
+def test_nothing_measured_has_no_error() -> None:
+    (cell,) = collect([run()])
+    assert not replace(cell, predicted={"throughput": 1.0}, measured=combine([{"throughput": 0.0}])).errors
+
+
 # -- fairness --------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace as replace_limits
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ OPTIONS = ("--threads", "2")
 PROFILE = Profile(server=server_info(), options=OPTIONS, versions={"shoal": "1"}, costs=REALISTIC)
 
 
-def measure(num_requests: int | None, **of_the_test: Any) -> list[Run]:
+def measure(num_requests: int | None, loads: Sequence[Load] = ()) -> list[Run]:
     """The runs of a profile, which a simulation stands in for."""
     return [
         simulate(
@@ -41,7 +42,7 @@ def measure(num_requests: int | None, **of_the_test: Any) -> list[Run]:
             server=PROFILE.server_with(stretch.setup.options),
             costs=REALISTIC,
         )
-        for stretch in series(num_requests, OPTIONS, **of_the_test)
+        for stretch in series(num_requests, OPTIONS, loads)
     ]
 
 
@@ -63,24 +64,21 @@ def test_a_profile_knows_what_the_engine_costs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policies", "loads", "expected"),
-    [
-        (["fcfs", "sjf"], [Load(users=5)], [(8, 1, "fcfs"), (24, 5, "fcfs")]),
-        (["static"], [Load(users=5), Load(users=9)], [(8, 1, "fcfs"), (24, 9, "fcfs"), (24, 9, "static")]),
-        (["fcfs"], [Load(rate=3.0)], [(8, 1, "fcfs"), (24, 24, "fcfs"), (24, 0, "fcfs")]),
-    ],
+    ("loads", "num_users"),
+    [([Load(users=5)], 5), ([Load(users=5), Load(users=9)], 9), ([Load(rate=3.0)], 24), ([], 24)],
 )
-def test_few_requests_need_few_runs(
-    policies: list[str], loads: list[Load], expected: list[tuple[int, int, str]]
-) -> None:
-    short = series(24, (), policies=policies, loads=loads)
-    assert [(one.num_requests, one.load.users, one.setup.policy) for one in short] == expected
-    assert series(LEAST_FOR_WHOLE, (), policies=policies, loads=loads) == list(SERIES)
+def test_few_requests_need_few_runs(loads: list[Load], num_users: int) -> None:
+    assert [(one.num_requests, one.load.users, one.setup.policy) for one in series(24, (), loads)] == [
+        (8, 1, "fcfs"),
+        (24, num_users, "fcfs"),
+        (24, num_users, "static"),
+    ]
+    assert series(LEAST_FOR_WHOLE, (), loads) == list(SERIES)
 
 
 def test_the_shortest_profile_is_enough_for_what_it_is_taken_for() -> None:
     load = Load(users=4)
-    runs = measure(1, policies=["fcfs", "static"], loads=[load])
+    runs = measure(1, [load])
     costs = replace(fit(runs), deviations={})
     for policy in ("fcfs", "static"):
         real, twin = (run(chat(8, 7), load, policy, costs).requests[-1].finished_at for costs in (REALISTIC, costs))

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, collect, summarize
 from shoal.loadtest.records import Load, Run
 from shoal.loadtest.report import Report, terminal_tables, write_report
-from tests.loadtest.made_runs import make_run, seconds_of
+from tests.loadtest.made_runs import COSTS, make_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 SLO = Slo(ttft=0.1, tpot=0.02)
@@ -119,7 +119,7 @@ def measured_runs() -> list[Run]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     cells = collect(measured_runs(), [make_run("fcfs", noise=0.2), make_run("static", noise=1.5)], SLO)
-    write_report(folder, report_of(cells, step_seconds=seconds_of))
+    write_report(folder, report_of(cells, costs=COSTS))
     return folder
 
 
@@ -150,7 +150,7 @@ def test_sections_and_pictures_are_there_and_pictures_come_first(page: Page) -> 
     ]
     assert page.tags.count("figcaption") == len(chat) + len(tenants) + 1
     assert page.tags.index("figure") < page.tags.index("table")
-    assert page.tags.count("table") == page.tags.count("details") == 3, "a table for each load, which folds"
+    assert page.tags.count("table") == page.tags.count("details") == 4, "for each load, and across the two of chat"
 
 
 def test_what_was_compared_and_how_to_repeat_it(page: Page) -> None:
@@ -193,6 +193,34 @@ def test_the_table_of_a_workload_holds_the_medians(page: Page) -> None:
     assert list(page.row("tokens/s").values()) == [f"{value:,.0f}" for value in middle]
     better = list(page.row("tokens/s", "times better than static").values())
     assert better == [f"{value / middle[0]:.2f}×" for value in middle]  # noqa: RUF001
+
+
+def test_loads_stand_side_by_side(page: Page) -> None:
+    table = page.rows[: page.rows.index(["", "static", "static-nopad", "fcfs"])]
+    assert table[0] == ["", "8 users", "16 users"]
+    values = {}
+    for users in (8, 16):
+        runs = [run for run in measured_runs() if run.workload == "chat" and run.load.users == users]
+        seconds = [summarize(run, SLO)["row seconds"] for run in runs if run.setup.policy == "fcfs"]
+        values[users] = f"{1000 * sorted(seconds)[len(seconds) // 2]:#.3g}"
+    heading = table.index(["row seconds [ms]"])
+    assert ["fcfs", values[8], values[16]] in table[heading : heading + 4]
+
+
+def test_the_first_token_of_a_static_batch_is_explained(page: Page) -> None:
+    assert "is full or has waited for 0.5 s (static_timeout_seconds)" in page.text
+
+
+def test_pictures_show_the_load_that_is_compared_most(tmp_path: Path) -> None:
+    def titles(*runs: Run) -> str:
+        return made(collect(runs, (), SLO), tmp_path).text
+
+    few = make_run("fcfs", users=4, num_requests=4), make_run("static", users=4, num_requests=4)
+    assert "Throughput and goodput, 4 users" in titles(*few, make_run("fcfs", users=32))
+    many = make_run("fcfs", users=32), make_run("static", users=32)
+    assert "Throughput and goodput, 32 users" in titles(*few, *many)
+    again = make_run("fcfs", users=4, num_requests=4, repetition=1)
+    assert "Throughput and goodput, 4 users" in titles(*few, again, *many)
 
 
 def test_the_range_over_repetitions_is_below_the_median(folder: Path) -> None:

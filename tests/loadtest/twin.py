@@ -15,7 +15,7 @@ from shoal.scheduler.policies import POLICIES
 
 LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
 KNOBS = {knob.name: knob.default for kind in POLICIES.values() for knob in fields(kind.Knobs)}
-NO_LATENCIES = Latencies(lateness=0, send=0, request=0, prompt_token=0, token=0, delivery=0, turnaround=0)
+NO_LATENCIES = Latencies(send=0, token=0, delivery=0, turnaround=0)
 # Every step takes a second.
 SECOND_STEPS = StepCosts(
     token_seconds={1: 1.0, 2: 1.0},
@@ -23,11 +23,7 @@ SECOND_STEPS = StepCosts(
     key_seconds=0,
     sample_seconds=0,
     stream_seconds=0,
-    join_seconds=0,
     ordered_seconds=0,
-    gap_seconds=0,
-    stream_gap_seconds=0,
-    arrival_gap_seconds=0,
 )
 SECONDS = CostModel(steps=SECOND_STEPS, latencies=NO_LATENCIES)
 # Of the order of a small model's on two cores; steps get cheaper by the token as they grow.
@@ -38,17 +34,10 @@ REALISTIC = CostModel(
         key_seconds=3e-7,
         sample_seconds=1e-5,
         stream_seconds=4e-5,
-        join_seconds=1e-4,
         ordered_seconds=1e-6,
-        gap_seconds=1e-4,
-        stream_gap_seconds=2e-6,
-        arrival_gap_seconds=1e-4,
     ),
     latencies=Latencies(
-        lateness=7e-4,
         send=1e-3,
-        request=8e-4,
-        prompt_token=1e-6,
         token=5e-5,
         delivery=3e-4,
         turnaround=1e-3,
