@@ -14,8 +14,8 @@ _SHARE_FOR_TRIALS = 0.01
 _MOST_CREDIT = 32
 # While such gains last, drafting need only reach this share of a plain step's goodput, for an estimate may be too low.
 _NEAR = 0.9
-# While drafting pays, one decision in this many is a plain step, which shows what those cost by now.
-_PLAIN_EVERY = 64
+# While drafting pays, one decision in this many is another one, which shows what that costs by now.
+_LOOK_EVERY = 32
 # A trial drafts this many tokens, for one request.
 _TRIED_TOKENS = 2
 
@@ -120,7 +120,10 @@ class AdaptiveLength(LengthRule):
         self._pays = any(best)
         if self._pays:
             self._num_decisions += 1
-            return nothing if self._num_decisions % _PLAIN_EVERY == 0 else best
+            num_looks, is_usual = divmod(self._num_decisions, _LOOK_EVERY)
+            if not is_usual:
+                return nothing if num_looks % 2 else [min(2 * length, self._most) for length in best]
+            return best
         if not self.rests():
             nothing[0] = _TRIED_TOKENS  # for the first request: a draft model has read the most of its text
         return nothing
