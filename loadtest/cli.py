@@ -143,7 +143,7 @@ def simulate(costs: Path, **asked: Any) -> None:
 @click.option("--output", type=A_FOLDER, default=DEFAULT_PROFILE_FOLDER, show_default=True, help="For the profile.")
 @_server_options
 def profile(output: Path, **asked: Any) -> None:
-    """Measure what steps cost, for `shoal simulate`, in nine short runs.
+    """Measure what steps cost, for `shoal simulate`, in six short runs.
 
     Options after -- are passed to every server.
     """  # fmt: skip

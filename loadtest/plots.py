@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from shoal.loadtest.costs import StepCosts, StepShape
+from shoal.loadtest.costs import CostModel, StepShape
 from shoal.loadtest.metrics import Cell, baseline, by, groups, latencies, words
 from shoal.loadtest.records import Setup
 from shoal.loadtest.trace import bars, ends, window
@@ -237,7 +237,7 @@ def occupancy(cells: Sequence[Cell]) -> Panels:
     return panels
 
 
-def step_cost(cells: Sequence[Cell], costs: StepCosts) -> Panels:
+def step_cost(cells: Sequence[Cell], costs: CostModel) -> Panels:
     """What a step takes until the next against what is in it: as measured, and as the cost model has it."""
     panels = legend({"measured steps": dots(PADDING), "cost model, median": {"color": INK}})
     steps = [pair for cell in cells for pair in zip(cell.run.steps, ends(cell.run.steps), strict=True)]

@@ -3,73 +3,45 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentError, ArgumentParser, BooleanOptionalAction
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from shoal.loadtest.costs import CostModel
-from shoal.loadtest.records import Load, LoadTestError, Run, ServerInfo, Setup, read_json, write_json
+from shoal.loadtest.records import Load, LoadTestError, Run, ServerInfo, read_json, write_json
 from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 
 FILE = "profile.json"
-LEAST_FOR_WHOLE = 128
-"""The fewest requests of a workload for which a load test takes the whole profile."""
 
-_LEAST_REQUESTS = 8  # of a run of a short profile, so that there are enough steps to fit
 # Of the settings that may change the costs of steps, those that do not: simulations have the limits of their server.
 _FREE_SETTINGS = {limit.name for limit in fields(SchedulerConfig)} | {"memory_mib", "trace"}
 
 
-class Stretch(Struct, frozen=True):
-    """One run of a profile."""
+class Stretch(NamedTuple):
+    """One run of a profile, with the first requests of a workload, of which the profile may have fewer."""
 
     workload: str
     num_requests: int
-    load: Load
-    setup: Setup = Setup(policy="fcfs")
+    num_users: int
+    policy: str = "fcfs"
 
 
 SERIES = (
-    Stretch("chat", 8, Load(users=1)),
-    Stretch("chat", 12, Load(users=2)),
-    Stretch("chat", 64, Load(users=8)),
-    Stretch("chat", 256, Load(users=32)),
-    Stretch("chat", 256, Load(users=64)),
-    Stretch("code", 64, Load(users=16)),
-    Stretch("chat", 64, Load(users=32), Setup(policy="static")),
-    Stretch("chat", 64, Load(users=48), Setup(policy="sjf", options=("--max-num-seqs", "16"))),
+    Stretch("chat", 8, 1),
+    Stretch("chat", 64, 8),
+    Stretch("chat", 256, 32),
+    Stretch("chat", 256, 64),
+    Stretch("code", 64, 16),
+    Stretch("chat", 64, 32, "static"),
 )
-"""The whole profile: batches of 1 to 64 rows (a run passes through all smaller ones as it ends), prompts in chunks of
-all sizes, long contexts and found prefixes, padding rows, and waiting requests that are sorted."""
-
-
-def series(num_requests: int | None, options: Sequence[str], loads: Collection[Load] = ()) -> list[Stretch]:
-    """The runs of a profile for a load test.
-
-    A load test of fewer than `LEAST_FOR_WHOLE` requests takes a short profile: one user; as many users as the load
-    test has at most; and as many with static batches.
-
-    Args:
-        num_requests: of each workload of the load test; None takes the whole profile.
-        options: of all servers.
-        loads: of the load test.
-    """
-    chosen = list(SERIES)
-    if num_requests is not None and num_requests < LEAST_FOR_WHOLE:
-        count = max(num_requests, _LEAST_REQUESTS)
-        together = Load(users=max((load.users for load in loads), default=0) or count)
-        chosen = [
-            Stretch("chat", _LEAST_REQUESTS, Load(users=1)),
-            Stretch("chat", count, together),
-            Stretch("chat", count, together, Setup(policy="static")),
-        ]
-    return [replace(one, setup=replace(one.setup, options=(*options, *one.setup.options))) for one in chosen]
+"""The runs of a profile: batches of 1 to 64 rows (a run passes through all smaller ones as it ends), prompts in chunks
+of all sizes, long contexts and found prefixes, and padding rows."""
 
 
 class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,20 +51,12 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         server: what it said of itself.
         options: with which it was started.
         versions: of the machine and the programs, for people.
-        is_short: whether it comes from a short series, so that costs of which that shows nothing are 0.
     """
 
     server: ServerInfo
     options: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     costs: CostModel
-    is_short: bool = False
-
-    @property
-    def warnings(self) -> list[str]:
-        """What to know before believing its predictions."""
-        short = "The profile was short, as the comparison is: `shoal profile` takes a whole one, and --costs uses it."
-        return [short] if self.is_short else []
 
     def server_with(self, options: Sequence[str]) -> ServerInfo:
         """What a server with these options of `shoal serve` would say of itself.

@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct
 
 from shoal.loadtest import plots
-from shoal.loadtest.costs import StepCosts
+from shoal.loadtest.costs import CostModel
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, groups, speed_up, words
 from shoal.loadtest.plan import DEFAULT_USERS
 from shoal.loadtest.records import slug
@@ -49,7 +49,7 @@ class Report(Struct, kw_only=True):
     differing: Mapping[str, Sequence[str]] = {}
     complaints: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    costs: StepCosts | None = None
+    costs: CostModel | None = None
 
 
 class Picture(NamedTuple):
@@ -197,7 +197,7 @@ def _kinds(cells: Sequence[Cell]) -> list[str]:
     return [kind for kind, number in numbers.items() if 1 < number <= MAX_GROUPS]
 
 
-def _pictures(cells: Sequence[Cell], main: Sequence[Cell], costs: StepCosts | None) -> Iterator[Picture]:
+def _pictures(cells: Sequence[Cell], main: Sequence[Cell], costs: CostModel | None) -> Iterator[Picture]:
     """The pictures of one workload, as far as there is something to draw.
 
     Args:

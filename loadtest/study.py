@@ -2,7 +2,7 @@
 
 plan.json                 what is compared; an interrupted comparison goes on from it
 workload-NAME.jsonl       what is asked
-profile/                  the twin's profile: profile.json, its own workloads and runs
+profile/                  the twin's profile: profile.json, its workloads and runs
 runs/NNN-NAME/            a run, as `loadtest/measure.py` saves it
 summary.json              all figures
 report.html, pictures/    the report
@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
@@ -29,8 +29,8 @@ from shoal.loadtest.costs import fit
 from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, load_run, measure, server_options
 from shoal.loadtest.metrics import Cell, baseline, by, collect, speed_up, summarize
 from shoal.loadtest.plan import Plan
-from shoal.loadtest.profile import Profile, Stretch, predict, read_profile, series, write_profile
-from shoal.loadtest.records import LoadTestError, PlannedRun, Run, Setup, read_json, slug, write_json
+from shoal.loadtest.profile import SERIES, Profile, predict, read_profile, write_profile
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup, read_json, slug, write_json
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
@@ -38,7 +38,8 @@ from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WORKLOADS, WorkloadRequest, make_workload, read_workload, write_workload
 from shoal.scheduler.errors import ShoalError
 
-PLAN_FILE, PROFILE_FOLDER, SERIES_FILE = "plan.json", "profile", "series-{}.jsonl"
+PLAN_FILE, PROFILE_FOLDER = "plan.json", "profile"
+PROFILED = ("chat", "code")  # workloads of the runs of a profile
 MAX_NAMED = 10  # requests in a complaint, the first of them
 
 Workloads = dict[str, list[WorkloadRequest]]  # by name
@@ -55,16 +56,18 @@ def begin(plan: Plan, folder: Path) -> None:
     """
     if (folder / PLAN_FILE).exists():
         raise LoadTestError(f"{folder} holds a comparison already; go on with --resume, or choose another --output")
-    files = {workload_file(folder, name): (name, plan.num_requests, plan.seed) for name in plan.names}
-    profile_files = profile_workloads(plan, folder / PROFILE_FOLDER)
+    profile_folder = folder / PROFILE_FOLDER
+    names = () if plan.replay else plan.names
     if plan.costs:
         read_profile(Path(plan.costs))
-        profile_files = {}
-    folder.mkdir(parents=True, exist_ok=True)
+        make_workloads(plan, folder, names)
+    else:
+        make_workloads(plan, profile_folder, [*names, *PROFILED])
+        for name in names:
+            shutil.copy(workload_file(profile_folder, name), folder)
     if plan.replay:
-        shutil.copy(plan.replay, next(iter(files)))
-        files = {}
-    make_workloads(plan, files | profile_files)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(plan.replay, workload_file(folder, *plan.names))
     write_json(folder / PLAN_FILE, plan)
 
 
@@ -76,8 +79,6 @@ def conduct(plan: Plan, folder: Path) -> Report:
     """
     workloads = {name: read_workload(workload_file(folder, name)) for name in plan.names}
     profile = read_profile(Path(plan.costs)) if plan.costs else measure_profile(plan, folder / PROFILE_FOLDER)
-    for name in () if plan.costs else plan.names:
-        shutil.copy(workload_file(folder, name), folder / PROFILE_FOLDER)
     runs, failures = compare_all(plan, folder / "runs", workloads)
     predictions, reasons = _predictions(runs, workloads, profile)
     cells = collect(map(load_run, runs.values()), predictions, plan.slo)
@@ -99,8 +100,8 @@ def conduct(plan: Plan, folder: Path) -> Report:
         **about,
         cells=cells,
         differing={name: list(requests) for name, requests in differing.items()},
-        warnings=[*failures, *profile.warnings, *reasons],
-        costs=profile.costs.steps,
+        warnings=[*failures, *reasons],
+        costs=profile.costs,
     )
     write_json(folder / "summary.json", about | {"cells": summaries(cells)})
     write_report(folder, report)
@@ -114,8 +115,7 @@ def take_profile(plan: Plan, folder: Path) -> None:
         LoadTestError: a server failed, or too little was measured.
     """
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    files = {workload_file(folder, name): (name, plan.num_requests, plan.seed) for name in WORKLOADS}
-    make_workloads(plan, files | profile_workloads(plan, folder))
+    make_workloads(plan, folder, WORKLOADS)
     measure_profile(plan, folder)
 
 
@@ -147,25 +147,22 @@ def workload_file(folder: Path, name: str) -> Path:
     return folder / f"workload-{slug(name)}.jsonl"
 
 
-def make_workloads(plan: Plan, making: Mapping[Path, tuple[str, int, int]]) -> None:
-    """Make workloads with the tokenizer of one server.
-
-    Args:
-        making: name, number of requests and seed by file.
+def make_workloads(plan: Plan, folder: Path, names: Collection[str]) -> None:
+    """Make workloads with the tokenizer of a server, each in a file of the folder.
 
     Raises:
         LoadTestError: the server does not start or does not answer, or a workload does not fit the model.
     """
-    for file in making:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if making:
-        options = server_options(plan.model, Setup(policy="fcfs", options=plan.options))
-        log = next(iter(making)).with_name("preparation.log")
-        with ServerProcess(options, log) as server, ShoalClient(server.url) as client:
-            max_model_len = server.info().limits.max_model_len
-            for file, what in making.items():
-                made = make_workload(*what, lambda text: list(client.tokenize(text).token_ids), max_model_len)
-                write_workload(file, made)
+    if not names:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    options = server_options(plan.model, Setup(policy="fcfs", options=plan.options))
+    with ServerProcess(options, folder / "preparation.log") as server, ShoalClient(server.url) as client:
+        max_model_len = server.info().limits.max_model_len
+        for name in dict.fromkeys(names):
+            what = name, plan.num_requests, plan.seed
+            made = make_workload(*what, lambda text: list(client.tokenize(text).token_ids), max_model_len)
+            write_workload(workload_file(folder, name), made)
 
 
 def compare_all(plan: Plan, folder: Path, workloads: Workloads) -> tuple[Runs, list[str]]:
@@ -213,33 +210,21 @@ def differing_answers(runs: Runs) -> dict[PlannedRun, list[str]]:
     return found
 
 
-def profile_series(plan: Plan) -> list[Stretch]:
-    """The runs of a profile: a small comparison has a short series, a plan without runs the whole one."""
-    return series(plan.num_requests if plan.runs else None, plan.options, [run.load for run in plan.runs])
-
-
-def profile_workloads(plan: Plan, folder: Path) -> dict[Path, tuple[str, int, int]]:
-    """What the runs of a profile need, for `make_workloads`."""
-    by_size = sorted(profile_series(plan), key=lambda stretch: stretch.num_requests)
-    return {folder / SERIES_FILE.format(one.workload): (one.workload, one.num_requests, 0) for one in by_size}
-
-
 def measure_profile(plan: Plan, folder: Path) -> Profile:
     """Measure the runs of a profile, each unless it is there, and save what follows from them.
 
     Raises:
         LoadTestError: a server failed, or too little was measured.
     """
-    stretches, runs = profile_series(plan), list[Run]()
-    for number, stretch in enumerate(tqdm(stretches, unit="run", desc="profile"), 1):
-        planned = PlannedRun(setup=stretch.setup, workload="profile", load=stretch.load)
-        requests = read_workload(folder / SERIES_FILE.format(stretch.workload))[: stretch.num_requests]
+    workloads = {name: read_workload(workload_file(folder, name)) for name in PROFILED}
+    runs = []
+    for number, stretch in enumerate(tqdm(SERIES, unit="run", desc="profile"), 1):
+        setup, load = Setup(policy=stretch.policy, options=plan.options), Load(users=stretch.num_users)
+        planned = PlannedRun(setup=setup, workload=stretch.workload, load=load)
         run_folder = folder / "runs" / f"{number:03}-{planned.name}"
-        measure(run_folder, planned, plan.model, requests)
+        measure(run_folder, planned, plan.model, workloads[stretch.workload][: stretch.num_requests])
         runs.append(load_run(run_folder))
-    about: dict[str, Any] = {"options": plan.options, "versions": machine()}
-    is_short = stretches != series(None, plan.options)
-    profile = Profile(server=runs[0].server, costs=fit(runs), is_short=is_short, **about)
+    profile = Profile(server=runs[0].server, options=plan.options, versions=machine(), costs=fit(runs))
     write_profile(folder, profile)
     return profile
 

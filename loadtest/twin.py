@@ -93,9 +93,8 @@ class Simulation:
         self.steps: list[StepRecord] = []
         self.records: dict[str, RequestRecord] = {}
         self._requests = {request.request_id: request for request in requests}
-        self._costs, self._latencies = costs, costs.latencies
+        self._costs = costs
         self._random = Random(seed)
-        self._sorts = policy.sorts
         self._scheduler = Scheduler(policy.config, policy)
         self.core = EngineCore(self._scheduler, self, lambda: self.now, [self.steps.append])
         self._api_free_at = 0.0
@@ -131,8 +130,8 @@ class Simulation:
 
     def execute(self, step: output.SchedulerOutput) -> output.StepResult:
         """Let the clock jump by what the step costs, and choose tokens that no other text has."""
-        shape = StepShape.of(step.scheduled, len(self._scheduler.waiting) if self._sorts else 0)
-        self.now += self._costs.steps.seconds(shape) * self._random.choice(self._costs.ratios(shape.num_streams))
+        shape = StepShape.of(step.scheduled)
+        self.now += self._costs.seconds(shape) * self._random.choice(self._costs.ratios(shape.num_streams))
         return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
 
     def _choose(self, share: output.ScheduledRequest) -> int:
@@ -160,9 +159,9 @@ class Simulation:
         """Let the API process pass on the tokens of the step that has just ended, one by one."""
         free_at = max(self._api_free_at, self.now)
         for one in news:
-            free_at += self._latencies.token
             record = self.records[one.request_id]
-            record.token_times.append(free_at + self._latencies.delivery)
+            record.token_times.append(free_at + self._costs.delivery_seconds)
+            free_at += self._costs.passing_seconds
             record.num_output_tokens += len(one.token_ids)
             record.num_cached_tokens += one.num_cached_tokens
             if one.finish_reason:
@@ -182,14 +181,14 @@ class Simulation:
             num_prompt_tokens=len(request.prompt_token_ids),
         )
         self._users[request.request_id] = user
-        heappush(self._sent, (sent_at + self._latencies.send, len(self.records), request))
+        heappush(self._sent, (sent_at + self._costs.send_seconds, len(self.records), request))
 
     def _end(self, record: RequestRecord, now: float) -> None:
         """An answer ends, and its user goes on."""
         record.finished_at = now
         user = self._users.pop(record.request_id)
         for pause, request in islice(user, 1):
-            self._send(now + self._latencies.turnaround + pause, request, user)
+            self._send(now + self._costs.turnaround_seconds + pause, request, user)
 
 
 def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:

@@ -63,7 +63,6 @@ class VirtualTokenCounter(Policy):
     """
 
     name = "fair"
-    sorts = True
 
     @dataclass(frozen=True, kw_only=True)
     class Knobs(Config):

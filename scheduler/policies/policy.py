@@ -34,14 +34,12 @@ class Policy(Notices, ABC):
 
     Attributes:
         name: what the settings call the policy.  A class that defines no name of its own cannot be chosen there.
-        sorts: whether `order` looks at every waiting request in every step, so that a long queue costs time.
         Knobs: the type of `knobs`: the policy's own settings, each declared with `setting`.  Their names must differ
             from those of all other policies.
         config: the scheduler's limits.
     """
 
     name: ClassVar[str]
-    sorts: ClassVar[bool] = False
     Knobs: ClassVar[type[Config]] = Config
     knobs: Config
 
@@ -93,8 +91,6 @@ class KeyedPolicy(Policy):
 
     It gives way to a waiting request too, if that one's key is less.  Among equal keys the first request comes first.
     """
-
-    sorts = True
 
     def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
         super().__init__(config, knobs)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from shoal.loadtest.costs import StepCosts
+from shoal.loadtest.costs import CostModel
 from shoal.loadtest.records import Load, RequestRecord, Run, ServerInfo, Setup
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.step_record import ShareRecord, StepRecord
@@ -14,13 +14,9 @@ from shoal.scheduler.step_record import ShareRecord, StepRecord
 BASE_SECONDS, ROW_SECONDS, PROMPT_TOKEN_SECONDS = 4e-3, 2e-4, 5e-5
 BLOCK_SIZE, NUM_BLOCKS = 16, 1024
 
-COSTS = StepCosts(
+COSTS = CostModel(
     token_seconds={1: BASE_SECONDS, 1000: BASE_SECONDS + 999 * PROMPT_TOKEN_SECONDS},
-    pair_seconds=0,
-    key_seconds=0,
     sample_seconds=ROW_SECONDS,
-    stream_seconds=0,
-    ordered_seconds=0,
 )
 SERVER = ServerInfo(
     limits=SchedulerConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_model_len=1024),

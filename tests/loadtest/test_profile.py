@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace as replace_limits
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from msgspec.structs import replace
 from shoal.loadtest.costs import fit
 from shoal.loadtest.profile import (
     FILE,
-    LEAST_FOR_WHOLE,
     SERIES,
     Profile,
     predict,
     read_profile,
-    series,
     write_profile,
 )
 from shoal.loadtest.records import Load, LoadTestError, Run, Setup
@@ -32,25 +29,23 @@ OPTIONS = ("--threads", "2")
 PROFILE = Profile(server=server_info(), options=OPTIONS, versions={"shoal": "1"}, costs=REALISTIC)
 
 
-def measure(num_requests: int | None, loads: Sequence[Load] = ()) -> list[Run]:
-    """The runs of a profile, which a simulation stands in for."""
+def measure(most_requests: int) -> list[Run]:
+    """The runs of a profile of at most so many requests a run, which a simulation stands in for."""
     return [
         simulate(
-            chat(stretch.num_requests, num_prompt_tokens={"chat": 70, "code": 400}[stretch.workload]),
-            stretch.load,
-            stretch.setup,
-            server=PROFILE.server_with(stretch.setup.options),
+            chat(min(one.num_requests, most_requests), num_prompt_tokens={"chat": 70, "code": 400}[one.workload]),
+            Load(users=one.num_users),
+            Setup(policy=one.policy),
+            server=PROFILE.server,
             costs=REALISTIC,
         )
-        for stretch in series(num_requests, OPTIONS, loads)
+        for one in SERIES
     ]
 
 
 def test_a_profile_knows_what_the_engine_costs() -> None:
-    runs = measure(None)
-    assert len(runs) == len(SERIES)
+    runs = measure(256)
     assert sum(max(record.finished_at or 0 for record in one.requests) for one in runs) < 60
-    assert all(one.setup.options[:2] == OPTIONS for one in runs)
     costs = replace(fit(runs), deviations={})
     for policy in ("fcfs", "static", "sjf"):
         real, twin = (
@@ -60,26 +55,9 @@ def test_a_profile_knows_what_the_engine_costs() -> None:
         assert twin == pytest.approx(real, rel=0.01)
 
 
-# -- short profiles ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("loads", "num_users"),
-    [([Load(users=5)], 5), ([Load(users=5), Load(users=9)], 9), ([Load(rate=3.0)], 24), ([], 24)],
-)
-def test_few_requests_need_few_runs(loads: list[Load], num_users: int) -> None:
-    assert [(one.num_requests, one.load.users, one.setup.policy) for one in series(24, (), loads)] == [
-        (8, 1, "fcfs"),
-        (24, num_users, "fcfs"),
-        (24, num_users, "static"),
-    ]
-    assert series(LEAST_FOR_WHOLE, (), loads) == list(SERIES)
-
-
-def test_the_shortest_profile_is_enough_for_what_it_is_taken_for() -> None:
+def test_a_profile_of_few_requests_is_enough_for_a_load_test_of_few() -> None:
     load = Load(users=4)
-    runs = measure(1, [load])
-    costs = replace(fit(runs), deviations={})
+    costs = replace(fit(measure(8)), deviations={})
     for policy in ("fcfs", "static"):
         real, twin = (run(chat(8, 7), load, policy, costs).requests[-1].finished_at for costs in (REALISTIC, costs))
         assert twin == pytest.approx(real, rel=0.1)
@@ -110,11 +88,6 @@ def test_a_server_whose_steps_have_other_costs_is_not_predicted() -> None:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_of_a_short_profile_come_with_a_warning() -> None:
-    assert not PROFILE.warnings
-    assert "short" in replace(PROFILE, is_short=True).warnings[0]
-
-
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
     write_profile(tmp_path / "new", PROFILE)
     assert read_profile(tmp_path / "new") == PROFILE
@@ -132,12 +105,12 @@ def test_no_profile_is_refused(tmp_path: Path) -> None:
         ("more", 3, "unknown field `more`"),
         ("server.limits.num_blocks", 0, "num_blocks must be at least 1, not 0"),
         ("server.limits.num_blocks", "many", r"Expected `int`, got `str` - at `\$.server.limits.num_blocks`"),
-        ("costs.latencies.send", ..., r"missing required field `send` - at `\$.costs.latencies`"),
-        ("costs.latencies.walk", 1, r"unknown field `walk` - at `\$.costs.latencies`"),
-        ("costs.latencies.send", True, r"Expected `float`, got `bool` - at `\$.costs.latencies.send`"),
-        ("costs.steps.pair_seconds", -1.0, r"Expected `float` >= 0.0 - at `\$.costs.steps.pair_seconds`"),
-        ("costs.steps.pair_seconds", float("nan"), "malformed"),
-        ("costs.steps.token_seconds", {"1": 1.0}, r"length >= 2 - at `\$.costs.steps.token_seconds`"),
+        ("costs.token_seconds", ..., r"missing required field `token_seconds` - at `\$.costs`"),
+        ("costs.walk_seconds", 1, r"unknown field `walk_seconds` - at `\$.costs`"),
+        ("costs.send_seconds", True, r"Expected `float`, got `bool` - at `\$.costs.send_seconds`"),
+        ("costs.pair_seconds", -1.0, r"Expected `float` >= 0.0 - at `\$.costs.pair_seconds`"),
+        ("costs.pair_seconds", float("nan"), "malformed"),
+        ("costs.token_seconds", {"1": 1.0}, r"length >= 2 - at `\$.costs.token_seconds`"),
         ("costs.deviations", {"1": []}, r"length >= 1 - at `\$.costs.deviations"),
         ("costs.deviations", {"many": [1.0]}, r"at `key` in `\$.costs.deviations`"),
     ],

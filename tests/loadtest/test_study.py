@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,9 @@ from msgspec.structs import replace
 from shoal.loadtest import measure, study
 from shoal.loadtest.measure import TRACE_FILE, load_run
 from shoal.loadtest.plan import Plan, crossed, make_plan
-from shoal.loadtest.profile import read_profile, series
+from shoal.loadtest.profile import SERIES, read_profile
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, ServerInfo, Setup
-from shoal.loadtest.study import Runs, begin, compare_all, differing_answers, measure_profile
+from shoal.loadtest.study import PROFILED, Runs, begin, compare_all, differing_answers, measure_profile, workload_file
 from shoal.loadtest.traffic import Begin, End
 from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
 from tests.loadtest.made_runs import SERVER
@@ -114,6 +114,12 @@ def requests() -> list[WorkloadRequest]:
         )
         for number in range(3)
     ]
+
+
+def save_requests(folder: Path, names: Iterable[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        write_workload(workload_file(folder, name), requests())
 
 
 def compare(folder: Path, world: World, what: Plan) -> tuple[Runs, list[str]]:
@@ -237,10 +243,9 @@ def test_a_folder_holds_one_comparison_and_goes_on_with_its_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     what = plan("fcfs", loads=[USERS, Load(share=0.5)])
-    made: list[Path] = []
-    monkeypatch.setattr(study, "make_workloads", lambda plan, making: made.extend(making))
+    monkeypatch.setattr(study, "make_workloads", lambda plan, folder, names: save_requests(folder, names))
     begin(what, tmp_path)
-    assert made[0] == tmp_path / "workload-chat.jsonl"
+    assert (tmp_path / "workload-chat.jsonl").exists()
     assert msgspec.json.decode((tmp_path / "plan.json").read_bytes(), type=Plan) == what
     with pytest.raises(LoadTestError, match="holds a comparison already; go on with --resume"):
         begin(what, tmp_path)
@@ -253,26 +258,19 @@ def test_a_profile_is_a_series_of_runs_none_of_which_is_measured_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     what, world = Plan(options=("--threads", "2")), World()
-    making = study.profile_workloads(what, tmp_path)
-    most = {
-        name: max(one.num_requests for one in series(None, ()) if one.workload == name) for name in ("chat", "code")
-    }
-    assert {name: number for name, number, _ in making.values()} == most, "made once for all runs"
-    for file in making:
-        write_workload(file, requests())
+    save_requests(tmp_path, PROFILED)
     monkeypatch.setattr(study, "fit", lambda runs: REALISTIC)
     world.replaces(monkeypatch)
     assert measure_profile(what, tmp_path) == read_profile(tmp_path)
-    assert len(world.starts) == len(series(None, ()))
+    assert len(world.starts) == len(SERIES)
     assert all("threads-2" in folder.name for folder in (tmp_path / "runs").iterdir())
     measure_profile(what, tmp_path)
-    assert len(world.starts) == len(series(None, ()))
+    assert len(world.starts) == len(SERIES)
 
 
 def test_a_profile_ends_with_the_first_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     what, world = plan("fcfs"), World(dies_at_start={"fcfs"})
-    for file in study.profile_workloads(what, tmp_path):
-        write_workload(file, requests())
+    save_requests(tmp_path, PROFILED)
     world.replaces(monkeypatch)
     with pytest.raises(LoadTestError, match="the server ended with exit code 2"):
         measure_profile(what, tmp_path)

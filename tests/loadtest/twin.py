@@ -6,7 +6,7 @@ import random
 from dataclasses import fields, replace
 from typing import Any
 
-from shoal.loadtest.costs import CostModel, Latencies, StepCosts
+from shoal.loadtest.costs import CostModel
 from shoal.loadtest.records import Load, Run, ServerInfo, Setup
 from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
@@ -15,33 +15,19 @@ from shoal.scheduler.policies import POLICIES
 
 LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
 KNOBS = {knob.name: knob.default for kind in POLICIES.values() for knob in fields(kind.Knobs)}
-NO_LATENCIES = Latencies(send=0, token=0, delivery=0, turnaround=0)
 # Every step takes a second.
-SECOND_STEPS = StepCosts(
-    token_seconds={1: 1.0, 2: 1.0},
-    pair_seconds=0,
-    key_seconds=0,
-    sample_seconds=0,
-    stream_seconds=0,
-    ordered_seconds=0,
-)
-SECONDS = CostModel(steps=SECOND_STEPS, latencies=NO_LATENCIES)
+SECONDS = CostModel(token_seconds={1: 1.0, 2: 1.0})
 # Of the order of a small model's on two cores; steps get cheaper by the token as they grow.
 REALISTIC = CostModel(
-    steps=StepCosts(
-        token_seconds={1: 0.0007, 4: 0.0015, 16: 0.003, 64: 0.006, 512: 0.04},
-        pair_seconds=2e-8,
-        key_seconds=3e-7,
-        sample_seconds=1e-5,
-        stream_seconds=4e-5,
-        ordered_seconds=1e-6,
-    ),
-    latencies=Latencies(
-        send=1e-3,
-        token=5e-5,
-        delivery=3e-4,
-        turnaround=1e-3,
-    ),
+    token_seconds={1: 0.0007, 4: 0.0015, 16: 0.003, 64: 0.006, 512: 0.04},
+    pair_seconds=2e-8,
+    key_seconds=3e-7,
+    sample_seconds=1e-5,
+    stream_seconds=4e-5,
+    send_seconds=1e-3,
+    delivery_seconds=3.5e-4,
+    passing_seconds=5e-5,
+    turnaround_seconds=1e-3,
 )
 
 

@@ -67,10 +67,6 @@ def test_a_policy_takes_its_own_knobs_out_of_those_of_all() -> None:
         create_policy("sjf", LIMITS, select_knobs("fair", {}))
 
 
-def test_a_policy_says_whether_it_puts_the_queue_in_order() -> None:
-    assert [name for name, policy in POLICIES.items() if policy.sorts] == ["deadline", "fair", "priority", "sjf"]
-
-
 LONGEST_FIRST = '''
 """The longest prompt first."""
 
