@@ -17,18 +17,15 @@ from pathlib import Path
 from msgspec.structs import asdict, replace
 
 from shoal.clients import ShoalClient
-from shoal.loadtest.arrivals import open_arrivals
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup, read_json, write_json
-from shoal.loadtest.server import ServerProcess
+from shoal.loadtest.server import ServerProcess, last_lines
 from shoal.loadtest.trace import pack, read_trace
 from shoal.loadtest.traffic import read_results
-from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.loadtest.workload import WorkloadRequest, write_workload
 
 RUN_FILE, REQUESTS_FILE, TRACE_FILE = "run.json", "requests.jsonl", "trace.json.gz"
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 REQUEST_TIMEOUT_SECONDS = 600.0
-SLOWEST_TOKENS_PER_SECOND = 4.0  # of a server for which a load generator is waited
-NUM_LOG_LINES = 25
 
 
 def measure(folder: Path, planned: PlannedRun, model: str, requests: Sequence[WorkloadRequest]) -> None:
@@ -91,13 +88,13 @@ def warm(url: str) -> None:
 
 
 def run_locust(url: str, workload: Path, load: Load, results: Path) -> None:
-    """Put a load on a server until all requests are answered or the server is gone.
+    """Put a load on a server until all requests have ended.
 
     Args:
         results: file of what was measured, which grows as requests end; locust's log is beside it.
 
     Raises:
-        LoadTestError: locust failed, or did not end when any server worth measuring would have been done.
+        LoadTestError: locust failed.
     """
     options = {
         "--host": url,
@@ -116,22 +113,8 @@ def run_locust(url: str, workload: Path, load: Load, results: Path) -> None:
     command += [str(word) for option in options.items() for word in option]
     if not (load.users or load.rate):
         command.append("--replay")
-    log, limit = results.with_name("locust.log"), longest(read_workload(workload), load)
-    try:
-        with log.open("wb") as output:
-            process = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=limit, check=False
-            )
-        how = f"ended with exit code {process.returncode}" if process.returncode else ""
-    except subprocess.TimeoutExpired:
-        how = f"had not ended after {limit:.0f} s, longer than this load can take, and was stopped"
-    if how:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-NUM_LOG_LINES:])
-        raise LoadTestError(f"locust {how}; the last lines of its log:\n{tail}")
-
-
-def longest(requests: Sequence[WorkloadRequest], load: Load) -> float:
-    """Seconds that a load may take: until its last request is due, the tokens of a slow server, and one timeout."""
-    num_tokens = sum(request.num_output_tokens for request in requests)
-    due = 2 * load.think_seconds * len(requests) if load.users else open_arrivals(load, requests)[-1].seconds
-    return due + num_tokens / SLOWEST_TOKENS_PER_SECOND + REQUEST_TIMEOUT_SECONDS
+    log = results.with_name("locust.log")
+    with log.open("wb") as output:
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
+    if process.returncode:
+        raise LoadTestError(f"locust ended with exit code {process.returncode}; {last_lines(log)}")

@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFo
 from shoal.loadtest.costs import CostModel, StepShape
 from shoal.loadtest.metrics import Cell, baseline, by, groups, latencies, words
 from shoal.loadtest.records import Setup
-from shoal.loadtest.trace import bars, ends, window
+from shoal.loadtest.trace import bars, ends
 
 Panels = dict[str, str]
 """SVG by title: pairs of axes and, under "legend", what names each line once for all of them."""
@@ -38,6 +38,7 @@ COLOURS = {
 LINES = {"off": ("-", "o"), "draft": ("--", "^"), "ngram": (":", "s")}  # line and marker
 # Of each hue a light one for decoding and a dark one for prefill.
 HUES = (("#8ec1e0", "#1b62a5"), ("#fbc07c", "#c8600a"), ("#a3d8a0", "#1e8449"), ("#cdb4e3", "#5e3c99"))
+NUM_DRAWN = 96  # requests of the baseline that a timeline shows: some batches
 MAX_POINTS = 400  # of a line or a scatter: more cannot be seen
 CURVES = ("ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e p99", "throughput", "goodput")
 RC: Any = {
@@ -186,7 +187,9 @@ def timeline(cells: Sequence[Cell]) -> Panels:
     names = clients if are_few else ["decode, a request a colour"]
     decoding = {name: dots(light, "s") for name, (light, _) in zip(names, HUES, strict=False)}
     panels = legend(decoding | {"prefill (dark)": dots(HUES[0][1], "s"), "padding row": dots(PADDING, "s")})
-    start, until = window((baseline(cells) or cells[0]).run.steps)
+    shown = (baseline(cells) or cells[0]).run
+    start = shown.steps[0].start
+    until = sorted(record.finished_at or 0.0 for record in shown.requests)[:NUM_DRAWN][-1]
     num_rows = 1 + max(share.row for cell in cells for step in cell.run.steps for share in step.shares)
     for cell in cells:
         with panel(panels, cell.setup.name) as axes:

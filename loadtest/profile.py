@@ -12,9 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from shoal.loadtest.costs import CostModel
-from shoal.loadtest.records import Load, LoadTestError, Run, ServerInfo, read_json, write_json
-from shoal.loadtest.twin import simulate
-from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.records import LoadTestError, ServerInfo, read_json, write_json
 from shoal.scheduler.config import SchedulerConfig
 
 FILE = "profile.json"
@@ -58,6 +56,15 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     versions: dict[str, str] = {}
     costs: CostModel
 
+    def check(self, server: ServerInfo) -> None:
+        """Raise LoadTestError if the steps of a server may cost something else."""
+        ours, theirs = _costly_settings(self.server), _costly_settings(server)
+        for name in ours | theirs:
+            if (our := ours.get(name)) != (their := theirs.get(name)):
+                raise LoadTestError(
+                    f"its {name} is {their!r}, the profile's is {our!r}: profile a server with the same"
+                )
+
     def server_with(self, options: Sequence[str]) -> ServerInfo:
         """What a server with these options of `shoal serve` would say of itself.
 
@@ -79,23 +86,6 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         limits = SchedulerConfig(**{name: given.get(name, value) for name, value in asdict(before).items()})
         scheduling = {name: given.get(name, value) for name, value in scheduling.items()}
         return replace(self.server, limits=limits, settings=self.server.settings | {"scheduler": scheduling})
-
-
-def predict(profile: Profile, run: Run, requests: Sequence[WorkloadRequest], load: Load) -> Run:
-    """The twin of a measured run.
-
-    Args:
-        requests, load: what was sent, and how.
-
-    Raises:
-        LoadTestError: the costs of the server's steps are others than the profile's, or it speculated.
-    """
-    ours, theirs = _costly_settings(profile.server), _costly_settings(run.server)
-    for name in ours | theirs:
-        if (our := ours.get(name)) != (their := theirs.get(name)):
-            raise LoadTestError(f"its {name} is {their!r}, the profile's is {our!r}: profile a server with the same")
-    found = simulate(requests, load, run.setup, server=run.server, costs=profile.costs, workload=run.workload)
-    return replace(found, load=run.load)
 
 
 def _costly_settings(server: ServerInfo) -> dict[str, Any]:

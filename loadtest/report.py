@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import numpy as np
 from msgspec import Struct
 
 from shoal.loadtest import plots
@@ -34,9 +33,9 @@ class Report(Struct, kw_only=True):
 
     Attributes:
         command: the line that makes the same comparison again.
-        differing: by workload, the requests whose answers were not the same in all runs.
         complaints: what must not be overlooked.
-        warnings: further things to know before believing the figures.
+        differing: workloads in which an answer was not the same in all runs.
+        not_simulated: why the twin says nothing of some setups.
         costs: the twin's costs of steps.
     """
 
@@ -46,9 +45,9 @@ class Report(Struct, kw_only=True):
     model: str
     slo: Slo
     cells: Sequence[Cell]
-    differing: Mapping[str, Sequence[str]] = {}
     complaints: Sequence[str] = ()
-    warnings: Sequence[str] = ()
+    differing: Collection[str] = ()
+    not_simulated: Sequence[str] = ()
     costs: CostModel | None = None
 
 
@@ -180,13 +179,8 @@ def _paragraphs(cells: Sequence[Cell], main: Sequence[Cell], report: Report) -> 
     most = max(cell.measured.most["output tokens"] for cell in cells)
     verdict = "Same work" if least == most else "NOT the same work"
     tokens = f"{least:,.0f}" if least == most else f"from {least:,.0f} to {most:,.0f}"
-    texts = "are NOT all identical" if report.differing.get(cells[0].workload) else "are identical, request by request"
+    texts = "are NOT all identical" if cells[0].workload in report.differing else "are identical, request by request"
     yield f"{verdict}: every run answered with {tokens} output tokens, and the texts of all runs {texts}."
-    answered = [record for record in cells[0].run.requests if record.is_answered]
-    for what in ("prompt", "output") if answered else ():
-        lengths = [getattr(record, f"num_{what}_tokens") for record in answered]
-        median, p90 = np.quantile(lengths, (0.5, 0.9))
-        yield f"{len(answered)} requests; tokens of {what}: median {median:.0f}, p90 {p90:.0f}, at most {max(lengths)}."
     for options in dict.fromkeys(cell.setup.options for cell in cells if cell.setup.options):
         yield f"Servers ran with {' '.join(options)}."
 

@@ -22,7 +22,7 @@ from shoal.loadtest.records import LoadTestError, ServerInfo, decode
 START_SECONDS = 120.0
 END_SECONDS = 10.0
 POLL_SECONDS = 0.05
-NUM_LAST_LINES = 5
+NUM_LAST_LINES = 25
 COMMAND = (sys.executable, "-m", "shoal", "serve")
 
 
@@ -103,7 +103,7 @@ class ServerProcess:
                     return self
             self.check()
             if time.monotonic() > deadline:
-                raise LoadTestError(f"the server was not ready after {seconds:g} s; {self._last_lines()}")
+                raise LoadTestError(f"the server was not ready after {seconds:g} s; {last_lines(self._log)}")
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
@@ -111,7 +111,7 @@ class ServerProcess:
         code = self.process.poll()
         if code is not None:
             how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            raise LoadTestError(f"the server ended {how}; {self._last_lines()}")
+            raise LoadTestError(f"the server ended {how}; {last_lines(self._log)}")
 
     def info(self) -> ServerInfo:
         """What the server says of itself; raises LoadTestError if that makes no sense."""
@@ -154,9 +154,11 @@ class ServerProcess:
             return read(psutil.Process(self.process.pid)), read(psutil.Process(self.engine_pid() or 0))
         return 0.0, 0.0
 
-    def _last_lines(self) -> str:
-        lines = self.log.splitlines()[-NUM_LAST_LINES:]
-        return "the last lines of its log:\n" + "\n".join(lines) if lines else "its log is empty"
+
+def last_lines(log: Path) -> str:
+    """The end of a log, for an error."""
+    lines = log.read_text(errors="replace").splitlines()[-NUM_LAST_LINES:]
+    return "the last lines of its log:\n" + "\n".join(lines) if lines else "its log is empty"
 
 
 def free_port() -> int:

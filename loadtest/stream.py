@@ -24,7 +24,6 @@ CALL = wire.stream_complete("", {})  # how its answer is read
 _HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}
 _CONNECT_SECONDS = 10.0
 _MAX_CONNECTIONS = 2**16  # an open loop has one for each unanswered request
-_CONNECTION_ERROR = "connection: "
 
 
 def read_events(record: RequestRecord, events: Sequence[tuple[float, bytes]]) -> None:
@@ -62,11 +61,6 @@ def request_body(request: WorkloadRequest) -> bytes:
     whose = {"user": request.client} if request.client else {}
     streamed = {"end_after": request.num_output_tokens, "stream": True, "stream_options": {"include_usage": True}}
     return msgspec.json.encode(body | whose | streamed)
-
-
-def is_connection_error(record: RequestRecord) -> bool:
-    """Whether the server could not be reached, or went away."""
-    return record.error is not None and record.error.startswith(_CONNECTION_ERROR)
 
 
 class CompletionClient:
@@ -110,7 +104,7 @@ class CompletionClient:
         except TimeoutError:
             record.error = f"timeout: the server was silent for {self._timeout_seconds:g} s"
         except (OSError, HTTPParseError) as error:
-            record.error = f"{_CONNECTION_ERROR}{str(error) or type(error).__name__}"
+            record.error = f"connection: {str(error) or type(error).__name__}"
         finally:
             record.finished_at = now()
             if events or record.error is None:

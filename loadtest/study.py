@@ -29,7 +29,7 @@ from shoal.loadtest.costs import fit
 from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, load_run, measure, server_options
 from shoal.loadtest.metrics import Cell, baseline, by, collect, speed_up, summarize
 from shoal.loadtest.plan import Plan
-from shoal.loadtest.profile import SERIES, Profile, predict, read_profile, write_profile
+from shoal.loadtest.profile import SERIES, Profile, read_profile, write_profile
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup, read_json, slug, write_json
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.server import ServerProcess
@@ -82,28 +82,25 @@ def conduct(plan: Plan, folder: Path) -> Report:
     runs, failures = compare_all(plan, folder / "runs", workloads)
     predictions, reasons = _predictions(runs, workloads, profile)
     cells = collect(map(load_run, runs.values()), predictions, plan.slo)
-    differing: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    differing = differing_answers(runs)
     complaints = [*failures, *(problem for cell in cells for problem in cell.problems)]
-    for planned, found in differing_answers(runs).items():
-        differing[planned.workload] |= dict.fromkeys(found)
+    for planned, found in differing.items():
         named = ", ".join(found[:MAX_NAMED])
         complaints.append(f"{planned}: {len(found)} answers differ from the first run's of the workload: {named}")
-    about: dict[str, Any] = {
-        "made_at": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": plan.command,
-        "machine": machine(),
-        "model": profile.server.model,
-        "slo": plan.slo,
-        "complaints": complaints,
-    }
     report = Report(
-        **about,
+        made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=plan.command,
+        machine=machine(),
+        model=profile.server.model,
+        slo=plan.slo,
+        complaints=complaints,
         cells=cells,
-        differing={name: list(requests) for name, requests in differing.items()},
-        warnings=[*failures, *reasons],
+        differing={planned.workload for planned in differing},
+        not_simulated=reasons,
         costs=profile.costs,
     )
-    write_json(folder / "summary.json", about | {"cells": summaries(cells)})
+    saved = {name: getattr(report, name) for name in ("made_at", "command", "machine", "model", "slo", "complaints")}
+    write_json(folder / "summary.json", saved | {"cells": summaries(cells)})
     write_report(folder, report)
     return report
 
@@ -229,13 +226,16 @@ def measure_profile(plan: Plan, folder: Path) -> Profile:
     return profile
 
 
-def _predictions(runs: Runs, workloads: Workloads, profile: Profile) -> tuple[list[Run], Sequence[str]]:
+def _predictions(runs: Runs, workloads: Workloads, profile: Profile) -> tuple[list[Run], list[str]]:
     """What the twin says of each combination, and why it says nothing of others."""
     found: list[Run] = []
     reasons: dict[str, None] = {}
     for planned, folder in {replace(planned, repetition=0): folder for planned, folder in runs.items()}.items():
+        run = read_json(folder / RUN_FILE, Run)
+        asked = workloads[planned.workload], run.load, run.setup
         try:
-            found.append(predict(profile, read_json(folder / RUN_FILE, Run), workloads[planned.workload], planned.load))
+            profile.check(run.server)
+            found.append(simulate(*asked, server=run.server, costs=profile.costs, workload=planned.workload))
         except (LoadTestError, ShoalError) as error:
             reasons[f"{planned.setup.name} was not simulated: {error}"] = None
     return found, list(reasons)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import gzip
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 from msgspec import Raw, Struct
 
 from shoal.loadtest.records import LoadTestError, decode
-from shoal.scheduler.step_record import ShareRecord, StepRecord
+from shoal.scheduler.step_record import StepRecord
 
 
 class _Event(Struct):
@@ -62,46 +61,24 @@ def pack(trace: Path, packed: Path) -> None:
 
 
 class Stay(NamedTuple):
-    """A request's way through the engine, on the clock of its steps.
+    """A request's way into the batch, on the clock of its steps.
 
     Attributes:
         arrived_at: when the API process took the request.
         joined_at: start of its first step.
-        left_at: end of its last step, a padding row's included; None if it did not leave.
     """
 
     arrived_at: float
     joined_at: float
-    left_at: float | None = None
 
 
 def stays(steps: Iterable[StepRecord]) -> dict[str, Stay]:
-    """The stays of all requests that joined the batch, by their ids in the engine."""
+    """The stays of all requests that joined the batch, by their ids in the engine; a preempted one joins again."""
     found: dict[str, Stay] = {}
-    last_end: dict[str, float] = {}
     for step in steps:
         for request_id, waited in step.joined.items():
             found.setdefault(request_id, Stay(step.start - waited, step.start))
-        for share in step.shares:
-            last_end[share.request_id] = step.start + step.seconds
-        for request_id in step.left:
-            if request_id in found:
-                found[request_id] = found[request_id]._replace(left_at=last_end[request_id])
     return found
-
-
-def window(steps: Sequence[StepRecord], num_stays: int = 3) -> tuple[float, float]:
-    """From the first step on, a time that shows several stays; those of a static batch are as long as the batch."""
-    start, end = steps[0].start, steps[-1].start + steps[-1].seconds
-    lengths = [stay.left_at - stay.joined_at for stay in stays(steps).values() if stay.left_at is not None]
-    return start, min(end, start + num_stays * median(lengths)) if lengths else end
-
-
-def work(share: ShareRecord) -> str:
-    """What a share of a step is; a prompt's last token that is scheduled alone cannot be told from decode."""
-    if share.is_padding:
-        return "padding"
-    return "decode" if share.samples and share.num_scheduled_tokens - share.num_spec_tokens <= 1 else "prefill"
 
 
 def ends(steps: Sequence[StepRecord]) -> list[float]:
@@ -114,8 +91,8 @@ def ends(steps: Sequence[StepRecord]) -> list[float]:
     return found
 
 
-class Bar(Struct):
-    """A row that one request occupied from `start` to `end` with one kind of work, as `work` has it."""
+class Bar(NamedTuple):
+    """A row that one request occupied from `start` to `end` with one kind of work: "prefill", "decode" or "padding"."""
 
     row: int
     request_id: str
@@ -124,16 +101,16 @@ class Bar(Struct):
     end: float
 
 
-def bars(steps: Sequence[StepRecord]) -> list[Bar]:
-    """The picture of the batch, in the order of the bars' starts."""
-    found: list[Bar] = []
-    last: dict[int, Bar] = {}  # of each row
+def bars(steps: Sequence[StepRecord]) -> Iterator[Bar]:
+    """The picture of the batch, row by row.  The bar of a request that pauses goes on, for it keeps its row."""
+    rows: dict[int, list[Bar]] = {}
     for step, end in zip(steps, ends(steps), strict=True):
         for share in step.shares:
-            bar = last.get(share.row)
-            if bar and (bar.request_id, bar.work, bar.end) == (share.request_id, work(share), step.start):
-                bar.end = end
-            else:
-                last[share.row] = Bar(share.row, share.request_id, work(share), step.start, end)
-                found.append(last[share.row])
-    return found
+            # A prompt's last token that is scheduled alone cannot be told from decode.
+            is_decode = share.samples and share.num_scheduled_tokens - share.num_spec_tokens <= 1
+            work = "padding" if share.is_padding else "decode" if is_decode else "prefill"
+            rows.setdefault(share.row, []).append(Bar(share.row, share.request_id, work, step.start, end))
+    for pieces in rows.values():
+        for _, alike in groupby(pieces, lambda bar: bar[:3]):
+            of_bar = list(alike)
+            yield of_bar[0]._replace(end=of_bar[-1].end)

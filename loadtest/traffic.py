@@ -15,10 +15,8 @@ from msgspec import Struct
 
 from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
 from shoal.loadtest.records import Load, RequestRecord, read_lines
-from shoal.loadtest.stream import CompletionClient, is_connection_error, request_body
+from shoal.loadtest.stream import CompletionClient, request_body
 from shoal.loadtest.workload import WorkloadRequest
-
-MAX_CONNECTION_ERRORS = 16  # in a row; they mean that the server is gone
 
 
 class Traffic:
@@ -34,7 +32,7 @@ class Traffic:
 
     Attributes:
         started_at: start of the run, from which all times count, on the monotonic clock.
-        finished: set when all requests have ended, or the server is gone.
+        finished: set when all requests have ended.
 
     Raises:
         LoadTestError: the load does not suit the workload.
@@ -56,7 +54,6 @@ class Traffic:
         self._due: list[Arrival] = [] if load.users else open_arrivals(load, requests)[index::count]
         self._sessions = deque(closed_sessions(load, requests)[index::count] if load.users else [])
         self._num_left = len(self._due) + sum(map(len, self._sessions))
-        self._num_connection_errors = 0
         self._in_flight = Group()
         if not self._num_left:
             self.finished.set()
@@ -77,16 +74,12 @@ class Traffic:
             for pause, request in self._sessions.popleft():
                 if pauses:
                     self._sleep_until(self.now() + pause)
-                if self.finished.is_set():
-                    return
                 self.send(request)
                 pauses = True
 
     def _send_when_due(self) -> None:
         for due, request in self._due:
             self._sleep_until(due)
-            if self.finished.is_set():
-                break
             self._in_flight.spawn(self.send, request, due)
 
     def send(self, request: WorkloadRequest, due: float | None = None) -> None:
@@ -107,8 +100,7 @@ class Traffic:
         finally:
             self._report(record)
             self._num_left -= 1
-            self._num_connection_errors = self._num_connection_errors + 1 if is_connection_error(record) else 0
-            if not self._num_left or self._num_connection_errors >= MAX_CONNECTION_ERRORS:
+            if not self._num_left:
                 self.finished.set()
 
     def now(self) -> float:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from shoal.loadtest import measure
-from shoal.loadtest.measure import REQUEST_TIMEOUT_SECONDS, longest, run_locust, server_options
+from shoal.loadtest.measure import run_locust, server_options
 from shoal.loadtest.records import Load, LoadTestError, Setup
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
-from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.loadtest.workload import WorkloadRequest, write_workload
 from tests.loadtest.streaming_server import StreamingServer
 
 
@@ -72,23 +71,6 @@ def test_locust_that_fails_says_why(workload: Path, tmp_path: Path) -> None:
         run_locust("nowhere", workload, Load(users=1), tmp_path / "r.jsonl")
     with pytest.raises(LoadTestError, match="has no arrival_time"):
         run_locust("http://127.0.0.1:1", workload, Load(), tmp_path / "r.jsonl")
-
-
-@pytest.mark.parametrize("server", [{"seconds": 60.0}], indirect=True)
-def test_locust_that_does_not_end_is_given_up(
-    server: StreamingServer, workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "longest", lambda requests, load: 5.0)
-    with pytest.raises(LoadTestError, match="locust had not ended after 5 s, longer than this load can take"):
-        run_locust(server.url, workload, Load(users=2), tmp_path / "r.jsonl")
-
-
-def test_how_long_a_load_may_take_depends_on_its_arrivals_and_tokens(workload: Path) -> None:
-    requests = read_workload(workload)
-    at_least = REQUEST_TIMEOUT_SECONDS + sum(request.num_output_tokens for request in requests) / 4
-    assert longest(requests, Load(users=2)) == at_least
-    assert longest(requests, Load(users=2, think_seconds=3.0)) == at_least + 2 * 3.0 * 30
-    assert longest(requests, Load(rate=0.1)) > at_least + 100
 
 
 # -- the server process ----------------------------------------------------------------------------------------------

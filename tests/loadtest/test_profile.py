@@ -15,7 +15,6 @@ from shoal.loadtest.profile import (
     FILE,
     SERIES,
     Profile,
-    predict,
     read_profile,
     write_profile,
 )
@@ -66,23 +65,12 @@ def test_a_profile_of_few_requests_is_enough_for_a_load_test_of_few() -> None:
 # -- the twin of a measured run ----------------------------------------------------------------------------------------
 
 
-def test_a_run_is_predicted_with_the_limits_and_knobs_of_its_own_server() -> None:
-    knobs = {"static_timeout_seconds": 2.0}
-    measured = run(chat(20), Load(users=4), "static", REALISTIC, knobs=knobs, max_num_seqs=2)
-    measured.workload = "chat"
-    predicted = predict(PROFILE, measured, chat(20), measured.load)
-    assert predicted == measured
-
-
 def test_a_server_whose_steps_have_other_costs_is_not_predicted() -> None:
-    other = server_info()
+    other = server_info(replace_limits(LIMITS, max_num_seqs=2), {"static_timeout_seconds": 2.0})
+    PROFILE.check(other)
     other.settings["engine"] = {"threads": 1, "trace": "another.json"}
-    measured = replace(run(chat(2), Load(users=1)), server=other)
     with pytest.raises(LoadTestError, match="its threads is 1, the profile's is 2"):
-        predict(PROFILE, measured, chat(2), measured.load)
-    measured = replace(measured, server=server_info(), setup=Setup(policy="fcfs", speculation="draft"))
-    with pytest.raises(LoadTestError, match="'draft' cannot be simulated"):
-        predict(PROFILE, measured, chat(2), measured.load)
+        PROFILE.check(other)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from shoal.loadtest.arrivals import closed_sessions, open_arrivals
 from shoal.loadtest.records import Load, LoadTestError, RequestRecord
-from shoal.loadtest.traffic import MAX_CONNECTION_ERRORS, Traffic
+from shoal.loadtest.traffic import Traffic
 from shoal.loadtest.workload import WorkloadRequest
 
 PATIENCE = 120.0
@@ -163,16 +163,10 @@ def test_shares_make_up_the_whole(load: Load, count: int) -> None:
         assert sum(map(len, owners)) == 5, "a session is sent by one"
 
 
-@pytest.mark.parametrize("load", [Load(users=2), Load(rate=100.0)])
-def test_a_server_that_is_gone_ends_the_run(load: Load) -> None:
+@pytest.mark.parametrize("load", [Load(users=2), Load(rate=1000.0)])
+def test_a_server_that_is_gone_or_full_ends_no_run_early(load: Load) -> None:
     client = FakeClient(error="connection: refused")
     run(client, workload("abcdefghij" * 10), load)
-    assert MAX_CONNECTION_ERRORS <= len(client.sent) < 100
-
-
-def test_other_errors_do_not() -> None:
-    client = FakeClient(error="HTTP 429: full")
-    run(client, workload("abcdefghij" * 10), Load(users=2))
     assert len(client.sent) == 100
 
 
