@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -65,8 +65,7 @@ class StepShape(NamedTuple):
 class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that the twin knows of time, in seconds.
 
-    A step lasts until the next one starts, if there is something to compute.  The API process does one thing at a
-    time, which is to send tokens.
+    A step lasts until the next one starts, if there is something to compute.
 
     Attributes:
         token_seconds: of a step by its number of tokens, on straight lines between at least two points; the last
@@ -77,10 +76,7 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             equal share of the profile's steps.  The twin draws from them, so that predictions contain what else the
             machine did, above all passing on tokens on the engine's cores.  If empty, nothing deviates.
         send_seconds: of a request on its way from the user to the engine.
-        delivery_seconds: of a token on its way from the end of its step to the user, if no other is before it.
-        passing_seconds: the API process's work on a token, or the client's if that takes longer.
-        turnaround_seconds: closed loop: from the end of an answer to the user's next request, without the time to
-            think.
+        delivery_seconds: of a token on its way from the end of its step to the user.
     """
 
     token_seconds: Annotated[dict[Count, Amount], Meta(min_length=2)]
@@ -91,8 +87,6 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     deviations: dict[Count, Annotated[tuple[Amount, ...], Meta(min_length=1)]] = {}
     send_seconds: Amount = 0.0
     delivery_seconds: Amount = 0.0
-    passing_seconds: Amount = 0.0
-    turnaround_seconds: Amount = 0.0
 
     def seconds(self, shape: StepShape) -> float:
         """The seconds of a step that does not deviate; 0 if it computes nothing."""
@@ -135,7 +129,6 @@ def fit(runs: Sequence[Run]) -> CostModel:
     scale = np.maximum(table.max(axis=0), 1)
     found = _least_errors(table / scale, seconds) / scale
     pair, key, sample, stream = found[len(counts) :].tolist()
-    first, between = zip(*map(_deliveries, runs), strict=True)
     return CostModel(
         token_seconds=dict(zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)),
         pair_seconds=pair,
@@ -144,9 +137,7 @@ def fit(runs: Sequence[Run]) -> CostModel:
         stream_seconds=stream,
         deviations=_deviations(others[-1], seconds, table @ found),
         send_seconds=_typical(map(_ways, runs)),
-        delivery_seconds=_typical(first),
-        passing_seconds=_typical(between),
-        turnaround_seconds=_typical(map(_turnarounds, runs)),
+        delivery_seconds=_typical(map(_deliveries, runs)),
     )
 
 
@@ -191,26 +182,14 @@ def _ways(run: Run) -> Iterator[float]:
             yield stay.arrived_at - record.sent_at
 
 
-def _deliveries(run: Run) -> tuple[list[float], list[float]]:
-    """Of each step, the seconds from its end to its first token, and the mean seconds between its tokens."""
+def _deliveries(run: Run) -> Iterator[float]:
+    """Seconds from the end of each step to the user's notice of each of its tokens."""
     times = {
         record.engine_id: iter(record.token_times)
         for record in run.requests
         if record.is_answered and len(record.token_times) == record.num_output_tokens  # no token shared its event
     }
-    first, between = [], []
     for step, end in zip(run.steps, ends(run.steps), strict=True):
-        streams = [times[one.request_id] for one in step.shares if one.samples and one.request_id in times]
-        if seen := sorted(time for stream in streams for time in [next(stream, None)] if time is not None):
-            first.append(seen[0] - end)
-            if len(seen) > 1:
-                between.append((seen[-1] - seen[0]) / (len(seen) - 1))
-    return first, between
-
-
-def _turnarounds(run: Run) -> Iterator[float]:
-    """Seconds from each answer's end to the next request, in a closed loop whose users do not think."""
-    ends = sorted(record.finished_at for record in run.requests if record.finished_at is not None)
-    if run.load.users and not run.load.think_seconds and len(ends) == len(run.requests):
-        sent = sorted(record.sent_at for record in run.requests)
-        yield from (begin - end for end, begin in zip(ends, sent[run.load.users :], strict=False))
+        for share in step.shares:
+            if share.samples and not share.is_padding:
+                yield from (time - end for time in islice(times.get(share.request_id, iter(())), 1))

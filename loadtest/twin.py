@@ -1,7 +1,7 @@
 """The digital twin: the server's own scheduler and policies in virtual time, with a cost model for all that takes time.
 
-This module plays what is around the scheduler: users, the API process, which does one thing at a time, and the
-engine's loop, turn by turn as in `server/engine/process.py`.
+This module plays what is around the scheduler: users, the API process, and the engine's loop, turn by turn as in
+`server/engine/process.py`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ class Simulation:
         self._random = Random(seed)
         self._scheduler = Scheduler(policy.config, policy)
         self.core = EngineCore(self._scheduler, self, lambda: self.now, [self.steps.append])
-        self._api_free_at = 0.0
         self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the engine
         self._users: dict[str, Iterator[Arrival]] = {}  # what its user sends next, by the request in flight
         if load.users:
@@ -156,17 +155,15 @@ class Simulation:
     # -- the API process -------------------------------------------------------------------------------------------
 
     def _deliver(self, news: Sequence[output.RequestOutput]) -> None:
-        """Let the API process pass on the tokens of the step that has just ended, one by one."""
-        free_at = max(self._api_free_at, self.now)
+        """Pass on the tokens of the step that has just ended."""
+        seen_at = self.now + self._costs.delivery_seconds
         for one in news:
             record = self.records[one.request_id]
-            record.token_times.append(free_at + self._costs.delivery_seconds)
-            free_at += self._costs.passing_seconds
+            record.token_times.append(seen_at)
             record.num_output_tokens += len(one.token_ids)
             record.num_cached_tokens += one.num_cached_tokens
             if one.finish_reason:
-                self._end(record, record.token_times[-1])
-        self._api_free_at = free_at
+                self._end(record, seen_at)
 
     # -- users -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +185,7 @@ class Simulation:
         record.finished_at = now
         user = self._users.pop(record.request_id)
         for pause, request in islice(user, 1):
-            self._send(now + self._costs.turnaround_seconds + pause, request, user)
+            self._send(now + pause, request, user)
 
 
 def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:

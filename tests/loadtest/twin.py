@@ -26,8 +26,6 @@ REALISTIC = CostModel(
     stream_seconds=4e-5,
     send_seconds=1e-3,
     delivery_seconds=3.5e-4,
-    passing_seconds=5e-5,
-    turnaround_seconds=1e-3,
 )
 
 
