@@ -30,6 +30,7 @@ Figures = dict[str, float]
 What was not measured is absent.  The figures of a client or priority are named "client NAME: FIGURE" and so on.
 """
 
+MAX_GROUPS = 8  # of a kind: more clients are neither picture nor table
 WORDS = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "end-to-end", "kv": "KV", "throughput": "tokens/s"}
 
 
@@ -135,10 +136,11 @@ def latencies(answered: Iterable[RequestRecord]) -> dict[str, list[float]]:
     return found
 
 
-def groups(figures: Iterable[str], kind: str) -> list[str]:
-    """Names of the groups of a kind, "client" or "priority", that figures have."""
-    names = (name.rpartition(": ")[0] for name in figures if name.startswith(f"{kind} "))
-    return list(dict.fromkeys(names))
+def groups(cells: Iterable[Cell]) -> dict[str, list[str]]:
+    """The clients and the priorities of which cells have figures, where there are several of a kind, but not many."""
+    names = dict.fromkeys(name.rpartition(": ")[0] for cell in cells for name in cell.measured.median)
+    found = {kind: [name for name in names if name.startswith(f"{kind} ")] for kind in ("client", "priority")}
+    return {kind: own for kind, own in found.items() if 1 < len(own) <= MAX_GROUPS}
 
 
 def _keeps(record: RequestRecord, slo: Slo) -> bool:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from shoal.loadtest.costs import CostModel, StepShape
-from shoal.loadtest.metrics import Cell, baseline, by, groups, latencies, words
+from shoal.loadtest.metrics import Cell, baseline, by, latencies, words
 from shoal.loadtest.records import Setup
 from shoal.loadtest.trace import bars, ends
 
@@ -159,10 +159,10 @@ def curves(cells: Sequence[Cell]) -> Panels:
     return panels
 
 
-def of_groups(cells: Sequence[Cell], kind: str) -> Panels:
-    """Latencies of each client, or of each priority, under each setup: from the median to p99."""
+def of_groups(cells: Sequence[Cell], names: Sequence[str]) -> Panels:
+    """Latencies of each of these clients or priorities under each setup: from the median to p99."""
     panels = legend({"median": dots(INK), "p99": dots(INK, markerfacecolor="white")})
-    rows = [(cell, name) for cell in cells for name in groups(cell.measured.median, kind)]
+    rows = [(cell, name) for cell in cells for name in names]
     labels = [f"{cell.setup.name}: {name.removeprefix('client ') or 'no client'}" for cell, name in rows]
     for latency in ("ttft", "e2e"):
         with panel(panels, words(latency), 0.6 + 0.22 * len(rows)) as axes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from shoal.loadtest.plan import DEFAULT_USERS
 from shoal.loadtest.records import slug
 
 NOTHING = "–"  # noqa: RUF001 -- the dash of an empty cell
-MAX_GROUPS = 8  # more clients are neither picture nor table
 
 TERMINAL = (
     *("throughput", "goodput", "ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e mean", "e2e p99"),
@@ -60,13 +60,13 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A chapter: paragraphs, pictures by name, and the cells of its tables, which fold."""
+    """A chapter: pictures by name, the cells of its tables, which fold, and those that most pictures show."""
 
     name: str
     title: str
-    paragraphs: Sequence[str]
     pictures: dict[str, Picture]
     cells: Sequence[Cell] = ()
+    main: Sequence[Cell] = ()
 
 
 def title(name: str) -> str:
@@ -130,7 +130,7 @@ def write_report(folder: Path, report: Report) -> None:
 def names_by_group(cells: Sequence[Cell]) -> dict[str, list[str]]:
     """Names of all figures under one load by the clients and priorities whose they are; "" is all requests."""
     names = dict.fromkeys(name for cell in cells for name in cell.measured.median)
-    shown = ["", *(group for kind in _kinds(cells) for group in groups(names, kind))]
+    shown = ["", *chain.from_iterable(groups(cells).values())]
     return {group: [name for name in names if name.rpartition(": ")[0] == group] for group in shown}
 
 
@@ -138,57 +138,19 @@ def _sections(report: Report) -> Iterator[Section]:
     """A section for each workload, and one for the twin's predictions."""
     for number, (section, cells) in enumerate(by(report.cells, "section").items(), 1):
         name = f"{slug(section).lower()}-{number}"
-        main = max(by(cells, "load").values(), key=_how_much)
+        # Most pictures show the load that compares most setups, or of several the default one.
+        main = max(by(cells, "load").values(), key=lambda own: (len(own), own[0].load.users == DEFAULT_USERS))
         pictures = enumerate(_pictures(cells, main, report.costs if number == 1 else None), 1)
         yield Section(
             name=name,
             title=f"Workload {section}",
-            paragraphs=list(_paragraphs(cells, main, report)),
             pictures={f"{name}-{place}-{picture.kind}": picture for place, picture in pictures},
             cells=cells,
+            main=main,
         )
     if predicted := [cell for cell in report.cells if cell.predicted]:
         picture = Picture("twin", "Errors of the digital twin", plots.twin_errors(predicted))
-        yield Section("prediction", "Predicted against measured", (), {"twin": picture})
-
-
-def _how_much(cells: Sequence[Cell]) -> tuple[int, int, bool]:
-    """How much is compared under a load: setups, then repetitions, then whether it is the load of every comparison."""
-    return len(cells), sum(cell.measured.num_runs for cell in cells), cells[0].load.users == DEFAULT_USERS
-
-
-def _paragraphs(cells: Sequence[Cell], main: Sequence[Cell], report: Report) -> Iterator[str]:
-    """What the pictures and tables of a workload come to, and what was compared."""
-    base, best = baseline(main), max(main, key=lambda cell: cell.measured.median["throughput"])
-    if base is None:
-        yield "There is no static baseline among the setups, so there are no speed-ups."
-    elif best is not base:
-        more, sooner = (times(name, best, base) for name in ("throughput", "ttft p50"))
-        yield (
-            f"{best.load}: {best.setup.name} has {more} the output tokens/s of {base.setup.name}, and a median TTFT "
-            f"that is {sooner} lower."
-        )
-    timeout = base and base.run.server.settings.get("scheduler", {}).get("static_timeout_seconds")
-    if base and timeout is not None and "queueing p50" in base.measured.median:
-        queueing, ttft = (text(name, base.measured.median.get(name)) for name in ("queueing p50", "ttft p50"))
-        yield (
-            f"A request to {base.setup.name} waits until the batch before has ended, and then until its own is full or "
-            f"has waited for {timeout:g} s (static_timeout_seconds): {queueing} ms of a TTFT of {ttft} ms (medians)."
-        )
-    least = min(cell.measured.least["output tokens"] for cell in cells)
-    most = max(cell.measured.most["output tokens"] for cell in cells)
-    verdict = "Same work" if least == most else "NOT the same work"
-    tokens = f"{least:,.0f}" if least == most else f"from {least:,.0f} to {most:,.0f}"
-    texts = "are NOT all identical" if cells[0].workload in report.differing else "are identical, request by request"
-    yield f"{verdict}: every run answered with {tokens} output tokens, and the texts of all runs {texts}."
-    for options in dict.fromkeys(cell.setup.options for cell in cells if cell.setup.options):
-        yield f"Servers ran with {' '.join(options)}."
-
-
-def _kinds(cells: Sequence[Cell]) -> list[str]:
-    """What the requests of a load can be told apart by."""
-    numbers = {kind: max(len(groups(cell.measured.median, kind)) for cell in cells) for kind in ("client", "priority")}
-    return [kind for kind, number in numbers.items() if 1 < number <= MAX_GROUPS]
+        yield Section("prediction", "Predicted against measured", {"twin": picture})
 
 
 def _pictures(cells: Sequence[Cell], main: Sequence[Cell], costs: CostModel | None) -> Iterator[Picture]:
@@ -213,7 +175,7 @@ def _pictures(cells: Sequence[Cell], main: Sequence[Cell], costs: CostModel | No
     if traced:
         yield Picture("batch", f"Batch size and KV cache over time, {load}", plots.occupancy(traced))
     for own in by(cells, "load").values():
-        for kind in _kinds(own):
-            yield Picture("groups", f"Each {kind} apart, {own[0].load}", plots.of_groups(own, kind))
+        for kind, names in groups(own).items():
+            yield Picture("groups", f"Each {kind} apart, {own[0].load}", plots.of_groups(own, names))
     if costs and plain:
         yield Picture("costs", "What a step costs", plots.step_cost(plain, costs))

@@ -132,8 +132,7 @@ def rehearse(plan: Plan, costs: Path) -> list[Cell]:
     runs = []
     for planned in plan.runs:
         server = profile.server_with(planned.setup.options)
-        sent = workloads[planned.workload], planned.load
-        runs.append(simulate(*sent, planned.setup, server=server, costs=profile.costs, workload=planned.workload))
+        runs.append(simulate(planned, workloads[planned.workload], server=server, costs=profile.costs))
     return collect(runs, (), plan.slo)
 
 
@@ -231,11 +230,10 @@ def _predictions(runs: Runs, workloads: Workloads, profile: Profile) -> tuple[li
     found: list[Run] = []
     reasons: dict[str, None] = {}
     for planned, folder in {replace(planned, repetition=0): folder for planned, folder in runs.items()}.items():
-        run = read_json(folder / RUN_FILE, Run)
-        asked = workloads[planned.workload], run.load, run.setup
+        server = read_json(folder / RUN_FILE, Run).server
         try:
-            profile.check(run.server)
-            found.append(simulate(*asked, server=run.server, costs=profile.costs, workload=planned.workload))
+            profile.check(server)
+            found.append(simulate(planned, workloads[planned.workload], server=server, costs=profile.costs))
         except (LoadTestError, ShoalError) as error:
             reasons[f"{planned.setup.name} was not simulated: {error}"] = None
     return found, list(reasons)

@@ -88,10 +88,7 @@ class Traffic:
         Args:
             due: when it was to be sent, from which its latency counts; None is now.
         """
-        sent_at = self.now() if due is None else due
-        record = RequestRecord(
-            request_id=request.request_id, client=request.client, priority=request.priority, sent_at=sent_at
-        )
+        record = request.record(self.now() if due is None else due)
         try:
             self._client.stream(request_body(request), record, self.now)
         except BaseException as error:  # locust's end of a user is none of the others

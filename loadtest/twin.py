@@ -13,9 +13,11 @@ from math import ceil, inf
 from random import Random
 from zlib import crc32
 
+from msgspec.structs import asdict
+
 from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
 from shoal.loadtest.costs import CostModel, StepShape
-from shoal.loadtest.records import Load, LoadTestError, RequestRecord, Run, ServerInfo, Setup
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Run, ServerInfo
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler import output
 from shoal.scheduler.engine import EngineCore
@@ -33,44 +35,32 @@ SJF_ORACLE = "sjf-oracle"
 _STOP = -1  # a token that is in no prompt, whatever the vocabulary
 
 
-def simulate(
-    requests: Sequence[WorkloadRequest],
-    load: Load,
-    setup: Setup,
-    *,
-    server: ServerInfo,
-    costs: CostModel,
-    workload: str = "",
-    repetition: int = 0,
-) -> Run:
-    """What a run of these requests would be like, all figures included.
+def simulate(planned: PlannedRun, requests: Sequence[WorkloadRequest], *, server: ServerInfo, costs: CostModel) -> Run:
+    """What a run would be like, all figures included.
 
     Args:
-        setup: its policy, which may be `SJF_ORACLE`, is simulated.
+        planned: its policy may be `SJF_ORACLE`; its repetition is the seed of the deviations from the costs, so that
+            another repetition is like another measurement.
         server: limits and the knobs of the policy are taken from it.
-        workload: the name of the workload.
-        repetition: the seed of the deviations from the costs, so that another repetition is like another measurement.
 
     Raises:
         ConfigError: there is no such policy, or a knob is out of range.
         LoadTestError: requests have no arrival times, or the setup speculates, which the twin cannot simulate.
     """
+    setup, limits, knobs = planned.setup, server.limits, server.settings["scheduler"]
     if setup.speculation != "off":
         raise LoadTestError(f"speculation {setup.speculation!r} cannot be simulated: nobody knows what is accepted")
-    limits, knobs = server.limits, server.settings["scheduler"]
     if setup.policy == SJF_ORACLE:
         lengths = {request.request_id: request.num_output_tokens for request in requests}
         chosen = ShortestJobFirst.Knobs(ageing_tokens=knobs["ageing_tokens"])
         policy: Policy = ShortestJobFirst(limits, chosen, Oracle(lengths))
     else:
         policy = create_policy(setup.policy, limits, select_knobs(setup.policy, knobs))
-    simulation = Simulation(requests, load, policy=policy, costs=costs, seed=repetition)
+    simulation = Simulation(requests, planned.load, policy=policy, costs=costs, seed=planned.repetition)
     simulation.run()
     records = sorted(simulation.records.values(), key=lambda record: record.sent_at)
     steps = [step for step in simulation.steps if step.shares]
-    return Run(
-        setup=setup, workload=workload, load=load, repetition=repetition, server=server, requests=records, steps=steps
-    )
+    return Run(**asdict(planned), server=server, requests=records, steps=steps)
 
 
 class Simulation:
@@ -169,14 +159,8 @@ class Simulation:
 
     def _send(self, sent_at: float, request: WorkloadRequest, user: Iterator[Arrival]) -> None:
         """A user sends a request, now or later; `user` is what the same user sends afterwards."""
-        self.records[request.request_id] = RequestRecord(
-            request_id=request.request_id,
-            client=request.client,
-            engine_id=request.request_id,
-            priority=request.priority,
-            sent_at=sent_at,
-            num_prompt_tokens=len(request.prompt_token_ids),
-        )
+        record = self.records[request.request_id] = request.record(sent_at)
+        record.engine_id, record.num_prompt_tokens = request.request_id, len(request.prompt_token_ids)
         self._users[request.request_id] = user
         heappush(self._sent, (sent_at + self._costs.send_seconds, len(self.records), request))
 

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shoal.loadtest import text
-from shoal.loadtest.records import LoadTestError, read_lines
+from shoal.loadtest.records import LoadTestError, RequestRecord, read_lines
 from shoal.loadtest.text import Prompt, Tokenize
 
 Name = Annotated[str, Meta(min_length=1)]
@@ -56,6 +56,10 @@ class WorkloadRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ttft_slo_ms: Limit | None = None
     tpot_slo_ms: Limit | None = None
     arrival_time: NotNegative | None = None
+
+    def record(self, sent_at: float) -> RequestRecord:
+        """What is measured of the request, before there is anything."""
+        return RequestRecord(request_id=self.request_id, client=self.client, priority=self.priority, sent_at=sent_at)
 
     def __post_init__(self) -> None:
         if self.num_output_tokens > self.max_tokens:

@@ -220,8 +220,6 @@ def test_pictures_show_the_load_that_is_compared_most(tmp_path: Path) -> None:
     assert "Throughput and goodput, 4 users" in titles(*few, make_run("fcfs", users=32))
     many = make_run("fcfs", users=32), make_run("static", users=32)
     assert "Throughput and goodput, 32 users" in titles(*few, *many)
-    again = make_run("fcfs", users=4, num_requests=4, repetition=1)
-    assert "Throughput and goodput, 4 users" in titles(*few, again, *many)
 
 
 def test_the_range_over_repetitions_is_below_the_median(folder: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from shoal.loadtest.arrivals import closed_sessions
-from shoal.loadtest.records import Load, LoadTestError, RequestRecord, Run, Setup
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Run, Setup
 from shoal.loadtest.trace import stays
 from shoal.loadtest.twin import SJF_ORACLE, Simulation, simulate
 from shoal.loadtest.workload import WorkloadRequest
@@ -256,9 +256,9 @@ def test_an_unknown_policy_is_refused() -> None:
 
 
 def test_speculation_is_refused() -> None:
-    setup = Setup(policy="fcfs", speculation="draft")
+    planned = PlannedRun(setup=Setup(policy="fcfs", speculation="draft"), workload="", load=Load(users=1))
     with pytest.raises(LoadTestError, match="'draft' cannot be simulated"):
-        simulate([ask("a")], Load(users=1), setup, server=server_info(), costs=SECONDS)
+        simulate(planned, [ask("a")], server=server_info(), costs=SECONDS)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from shoal.loadtest.costs import CostModel
-from shoal.loadtest.records import Load, Run, ServerInfo, Setup
+from shoal.loadtest.records import Load, PlannedRun, Run, ServerInfo, Setup
 from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
@@ -72,7 +72,8 @@ def run(
 ) -> Run:
     """Simulate with these limits."""
     server = server_info(replace(LIMITS, **limits), knobs)  # type: ignore[arg-type]  # any limit
-    return simulate(workload, load, Setup(policy=policy), server=server, costs=costs, repetition=repetition)
+    planned = PlannedRun(setup=Setup(policy=policy), workload="", load=load, repetition=repetition)
+    return simulate(planned, workload, server=server, costs=costs)
 
 
 def server_info(limits: SchedulerConfig = LIMITS, knobs: dict[str, Any] | None = None) -> ServerInfo:
