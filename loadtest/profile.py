@@ -6,13 +6,13 @@ from argparse import SUPPRESS, ArgumentError, ArgumentParser, BooleanOptionalAct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from shoal.loadtest.costs import CostModel
-from shoal.loadtest.records import LoadTestError, ServerInfo, read_json, write_json
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, ServerInfo, Setup, read_json, write_json
 from shoal.scheduler.config import SchedulerConfig
 
 FILE = "profile.json"
@@ -20,26 +20,20 @@ FILE = "profile.json"
 # Of the settings that may change the costs of steps, those that do not: simulations have the limits of their server.
 _FREE_SETTINGS = {limit.name for limit in fields(SchedulerConfig)} | {"memory_mib", "trace"}
 
+FCFS, STATIC = Setup(policy="fcfs"), Setup(policy="static")
+SERIES = {
+    PlannedRun(setup=FCFS, workload="chat", load=Load(users=1)): 8,
+    PlannedRun(setup=FCFS, workload="chat", load=Load(users=8)): 64,
+    PlannedRun(setup=FCFS, workload="chat", load=Load(users=32)): 256,
+    PlannedRun(setup=FCFS, workload="chat", load=Load(users=64)): 256,
+    PlannedRun(setup=FCFS, workload="code", load=Load(users=16)): 64,
+    PlannedRun(setup=STATIC, workload="chat", load=Load(users=32)): 64,
+}
+"""The runs of a profile, and how many requests of the workload each sends at most.
 
-class Stretch(NamedTuple):
-    """One run of a profile, with the first requests of a workload, of which the profile may have fewer."""
-
-    workload: str
-    num_requests: int
-    num_users: int
-    policy: str = "fcfs"
-
-
-SERIES = (
-    Stretch("chat", 8, 1),
-    Stretch("chat", 64, 8),
-    Stretch("chat", 256, 32),
-    Stretch("chat", 256, 64),
-    Stretch("code", 64, 16),
-    Stretch("chat", 64, 32, "static"),
-)
-"""The runs of a profile: batches of 1 to 64 rows (a run passes through all smaller ones as it ends), prompts in chunks
-of all sizes, long contexts and found prefixes, and padding rows."""
+They show batches of 1 to 64 rows (a run passes through all smaller ones as it ends), prompts in chunks of all sizes,
+long contexts and found prefixes, and padding rows.
+"""
 
 
 class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

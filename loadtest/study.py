@@ -30,7 +30,7 @@ from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, load_run, measure, s
 from shoal.loadtest.metrics import Cell, baseline, by, collect, speed_up, summarize
 from shoal.loadtest.plan import Plan
 from shoal.loadtest.profile import SERIES, Profile, read_profile, write_profile
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup, read_json, slug, write_json
+from shoal.loadtest.records import LoadTestError, PlannedRun, Run, Setup, read_json, slug, write_json
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
@@ -214,11 +214,10 @@ def measure_profile(plan: Plan, folder: Path) -> Profile:
     """
     workloads = {name: read_workload(workload_file(folder, name)) for name in PROFILED}
     runs = []
-    for number, stretch in enumerate(tqdm(SERIES, unit="run", desc="profile"), 1):
-        setup, load = Setup(policy=stretch.policy, options=plan.options), Load(users=stretch.num_users)
-        planned = PlannedRun(setup=setup, workload=stretch.workload, load=load)
+    for number, (asked, num_requests) in enumerate(tqdm(SERIES.items(), unit="run", desc="profile"), 1):
+        planned = replace(asked, setup=replace(asked.setup, options=plan.options))
         run_folder = folder / "runs" / f"{number:03}-{planned.name}"
-        measure(run_folder, planned, plan.model, workloads[stretch.workload][: stretch.num_requests])
+        measure(run_folder, planned, plan.model, workloads[planned.workload][:num_requests])
         runs.append(load_run(run_folder))
     profile = Profile(server=runs[0].server, options=plan.options, versions=machine(), costs=fit(runs))
     write_profile(folder, profile)

@@ -18,7 +18,7 @@ from shoal.loadtest.profile import (
     read_profile,
     write_profile,
 )
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup
+from shoal.loadtest.records import Load, LoadTestError, Run
 from shoal.loadtest.twin import simulate
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
@@ -32,12 +32,12 @@ def measure(most_requests: int) -> list[Run]:
     """The runs of a profile of at most so many requests a run, which a simulation stands in for."""
     return [
         simulate(
-            PlannedRun(setup=Setup(policy=one.policy), workload=one.workload, load=Load(users=one.num_users)),
-            chat(min(one.num_requests, most_requests), num_prompt_tokens={"chat": 70, "code": 400}[one.workload]),
+            planned,
+            chat(min(num_requests, most_requests), num_prompt_tokens={"chat": 70, "code": 400}[planned.workload]),
             server=PROFILE.server,
             costs=REALISTIC,
         )
-        for one in SERIES
+        for planned, num_requests in SERIES.items()
     ]
 
 
