@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from msgspec.structs import asdict, replace
@@ -26,6 +27,7 @@ from shoal.loadtest.workload import WorkloadRequest, write_workload
 RUN_FILE, REQUESTS_FILE, TRACE_FILE = "run.json", "requests.jsonl", "trace.json.gz"
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 REQUEST_TIMEOUT_SECONDS = 600.0
+STUCK_SECONDS = REQUEST_TIMEOUT_SECONDS + 60  # without a request that ends, after which locust is stopped
 
 
 def measure(folder: Path, planned: PlannedRun, model: str, requests: Sequence[WorkloadRequest]) -> None:
@@ -94,7 +96,7 @@ def run_locust(url: str, workload: Path, load: Load, results: Path) -> None:
         results: file of what was measured, which grows as requests end; locust's log is beside it.
 
     Raises:
-        LoadTestError: locust failed.
+        LoadTestError: locust failed, or no request ended for longer than any may take.
     """
     options = {
         "--host": url,
@@ -115,6 +117,18 @@ def run_locust(url: str, workload: Path, load: Load, results: Path) -> None:
         command.append("--replay")
     log = results.with_name("locust.log")
     with log.open("wb") as output:
-        process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        size = -1
+        try:
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(STUCK_SECONDS)
+                    break
+                before, size = size, results.stat().st_size if results.exists() else 0
+                if size == before:
+                    break
+        finally:
+            process.kill()
+            process.wait()
     if process.returncode:
         raise LoadTestError(f"locust ended with exit code {process.returncode}; {last_lines(log)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.loadtest import measure
 from shoal.loadtest.measure import run_locust, server_options
 from shoal.loadtest.records import Load, LoadTestError, Setup
 from shoal.loadtest.server import ServerProcess
@@ -64,6 +65,15 @@ def test_a_server_that_dies_ends_the_run_with_what_was_measured(
     assert sum(record.is_answered for record in records) >= 10
     assert any((record.error or "").startswith("connection: ") for record in records)
     assert len(records) < 31
+
+
+def test_locust_that_hangs_is_stopped(workload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text("import time; time.sleep(1000)", "utf-8")
+    monkeypatch.setattr(measure, "LOCUSTFILE", hangs)
+    monkeypatch.setattr(measure, "STUCK_SECONDS", 0.2)
+    with pytest.raises(LoadTestError, match="locust ended with exit code -9"):
+        run_locust("http://127.0.0.1:1", workload, Load(), tmp_path / "r.jsonl")
 
 
 def test_locust_that_fails_says_why(workload: Path, tmp_path: Path) -> None:
