@@ -16,9 +16,9 @@ import gevent
 from bench.table import show
 from bench.workload import make_engine, make_request
 from shoal.loadtest.records import RequestRecord
-from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.stream import CompletionClient
 from shoal.model.checkpoint.load import load_checkpoint
+from shoal.testing import ServerProcess
 
 NUM_STREAMS = 32
 NUM_PROMPT_TOKENS = 64

@@ -25,8 +25,6 @@ USAGE_EXIT_CODE, COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 2, 1, 130
 SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys")
 DEFAULT_PROFILE_FOLDER = Path("shoal-profile")
 A_FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
 COUNT, POSITIVE = click.IntRange(min=1), click.FloatRange(0, 10**6, min_open=True)
 
 
@@ -178,14 +176,13 @@ def _exit_codes(command: str) -> Iterator[None]:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         message = f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`"
     else:
-        from shoal.loadtest.records import LoadTestError
         from shoal.scheduler.errors import ShoalError
 
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             yield
             return
-        except (LoadTestError, ShoalError) as error:
+        except ShoalError as error:
             message = str(error)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)

@@ -51,15 +51,12 @@ class StepShape(NamedTuple):
 
     @classmethod
     def of(cls, shares: Iterable[ScheduledRequest | ShareRecord]) -> StepShape:
-        num_tokens = num_pairs = num_keys = num_samples = num_streams = 0
+        counts = []
         for share in shares:
-            count = share.num_scheduled_tokens
-            num_tokens += count
-            num_pairs += count * share.num_computed_tokens + count * (count + 1) // 2
-            num_keys += share.num_computed_tokens + count
-            num_samples += share.samples
-            num_streams += share.samples and not share.is_padding
-        return cls(num_tokens, num_pairs, num_keys, num_samples, num_streams)
+            tokens, before, samples = share.num_scheduled_tokens, share.num_computed_tokens, share.samples
+            pairs = tokens * before + tokens * (tokens + 1) // 2
+            counts.append((tokens, pairs, before + tokens, samples, samples and not share.is_padding))
+        return cls(*map(sum, zip(*counts, strict=True)))
 
 
 class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -50,9 +50,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     add = parser.add_argument_group("Load on a language model server").add_argument
     add("--workload", metavar="FILE", default="", help="requests to send, as JSON lines")
     add("--rate", type=float, default=0.0, help="open loop: requests a second")
-    add(
-        "--burstiness", type=float, default=1.0, help="open loop: squared variation of arrivals; 1 is a Poisson process"
-    )
+    add("--burstiness", type=float, default=1.0, help="open loop: squared variation of arrivals; 1 is Poisson")
     add("--replay", action="store_true", help="open loop: send each request at the arrival_time in the workload")
     add("--think-seconds", type=float, default=0.0, help="closed loop: mean pause of a user before a request")
     add("--load-seed", type=int, default=0, help="of arrivals and pauses")

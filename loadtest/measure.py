@@ -18,11 +18,11 @@ from pathlib import Path
 from msgspec.structs import asdict, replace
 
 from shoal.clients import ShoalClient
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup, read_json, write_json
-from shoal.loadtest.server import ServerProcess, last_lines
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, ServerInfo, Setup, decode, read_json, write_json
 from shoal.loadtest.trace import pack, read_trace
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.workload import WorkloadRequest, write_workload
+from shoal.testing.server import ServerProcess, last_lines
 
 RUN_FILE, REQUESTS_FILE, TRACE_FILE = "run.json", "requests.jsonl", "trace.json.gz"
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -46,7 +46,7 @@ def measure(folder: Path, planned: PlannedRun, model: str, requests: Sequence[Wo
     try:
         with ServerProcess(options, folder / "server.log") as server:
             warm(server.url)
-            run = Run(**asdict(planned), server=server.info())
+            run = Run(**asdict(planned), server=server_info(server))
             before = server.cpu_seconds()
             try:
                 run_locust(server.url, workload, planned.load, results)
@@ -75,6 +75,12 @@ def load_run(folder: Path, *, with_steps: bool = True) -> Run:
 def server_options(model: str, setup: Setup) -> list[str]:
     """The command line of `shoal serve` for a setup."""
     return ["--model", model, "--policy", setup.policy, "--speculation", setup.speculation, *setup.options]
+
+
+def server_info(server: ServerProcess) -> ServerInfo:
+    """What the server says of itself; raises LoadTestError if that makes no sense."""
+    answer = server.fetch("server_info").raise_for_status()
+    return decode(answer.content, ServerInfo, str(answer.url))
 
 
 def warm(url: str) -> None:
@@ -123,7 +129,6 @@ def run_locust(url: str, workload: Path, load: Load, results: Path) -> None:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(STUCK_SECONDS)
-                    break
                 before, size = size, results.stat().st_size if results.exists() else 0
                 if size == before:
                     break

@@ -107,12 +107,8 @@ def combine(repetitions: Sequence[Figures]) -> Measured:
     """The figures of at least one repetition together; a figure that some lack is that of the others."""
     names = dict.fromkeys(name for figures in repetitions for name in figures)
     values = {name: [figures[name] for figures in repetitions if name in figures] for name in names}
-    return Measured(
-        num_runs=len(repetitions),
-        median={name: median(own) for name, own in values.items()},
-        least={name: min(own) for name, own in values.items()},
-        most={name: max(own) for name, own in values.items()},
-    )
+    own_median, least, most = ({name: of(own) for name, own in values.items()} for of in (median, min, max))
+    return Measured(num_runs=len(repetitions), median=own_median, least=least, most=most)
 
 
 def quantiles(name: str, values: Sequence[float]) -> Figures:

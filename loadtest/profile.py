@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from shoal.loadtest.costs import CostModel
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, ServerInfo, Setup, read_json, write_json
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, ServerInfo, Setup, read_json
 from shoal.scheduler.config import SchedulerConfig
 
 FILE = "profile.json"
@@ -88,14 +88,8 @@ def _costly_settings(server: ServerInfo) -> dict[str, Any]:
     return {"model": server.model} | {name: sections[name] for name in sections.keys() - _FREE_SETTINGS}
 
 
-def write_profile(folder: Path, profile: Profile) -> None:
-    """Save a profile in a folder, which need not exist."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILE, profile)
-
-
 def read_profile(folder: Path) -> Profile:
-    """Read what `write_profile` saved.
+    """Read the profile that was saved in a folder.
 
     Raises:
         LoadTestError: there is none, or a field of it is missing, unknown or wrong; names the field.

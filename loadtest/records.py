@@ -18,8 +18,8 @@ from shoal.scheduler.step_record import StepRecord
 T = TypeVar("T")
 
 
-class LoadTestError(Exception):
-    """An error that is meant for a user: its text says what is wrong, and what would be right."""
+class LoadTestError(ShoalError):
+    """A load test, or a file of one, cannot be as it was asked for."""
 
 
 class Load(Struct, frozen=True, kw_only=True):

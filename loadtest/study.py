@@ -26,21 +26,20 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 
 from shoal.clients import ShoalClient
 from shoal.loadtest.costs import fit
-from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, load_run, measure, server_options
+from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, load_run, measure, server_info, server_options
 from shoal.loadtest.metrics import Cell, baseline, by, collect, speed_up, summarize
 from shoal.loadtest.plan import Plan
-from shoal.loadtest.profile import SERIES, Profile, read_profile, write_profile
+from shoal.loadtest.profile import FILE, SERIES, Profile, read_profile
 from shoal.loadtest.records import LoadTestError, PlannedRun, Run, Setup, read_json, slug, write_json
 from shoal.loadtest.report import Report, write_report
-from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WORKLOADS, WorkloadRequest, make_workload, read_workload, write_workload
 from shoal.scheduler.errors import ShoalError
+from shoal.testing import ServerProcess
 
 PLAN_FILE, PROFILE_FOLDER = "plan.json", "profile"
 PROFILED = ("chat", "code")  # workloads of the runs of a profile
-MAX_NAMED = 10  # requests in a complaint, the first of them
 
 Workloads = dict[str, list[WorkloadRequest]]  # by name
 Runs = dict[PlannedRun, Path]  # the folder of each
@@ -85,7 +84,7 @@ def conduct(plan: Plan, folder: Path) -> Report:
     differing = differing_answers(runs)
     complaints = [*failures, *(problem for cell in cells for problem in cell.problems)]
     for planned, found in differing.items():
-        named = ", ".join(found[:MAX_NAMED])
+        named = ", ".join(found[:10])
         complaints.append(f"{planned}: {len(found)} answers differ from the first run's of the workload: {named}")
     report = Report(
         made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -154,7 +153,7 @@ def make_workloads(plan: Plan, folder: Path, names: Collection[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options = server_options(plan.model, Setup(policy="fcfs", options=plan.options))
     with ServerProcess(options, folder / "preparation.log") as server, ShoalClient(server.url) as client:
-        max_model_len = server.info().limits.max_model_len
+        max_model_len = server_info(server).limits.max_model_len
         for name in dict.fromkeys(names):
             what = name, plan.num_requests, plan.seed
             made = make_workload(*what, lambda text: list(client.tokenize(text).token_ids), max_model_len)
@@ -184,7 +183,7 @@ def compare_all(plan: Plan, folder: Path, workloads: Workloads) -> tuple[Runs, l
         run_folder = folder / f"{number:03}-{planned.name}"
         try:
             measure(run_folder, planned, plan.model, workloads[planned.workload])
-        except LoadTestError as error:
+        except ShoalError as error:
             failures.append(f"{planned}: {error}")
         if (run_folder / RUN_FILE).exists():
             runs[planned] = run_folder
@@ -220,7 +219,7 @@ def measure_profile(plan: Plan, folder: Path) -> Profile:
         measure(run_folder, planned, plan.model, workloads[planned.workload][:num_requests])
         runs.append(load_run(run_folder))
     profile = Profile(server=runs[0].server, options=plan.options, versions=machine(), costs=fit(runs))
-    write_profile(folder, profile)
+    write_json(folder / FILE, profile)
     return profile
 
 
@@ -233,7 +232,7 @@ def _predictions(runs: Runs, workloads: Workloads, profile: Profile) -> tuple[li
         try:
             profile.check(server)
             found.append(simulate(planned, workloads[planned.workload], server=server, costs=profile.costs))
-        except (LoadTestError, ShoalError) as error:
+        except ShoalError as error:
             reasons[f"{planned.setup.name} was not simulated: {error}"] = None
     return found, list(reasons)
 

@@ -29,9 +29,7 @@ from shoal.scheduler.request import Request
 from shoal.scheduler.scheduler import Scheduler
 from shoal.scheduler.step_record import StepRecord
 
-SJF_ORACLE = "sjf-oracle"
-"""The policy `sjf` with all lengths known; it exists in simulations only."""
-
+SJF_ORACLE = "sjf-oracle"  # the policy `sjf` with all lengths known; it exists in simulations only
 _STOP = -1  # a token that is in no prompt, whatever the vocabulary
 
 

@@ -43,8 +43,8 @@ ROOMS = {
     ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room(
-        "shoal.extras shoal.clients shoal.scheduler",
-        "click gevent geventhttpclient httpx jinja2 locust matplotlib msgspec numpy psutil scipy tqdm",
+        "shoal.extras shoal.testing shoal.clients shoal.scheduler",
+        "click gevent geventhttpclient jinja2 locust matplotlib msgspec numpy scipy tqdm",
     ),
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")

@@ -23,10 +23,10 @@ from bench.peers.gguf import write_gguf
 from bench.server import fresh_process, stream_all
 from bench.table import show
 from bench.timing import seconds
-from shoal.loadtest.server import ServerProcess
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import CheckpointError
+from shoal.testing import ServerProcess
 
 MODEL = "smollm2-135m"
 CONCURRENCIES = (1, 8, 32)

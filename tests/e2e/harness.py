@@ -18,7 +18,7 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.loadtest.server import ServerProcess
+from shoal.testing import ServerProcess
 
 SHOAL = str(Path(sys.executable).parent / "shoal")
 PATIENCE = 280.0  # seconds that anything may take on a busy machine; no test measures time

@@ -1,17 +1,18 @@
-"""One run: real locust processes against a fake server that fails on command, and real processes as servers."""
+"""One run: real locust processes against a fake server that fails on command."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
 
 from shoal.loadtest import measure
-from shoal.loadtest.measure import run_locust, server_options
+from shoal.loadtest.measure import run_locust, server_info, server_options
 from shoal.loadtest.records import Load, LoadTestError, Setup
-from shoal.loadtest.server import ServerProcess
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.workload import WorkloadRequest, write_workload
 from tests.loadtest.streaming_server import StreamingServer
@@ -83,72 +84,24 @@ def test_locust_that_fails_says_why(workload: Path, tmp_path: Path) -> None:
         run_locust("http://127.0.0.1:1", workload, Load(), tmp_path / "r.jsonl")
 
 
-# -- the server process ----------------------------------------------------------------------------------------------
-
-HEALTHY = """
-import json, sys, signal
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"model": "m", "limits": {"num_blocks": 12, "max_model_len": %s}}).encode())
-
-%s
-HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
-"""
+# -- the server ------------------------------------------------------------------------------------------------------
 
 
-def process(tmp_path: Path, script: str) -> ServerProcess:
-    return ServerProcess([], tmp_path / "log", command=(sys.executable, "-c", script))
+def saying(answer: object) -> Any:
+    """A server that says this of itself."""
+    request = httpx.Request("GET", "http://127.0.0.1:1/server_info")
+    return SimpleNamespace(fetch=lambda path: httpx.Response(200, json=answer, request=request))
 
 
-def test_a_server_says_what_it_is(tmp_path: Path) -> None:
-    with process(tmp_path, HEALTHY % (128, "")) as server:
-        info = server.info()
-        assert (info.model, info.limits.num_blocks, info.limits.block_size, info.limits.max_model_len) == (
-            "m",
-            12,
-            16,
-            128,
-        )
-        server.check()
-        assert server.cpu_seconds() == (0.0, 0.0), "there is no engine"
-    with pytest.raises(LoadTestError, match="by signal SIGTERM"):
-        server.check()
+def test_a_server_says_what_it_is() -> None:
+    info = server_info(saying({"model": "m", "limits": {"num_blocks": 12, "max_model_len": 128}}))
+    assert (info.model, info.limits.num_blocks, info.limits.max_model_len) == ("m", 12, 128)
+    assert info.limits.block_size == 16
 
 
-def test_an_answer_that_makes_no_sense_is_named(tmp_path: Path) -> None:
-    with (
-        process(tmp_path, HEALTHY % (0, "")) as server,
-        pytest.raises(LoadTestError, match="server_info: max_model_len must be at least 1"),
-    ):
-        server.info()
-
-
-def test_a_server_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.loadtest.server.END_SECONDS", 0.1)
-    with process(tmp_path, HEALTHY % (1, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")) as server:
-        pass
-    with pytest.raises(LoadTestError, match="by signal SIGKILL"):
-        server.check()
-
-
-def test_a_server_that_ends_at_once_is_quoted(tmp_path: Path) -> None:
-    script = "import sys; print('shoal serve: no such model'); sys.exit(2)"
-    with (
-        pytest.raises(LoadTestError, match=r"(?s)exit code 2; the last lines of its log:.*no such model"),
-        process(tmp_path, script),
-    ):
-        pass
-
-
-def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
-    server = process(tmp_path, "import time; time.sleep(60)")
-    with pytest.raises(LoadTestError, match=r"not ready after 0.2 s; its log is empty"):
-        server.wait_ready(0.2)
-    server.kill()
+def test_an_answer_that_makes_no_sense_is_named() -> None:
+    with pytest.raises(LoadTestError, match="server_info: max_model_len must be at least 1"):
+        server_info(saying({"model": "m", "limits": {"num_blocks": 12, "max_model_len": 0}}))
 
 
 def test_the_command_line_of_a_server() -> None:

@@ -11,14 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from shoal.loadtest.costs import fit
-from shoal.loadtest.profile import (
-    FILE,
-    SERIES,
-    Profile,
-    read_profile,
-    write_profile,
-)
-from shoal.loadtest.records import Load, LoadTestError, Run
+from shoal.loadtest.profile import FILE, SERIES, Profile, read_profile
+from shoal.loadtest.records import Load, LoadTestError, Run, write_json
 from shoal.loadtest.twin import simulate
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
@@ -76,8 +70,8 @@ def test_a_server_whose_steps_have_other_costs_is_not_predicted() -> None:
 
 
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
-    write_profile(tmp_path / "new", PROFILE)
-    assert read_profile(tmp_path / "new") == PROFILE
+    write_json(tmp_path / FILE, PROFILE)
+    assert read_profile(tmp_path) == PROFILE
 
 
 def test_no_profile_is_refused(tmp_path: Path) -> None:
@@ -103,7 +97,7 @@ def test_no_profile_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_broken_is_refused_by_name(*, tmp_path: Path, path: str, value: object, message: str) -> None:
-    write_profile(tmp_path, PROFILE)
+    write_json(tmp_path / FILE, PROFILE)
     saved = json.loads((tmp_path / FILE).read_text())
     *parents, last = path.split(".")
     place = saved

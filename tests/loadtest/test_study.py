@@ -15,10 +15,11 @@ from shoal.loadtest import measure, study
 from shoal.loadtest.measure import TRACE_FILE, load_run
 from shoal.loadtest.plan import Plan, crossed, make_plan
 from shoal.loadtest.profile import SERIES, read_profile
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, ServerInfo, Setup
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Setup
 from shoal.loadtest.study import PROFILED, Runs, begin, compare_all, differing_answers, measure_profile, workload_file
 from shoal.loadtest.traffic import Begin, End
 from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
+from shoal.testing import ServerFailedError
 from tests.loadtest.made_runs import SERVER
 from tests.loadtest.twin import REALISTIC
 
@@ -42,7 +43,7 @@ class World:
         policy = options[options.index("--policy") + 1]
         self.starts.append(policy)
         if policy in self.dies_at_start:
-            raise LoadTestError("the server ended with exit code 2; the last lines of its log:\nno")
+            raise ServerFailedError("the server ended with exit code 2; the last lines of its log:\nno")
         Path(options[options.index("--trace") + 1]).write_text("[")
         return nullcontext(FakeServer(policy))
 
@@ -58,20 +59,18 @@ class World:
         lines = [Begin(STARTED_AT), *answers, *([] if dies else [End(cpu_seconds=0.25)])]
         results.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
         if dies:
-            raise LoadTestError("the server ended by signal SIGKILL; its log is empty")
+            raise ServerFailedError("the server ended by signal SIGKILL; its log is empty")
 
     def replaces(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(measure, "ServerProcess", self.start_server)
         patch.setattr(measure, "run_locust", self.run_load)
         patch.setattr(measure, "warm", lambda url: None)
+        patch.setattr(measure, "server_info", lambda server: SERVER)
 
 
 @dataclass
 class FakeServer:
     url: str
-
-    def info(self) -> ServerInfo:
-        return SERVER
 
     def cpu_seconds(self) -> tuple[float, float]:
         return 0.0, 0.0
@@ -272,6 +271,6 @@ def test_a_profile_ends_with_the_first_run_that_fails(tmp_path: Path, monkeypatc
     what, world = plan("fcfs"), World(dies_at_start={"fcfs"})
     save_requests(tmp_path, PROFILED)
     world.replaces(monkeypatch)
-    with pytest.raises(LoadTestError, match="the server ended with exit code 2"):
+    with pytest.raises(ServerFailedError, match="the server ended with exit code 2"):
         measure_profile(what, tmp_path)
     assert world.starts == ["fcfs"]

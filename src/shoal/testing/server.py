@@ -1,4 +1,4 @@
-"""The server under test: a real process, started as its users start it."""
+"""A real server process, started as its users start it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-import psutil
 
 from shoal.clients import ClientError
-from shoal.loadtest.records import LoadTestError, ServerInfo, decode
+from shoal.scheduler.errors import ShoalError
 
 START_SECONDS = 120.0
 END_SECONDS = 10.0
 POLL_SECONDS = 0.05
 NUM_LAST_LINES = 25
 COMMAND = (sys.executable, "-m", "shoal", "serve")
+
+
+class ServerFailedError(ShoalError):
+    """The server ended, was not ready in time, or does not answer; the message has the last lines of its log."""
 
 
 class ServerProcess:
@@ -73,11 +76,11 @@ class ServerProcess:
             raise
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """End it; raise LoadTestError, with the last lines of its log, if it has not answered what was asked."""
+        """End it; raise ServerFailedError, with the last lines of its log, if it has not answered what was asked."""
         try:
             if isinstance(error, (ClientError, httpx.HTTPError)):
                 self.check()
-                raise LoadTestError(f"the server does not answer: {error}") from error
+                raise ServerFailedError(f"the server does not answer: {error}") from error
         finally:
             self.end()
 
@@ -94,32 +97,29 @@ class ServerProcess:
         """Wait until the server answers at `/health`.
 
         Raises:
-            LoadTestError: it ended, or was not ready in time; with the last lines of its log.
+            ServerFailedError: it ended, or was not ready in time; with the last lines of its log.
         """
         deadline = time.monotonic() + seconds
         while True:
             with suppress(httpx.TransportError):
-                if self._get("health").is_success:
+                if self.fetch("health").is_success:
                     return self
             self.check()
             if time.monotonic() > deadline:
-                raise LoadTestError(f"the server was not ready after {seconds:g} s; {last_lines(self._log)}")
+                raise ServerFailedError(f"the server was not ready after {seconds:g} s; {last_lines(self._log)}")
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
-        """Raise LoadTestError if the server has ended."""
+        """Raise ServerFailedError if the server has ended."""
         code = self.process.poll()
         if code is not None:
             how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            raise LoadTestError(f"the server ended {how}; {last_lines(self._log)}")
-
-    def info(self) -> ServerInfo:
-        """What the server says of itself; raises LoadTestError if that makes no sense."""
-        answer = self._get("server_info").raise_for_status()
-        return decode(answer.content, ServerInfo, str(answer.url))
+            raise ServerFailedError(f"the server ended {how}; {last_lines(self._log)}")
 
     def engine_pid(self) -> int | None:
         """The engine process; None while there is none."""
+        import psutil  # noqa: PLC0415  (only those who measure have it)
+
         with suppress(psutil.Error):
             children = psutil.Process(self.process.pid).children()
             return next((child.pid for child in children if "engine" in " ".join(child.cmdline())), None)
@@ -146,10 +146,13 @@ class ServerProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def _get(self, path: str) -> httpx.Response:
+    def fetch(self, path: str) -> httpx.Response:
+        """The answer to a GET without a key."""
         return httpx.get(f"{self.url}/{path}", timeout=END_SECONDS, trust_env=False)
 
     def _of_both(self, read: Callable[[Any], float]) -> tuple[float, float]:
+        import psutil  # noqa: PLC0415
+
         with suppress(psutil.Error):
             return read(psutil.Process(self.process.pid)), read(psutil.Process(self.engine_pid() or 0))
         return 0.0, 0.0
