@@ -18,7 +18,17 @@ from pathlib import Path
 from msgspec.structs import asdict, replace
 
 from shoal.clients import ShoalClient
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, ServerInfo, Setup, decode, read_json, write_json
+from shoal.loadtest.records import (
+    Load,
+    LoadTestError,
+    PlannedRun,
+    Run,
+    ServerInfo,
+    Setup,
+    decode,
+    read_json,
+    write_json,
+)
 from shoal.loadtest.trace import pack, read_trace
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.workload import WorkloadRequest, write_workload
