@@ -18,17 +18,7 @@ from pathlib import Path
 from msgspec.structs import asdict, replace
 
 from shoal.clients import ShoalClient
-from shoal.loadtest.records import (
-    Load,
-    LoadTestError,
-    PlannedRun,
-    Run,
-    ServerInfo,
-    Setup,
-    decode,
-    read_json,
-    write_json,
-)
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, ServerInfo, Setup, read_json, write_json
 from shoal.loadtest.trace import pack, read_trace
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.workload import WorkloadRequest, write_workload
@@ -56,7 +46,7 @@ def measure(folder: Path, planned: PlannedRun, model: str, requests: Sequence[Wo
     try:
         with ServerProcess(options, folder / "server.log") as server:
             warm(server.url)
-            run = Run(**asdict(planned), server=server_info(server))
+            run = Run(**asdict(planned), server=ServerInfo.of(server))
             before = server.cpu_seconds()
             try:
                 run_locust(server.url, workload, planned.load, results)
@@ -85,12 +75,6 @@ def load_run(folder: Path, *, with_steps: bool = True) -> Run:
 def server_options(model: str, setup: Setup) -> list[str]:
     """The command line of `shoal serve` for a setup."""
     return ["--model", model, "--policy", setup.policy, "--speculation", setup.speculation, *setup.options]
-
-
-def server_info(server: ServerProcess) -> ServerInfo:
-    """What the server says of itself; raises LoadTestError if that makes no sense."""
-    answer = server.fetch("server_info").raise_for_status()
-    return decode(answer.content, ServerInfo, str(answer.url))
 
 
 def warm(url: str) -> None:

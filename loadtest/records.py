@@ -14,6 +14,7 @@ from msgspec import Struct, field
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.step_record import StepRecord
+from shoal.testing import ServerProcess
 
 T = TypeVar("T")
 
@@ -111,6 +112,12 @@ class ServerInfo(Struct, kw_only=True):
     model: str = ""
     limits: SchedulerConfig
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, server: ServerProcess) -> ServerInfo:
+        """What a server says of itself; raises LoadTestError if that makes no sense."""
+        answer = server.fetch("server_info").raise_for_status()
+        return decode(answer.content, cls, str(answer.url))
 
 
 class RequestRecord(Struct, kw_only=True, tag="request", tag_field="kind"):

@@ -71,8 +71,7 @@ class Section(NamedTuple):
 
 def title(name: str) -> str:
     """A figure as people write it, with its unit."""
-    unit = " [ms]" if name.endswith(IN_MS) else " [%]" if name.endswith(IN_PERCENT) else ""
-    return words(name) + unit
+    return words(name) + (" [ms]" if name.endswith(IN_MS) else " [%]" if name.endswith(IN_PERCENT) else "")
 
 
 def text(name: str, value: float | None) -> str:

@@ -26,11 +26,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 
 from shoal.clients import ShoalClient
 from shoal.loadtest.costs import fit
-from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, load_run, measure, server_info, server_options
+from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, load_run, measure, server_options
 from shoal.loadtest.metrics import Cell, baseline, by, collect, speed_up, summarize
 from shoal.loadtest.plan import Plan
 from shoal.loadtest.profile import FILE, SERIES, Profile, read_profile
-from shoal.loadtest.records import LoadTestError, PlannedRun, Run, Setup, read_json, slug, write_json
+from shoal.loadtest.records import LoadTestError, PlannedRun, Run, ServerInfo, Setup, read_json, slug, write_json
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.twin import simulate
@@ -153,7 +153,7 @@ def make_workloads(plan: Plan, folder: Path, names: Collection[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options = server_options(plan.model, Setup(policy="fcfs", options=plan.options))
     with ServerProcess(options, folder / "preparation.log") as server, ShoalClient(server.url) as client:
-        max_model_len = server_info(server).limits.max_model_len
+        max_model_len = ServerInfo.of(server).limits.max_model_len
         for name in dict.fromkeys(names):
             what = name, plan.num_requests, plan.seed
             made = make_workload(*what, lambda text: list(client.tokenize(text).token_ids), max_model_len)

@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 
 from shoal.loadtest.cli import loadtest, simulate
 from shoal.loadtest.costs import CostModel
-from shoal.loadtest.measure import load_run, server_info
+from shoal.loadtest.measure import load_run
 from shoal.loadtest.profile import FILE, Profile
-from shoal.loadtest.records import RequestRecord, write_json
+from shoal.loadtest.records import RequestRecord, ServerInfo, write_json
 from shoal.loadtest.workload import WorkloadRequest, read_workload
 from tests.e2e.harness import Server
 from tests.loadtest.twin import REALISTIC
@@ -26,7 +26,7 @@ def profile(main: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Costs that are made up, of a server that was asked."""
     costs: CostModel = REALISTIC
     folder = tmp_path_factory.mktemp("profile")
-    write_json(folder / FILE, Profile(server=server_info(main), costs=costs))
+    write_json(folder / FILE, Profile(server=ServerInfo.of(main), costs=costs))
     return folder
 
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from shoal.loadtest import measure
-from shoal.loadtest.measure import run_locust, server_info, server_options
-from shoal.loadtest.records import Load, LoadTestError, Setup
+from shoal.loadtest.measure import run_locust, server_options
+from shoal.loadtest.records import Load, LoadTestError, ServerInfo, Setup
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.workload import WorkloadRequest, write_workload
 from tests.loadtest.streaming_server import StreamingServer
@@ -94,14 +94,14 @@ def saying(answer: object) -> Any:
 
 
 def test_a_server_says_what_it_is() -> None:
-    info = server_info(saying({"model": "m", "limits": {"num_blocks": 12, "max_model_len": 128}}))
+    info = ServerInfo.of(saying({"model": "m", "limits": {"num_blocks": 12, "max_model_len": 128}}))
     assert (info.model, info.limits.num_blocks, info.limits.max_model_len) == ("m", 12, 128)
     assert info.limits.block_size == 16
 
 
 def test_an_answer_that_makes_no_sense_is_named() -> None:
     with pytest.raises(LoadTestError, match="server_info: max_model_len must be at least 1"):
-        server_info(saying({"model": "m", "limits": {"num_blocks": 12, "max_model_len": 0}}))
+        ServerInfo.of(saying({"model": "m", "limits": {"num_blocks": 12, "max_model_len": 0}}))
 
 
 def test_the_command_line_of_a_server() -> None:

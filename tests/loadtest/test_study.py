@@ -15,7 +15,7 @@ from shoal.loadtest import measure, study
 from shoal.loadtest.measure import TRACE_FILE, load_run
 from shoal.loadtest.plan import Plan, crossed, make_plan
 from shoal.loadtest.profile import SERIES, read_profile
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Setup
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, ServerInfo, Setup
 from shoal.loadtest.study import PROFILED, Runs, begin, compare_all, differing_answers, measure_profile, workload_file
 from shoal.loadtest.traffic import Begin, End
 from shoal.loadtest.workload import WorkloadRequest, read_workload, write_workload
@@ -65,7 +65,7 @@ class World:
         patch.setattr(measure, "ServerProcess", self.start_server)
         patch.setattr(measure, "run_locust", self.run_load)
         patch.setattr(measure, "warm", lambda url: None)
-        patch.setattr(measure, "server_info", lambda server: SERVER)
+        patch.setattr(ServerInfo, "of", lambda server: SERVER)
 
 
 @dataclass
