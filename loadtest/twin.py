@@ -22,7 +22,7 @@ from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler import output
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ShoalError
-from shoal.scheduler.policies import Policy, create_policy, select_knobs
+from shoal.scheduler.policies import Policy, find_policy
 from shoal.scheduler.policies.predictor import Oracle
 from shoal.scheduler.policies.sjf import ShortestJobFirst
 from shoal.scheduler.request import Request
@@ -53,7 +53,8 @@ def simulate(planned: PlannedRun, requests: Sequence[WorkloadRequest], *, server
         chosen = ShortestJobFirst.Knobs(ageing_tokens=knobs["ageing_tokens"])
         policy: Policy = ShortestJobFirst(limits, chosen, Oracle(lengths))
     else:
-        policy = create_policy(setup.policy, limits, select_knobs(setup.policy, knobs))
+        kind = find_policy(setup.policy)
+        policy = kind(limits, kind.Knobs.select(knobs))
     simulation = Simulation(requests, planned.load, policy=policy, costs=costs, seed=planned.repetition)
     simulation.run()
     records = sorted(simulation.records.values(), key=lambda record: record.sent_at)

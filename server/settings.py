@@ -19,7 +19,7 @@ from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.model.speculation.config import SpeculationConfig
 from shoal.scheduler.config import Config, SchedulerLimits, check_setting, setting
 from shoal.scheduler.errors import ConfigError
-from shoal.scheduler.policies import POLICIES, find_policy, select_knobs
+from shoal.scheduler.policies import POLICIES, find_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def resolve(values: Mapping[str, Any]) -> Settings:
 
 def _build(model: str, taken: Mapping[str, Mapping[str, Any]]) -> Settings:
     made: dict[str, Any] = {section: kind.select(taken[section]) for section, kind in _SECTIONS.items()}
-    knobs = {name: select_knobs(name, taken["scheduler"]) for name in POLICIES}
+    knobs = {name: policy.Knobs.select(taken["scheduler"]) for name, policy in POLICIES.items()}
     return Settings(model=model, knobs=knobs, **made)
 
 

@@ -11,7 +11,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.engine import EngineCore, Executor
@@ -26,7 +26,7 @@ from shoal.scheduler.output import (
     StepResult,
     TokenLogprobs,
 )
-from shoal.scheduler.policies import Policy, create_policy
+from shoal.scheduler.policies import Policy, find_policy
 from shoal.scheduler.request import Request, RequestStatus
 from shoal.scheduler.scheduler import Scheduler
 
@@ -42,6 +42,12 @@ def params(max_tokens: int = 4, **others: object) -> SamplingParams:
 
 def make_policy(kind: type[AnyPolicy], **knobs: object) -> AnyPolicy:
     return kind(LIMITS, kind.Knobs(**knobs))
+
+
+def named_policy(name: str, limits: SchedulerConfig, values: Mapping[str, Any]) -> Policy:
+    """The policy of this name, with those of these values that are its knobs."""
+    kind = find_policy(name)
+    return kind(limits, kind.Knobs.select(values))
 
 
 def digest(context: list[int], seed: int = 0) -> int:
@@ -244,9 +250,11 @@ class Harness:
     ) -> None:
         defaults = {"num_blocks": 64, "block_size": 4, "max_model_len": 128, "max_num_seqs": 8}
         self.config = SchedulerConfig(**(defaults | {"max_num_batched_tokens": 64} | limits))  # type: ignore[arg-type]
-        made = create_policy(policy, self.config, knobs) if isinstance(policy, str) else policy
-        self.scheduler = Scheduler(self.config, made)
-        self._pauses, made.pauses = made.pauses, self._note_pause  # type: ignore[method-assign]
+        if isinstance(policy, str):
+            kind = find_policy(policy)
+            policy = kind(self.config, knobs or kind.Knobs())
+        self.scheduler = Scheduler(self.config, policy)
+        self._pauses, policy.pauses = policy.pauses, self._note_pause  # type: ignore[method-assign]
         self._paused: set[Request] = set()  # requests that were to pause
         self.num_pauses = 0
         self.executor = FakeExecutor(self.config.block_size, choose or hashed(50), draft)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
 
-from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.errors import ConfigError
 from shoal.scheduler.policies.policy import Policy as Policy
 
@@ -40,30 +37,6 @@ def find_policy(name: str) -> type[Policy]:
     if name not in POLICIES:
         raise ConfigError(f"unknown policy {name!r}; known are {', '.join(POLICIES)}", param="policy")
     return POLICIES[name]
-
-
-def create_policy(name: str, config: SchedulerConfig, knobs: Config | None = None) -> Policy:
-    """Make the policy of this name.
-
-    Args:
-        knobs: of the type `find_policy(name).Knobs`; None for their defaults.
-
-    Raises:
-        ConfigError: there is no such policy.
-    """
-    kind = find_policy(name)
-    return kind(config, kind.Knobs() if knobs is None else knobs)
-
-
-def select_knobs(name: str, values: Mapping[str, Any]) -> Config:
-    """The knobs of the policy of this name, out of values that may be those of other policies too.
-
-    Knobs that `values` lacks have their defaults.
-
-    Raises:
-        ConfigError: there is no such policy, or a value is out of range.
-    """
-    return find_policy(name).Knobs.select(values)
 
 
 def describe_policies() -> dict[str, str]:

@@ -13,7 +13,7 @@ from shoal.model.step.executor import ModelExecutor
 from shoal.scheduler.config import SchedulerConfig, SchedulerLimits
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ConfigError
-from shoal.scheduler.policies import create_policy
+from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.backends import plan_backend
 from shoal.server.engine.chrome_trace import ChromeTrace
@@ -63,7 +63,7 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         num_lookahead_tokens=speculation.num_lookahead_tokens if speculation else 0,
     )
     policy = settings.scheduler.policy
-    scheduler = Scheduler(limits, create_policy(policy, limits, settings.knobs[policy]))
+    scheduler = Scheduler(limits, POLICIES[policy](limits, settings.knobs[policy]))
     progress(f"preparing {record.num_parameters / 1e6:.1f} M parameters and {num_bytes // 2**20} MiB of KV cache")
     backend = plan.create(record, num_blocks)
     executor = ModelExecutor(

@@ -18,10 +18,11 @@ from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import SamplingParams, SchedulerOutput, SchedulingParams, StepResult
-from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
+from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, EngineRequest, News, Report, Submit
+from tests.fakes import named_policy
 from tests.loadtest.twin import LIMITS, SECONDS, ask
 
 STOP = -1
@@ -155,7 +156,7 @@ def decisions_of_server(
         clock.now += seconds
 
     executor = ScriptedExecutor(workload, wait, seed=7)
-    core = EngineCore(Scheduler(limits, create_policy(policy, limits, select_knobs(policy, KNOBS))), executor, clock)
+    core = EngineCore(Scheduler(limits, named_policy(policy, limits, KNOBS)), executor, clock)
     server = Server(workload, load, clock)
     loop = EngineLoop(core, server)
     while server.num_unfinished:
@@ -166,7 +167,7 @@ def decisions_of_server(
 def decisions_of_twin(
     workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig
 ) -> list[SchedulerOutput]:
-    made = create_policy(policy, limits, select_knobs(policy, KNOBS))
+    made = named_policy(policy, limits, KNOBS)
     simulation = Simulation(workload, load, policy=made, costs=SECONDS)
 
     def wait(seconds: float) -> None:

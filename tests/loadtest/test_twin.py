@@ -18,9 +18,10 @@ from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
 from shoal.scheduler.output import RequestOutput
-from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
+from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.policies.fcfs import FirstComeFirstServed
 from shoal.scheduler.request import Request
+from tests.fakes import named_policy
 from tests.loadtest.twin import LIMITS, REALISTIC, SECONDS, ask, chat, run, server_info
 
 
@@ -39,8 +40,8 @@ def record(run: Run, request_id: str) -> RequestRecord:
 
 def generate(workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig) -> dict[str, list[int]]:
     """Simulate, check what must hold in each run, and return the tokens of each request."""
-    knobs = select_knobs(policy, {"ageing_seconds": 1, "static_timeout_seconds": 0.05})
-    simulation = Simulation(workload, load, policy=create_policy(policy, limits, knobs), costs=REALISTIC)
+    made = named_policy(policy, limits, {"ageing_seconds": 1, "static_timeout_seconds": 0.05})
+    simulation = Simulation(workload, load, policy=made, costs=REALISTIC)
     found: dict[str, list[int]] = {request.request_id: [] for request in workload}
     step = simulation.core.step
 

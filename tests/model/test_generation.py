@@ -19,9 +19,10 @@ from shoal.model.step.executor import ModelExecutor
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
-from shoal.scheduler.policies import POLICIES, create_policy, select_knobs
+from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.request import Request
 from shoal.scheduler.scheduler import Scheduler
+from tests.fakes import named_policy
 from tests.model.oracles import SHAPES
 
 # Backend, its options, and the size of its blocks, to which prompts and limits are in proportion.
@@ -78,7 +79,7 @@ def run(
     to_come = list(requests)
     step = 0
     core = EngineCore(
-        Scheduler(config, create_policy(policy, config, select_knobs(policy, {"fair_lead": fair_lead}))),
+        Scheduler(config, named_policy(policy, config, {"fair_lead": fair_lead})),
         executor,
         lambda: float(step),
     )

@@ -14,7 +14,7 @@ from shoal.scheduler import policies
 from shoal.scheduler.config import Config, SchedulerConfig
 from shoal.scheduler.errors import ConfigError
 from shoal.scheduler.output import FinishReason, SchedulerOutput
-from shoal.scheduler.policies import POLICIES, create_policy, describe_policies, select_knobs
+from shoal.scheduler.policies import POLICIES, describe_policies, find_policy
 from shoal.scheduler.policies.fair import VirtualTokenCounter
 from shoal.scheduler.policies.fcfs import FirstComeFirstServed
 from shoal.scheduler.policies.policy import KeyedPolicy
@@ -25,13 +25,13 @@ KINDS = {knob.name: policy.Knobs for policy in POLICIES.values() for knob in fie
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_policies_are_made_by_name(name: str) -> None:
-    assert type(create_policy(name, LIMITS)) is POLICIES[name]
+def test_policies_are_found_by_name(name: str) -> None:
+    assert find_policy(name) is POLICIES[name]
 
 
 def test_an_unknown_policy_is_refused_with_the_names_known() -> None:
     with pytest.raises(ConfigError, match=f"'lifo'.*{', '.join(POLICIES)}") as caught:
-        create_policy("lifo", LIMITS)
+        find_policy("lifo")
     assert caught.value.param == "policy"
 
 
@@ -61,10 +61,11 @@ def test_the_knobs_of_all_policies_have_names_of_their_own() -> None:
 
 
 def test_a_policy_takes_its_own_knobs_out_of_those_of_all() -> None:
-    assert select_knobs("fair", {"fair_lead": 3, "ageing_tokens": 4}) == VirtualTokenCounter.Knobs(fair_lead=3)
-    assert select_knobs("fcfs", {"fair_lead": 3}) == Config()
+    knobs = VirtualTokenCounter.Knobs(fair_lead=3)
+    assert POLICIES["fair"].Knobs.select({"fair_lead": 3, "ageing_tokens": 4}) == knobs
+    assert POLICIES["fcfs"].Knobs.select({"fair_lead": 3}) == Config()
     with pytest.raises(AssertionError, match="another policy"):
-        create_policy("sjf", LIMITS, select_knobs("fair", {}))
+        POLICIES["sjf"](LIMITS, knobs)
 
 
 LONGEST_FIRST = '''
@@ -111,7 +112,8 @@ def test_a_policy_is_added_in_one_file_of_25_lines_with_its_knob() -> None:
     assert policies.POLICIES.keys() == POLICIES.keys() | {"longest"}
     assert describe_policies()["longest"] == "The longest prompt goes first; waiting makes up for length."
     for patience, expected in ((2.0, ["long", "short"]), (0.5, ["short", "long"])):
-        harness = Harness(max_num_seqs=1, policy="longest", knobs=select_knobs("longest", {"patience": patience}))
+        knobs = find_policy("longest").Knobs.select({"patience": patience})
+        harness = Harness(max_num_seqs=1, policy="longest", knobs=knobs)
         harness.add("short", [1], max_tokens=1)
         harness.now = 2.0
         harness.add("long", [1, 2, 3], max_tokens=1)

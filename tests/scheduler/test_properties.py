@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from shoal.scheduler.config import Config
 from shoal.scheduler.errors import ContextLengthError, QueueFullError
 from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
-from shoal.scheduler.policies import POLICIES, select_knobs
+from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.policies.fair import VirtualTokenCounter
 from tests.fakes import Draft, Harness, InjectedError, digest, generate, hashed
 
@@ -33,7 +33,7 @@ KNOBS = {
 }
 # With its default lead, `fair` pauses no request in such a short run.
 CASES = [
-    *(pytest.param(policy, select_knobs(policy, KNOBS), id=policy) for policy in POLICIES),
+    *(pytest.param(name, policy.Knobs.select(KNOBS), id=name) for name, policy in POLICIES.items()),
     *(pytest.param("fair", VirtualTokenCounter.Knobs(fair_lead=lead), id=f"fair-{lead}") for lead in (1, 10)),
 ]
 

@@ -9,7 +9,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.scheduler.policies import POLICIES, select_knobs
+from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.step_record import ShareRecord, StepRecord
 from tests.fakes import Choose, Harness, InjectedError, hashed
 
@@ -187,7 +187,7 @@ def test_what_it_says_of_memory_and_work_is_what_was_done(
         choose,
         (lambda request_id, context: draft(choose, request_id, context)) if speculates else None,
         policy=policy,
-        knobs=select_knobs(policy, {"fair_lead": 2}),
+        knobs=POLICIES[policy].Knobs.select({"fair_lead": 2}),
         num_blocks=num_blocks,
         max_num_seqs=4,
         max_chunk_tokens=7,
