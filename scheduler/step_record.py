@@ -63,19 +63,6 @@ class StepRecord:
         """The whole step."""
         return self.schedule_seconds + self.execute_seconds + self.update_seconds
 
-    @property
-    def num_pairs(self) -> int:
-        """Pairs of a query and a key that it sees, over the whole step."""
-        return sum(
-            share.num_scheduled_tokens * (2 * share.num_computed_tokens + share.num_scheduled_tokens + 1) // 2
-            for share in self.shares
-        )
-
-    @property
-    def num_keys(self) -> int:
-        """Keys that the shares see.  Each share's are counted once, however many queries it has."""
-        return sum(share.num_computed_tokens + share.num_scheduled_tokens for share in self.shares)
-
 
 class StepRecorder:
     """Makes the records of the steps of a scheduler's engine."""
