@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -17,19 +16,10 @@ class NativeBuildHook(BuildHookInterface[Any]):
     """A wheel that carries libraries is tagged for the platform they were compiled on."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        build = _load(Path(self.root) / FOLDER / "build.py")
+        sys.path.insert(0, str(Path(self.root) / "src"))  # what is being built is not installed yet
+        build = import_module("shoal.model.native.build")
         libraries = build.build(list(build.isa_flags()))
         if libraries:
             build_data["pure_python"] = False
             build_data["infer_tag"] = True
             build_data["artifacts"] += [f"{FOLDER}/{library.name}" for library in libraries]
-
-
-def _load(path: Path) -> ModuleType:
-    """The module at the path: the packages that are being built cannot be imported yet."""
-    spec = importlib.util.spec_from_file_location("shoal_native_build", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
