@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from hashlib import blake2b
 
 from shoal.scheduler.block_pool import BlockPool
@@ -21,11 +20,6 @@ class KVCache:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-
-    @property
-    def usage(self) -> float:
-        """Share of the blocks that requests own, 0 to 1."""
-        return self.pool.num_owned / self.pool.num_blocks
 
     def reserve(self, request: Request) -> list[int] | None:
         """Extend the block table to hold all tokens known of the request, drafted ones included.
@@ -76,10 +70,6 @@ class KVCache:
         self.pool.release(reversed(request.block_ids))
         request.block_ids = []
         request.num_computed_tokens = 0
-
-    def check(self, requests: Iterable[Request]) -> None:
-        """Assert the accounting equation, given all requests that own blocks."""
-        self.pool.check(request.block_ids for request in requests)
 
     def _find_prefix(self, request: Request) -> list[int]:
         """The longest run of cached blocks that the request starts with; at least one token is left to compute."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from enum import Enum
 
 from shoal.scheduler.output import SamplingParams, SchedulingParams
@@ -14,6 +15,7 @@ class RequestStatus(str, Enum):
     FINISHED = "finished"
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
     """One request.  It has no phase: `num_computed_tokens` chases `num_tokens_with_spec`.
 
@@ -32,56 +34,33 @@ class Request:
         scheduled_time: when the request first joined a step; None before.
     """
 
-    __slots__ = (
-        "arrival_time",
-        "block_hashes",
-        "block_ids",
-        "max_num_tokens",
-        "num_cached_tokens",
-        "num_computed_tokens",
-        "num_preemptions",
-        "num_prompt_tokens",
-        "num_scored_tokens",
-        "params",
-        "request_id",
-        "row",
-        "scheduled_time",
-        "scheduling",
-        "spec_token_ids",
-        "speculates",
-        "status",
-        "token_ids",
-    )
+    request_id: str
+    prompt_token_ids: InitVar[list[int]]
+    params: SamplingParams
+    arrival_time: float
+    output_token_ids: InitVar[list[int] | None] = None
+    _: KW_ONLY
+    scheduling: SchedulingParams = field(default_factory=SchedulingParams)
+    speculates: bool = True
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        arrival_time: float,
-        output_token_ids: list[int] | None = None,
-        *,
-        scheduling: SchedulingParams | None = None,
-        speculates: bool = True,
-    ) -> None:
-        self.request_id = request_id
-        self.num_prompt_tokens = len(prompt_token_ids)
+    token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    max_num_tokens: int = field(init=False)
+    status: RequestStatus = RequestStatus.WAITING
+    spec_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    row: int = -1
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    num_scored_tokens: int = 1  # nothing predicts the first token
+    num_preemptions: int = 0
+    scheduled_time: float | None = None
+
+    def __post_init__(self, prompt_token_ids: list[int], output_token_ids: list[int] | None) -> None:
         self.token_ids = prompt_token_ids + (output_token_ids or [])
-        self.max_num_tokens = self.num_prompt_tokens + params.max_tokens
-        self.params = params
-        self.arrival_time = arrival_time
-        self.scheduling = scheduling or SchedulingParams()
-        self.status = RequestStatus.WAITING
-        self.speculates = speculates
-        self.spec_token_ids: list[int] = []
-        self.num_computed_tokens = 0
-        self.row = -1
-        self.block_ids: list[int] = []
-        self.block_hashes: list[bytes] = []
-        self.num_cached_tokens = 0
-        self.num_scored_tokens = 1  # nothing predicts the first token
-        self.num_preemptions = 0
-        self.scheduled_time: float | None = None
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + self.params.max_tokens
 
     @property
     def num_tokens(self) -> int:

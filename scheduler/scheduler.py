@@ -154,7 +154,7 @@ class Scheduler:
         return SchedulerStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            kv_cache_usage=self.kv_cache.usage,
+            kv_cache_usage=self.kv_cache.pool.num_owned / self.config.num_blocks,
             num_preemptions=self._num_preemptions,
             num_prefix_queries=self._num_prefix_queries,
             num_prefix_hits=self._num_prefix_hits,
@@ -166,7 +166,7 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Assert that every block and row is accounted for and every request is where its status says."""
         batch = [*self.running.values(), *self.padding.values()]
-        self.kv_cache.check(batch)
+        self.kv_cache.pool.check(request.block_ids for request in batch)
         rows = [*self._free_rows, *(request.row for request in batch)]
         assert sorted(rows) == list(range(self.config.max_num_seqs)), "a row leaked, or has two requests"
         assert not self.running.keys() & self.waiting.keys()

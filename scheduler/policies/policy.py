@@ -114,11 +114,7 @@ class KeyedPolicy(Policy):
         self._waiting_keys.pop(request, None)
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
-        last = self.last(running)
+        last = max(reversed(tuple(running)), key=self.key)  # of equals the one that was admitted last
         if request.status is RequestStatus.RUNNING:
             return None if last is request else last
         return last if self.key(request) < self.key(last) else None
-
-    def last(self, running: Collection[Request]) -> Request:
-        """The running request with the greatest key; of equals the one that was admitted last."""
-        return max(reversed(tuple(running)), key=self.key)
