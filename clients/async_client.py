@@ -13,7 +13,7 @@ from httpx_sse import EventSource
 
 from shoal.clients import wire
 from shoal.clients.errors import ClientError, StatusError
-from shoal.clients.transport import httpx_settings, retry_delay, status_error, translated_errors
+from shoal.clients.transport import BaseClient, retry_delay, status_error, translated_errors
 from shoal.clients.types import (
     ChatOptions,
     Chunk,
@@ -24,7 +24,6 @@ from shoal.clients.types import (
     Prompt,
     Tokenization,
 )
-from shoal.clients.wire import DEFAULT_URL
 
 T = TypeVar("T")
 
@@ -53,7 +52,7 @@ class AsyncStream(AsyncIterator[Chunk]):
         await self.close()
 
 
-class AsyncShoalClient:
+class AsyncShoalClient(BaseClient[httpx.AsyncClient]):
     """`ShoalClient` for asyncio: the same arguments, methods and errors.
 
     async with AsyncShoalClient() as client:
@@ -63,17 +62,7 @@ class AsyncShoalClient:
                 print(chunk.text, end="", flush=True)
     """
 
-    def __init__(
-        self,
-        base_url: str = DEFAULT_URL,
-        *,
-        api_key: str | None = None,
-        connect_timeout: float = 5.0,
-        read_timeout: float | None = 600.0,
-        max_retries: int = 2,
-    ) -> None:
-        self._http = httpx.AsyncClient(**httpx_settings(base_url, api_key, connect_timeout, read_timeout))
-        self._max_retries = max_retries
+    _http_class = httpx.AsyncClient
 
     async def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
         return await self._call(wire.complete(prompt, options))

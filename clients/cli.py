@@ -78,9 +78,8 @@ def chat(url: str, api_key: str | None, system: str | None, **fields: object) ->
 
 
 def _given(fields: dict[str, object]) -> dict[str, object]:
-    """The fields of the request that were given on the command line, in the types of JSON."""
-    given = {name: value for name, value in fields.items() if value is not None and value != ()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    """The fields of the request that were given on the command line."""
+    return {name: value for name, value in fields.items() if value not in (None, ())}
 
 
 @contextmanager

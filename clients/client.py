@@ -13,7 +13,7 @@ from httpx_sse import EventSource
 
 from shoal.clients import wire
 from shoal.clients.errors import ClientError, StatusError
-from shoal.clients.transport import httpx_settings, retry_delay, status_error, translated_errors
+from shoal.clients.transport import BaseClient, retry_delay, status_error, translated_errors
 from shoal.clients.types import (
     ChatOptions,
     Chunk,
@@ -24,7 +24,6 @@ from shoal.clients.types import (
     Prompt,
     Tokenization,
 )
-from shoal.clients.wire import DEFAULT_URL
 
 T = TypeVar("T")
 
@@ -52,7 +51,7 @@ class Stream(Iterator[Chunk]):
         self.close()
 
 
-class ShoalClient:
+class ShoalClient(BaseClient[httpx.Client]):
     """Talks to a Shoal server, or any other that speaks OpenAI's protocol.  Safe to share between threads.
 
         with ShoalClient() as client:
@@ -72,17 +71,7 @@ class ShoalClient:
             or 503.  If the server sends Retry-After, the client waits for so long, unless that exceeds 30 s.
     """
 
-    def __init__(
-        self,
-        base_url: str = DEFAULT_URL,
-        *,
-        api_key: str | None = None,
-        connect_timeout: float = 5.0,
-        read_timeout: float | None = 600.0,
-        max_retries: int = 2,
-    ) -> None:
-        self._http = httpx.Client(**httpx_settings(base_url, api_key, connect_timeout, read_timeout))
-        self._max_retries = max_retries
+    _http_class = httpx.Client
 
     def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
         """Continue a text (or several)."""

@@ -75,17 +75,8 @@ class StatusError(ApiError):
         retry_after: seconds after which the server suggests to try again, if it does.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int,
-        retry_after: float | None = None,
-        type: str | None = None,
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message, type=type, param=param, code=code)
+    def __init__(self, message: str, *, status: int, retry_after: float | None = None, **fields: str | None) -> None:
+        super().__init__(message, **fields)
         self.status = status
         self.retry_after = retry_after
 

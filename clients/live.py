@@ -25,7 +25,7 @@ class LiveAnswer:
         self._seed: int | None = None
         self._started_at = perf_counter()
         self._first_text_at: float | None = None
-        self._ended_at: float | None = None
+        self._seconds = 0.0
 
     def show(self, chunks: Iterable[Chunk], *, end_line: bool) -> None:
         """Print the text of a stream of one choice, to its end or failure.
@@ -37,28 +37,26 @@ class LiveAnswer:
             for chunk in chunks:
                 self._take(chunk)
         finally:
-            self._ended_at = perf_counter()
+            self._seconds = perf_counter() - self._started_at
             if self.text and end_line:
                 click.echo()
 
     def report(self) -> None:
-        """Print one line of statistics on stderr, dim if that is a terminal."""
-        click.secho(f"[{self.statistics()}]", dim=True, err=True)
+        """Print one line on stderr, dim if that is a terminal.
 
-    def statistics(self) -> str:
-        """Tokens, their rate from request to end, time to first token, why it ended, and the seed."""
-        seconds = (self._ended_at or perf_counter()) - self._started_at
-        parts = [f"{seconds:.2f} s"]
+        It has the tokens, their rate from request to end, the time to the first token, why it ended, and the seed.
+        """
+        parts = [f"{self._seconds:.2f} s"]
         if self._usage is not None:
             tokens = self._usage.num_output_tokens
-            parts = [f"{tokens} tokens in {seconds:.2f} s", f"{tokens / seconds:.1f} tokens/s"]
+            parts = [f"{tokens} tokens in {self._seconds:.2f} s", f"{tokens / self._seconds:.1f} tokens/s"]
         if self._first_text_at is not None:
             parts.append(f"first token after {self._first_text_at - self._started_at:.3f} s")
         if self._finish_reason is not None:
             parts.append(f"finish reason: {self._finish_reason}")
         if self._seed is not None:
             parts.append(f"seed {self._seed}")
-        return ", ".join(parts)
+        click.secho(f"[{', '.join(parts)}]", dim=True, err=True)
 
     def _take(self, chunk: Chunk) -> None:
         if chunk.text:

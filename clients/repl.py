@@ -78,14 +78,11 @@ class Repl:
             click.echo(err=True)
 
     def _handle(self, line: str) -> None:
-        if line.startswith("/"):
-            self._command(line)
-        elif line:
-            self._answer(line)
-
-    def _command(self, line: str) -> None:
+        """Obey a command, or answer any other line."""
         name, _, text = line.partition(" ")
         match name:
+            case "":
+                pass
             case "/help":
                 click.echo(HELP, err=True)
             case "/reset":
@@ -94,8 +91,10 @@ class Repl:
                 self._system = text.strip() or None
             case "/quit":
                 raise click.exceptions.Exit(0)
-            case _:
+            case _ if name.startswith("/"):
                 click.echo(f"There is no command {name}; /help lists them.", err=True)
+            case _:
+                self._answer(line)
 
     def _answer(self, text: str) -> None:
         """Take one turn, without the oldest turns if the context has no room for them."""

@@ -1,4 +1,4 @@
-"""What both clients share: the settings of httpx, the translation of its errors, and when a request is sent again."""
+"""What both clients share: the way to a server, the translation of httpx's errors, and when a request is sent again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Generic, TypeVar
 
 import httpx
 from httpx_sse import SSEError
@@ -27,34 +27,46 @@ MAX_RETRY_DELAY = 30.0
 """Seconds.  If a server asks for a longer wait, the request is not sent again, and the caller decides."""
 
 
-def httpx_settings(
-    base_url: str, api_key: str | None, connect_timeout: float, read_timeout: float | None
-) -> dict[str, Any]:
-    """Arguments of `httpx.Client` and `httpx.AsyncClient`.
+Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
+
+
+class BaseClient(Generic[Http]):
+    """The way to one server, which either client takes.
 
     The number of connections is not limited: a request should wait in the server's queue, where the scheduler sees
     it, rather than in one here.
 
-    Args:
-        base_url: where the server is.  A "/v1" at its end is dropped, because the path of each call has its own.
-
     Raises:
         UnsendableError: the address or the key is malformed.
     """
-    if not base_url.startswith(("http://", "https://")):
-        raise UnsendableError(f"base_url must start with http:// or https://, not be {base_url!r}")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise UnsendableError("api_key must be printable ASCII")
-    try:
-        url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
-    except httpx.InvalidURL as error:
-        raise UnsendableError(f"base_url {base_url!r} is not an address: {error}") from error
-    return {
-        "base_url": url,
-        "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
-        "timeout": httpx.Timeout(read_timeout, connect=connect_timeout),
-        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=None),
-    }
+
+    _http_class: type[Http]
+
+    def __init__(
+        self,
+        base_url: str = wire.DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        connect_timeout: float = 5.0,
+        read_timeout: float | None = 600.0,
+        max_retries: int = 2,
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise UnsendableError(f"base_url must start with http:// or https://, not be {base_url!r}")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise UnsendableError("api_key must be printable ASCII")
+        try:
+            # The path of each call has a "/v1" of its own.
+            url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
+        except httpx.InvalidURL as error:
+            raise UnsendableError(f"base_url {base_url!r} is not an address: {error}") from error
+        self._max_retries = max_retries
+        self._http: Http = self._http_class(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(read_timeout, connect=connect_timeout),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        )
 
 
 @contextmanager
