@@ -114,25 +114,24 @@ def _serve(core: EngineCore, target: TimedBackend, requests: Iterable[Request], 
     while waiting:  # the first of many may end before the last has begun
         waiting -= {output.request_id for output in core.step()}
         fill()
-    counts, steps, began = Counter(_drafts(scheduler.stats(), -1)), [], time.perf_counter()
+    drafts, num_tokens, steps, began = _drafts(scheduler.stats()), 0, [], time.perf_counter()
     while scheduler.num_unfinished == concurrency:
-        counts["tokens"] += sum(len(output.token_ids) for output in core.step())
+        num_tokens += sum(len(output.token_ids) for output in core.step())
         if target.chooses_all:
             steps.append(target.seconds)
         fill()
     seconds = time.perf_counter() - began
-    counts.update(_drafts(scheduler.stats(), 1))
+    counts = _drafts(scheduler.stats()) - drafts + Counter(tokens=num_tokens)
     while scheduler.num_unfinished:
         core.step()
     return Run(counts, seconds, fmean(steps) if steps else None)
 
 
-def _drafts(stats: SchedulerStats, sign: int) -> dict[str, int]:
-    """Return the counts of proposals so far, times `sign`."""
+def _drafts(stats: SchedulerStats) -> Counter[str]:
+    """Return the counts of proposals so far."""
     accepted = stats.num_accepted_tokens_per_pos
-    counts = {"drafts": stats.num_drafts, "drafted": stats.num_draft_tokens, "accepted": sum(accepted)}
-    counts["tried"] = stats.num_drafts + sum(accepted[:-1])  # a token is tried where the one before was accepted
-    return {name: sign * count for name, count in counts.items()}
+    tried = stats.num_drafts + sum(accepted[:-1])  # a token is tried where the one before was accepted
+    return Counter(drafts=stats.num_drafts, drafted=stats.num_draft_tokens, accepted=sum(accepted), tried=tried)
 
 
 def make_prompts(tokenizer: Tokenizer, *, repeats_itself: bool) -> list[list[int]]:
