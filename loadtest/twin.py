@@ -50,8 +50,7 @@ def simulate(planned: PlannedRun, requests: Sequence[WorkloadRequest], *, server
         raise LoadTestError(f"speculation {setup.speculation!r} cannot be simulated: nobody knows what is accepted")
     if setup.policy == SJF_ORACLE:
         lengths = {request.request_id: request.num_output_tokens for request in requests}
-        chosen = ShortestJobFirst.Knobs(ageing_tokens=knobs["ageing_tokens"])
-        policy: Policy = ShortestJobFirst(limits, chosen, Oracle(lengths))
+        policy: Policy = ShortestJobFirst(limits, ShortestJobFirst.Knobs.select(knobs), Oracle(lengths))
     else:
         kind = find_policy(setup.policy)
         policy = kind(limits, kind.Knobs.select(knobs))
