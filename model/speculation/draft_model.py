@@ -6,7 +6,7 @@ import numpy as np
 
 from shoal.model.speculation.config import MOST_SPEC_TOKENS
 from shoal.model.speculation.drafting import Drafter
-from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal, Proposer
+from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal
 from shoal.model.step.batch import Backend
 from shoal.model.step.rows import BatchRows
 from shoal.scheduler.output import ScheduledRequest
@@ -15,7 +15,7 @@ from shoal.scheduler.output import ScheduledRequest
 _READ_ALONG = MOST_SPEC_TOKENS
 
 
-class DraftModelProposer(Proposer):
+class DraftModelProposer(Drafter):
     """Implements `Proposer` with a draft model.
 
     The draft model has its own KV cache, in which each block has the same number as in the target's.  So a prefix that
@@ -33,16 +33,15 @@ class DraftModelProposer(Proposer):
     def __init__(
         self, backend: Backend, rows: BatchRows, *, num_blocks: int, max_catch_up: int, draws_apart: bool
     ) -> None:
-        self._drafter = Drafter(backend, rows, num_layers=None, draws_apart=draws_apart)
-        self._rows = rows
+        super().__init__(backend, rows, num_layers=None, draws_apart=draws_apart)
         self._max_catch_up = max_catch_up
         self._num_read = [0] * rows.max_num_seqs  # by row: leading tokens with keys and values in the cache
         # By row: the number of tokens before the last draft, and the draft.
         self._drafted: list[tuple[int, list[int]]] = [(0, [])] * rows.max_num_seqs
         self._is_read = np.zeros(num_blocks, np.bool_)  # by block: whether the draft model has filled it
 
-    def place(self, row: int, share: ScheduledRequest) -> None:
-        fresh = share.new_block_ids
+    def place(self, share: ScheduledRequest) -> None:
+        row, fresh = share.row, share.new_block_ids
         if share.new:
             num_found = share.num_computed_tokens // self._rows.block_size  # blocks of the prefix cache
             found, fresh = self._is_read[fresh[:num_found]], fresh[num_found:]
@@ -52,31 +51,27 @@ class DraftModelProposer(Proposer):
             self._is_read[fresh] = False
 
     def catch_up(self, candidates: list[Candidate]) -> None:
-        places, starts, ends = [], [], []
+        parts: dict[int, tuple[int, int]] = {}
         budget = self._max_catch_up
         for one in candidates:
             start, end = self._start(one), one.num_tokens - 1
             if end - start > _READ_ALONG and budget:
-                places.append(one.row)
-                starts.append(start)
-                ends.append(min(end, start + budget))
-                budget -= ends[-1] - start
-        if places:
-            self._drafter.read(places, starts, ends)
-            for place, end in zip(places, ends, strict=True):
-                self._note(place, end)
+                parts[one.row] = start, min(end, start + budget)
+                budget -= parts[one.row][1] - start
+        if parts:
+            self.read(parts)
+            for row, (_, end) in parts.items():
+                self._note(row, end)
 
-    def propose(self, candidates: list[Candidate]) -> list[Proposal]:
-        starts = [self._start(one) for one in candidates]
-        ready = [i for i, one in enumerate(candidates) if one.num_tokens - 1 - starts[i] <= _READ_ALONG]
-        proposals = [NO_PROPOSAL] * len(candidates)
+    def propose(self, candidates: list[Candidate]) -> dict[int, Proposal]:
+        starts = {one.row: self._start(one) for one in candidates}
+        ready = [one for one in candidates if one.num_tokens - 1 - starts[one.row] <= _READ_ALONG]
+        proposals = dict.fromkeys(starts, NO_PROPOSAL)
         if ready:
-            chosen = [candidates[i] for i in ready]
-            drafted = self._drafter.draft(chosen, [starts[i] for i in ready])
-            for i, one, proposal in zip(ready, chosen, drafted, strict=True):
-                proposals[i] = proposal
+            proposals |= self.draft(ready, starts)
+            for one in ready:
                 self._note(one.row, one.num_tokens)
-                self._drafted[one.row] = one.num_tokens, proposal.token_ids
+                self._drafted[one.row] = one.num_tokens, proposals[one.row].token_ids
         return proposals
 
     def _start(self, candidate: Candidate) -> int:

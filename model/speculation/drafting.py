@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from shoal.model.backends.stepwise import draft_stepwise, known_tokens
-from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Float64, Proposal
+from shoal.model.speculation.proposer import Candidate, Float64, Proposal, Proposer
 from shoal.model.speculation.rejection import with_draft_noise
 from shoal.model.step.batch import Backend, DraftBatch, ForwardBatch, Int32, SamplingBatch
 from shoal.model.step.rows import BatchRows
 from shoal.model.step.sampling import probabilities, sample_reference
 
 
-class Drafter:
+class Drafter(Proposer):
     """Has a backend draft what may follow the last tokens of requests.
 
     Args:
@@ -27,26 +29,21 @@ class Drafter:
         self._backend, self._rows = backend, rows
         self._num_layers, self._draws_apart = num_layers, draws_apart
 
-    def read(self, places: list[int], starts: list[int], ends: list[int]) -> None:
-        """Compute the tokens from `starts` to `ends` of the requests in these rows of the batch."""
-        step = known_tokens(self._batch(places, starts, ends, [1] * len(places)))
+    def read(self, parts: Mapping[int, tuple[int, int]]) -> None:
+        """Compute known tokens: `parts` says for each row of the batch from which to which."""
+        step = known_tokens(self._batch([(row, start, end, 1) for row, (start, end) in parts.items()]))
         step.logits_indices = step.logits_indices[:0]
         self._backend.forward(step, self._num_layers)
 
-    def draft(self, candidates: list[Candidate], starts: list[int]) -> list[Proposal]:
-        """Compute the candidates' tokens from `starts` on, and draft what may follow them."""
-        order = sorted(range(len(candidates)), key=lambda i: -candidates[i].num_wanted)
-        ordered = [candidates[i] for i in order]
-        wanted = [one.num_wanted for one in ordered]
-        ends = [one.num_tokens for one in ordered]
-        batch = self._batch([one.row for one in ordered], [starts[i] for i in order], ends, wanted)
-        sampling = self._rows.drafting_batch(batch.rows, batch.ends)
-        proposals = [NO_PROPOSAL] * len(candidates)
-        for i, proposal in zip(order, self._draft(batch, sampling, wanted), strict=True):
-            proposals[i] = proposal
-        return proposals
+    def draft(self, candidates: list[Candidate], starts: Mapping[int, int]) -> dict[int, Proposal]:
+        """Compute each candidate's tokens from `starts[row]` on, and draft what may follow them."""
+        ordered = sorted(candidates, key=lambda one: -one.num_wanted)
+        batch = self._batch([(one.row, starts[one.row], one.num_tokens, one.num_wanted) for one in ordered])
+        drafted = self._draft(batch, self._rows.drafting_batch(batch.rows, batch.ends))
+        return {one.row: proposal for one, proposal in zip(ordered, drafted, strict=True)}
 
-    def _draft(self, batch: DraftBatch, sampling: SamplingBatch, wanted: list[int]) -> list[Proposal]:
+    def _draft(self, batch: DraftBatch, sampling: SamplingBatch) -> list[Proposal]:
+        wanted = batch.num_wanted.tolist()
         if not self._draws_apart:
             drafted = self._backend.draft(batch, sampling, self._num_layers).tolist()
             return [Proposal(_valid(row[:count])) for row, count in zip(drafted, wanted, strict=True)]
@@ -63,18 +60,11 @@ class Drafter:
             for index, (row, count) in enumerate(zip(drafted, wanted, strict=True))
         ]
 
-    def _batch(self, places: list[int], starts: list[int], ends: list[int], wanted: list[int]) -> DraftBatch:
-        columns = np.array([places, starts, ends, wanted], np.int32)
-        rows = self._rows
-        return DraftBatch(
-            rows=columns[0],
-            starts=columns[1],
-            ends=columns[2],
-            num_wanted=columns[3],
-            token_ids=rows.token_ids,
-            block_tables=rows.block_tables,
-            block_size=rows.block_size,
-        )
+    def _batch(self, parts: list[tuple[int, int, int, int]]) -> DraftBatch:
+        """Each part is a row, the start and the end of the tokens to compute, and the number of tokens to guess."""
+        rows, starts, ends, num_wanted = np.array([*zip(*parts, strict=True)], np.int32)
+        table = self._rows
+        return DraftBatch(rows, starts, ends, num_wanted, table.token_ids, table.block_tables, table.block_size)
 
 
 def _valid(token_ids: list[int]) -> list[int]:

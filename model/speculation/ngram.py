@@ -23,8 +23,8 @@ class NgramProposer(Proposer):
     def __init__(self, rows: BatchRows) -> None:
         self._rows = rows
 
-    def propose(self, candidates: list[Candidate]) -> list[Proposal]:
-        return [self._draft(candidate) for candidate in candidates]
+    def propose(self, candidates: list[Candidate]) -> dict[int, Proposal]:
+        return {candidate.row: self._draft(candidate) for candidate in candidates}
 
     def _draft(self, candidate: Candidate) -> Proposal:
         """Return what followed the last earlier occurrence of the longest run at the end of the text."""

@@ -46,12 +46,12 @@ NO_PROPOSAL = Proposal([])
 class Proposer:
     """Drafts the next tokens of requests.  One that keeps nothing of its own inherits `place` and `catch_up`."""
 
-    def place(self, row: int, share: ScheduledRequest) -> None:
+    def place(self, share: ScheduledRequest) -> None:
         """Take note of a request's share of the next step: whether it joins, and its new blocks."""
 
     def catch_up(self, candidates: list[Candidate]) -> None:
         """Do what drafting for these needs once, and not in every step."""
 
-    def propose(self, candidates: list[Candidate]) -> list[Proposal]:
-        """Return a proposal for each candidate."""
+    def propose(self, candidates: list[Candidate]) -> dict[int, Proposal]:
+        """Return a proposal for each candidate, by its row."""
         raise NotImplementedError

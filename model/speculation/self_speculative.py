@@ -8,23 +8,11 @@ writes there.
 from __future__ import annotations
 
 from shoal.model.speculation.drafting import Drafter
-from shoal.model.speculation.proposer import Candidate, Proposal, Proposer
-from shoal.model.step.batch import Backend
-from shoal.model.step.rows import BatchRows
+from shoal.model.speculation.proposer import Candidate, Proposal
 
 
-class SelfSpeculativeProposer(Proposer):
-    """Implements `Proposer` with the first layers of the target.
+class SelfSpeculativeProposer(Drafter):
+    """Implements `Proposer` with the first layers of the target; `Drafter` says what the arguments are."""
 
-    Args:
-        backend: the target's.
-        rows: the batch.
-        num_layers: number of layers to draft with, from the first one on.
-        draws_apart: see `Drafter`.
-    """
-
-    def __init__(self, backend: Backend, rows: BatchRows, *, num_layers: int, draws_apart: bool) -> None:
-        self._drafter = Drafter(backend, rows, num_layers=num_layers, draws_apart=draws_apart)
-
-    def propose(self, candidates: list[Candidate]) -> list[Proposal]:
-        return self._drafter.draft(candidates, [one.num_tokens - 1 for one in candidates])
+    def propose(self, candidates: list[Candidate]) -> dict[int, Proposal]:
+        return self.draft(candidates, {one.row: one.num_tokens - 1 for one in candidates})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from shoal.model.speculation import rejection
 from shoal.model.speculation.length import LengthRule
-from shoal.model.speculation.proposer import Candidate, Proposal, Proposer
+from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal, Proposer
 from shoal.model.step.batch import Backend, Float32, ForwardBatch, SamplerOutput, SamplingBatch
 from shoal.model.step.layout import StepLayout
 from shoal.model.step.rows import BatchRows
@@ -47,15 +48,16 @@ class Speculation:
         self._ended = 0.0  # time at which the last step, or the drafting after it, ended
         self._step_seconds: float | None = None  # of the last step; None if it computed prompts, too
 
-    def place(self, row: int, share: ScheduledRequest) -> None:
+    def place(self, share: ScheduledRequest) -> None:
         """Take note of a request's share of the next step."""
+        row = share.row
         if share.new:
             self._proposals.pop(row, None)
             self._most_tokens.pop(row, None)
             if share.new.speculates:
                 self._most_tokens[row] = share.new.num_prompt_tokens + share.new.params.max_tokens
                 self._lengths.join(row)
-        self._proposer.place(row, share)
+        self._proposer.place(share)
 
     def execute(
         self,
@@ -85,52 +87,44 @@ class Speculation:
         token_ids = sample_reference(logits, sampling).token_ids
         target = probabilities(logits, sampling)
         end = 0
-        for share, row, num_logits in zip(scheduled, layout.rows.tolist(), layout.num_logits, strict=True):
+        for share, num_logits in zip(scheduled, layout.num_logits, strict=True):
             end += num_logits
             if share.spec_token_ids:
-                count = len(share.spec_token_ids)
-                entries = slice(end - count - 1, end)
-                drawn_from = self._proposals[row].probabilities
-                proposal = Proposal(share.spec_token_ids, None if drawn_from is None else drawn_from[:count])
+                entries = slice(end - len(share.spec_token_ids) - 1, end)
+                proposal = replace(self._proposals[share.row], token_ids=share.spec_token_ids)
                 how = sampling.rows[entries.start]
                 seed, first = int(how["seed"]), int(how["position"])
                 verified = rejection.verify(proposal, target[entries], token_ids[entries].tolist(), seed, first)
                 token_ids[entries.start : entries.start + len(verified)] = verified
         return describe(token_ids, logits, sampling)
 
-    def propose(self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult) -> list[list[int]]:
+    def propose(self, scheduled: list[ScheduledRequest], result: StepResult) -> list[list[int]]:
         """Draft what may follow the tokens that a step has chosen; parallel to `scheduled`, or empty if nothing is."""
         verdicts = [
-            (row, len(share.spec_token_ids), len(chosen) - 1)
-            for share, row, chosen in zip(scheduled, layout.rows.tolist(), result.token_ids, strict=True)
+            (share.row, len(share.spec_token_ids), len(chosen) - 1)
+            for share, chosen in zip(scheduled, result.token_ids, strict=True)
             if share.spec_token_ids
         ]
         self._lengths.stepped(len(scheduled), verdicts, self._step_seconds)
-        if self._lengths.rests():
+        candidates = [] if self._lengths.rests() else self._candidates(scheduled, result)
+        if not candidates:
             return []
-        candidates, places = self._candidates(scheduled, layout, result)
-        proposals: list[list[int]] = [[]] * len(scheduled)
-        if candidates:
-            began = self._clock()
-            self._proposer.catch_up(candidates)
-            catching_up = self._clock() - began
-            drafted = self._proposer.propose(candidates)
-            drafting = self._clock() - self._ended - catching_up
-            self._ended += catching_up + drafting
-            wanted = [one.num_wanted for one, proposal in zip(candidates, drafted, strict=True) if proposal.token_ids]
-            self._lengths.proposed(wanted, drafting, catching_up)
-            for place, candidate, proposal in zip(places, candidates, drafted, strict=True):
-                self._proposals[candidate.row] = proposal
-                proposals[place] = proposal.token_ids
-        return proposals
+        began = self._clock()
+        self._proposer.catch_up(candidates)
+        catching_up = self._clock() - began
+        proposals = self._proposer.propose(candidates)
+        drafting = self._clock() - self._ended - catching_up
+        self._ended += catching_up + drafting
+        wanted = [one.num_wanted for one in candidates if proposals[one.row].token_ids]
+        self._lengths.proposed(wanted, drafting, catching_up)
+        self._proposals |= proposals
+        return [proposals.get(share.row, NO_PROPOSAL).token_ids for share in scheduled]
 
-    def _candidates(
-        self, scheduled: list[ScheduledRequest], layout: StepLayout, result: StepResult
-    ) -> tuple[list[Candidate], list[int]]:
-        """Return the requests to draft for, and their places in the step."""
-        waiting: list[tuple[int, int, int, int]] = []  # place, row, number of known tokens, most tokens to draft
-        for place, (share, row) in enumerate(zip(scheduled, layout.rows.tolist(), strict=True)):
-            chosen = result.token_ids[place]
+    def _candidates(self, scheduled: list[ScheduledRequest], result: StepResult) -> list[Candidate]:
+        """Return the requests to draft for."""
+        able: list[Candidate] = []  # each with the most tokens that it has room for
+        for share, chosen in zip(scheduled, result.token_ids, strict=True):
+            row = share.row
             if not chosen or row not in self._most_tokens or share.is_padding or share.request_id in result.errors:
                 continue
             end = share.num_computed_tokens + share.num_scheduled_tokens
@@ -139,13 +133,10 @@ class Speculation:
             if self._needs_slots:  # the last drafted token is never read, and needs no slot
                 room = min(room, share.num_blocks * self._rows.block_size - num_tokens + 1)
             if room > 0:
-                waiting.append((place, row, num_tokens, room))
-        if not waiting:
-            return [], []
-        lengths = self._lengths.lengths([row for _, row, _, _ in waiting])
-        wanted = [
-            (place, Candidate(row, num_tokens, min(length, room)))
-            for (place, row, num_tokens, room), length in zip(waiting, lengths, strict=True)
+                able.append(Candidate(row, num_tokens, room))
+        lengths = self._lengths.lengths([one.row for one in able]) if able else []
+        return [
+            Candidate(one.row, one.num_tokens, min(length, one.num_wanted))
+            for one, length in zip(able, lengths, strict=True)
             if length
         ]
-        return [candidate for _, candidate in wanted], [place for place, _ in wanted]

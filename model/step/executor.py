@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shoal.model.speculation.speculation import Speculation
-from shoal.model.step.batch import Backend, ForwardBatch, Int32, SamplerOutput
-from shoal.model.step.layout import Layouts, StepLayout
+from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput
+from shoal.model.step.layout import StepLayout
 from shoal.model.step.rows import BatchRows
 from shoal.scheduler.output import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
 
@@ -39,7 +40,8 @@ class ModelExecutor:
         self.block_size = block_size
         self.rows = BatchRows(max_num_seqs, max_model_len, block_size)
         self._speculation = speculate(self.rows) if speculate else None
-        self._layouts = Layouts()
+        # A batch that only decodes has the same layout in every step; with speculation it has one of a few.
+        self._layouts: deque[tuple[tuple[list[int], ...], StepLayout]] = deque(maxlen=4)
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Compute a step.  See `shoal.scheduler.engine.Executor`."""
@@ -57,19 +59,19 @@ class ModelExecutor:
         self.rows.token_ids[layout.logits_rows, positions] = chosen.token_ids
         result = self._collect(output.scheduled, layout, chosen)
         if self._speculation is not None:
-            result.spec_token_ids = self._speculation.propose(output.scheduled, layout, result)
+            result.spec_token_ids = self._speculation.propose(output.scheduled, result)
         return result
 
     def _build(self, scheduled: list[ScheduledRequest]) -> tuple[ForwardBatch, StepLayout]:
         rows = [self.rows.place(share) for share in scheduled]
         if self._speculation is not None:
-            for row, share in zip(rows, scheduled, strict=True):
+            for share in scheduled:
                 if share.new_block_ids or share.new:
-                    self._speculation.place(row, share)
+                    self._speculation.place(share)
         counts = [share.num_scheduled_tokens for share in scheduled]
         num_chosen = [len(share.spec_token_ids) + 1 if share.samples else 0 for share in scheduled]
-        num_logits = self._num_logits(scheduled, rows, num_chosen) if self.rows.scored else num_chosen
-        layout = self._layouts.of(rows, counts, num_chosen, num_logits)
+        num_logits = self._num_logits(scheduled, num_chosen) if self.rows.scored else num_chosen
+        layout = self._layout(rows, counts, num_chosen, num_logits)
 
         starts = np.array([share.num_computed_tokens for share in scheduled], np.int32)
         context_lens = starts + layout.counts
@@ -87,14 +89,22 @@ class ModelExecutor:
         )
         return batch, layout
 
-    def _num_logits(self, scheduled: list[ScheduledRequest], rows: list[int], num_chosen: list[int]) -> list[int]:
+    def _num_logits(self, scheduled: list[ScheduledRequest], num_chosen: list[int]) -> list[int]:
         """Rows of logits of each share: of all its tokens if it scores the prompt, else of those that choose."""
         return [
             share.num_scheduled_tokens
-            if row in self.rows.scored and share.num_computed_tokens + 1 < self.rows.num_prompt_tokens[row]
+            if share.row in self.rows.scored and share.num_computed_tokens + 1 < self.rows.num_prompt_tokens[share.row]
             else num
-            for share, row, num in zip(scheduled, rows, num_chosen, strict=True)
+            for share, num in zip(scheduled, num_chosen, strict=True)
         ]
+
+    def _layout(self, *key: list[int]) -> StepLayout:
+        """What `StepLayout.of` says of these arguments."""
+        for known, layout in self._layouts:
+            if known == key:
+                return layout
+        self._layouts.appendleft((key, StepLayout.of(*key)))
+        return self._layouts[0][1]
 
     def _collect(self, scheduled: list[ScheduledRequest], layout: StepLayout, chosen: SamplerOutput) -> StepResult:
         """Divide the chosen tokens among the requests, and verify drafted tokens."""
@@ -135,14 +145,6 @@ def _verify(spec_token_ids: list[int], chosen: list[int]) -> list[int]:
 
 
 def _read_logprobs(chosen: SamplerOutput, entries: slice, count: int) -> list[TokenLogprobs]:
-    assert chosen.logprobs is not None
-    assert chosen.ranks is not None
-    assert chosen.top_token_ids is not None
-    assert chosen.top_logprobs is not None
-    columns: tuple[NDArray[np.float32], Int32, Int32, NDArray[np.float32]] = (
-        chosen.logprobs[entries],
-        chosen.ranks[entries],
-        chosen.top_token_ids[entries, :count],
-        chosen.top_logprobs[entries, :count],
-    )
-    return [TokenLogprobs(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+    columns: list[Any] = [chosen.logprobs, chosen.ranks, chosen.top_token_ids, chosen.top_logprobs]
+    rows = zip(*(column[entries].tolist() for column in columns), strict=True)
+    return [TokenLogprobs(logprob, rank, ids[:count], logprobs[:count]) for logprob, rank, ids, logprobs in rows]

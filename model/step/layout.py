@@ -11,8 +11,6 @@ from shoal.model.step.batch import Int32
 
 Intp = NDArray[np.intp]
 
-_MOST_KEPT = 4
-
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
@@ -66,26 +64,6 @@ class StepLayout:
             logits_rows=row_of[logits_sequences],
             chooses=logits_indices >= (ends - np.array(num_chosen, np.int32))[logits_sequences],
         )
-
-
-class Layouts:
-    """The layouts of the last steps.
-
-    A batch that only decodes has the same layout in every step; with speculation it has one of a few.
-    """
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[tuple[list[int], ...], StepLayout]] = []  # the newest last
-
-    def of(self, rows: list[int], counts: list[int], num_chosen: list[int], num_logits: list[int]) -> StepLayout:
-        """As `StepLayout.of`."""
-        key = rows, counts, num_chosen, num_logits
-        for known, layout in reversed(self._kept):
-            if known == key:
-                return layout
-        del self._kept[: 1 - _MOST_KEPT]
-        self._kept.append((key, StepLayout.of(*key)))
-        return self._kept[-1][1]
 
 
 def _ranges(starts: Int32, counts: list[int]) -> tuple[Intp, Int32]:

@@ -44,13 +44,14 @@ def join(
     new = NewRequest(tokens, len(tokens), params(max_tokens=50, **sampling))
     share = ScheduledRequest("a", row, num_found, len(tokens) - num_found, blocks, len(blocks), True, [], new)
     rows.place(share)
-    proposer.place(row, share)
+    proposer.place(share)
     return row
 
 
 def propose(proposer: Proposer, candidates: list[Candidate]) -> list[list[int]]:
     proposer.catch_up(candidates)
-    return [proposal.token_ids for proposal in proposer.propose(candidates)]
+    proposals = proposer.propose(candidates)
+    return [proposals[one.row].token_ids for one in candidates]
 
 
 # -- n-grams -----------------------------------------------------------------------------------------------------

@@ -256,9 +256,9 @@ def next_distribution(tokens: list[int], sampling: SamplingParams) -> np.ndarray
     new = NewRequest(tokens, len(tokens), sampling)
     row = rows.place(ScheduledRequest("a", 0, 0, len(tokens), [2], 1, True, [], new))
     drafter = Drafter(backend, rows, num_layers=None, draws_apart=True)
-    (proposal,) = drafter.draft([Candidate(row, len(tokens), 1)], [0])
-    assert proposal.probabilities is not None
-    return proposal.probabilities[0]
+    drafted = drafter.draft([Candidate(row, len(tokens), 1)], {row: 0})[row].probabilities
+    assert drafted is not None
+    return drafted[0]
 
 
 def test_probabilities_are_of_the_kept_tokens(sampling_batch: Callable[..., SamplingBatch]) -> None:
