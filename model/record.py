@@ -7,6 +7,7 @@ weight is [out, in], as in the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -148,14 +149,25 @@ class ModelRecord:
     @property
     def num_parameters(self) -> int:
         """The number of weights; tied ones count once."""
-        config, layers = self.config, len(self.layers)
-        heads = config.num_heads + 2 * config.num_kv_heads + config.num_heads
-        attention = heads * config.head_dim * config.hidden_size
-        feed_forward = 3 * config.intermediate_size * config.hidden_size
-        if config.num_experts:
-            feed_forward = config.num_experts * (feed_forward + config.hidden_size)
-        embeddings = self.embedding.size * (1 if self.head is self.embedding else 2)
-        return embeddings + layers * (attention + feed_forward + 2 * config.hidden_size) + config.hidden_size
+        return sum(array.size for *_, array in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, int, int, Array]]:
+        """All weights, tied ones once, as the head: the field's name, the layer, the expert and the array."""
+        if self.head is not self.embedding:
+            yield "embedding", 0, 0, self.embedding
+        yield "head", 0, 0, self.head
+        yield "norm", 0, 0, self.norm
+        for index, layer in enumerate(self.layers):
+            yield "input_norm", index, 0, layer.input_norm
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                yield name, index, 0, getattr(layer.attention, name)
+            yield "post_attention_norm", index, 0, layer.post_attention_norm
+            block = layer.feed_forward
+            if isinstance(block, Experts):
+                yield "router", index, 0, block.router
+            for expert, weights in enumerate(block.experts if isinstance(block, Experts) else (block,)):
+                for name in ("gate_proj", "up_proj", "down_proj"):
+                    yield name, index, expert, getattr(weights, name)
 
 
 def bytes_per_block(config: ModelConfig, dtype: str, block_size: int) -> int:

@@ -7,8 +7,7 @@ not imported on this path.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from ctypes import byref
+from ctypes import byref, c_void_p
 from typing import Literal
 
 import numpy as np
@@ -21,17 +20,18 @@ from shoal.model.backends.native_library import (
     Draft,
     Options,
     Shape,
+    address,
     load_library,
 )
 from shoal.model.backends.native_sampling import SamplerArguments
 from shoal.model.backends.rope import rope_tables
-from shoal.model.record import Array, Experts, FeedForward, Layer, ModelConfig, ModelRecord
+from shoal.model.record import ModelConfig, ModelRecord
 from shoal.model.step.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 from shoal.scheduler.errors import CheckpointError, ConfigError
 
 # Slots of the KV cache that the native code groups.
 SLOTS = 16
-_INT32 = np.dtype(np.int32)
+_ARRAYS = [name for name, kind, *_ in Batch._fields_ if kind is c_void_p]
 _TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}
 
 
@@ -94,8 +94,10 @@ class NativeBackend:
         )
         if not self._model:
             raise ConfigError("there is not enough memory for the model and its KV cache", param="memory_mib")
-        for name, layer, expert, array in _tensors(record):
-            self._load(name, layer, expert, array)
+        for name, layer, expert, array in record.tensors():
+            whole = np.ascontiguousarray(array)
+            place = TENSORS.index(name), layer, expert
+            self._library.shoal_load(self._model, *place, whole.ctypes.data, _TYPES[whole.dtype])
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
@@ -128,15 +130,15 @@ class NativeBackend:
         arrays = Draft(
             num_layers=num_layers or self._config.num_layers,
             num_seqs=num_seqs,
-            rows=_address(batch.rows),
-            starts=_address(batch.starts),
-            ends=_address(batch.ends),
-            num_wanted=_address(batch.num_wanted),
+            rows=address(batch.rows),
+            starts=address(batch.starts),
+            ends=address(batch.ends),
+            num_wanted=address(batch.num_wanted),
             num_rows=min(len(batch.token_ids), len(batch.block_tables)),
             tokens_stride=batch.token_ids.shape[1],
-            tokens=_address(batch.token_ids),
+            tokens=address(batch.token_ids),
             blocks_stride=batch.block_tables.shape[1],
-            block_tables=_address(batch.block_tables),
+            block_tables=address(batch.block_tables),
             token_ids=token_ids.ctypes.data,
         )
         _check(self._library.shoal_draft(self._model, byref(self._drafts.sampling), arrays))
@@ -146,31 +148,8 @@ class NativeBackend:
         num_tokens, num_seqs = len(batch.token_ids), len(batch.context_lens)
         assert len(batch.positions) == len(batch.slot_mapping) == num_tokens, "arrays of unequal lengths"
         assert len(batch.query_start_loc) - 1 == len(batch.block_tables) == num_seqs, "arrays of unequal lengths"
-        return Batch(
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            num_logits=len(batch.logits_indices),
-            max_blocks=batch.block_tables.shape[1],
-            token_ids=_address(batch.token_ids),
-            positions=_address(batch.positions),
-            slot_mapping=_address(batch.slot_mapping),
-            query_start_loc=_address(batch.query_start_loc),
-            context_lens=_address(batch.context_lens),
-            block_tables=_address(batch.block_tables),
-            logits_indices=_address(batch.logits_indices),
-        )
-
-    def _load(self, name: str, layer: int, expert: int, array: Array) -> None:
-        array = np.ascontiguousarray(array)
-        number = TENSORS.index(name)
-        self._library.shoal_load(self._model, number, layer, expert, array.ctypes.data, _TYPES[array.dtype])
-
-
-def _address(values: Int32) -> int:
-    assert values.dtype == _INT32, "an array of another type"
-    assert values.flags.c_contiguous, "an array with gaps"
-    address: int = values.ctypes.data
-    return address
+        sizes = num_tokens, num_seqs, len(batch.logits_indices), batch.block_tables.shape[1]
+        return Batch(*sizes, *[address(getattr(batch, name)) for name in _ARRAYS])
 
 
 def _check(fault: bytes | None) -> None:
@@ -192,25 +171,3 @@ def _shape(record: ModelRecord, cos: Float32, sin: Float32) -> Shape:
     fields = {"tie_word_embeddings": record.head is record.embedding, **tables}
     names = [name for name, *_ in Shape._fields_ if name not in fields]
     return Shape(**{name: getattr(record.config, name) for name in names}, **fields)
-
-
-def _tensors(record: ModelRecord) -> Iterator[tuple[str, int, int, Array]]:
-    """All weights: name, layer, expert, array."""
-    if record.head is not record.embedding:
-        yield "embedding", 0, 0, record.embedding
-    yield "head", 0, 0, record.head
-    yield "norm", 0, 0, record.norm
-    for index, layer in enumerate(record.layers):
-        yield "input_norm", index, 0, layer.input_norm
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield name, index, 0, getattr(layer.attention, name)
-        yield "post_attention_norm", index, 0, layer.post_attention_norm
-        if isinstance(layer.feed_forward, Experts):
-            yield "router", index, 0, layer.feed_forward.router
-        for expert, weights in enumerate(_experts(layer)):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield name, index, expert, getattr(weights, name)
-
-
-def _experts(layer: Layer) -> tuple[FeedForward, ...]:
-    return layer.feed_forward.experts if isinstance(layer.feed_forward, Experts) else (layer.feed_forward,)

@@ -6,14 +6,19 @@ import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shoal.model.step.sampling import SAMPLING_ROW
 
 FOLDER = Path(__file__).resolve().parent.parent / "native"
 
-# The instruction sets, best first; and in the order of the numbers that `shoal_best_isa` returns.
+# The instruction sets, best first; `shoal_best_isa` counts them from the last one.
 ISAS = ("avx512", "avx2", "generic")
-_ISA_OF_NUMBER = ("generic", "avx2", "avx512")
+
+_INT32 = np.dtype(np.int32)
 
 # As in shoal.h.
 MAX_HEAD_DIM = 512
@@ -76,6 +81,14 @@ class Draft(Structure):
     ]
 
 
+def address(array: NDArray[Any], dtype: np.dtype[Any] = _INT32) -> int:
+    """Where the numbers or records of an array begin, which must be of this type and without gaps."""
+    assert array.dtype == dtype, "an array of another type"
+    assert array.flags.c_contiguous, "an array with gaps"
+    begin: int = array.ctypes.data
+    return begin
+
+
 def library_path(isa: str) -> Path:
     """The path of the library for an instruction set, which need not be built."""
     return FOLDER / f"libshoal-{isa}.so"
@@ -91,8 +104,8 @@ def supported_isas() -> tuple[str, ...]:
     built = [isa for isa in ISAS if library_path(isa).exists()]
     if not built:
         return ()
-    best = _ISA_OF_NUMBER[_load(library_path(built[-1])).shoal_best_isa()]  # the plainest one loads anywhere
-    return tuple(isa for isa in built if ISAS.index(isa) >= ISAS.index(best))
+    num_supported = 1 + _load(library_path(built[-1])).shoal_best_isa()  # the plainest one loads anywhere
+    return tuple(isa for isa in built if isa in ISAS[-num_supported:])
 
 
 def load_library(isa: str | None = None) -> ctypes.CDLL:

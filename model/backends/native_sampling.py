@@ -6,6 +6,7 @@ from ctypes import Structure, c_int64, c_void_p
 
 import numpy as np
 
+from shoal.model.backends.native_library import address
 from shoal.model.step.batch import BIAS, PENALTY, Records, SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import SAMPLING_ROW
 
@@ -55,14 +56,14 @@ class SamplerArguments:
         """Refer to the arrays of the batch and of the returned output, which the native call fills."""
         sampling, rows = self.sampling, batch.rows
         if rows is not self._rows:
-            sampling.num_rows, sampling.rows = len(rows), _address(rows, SAMPLING_ROW)
+            sampling.num_rows, sampling.rows = len(rows), address(rows, SAMPLING_ROW)
             self._num_top = min(int(rows["num_logprobs"].max(initial=-1)), self._vocab_size)
             self._rows = rows
         sampling.num_penalties, sampling.num_biases = len(batch.penalties), len(batch.biases)
         if sampling.num_penalties:
-            sampling.penalties = _address(batch.penalties, PENALTY)
+            sampling.penalties = address(batch.penalties, PENALTY)
         if sampling.num_biases:
-            sampling.biases = _address(batch.biases, BIAS)
+            sampling.biases = address(batch.biases, BIAS)
         return self._output(len(rows))
 
     def _output(self, num_rows: int) -> SamplerOutput:
@@ -80,10 +81,3 @@ class SamplerArguments:
             chosen.top_token_ids = output.top_token_ids.ctypes.data
             chosen.top_logprobs = output.top_logprobs.ctypes.data
         return output
-
-
-def _address(records: Records, dtype: np.dtype[np.void]) -> int:
-    assert records.dtype == dtype, "records of another kind"
-    assert records.flags.c_contiguous, "records with gaps"
-    address: int = records.ctypes.data
-    return address

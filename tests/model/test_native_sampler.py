@@ -310,10 +310,10 @@ def test_what_is_wrong_is_found_before_a_token_is_chosen(
 def test_records_of_another_kind_are_refused(sampling_batch: Batches) -> None:
     batch = sampling_batch(4, biases=[(0, 0, 1.0)])
     for wrong, message in (
-        ({"rows": batch.rows[::2]}, "records with gaps"),
-        ({"rows": batch.rows[["position", "seed"]]}, "records of another kind"),
-        ({"penalties": batch.biases}, "records of another kind"),
-        ({"biases": np.zeros(4, BIAS)[::2]}, "records with gaps"),
+        ({"rows": batch.rows[::2]}, "an array with gaps"),
+        ({"rows": batch.rows[["position", "seed"]]}, "an array of another type"),
+        ({"penalties": batch.biases}, "an array of another type"),
+        ({"biases": np.zeros(4, BIAS)[::2]}, "an array with gaps"),
     ):
         with pytest.raises(AssertionError, match=message):
             SamplerArguments(vocab_size=40).bind(replace(batch, **wrong))
