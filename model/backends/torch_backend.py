@@ -12,7 +12,6 @@ from shoal.model.backends.rope import rope_tables
 from shoal.model.backends.stepwise import draft_stepwise
 from shoal.model.backends.torch_attention import CacheLayout, attend, clear_fresh_blocks, plan_attention
 from shoal.model.backends.torch_layers import (
-    AttentionWeights,
     ExpertWeights,
     FeedForwardWeights,
     LayerWeights,
@@ -73,9 +72,6 @@ class TorchBackend:
 
     @torch.inference_mode()
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
-        if not len(batch.logits_indices):
-            self._hidden(batch)
-            return SamplerOutput(np.empty(0, np.int32))
         return sample(self._logits(batch), sampling)
 
     @torch.inference_mode()
@@ -104,11 +100,11 @@ class TorchBackend:
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         x = self._embedding.index_select(0, self._index(batch.token_ids))
         for layer, kv_cache in zip(self._layers[:num_layers], self._kv_cache, strict=False):
-            heads = linear(rms_norm(x, layer.input_norm, eps), layer.attention.qkv)
+            heads = linear(rms_norm(x, layer.input_norm, eps), layer.qkv)
             heads = heads.view(len(x), num_heads + 2 * num_kv_heads, -1)
             rotate_(heads[:, : num_heads + num_kv_heads], cos, sin)
             attended = attend(heads[:, :num_heads], heads[:, num_heads:], kv_cache, plan)
-            x = x + linear(attended, layer.attention.output)
+            x = x + linear(attended, layer.output)
             x = x + feed_forward(rms_norm(x, layer.post_attention_norm, eps), layer.feed_forward)
         return x
 
@@ -125,10 +121,8 @@ class TorchBackend:
         attention = layer.attention
         return LayerWeights(
             input_norm=self._load(layer.input_norm),
-            attention=AttentionWeights(
-                qkv=self._load(attention.q_proj, attention.k_proj, attention.v_proj),
-                output=self._load(attention.o_proj),
-            ),
+            qkv=self._load(attention.q_proj, attention.k_proj, attention.v_proj),
+            output=self._load(attention.o_proj),
             post_attention_norm=self._load(layer.post_attention_norm),
             feed_forward=self._load_feed_forward(layer.feed_forward),
         )

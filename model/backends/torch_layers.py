@@ -25,14 +25,6 @@ COLUMNS = 32  # and at least this number of columns
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionWeights:
-    """qkv: [(num_heads + 2 * num_kv_heads) * head_dim, hidden]; output: [hidden, num_heads * head_dim]."""
-
-    qkv: Tensor
-    output: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class FeedForwardWeights:
     """gate_up: [2 * width, hidden]; down: [hidden, width]."""
 
@@ -52,10 +44,17 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer; the norms' gains are [hidden]."""
+    """One layer.
+
+    Attributes:
+        input_norm, post_attention_norm: [hidden], the norms' gains.
+        qkv: [(num_heads + 2 * num_kv_heads) * head_dim, hidden], the projections before attention.
+        output: [hidden, num_heads * head_dim], the projection after it.
+    """
 
     input_norm: Tensor
-    attention: AttentionWeights
+    qkv: Tensor
+    output: Tensor
     post_attention_norm: Tensor
     feed_forward: FeedForwardWeights | ExpertWeights
 

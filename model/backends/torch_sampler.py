@@ -72,7 +72,7 @@ def _index(array: Int32 | NDArray[np.intp], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Draws:
-    """The parameters of the rows to draw: `rows` [n]; the others [n, 1], float64 or int64, to broadcast over tokens."""
+    """The parameters of the rows to draw: `rows` [n]; `keys` [n, 1] int64; the others [n, 1] float64."""
 
     rows: Tensor
     keys: Tensor
@@ -84,18 +84,9 @@ class _Draws:
     @classmethod
     def of(cls, sampling: Records, rows: NDArray[np.intp], device: torch.device) -> _Draws:
         drawn = sampling[rows]
-
-        def column(name: str, dtype: type[np.float64] | type[np.int64]) -> Tensor:
-            return _column(drawn[name].astype(dtype), device)[:, None]
-
-        return cls(
-            rows=_index(rows, device),
-            keys=_column(noise_keys(drawn["seed"], drawn["position"]).view(np.int64), device)[:, None],
-            temperature=column("temperature", np.float64),
-            top_k=column("top_k", np.int64),
-            top_p=column("top_p", np.float64),
-            min_p=column("min_p", np.float64),
-        )
+        columns: list[NDArray[Any]] = [noise_keys(drawn["seed"], drawn["position"]).view(np.int64)]
+        columns += [drawn[name].astype(np.float64) for name in ("temperature", "top_k", "top_p", "min_p")]
+        return cls(_index(rows, device), *(_column(column, device)[:, None] for column in columns))
 
     def __getitem__(self, which: Tensor) -> _Draws:
         """The draws where `which` [n] is true."""

@@ -161,39 +161,35 @@ def _with_penalties_and_biases(logits: Float32, sampling: SamplingBatch) -> Floa
 def probabilities(logits: Float32, sampling: SamplingBatch) -> Float64:
     """The distribution over all tokens, [num_logits, vocab_size], that each row of `logits` is a draw from.
 
-    It is zero at rows that have no answer and at rows with a forced token.
+    It is zero at rows that have no answer.
     """
     result = np.zeros(logits.shape, np.float64)
     adjusted = _with_penalties_and_biases(logits, sampling)
     for distribution, values, row in zip(result, adjusted, sampling.rows, strict=True):
-        if not np.isfinite(values.max()) or row["forced_token_id"] >= 0:
-            continue
-        if row["temperature"] == 0:
-            distribution[values.argmax()] = 1.0
-            continue
-        x = values.astype(np.float64) / np.float64(row["temperature"])
-        kept = _kept(x, row)
-        weights = np.exp(x[kept] - x[kept].max())
+        kept, x = _kept(values, row)
+        weights = np.exp(x - x.max(initial=-np.inf))
         distribution[kept] = weights / weights.sum()
     return result
 
 
 def _choose(logits: Float32, row: np.void) -> int:
     """Steps 3 to 10 for one row of adjusted logits."""
+    kept, x = _kept(logits, row)
+    if len(kept) < 2:  # there is nothing to draw
+        return int(kept.max(initial=-1))
+    noise = gumbel_noise(int(row["seed"]), int(row["position"]), len(logits))
+    return int(kept[(x + noise[kept]).argmax()])
+
+
+def _kept(logits: Float32, row: np.void) -> tuple[NDArray[np.int64], Float64]:
+    """Steps 3 to 9: the ids that may be chosen, ascending, and the x of each; none where the row has no answer."""
     if not np.isfinite(logits.max()):
-        return -1
+        return np.empty(0, np.int64), np.empty(0)
     if row["forced_token_id"] >= 0:
-        return int(row["forced_token_id"])
+        return np.array([row["forced_token_id"]], np.int64), np.zeros(1)
     if row["temperature"] == 0:
-        return int(logits.argmax())
+        return np.array([logits.argmax()]), np.zeros(1)
     x = logits.astype(np.float64) / np.float64(row["temperature"])
-    kept = _kept(x, row)
-    noise = gumbel_noise(int(row["seed"]), int(row["position"]), len(x))
-    return int(kept[(x[kept] + noise[kept]).argmax()])
-
-
-def _kept(x: Float64, row: np.void) -> NDArray[np.int64]:
-    """Steps 7 to 9: the ids that may be chosen, ascending."""
     top_k, top_p, min_p = int(row["top_k"]), float(row["top_p"]), float(row["min_p"])
     order = np.argsort(-x, kind="stable")
     if top_k > 0:
@@ -205,7 +201,8 @@ def _kept(x: Float64, row: np.void) -> NDArray[np.int64]:
         keep[1:] = sums[:-1] < top_p * sums[-1]
     if min_p > 0:
         keep &= weights >= min_p
-    return np.sort(order[keep])
+    kept = np.sort(order[keep])
+    return kept, x[kept]
 
 
 def _with_logprobs(token_ids: Int32, logits: Float32, num_top: int) -> SamplerOutput:
