@@ -42,6 +42,11 @@ _HISTOGRAMS = {
     "request_prompt_tokens": ("Prompt tokens of a request.", _TOKENS),
     "request_generation_tokens": ("Tokens generated in a request.", _TOKENS),
 }
+_RESTARTS = {
+    "engine_restarts": "Engines that took the place of one that died or hung.",
+    "requests_resumed": "Requests that went on in another engine.",
+    "engine_pause_seconds": "Seconds without an engine after one died.",
+}
 # Counters that the scheduler keeps, by its own names for them.
 _COUNTED = {
     "num_preemptions": "num_preemptions",
@@ -79,6 +84,9 @@ class Metrics:
         self._success = Counter(
             "vllm:request_success", "Requests that ended, by reason.", (*_LABELS, "finished_reason"), registry=registry
         )
+        self._restarts, self._resumed, self._paused = (
+            Counter(f"shoal:{name}", text, _LABELS, registry=registry) for name, text in _RESTARTS.items()
+        )
         self._series: dict[str, dict[str, Any]] = {}
         self._counted: dict[str, SchedulerStats] = {}
 
@@ -102,6 +110,11 @@ class Metrics:
             if now > then:
                 series["spec_decode_num_accepted_tokens"].inc(now - then)
                 self._accepted_per_pos.labels(self._model_name, engine, str(position)).inc(now - then)
+
+    def restarted(self, engine: str, num_resumed: int, seconds: float) -> None:
+        """Take in that an engine was replaced: how many requests went on in the new one, after how long a pause."""
+        for counter, value in ((self._restarts, 1), (self._resumed, num_resumed), (self._paused, seconds)):
+            counter.labels(self._model_name, engine).inc(value)
 
     def tokens(self, journal: Journal, output: RequestOutput, now: float) -> None:
         """Take in a request's news, before its journal does; `now` is on the clock of the journal."""

@@ -53,6 +53,10 @@ class EngineConfig(BackendConfig):
     max_model_len: int | None = setting(
         None, at_least=1, help="Most tokens of a request, prompt and output together; the model's own limit if not set."
     )
+    standby: bool = setting(False, help="Whether a second engine stays loaded, to take over from one that dies.")
+    hang_seconds: float = setting(
+        60.0, at_least=0.5, help="An engine that completes no step for this long, though it has work, is replaced."
+    )
     trace: Path | None = setting(
         None, help="File, begun anew, for each step as a Chrome trace, which https://ui.perfetto.dev opens."
     )

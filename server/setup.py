@@ -32,7 +32,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         _check_draft(tokenizer, find_draft(settings.speculation.draft_model))
     model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
     metrics = Metrics(model_name)
-    client = EngineClient("0", metrics)
+    client = EngineClient("0", metrics, hang_seconds=settings.engine.hang_seconds)
     service = Service(
         settings=settings,
         model_name=model_name,

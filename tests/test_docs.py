@@ -91,7 +91,7 @@ def shown(default: object) -> str:
 def test_every_metric_is_described() -> None:
     families = list(Metrics("fish").registry.collect())
     rows = [f"| `{one.name}{'_total' if one.type == 'counter' else ''}` | {one.type} |" for one in families]
-    assert sorted(re.findall(r"^\| `vllm:\w+` \| \w+ \|", OPERATIONS, re.MULTILINE)) == sorted(rows)
+    assert sorted(re.findall(r"^\| `(?:vllm|shoal):\w+` \| \w+ \|", OPERATIONS, re.MULTILINE)) == sorted(rows)
 
 
 def test_the_example_of_sizing_is_the_bundled_model() -> None:

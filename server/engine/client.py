@@ -7,16 +7,18 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from math import inf
 
 from shoal.scheduler.admission import check_queue, check_request
-from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.errors import EngineError, ShoalError
 from shoal.scheduler.output import SchedulerStats
-from shoal.server.engine.journal import Submission
+from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.metrics import Metrics
 
 NO_STATS = SchedulerStats(0, 0, 0.0, 0, 0, 0)  # of an engine that has just started, or is no more
+MAX_DEATHS = 3  # of engines with a request that makes no progress, before it is tried alone
 
 
 class EngineState(Enum):
@@ -29,18 +31,31 @@ class EngineState(Enum):
 class EngineClient:
     """Implements `Engine`.  The owner of the engine connects it, hands its news over, and says when it is lost.
 
+    A request outlives its engine: what is unfinished when an engine is lost is submitted to the next one, with the
+    tokens that came already.  A request that was there at three deaths in a row without any progress may be what kills
+    engines.  So it is tried alone, until its first news or the next death, with which it ends.
+
     Args:
         name: of the engine, for metrics.
         metrics: told of each step and each request's tokens.
+        hang_seconds: an engine hangs if it has work and was not heard of for so long.
+        clock: returns seconds.
     """
 
-    def __init__(self, name: str, metrics: Metrics) -> None:
+    def __init__(
+        self, name: str, metrics: Metrics, *, hang_seconds: float = inf, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.name = name
         self.state = EngineState.STARTING
         self._metrics = metrics
+        self._hang_seconds = hang_seconds
+        self._clock = clock
         self._ready: Ready | None = None
         self._send: Callable[[Command], None] | None = None
         self._unfinished: dict[str, Submission] = {}
+        self._held: dict[str, None] = {}  # ids of unfinished requests that no engine has, in order
+        self._on_trial: str | None = None
+        self._heard_at = self._lost_at = clock()
         self._idle = asyncio.Event()
         self._idle.set()
         metrics.stats(name, NO_STATS)
@@ -58,23 +73,34 @@ class EngineClient:
     def num_unfinished(self) -> int:
         return len(self._unfinished)
 
+    def check_health(self) -> None:
+        self.ready  # noqa: B018 (raises)
+        if self._send is None or self.hangs:
+            raise EngineUnavailableError("the engine is being replaced; requests wait for the next one")
+
     def submit(self, requests: Sequence[EngineRequest]) -> Submission:
         limits = self.ready.limits
         for request in requests:
             check_request(limits, len(request.prompt_token_ids), request.params.max_tokens)
         check_queue(limits, self.num_unfinished, len(requests))
-        submission = Submission(requests, self.name, time.monotonic())
+        now = self._clock()
+        submission = Submission(requests, self.name, now)
+        if not self._is_working:
+            self._heard_at = now  # an idle engine is silent
         self._unfinished |= dict.fromkeys(submission.journals, submission)
+        self._held |= dict.fromkeys(submission.journals)
         self._idle.clear()
-        self._command(Submit(list(requests)))
+        self._hand_over()
         return submission
 
     def abort(self, request_ids: Iterable[str]) -> None:
         unfinished = [request_id for request_id in request_ids if request_id in self._unfinished]
+        sent = [request_id for request_id in unfinished if request_id not in self._held]
         for request_id in unfinished:
             self._forget(request_id)
-        if unfinished:
-            self._command(Abort(unfinished))
+        if sent and self._send is not None:
+            self._send(Abort(sent))
+        self._end_trial()
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests; let the unfinished ones go on for a while, then end them with an error."""
@@ -90,42 +116,98 @@ class EngineClient:
 
     # -- for the owner of the engine ------------------------------------------------------------------------------
 
+    @property
+    def hangs(self) -> bool:
+        """Whether an engine that has work was not heard of for too long."""
+        return self._is_working and self._clock() - self._heard_at > self._hang_seconds
+
     def connect(self, ready: Ready, send: Callable[[Command], None]) -> None:
         """The engine is ready, and takes commands through `send`."""
+        self._heard_at = now = self._clock()
+        if self._ready is not None:
+            self._metrics.restarted(self.name, len(self._held), now - self._lost_at)
         self._ready, self._send = ready, send
         if self.state is EngineState.STARTING:
             self.state = EngineState.READY
+        self._hand_over()
 
     def take(self, news: News) -> None:
         """Note what came of a step, and wake the calls that wait for it."""
-        now = time.monotonic()
+        self._heard_at = now = self._clock()
         self._metrics.stats(self.name, news.stats)
         for output in news.outputs:
             submission = self._unfinished.get(output.request_id)
-            if submission is not None:
+            if submission is not None and output.request_id not in self._held:
                 journal = submission.journals[output.request_id]
                 self._metrics.tokens(journal, output, now)
                 journal.note(output, now)
                 submission.put(output)
                 if output.finish_reason is not None:
                     self._forget(output.request_id)
+        self._end_trial()
 
-    def lose(self, error: ShoalError) -> None:
-        """The engine is gone: its requests end with this error, and it takes no new ones until it is connected."""
+    def lose(self) -> None:
+        """The engine is gone: its requests wait for the next one."""
+        self._send, self._lost_at = None, self._clock()
+        suspect, self._on_trial = self._on_trial, None
+        for request_id in self._unfinished.keys() - self._held.keys():
+            self._journal(request_id).num_deaths += 1
+        if suspect is not None:
+            num_tries = self._journal(suspect).num_deaths
+            error = EngineError(f"the engine died each of {num_tries} times that it worked on this request")
+            self._unfinished[suspect].fail(error)
+            self._forget(suspect)
+        self._held = dict.fromkeys(self._unfinished)
+        self._metrics.stats(self.name, NO_STATS)
+
+    def give_up(self, error: ShoalError) -> None:
+        """No engine can be had: all requests end with this error, and no new ones are taken until one is connected."""
         self._send = None
         if self.state is EngineState.READY:
             self.state = EngineState.STARTING
         self._fail_all(error)
-        self._metrics.stats(self.name, NO_STATS)
 
     # -- the parts -----------------------------------------------------------------------------------------------
 
-    def _command(self, command: Command) -> None:
-        if self._send is not None:
-            self._send(command)
+    @property
+    def _is_working(self) -> bool:
+        return self._send is not None and len(self._unfinished) > len(self._held)
+
+    def _journal(self, request_id: str) -> Journal:
+        return self._unfinished[request_id].journals[request_id]
+
+    def _hand_over(self) -> None:
+        """Submit what is held; of suspects the first one, alone."""
+        if self._send is None or self._on_trial is not None:
+            return
+        suspects = (one for one in self._held if self._journal(one).num_deaths >= MAX_DEATHS)
+        self._on_trial = next(suspects, None)
+        going = list(self._held) if self._on_trial is None else [self._on_trial]
+        for request_id in going:
+            del self._held[request_id]
+        if going:
+            now = self._clock()
+            self._send(Submit([self._journal(request_id).resumed(now) for request_id in going]))
+
+    def _end_trial(self) -> None:
+        """If the request that is tried alone has got on, or is gone, go on with the others.
+
+        While other suspects are left it leaves the engine for their trials.  It comes back after the news of the last
+        trial, before which all that the engine still said of it was dropped.
+        """
+        suspect = self._on_trial
+        if suspect is None or (suspect in self._unfinished and self._journal(suspect).num_deaths):
+            return
+        self._on_trial = None
+        others = any(self._journal(request_id).num_deaths >= MAX_DEATHS for request_id in self._held)
+        if others and suspect in self._unfinished and self._send is not None:
+            self._send(Abort([suspect]))
+            self._held[suspect] = None
+        self._hand_over()
 
     def _forget(self, request_id: str) -> None:
         del self._unfinished[request_id]
+        self._held.pop(request_id, None)
         if not self._unfinished:
             self._idle.set()
 
@@ -133,4 +215,6 @@ class EngineClient:
         for submission in self._unfinished.values():
             submission.fail(error)
         self._unfinished.clear()
+        self._held.clear()
+        self._on_trial = None
         self._idle.set()

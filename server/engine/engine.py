@@ -24,6 +24,10 @@ class Engine(Protocol):
     @property
     def num_unfinished(self) -> int: ...
 
+    def check_health(self) -> None:
+        """Raise EngineUnavailableError unless steps complete, or nothing is asked."""
+        ...
+
     def submit(self, requests: Sequence[EngineRequest]) -> Submission:
         """Take all of these requests or none.  The submission streams their news.
 

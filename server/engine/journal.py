@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from shoal.scheduler.errors import EngineError, ShoalError
 from shoal.scheduler.output import FinishReason, RequestOutput, TokenLogprobs
 from shoal.server.engine.messages import EngineRequest
@@ -13,13 +15,13 @@ from shoal.server.engine.messages import EngineRequest
 
 @dataclass(slots=True)
 class Journal:
-    """What one request was and what came of it so far.
+    """What one request was and what came of it so far: what another engine needs to go on after one that died.
 
-    It is kept here, in the API process, because an engine may die: what a new engine needs to go on is `request` with
-    `output_token_ids`.  Times are seconds on the monotonic clock of this process.
+    It is kept here, in the API process.  Times are seconds on the monotonic clock of this process.
 
     Attributes:
         engine: name of the engine that has the request.
+        num_deaths: engines that died with the request since it last made progress.
     """
 
     request: EngineRequest
@@ -33,9 +35,20 @@ class Journal:
     num_rejected_tokens: int = 0
     first_token_time: float | None = None
     last_token_time: float | None = None
+    num_deaths: int = 0
+
+    def resumed(self, now: float) -> EngineRequest:
+        """The request as the next engine takes it."""
+        return replace(
+            self.request,
+            age=now - self.arrival_time,
+            output_token_ids=list(self.output_token_ids),
+            num_scored_tokens=1 + len(self.prompt_logprobs),
+        )
 
     def note(self, output: RequestOutput, now: float) -> None:
         """Take in an output."""
+        self.num_deaths = 0
         self.prompt_logprobs += output.prompt_logprobs or ()
         if output.token_ids:
             self.num_accepted_tokens += output.num_accepted_tokens

@@ -65,6 +65,6 @@ class LocalEngine:
             EngineLoop(engine.core, self).run()
         except Exception as error:  # whatever it is, no request may wait for ever
             logger.exception("the engine failed")
-            self._event_loop.call_soon_threadsafe(self._client.lose, EngineError(f"the engine failed: {error}"))
+            self._event_loop.call_soon_threadsafe(self._client.give_up, EngineError(f"the engine failed: {error}"))
         finally:
             engine.close()

@@ -9,7 +9,16 @@ from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.output import FinishReason, RequestOutput, SchedulerStats
 from shoal.scheduler.request import Request
 from shoal.server.engine.endings import Endings
-from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Stop, Submit
+from shoal.server.engine.messages import (
+    HEARTBEAT_SECONDS,
+    Abort,
+    Command,
+    EngineRequest,
+    News,
+    Report,
+    Stop,
+    Submit,
+)
 
 
 class Wire(Protocol):
@@ -30,6 +39,7 @@ class EngineLoop:
         self.wire = wire
         self._endings = core.executor = Endings(core.executor)
         self._reported: SchedulerStats | None = None
+        self._reported_at = 0.0  # on the engine's clock
 
     def run(self) -> None:
         """Run until a `Stop` comes."""
@@ -41,7 +51,7 @@ class EngineLoop:
         now = self.core.clock()
         wake_time = self.core.scheduler.wake_time(now)
         outputs: list[RequestOutput] = []
-        for command in self.wire.receive(None if wake_time is None else wake_time - now):
+        for command in self.wire.receive(None if wake_time is None else min(wake_time - now, HEARTBEAT_SECONDS)):
             match command:
                 case Submit(requests):
                     outputs += [refusal for request in requests if (refusal := self._add(request))]
@@ -55,10 +65,10 @@ class EngineLoop:
         for output in outputs:
             if output.finish_reason is not None:
                 self._endings.forget(output.request_id)
-        stats = self.core.scheduler.stats()
-        if outputs or stats != self._reported:
+        stats, now = self.core.scheduler.stats(), self.core.clock()
+        if outputs or stats != self._reported or now - self._reported_at >= HEARTBEAT_SECONDS:
             self.wire.send(News(outputs, stats))
-            self._reported = stats
+            self._reported, self._reported_at = stats, now
         if self.core.scheduler.num_unfinished == 0:
             self.core.scheduler.check_invariants()
         return True
@@ -74,6 +84,7 @@ class EngineLoop:
             scheduling=sent.scheduling,
             speculates=sent.speculates,
         )
+        request.num_scored_tokens = sent.num_scored_tokens
         try:
             self.core.scheduler.add(request)
         except ShoalError as error:

@@ -10,6 +10,8 @@ import msgspec
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 
+HEARTBEAT_SECONDS = 0.25
+
 
 class EngineRequest(msgspec.Struct, frozen=True):
     """A request as an engine takes it.
@@ -17,6 +19,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     Attributes:
         age: seconds since it arrived at the server.
         output_token_ids: tokens that an earlier engine generated already; the request goes on after them.
+        num_scored_tokens: prompt tokens that an earlier engine scored already; nothing predicts the first.
         scheduling: what the policy may know of it.
         speculates: whether tokens may be drafted for it.
         end_after: the model is made to end the text with this output token; None leaves the end to it.  The scheduler
@@ -28,6 +31,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     age: float = 0.0
     output_token_ids: list[int] = []
+    num_scored_tokens: int = 1
     scheduling: SchedulingParams = SchedulingParams()
     speculates: bool = True
     end_after: int | None = None
@@ -77,7 +81,7 @@ class StartFailed(msgspec.Struct, tag=True):
 
 
 class News(msgspec.Struct, tag=True):
-    """What came of a step."""
+    """What came of a step.  While an engine works it sends news at least every `HEARTBEAT_SECONDS`, even empty ones."""
 
     outputs: list[RequestOutput]
     stats: SchedulerStats

@@ -1,4 +1,4 @@
-"""Starts the engine process, watches it, and starts another when it dies."""
+"""Starts the engine process, watches it, and puts another in its place when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import logging
 import shutil
 import sys
 import tempfile
-import time
+from asyncio.subprocess import Process
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -22,21 +23,24 @@ from shoal.server.settings import Settings
 
 logger = logging.getLogger("shoal.engine")
 
-RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds before each new start in a row; the last one from then on
-STABLE_SECONDS = 60.0  # an engine that lived so long was not at fault in its start
-LAST_WORDS_SECONDS = 0.2  # how long what a dead engine sent last may still be on its way
+START_DELAYS = (0.0, 0.5, 1.0, 2.0, 5.0)  # seconds after so many failed starts in a row; the last one from then on
+MAX_FAILED_STARTS = 3  # in a row, after which requests that wait for an engine end with an error
+LAST_WORDS_SECONDS = 0.01  # a dead engine that was silent for so long has said all that it had to say
 STOP_SECONDS = 2.0  # how long an engine may take to close what it writes
+LOOK_SECONDS = 0.1  # how often it is looked whether an engine hangs
+
+_decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
 
 class EngineSupervisor:
-    """Owns the engine process, and connects the client to it."""
+    """Owns the engine processes, and connects the client to one of them."""
 
     def __init__(self, settings: Settings, client: EngineClient) -> None:
         self._settings = settings
         self._client = client
         self._task: asyncio.Task[None] | None = None
         self._first_start: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        self._is_stopping = False
+        self._standby: asyncio.Task[EngineProcess] | None = None
 
     async def start(self) -> Ready:
         """Start the engine and wait until it is ready.
@@ -49,8 +53,7 @@ class EngineSupervisor:
         return await asyncio.shield(self._first_start)
 
     async def stop(self) -> None:
-        """End the engine process; it closes what it writes."""
-        self._is_stopping = True
+        """End the engine processes; they close what they write."""
         self._client.close()
         if self._task is not None:
             self._task.cancel()
@@ -58,98 +61,169 @@ class EngineSupervisor:
                 await self._task
 
     async def _supervise(self) -> None:
-        """Run engine processes, one after the other."""
+        """Run engines, one after the other."""
         num_failures = 0
-        while True:
-            began = time.monotonic()
-            try:
-                exit_code = await self._run_process()
-            except Exception as error:  # whatever it is, no request may wait for ever
-                failure = error if isinstance(error, ShoalError) else EngineError(f"the engine failed: {error}")
-                if not self._first_start.done():
-                    self._first_start.set_exception(failure)
-                    return
-                logger.error("%s", failure.message)
-                exit_code = 1
-            if not self._first_start.done():
-                self._first_start.set_exception(
-                    EngineError(f"the engine ended with exit code {exit_code} at its start")
-                )
-                return
-            self._client.lose(EngineError("the engine died while it worked on this request; a new one is starting"))
-            num_failures = 0 if time.monotonic() - began > STABLE_SECONDS else num_failures + 1
-            delay = RESTART_DELAYS[min(num_failures, len(RESTART_DELAYS) - 1)]
-            logger.error("the engine died with exit code %s; starting a new one in %.1f s", exit_code, delay)
-            await asyncio.sleep(delay)
+        try:
+            while True:
+                try:
+                    engine = await self._next_engine()
+                except Exception as error:  # whatever it is, no request may wait for ever
+                    failure = error if isinstance(error, ShoalError) else EngineError(f"the engine failed: {error}")
+                    if not self._first_start.done():
+                        self._first_start.set_exception(failure)
+                        return
+                    num_failures += 1
+                    delay = START_DELAYS[min(num_failures, len(START_DELAYS) - 1)]
+                    logger.error("%s; the next start is in %.1f s", failure.message, delay)
+                    if num_failures >= MAX_FAILED_STARTS:
+                        self._client.give_up(EngineError(f"no engine could be started: {failure.message}"))
+                    await asyncio.sleep(delay)
+                else:
+                    num_failures = 0
+                    await self._run(engine)
+        finally:
+            if self._standby is not None:
+                self._standby.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await (await self._standby).close(gently=True)
 
-    async def _run_process(self) -> int:
-        """Run one engine process until it ends; returns its exit code.
+    async def _next_engine(self) -> EngineProcess:
+        """An engine that is ready: the one that stands by, or a new one."""
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            with contextlib.suppress(Exception):  # a new one says what is wrong
+                engine = await standby
+                if not engine.ended.done():
+                    return engine
+                await engine.close(gently=False)
+        return await EngineProcess.start(self._settings)
+
+    async def _run(self, engine: EngineProcess) -> None:
+        """Have the client work with an engine until it ends."""
+        is_alive = True
+        try:
+            ready = engine.ready.result()
+            engine.take, engine.hangs = self._client.take, lambda: self._client.hangs
+            self._client.connect(ready, engine.send)
+            if self._first_start.done():
+                logger.info("the new engine is ready")
+            else:
+                self._first_start.set_result(ready)
+            if self._settings.engine.standby:
+                self._standby = asyncio.create_task(EngineProcess.start(self._settings))
+            end = await asyncio.shield(engine.ended)
+            is_alive = False
+            self._client.lose()
+            logger.error("the engine %s; another takes its place", end)
+        finally:
+            await engine.close(gently=is_alive)
+
+
+class EngineProcess:
+    """One engine process, and the sockets that join it to this one.
+
+    Attributes:
+        ready: what it said when it was ready.
+        ended: how it ended, in words.
+        take: is told of its news.
+        hangs: says whether to give it up.
+    """
+
+    def __init__(self) -> None:
+        self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.take: Callable[[News], None] = lambda news: None
+        self.hangs: Callable[[], bool] = lambda: False
+        self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+        self._context = zmq.asyncio.Context()
+        self._commands, self._reports = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
+        self._num_reports = 0
+        self._process: Process | None = None
+
+    @classmethod
+    async def start(cls, settings: Settings) -> EngineProcess:
+        """Start a process, and wait until it is ready.
+
+        Raises:
+            ConfigError: it cannot start with these settings.
+            EngineError: it ended before it was ready.
+        """
+        engine = cls()
+        try:
+            await engine._launch(settings)
+            await asyncio.wait((engine.ready, engine.ended), return_when=asyncio.FIRST_COMPLETED)
+            if not engine.ready.done():
+                raise EngineError(f"the engine {engine.ended.result()} at its start")
+        except BaseException:
+            await engine.close(gently=False)
+            raise
+        return engine
+
+    def send(self, command: Command) -> None:
+        self._commands.send(msgspec.msgpack.encode(command))
+
+    async def close(self, *, gently: bool) -> None:
+        """End the process, and remove its sockets; it is asked first if that is to be done gently."""
+        if self._process is not None:
+            if gently and self.ready.done():
+                self.send(Stop())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            self.ended.cancel()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _launch(self, settings: Settings) -> None:
+        for socket, name in ((self._commands, "commands"), (self._reports, "reports")):
+            socket.set_hwm(0)
+            socket.bind(f"ipc://{self._folder / name}")
+        # -P: what lies in the working directory must not take the place of a library.
+        command = (sys.executable, "-P", "-m", "shoal.server.engine.process", str(self._folder))
+        self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(settings.sections(), enc_hook=str) + b"\n")
+        self.ended = asyncio.create_task(self._watch(self._process))
+
+    async def _watch(self, process: Process) -> str:
+        """Take reports until the engine ends or hangs; returns how, in words.
 
         Raises:
             ConfigError: it says that it cannot start.
         """
-        folder = Path(tempfile.mkdtemp(prefix="shoal-"))
-        context = zmq.asyncio.Context()
-        commands, reports = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+        receiving, exited = asyncio.create_task(self._receive()), asyncio.create_task(process.wait())
         try:
-            for socket, name in ((commands, "commands"), (reports, "reports")):
-                socket.set_hwm(0)
-                socket.bind(f"ipc://{folder / name}")
-            # -P: what lies in the working directory must not take the place of a library.
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "shoal.server.engine.process", str(folder), stdin=asyncio.subprocess.PIPE
-            )
-            try:
-                assert process.stdin is not None
-                process.stdin.write(msgspec.json.encode(self._settings.sections(), enc_hook=str) + b"\n")
-                return await self._listen(commands, reports, process)
-            finally:
-                await self._end(commands, process)
-        finally:
-            context.destroy(linger=0)
-            shutil.rmtree(folder, ignore_errors=True)
-
-    async def _end(self, commands: zmq.asyncio.Socket, process: asyncio.subprocess.Process) -> None:
-        if self._is_stopping and self._first_start.done():
-            commands.send(msgspec.msgpack.encode(Stop()))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-
-    async def _listen(
-        self, commands: zmq.asyncio.Socket, reports: zmq.asyncio.Socket, process: asyncio.subprocess.Process
-    ) -> int:
-        """Take reports until the process ends; returns its exit code."""
-        receiving = asyncio.create_task(self._receive(commands, reports))
-        ended = asyncio.create_task(process.wait())
-        try:
-            await asyncio.wait((receiving, ended), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait((receiving,), timeout=LAST_WORDS_SECONDS)
+            while not (receiving.done() or exited.done()):
+                await asyncio.wait((receiving, exited), timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if self.hangs():
+                    return "hangs: it completes no step, though it has work"
+            num_heard = -1
+            while not receiving.done() and num_heard < self._num_reports:
+                num_heard = self._num_reports
+                await asyncio.wait((receiving,), timeout=LAST_WORDS_SECONDS)
             if receiving.done():
                 receiving.result()
-            return await ended
+            return f"died with exit code {await exited}"
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever it is, no request may wait for ever
+            logger.exception("what an engine sent could not be taken")
+            return f"failed: {error}"
         finally:
             receiving.cancel()
-            ended.cancel()
+            exited.cancel()
 
-    async def _receive(self, commands: zmq.asyncio.Socket, reports: zmq.asyncio.Socket) -> None:
-        def send(command: Command) -> None:
-            commands.send(msgspec.msgpack.encode(command))
-
-        decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+    async def _receive(self) -> None:
         while True:
-            match decoder.decode(await reports.recv()):
+            report = _decoder.decode(await self._reports.recv())
+            self._num_reports += 1
+            match report:
                 case News() as news:
-                    self._client.take(news)
+                    self.take(news)
                 case Loading(what):
                     logger.info("engine: %s", what)
                 case Ready() as ready:
-                    self._client.connect(ready, send)
-                    if self._first_start.done():
-                        logger.info("the new engine is ready")
-                    else:
-                        self._first_start.set_result(ready)
+                    self.ready.set_result(ready)
                 case StartFailed(message, param):
                     raise ConfigError(message, param=param)

@@ -1,4 +1,4 @@
-"""GET /health, /metrics and /version: for those who run the server, without an API key."""
+"""GET /health, /ready, /metrics and /version: for those who run the server, without an API key."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from shoal.scheduler.admission import check_queue
 from shoal.server.routes.answer import whole
 from shoal.server.service import Service
 
@@ -17,7 +18,13 @@ def operations_router(service: Service) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        service.engine.ready  # noqa: B018 (raises while the engine is not ready)
+        service.engine.check_health()
+        return Response(status_code=200)
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        service.engine.check_health()
+        check_queue(service.engine.ready.limits, service.engine.num_unfinished, 1)
         return Response(status_code=200)
 
     @router.get("/metrics")

@@ -133,12 +133,12 @@ class Server(ServerProcess):
     # -- metrics -----------------------------------------------------------------------------------------------------
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of a metric, whose name is given without `vllm:`."""
+        """The value of a metric, whose name may be given without `vllm:`."""
         samples = [
             sample.value
             for family in text_string_to_metric_families(self.get("/metrics").text)
             for sample in family.samples
-            if sample.name == f"vllm:{name}" and labels.items() <= sample.labels.items()
+            if sample.name in (name, f"vllm:{name}") and labels.items() <= sample.labels.items()
         ]
         return sum(samples)
 

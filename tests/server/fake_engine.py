@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -26,20 +29,23 @@ from shoal.server.engine.messages import (
     Submit,
 )
 
-ANSWER, SILENCE, DIE, DIE_AFTER_A_TOKEN, GARBAGE, FAIL = range(1, 7)
+ANSWER, SILENCE, DIE, DIE_AFTER_A_TOKEN, GARBAGE, FAIL, HANG_AFTER_A_TOKEN = range(1, 8)
 TOKENS = [11, 12, 13]
 
 
 def outputs(request: EngineRequest) -> list[RequestOutput]:
-    """A token at a time, in messages of their own."""
+    """A token at a time, in messages of their own; a request that was resumed after some tokens goes on behind them."""
     name = request.request_id
+    if request.output_token_ids:
+        left = TOKENS[len(request.output_token_ids) :]
+        return [RequestOutput(name, left, FinishReason.STOP)]
     match request.prompt_token_ids[0]:
         case 1:
             return [RequestOutput(name, [TOKENS[0]], num_cached_tokens=3, queue_time=0.25)] + [
                 RequestOutput(name, [token_id], FinishReason.STOP if token_id == TOKENS[-1] else None)
                 for token_id in TOKENS[1:]
             ]
-        case 4:
+        case 4 | 7:
             return [RequestOutput(name, [TOKENS[0]])]
         case 6:
             return [RequestOutput(name, [], FinishReason.ERROR, error="out of luck")]
@@ -61,7 +67,10 @@ def main() -> None:
         context.destroy(linger=2000)
         os._exit(code)
 
+    was_here = folder.parent / "was-here"
     match settings["model"]:
+        case "dies later" if was_here.exists():
+            end(3)
         case "refuses":
             send(StartFailed("num_blocks: too many", "num_blocks"))
             end(1)
@@ -73,10 +82,21 @@ def main() -> None:
             limits = SchedulerConfig(
                 num_blocks=64, max_model_len=512, max_num_seqs=2, max_num_batched_tokens=16, max_num_waiting=1
             )
+            if settings["model"] == "dies later":
+                was_here.touch()
             send(Ready(limits, 1, 2, "a fake", None))
 
+    play(settings, commands, reports, end)
+
+
+def play(settings: Any, commands: Any, reports: Any, end: Callable[[int], None]) -> None:
+    """Answer commands, for ever."""
     decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
     num_aborted = 0
+
+    def send(report: Report) -> None:
+        reports.send(msgspec.msgpack.encode(report))
+
     while True:
         command = decoder.decode(commands.recv())
         match command:
@@ -85,8 +105,10 @@ def main() -> None:
                     for output in outputs(request):
                         send(News([output], SchedulerStats(1, num_aborted, 0.5, 1, 2, 1)))
                     match request.prompt_token_ids[0]:
-                        case 3 | 4:
+                        case 3 | 4 if not request.output_token_ids:
                             end(5)
+                        case 7 if not request.output_token_ids:
+                            time.sleep(1000)
                         case 5:
                             reports.send(b"\xc1 no message")
             case Abort(request_ids):

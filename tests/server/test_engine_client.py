@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import shoal.server.engine.supervisor as supervisor_module
 import tests.server.fake_engine as fake
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
-from shoal.scheduler.output import RequestOutput, SamplingParams
+from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats
 from shoal.server.engine.client import EngineClient, EngineState
 from shoal.server.engine.journal import Submission
-from shoal.server.engine.messages import EngineRequest
+from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
 from shoal.server.engine.supervisor import EngineSupervisor
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.metrics import Metrics
@@ -45,8 +47,9 @@ def request(request_id: str, part: int, max_tokens: int = 8) -> EngineRequest:
 
 @asynccontextmanager
 async def engine(model: str = "plays", **settings: object) -> AsyncIterator[EngineClient]:
-    client = EngineClient("0", Metrics("fake"))
-    supervisor = EngineSupervisor(resolve({"model": model, "engine": settings}), client)
+    resolved = resolve({"model": model, "engine": settings})
+    client = EngineClient("0", Metrics("fake"), hang_seconds=resolved.engine.hang_seconds)
+    supervisor = EngineSupervisor(resolved, client)
     try:
         await supervisor.start()
         yield client
@@ -67,8 +70,8 @@ async def until(holds: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-def sample(client: EngineClient, name: str) -> float | None:
-    return client._metrics.registry.get_sample_value(f"vllm:{name}", {"model_name": "fake", "engine": "0"})
+def sample(client: EngineClient, name: str, prefix: str = "vllm") -> float | None:
+    return client._metrics.registry.get_sample_value(f"{prefix}:{name}", {"model_name": "fake", "engine": "0"})
 
 
 def play_out(scene: Callable[[], Awaitable[None]]) -> None:
@@ -175,27 +178,196 @@ def test_a_request_that_failed_on_its_own_leaves_the_others() -> None:
     play_out(scene)
 
 
-@pytest.mark.parametrize("part", [fake.DIE, fake.DIE_AFTER_A_TOKEN, fake.GARBAGE])
-def test_when_an_engine_fails_its_requests_end_and_a_new_one_comes(part: int, tmp_path: Path) -> None:
+def test_requests_outlive_their_engine(tmp_path: Path) -> None:
     async def scene() -> None:
         async with engine() as client:
-            waiting = client.submit([request("a", fake.SILENCE)])
-            fatal = client.submit([request("b", part)])
-            if part == fake.DIE_AFTER_A_TOKEN:
-                assert (await fatal.get())[0].token_ids == fake.TOKENS[:1]
-            for submission in (fatal, waiting):
-                with pytest.raises(EngineError, match="died"):
-                    await submission.get()
+            waiting = client.submit([request("a", fake.DIE_AFTER_A_TOKEN)])
+            assert [output.token_ids for output in await news(waiting, 2)] == [fake.TOKENS[:1], fake.TOKENS[1:]]
+            journal = waiting.journals["a"]
+            assert (journal.output_token_ids, journal.num_deaths) == (fake.TOKENS, 0)
             assert client.num_unfinished == 0
-            assert sample(client, "num_requests_running") == 0 == sample(client, "kv_cache_usage_perc")
-            with pytest.raises(EngineUnavailableError, match="starting"):
-                client.submit([request("c", fake.ANSWER)])
-            await until(lambda: client.state is EngineState.READY)
             await news(client.submit([request("d", fake.ANSWER)]), 3)
+            assert sample(client, "engine_restarts_total", "shoal") == 1
+            assert sample(client, "requests_resumed_total", "shoal") == 1
+            assert 0 < (sample(client, "engine_pause_seconds_total", "shoal") or 0) < 100
             # A new engine counts from zero, the server's counters go on.
-            first = 1 if part == fake.DIE_AFTER_A_TOKEN else 0
-            assert sample(client, "prefix_cache_queries_total") == 2 * (first + 1)
+            assert sample(client, "prefix_cache_queries_total") == 4
             assert len(list((tmp_path / "temp").iterdir())) == 1
+
+    play_out(scene)
+
+
+@pytest.mark.parametrize("part", [fake.DIE, fake.GARBAGE])
+def test_a_request_that_kills_engines_ends_and_all_others_live(part: int) -> None:
+    async def scene() -> None:
+        async with engine() as client:
+            fatal, other = client.submit([request("a", part)]), client.submit([request("b", fake.ANSWER)])
+            with pytest.raises(EngineError, match="died each of 4 times"):
+                await fatal.get()
+            assert len(await news(other, 3)) == 3
+            await news(client.submit([request("c", fake.ANSWER)]), 3)
+            assert client.num_unfinished == 0
+            assert sample(client, "engine_restarts_total", "shoal") == 4
+
+    play_out(scene)
+
+
+class Hand:
+    """A client whose engine is played by hand."""
+
+    def __init__(self) -> None:
+        limits = SchedulerConfig(num_blocks=64, max_model_len=512, max_num_seqs=2, max_num_batched_tokens=16)
+        self.ready = Ready(limits, 1, 2, "by hand", None)
+        self.now = 0.0
+        self.commands: list[Command] = []
+        self.client = EngineClient("0", Metrics("fake"), hang_seconds=5, clock=lambda: self.now)
+        self.connect()
+
+    def connect(self) -> None:
+        self.client.connect(self.ready, self.commands.append)
+
+    def submit(self, name: str) -> Submission:
+        return self.client.submit([request(name, fake.ANSWER)])
+
+    def say(self, *names: str) -> None:
+        """The engine has a token for each of these requests."""
+        self.client.take(News([RequestOutput(name, [7]) for name in names], SchedulerStats(0, 0, 0.0, 0, 0, 0)))
+
+    def heard(self) -> list[Submit | Abort]:
+        """The commands since the last call, all of them of requests."""
+        commands, self.commands[:] = list(self.commands), []
+        return [command for command in commands if isinstance(command, Submit | Abort)]
+
+    def restart(self) -> list[list[str]]:
+        """Another engine; returns what it is asked, by ids."""
+        self.client.lose()
+        self.heard()
+        self.connect()
+        return self.asked()
+
+    def asked(self) -> list[list[str]]:
+        return [
+            [one.request_id for one in command.requests]
+            if isinstance(command, Submit)
+            else ["abort", *command.request_ids]
+            for command in self.heard()
+        ]
+
+
+def test_a_request_goes_on_with_its_tokens_and_its_age() -> None:
+    async def scene() -> None:
+        hand = Hand()
+        hand.submit("a")
+        hand.now = 2.0
+        hand.say("a")
+        hand.client.lose()
+        hand.submit("b")
+        hand.say("a")  # what a dead engine said is not taken twice
+        hand.now = 3.0
+        hand.heard()
+        hand.connect()
+        (command,) = hand.heard()
+        assert isinstance(command, Submit)
+        assert [(one.request_id, one.output_token_ids, one.age) for one in command.requests] == [
+            ("a", [7], 3.0),
+            ("b", [], 1.0),
+        ]
+
+    play_out(scene)
+
+
+def test_suspects_are_tried_one_by_one_and_the_guilty_one_ends() -> None:
+    async def scene() -> None:
+        hand = Hand()
+        submissions = {name: hand.submit(name) for name in "abcd"}
+        assert hand.restart() == hand.restart() == [["a", "b", "c", "d"]]
+        hand.say("d")  # gets on, and is above suspicion
+        assert hand.restart() == [["a"]]
+        hand.say("a")
+        assert hand.asked() == [["abort", "a"], ["b"]]
+        hand.say("a")  # said before it was told of the abort
+        assert submissions["a"].journals["a"].output_token_ids == [7]
+        hand.submit("e")
+        assert hand.asked() == []
+        assert hand.restart() == [["c"]]
+        with pytest.raises(EngineError, match="died each of 4 times"):
+            await submissions["b"].get()
+        hand.say("c")
+        assert hand.asked() == [["a", "d", "e"]]
+        assert hand.client.num_unfinished == 4
+
+    play_out(scene)
+
+
+def test_a_suspect_whose_client_leaves_ends_its_trial() -> None:
+    async def scene() -> None:
+        hand = Hand()
+        hand.submit("a")
+        hand.submit("b")
+        for _ in range(2):
+            hand.restart()
+        assert hand.restart() == [["a"]]
+        hand.client.abort(["a"])
+        assert hand.asked() == [["abort", "a"], ["b"]]
+        hand.client.abort(["b"])
+        assert hand.asked() == [["abort", "b"]]
+        assert hand.client.num_unfinished == 0
+
+    play_out(scene)
+
+
+def test_only_an_engine_with_work_can_hang() -> None:
+    async def scene() -> None:
+        hand = Hand()
+        hand.now = 100.0
+        hand.client.check_health()
+        hand.submit("a")
+        hand.now = 104.0
+        hand.say("a")
+        hand.now = 109.0
+        assert not hand.client.hangs
+        hand.now = 109.5
+        assert hand.client.hangs
+        with pytest.raises(EngineUnavailableError, match="being replaced"):
+            hand.client.check_health()
+        hand.client.lose()
+        assert not hand.client.hangs
+        with pytest.raises(EngineUnavailableError, match="being replaced"):
+            hand.client.check_health()
+
+    play_out(scene)
+
+
+def test_an_engine_that_hangs_is_replaced() -> None:
+    async def scene() -> None:
+        async with engine(hang_seconds=0.5) as client:
+            client.check_health()
+            hung = client.submit([request("a", fake.HANG_AFTER_A_TOKEN)])
+            assert [output.token_ids for output in await news(hung, 2)] == [fake.TOKENS[:1], fake.TOKENS[1:]]
+            client.check_health()
+
+    play_out(scene)
+
+
+def test_an_engine_that_stands_by_takes_over() -> None:
+    async def scene() -> None:
+        async with engine(standby=True) as client:
+            for name in "abc":
+                await news(client.submit([request(name, fake.DIE_AFTER_A_TOKEN)]), 2)
+            assert sample(client, "engine_restarts_total", "shoal") == 3
+
+    play_out(scene)
+
+
+def test_what_waits_ends_if_no_engine_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "START_DELAYS", (0.0,))
+
+    async def scene() -> None:
+        async with engine("dies later") as client:
+            with pytest.raises(EngineError, match="no engine could be started: the engine died with exit code 3"):
+                await client.submit([request("a", fake.DIE)]).get()
+            with pytest.raises(EngineUnavailableError, match="starting"):
+                client.submit([request("b", fake.ANSWER)])
 
     play_out(scene)
 

@@ -1,0 +1,73 @@
+"""Engines die under streams, which go on: each ends as it would have undisturbed, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import StartServer
+from tests.e2e.harness import Server, Waiting
+
+COMPLETIONS, RESTARTS = "/v1/completions", "shoal:engine_restarts_total"
+BODIES: list[dict[str, Any]] = [
+    {"prompt": "def add(a, b):\n", "max_tokens": 300, "temperature": 0, "logprobs": 3},
+    {"prompt": "import os\n", "max_tokens": 260, "n": 2, "logprobs": 0, "presence_penalty": 0.5},
+    {"prompt": "class Stack:\n" * 30, "max_tokens": 240, "echo": True, "logprobs": 2},
+    {"prompt": "for x in range(", "max_tokens": 300, "stop": ["zebra", "return x"], "repetition_penalty": 1.1},
+    {"prompt": ["if ", "while "], "max_tokens": 200, "min_tokens": 200, "logit_bias": {"40": 2}},
+]
+
+
+def whole(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    """All that a stream says, in a form in which it does not matter how its events were cut."""
+    said: dict[str, Any] = {}
+    options = {"seed": 7, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    for event in server.stream(COMPLETIONS, **options | body):
+        assert "error" not in event, event
+        for choice in event["choices"]:
+            own = said.setdefault(str(choice["index"]), {"text": "", "reason": None})
+            own["text"] += choice["text"]
+            own["reason"] = choice["finish_reason"] or own["reason"]
+            for name, values in (choice["logprobs"] or {}).items():
+                own.setdefault(name, []).extend(values)
+        if event["usage"]:
+            said["usage"] = {name: count for name, count in event["usage"].items() if isinstance(count, int)}
+    return said
+
+
+@pytest.mark.parametrize("options", [(), ("--standby", "--speculation", "ngram", "--num-blocks", "120")])
+def test_streams_outlive_their_engines(tmp_path: Path, options: tuple[str, ...]) -> None:
+    server = Server(tmp_path, *options)
+    try:
+        server.wait_ready()
+        undisturbed = [whole(server, body) for body in BODIES]
+        with ThreadPoolExecutor(len(BODIES)) as pool:
+            streams = [pool.submit(whole, server, body) for body in BODIES]
+            for number, how in enumerate((signal.SIGKILL, signal.SIGSEGV, signal.SIGKILL), 1):
+                tokens = server.metric("generation_tokens_total")
+                server.until("it works", lambda tokens=tokens: server.metric("generation_tokens_total") > tokens + 60)
+                os.kill(server.engine_pid(), how)
+                server.until("another engine", lambda n=number: server.metric(RESTARTS) == n)
+            assert [stream.result() for stream in streams] == undisturbed
+        assert server.metric("request_success_total", finished_reason="error") == 0
+    finally:
+        server.close()
+
+
+def test_an_engine_that_is_stopped_is_replaced(start: StartServer) -> None:
+    server = start("--hang-seconds", "0.5").wait_ready()
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGSTOP)
+    time.sleep(1)
+    assert server.get("/health").status_code == 200  # nothing is asked of it
+    waiting = Waiting(server, COMPLETIONS, prompt="Z", temperature=0, ignore_eos=True, max_tokens=40)
+    server.until("it is not healthy", lambda: server.get("/health").status_code == 503)
+    assert waiting.answer().status_code == 200
+    assert server.engine_pid() != engine
+    assert server.get("/ready").status_code == server.get("/health").status_code == 200
