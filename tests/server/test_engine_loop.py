@@ -11,7 +11,7 @@ import zmq
 from shoal.scheduler.output import SamplingParams, SchedulingParams
 from shoal.scheduler.policies.static import Static
 from shoal.server.engine.loop import EngineLoop
-from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Stop, Submit
+from shoal.server.engine.messages import HEARTBEAT_SECONDS, Abort, Command, EngineRequest, News, Report, Stop, Submit
 from shoal.server.engine.process import Sockets, _encoder
 from tests.fakes import Harness
 
@@ -76,13 +76,16 @@ def ends(sockets: FakeWire) -> dict[str, float]:
 def test_the_loop_wakes_for_the_timeout_of_a_static_batch() -> None:
     sockets = run([(10.0, submit("a"))], lambda sockets: "a" in ends(sockets))
     assert ends(sockets) == {"a": 10.0 + TIMEOUT}
-    assert sockets.waits == [None, TIMEOUT], "for the first command as long as it takes, and then no longer than needed"
+    first, *waits = sockets.waits
+    assert first is None, "for the first command as long as it takes, and then no longer than needed"
+    assert waits == [HEARTBEAT_SECONDS] * 10
+    assert [time for time, _ in sockets.sent] == [10.0 + HEARTBEAT_SECONDS * number for number in range(11)]
 
 
 def test_a_request_that_comes_meanwhile_fills_the_batch() -> None:
     sockets = run([(10.0, submit("a")), (11.0, submit("b"))], lambda sockets: len(ends(sockets)) == 2)
     assert ends(sockets) == {"a": 11.0, "b": 11.0}
-    assert sockets.waits == [None, TIMEOUT]
+    assert None not in sockets.waits[1:]
 
 
 def test_the_loop_does_not_wait_while_requests_run() -> None:
@@ -92,7 +95,7 @@ def test_the_loop_does_not_wait_while_requests_run() -> None:
 
 def test_after_an_abort_there_is_nothing_to_wake_for() -> None:
     sockets = run([(1.0, submit("a")), (2.0, Abort(["a"])), (90.0, submit("b"))], lambda s: "b" in ends(s))
-    assert sockets.waits == [None, TIMEOUT, None, TIMEOUT]
+    assert [number for number, wait in enumerate(sockets.waits) if wait is None] == [0, 5]
 
 
 def test_a_request_arrived_before_it_was_sent() -> None:
