@@ -10,6 +10,7 @@ import click
 
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.policies import describe_policies
+from shoal.server.descriptors import open_standard_files, raise_limit
 from shoal.server.sources import SettingsCommand, load_settings
 
 
@@ -26,8 +27,10 @@ class _Serve(SettingsCommand):
 
 def serve(arguments: list[str]) -> None:
     """Serve until a signal ends it; exit with code 2 and a line for each fault if that cannot be."""
+    open_standard_files()
     try:
         settings = load_settings(arguments)
+        raise_limit()
         import uvloop  # noqa: PLC0415 (what follows takes longer to load than --help takes to answer)
 
         from shoal.server.logs import set_up_logs  # noqa: PLC0415

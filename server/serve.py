@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from types import FrameType
 
 import uvicorn
 
@@ -112,10 +114,20 @@ class GracefulServer(uvicorn.Server):
         draining.cancel()
         await super().shutdown(sockets)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal drains the server; a second one, whichever it is, ends the drain."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn does, but without raising the signal again afterwards: the exit code of a drained server is 0."""
+        """As uvicorn does, and a terminal that closes drains too.
+
+        The signal is not raised again afterwards: the exit code of a drained server is 0.
+        """
         with super().capture_signals():
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+                signal.signal(signal.SIGHUP, self.handle_exit)
             yield
             self._captured_signals.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import shutil
 import sys
@@ -88,7 +89,11 @@ class EngineProcess:
     async def _launch(self, settings: Settings) -> None:
         for socket, name in ((self._commands, "commands"), (self._reports, "reports")):
             socket.set_hwm(0)
-            socket.bind(f"ipc://{self._folder / name}")
+            try:
+                socket.bind(f"ipc://{self._folder / name}")
+            except zmq.ZMQError as error:
+                advice = "; set TMPDIR to a folder with a shorter name" if error.errno == errno.ENAMETOOLONG else ""
+                raise EngineError(f"no socket can be made in {self._folder}: {error.strerror}{advice}") from error
         # -P: what lies in the working directory must not take the place of a library.
         command = (sys.executable, "-P", "-m", "shoal.server.engine.process", str(self._folder))
         self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)

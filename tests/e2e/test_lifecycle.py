@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from shoal.loadtest.server import ServerProcess
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
-from tests.e2e.harness import Server, Waiting, command_line, joined
+from tests.e2e.harness import SHOAL, Server, Waiting, clean_environment, command_line, joined
 
 LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"
@@ -52,18 +55,22 @@ def test_a_server_that_starts_refuses_and_one_that_drains_does_not_lose_its_stre
     assert nothing_left(server)
 
 
-@pytest.mark.parametrize("how", ["time limit", "second signal"])
-def test_a_drain_ends(start: StartServer, how: str) -> None:
-    server = start("--drain-seconds", "0.2" if how == "time limit" else "280").wait_ready()
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGINT], [signal.SIGINT] * 2, [signal.SIGTERM] * 2, [signal.SIGHUP, signal.SIGTERM]],
+    ids=["time limit", "interrupts", "terminations", "hang-up"],
+)
+def test_a_drain_ends(start: StartServer, signals: list[signal.Signals]) -> None:
+    server = start("--drain-seconds", "0.2" if len(signals) == 1 else "280").wait_ready()
     engine = server.engine_pid()
     waiting = Waiting(server, COMPLETIONS, **LONG, max_tokens=12_000)
     server.until("it runs", lambda: server.metric("num_requests_running") == 1)
     with server.streaming(COMPLETIONS, **LONG, max_tokens=12_000) as stream:
         next(stream)
-        server.signal(signal.SIGINT)
-        if how == "second signal":
+        server.signal(signals[0])
+        for another in signals[1:]:
             server.until("it drains", lambda: unavailable(server))
-            server.signal(signal.SIGINT)
+            server.signal(another)
         chunks = list(stream)
     assert (chunks[-1]["error"]["type"], chunks[-1]["error"]["code"]) == ("server_error", "engine_unavailable")
     assert waiting.answer().status_code == 503
@@ -94,3 +101,17 @@ def test_an_engine_ends_with_its_server(start: StartServer) -> None:
     server.wait()
     server.until("the engine has ended", lambda: not command_line(engine))
     server.until("nothing is left", lambda: nothing_left(server))
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_a_server_may_be_started_without_standard_files(tmp_path: Path, closed: str) -> None:
+    shell = ("sh", "-c", f'exec {SHOAL} serve "$@" {closed}', "sh")
+    with ServerProcess([], tmp_path / "log", command=shell, environment=clean_environment()) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_server_that_may_open_too_few_files_says_so() -> None:
+    command = ["sh", "-c", f"ulimit -n 24; exec {SHOAL} serve"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), check=False)
+    assert ended.returncode == 2
+    assert "may open 24 files, but a server needs at least 128: raise the limit" in ended.stderr
