@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import shutil
 import sys
@@ -87,13 +86,13 @@ class EngineProcess:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _launch(self, settings: Settings) -> None:
+        if len(str(self._folder / "commands")) > zmq.IPC_PATH_MAX_LEN:
+            raise ConfigError(
+                f"{self._folder} has too long a name to hold sockets: set TMPDIR to a folder with a shorter one"
+            )
         for socket, name in ((self._commands, "commands"), (self._reports, "reports")):
             socket.set_hwm(0)
-            try:
-                socket.bind(f"ipc://{self._folder / name}")
-            except zmq.ZMQError as error:
-                advice = "; set TMPDIR to a folder with a shorter name" if error.errno == errno.ENAMETOOLONG else ""
-                raise EngineError(f"no socket can be made in {self._folder}: {error.strerror}{advice}") from error
+            socket.bind(f"ipc://{self._folder / name}")
         # -P: what lies in the working directory must not take the place of a library.
         command = (sys.executable, "-P", "-m", "shoal.server.engine.process", str(self._folder))
         self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)

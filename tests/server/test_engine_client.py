@@ -108,7 +108,9 @@ def test_sockets_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
 
     async def scene() -> None:
-        with pytest.raises(EngineError, match="name too long; set TMPDIR to a folder with a shorter name"):
+        with pytest.raises(
+            ConfigError, match="too long a name to hold sockets: set TMPDIR to a folder with a shorter one"
+        ):
             async with engine():
                 pass
 
