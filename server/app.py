@@ -28,7 +28,7 @@ logger = logging.getLogger("shoal.api")
 def create_app(service: Service) -> FastAPI:
     """Put the application together."""
     app = FastAPI(title="Shoal", version=version("shoal"), docs_url=None, redoc_url=None)
-    guarded = [Depends(_key_check(service.settings.server.api_keys))]
+    guarded = [Depends(_key_check(service.api_keys))]
     for router in (completions_router, chat_router, models_router, tokenize_router):
         app.include_router(router(service), dependencies=guarded)
     app.include_router(operations_router(service))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from typing import Any
 
@@ -12,6 +13,8 @@ from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.policies import describe_policies
 from shoal.server.descriptors import open_standard_files, raise_limit
 from shoal.server.sources import SettingsCommand, load_settings
+
+logger = logging.getLogger("shoal")
 
 
 class _Serve(SettingsCommand):
@@ -37,6 +40,8 @@ def serve(arguments: list[str]) -> None:
         from shoal.server.serve import serve as run  # noqa: PLC0415
 
         set_up_logs(settings.server)
+        if any(argument.partition("=")[0] in ("--api-keys", "--server.api-keys") for argument in arguments):
+            logger.warning("everybody on this machine can read the command line: give API keys by --api-keys-file")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run(settings))
     except ShoalError as error:

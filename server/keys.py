@@ -13,4 +13,8 @@ def known_key(request: Request, api_keys: Collection[str]) -> str | None:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         return None
-    return next((key for key in api_keys if compare_digest(given.encode("latin-1"), key.encode())), None)
+    known = None
+    for key in api_keys:  # all of them, so that the time says nothing
+        if compare_digest(given.encode("latin-1"), key.encode()):
+            known = key
+    return known

@@ -9,6 +9,7 @@ import time
 
 from shoal.server.settings import ServerConfig
 
+_MAX_PATH_CHARS = 200
 _COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
 
 
@@ -22,9 +23,15 @@ def set_up_logs(config: ServerConfig) -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a request is worth a line: those that ask how the server is come every few seconds."""
-    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
-    return path not in ("/health", "/metrics")
+    """Whether a request is worth a line: those that ask how the server is come every few seconds.
+
+    The query is taken out of the line, for somebody may have put a key there, and a path is cut.
+    """
+    if isinstance(record.args, tuple) and len(record.args) > 2:
+        path = str(record.args[2]).partition("?")[0][:_MAX_PATH_CHARS]
+        record.args = (*record.args[:2], path, *record.args[3:])
+        return path not in ("/health", "/ready", "/metrics")
+    return True
 
 
 class TextLines(logging.Formatter):

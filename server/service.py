@@ -28,6 +28,7 @@ class Service:
     """The model as the API sees it, and the engine that runs it."""
 
     settings: Settings
+    api_keys: tuple[str, ...]
     model_name: str
     config: ModelConfig
     defaults: GenerationDefaults

@@ -32,6 +32,7 @@ class ServerConfig(Config):
         None, help="Name of the model in the API; that of the checkpoint if not set."
     )
     api_keys: tuple[str, ...] = setting((), help="If any are given, requests must carry one of them as a bearer token.")
+    api_keys_file: Path | None = setting(None, help="File with further keys, one a line, read at the start.")
     max_body_bytes: int = setting(4 * 1024 * 1024, at_least=1, help="Largest request body that is read.")
     drain_seconds: float = setting(
         30.0, at_least=0, help="After SIGTERM, how long unfinished requests may go on before they end with an error."
@@ -44,6 +45,22 @@ class ServerConfig(Config):
         super().__post_init__()
         if not all(self.api_keys):
             raise ConfigError("api_keys must not hold an empty key", param="api_keys")
+
+    def all_api_keys(self) -> tuple[str, ...]:
+        """Return the keys that are given, and those of the file.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds no key.
+        """
+        if self.api_keys_file is None:
+            return self.api_keys
+        try:
+            keys = self.api_keys_file.read_text("utf-8").split()
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"api_keys_file: {self.api_keys_file}: {error}", param="api_keys_file") from error
+        if not keys:
+            raise ConfigError(f"api_keys_file: {self.api_keys_file} holds no key", param="api_keys_file")
+        return (*self.api_keys, *keys)
 
 
 @dataclass(frozen=True, kw_only=True)

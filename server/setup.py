@@ -35,6 +35,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     client = EngineClient("0", metrics, hang_seconds=settings.engine.hang_seconds)
     service = Service(
         settings=settings,
+        api_keys=settings.server.all_api_keys(),
         model_name=model_name,
         config=load_config(opened),
         defaults=load_generation_defaults(opened),

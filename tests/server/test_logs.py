@@ -44,6 +44,14 @@ def test_health_checks_and_metrics_leave_no_line() -> None:
     assert [is_news(line) for line in lines] == [False, True, False]
 
 
+def test_a_line_has_neither_the_query_nor_all_of_a_long_path() -> None:
+    access = logging.getLogger("uvicorn.access")
+    for path in ("/v1/models?api_key=secret", "/v1/models?" + "x" * 9999, "/" + "y" * 9999):
+        line = access.makeRecord("uvicorn.access", 20, "", 0, '%s - "%s %s', ("a", "GET", path), None)
+        assert is_news(line)
+        assert line.getMessage() in ('a - "GET /v1/models', 'a - "GET /' + "y" * 199)
+
+
 def test_statistics_are_logged_while_there_is_something_to_say(caplog: pytest.LogCaptureFixture) -> None:
     """The clock is the event loop's, and it is moved on by hand."""
     caplog.set_level(logging.INFO, "shoal")

@@ -236,3 +236,16 @@ def test_every_setting_is_documented() -> None:
     for settings in declared().values():
         for one in settings.values():
             assert one.field.metadata["help"].endswith("."), one.path
+
+
+def test_keys_may_stand_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n\ntwo\n", "utf-8")
+    server = load_settings(["--api-keys-file", str(file), "--api-keys", "zero"]).server
+    assert server.all_api_keys() == ("zero", "one", "two")
+    file.write_text("\n", "utf-8")
+    with pytest.raises(ConfigError, match="holds no key"):
+        server.all_api_keys()
+    file.unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        server.all_api_keys()
