@@ -12,6 +12,8 @@ from shoal.scheduler.errors import (
     ShoalError,
 )
 
+MAX_MESSAGE_CHARS, MAX_PARAM_CHARS = 300, 64
+
 
 class AuthenticationError(ShoalError):
     """No API key, or a wrong one."""
@@ -81,4 +83,12 @@ class ErrorBody(msgspec.Struct):
 
 def error_body(error: ShoalError) -> ErrorBody:
     http = http_error(error)
-    return ErrorBody(ErrorObject(error.message, http.type, error.param, http.code))
+    param = error.param and error.param[:MAX_PARAM_CHARS]
+    return ErrorBody(ErrorObject(_cut(error.message), http.type, param, http.code))
+
+
+def _cut(message: str) -> str:
+    """A message of bounded length: what is too long keeps its beginning and its end."""
+    if len(message) <= MAX_MESSAGE_CHARS:
+        return message
+    return f"{message[: MAX_MESSAGE_CHARS // 2]} ... {message[5 - MAX_MESSAGE_CHARS // 2 :]}"

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import ValidationError
+from msgspec.structs import asdict
 
 from shoal.scheduler.errors import ConfigError, InvalidRequestError
 from shoal.scheduler.output import SchedulingParams
@@ -22,7 +22,7 @@ from shoal.server.service import Service, new_id
 from shoal.server.settings import DEFAULT_MODEL, Settings, declared, resolve
 from shoal.server.setup import build_service
 from shoal.server.text import Delta, Scored
-from shoal.server.wire.requests import ChatBody, CompletionBody, Message, SamplingBody, request_error
+from shoal.server.wire.requests import ChatBody, CompletionBody, NumLogprobs, SamplingBody, read_body
 
 Prompt = str | list[int]
 Value = TypeVar("Value")
@@ -38,13 +38,10 @@ class SamplingParams(SamplingBody):
         InvalidRequestError: a field is unknown, of the wrong type, or out of range.
     """
 
-    logprobs: int | None = None
+    logprobs: NumLogprobs | None = None
 
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise request_error(error) from error
+    def __post_init__(self) -> None:
+        read_body(CompletionBody, asdict(self) | {"prompt": ""})
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,14 +247,13 @@ def _bodies(
     chosen = [params or SamplingParams()] * len(each) if not isinstance(params, Sequence) else list(params)
     if len(chosen) != len(each):
         raise InvalidRequestError(f"{len(each)} prompts were given, but {len(chosen)} params", param="params")
-    return [CompletionBody(prompt=prompt, **one.model_dump()) for prompt, one in zip(each, chosen, strict=True)]
+    return [
+        read_body(CompletionBody, asdict(one) | {"prompt": prompt}) for prompt, one in zip(each, chosen, strict=True)
+    ]
 
 
 def _chat_body(messages: Sequence[Mapping[str, Any]], params: SamplingParams | None) -> ChatBody:
-    fields = (params or SamplingParams()).model_dump()
+    fields = asdict(params or SamplingParams())
     num_logprobs = fields.pop("logprobs")
-    try:
-        parsed = [Message.model_validate(message) for message in messages]
-        return ChatBody(messages=parsed, logprobs=num_logprobs is not None or None, top_logprobs=num_logprobs, **fields)
-    except ValidationError as error:
-        raise request_error(error) from error
+    asked = {"messages": messages, "logprobs": num_logprobs is not None or None, "top_logprobs": num_logprobs}
+    return read_body(ChatBody, fields | asked)

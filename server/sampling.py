@@ -16,7 +16,7 @@ from shoal.server.wire.requests import ChatBody, CompletionBody, GenerationBody
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 # Parameters that a body has under the same names.  A checkpoint's defaults have some of them, too.
-_BY_NAME = [field.name for field in fields(SamplingParams) if field.name in GenerationBody.model_fields]
+_BY_NAME = [field.name for field in fields(SamplingParams) if field.name in GenerationBody.__struct_fields__]
 
 
 def resolve_seed(body: GenerationBody) -> int:
@@ -55,6 +55,7 @@ def resolve_sampling(
         if (value := getattr(source, name, None)) is not None
     }
     values |= {
+        "top_k": max(values.get("top_k", 0), 0),
         "max_tokens": max_tokens,
         # Where the request says where its text ends, the model may not.
         "min_tokens": body.min_tokens if body.end_after is None else max_tokens,

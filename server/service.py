@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.model.record import ModelConfig
@@ -109,15 +110,20 @@ class Service:
         Raises:
             InvalidRequestError: a prompt is empty, or a token id outside the vocabulary.
         """
-        match body.prompt:
+        prompt: Any = body.prompt
+        kinds = set() if isinstance(prompt, str) else set(map(type, prompt))
+        match prompt:
             case str(text):
                 return await self._encoded([text])
-            case [str(), *_] as texts:
-                return await self._encoded([text for text in texts if isinstance(text, str)])
-            case [int(), *_] | [] as token_ids:
-                return [self._decoded([token_id for token_id in token_ids if isinstance(token_id, int)])]
-            case many:
-                return [self._decoded(token_ids) for token_ids in many if isinstance(token_ids, list)]
+            case [str(), *_] if len(kinds) == 1:
+                return await self._encoded(prompt)
+            case [int(), *_] | [] if len(kinds) <= 1:
+                return [self._decoded(prompt)]
+            case [list(), *_] if len(kinds) == 1:
+                return [self._decoded(token_ids) for token_ids in prompt]
+        raise InvalidRequestError(
+            "prompt: expected only texts, only token ids, or only lists of token ids", param="prompt"
+        )
 
     async def _encoded(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
         if not all(texts):

@@ -136,7 +136,7 @@ def test_every_endpoint_is_described() -> None:
 )
 def test_every_field_of_a_request_is_described(body: type[requests.CompletionBody]) -> None:
     described = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\|([^|]*)\|", API, re.MULTILINE))))
-    assert body.model_fields.keys() - described == set()
+    assert set(body.__struct_fields__) - described == set()
 
 
 def test_every_limit_of_a_request_is_named() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+import msgspec
 
 
-def documented(body: type[BaseModel]) -> dict[str, Any]:
+def documented(body: type[msgspec.Struct]) -> dict[str, Any]:
     """The `openapi_extra` of a route.
 
     Bodies are read by `parse_body` rather than by FastAPI, so that every fault is an error object of OpenAI's API.
@@ -15,9 +15,9 @@ def documented(body: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema(body)}}}}
 
 
-def _schema(body: type[BaseModel]) -> dict[str, Any]:
+def _schema(body: type[msgspec.Struct]) -> dict[str, Any]:
     """The JSON schema with its definitions written out in place, for a fragment has nowhere to keep them."""
-    schema = body.model_json_schema()
+    schema = msgspec.json.schema(body)
     definitions = schema.pop("$defs", {})
 
     def inline(node: Any) -> Any:

@@ -3,14 +3,19 @@
 What is not listed is refused by name: a misspelt parameter would otherwise be ignored in silence.  Parameters of
 OpenAI's API that cannot change the tokens (`metadata`, `store`, ...) are accepted and ignored; those that would ask
 for what this server does not do are refused unless they ask for nothing.
+
+Reading stops at the first fault, so that a body of a million faults costs no more than one.  Every number has a range
+that the engine's types can hold.
 """
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import ErrorDetails
+import msgspec
+from msgspec import Meta, Raw, Struct, field
 
 from shoal.scheduler.errors import InvalidRequestError
 
@@ -20,50 +25,61 @@ MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 1000
 MAX_SLO_MS = 3_600_000
+MAX_ENTRIES = 1024  # of `logit_bias` and `stop_token_ids`
+MAX_INT = 2**31 - 1  # the engine's integers have 32 bits
+MAX_SEED = 2**64 - 1
+MAX_VALUES = 400_000  # of a body: a list of more tokens than any context holds would take long to read
 
-# Lists are read up to their first fault: a long one could have millions, and describing them takes seconds.
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
-Prompts = Annotated[list[Tokens], Field(fail_fast=True)]
-TopK = Annotated[int, Field(ge=-1), AfterValidator(lambda k: max(k, 0))]  # vLLM's users write -1 for all
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
+Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Milliseconds = Annotated[float, Meta(gt=0, le=MAX_SLO_MS)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+class Body(Struct, forbid_unknown_fields=True):
+    """A request body, or an object in one."""
+
+    def check(self) -> None:
+        """Refuse what its fields' types cannot say.
+
+        Raises:
+            InvalidRequestError: a field is at fault.
+        """
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class SamplingBody(_Body):
+class SamplingBody(Body):
     """How tokens are chosen, and where a text ends."""
 
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(None, ge=0)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
-    stop: StopString | list[StopString] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_ENTRIES)] | None = (
+        None
+    )
+    seed: Annotated[int, Meta(ge=-(2**63))] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
 
     # extensions
-    top_k: TopK | None = None
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
-    min_tokens: int = Field(0, ge=0)
-    stop_token_ids: Tokens = []
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_INT)] | None = None  # vLLM's users write -1 for all
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
+    min_tokens: Count = 0
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ENTRIES)] = []
     ignore_eos: bool = False
 
-    @field_validator("stop")
-    @classmethod
-    def _few_stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > MAX_STOP_STRINGS:
-            raise ValueError(f"{len(stop)} stop strings were given, but at most {MAX_STOP_STRINGS} are allowed")
-        return stop
+    def check(self) -> None:
+        if self.seed is not None and self.seed > MAX_SEED:
+            raise InvalidRequestError(f"seed: expected an integer <= {MAX_SEED}", param="seed")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -79,37 +95,35 @@ class GenerationBody(SamplingBody):
 
     # for the scheduling policy: they change when tokens come, and not which
     user: str | None = None
-    priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    ttft_slo_ms: float | None = Field(None, gt=0, le=MAX_SLO_MS)
-    tpot_slo_ms: float | None = Field(None, gt=0, le=MAX_SLO_MS)
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    ttft_slo_ms: Milliseconds | None = None
+    tpot_slo_ms: Milliseconds | None = None
 
     # for those who compare: it changes how fast tokens come, and not which
     speculation: Literal["off", "draft", "ngram", "self"] | None = None
 
     # for load tests: the model ends the text with exactly this output token, and nothing that schedules is told
-    end_after: int | None = Field(None, ge=1)
+    end_after: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
 
     # accepted and ignored: they cannot change the tokens
-    metadata: dict[str, Any] | None = None
+    metadata: Raw = field(default_factory=Raw)
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    @field_validator("stream_options")
-    @classmethod
-    def _only_for_streams(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
-        if options is not None and not info.data.get("stream"):
-            raise ValueError("is only allowed when stream is true")
-        return options
+    def check(self) -> None:
+        super().check()
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options: is only allowed when stream is true", param="stream_options")
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(GenerationBody, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | Texts | Tokens | Prompts
+    prompt: str | list[str | TokenId | list[TokenId]]
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: NumLogprobs | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
@@ -119,12 +133,12 @@ class CompletionBody(GenerationBody):
         return len(self.prompt) if is_list else 1
 
 
-class TextPart(_Body):
+class TextPart(Body, kw_only=True):
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class Message(Body, kw_only=True):
     """One message of a chat; a content of several text parts is their concatenation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -140,84 +154,125 @@ class Message(_Body):
         return {"role": role, "content": content} | ({"name": self.name} if self.name else {})
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text"]
 
 
-class ChatBody(GenerationBody):
+Messages = Annotated[list[Message], Meta(min_length=1)]
+
+
+class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=0)
+    messages: Messages
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: NumLogprobs | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
+    tools: Raw = field(default_factory=Raw)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
 
-    @field_validator("tools")
-    @classmethod
-    def _no_tools(cls, tools: list[Any] | None) -> list[Any] | None:
-        if tools:
-            raise ValueError("tool calls are not supported: leave the list empty")
-        return tools
+    def check(self) -> None:
+        super().check()
+        if bytes(self.tools) not in (b"", b"null", b"[]"):
+            raise InvalidRequestError("tools: tool calls are not supported: leave the list empty", param="tools")
+        self.tools = Raw()
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(Body):
     """POST /tokenize: a prompt, or the messages of a chat."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(Body, kw_only=True):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Tokens
+    tokens: list[TokenId]
 
 
-Body = TypeVar("Body", bound=_Body)
+Kind = TypeVar("Kind", bound=Body)
+_WORDS = {
+    "array": "a list",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "an integer",
+    "object": "an object",
+    "str": "text",
+}
 
 
-def parse_body(kind: type[Body], raw: bytes) -> Body:
+@cache
+def _decoder(kind: type[Kind]) -> msgspec.json.Decoder[Kind]:
+    return msgspec.json.Decoder(kind)
+
+
+def parse_body(kind: type[Kind], raw: bytes) -> Kind:
     """Read a request body.
 
     Raises:
         InvalidRequestError: it is not JSON, or a field is missing, unknown, of the wrong type or out of range.
     """
+    if raw.count(b",") > MAX_VALUES:
+        raise InvalidRequestError(f"the request body has more than {MAX_VALUES} values, which nothing can need")
     try:
-        return kind.model_validate_json(raw)
-    except ValidationError as error:
-        raise request_error(error) from error
+        body: Kind = _decoder(kind).decode(raw)
+    except msgspec.ValidationError as error:
+        raise _request_error(str(error), kind) from error
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidRequestError(f"the request body is not valid JSON: {error}") from error
+    body.check()
+    return body
 
 
-def request_error(error: ValidationError) -> InvalidRequestError:
-    """What is wrong with a body, in one sentence that names the field."""
-    faults = error.errors(include_url=False, include_input=False)
-    first = faults[0]
-    path = [str(part) for part in first["loc"]]
-    field = path[0] if path else None
-    match first["type"]:
-        case "json_invalid":
-            return InvalidRequestError(f"the request body is not valid JSON: {first['ctx']['error']}")
-        case "extra_forbidden":
-            return InvalidRequestError(f"unrecognized request argument: {'.'.join(path)}", param=field)
-        case "missing":
-            return InvalidRequestError(f"missing required field: {'.'.join(path)}", param=field)
-    # A field of several types has a fault for each of them.
-    messages = dict.fromkeys(_message(fault) for fault in faults if fault["loc"][:1] == first["loc"][:1])
-    return InvalidRequestError(f"{field or 'request body'}: {' or '.join(messages)}", param=field)
+def read_body(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """Make a body of Python values; raises as `parse_body` does."""
+    try:
+        body: Kind = msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise _request_error(str(error), kind) from error
+    body.check()
+    return body
 
 
-def _message(fault: ErrorDetails) -> str:
-    """What is wrong, and where inside the field if it is an item of it."""
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    indices = [i for i, part in enumerate(fault["loc"]) if isinstance(part, int)]
-    return f"item {fault['loc'][indices[0]]}: {message}" if indices else message
+def _request_error(fault: str, kind: type[Body]) -> InvalidRequestError:
+    """What msgspec says of a fault, in a sentence that begins with the field."""
+    message, _, place = fault.partition(" - at `$")
+    path = place.rstrip("`").lstrip(".")
+    if named := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", message, re.DOTALL):
+        name = f"{path}.{named[2]}".lstrip(".")
+        what = "unrecognized request argument" if "unknown" in named[1] else "missing required field"
+        return InvalidRequestError(f"{what}: {name}", param=name.partition(".")[0].partition("[")[0])
+    names = [name.partition("[")[0] for name in path.split(".")]
+    if allowed := _allowed(msgspec.inspect.type_info(kind), names) if message.startswith("Invalid enum value") else ():
+        message = f"expected {' or '.join(map(repr, allowed))}"
+    message = re.sub(
+        r"`([\w| ]+)`", lambda words: " or ".join(_WORDS.get(w, w) for w in words[1].split(" | ")), message
+    )
+    return InvalidRequestError(f"{path or 'request body'}: {message[:1].lower()}{message[1:]}", param=names[0] or None)
+
+
+def _allowed(info: Any, path: list[str]) -> tuple[Any, ...]:
+    """The values of the literal type at a path."""
+    match info:
+        case msgspec.inspect.LiteralType() if not path:
+            return tuple(info.values)
+        case msgspec.inspect.UnionType():
+            return tuple(value for each in info.types for value in _allowed(each, path))
+        case msgspec.inspect.ListType():
+            return _allowed(info.item_type, path)
+        case msgspec.inspect.StructType() if path:
+            return tuple(
+                value
+                for field in info.fields
+                if field.encode_name == path[0]
+                for value in _allowed(field.type, path[1:])
+            )
+    return ()

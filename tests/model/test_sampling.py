@@ -98,7 +98,7 @@ def test_every_field_of_a_row_is_a_parameter_that_is_specified_and_may_be_asked_
     names = set(SAMPLING_ROW.names or ()) - {"position", "forced_token_id"}
     assert names <= {field.name for field in fields(SamplingParams)}
     asked_for = names - {"num_logprobs"}  # `logprobs` and `top_logprobs` on the wire
-    assert asked_for <= set(GenerationBody.model_fields)
+    assert asked_for <= set(GenerationBody.__struct_fields__)
     assert asked_for <= set(SamplingOptions.__annotations__)
     specification = sampling.__doc__ or ""
     assert [name for name in asked_for if name not in specification] == []

@@ -99,7 +99,7 @@ def test_what_is_wrong_is_named(llm: LLM, folder: Path) -> None:
     with pytest.raises(InvalidRequestError, match="temperature: ") as caught:
         SamplingParams(temperature=-1)
     assert caught.value.param == "temperature"
-    with pytest.raises(InvalidRequestError, match="tempature"):
+    with pytest.raises(TypeError, match="tempature"):
         SamplingParams(tempature=1)
     with pytest.raises(InvalidRequestError, match="prompt is empty"):
         llm.generate("")

@@ -9,7 +9,7 @@ from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import SamplingParams
 from shoal.server.sampling import check_token_ids, resolve_sampling, resolve_seed
-from shoal.server.wire.requests import ChatBody, CompletionBody
+from shoal.server.wire.requests import ChatBody, CompletionBody, read_body
 
 LIMITS = SchedulerConfig(num_blocks=8, block_size=16, max_model_len=100)
 DEFAULTS = GenerationDefaults(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1)
@@ -35,11 +35,11 @@ def resolve(
 
 
 def completion(**fields: Any) -> CompletionBody:
-    return CompletionBody(prompt="a", **fields)
+    return read_body(CompletionBody, {"prompt": "a", **fields})
 
 
 def chat(**fields: Any) -> ChatBody:
-    return ChatBody.model_validate({"messages": [{"role": "user", "content": "a"}], **fields})
+    return read_body(ChatBody, {"messages": [{"role": "user", "content": "a"}], **fields})
 
 
 def test_without_anything_the_apis_own_defaults_hold() -> None:
