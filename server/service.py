@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.model.record import ModelConfig
 from shoal.model.text.tokenizer import Tokenizer
-from shoal.scheduler.errors import InvalidRequestError
+from shoal.scheduler.admission import check_request
+from shoal.scheduler.errors import ContextLengthError, InvalidRequestError
 from shoal.server.engine.engine import Engine
 from shoal.server.errors import ModelNotFoundError
 from shoal.server.metrics import Metrics
@@ -20,8 +21,9 @@ from shoal.server.sampling import check_token_ids
 from shoal.server.settings import Settings
 from shoal.server.wire.requests import CompletionBody, Message
 
-# Tokenizing this many characters takes well under a millisecond; more would hold up the event loop.
-INLINE_CHARS = 4096
+T = TypeVar("T")
+# This many characters or tokens take a few milliseconds at most; more would hold up the event loop.
+INLINE_UNITS = 4096
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,39 @@ class Service:
         def work() -> list[list[int]]:
             return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
-        return work() if sum(map(len, texts)) <= INLINE_CHARS else await asyncio.to_thread(work)
+        return await _off_the_loop(work, sum(map(len, texts)))
+
+    async def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of tokens, without holding up others if they are many."""
+
+        def work() -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        return await _off_the_loop(work, len(token_ids))
+
+    def check_chars(self, num_chars: int) -> None:
+        """Refuse a text that is too long for the context whatever its tokens are, before they are made.
+
+        Raises:
+            ContextLengthError: it is.
+        """
+        limit, least = self.engine.ready.limits.max_model_len, -(-num_chars // self.tokenizer.max_token_chars)
+        if least > limit:
+            raise ContextLengthError(
+                f"prompt has {num_chars} characters, which are {least} tokens or more, but the context holds {limit} "
+                f"tokens, prompt and output together",
+                param="prompt",
+            )
 
     async def encode_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> tuple[str, list[int]]:
-        """Apply the chat template; the text and its tokens."""
+        """Apply the chat template; the text and its tokens.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages, or they are too long.
+        """
+        self.check_chars(sum(message.num_chars for message in messages))
         text = await asyncio.to_thread(
             self.tokenizer.apply_chat_template,
             [message.for_template() for message in messages],
@@ -118,9 +147,9 @@ class Service:
             case [str(), *_] if len(kinds) == 1:
                 return await self._encoded(prompt)
             case [int(), *_] | [] if len(kinds) <= 1:
-                return [self._decoded(prompt)]
+                return [await self._decoded(prompt)]
             case [list(), *_] if len(kinds) == 1:
-                return [self._decoded(token_ids) for token_ids in prompt]
+                return [await self._decoded(token_ids) for token_ids in prompt]
         raise InvalidRequestError(
             "prompt: expected only texts, only token ids, or only lists of token ids", param="prompt"
         )
@@ -128,11 +157,19 @@ class Service:
     async def _encoded(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
         if not all(texts):
             raise InvalidRequestError("prompt is empty: it must have at least one character", param="prompt")
+        for text in texts:
+            self.check_chars(len(text))
         return list(zip(texts, await self.encode_all(texts), strict=True))
 
-    def _decoded(self, token_ids: list[int]) -> tuple[str, list[int]]:
+    async def _decoded(self, token_ids: list[int]) -> tuple[str, list[int]]:
+        check_request(self.engine.ready.limits, len(token_ids), 0)
         check_token_ids("prompt", token_ids, self.config.vocab_size)
-        return self.tokenizer.decode(token_ids), token_ids
+        return await self.decode(token_ids), token_ids
+
+
+async def _off_the_loop(work: Callable[[], T], num_units: int) -> T:
+    """Do what takes the longer the more characters or tokens it is about; in a thread if they are many."""
+    return work() if num_units <= INLINE_UNITS else await asyncio.to_thread(work)
 
 
 def new_id(prefix: str) -> str:

@@ -27,6 +27,7 @@ class Tokenizer:
 
     Attributes:
         is_byte_level: whether every token is a run of bytes and a text is their concatenation.
+        max_token_chars: length of the longest token, which is as many characters at most.
         apply_chat_template: see `ChatTemplate.render`.
         bos_token_id, eos_token_id: as `tokenizer_config.json` names them, else None.
     """
@@ -54,6 +55,7 @@ class Tokenizer:
         decoders = _decoders(tokenizer)
         self._tokenizer = tokenizer
         self._max_id = max(vocabulary.values(), default=-1)
+        self.max_token_chars = max(map(len, vocabulary), default=1)
         self._special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
         self._byte_ids = frozenset(
             i for piece, i in vocabulary.items() if "ByteFallback" in decoders and _BYTE_TOKEN.fullmatch(piece)
@@ -93,18 +95,23 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of the text; special tokens written in it become themselves.
 
+        Other threads run meanwhile: the library gives the interpreter's lock away in calls for batches alone.
+
         Raises:
             InvalidRequestError: the text holds a lone surrogate, which has no UTF-8.
         """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError as error:
             raise InvalidRequestError("the text holds a lone surrogate (U+D800 to U+DFFF)", param="prompt") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of the tokens; unknown ids are skipped, bytes that are not UTF-8 become U+FFFD."""
+        """Text of the tokens; unknown ids are skipped, bytes that are not UTF-8 become U+FFFD.
+
+        Other threads run meanwhile, as in `encode`.
+        """
         known = [i for i in token_ids if 0 <= i <= self._max_id]
-        return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode_batch([known], skip_special_tokens=skip_special_tokens)[0]
 
     def decode_within(self, token_ids: Sequence[int]) -> str:
         """Text of tokens that follow others: a leading space is kept.  Special tokens are not skipped."""

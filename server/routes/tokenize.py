@@ -34,6 +34,6 @@ def tokenize_router(service: Service) -> APIRouter:
         body = parse_body(DetokenizeBody, await request.body())
         service.check_model(body.model)
         check_token_ids("tokens", body.tokens, service.config.vocab_size)
-        return whole(DetokenizeResult(service.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+        return whole(DetokenizeResult(await service.decode(body.tokens, skip_special_tokens=False)))
 
     return router

@@ -146,6 +146,12 @@ class Message(Body, kw_only=True):
     name: str | None = None
     refusal: str | None = None
 
+    @property
+    def num_chars(self) -> int:
+        if isinstance(self.content, list):
+            return sum(len(part.text) for part in self.content)
+        return len(self.content or "")
+
     def for_template(self) -> dict[str, str]:
         """As chat templates expect it."""
         parts = self.content if isinstance(self.content, list) else []
