@@ -35,6 +35,10 @@ class BodyTooLargeError(ShoalError):
     """The request body is larger than the server reads."""
 
 
+class SlowClientError(ShoalError):
+    """The client does not read what it asked for, and too much of it waits."""
+
+
 class EngineUnavailableError(ShoalError):
     """The engine is starting, or the server is shutting down."""
 
@@ -55,6 +59,7 @@ _TABLE: dict[type[ShoalError], HttpError] = {
     NotFoundError: HttpError(404, "invalid_request_error", "not_found"),
     ModelNotFoundError: HttpError(404, "invalid_request_error", "model_not_found"),
     MethodNotAllowedError: HttpError(405, "invalid_request_error", "method_not_allowed"),
+    SlowClientError: HttpError(408, "timeout_error", "slow_client"),
     BodyTooLargeError: HttpError(413, "invalid_request_error", "body_too_large"),
     QueueFullError: HttpError(429, "rate_limit_error", "queue_full", retry_after=1),
     EngineError: HttpError(500, "server_error", "engine_error"),

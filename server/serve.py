@@ -40,6 +40,9 @@ async def serve(settings: Settings) -> None:
     began = time.monotonic()
     listener = listen(settings.server.host, settings.server.port)
     with contextlib.closing(listener):
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
+            milliseconds = 1000 * settings.server.client_timeout_seconds
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
         service, client = build_service(settings)
         if settings.engine.trace is not None:

@@ -34,6 +34,9 @@ class ServerConfig(Config):
     api_keys: tuple[str, ...] = setting((), help="If any are given, requests must carry one of them as a bearer token.")
     api_keys_file: Path | None = setting(None, help="File with further keys, one a line, read at the start.")
     max_body_bytes: int = setting(4 * 1024 * 1024, at_least=1, help="Largest request body that is read.")
+    client_timeout_seconds: int = setting(
+        60, at_least=1, help="A client that takes nothing of what is sent to it for this long is cut off."
+    )
     drain_seconds: float = setting(
         30.0, at_least=0, help="After SIGTERM, how long unfinished requests may go on before they end with an error."
     )

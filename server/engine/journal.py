@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from msgspec.structs import replace
 from shoal.scheduler.errors import EngineError, ShoalError
 from shoal.scheduler.output import FinishReason, RequestOutput, TokenLogprobs
 from shoal.server.engine.messages import EngineRequest
+from shoal.server.errors import SlowClientError
 
 
 @dataclass(slots=True)
@@ -61,18 +63,27 @@ class Journal:
             self.output_token_ids += output.token_ids
 
 
+# Tokens and alternatives that may wait for one client, some MiB in memory; and how many of them are handed out at once,
+# so that a client which reads again after a while does not hold up others.
+MAX_BACKLOG, MAX_PORTION = 65536, 1024
+
+
 class Submission:
     """Requests that were submitted together, and one stream of the outputs of all of them."""
 
     def __init__(self, requests: Sequence[EngineRequest], engine: str, arrival_time: float) -> None:
         self.journals = {request.request_id: Journal(request, engine, arrival_time) for request in requests}
-        self._news: list[RequestOutput] = []
+        self._news: deque[RequestOutput] = deque()
+        self._backlog = 0
         self._error: ShoalError | None = None
         self._arrived = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
+        self._backlog += _size(output)
         if output.finish_reason is FinishReason.ERROR:
             self.fail(EngineError(f"the engine failed on this request: {output.error}"))
+        elif self._backlog > MAX_BACKLOG:
+            self.fail(SlowClientError(f"the client does not read: {self._backlog} tokens and alternatives wait for it"))
         else:
             self._news.append(output)
             self._arrived.set()
@@ -82,17 +93,31 @@ class Submission:
         self._arrived.set()
 
     async def get(self) -> list[RequestOutput]:
-        """All outputs that have come since the last call, at least one.
+        """Outputs that have come since the last call, at least one.  Of many these are the first.
 
         Raises:
-            EngineError: the engine died, or failed on one of the requests.
+            EngineError: the engine failed on one of the requests, or died of it.
             EngineUnavailableError: the server is shutting down.
+            SlowClientError: too many outputs wait.
         """
         await self._arrived.wait()
-        news, self._news = self._news, []
-        if news:
-            if self._error is None:
+        portion: list[RequestOutput] = []
+        size = 0
+        while self._news and size < MAX_PORTION:
+            portion.append(self._news.popleft())
+            size += _size(portion[-1])
+        self._backlog -= size
+        if portion:
+            if self._news:
+                await asyncio.sleep(0)
+            elif self._error is None:
                 self._arrived.clear()
-            return news
+            return portion
         assert self._error is not None
         raise self._error
+
+
+def _size(output: RequestOutput) -> int:
+    """Tokens and alternatives to them."""
+    scored = [*(output.logprobs or ()), *(output.prompt_logprobs or ())]
+    return len(output.token_ids) + sum(len(one.top_token_ids) for one in scored)

@@ -43,11 +43,11 @@ class _CompletionCall(Call[CompletionBody]):
         seed: int | Unset = self.seed
         async with aclosing(self.generation.deltas()) as steps:
             async for deltas in steps:
-                events = b""
+                events = []
                 for delta in deltas:
-                    events += event(self._shape([self._choice(delta)], self.usage_in_chunks, seed))
+                    events.append(event(self._shape([self._choice(delta)], self.usage_in_chunks, seed)))
                     seed = msgspec.UNSET  # reported once
-                yield events
+                yield b"".join(events)
         if self.include_usage:
             yield event(self._shape([], self.generation.usage))
 

@@ -20,7 +20,7 @@ from shoal.server.engine.client import EngineClient, EngineState
 from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
 from shoal.server.engine.supervisor import EngineSupervisor
-from shoal.server.errors import EngineUnavailableError
+from shoal.server.errors import EngineUnavailableError, SlowClientError
 from shoal.server.metrics import Metrics
 from shoal.server.settings import resolve
 
@@ -314,6 +314,22 @@ def test_a_suspect_whose_client_leaves_ends_its_trial() -> None:
         hand.client.abort(["b"])
         assert hand.asked() == [["abort", "b"]]
         assert hand.client.num_unfinished == 0
+
+    play_out(scene)
+
+
+def test_a_client_that_does_not_read_gets_an_error_after_all_that_was_kept() -> None:
+    async def scene() -> None:
+        hand = Hand()
+        submission = hand.submit("a")
+        news = News([RequestOutput("a", [7] * 1000)], SchedulerStats(0, 0, 0.0, 0, 0, 0))
+        for _ in range(70):
+            hand.client.take(news)
+        taken = []
+        with pytest.raises(SlowClientError, match="the client does not read: 66000 tokens"):
+            while True:
+                taken.append(await submission.get())
+        assert [len(portion) for portion in taken] == [2] * 32 + [1], "in portions"
 
     play_out(scene)
 
