@@ -19,6 +19,7 @@ STATUS = {
     "NotFoundError": (404, "invalid_request_error", "not_found"),
     "ModelNotFoundError": (404, "invalid_request_error", "model_not_found"),
     "MethodNotAllowedError": (405, "invalid_request_error", "method_not_allowed"),
+    "SlowClientError": (408, "timeout_error", "slow_client"),
     "BodyTooLargeError": (413, "invalid_request_error", "body_too_large"),
     "EngineUnavailableError": (503, "server_error", "engine_unavailable"),
 }
@@ -43,6 +44,12 @@ def test_an_error_that_the_table_does_not_know_is_like_its_parent() -> None:
         pass
 
     assert http_error(Narrower("full")) == http_error(errors.QueueFullError("full"))
+
+
+def test_a_message_is_never_long() -> None:
+    error = error_body(errors.InvalidRequestError("a" * 5000 + "z" * 5000, param="b" * 5000)).error
+    assert len(error.message) == 300 and error.message.startswith("a" * 140) and error.message.endswith("z" * 140)
+    assert error.param == "b" * 64
 
 
 @pytest.mark.parametrize("param", [None, "max_tokens"])
