@@ -24,21 +24,24 @@ def open_standard_files() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (for good)
 
 
-def raise_limit() -> int:
-    """Raise the limit of open descriptors as far as a server needs, and return it.
+def descriptor_limit() -> int:
+    """How many descriptors this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else min(soft, MAX_DESCRIPTORS)
+
+
+def raise_limit() -> None:
+    """Raise the limit of open descriptors as far as a server needs.
 
     Raises:
         ConfigError: it is too low, and may not be raised.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = hard == resource.RLIM_INFINITY
-    wanted = MAX_DESCRIPTORS if unlimited else min(hard, MAX_DESCRIPTORS)
-    if 0 <= soft < wanted:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if descriptor_limit() < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    if 0 <= soft < MIN_DESCRIPTORS:
+    if descriptor_limit() < MIN_DESCRIPTORS:
         raise ConfigError(
-            f"this process may open {soft} files, but a server needs at least {MIN_DESCRIPTORS}: "
+            f"this process may open {descriptor_limit()} files, but a server needs at least {MIN_DESCRIPTORS}: "
             f"raise the limit, for example with ulimit -n 4096"
         )
-    return soft

@@ -35,6 +35,18 @@ class BodyTooLargeError(ShoalError):
     """The request body is larger than the server reads."""
 
 
+class MalformedRequestError(ShoalError):
+    """What came is not HTTP."""
+
+
+class UrlTooLongError(MalformedRequestError):
+    """The URL is longer than the server reads."""
+
+
+class HeadTooLargeError(MalformedRequestError):
+    """The head of a request is larger than the server reads, or has more headers."""
+
+
 class SlowClientError(ShoalError):
     """The client does not read what it asked for, and too much of it waits."""
 
@@ -59,6 +71,9 @@ _TABLE: dict[type[ShoalError], HttpError] = {
     NotFoundError: HttpError(404, "invalid_request_error", "not_found"),
     ModelNotFoundError: HttpError(404, "invalid_request_error", "model_not_found"),
     MethodNotAllowedError: HttpError(405, "invalid_request_error", "method_not_allowed"),
+    MalformedRequestError: HttpError(400, "invalid_request_error", "malformed_request"),
+    UrlTooLongError: HttpError(414, "invalid_request_error", "url_too_long"),
+    HeadTooLargeError: HttpError(431, "invalid_request_error", "head_too_large"),
     SlowClientError: HttpError(408, "timeout_error", "slow_client"),
     BodyTooLargeError: HttpError(413, "invalid_request_error", "body_too_large"),
     QueueFullError: HttpError(429, "rate_limit_error", "queue_full", retry_after=1),

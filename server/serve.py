@@ -17,13 +17,15 @@ import uvicorn
 
 from shoal.scheduler.errors import ConfigError
 from shoal.server.app import create_app
+from shoal.server.connections import RESERVED_DESCRIPTORS, Connection
+from shoal.server.descriptors import descriptor_limit
 from shoal.server.engine.chrome_trace import begin_trace
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import Ready
 from shoal.server.engine.supervisor import EngineSupervisor
 from shoal.server.metrics import Metrics
 from shoal.server.service import Service
-from shoal.server.settings import Settings
+from shoal.server.settings import ServerConfig, Settings
 from shoal.server.setup import build_service
 
 logger = logging.getLogger("shoal")
@@ -91,6 +93,15 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _limited(config: ServerConfig) -> type[Connection]:
+    """Connections with the limits of these settings, and of this process."""
+    limits = {
+        "max_connections": descriptor_limit() - RESERVED_DESCRIPTORS,
+        "request_seconds": config.client_timeout_seconds,
+    }
+    return type("LimitedConnection", (Connection,), limits)
+
+
 class GracefulServer(uvicorn.Server):
     """Lets unfinished requests go on for a while after a signal, and answers the rest with a typed error."""
 
@@ -98,7 +109,7 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service),
-                http="httptools",
+                http=_limited(service.settings.server),
                 lifespan="off",
                 log_config=None,
                 access_log=service.settings.server.access_log,

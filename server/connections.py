@@ -1,0 +1,163 @@
+"""What one HTTP connection may do: limits that nobody can pass, as web servers have them.
+
+A request's head has at most 8 KiB a line, 32 KiB in all and 100 headers (nginx's limits); it and its body must come
+within `client_timeout_seconds`.  Beyond a number of connections new ones are answered 503, and beyond some more not at
+all, so that there are always descriptors left for what is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from shoal.scheduler.errors import ShoalError
+from shoal.server.errors import EngineUnavailableError, HeadTooLargeError, MalformedRequestError, UrlTooLongError
+from shoal.server.routes.answer import error_response
+
+MAX_LINE_BYTES, MAX_HEAD_BYTES, MAX_HEADERS = 8 * 1024, 32 * 1024, 100
+MAX_PIPELINED = 16  # requests of one connection behind the one that is answered
+RESERVED_DESCRIPTORS = 64  # for all but connections, and for those that are answered 503
+LINGER_SECONDS = 1.0
+HALF_CLOSE_SECONDS = 0.1  # a client that ends its side so soon after its request still waits for the answer
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol, with limits.
+
+    Attributes:
+        max_connections: beyond which requests are answered 503.
+        request_seconds: in which a request must come whole.
+    """
+
+    max_connections = 960
+    request_seconds = 60.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._refusal: ShoalError = MalformedRequestError("the request is not valid HTTP")
+        self._num_head_bytes = 0
+        self._ended_at = 0.0  # when the last request was complete
+        self._is_half_closed = self._is_refused = False
+        self._answering: RequestResponseCycle | None = None
+        self._deadline = self._start_deadline()
+        num_over = len(self.connections) - self.max_connections
+        if num_over > RESERVED_DESCRIPTORS // 2:
+            transport.abort()
+        elif num_over > 0:
+            self.app = _answer_full
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        self._disconnect()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether to answer although the client sends nothing more."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        self._is_half_closed = not is_answered and self.loop.time() - self._ended_at < HALF_CLOSE_SECONDS
+        return self._is_half_closed
+
+    # -- the head --------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        if self.cycle is None or not self.cycle.more_body:
+            self._num_head_bytes += len(data)
+        super().data_received(data)
+        if self._num_head_bytes > MAX_HEAD_BYTES + len(data) and not self.transport.is_closing():
+            self._refusal = _head_too_large()
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._num_head_bytes = self._num_header_bytes = 0
+        self._deadline.cancel()
+        self._deadline = self._start_deadline()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > MAX_LINE_BYTES:
+            self._refuse(UrlTooLongError(f"the URL has more than {MAX_LINE_BYTES} bytes"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(name) + len(value) > MAX_LINE_BYTES:
+            self._refuse(HeadTooLargeError(f"a header has more than {MAX_LINE_BYTES} bytes"))
+        self._num_header_bytes += len(name) + len(value)
+        if self._num_header_bytes > MAX_HEAD_BYTES:
+            self._refuse(_head_too_large())
+        if len(self.headers) > MAX_HEADERS:
+            self._refuse(HeadTooLargeError(f"the request has more than {MAX_HEADERS} headers"))
+
+    def on_headers_complete(self) -> None:
+        self._num_head_bytes = 0
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._refuse(MalformedRequestError("too many requests at once"))
+        super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _refuse(self, error: ShoalError) -> None:
+        """Have the parser stop, whereupon uvicorn sends what `send_400_response` says."""
+        self._refusal = error
+        raise ValueError(error.message)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer with a typed error in the place of uvicorn's text.
+
+        What the client still sends is thrown away for a moment: if it stayed unread, the answer might be lost.
+        """
+        self._is_refused = True
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(LINGER_SECONDS, self._expire)
+        if self.cycle is None or self.cycle.response_complete:
+            answer = error_response(self._refusal)
+            headers = [b"%s: %s\r\n" % header for header in (*answer.raw_headers, (b"connection", b"close"))]
+            status = STATUS_LINE[answer.status_code]
+            self.transport.write(b"".join([status, *headers, b"\r\n", bytes(answer.body)]))
+            self.transport.write_eof()
+
+    # -- the body, and the end -------------------------------------------------------------------------------------
+
+    def on_message_complete(self) -> None:
+        self._deadline.cancel()
+        self._ended_at = self.loop.time()
+        super().on_message_complete()
+        if self.cycle.response_complete:  # the answer did not wait for the body, whose end it is
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_half_closed:
+            self.transport.close()
+
+    def _start_deadline(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(self.request_seconds, self._expire)
+
+    def _expire(self) -> None:
+        """The request did not come whole in time."""
+        self._disconnect()
+        self.transport.abort()
+
+    def _disconnect(self) -> None:
+        """Tell the request that is answered; uvicorn tells the last one that came."""
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+
+
+def _head_too_large() -> HeadTooLargeError:
+    return HeadTooLargeError(f"the request's head has more than {MAX_HEAD_BYTES} bytes")
+
+
+async def _answer_full(scope: Scope, receive: Receive, send: Send) -> None:
+    error = EngineUnavailableError("the server has as many connections as it may; try again later")
+    answer: Any = error_response(error)
+    answer.headers["connection"] = "close"
+    await answer(scope, receive, send)

@@ -1,0 +1,118 @@
+"""What one connection may do, byte by byte: each abuse has its answer or its end, and nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from shoal.loadtest.server import ServerProcess
+from tests.e2e.harness import PATIENCE, SHOAL, Server, clean_environment
+
+BODY = json.dumps({"prompt": "Z", "max_tokens": 3, "temperature": 0}).encode()
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+HEAD = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, cycle_folder: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    server = Server(folder, "--model", str(cycle_folder), "--num-blocks", "2048", "--client-timeout-seconds", "1")
+    yield server.wait_ready()
+    server.close()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+
+
+def exchange(server: Server, sent: bytes, *, half_close: bool = False) -> bytes:
+    """Send bytes, and read until the server closes."""
+    with connect(server.port) as connection:
+        connection.sendall(sent)
+        if half_close:
+            connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"\x00\x01 hello\r\n\r\n", 400, "malformed_request"),
+        (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", 414, "url_too_long"),
+        (b"GET /" + b"a" * 20_000_000, 414, "url_too_long"),
+        (HEAD + b"x: " + b"a" * 9000 + b"\r\n\r\n", 431, "head_too_large"),
+        (HEAD + b"x: " + b"a" * 20_000_000, 431, "head_too_large"),
+        (HEAD + b"x: y\r\n" * 200 + b"\r\n", 431, "head_too_large"),
+        (HEAD + (b"x: " + b"a" * 4000 + b"\r\n") * 20 + b"\r\n", 431, "head_too_large"),
+    ],
+    ids=["garbage", "long URL", "endless URL", "long header", "endless header", "many headers", "large head"],
+)
+def test_a_head_has_limits(server: Server, sent: bytes, status: int, code: str) -> None:
+    head, _, body = exchange(server, sent).partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert b"connection: close" in head
+    assert json.loads(body)["error"]["code"] == code
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", HEAD, POST % 100, POST % 100 + b"{"])
+def test_half_a_request_is_not_waited_for_without_end(server: Server, sent: bytes) -> None:
+    assert exchange(server, sent) == b""
+
+
+def test_a_request_before_a_half_close_is_answered(server: Server) -> None:
+    answer = exchange(server, POST % len(BODY) + BODY, half_close=True)
+    assert answer.startswith(b"HTTP/1.1 200") and b'"text":"' in answer
+
+
+def test_a_client_that_closes_later_has_left(server: Server) -> None:
+    long = json.dumps({"prompt": "Z", "max_tokens": 12_000, "temperature": 0, "ignore_eos": True}).encode()
+    with connect(server.port) as connection:
+        connection.sendall(POST % len(long) + long)
+        server.until("it runs", lambda: server.metric("num_requests_running") == 1)
+        server.until("it has some tokens", lambda: server.metric("generation_tokens_total") > 100)
+    server.wait_idle()
+    assert server.metric("request_success_total", finished_reason="abort") == 1
+
+
+def test_pipelined_requests_are_answered_in_order_up_to_a_limit(server: Server) -> None:
+    one = POST % len(BODY) + BODY
+    assert exchange(server, one * 5).count(b"HTTP/1.1 200") == 5
+    with connect(server.port) as connection:
+        connection.sendall(one * 1000)
+        answers = 0
+        try:
+            while data := connection.recv(65536):
+                answers += data.count(b"HTTP/1.1 200")
+        except ConnectionResetError:
+            pass
+    assert answers < 1000
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(("path", "size", "status"), [(b"/nowhere", 3_000_000, 404), (b"/tokenize", 30_000_000, 413)])
+def test_a_body_that_is_not_read_does_not_cost_the_answer(server: Server, path: bytes, size: int, status: int) -> None:
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path, size)
+    assert int(exchange(server, head + b"x" * size).split()[1]) == status
+
+
+def test_connections_beyond_the_limit_are_told_so(tmp_path: Path, cycle_folder: Path) -> None:
+    options = ["--model", str(cycle_folder), "--num-blocks", "2048"]
+    shell = ("sh", "-c", f'ulimit -n 200; exec {SHOAL} serve "$@"', "sh")
+    environment = clean_environment(TMPDIR=str(tmp_path))
+    process = ServerProcess(options, tmp_path / "log", command=shell, environment=environment)
+    with process, ExitStack() as stack:
+        held = [stack.enter_context(connect(process.port)) for _ in range(150)]
+        held[-1].sendall(HEAD + b"\r\n")
+        answer = held[-1].recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"as many connections as it may" in answer or b"as many connections as it may" in held[-1].recv(65536)
+        held[0].sendall(HEAD + b"\r\n")
+        assert held[0].recv(65536).startswith(b"HTTP/1.1 200")
+        stack.close()
+        assert process.wait_ready()
