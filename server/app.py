@@ -7,11 +7,13 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.scheduler.errors import ShoalError
+from shoal.server.browsers import BrowserGuard
 from shoal.server.errors import AuthenticationError, BodyTooLargeError, MethodNotAllowedError, NotFoundError
 from shoal.server.keys import known_key
 from shoal.server.routes.answer import error_response
@@ -32,7 +34,11 @@ def create_app(service: Service) -> FastAPI:
     for router in (completions_router, chat_router, models_router, tokenize_router):
         app.include_router(router(service), dependencies=guarded)
     app.include_router(operations_router(service))
-    app.add_middleware(BodyLimit, max_bytes=service.settings.server.max_body_bytes)
+    config = service.settings.server
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if config.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(BrowserGuard, config=config)
     app.add_exception_handler(ShoalError, _answer_shoal_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientDisconnect, _answer_vanished_client)

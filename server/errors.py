@@ -19,6 +19,10 @@ class AuthenticationError(ShoalError):
     """No API key, or a wrong one."""
 
 
+class ForbiddenError(ShoalError):
+    """A browser's page, or the name by which the server was asked for, is not allowed."""
+
+
 class NotFoundError(ShoalError):
     """No such path, or what it names."""
 
@@ -68,6 +72,7 @@ _TABLE: dict[type[ShoalError], HttpError] = {
     InvalidRequestError: HttpError(400, "invalid_request_error", "invalid_value"),
     ContextLengthError: HttpError(400, "invalid_request_error", "context_length_exceeded"),
     AuthenticationError: HttpError(401, "invalid_request_error", "invalid_api_key"),
+    ForbiddenError: HttpError(403, "invalid_request_error", "forbidden"),
     NotFoundError: HttpError(404, "invalid_request_error", "not_found"),
     ModelNotFoundError: HttpError(404, "invalid_request_error", "model_not_found"),
     MethodNotAllowedError: HttpError(405, "invalid_request_error", "method_not_allowed"),

@@ -33,6 +33,12 @@ class ServerConfig(Config):
     )
     api_keys: tuple[str, ...] = setting((), help="If any are given, requests must carry one of them as a bearer token.")
     api_keys_file: Path | None = setting(None, help="File with further keys, one a line, read at the start.")
+    cors_origins: tuple[str, ...] = setting(
+        (), help="Origins of pages that may use the server from a browser, such as http://localhost:3000; * is all."
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (), help="Further names of a server that listens on a local address, as a proxy before it passes them on."
+    )
     max_body_bytes: int = setting(4 * 1024 * 1024, at_least=1, help="Largest request body that is read.")
     client_timeout_seconds: int = setting(
         60, at_least=1, help="A client that takes nothing of what is sent to it for this long is cut off."

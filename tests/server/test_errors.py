@@ -16,6 +16,7 @@ STATUS = {
     "CheckpointError": (500, "server_error", "internal_error"),
     "ConfigError": (500, "server_error", "internal_error"),
     "AuthenticationError": (401, "invalid_request_error", "invalid_api_key"),
+    "ForbiddenError": (403, "invalid_request_error", "forbidden"),
     "NotFoundError": (404, "invalid_request_error", "not_found"),
     "ModelNotFoundError": (404, "invalid_request_error", "model_not_found"),
     "MethodNotAllowedError": (405, "invalid_request_error", "method_not_allowed"),
