@@ -117,21 +117,20 @@ class Service:
             )
 
     async def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, parses_special: bool = False
     ) -> tuple[str, list[int]]:
-        """Apply the chat template; the text and its tokens.
+        """Apply the chat template; the text and its tokens.  See `Tokenizer.encode_chat`.
 
         Raises:
             InvalidRequestError: the template refuses the messages, or they are too long.
         """
         self.check_chars(sum(message.num_chars for message in messages))
-        text = await asyncio.to_thread(
-            self.tokenizer.apply_chat_template,
+        return await asyncio.to_thread(
+            self.tokenizer.encode_chat,
             [message.for_template() for message in messages],
             add_generation_prompt=add_generation_prompt,
+            parses_special=parses_special,
         )
-        # The template writes the special tokens itself.
-        return text, await self.encode(text, add_special_tokens=False)
 
     async def completion_prompts(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
         """The prompts of a body, of any of the four kinds, as text and tokens.

@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -56,7 +57,10 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._max_id = max(vocabulary.values(), default=-1)
         self.max_token_chars = max(map(len, vocabulary), default=1)
-        self._special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+        self._special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._special_ids = frozenset(self._special.values())
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # else it finds nothing
         self._byte_ids = frozenset(
             i for piece, i in vocabulary.items() if "ByteFallback" in decoders and _BYTE_TOKEN.fullmatch(piece)
         )
@@ -104,6 +108,49 @@ class Tokenizer:
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError as error:
             raise InvalidRequestError("the text holds a lone surrogate (U+D800 to U+DFFF)", param="prompt") from error
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True, parses_special: bool = False
+    ) -> tuple[str, list[int]]:
+        """A conversation as text, by the chat template, and as token ids.
+
+        Args:
+            parses_special: whether special tokens that a message spells become themselves.  Else they are text like
+                any other, so that nobody can forge a turn of the conversation.
+
+        Raises:
+            InvalidRequestError: see `ChatTemplate.render` and `encode`.
+        """
+        spelt = "".join(value for message in messages for value in message.values())
+        if parses_special or not self._special_pattern.search(spelt):
+            text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+            return text, self.encode(text, add_special_tokens=False)
+        # A letter that nobody uses splits what messages spell; special tokens that are left are the template's.
+        mask = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in spelt)
+
+        def split(value: str) -> str:
+            return self._special_pattern.sub(lambda found: f"{found[0][0]}{mask}{found[0][1:]}", value)
+
+        masked = [{name: split(value) for name, value in message.items()} for message in messages]
+        text = self.apply_chat_template(masked, add_generation_prompt=add_generation_prompt)
+        token_ids: list[int] = []
+        start = 0
+        for found in self._special_pattern.finditer(text):
+            token_ids += self._encode_plain(text[start : found.start()].replace(mask, ""))
+            token_ids.append(self._special[found[0]])
+            start = found.end()
+        token_ids += self._encode_plain(text[start:].replace(mask, ""))
+        return text.replace(mask, ""), token_ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which special tokens are text."""
+        plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        plain.encode_special_tokens = True
+        return plain
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the tokens; unknown ids are skipped, bytes that are not UTF-8 become U+FFFD.

@@ -36,7 +36,8 @@ def chat_router(service: Service) -> APIRouter:
         body = parse_body(ChatBody, await request.body())
         service.check_model(body.model)
         service.check_choices(1, body.n)
-        return await _ChatCall(service, request, body, [await service.encode_chat(body.messages)]).answer()
+        prompt = await service.encode_chat(body.messages, parses_special=body.parse_special)
+        return await _ChatCall(service, request, body, [prompt]).answer()
 
     return router
 

@@ -24,7 +24,11 @@ def tokenize_router(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequestError("give either prompt or messages", param="prompt")
         if body.messages is not None:
-            _, tokens = await service.encode_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
+            _, tokens = await service.encode_chat(
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+                parses_special=body.parse_special,
+            )
         else:
             tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         return whole(TokenizeResult(len(tokens), service.engine.ready.limits.max_model_len, tokens))

@@ -171,6 +171,7 @@ class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    parse_special: bool = False  # as llama.cpp has it: special tokens that messages spell become themselves
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
@@ -193,6 +194,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    parse_special: bool = False
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HubTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
@@ -167,3 +169,33 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"chat_template": [1]})
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template"):
         Tokenizer.load(tmp_path)
+
+
+SPELT = st.text(max_size=20) | st.sampled_from(
+    ["<|end|>", "<|system|>", "<|", "|>", "<|endoftext|>", "\ue000", "<<|end|>|end|>"]
+)
+
+
+@settings(max_examples=300)
+@given(contents=st.lists(st.lists(SPELT, max_size=4).map("".join), min_size=1, max_size=4))
+def test_no_message_can_spell_a_turn_of_the_conversation(contents: list[str]) -> None:
+    tokenizer = bundled()
+    messages = [{"role": "user", "content": content} for content in contents]
+    text, token_ids = tokenizer.encode_chat(messages)
+    _, harmless = tokenizer.encode_chat([{"role": "user", "content": "hi"} for _ in contents])
+    assert text == tokenizer.apply_chat_template(messages)
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
+    assert list(filter(tokenizer.is_special, token_ids)) == list(filter(tokenizer.is_special, harmless))
+    parsed = tokenizer.encode_chat(messages, parses_special=True)
+    assert parsed == (text, tokenizer.encode(text, add_special_tokens=False))
+
+
+@cache
+def bundled() -> Tokenizer:
+    return Tokenizer.load(resolve_checkpoint("shoal-moe"))
+
+
+def test_a_message_without_special_tokens_has_the_usual_tokens() -> None:
+    messages = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": " <|en d|> 数 "}]
+    text, token_ids = bundled().encode_chat(messages)
+    assert token_ids == bundled().encode(text, add_special_tokens=False)
