@@ -12,8 +12,8 @@ from shoal.scheduler.request import Request
 class KVCache:
     """Block tables over a `BlockPool`, with a content-hashed prefix cache.
 
-    The hash of a full block covers its tokens and the hash of the block before it, hence the whole prefix; 128 bits
-    of BLAKE2b, so that no two prefixes meet by accident or by intent.
+    The hash of a full block covers its tokens and the hash of the block before it, hence the whole prefix, and the
+    request's salt; 128 bits of BLAKE2b, so that no two prefixes meet by accident or by intent.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
@@ -89,5 +89,5 @@ class KVCache:
         hashes, size = request.block_hashes, self.block_size
         for index in range(len(hashes), count):
             tokens = array("q", request.token_ids[index * size : (index + 1) * size]).tobytes()
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else request.scheduling.cache_salt.encode()
             hashes.append(blake2b(parent + tokens, digest_size=16).digest())

@@ -57,19 +57,21 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulingParams:
-    """What a policy may know of a request beside its tokens.  It never changes which tokens are chosen.
+    """What the scheduler may know of a request beside its tokens.  It never changes which tokens are chosen.
 
     Attributes:
         client: name of the client that asks, for policies that share among clients; empty if it is not known.
         priority: lower goes first.
         ttft_slo_ms: the first token is wanted within this time after arrival; None for the policy's default.
         tpot_slo_ms: each further token is wanted within this time after the one before; None for the policy's default.
+        cache_salt: only requests with the same one find each other's prefixes in the cache; none or 16 characters.
     """
 
     client: str = ""
     priority: int = 0
     ttft_slo_ms: float | None = None
     tpot_slo_ms: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,3 +46,6 @@ class CacheConfig(Config):
         help="Number format of the KV cache; auto is that of the computation; only native has float16.",
     )
     enable_prefix_caching: bool = setting(True, help="Whether prompts that start alike share their blocks.")
+    share_prefixes: bool = setting(
+        False, help="Whether they do so across API keys, so that one can tell what another has asked."
+    )

@@ -46,7 +46,11 @@ class Call(ABC, Generic[Body]):
         self.seed = resolve_seed(body)
         self.include_usage = body.stream_options is not None and body.stream_options.include_usage
         self.usage_in_chunks = None if self.include_usage else msgspec.UNSET
-        scheduling = resolve_scheduling(body, known_key(request, service.api_keys))
+        scheduling = resolve_scheduling(
+            body,
+            known_key(request, service.api_keys),
+            shares_prefixes=service.settings.cache.share_prefixes,
+        )
         self.generation = Generation(service, body, prompts, api_id=self.id, seed=self.seed, scheduling=scheduling)
 
     async def answer(self) -> Response:

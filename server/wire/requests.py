@@ -23,6 +23,7 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_SALT_CHARS = 256
 MAX_PRIORITY = 1000
 MAX_SLO_MS = 3_600_000
 MAX_ENTRIES = 1024  # of `logit_bias` and `stop_token_ids`
@@ -98,6 +99,9 @@ class GenerationBody(SamplingBody):
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     ttft_slo_ms: Milliseconds | None = None
     tpot_slo_ms: Milliseconds | None = None
+
+    # prefixes are found in the cache by requests with the same salt only
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
     # for those who compare: it changes how fast tokens come, and not which
     speculation: Literal["off", "draft", "ngram", "self"] | None = None

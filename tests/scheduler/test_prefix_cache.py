@@ -128,6 +128,15 @@ def test_equal_blocks_after_different_ones_are_not_the_same() -> None:
     assert harness.chunks[-1] == [("c", 2, 3)], "a hash covers all that stands before its block"
 
 
+def test_prefixes_are_found_with_the_same_salt_only() -> None:
+    harness = Harness(block_size=2)
+    for request_id, salt in (("a", ""), ("b", "x"), ("c", "y"), ("d", "x"), ("e", "")):
+        harness.add(request_id, [1, 2, 3, 4, 5], max_tokens=1, cache_salt=salt)
+        harness.drain()
+    assert [chunk[0] for chunk in harness.chunks] == [("a", 0, 5), ("b", 0, 5), ("c", 0, 5), ("d", 4, 1), ("e", 4, 1)]
+    assert len({tuple(tokens) for tokens in harness.token_ids.values()}) == 1
+
+
 def test_requests_that_run_together_share_blocks_that_count_once() -> None:
     harness = Harness(num_blocks=8, block_size=4)
     prompt = list(range(13))

@@ -98,3 +98,15 @@ def test_the_key_that_a_request_carries(header: str, expected: str | None) -> No
     request = Request({"type": "http", "headers": [(b"authorization", header.encode())]})
     assert known_key(request, ("first", "dritter-Schlüssel")) == expected
     assert known_key(request, ()) is None
+
+
+def test_prefixes_are_shared_within_a_key_and_a_salt(parse: Any) -> None:
+    def salt(key: str | None, salt: str | None = None, *, shares: bool = False) -> str:
+        return resolve_scheduling(parse(cache_salt=salt), key, shares_prefixes=shares).cache_salt
+
+    assert salt(None) == salt("a", shares=True) == ""
+    assert salt("a") == salt("a") != salt("b")
+    apart = {salt(key, given) for key in (None, "a", "b", "s") for given in (None, "s", "a", "a s")}
+    assert len(apart) == 16
+    assert salt("a", "s", shares=True) == salt("b", "s", shares=True) == salt(None, "s") != ""
+    assert max(map(len, apart)) == 16
