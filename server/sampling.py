@@ -46,6 +46,11 @@ def resolve_sampling(
         _check_at_most("end_after", body.end_after, max_tokens)
         _check_end(body, eos_token_ids)
     check_token_ids("stop_token_ids", body.stop_token_ids, vocab_size)
+    stop_token_ids = frozenset(body.stop_token_ids) | frozenset(() if body.ignore_eos else eos_token_ids)
+    if body.min_tokens and len(stop_token_ids) >= vocab_size:
+        raise InvalidRequestError(
+            "stop_token_ids: min_tokens leaves no token to choose, for each ends the text", param="stop_token_ids"
+        )
     num_logprobs = _num_logprobs(body)
     scores_prompt = isinstance(body, CompletionBody) and body.echo
     values = {
@@ -61,7 +66,7 @@ def resolve_sampling(
         "min_tokens": body.min_tokens if body.end_after is None else max_tokens,
         "logit_bias": _logit_bias(body.logit_bias or {}, vocab_size),
         "seed": seed,
-        "stop_token_ids": frozenset(body.stop_token_ids) | frozenset(() if body.ignore_eos else eos_token_ids),
+        "stop_token_ids": stop_token_ids,
         "num_logprobs": num_logprobs,
         "num_prompt_logprobs": num_logprobs if scores_prompt else None,
     }

@@ -159,3 +159,12 @@ def test_seeds() -> None:
     drawn = {resolve_seed(completion()) for _ in range(100)}
     assert len(drawn) == 100
     assert all(0 <= seed < 2**53 for seed in drawn)
+
+
+def test_min_tokens_needs_a_token_that_does_not_end_the_text() -> None:
+    every = list(range(3, 50))
+    with pytest.raises(InvalidRequestError, match="leaves no token to choose") as caught:
+        resolve(completion(stop_token_ids=[0, *every], min_tokens=1))
+    assert caught.value.param == "stop_token_ids"
+    resolve(completion(stop_token_ids=[0, *every]))
+    resolve(completion(stop_token_ids=every, min_tokens=1))
