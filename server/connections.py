@@ -21,7 +21,7 @@ MAX_LINE_BYTES, MAX_HEAD_BYTES, MAX_HEADERS = 8 * 1024, 32 * 1024, 100
 MAX_PIPELINED = 16  # requests of one connection behind the one that is answered
 RESERVED_DESCRIPTORS = 64  # for all but connections, and for those that are answered 503
 LINGER_SECONDS = 1.0
-HALF_CLOSE_SECONDS = 0.1  # a client that ends its side so soon after its request still waits for the answer
+PROBE_SECONDS = 0.1
 
 
 class Connection(HttpToolsProtocol):
@@ -39,7 +39,6 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._refusal: ShoalError = MalformedRequestError("the request is not valid HTTP")
         self._num_head_bytes = 0
-        self._ended_at = 0.0  # when the last request was complete
         self._is_half_closed = self._is_refused = False
         self._answering: RequestResponseCycle | None = None
         self._deadline = self._start_deadline()
@@ -55,10 +54,20 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether to answer although the client sends nothing more."""
-        is_answered = self.cycle is None or self.cycle.response_complete
-        self._is_half_closed = not is_answered and self.loop.time() - self._ended_at < HALF_CLOSE_SECONDS
+        """Whether to answer although the client sends nothing more.
+
+        It may have left, or it may wait for its answer.  What is written to one that has left comes back as an error,
+        and so two interim responses (RFC 9110, section 15.2) find out.
+        """
+        self._is_half_closed = self.cycle is not None and not self.cycle.response_complete
+        if self._is_half_closed:
+            self._probe()
+            self.loop.call_later(PROBE_SECONDS, self._probe)
         return self._is_half_closed
+
+    def _probe(self) -> None:
+        if not (self.transport.is_closing() or self.cycle.response_started):
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # -- the head --------------------------------------------------------------------------------------------------
 
@@ -127,7 +136,6 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._deadline.cancel()
-        self._ended_at = self.loop.time()
         super().on_message_complete()
         if self.cycle.response_complete:  # the answer did not wait for the body, whose end it is
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.transport.close)

@@ -178,7 +178,9 @@ def test_a_parameter_is_refused_by_name(tiny: Server, path: str, field: str, val
 def test_a_body_that_is_no_json_object(tiny: Server, path: str, raw: bytes) -> None:
     error = refused(tiny.http.post(path, content=raw))
     assert error["type"] == "invalid_request_error"
-    assert "JSON" in error["message"] or "request body: expected an object" in error["message"]
+    # A field that does not belong there may come before the fault.
+    faults = ("not valid JSON", "request body: expected an object", "unrecognized request argument: prompt")
+    assert any(fault in error["message"] for fault in faults)
 
 
 def test_a_missing_field(tiny: Server) -> None:
@@ -213,7 +215,7 @@ def test_a_body_of_ten_megabytes(tiny: Server, announced: bool) -> None:
 
 
 def test_clients_that_break_off(tiny: Server) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
     for raw in (b"", b"GET", b"\x00\xff\r\n\r\n", head, head + b'{"prompt": '):
         with socket.create_connection(("127.0.0.1", tiny.port)) as connection:
             connection.sendall(raw)

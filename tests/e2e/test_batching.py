@@ -88,7 +88,7 @@ def test_a_client_that_leaves_gives_row_and_blocks_back(strict: Server, leave: C
 def raw_request(server: Server, **body: Any) -> socket.socket:
     """A connection on which a whole request was sent and nothing is read."""
     raw = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {API_KEYS[0]}\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {API_KEYS[0]}\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port))
     connection.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
     return connection

@@ -14,8 +14,8 @@ from shoal.loadtest.server import ServerProcess
 from tests.e2e.harness import PATIENCE, SHOAL, Server, clean_environment
 
 BODY = json.dumps({"prompt": "Z", "max_tokens": 3, "temperature": 0}).encode()
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
-HEAD = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
+HEAD = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,12 @@ def test_half_a_request_is_not_waited_for_without_end(server: Server, sent: byte
 
 def test_a_request_before_a_half_close_is_answered(server: Server) -> None:
     answer = exchange(server, POST % len(BODY) + BODY, half_close=True)
-    assert answer.startswith(b"HTTP/1.1 200") and b'"text":"' in answer
+    interim, _, final = answer.rpartition(b"HTTP/1.1 200")
+    assert interim in (b"", *(b"HTTP/1.1 100 Continue\r\n\r\n" * count for count in (1, 2)))
+    assert b'"text":"' in final
 
 
-def test_a_client_that_closes_later_has_left(server: Server) -> None:
+def test_a_client_that_closes_has_left(server: Server) -> None:
     long = json.dumps({"prompt": "Z", "max_tokens": 12_000, "temperature": 0, "ignore_eos": True}).encode()
     with connect(server.port) as connection:
         connection.sendall(POST % len(long) + long)
@@ -97,7 +99,7 @@ def test_pipelined_requests_are_answered_in_order_up_to_a_limit(server: Server) 
 
 @pytest.mark.parametrize(("path", "size", "status"), [(b"/nowhere", 3_000_000, 404), (b"/tokenize", 30_000_000, 413)])
 def test_a_body_that_is_not_read_does_not_cost_the_answer(server: Server, path: bytes, size: int, status: int) -> None:
-    head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path, size)
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % (path, size)
     assert int(exchange(server, head + b"x" * size).split()[1]) == status
 
 

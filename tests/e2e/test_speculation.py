@@ -87,7 +87,7 @@ def test_a_request_may_switch_it_off_but_not_choose_another(start: StartServer) 
     assert on["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
     for wanted, message in (
         ("draft", "speculation 'draft' is not what this server was started with ('ngram')"),
-        ("fast", "speculation: input should be 'off', 'draft', 'ngram' or 'self'"),
+        ("fast", "speculation: expected 'draft' or 'ngram' or 'off' or 'self'"),
     ):
         refused = server.post(COMPLETIONS, prompt="Z", speculation=wanted)
         assert refused.status_code == 400
