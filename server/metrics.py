@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import zip_longest
 from typing import Any
 
@@ -87,6 +88,8 @@ class Metrics:
         self._restarts, self._resumed, self._paused = (
             Counter(f"shoal:{name}", text, _LABELS, registry=registry) for name, text in _RESTARTS.items()
         )
+        tasks = Gauge("shoal:api_tasks", "Tasks of the API process's event loop.", registry=registry)
+        tasks.set_function(_num_tasks)
         self._series: dict[str, dict[str, Any]] = {}
         self._counted: dict[str, SchedulerStats] = {}
 
@@ -163,3 +166,11 @@ class Metrics:
             labels = self._model_name, engine
             self._series[engine] = {name: family.labels(*labels) for name, family in self._families.items()}
         return self._series[engine]
+
+
+def _num_tasks() -> int:
+    """Tasks of the running event loop; 0 outside of one."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0

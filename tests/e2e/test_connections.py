@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.loadtest.server import ServerProcess
+from shoal.testing import ServerProcess
 from tests.e2e.harness import PATIENCE, SHOAL, Server, clean_environment
 
 BODY = json.dumps({"prompt": "Z", "max_tokens": 3, "temperature": 0}).encode()
