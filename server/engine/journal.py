@@ -79,6 +79,9 @@ class Submission:
         self._arrived = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
+        """Add an output, unless an error has ended the stream: after a gap nothing follows."""
+        if self._error is not None:
+            return
         self._backlog += _size(output)
         if output.finish_reason is FinishReason.ERROR:
             self.fail(EngineError(f"the engine failed on this request: {output.error}"))

@@ -249,7 +249,7 @@ class World:
             failed_start=random.choice([0.0, 0.0, 0.2, 0.6]),
         )
         self.ends_early = random.random() < 0.15
-        self.max_backlog = random.choice([16, 65536])
+        self.max_backlog = random.choice([16, 65536, 65536])
         self.num_deaths = self._num_failed_starts = self.num_refused = 0
         self.gave_up = self.is_over = False
         self.asked: list[Asked] = []
