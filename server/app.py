@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.scheduler.errors import ShoalError
 from shoal.server.browsers import BrowserGuard
 from shoal.server.errors import AuthenticationError, BodyTooLargeError, MethodNotAllowedError, NotFoundError
+from shoal.server.injection import FaultInjector
 from shoal.server.keys import known_key
 from shoal.server.routes.answer import error_response
 from shoal.server.routes.chat import chat_router
@@ -34,7 +35,9 @@ def create_app(service: Service) -> FastAPI:
     for router in (completions_router, chat_router, models_router, tokenize_router):
         app.include_router(router(service), dependencies=guarded)
     app.include_router(operations_router(service))
-    config = service.settings.server
+    config, faults = service.settings.server, service.settings.faults
+    if faults.is_on:
+        app.add_middleware(FaultInjector, config=faults, api_keys=service.api_keys)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])

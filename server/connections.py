@@ -110,6 +110,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
+        cycle.scope["state"]["cut"] = self._cut
         super()._start_asgi_task(cycle, app)
 
     def _refuse(self, error: ShoalError) -> None:
@@ -147,6 +148,11 @@ class Connection(HttpToolsProtocol):
 
     def _start_deadline(self) -> asyncio.TimerHandle:
         return self.loop.call_later(self.request_seconds, self._expire)
+
+    def _cut(self) -> None:
+        """Close the connection, after what is written already: an injected fault."""
+        self._disconnect()
+        self.transport.close()
 
     def _expire(self) -> None:
         """The request did not come whole in time."""

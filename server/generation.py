@@ -24,6 +24,7 @@ class Generation:
         api_id: id of the API call, from which the ids of the engine's requests are made.
         seed: choice i of a prompt samples with seed + i.
         scheduling: what the policy may know of them all.
+        die_after: output tokens after which the engine dies; an injected fault.
 
     Raises:
         InvalidRequestError, QueueFullError, EngineUnavailableError: the call is refused.
@@ -38,6 +39,7 @@ class Generation:
         api_id: str,
         seed: int,
         scheduling: SchedulingParams,
+        die_after: int | None = None,
     ) -> None:
         self._engine = service.engine
         self._metrics = service.metrics
@@ -63,6 +65,7 @@ class Generation:
                     scheduling=scheduling,
                     speculates=speculates,
                     end_after=body.end_after,
+                    die_after=die_after,
                 )
                 for i in range(body.n)
             ]

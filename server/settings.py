@@ -20,6 +20,7 @@ from shoal.model.speculation.config import SpeculationConfig
 from shoal.scheduler.config import Config, SchedulerLimits, check_setting, setting
 from shoal.scheduler.errors import ConfigError
 from shoal.scheduler.policies import POLICIES, find_policy
+from shoal.server.faults import FaultsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class Settings:
     scheduler: SchedulerSection
     knobs: Mapping[str, Config]
     speculation: SpeculationConfig
+    faults: FaultsConfig
 
     def sections(self) -> dict[str, Any]:
         """The settings as a file holds them; `resolve` makes the same settings of it.  Secrets are not left out."""
@@ -143,6 +145,7 @@ _SECTIONS: dict[str, type[Config]] = {
     "cache": CacheConfig,
     "scheduler": SchedulerSection,
     "speculation": SpeculationConfig,
+    "faults": FaultsConfig,
 }
 DEFAULT_MODEL = "shoal-moe"
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}

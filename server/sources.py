@@ -30,6 +30,7 @@ _TITLES = {
     "cache": "KV cache ([cache])",
     "scheduler": "Scheduler and policies ([scheduler])",
     "speculation": "Speculation ([speculation])",
+    "faults": "Faults on purpose, for tests of programs ([faults])",
 }
 _HELP = "Serve a model over HTTP, with the interface of OpenAI's API."
 _EPILOG = """\

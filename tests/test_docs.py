@@ -20,6 +20,7 @@ from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.policies import POLICIES, describe_policies, discover_policies
 from shoal.server.app import create_app
 from shoal.server.errors import http_error
+from shoal.server.faults import CONDITIONS, FAULTS, RANGES, Script
 from shoal.server.metrics import Metrics
 from shoal.server.sampling import COMPLETION_MAX_TOKENS
 from shoal.server.service import Service
@@ -30,8 +31,8 @@ from tests.fakes import Harness
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-API, OPERATIONS, ADD_A_POLICY = (
-    (ROOT / "docs" / name).read_text("utf-8") for name in ("api.md", "operations.md", "policies.md")
+API, OPERATIONS, ADD_A_POLICY, FAULTS_PAGE = (
+    (ROOT / "docs" / name).read_text("utf-8") for name in ("api.md", "operations.md", "policies.md", "faults.md")
 )
 
 
@@ -166,6 +167,28 @@ def test_every_error_is_described(kind: type[ShoalError]) -> None:
     error = http_error(kind(""))
     (row,) = re.findall(rf"^\| {error.status} \| `{error.type}` \| `{error.code}` \|.*", API, re.MULTILINE)
     assert (f"`retry-after: {error.retry_after}`" in row) == (error.retry_after is not None)
+
+
+# -- faults.md ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_fault_is_described() -> None:
+    for name, parameters in FAULTS.items():
+        listed = ", ".join(f"`{key}`" for key in parameters)
+        assert f"| `{name}` | {listed}{' ' if listed else ''}|" in FAULTS_PAGE
+    for key, (least, most) in RANGES.items():
+        kind = "integer" if isinstance(least, int) else "number"
+        bounds = f"{least:g} to {int(most):,}" if most > 9999 else f"{least:g} to {most:g}"
+        spelt = {"*": "*N", "rate": "rate=R"}.get(key, f"{key}=N" if key in CONDITIONS else key)
+        assert f"| `{spelt}` | {kind}, {bounds} |" in FAULTS_PAGE
+
+
+def test_every_script_on_the_page_is_one() -> None:
+    scripts = re.findall(r'^\| `([^`]*)` \| [^|]* \|$|--fault-script "([^"]*)"', FAULTS_PAGE, re.MULTILINE)
+    found = [one or other for one, other in scripts if any(name in FAULTS for name in re.split(r"[ *,]", one or other))]
+    assert len(found) >= 7
+    for script in found:
+        Script(script)
 
 
 # -- policies.md -------------------------------------------------------------------------------------------------------

@@ -40,12 +40,13 @@ class Journal:
     num_deaths: int = 0
 
     def resumed(self, now: float) -> EngineRequest:
-        """The request as the next engine takes it."""
+        """The request as the next engine takes it.  It makes one engine die, and not those after it."""
         return replace(
             self.request,
             age=now - self.arrival_time,
             output_token_ids=list(self.output_token_ids),
             num_scored_tokens=1 + len(self.prompt_logprobs),
+            die_after=None if self.num_deaths else self.request.die_after,
         )
 
     def note(self, output: RequestOutput, now: float) -> None:

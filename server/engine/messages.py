@@ -24,6 +24,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
         speculates: whether tokens may be drafted for it.
         end_after: the model is made to end the text with this output token; None leaves the end to it.  The scheduler
             is not told.
+        die_after: the engine is made to die when the request has this many output tokens; an injected fault.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     scheduling: SchedulingParams = SchedulingParams()
     speculates: bool = True
     end_after: int | None = None
+    die_after: int | None = None
 
 
 class Submit(msgspec.Struct, tag=True):

@@ -51,7 +51,15 @@ class Call(ABC, Generic[Body]):
             known_key(request, service.api_keys),
             shares_prefixes=service.settings.cache.share_prefixes,
         )
-        self.generation = Generation(service, body, prompts, api_id=self.id, seed=self.seed, scheduling=scheduling)
+        self.generation = Generation(
+            service,
+            body,
+            prompts,
+            api_id=self.id,
+            seed=self.seed,
+            scheduling=scheduling,
+            die_after=getattr(request.state, "die_after", None),
+        )
 
     async def answer(self) -> Response:
         """Answer as the body asks."""

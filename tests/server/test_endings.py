@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
 from shoal.scheduler.policies import POLICIES
@@ -68,7 +72,7 @@ def run(harness: Harness, commands: list[Command]) -> FakeWire:
         loop.turn()
         harness.scheduler.check_invariants()
     loop.turn()
-    assert not loop._endings._ends, "an end that was reached is still expected"
+    assert not loop._endings._ends and not loop._endings._deaths, "an end that was reached is still expected"
     return sockets
 
 
@@ -155,6 +159,43 @@ def test_a_new_engine_goes_on_to_the_same_end() -> None:
     )
     sockets = run(Harness(CHOOSE), [Submit([resumed])])
     assert journal.output_token_ids + sockets.token_ids["a"] == text(asked)
+
+
+class Killed(BaseException):
+    """What a signal would do to the process."""
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+@pytest.mark.parametrize("die_after", [0, 1, 5])
+def test_an_engine_dies_after_so_many_tokens_and_the_next_one_lives(
+    die_after: int, speculates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(pid: int, number: int) -> None:
+        assert (pid, number) == (os.getpid(), signal.SIGKILL)
+        raise Killed
+
+    monkeypatch.setattr("shoal.server.engine.endings.os.kill", kill)
+    asked, other = request("a", [1, 2, 3], 12, None), request("b", [4, 5], 3, None)
+    journal = Journal(replace(asked, die_after=die_after), "0", 0.0)
+    assert journal.resumed(0.0).die_after == die_after, "it may have waited for its first engine"
+    harness = Harness(CHOOSE, draft if speculates else None)
+    sockets = FakeWire(harness, [Submit([journal.resumed(0.0), other])])
+    loop = EngineLoop(harness.engine, sockets)
+    with pytest.raises(Killed):
+        for _ in range(30):
+            loop.turn()
+    told = sockets.token_ids.get("a", [])
+    assert told == text(asked)[: len(told)]
+    assert len(told) == die_after or (speculates and die_after < len(told) < die_after + 3)
+
+    journal.output_token_ids, journal.num_deaths = told, 1
+    assert run(Harness(CHOOSE), [Submit([journal.resumed(1.0)])]).token_ids == {"a": text(asked)[len(told) :]}
+
+
+def test_an_engine_outlives_a_request_that_ends_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.server.engine.endings.os.kill", lambda *_: pytest.fail("it dies"))
+    asked = replace(request("a", [1, 2, 3], 4, None), die_after=4)
+    assert run(Harness(CHOOSE), [Submit([asked])]).token_ids == {"a": text(asked)}
 
 
 def test_aborted_and_refused_requests_are_forgotten() -> None:
