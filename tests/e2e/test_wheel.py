@@ -102,6 +102,10 @@ def test_it_says_what_an_extra_needs(installed: Path, tmp_path: Path) -> None:
     assert run(installed, "-c", code, cwd=tmp_path) == f"{installed} -m pip install torch==2.13.0\n"
 
 
+def test_pytest_finds_the_plug_in(installed: Path, tmp_path: Path) -> None:
+    assert "\nstart_shoal -- " in run(installed, "-m", "pytest", "--fixtures", cwd=tmp_path)
+
+
 @pytest.mark.timeout(900)
 def test_it_measures_and_simulates(installed: Path, tmp_path: Path) -> None:
     shoal, load = installed.with_name("shoal"), ["--policies", "fcfs", "--users", "2"]

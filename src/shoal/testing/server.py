@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,20 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
-from shoal.clients import ClientError
+from shoal.clients import ClientError, ShoalClient
 from shoal.scheduler.errors import ShoalError
 
 START_SECONDS = 120.0
 END_SECONDS = 10.0
 POLL_SECONDS = 0.05
 NUM_LAST_LINES = 25
-COMMAND = (sys.executable, "-m", "shoal", "serve")
+COMMAND = (sys.executable, "-P", "-m", "shoal", "serve")  # -P: nothing of the working directory
 
 
 class ServerFailedError(ShoalError):
@@ -57,6 +59,7 @@ class ServerProcess:
     ) -> None:
         self.port = free_port() if port is None else port
         self._log = log
+        self._closing = ExitStack()
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), *options],
@@ -87,6 +90,16 @@ class ServerProcess:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def base_url(self) -> str:
+        """What OpenAI's clients take."""
+        return f"{self.url}/v1"
+
+    @cached_property
+    def client(self) -> ShoalClient:
+        """A client of it, closed with it."""
+        return self._closing.enter_context(ShoalClient(self.url))
 
     @property
     def log(self) -> str:
@@ -142,6 +155,7 @@ class ServerProcess:
 
     def kill(self) -> None:
         """End all of its processes by force."""
+        self._closing.close()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -156,6 +170,23 @@ class ServerProcess:
         with suppress(psutil.Error):
             return read(psutil.Process(self.process.pid)), read(psutil.Process(self.engine_pid() or 0))
         return 0.0, 0.0
+
+
+def serve_options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings by their names, as options of `shoal serve`; those that are None are left out."""
+    options = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        match value:
+            case None:
+                pass
+            case bool():
+                options.append(f"--{flag}" if value else f"--no-{flag}")
+            case list() | tuple():
+                options.append(f"--{flag}={json.dumps([str(item) for item in value])}")
+            case _:
+                options.append(f"--{flag}={value}")
+    return options
 
 
 def last_lines(log: Path) -> str:
