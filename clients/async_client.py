@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from itertools import count
 from typing import Any, Self, TypeVar, Unpack
 
@@ -13,7 +13,14 @@ from httpx_sse import EventSource
 
 from shoal.clients import wire
 from shoal.clients.errors import ClientError, StatusError
-from shoal.clients.transport import BaseClient, retry_delay, status_error, translated_errors
+from shoal.clients.transport import (
+    LEAVE_SECONDS,
+    BaseClient,
+    StreamReader,
+    retry_delay,
+    status_error,
+    translated_errors,
+)
 from shoal.clients.types import (
     ChatOptions,
     Chunk,
@@ -31,8 +38,9 @@ T = TypeVar("T")
 class AsyncStream(AsyncIterator[Chunk]):
     """The chunks of one streamed answer, as they arrive.
 
-    The request is sent when the first chunk is asked for.  Closing the stream before its end (as leaving its `async
-    with` block does) closes the connection, on which the server aborts the request.  A stream that is merely dropped
+    The request is sent when the first chunk is asked for.  If the connection breaks in the middle, another one goes on
+    where it stopped, if the server holds streams (Shoal does).  Closing the stream before its end (as leaving its
+    `async with` block does) closes the connection, and the server aborts the request.  A stream that is merely dropped
     is closed by the event loop, a little later.
     """
 
@@ -109,15 +117,23 @@ class AsyncShoalClient(BaseClient[httpx.AsyncClient]):
             return call.parse(await response.aread())
 
     async def _events(self, call: wire.Call[T]) -> AsyncGenerator[T, None]:
-        reader = wire.EventReader(call)
-        async with (
-            self._response(call) as response,
-            aclosing(EventSource(response).aiter_sse()) as events,
-        ):
-            async for event in events:
-                for result in reader.read(event.data):
-                    yield result
-        reader.finish()
+        reader = StreamReader(call, self._max_retries)
+        try:
+            while not reader.is_done:
+                try:
+                    async with self._response(reader.call) as response:
+                        reader.begin(response)
+                        async with aclosing(EventSource(response).aiter_sse()) as events:
+                            async for event in events:
+                                for result in reader.take(event):
+                                    yield result
+                    reader.finish()
+                except ClientError as error:
+                    await asyncio.sleep(reader.resume(error))
+        finally:
+            if (path := reader.left_path) is not None:
+                with suppress(httpx.HTTPError, RuntimeError):
+                    await self._http.delete(path, timeout=LEAVE_SECONDS)
 
     @asynccontextmanager
     async def _response(self, call: wire.Call[Any]) -> AsyncIterator[httpx.Response]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any, Self, TypeVar, Unpack
 
@@ -13,7 +13,14 @@ from httpx_sse import EventSource
 
 from shoal.clients import wire
 from shoal.clients.errors import ClientError, StatusError
-from shoal.clients.transport import BaseClient, retry_delay, status_error, translated_errors
+from shoal.clients.transport import (
+    LEAVE_SECONDS,
+    BaseClient,
+    StreamReader,
+    retry_delay,
+    status_error,
+    translated_errors,
+)
 from shoal.clients.types import (
     ChatOptions,
     Chunk,
@@ -31,8 +38,9 @@ T = TypeVar("T")
 class Stream(Iterator[Chunk]):
     """The chunks of one streamed answer, as they arrive.
 
-    The request is sent when the first chunk is asked for.  Closing the stream before its end (as leaving its `with`
-    block or dropping it does) closes the connection, on which the server aborts the request.
+    The request is sent when the first chunk is asked for.  If the connection breaks in the middle, another one goes on
+    where it stopped, if the server holds streams (Shoal does).  Closing the stream before its end (as leaving its
+    `with` block or dropping it does) closes the connection, and the server aborts the request.
     """
 
     def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
@@ -68,7 +76,8 @@ class ShoalClient(BaseClient[httpx.Client]):
         read_timeout: seconds that the server may be silent: for the first token, between two tokens, and for the
             whole answer if it is not streamed; None waits for ever.
         max_retries: how often a request is sent again that could not be delivered, or that the server refused with 429
-            or 503.  If the server sends Retry-After, the client waits for so long, unless that exceeds 30 s.
+            or 503.  If the server sends Retry-After, the client waits for so long, unless that exceeds 30 s.  A stream
+            is resumed as often in a row.
     """
 
     _http_class = httpx.Client
@@ -127,11 +136,21 @@ class ShoalClient(BaseClient[httpx.Client]):
             return call.parse(response.read())
 
     def _events(self, call: wire.Call[T]) -> Generator[T, None, None]:
-        reader = wire.EventReader(call)
-        with self._response(call) as response:
-            for event in EventSource(response).iter_sse():
-                yield from reader.read(event.data)
-        reader.finish()
+        reader = StreamReader(call, self._max_retries)
+        try:
+            while not reader.is_done:
+                try:
+                    with self._response(reader.call) as response:
+                        reader.begin(response)
+                        for event in EventSource(response).iter_sse():
+                            yield from reader.take(event)
+                    reader.finish()
+                except ClientError as error:
+                    time.sleep(reader.resume(error))
+        finally:
+            if (path := reader.left_path) is not None:
+                with suppress(httpx.HTTPError, RuntimeError):  # the latter of a client that is closed
+                    self._http.delete(path, timeout=LEAVE_SECONDS)
 
     @contextmanager
     def _response(self, call: wire.Call[Any]) -> Iterator[httpx.Response]:

@@ -6,11 +6,13 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
-from httpx_sse import SSEError
+from httpx_sse import ServerSentEvent, SSEError
 
 from shoal.clients import wire
 from shoal.clients.errors import (
@@ -23,11 +25,14 @@ from shoal.clients.errors import (
     UnsendableError,
 )
 
+T = TypeVar("T")
+Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
+
 MAX_RETRY_DELAY = 30.0
 """Seconds.  If a server asks for a longer wait, the request is not sent again, and the caller decides."""
 
-
-Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
+LEAVE_SECONDS = 1.0
+"""Longest time for telling the server that a stream is not wanted any more."""
 
 
 class BaseClient(Generic[Http]):
@@ -118,6 +123,73 @@ def retry_delay(error: ClientError, attempt: int) -> float | None:
         return None
     if isinstance(error, StatusError) and error.retry_after is not None:
         return error.retry_after if error.retry_after <= MAX_RETRY_DELAY else None
+    return _backoff(attempt)
+
+
+class StreamReader(wire.EventReader[T]):
+    """Reads one stream, over as many connections as it takes.
+
+    The server is asked to hold the stream.  When a connection breaks, the next one goes on after the last event that
+    was read.
+
+    Args:
+        max_retries: how often in a row, without an event in between, another connection is tried; with 0 the server is
+            not asked.
+
+    Attributes:
+        call: to be sent next.
+    """
+
+    def __init__(self, call: wire.Call[T], max_retries: int) -> None:
+        super().__init__(call)
+        self.call = replace(call, more_headers={"X-Stream-Resume": "true"}) if max_retries else call
+        self._max_retries = max_retries
+        self._num_tries = 0
+        self._stream_id = self._last_id = ""
+        self._break: ClientError | None = None
+
+    def begin(self, response: httpx.Response) -> None:
+        """A connection has its head; it says of a stream that is held which one it is."""
+        if "x-stream-resume" in response.headers:
+            self._stream_id = self._stream_id or response.headers.get("x-request-id", "")
+
+    def take(self, event: ServerSentEvent) -> Iterator[T]:
+        """The result in an event, if it has one."""
+        self._num_tries = 0
+        self._last_id = event.id
+        self._stream_id = event.id.rpartition(":")[0]
+        return self.read(event.data)
+
+    def resume(self, error: ClientError) -> float:
+        """Seconds after which to send `call`, which goes on with the stream that this error broke.
+
+        Raises:
+            ClientError: it cannot go on; what broke it.
+        """
+        if self.is_done:
+            return 0.0
+        if self._break is not None and isinstance(error, (StatusError, UnreachableError)):
+            raise self._break from error
+        is_break = isinstance(error, (BrokenConnectionError, TimedOutError))
+        if not (is_break and self._stream_id and self._num_tries < self._max_retries):
+            raise error
+        self._break = error
+        last = {"Last-Event-ID": self._last_id} if self._last_id else {}
+        self.call = replace(self.call, method="GET", path=self._path, body=None, more_headers=last)
+        self._num_tries += 1
+        return _backoff(self._num_tries - 1)
+
+    @property
+    def left_path(self) -> str | None:
+        """Path of a stream that is left before its end although the server holds it; else None."""
+        return self._path if self._stream_id and self._max_retries and not self.is_done else None
+
+    @property
+    def _path(self) -> str:
+        return f"/v1/streams/{quote(self._stream_id)}"
+
+
+def _backoff(attempt: int) -> float:
     return min(0.5 * 2.0 ** min(attempt, 10), MAX_RETRY_DELAY) * random.uniform(0.5, 1.0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from shoal.clients.errors import BrokenConnectionError, ProtocolError, StatusError, StreamError, UnsendableError
@@ -44,6 +44,7 @@ class Call(Generic[T]):
         body: JSON in UTF-8; None for a GET.
         build: makes the result out of the decoded JSON of the answer, or of one event if the answer is a stream.
         retried: whether to try again when the server refuses.
+        more_headers: besides those that every call has.
     """
 
     method: str
@@ -51,10 +52,11 @@ class Call(Generic[T]):
     body: bytes | None
     build: Callable[[Any], T]
     retried: bool = True
+    more_headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.body is None else {"Content-Type": "application/json"}
+        return ({} if self.body is None else {"Content-Type": "application/json"}) | self.more_headers
 
     def parse(self, data: bytes | str) -> T:
         """Read an answer.
@@ -72,17 +74,21 @@ class Call(Generic[T]):
 
 
 class EventReader(Generic[T]):
-    """Reads the events of one stream up to [DONE]."""
+    """Reads the events of one stream up to [DONE].
+
+    Attributes:
+        is_done: whether it came.
+    """
 
     def __init__(self, call: Call[T]) -> None:
         self._call = call
-        self._done = False
+        self.is_done = False
 
     def read(self, data: str) -> Iterator[T]:
         """The result in one event's data, if it has one."""
         if data == "[DONE]":
-            self._done = True
-        elif not self._done:
+            self.is_done = True
+        elif not self.is_done:
             yield self._call.parse(data)
 
     def finish(self) -> None:
@@ -91,7 +97,7 @@ class EventReader(Generic[T]):
         Raises:
             BrokenConnectionError: the stream had not ended.
         """
-        if not self._done:
+        if not self.is_done:
             raise BrokenConnectionError("the stream ended before the answer was whole (no [DONE] came)")
 
 

@@ -22,6 +22,7 @@ from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
 from shoal.server.routes.models import models_router
 from shoal.server.routes.operations import operations_router
+from shoal.server.routes.streams import streams_router
 from shoal.server.routes.tokenize import tokenize_router
 from shoal.server.service import Service
 
@@ -32,7 +33,7 @@ def create_app(service: Service) -> FastAPI:
     """Put the application together."""
     app = FastAPI(title="Shoal", version=version("shoal"), docs_url=None, redoc_url=None)
     guarded = [Depends(_key_check(service.api_keys))]
-    for router in (completions_router, chat_router, models_router, tokenize_router):
+    for router in (completions_router, chat_router, streams_router, models_router, tokenize_router):
         app.include_router(router(service), dependencies=guarded)
     app.include_router(operations_router(service))
     config, faults = service.settings.server, service.settings.faults

@@ -55,6 +55,14 @@ class SlowClientError(ShoalError):
     """The client does not read what it asked for, and too much of it waits."""
 
 
+class StreamExpiredError(ShoalError):
+    """What is asked for of a stream is no longer held, or goes on in another connection."""
+
+
+class IdempotencyKeyReuseError(ShoalError):
+    """An idempotency key that belongs to another request."""
+
+
 class EngineUnavailableError(ShoalError):
     """The engine is starting, or the server is shutting down."""
 
@@ -81,6 +89,8 @@ _TABLE: dict[type[ShoalError], HttpError] = {
     HeadTooLargeError: HttpError(431, "invalid_request_error", "head_too_large"),
     SlowClientError: HttpError(408, "timeout_error", "slow_client"),
     BodyTooLargeError: HttpError(413, "invalid_request_error", "body_too_large"),
+    StreamExpiredError: HttpError(410, "invalid_request_error", "stream_expired"),
+    IdempotencyKeyReuseError: HttpError(422, "invalid_request_error", "idempotency_key_reuse"),
     QueueFullError: HttpError(429, "rate_limit_error", "queue_full", retry_after=1),
     EngineError: HttpError(500, "server_error", "engine_error"),
     EngineUnavailableError: HttpError(503, "server_error", "engine_unavailable", retry_after=1),

@@ -19,6 +19,7 @@ from shoal.server.errors import ModelNotFoundError
 from shoal.server.metrics import Metrics
 from shoal.server.sampling import check_token_ids
 from shoal.server.settings import Settings
+from shoal.server.streams import StreamStore
 from shoal.server.wire.requests import CompletionBody, Message
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ class Service:
     engine: Engine
     metrics: Metrics
     started: int
+    streams: StreamStore
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

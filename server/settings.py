@@ -47,6 +47,9 @@ class ServerConfig(Config):
     drain_seconds: float = setting(
         30.0, at_least=0, help="After SIGTERM, how long unfinished requests may go on before they end with an error."
     )
+    resume_grace_seconds: float = setting(
+        30.0, at_least=0, help="How long an answer is held for a client that left and asked to resume; 0 holds none."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", help="Least severe messages to log.")
     log_format: Literal["text", "json"] = setting("text", help="Lines for people, or one JSON object a line.")
     access_log: bool = setting(True, help="Whether each HTTP request is logged.")

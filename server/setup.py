@@ -13,6 +13,7 @@ from shoal.server.engine.client import EngineClient
 from shoal.server.metrics import Metrics
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
+from shoal.server.streams import StreamStore
 
 
 def build_service(settings: Settings) -> tuple[Service, EngineClient]:
@@ -43,6 +44,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         engine=client,
         metrics=metrics,
         started=unix_time(),
+        streams=StreamStore(settings.server.resume_grace_seconds),
     )
     return service, client
 

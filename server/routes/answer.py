@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from shoal.scheduler.errors import ShoalError
-from shoal.server.errors import error_body, http_error
+from shoal.server.errors import StreamExpiredError, error_body, http_error
 
 logger = logging.getLogger("shoal.api")
 
@@ -47,31 +47,51 @@ def error_response(error: ShoalError) -> Response:
 class EventStream(StreamingResponse):
     """A stream of server-sent events, ended by `[DONE]`.  After the headers an error is an event too.
 
-    When the client goes away, or the server does, the events are closed at once, and with them what makes them.
+    Each event has an id, `STREAM:NUMBER`, so that a client can say where it stopped.  When the client goes away, or the
+    server does, the events are closed at once, and with them what makes them.
+
+    Args:
+        events: some at a time, without their ids.
+        after: number of the event before the first.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
-        self.events = _until_done(events)
-        super().__init__(self.events, headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self, events: AsyncGenerator[list[bytes], None], stream_id: str, headers: Mapping[str, str], *, after: int = 0
+    ) -> None:
+        self.events = _until_done(events, stream_id, after)
+        super().__init__(self.events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.events):
             await unless_disconnected(receive, self.stream_response(send))
 
 
-async def _until_done(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes]:
+async def _until_done(
+    events: AsyncGenerator[list[bytes], None], stream_id: str, number: int
+) -> AsyncGenerator[bytes, None]:
+    prefix = f"id: {stream_id}:".encode()
+
+    def numbered(some: list[bytes]) -> bytes:
+        nonlocal number
+        first, number = number + 1, number + len(some)
+        return b"".join([b"%b%d\n%b" % (prefix, each, one) for each, one in enumerate(some, first)])
+
+    last = [DONE]
     try:
         async with aclosing(events):
-            async for one in events:
-                yield one
+            async for some in events:
+                yield numbered(some)
+    except StreamExpiredError as error:  # the stream itself goes on, and has other events of these numbers
+        yield event(error_body(error)) + DONE
+        return
     except ShoalError as error:
-        yield event(error_body(error))
+        last = [event(error_body(error)), DONE]
     except Exception:
         logger.exception("a stream failed")
-        yield event(error_body(ShoalError("internal error")))
-    yield DONE
+        last = [event(error_body(ShoalError("internal error"))), DONE]
+    yield numbered(last)
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Value]) -> Value | None:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from shoal.server.generation import Generation
 from shoal.server.keys import known_key
 from shoal.server.routes.answer import EventStream, unless_disconnected, whole
+from shoal.server.routes.streams import hold, is_held, only_event
 from shoal.server.sampling import resolve_seed
 from shoal.server.scheduling import resolve_scheduling
 from shoal.server.service import Service, new_id, unix_time
@@ -64,8 +65,11 @@ class Call(ABC, Generic[Body]):
     async def answer(self) -> Response:
         """Answer as the body asks."""
         headers = {"x-request-id": self.id, "x-seed": str(self.seed)}
+        if is_held(self.service, self.request, is_stream=self.body.stream):
+            events = self.chunks() if self.body.stream else only_event(self.complete())
+            return await hold(self.service, self.request, self.id, headers, events, is_stream=self.body.stream)
         if self.body.stream:
-            return EventStream(self.chunks(), headers)
+            return EventStream(self.chunks(), self.id, headers)
         return whole(await unless_disconnected(self.request.receive, self.complete()), headers)
 
     @abstractmethod
@@ -73,5 +77,5 @@ class Call(ABC, Generic[Body]):
         """The whole answer."""
 
     @abstractmethod
-    def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events."""
+    def chunks(self) -> AsyncGenerator[list[bytes], None]:
+        """The answer as server-sent events, those of a step together."""

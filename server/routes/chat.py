@@ -13,6 +13,7 @@ from shoal.server.logprobs import chat_logprobs
 from shoal.server.routes.answer import event
 from shoal.server.routes.call import Call, Unset
 from shoal.server.routes.schema import documented
+from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
 from shoal.server.text import Delta, Scored
 from shoal.server.wire.requests import ChatBody, parse_body
@@ -32,6 +33,7 @@ def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions", openapi_extra=documented(ChatBody))
+    @answered_once(service)
     async def create_chat_completion(request: Request) -> Response:
         body = parse_body(ChatBody, await request.body())
         service.check_model(body.model)
@@ -53,16 +55,16 @@ class _ChatCall(Call[ChatBody]):
         usage = self.generation.usage
         return ChatCompletion(self.id, self.created, self.service.model_name, choices, usage, self.seed)
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self) -> AsyncGenerator[list[bytes], None]:
         role = ChatDelta(role="assistant", content="")
         openings = [ChatChunkChoice(index, role, None, None) for index in range(self.generation.num_choices)]
         opening = self._events(openings, self.seed)
         async with aclosing(self.generation.deltas()) as steps:
             async for deltas in steps:
                 yield opening + self._events([choice for delta in deltas for choice in self._chunk_choices(delta)])
-                opening = b""
+                opening = []
         if self.include_usage:
-            yield event(self._shape([], self.generation.usage))
+            yield [event(self._shape([], self.generation.usage))]
 
     def _chunk_choices(self, delta: Delta) -> list[ChatChunkChoice]:
         """The text, and after it the finish reason in a chunk without text, as OpenAI sends them."""
@@ -74,8 +76,8 @@ class _ChatCall(Call[ChatBody]):
             choices.append(ChatChunkChoice(delta.index, ChatDelta(), None, delta.finish_reason))
         return choices
 
-    def _events(self, choices: list[ChatChunkChoice], seed: int | Unset = msgspec.UNSET) -> bytes:
-        return b"".join(event(self._shape([choice], self.usage_in_chunks, seed)) for choice in choices)
+    def _events(self, choices: list[ChatChunkChoice], seed: int | Unset = msgspec.UNSET) -> list[bytes]:
+        return [event(self._shape([choice], self.usage_in_chunks, seed)) for choice in choices]
 
     def _shape(
         self, choices: list[ChatChunkChoice], usage: Usage | Unset | None, seed: int | Unset = msgspec.UNSET

@@ -13,6 +13,7 @@ from shoal.server.logprobs import completion_logprobs
 from shoal.server.routes.answer import event
 from shoal.server.routes.call import Call, Unset
 from shoal.server.routes.schema import documented
+from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
 from shoal.server.text import Delta
 from shoal.server.wire.requests import CompletionBody, parse_body
@@ -23,6 +24,7 @@ def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/completions", openapi_extra=documented(CompletionBody))
+    @answered_once(service)
     async def create_completion(request: Request) -> Response:
         body = parse_body(CompletionBody, await request.body())
         service.check_model(body.model)
@@ -39,7 +41,7 @@ class _CompletionCall(Call[CompletionBody]):
         choices = [self._choice(delta) for delta in await self.generation.complete()]
         return self._shape(choices, self.generation.usage, self.seed)
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self) -> AsyncGenerator[list[bytes], None]:
         seed: int | Unset = self.seed
         async with aclosing(self.generation.deltas()) as steps:
             async for deltas in steps:
@@ -47,9 +49,9 @@ class _CompletionCall(Call[CompletionBody]):
                 for delta in deltas:
                     events.append(event(self._shape([self._choice(delta)], self.usage_in_chunks, seed)))
                     seed = msgspec.UNSET  # reported once
-                yield b"".join(events)
+                yield events
         if self.include_usage:
-            yield event(self._shape([], self.generation.usage))
+            yield [event(self._shape([], self.generation.usage))]
 
     def _choice(self, delta: Delta) -> CompletionChoice:
         asked = self.body.logprobs is not None

@@ -82,10 +82,19 @@ class FakeServer:
         kind = "server_error" if status >= 500 else "invalid_request_error"
         self.json(error_body(message, type=kind, param=None, code=code), status=status, **headers)
 
-    def stream(self, *events: Any, done: bool = True, ending: str = "end") -> None:
-        """Answer with an event stream, one network write an event."""
+    def stream(
+        self, *events: Any, done: bool = True, ending: str = "end", first: int | None = None, **headers: str
+    ) -> None:
+        """Answer with an event stream, one network write an event.
+
+        Args:
+            first: number of the first event, if they have ids.
+        """
         pieces = [sse(event) for event in events] + ([b"data: [DONE]\n\n"] if done else [])
-        self.answer(Answer(content_type="text/event-stream; charset=utf-8", pieces=pieces, ending=ending))
+        if first is not None:
+            pieces = [b"id: cmpl-1:%d\n%b" % (number, piece) for number, piece in enumerate(pieces, first)]
+        named = {name.replace("_", "-"): text for name, text in headers.items()}
+        self.answer(Answer(200, "text/event-stream; charset=utf-8", named, pieces, ending))
 
 
 class _Http(ThreadingHTTPServer):
@@ -105,6 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
+        self._serve(None)
+
+    def do_DELETE(self) -> None:
         self._serve(None)
 
     def do_POST(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import random
 from itertools import pairwise
 from typing import Any
 
@@ -255,3 +256,108 @@ def test_many_streams_at_once_do_not_wait_for_each_other(server: FakeServer) -> 
         return server.requests
 
     assert len(asyncio.run(run())) == num_streams
+
+
+# -- streams that go on ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)
+
+
+def sent(server: FakeServer) -> list[tuple[str, str, str | None]]:
+    """Method, path and last event of each request."""
+    return [(seen.method, seen.path, seen.headers.get("last-event-id")) for seen in server.requests]
+
+
+@pytest.mark.usefixtures("_without_delay")
+def test_a_stream_that_breaks_goes_on_after_the_last_event(server: FakeServer, driver: Driver) -> None:
+    chunks = completion_chunks(*"abcdef")
+    half = sse(chunks[4])[:20]
+    server.stream(*chunks[:2], done=False, ending="cut", first=1)
+    server.stream(done=False, ending="cut")
+    server.stream(chunks[2], done=False, first=3)
+    server.stream(chunks[3], done=False, ending="silence", first=4)
+    server.answer(Answer(content_type="text/event-stream", pieces=[b"id: cmpl-1:5\n" + half], ending="cut"))
+    server.stream(*chunks[4:], first=5)
+    came = driver.stream("stream_complete", "x", settings={"read_timeout": 2.0})
+    assert text_of(came) == "abcdef" and came[-1].usage == Usage(5, 2, 4, 1, 3)
+    path = "/v1/streams/cmpl-1"
+    assert sent(server) == [
+        ("POST", "/v1/completions", None),
+        *(("GET", path, f"cmpl-1:{number}") for number in (2, 2, 3, 4, 4)),
+    ]
+    assert server.requests[0].headers["x-stream-resume"] == "true"
+
+
+@pytest.mark.usefixtures("_without_delay")
+def test_a_stream_that_breaks_before_its_first_event_goes_on_if_it_is_held(server: FakeServer, driver: Driver) -> None:
+    server.stream(done=False, ending="cut", x_request_id="cmpl-1", x_stream_resume="true")
+    server.stream(*completion_chunks("a"), first=1)
+    assert text_of(driver.stream("stream_complete", "x")) == "a"
+    assert sent(server)[1:] == [("GET", "/v1/streams/cmpl-1", None)]
+
+
+@pytest.mark.usefixtures("_without_delay")
+@pytest.mark.parametrize("status", [404, 405, 410, 500])
+def test_where_a_stream_cannot_go_on_its_break_is_raised(server: FakeServer, driver: Driver, status: int) -> None:
+    server.stream(completion_chunks("partial")[0], done=False, ending="cut", first=1)
+    server.error(status, "there is no such thing")
+    came: list[Chunk] = []
+    with pytest.raises(BrokenConnectionError):
+        driver.stream("stream_complete", "x", into=came)
+    assert text_of(came) == "partial"
+
+
+@pytest.mark.usefixtures("_without_delay")
+def test_a_stream_is_tried_again_as_often_as_requests_are(server: FakeServer, driver: Driver) -> None:
+    server.stream(completion_chunks("partial")[0], done=False, ending="cut", first=1)
+    for _ in range(3):
+        server.stream(done=False, ending="cut")
+    with pytest.raises(BrokenConnectionError):
+        driver.stream("stream_complete", "x", settings={"max_retries": 3})
+    assert [method for method, *_ in sent(server)] == ["POST", "GET", "GET", "GET", "DELETE"]
+
+
+def test_without_retries_the_server_is_not_asked_to_hold_a_stream(server: FakeServer, driver: Driver) -> None:
+    server.stream(completion_chunks("partial")[0], done=False, ending="cut", first=1)
+    with pytest.raises(BrokenConnectionError):
+        driver.stream("stream_complete", "x", settings={"max_retries": 0})
+    assert len(server.requests) == 1 and "x-stream-resume" not in server.requests[0].headers
+
+
+@pytest.mark.usefixtures("_without_delay")
+def test_an_error_in_a_stream_that_went_on_is_raised_as_it_is(server: FakeServer, driver: Driver) -> None:
+    server.stream(completion_chunks("partial")[0], done=False, ending="cut", first=1)
+    server.stream(error_body("the engine failed", code="engine_error"), first=2)
+    with pytest.raises(StreamError, match=r"^the engine failed$"):
+        driver.stream("stream_complete", "x")
+
+
+def test_a_stream_that_is_left_is_ended(server: FakeServer) -> None:
+    server.stream(completion_chunks("partial")[0], done=False, ending="silence", first=1)
+    with ShoalClient(server.url) as client, client.stream_complete("x") as stream:
+        next(stream)
+    assert server.disconnected.wait(PATIENCE)
+    assert sent(server)[1:] == [("DELETE", "/v1/streams/cmpl-1", None)]
+
+
+def test_an_async_stream_that_is_left_is_ended(server: FakeServer) -> None:
+    server.stream(completion_chunks("partial")[0], done=False, ending="silence", first=1)
+
+    async def run() -> None:
+        async with AsyncShoalClient(server.url) as client:
+            task = asyncio.create_task(collect(client))
+            await begun.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    async def collect(client: AsyncShoalClient) -> None:
+        async for _ in client.stream_complete("x"):
+            begun.set()
+
+    begun = asyncio.Event()
+    asyncio.run(run())
+    assert sent(server)[1:] == [("DELETE", "/v1/streams/cmpl-1", None)]

@@ -24,6 +24,8 @@ STATUS = {
     "UrlTooLongError": (414, "invalid_request_error", "url_too_long"),
     "HeadTooLargeError": (431, "invalid_request_error", "head_too_large"),
     "SlowClientError": (408, "timeout_error", "slow_client"),
+    "StreamExpiredError": (410, "invalid_request_error", "stream_expired"),
+    "IdempotencyKeyReuseError": (422, "invalid_request_error", "idempotency_key_reuse"),
     "BodyTooLargeError": (413, "invalid_request_error", "body_too_large"),
     "EngineUnavailableError": (503, "server_error", "engine_unavailable"),
 }

@@ -1,0 +1,141 @@
+"""Answers that are read again: after a connection that broke, or because the same request came twice."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import wraps
+from hashlib import sha256
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from shoal.scheduler.errors import InvalidRequestError
+from shoal.server.errors import StreamExpiredError
+from shoal.server.keys import known_key
+from shoal.server.routes.answer import EventStream, encode, unless_disconnected
+from shoal.server.service import Service
+from shoal.server.streams import Answer, Events, Key
+
+MAX_KEY_CHARS = 255
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def streams_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    def find(stream_id: str, request: Request) -> Answer:
+        return service.streams.find(stream_id, known_key(request, service.api_keys))
+
+    @router.get("/v1/streams/{stream_id}")
+    async def read_stream(stream_id: str, request: Request) -> Response:
+        answer = find(stream_id, request)
+        return await deliver(service, request, answer, after=_last_event(request, answer), takes_over=True)
+
+    @router.delete("/v1/streams/{stream_id}")
+    async def end_stream(stream_id: str, request: Request) -> Response:
+        service.streams.forget(find(stream_id, request))
+        return Response(status_code=204)
+
+    return router
+
+
+def answered_once(service: Service) -> Callable[[Handler], Handler]:
+    """Have a route do once what is asked for under one `Idempotency-Key`, and answer all who ask alike."""
+
+    def decorate(handler: Handler) -> Handler:
+        @wraps(handler)
+        async def answer_once(request: Request) -> Response:
+            key = idempotency_key(service, request)
+            if key is None:
+                return await handler(request)
+            digest = sha256(request.url.path.encode() + b"\n" + await request.body()).digest()
+            answer = await service.streams.claim(key, digest)
+            if answer is not None:
+                return await deliver(service, request, answer, after=_last_event(request, answer))
+            try:
+                if "last-event-id" in request.headers:
+                    raise StreamExpiredError("no stream is held under this Idempotency-Key, so that it cannot go on")
+                return await handler(request)
+            finally:
+                service.streams.release(key)
+
+        return answer_once
+
+    return decorate
+
+
+def is_held(service: Service, request: Request, *, is_stream: bool) -> bool:
+    """Whether the request asks for an answer that outlives its connection."""
+    asked = is_stream and request.headers.get("x-stream-resume", "").lower() == "true"
+    return (asked or "idempotency-key" in request.headers) and service.streams.grace_seconds > 0
+
+
+def idempotency_key(service: Service, request: Request) -> Key | None:
+    """The key that the request carries, if it carries one and answers are held.
+
+    Raises:
+        InvalidRequestError: it is empty or too long.
+    """
+    key = request.headers.get("idempotency-key")
+    if key is None or not service.streams.grace_seconds:
+        return None
+    if not 0 < len(key) <= MAX_KEY_CHARS:
+        raise InvalidRequestError(
+            f"Idempotency-Key: expected 1 to {MAX_KEY_CHARS} characters, not {len(key)}", param="Idempotency-Key"
+        )
+    return known_key(request, service.api_keys), key
+
+
+async def hold(
+    service: Service, request: Request, answer_id: str, headers: Mapping[str, str], events: Events, *, is_stream: bool
+) -> Response:
+    """Have the answer made and held, and send it."""
+    owner, key = known_key(request, service.api_keys), idempotency_key(service, request)
+    answer = Answer(answer_id, owner, {**headers, "x-stream-resume": "true"}, is_stream, key)
+    service.streams.begin(answer, events)
+    return await deliver(service, request, answer)
+
+
+async def only_event(work: Awaitable[object]) -> Events:
+    """What the work returns, as JSON."""
+    yield [encode(await work)]
+
+
+async def deliver(
+    service: Service, request: Request, answer: Answer, *, after: int = 0, takes_over: bool = False
+) -> Response:
+    """Send an answer, of a stream what follows after so many events.
+
+    Raises:
+        StreamExpiredError, InvalidRequestError: the stream cannot be read from there.
+        ShoalError: what ended an answer that is not a stream.
+    """
+    if not answer.is_stream:
+        body = await unless_disconnected(request.receive, _whole(service, answer))
+        return Response(body, media_type="application/json", headers=answer.headers)
+    answer.check(after)
+    if after > answer.num_events:  # its end was read too, and a browser's EventSource comes back until it is told so
+        return Response(status_code=204, headers=answer.headers)
+    return EventStream(
+        service.streams.read(answer, after, takes_over=takes_over), answer.id, answer.headers, after=after
+    )
+
+
+async def _whole(service: Service, answer: Answer) -> bytes:
+    return b"".join([event async for events in service.streams.read(answer) for event in events])
+
+
+def _last_event(request: Request, answer: Answer) -> int:
+    """The number of the event after which the client goes on; 0 is the beginning.
+
+    Raises:
+        InvalidRequestError: its `Last-Event-ID` is none of this stream.
+    """
+    last = request.headers.get("last-event-id")
+    if last is None:
+        return 0
+    stream_id, _, number = last.rpartition(":")
+    if stream_id != answer.id or not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise InvalidRequestError(f"Last-Event-ID: expected {answer.id}:NUMBER", param="Last-Event-ID")
+    return int(number)
