@@ -71,18 +71,16 @@ class EventStream(StreamingResponse):
 async def _until_done(
     events: AsyncGenerator[list[bytes], None], stream_id: str, number: int
 ) -> AsyncGenerator[bytes, None]:
-    prefix = f"id: {stream_id}:".encode()
-
-    def numbered(some: list[bytes]) -> bytes:
-        nonlocal number
-        first, number = number + 1, number + len(some)
-        return b"".join([b"%b%d\n%b" % (prefix, each, one) for each, one in enumerate(some, first)])
-
+    numbered = b"id: %b:%%d\n%%b" % stream_id.encode()
     last = [DONE]
     try:
         async with aclosing(events):
             async for some in events:
-                yield numbered(some)
+                parts = []
+                for one in some:
+                    number += 1
+                    parts.append(numbered % (number, one))
+                yield b"".join(parts)
     except StreamExpiredError as error:  # the stream itself goes on, and has other events of these numbers
         yield event(error_body(error)) + DONE
         return
@@ -91,7 +89,9 @@ async def _until_done(
     except Exception:
         logger.exception("a stream failed")
         last = [event(error_body(ShoalError("internal error"))), DONE]
-    yield numbered(last)
+    for one in last:
+        number += 1
+        yield numbered % (number, one)
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Value]) -> Value | None:

@@ -169,6 +169,32 @@ def test_what_is_too_much_is_dropped_when_read_and_else_ends_the_stream(
         run(play())
 
 
+def test_a_stream_that_is_read_may_be_longer_than_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_STREAM_BYTES", ANSWER_BYTES + 100)
+
+    async def play() -> None:
+        store, work = StreamStore(GRACE), Work([(1.0, 1)] * 500)
+        answer = begin(store, work)
+        assert await read(store, answer) == work.whole
+        with pytest.raises(StreamExpiredError, match="from event 4"):
+            answer.check(0)
+        check_bytes(store)
+
+    run(play())
+
+
+def test_an_answer_that_is_too_large_is_given_to_those_who_wait_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_BYTES", ANSWER_BYTES + 100)
+
+    async def play() -> None:
+        store, work = StreamStore(GRACE), Work([(1.0, 100)])
+        answer = begin(store, work)
+        assert await read(store, answer) == work.whole
+        assert not store._answers and not store._num_bytes
+
+    run(play())
+
+
 def test_running_streams_share_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_BYTES", 2 * ANSWER_BYTES + 6000)
 
