@@ -28,7 +28,7 @@ from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import EngineError, QueueFullError, ShoalError
 from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerOutput
-from shoal.scheduler.policies import create_policy
+from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine import journal
 from shoal.server.engine.client import MAX_DEATHS, EngineClient
@@ -111,7 +111,8 @@ class SimulatedEngine:
         self._arrived = asyncio.Event()
         self._executor = FakeExecutor(LIMITS.block_size, CHOOSE, world.draft if world.drafts else None)
         self._executor.fail = self._fail
-        scheduler = Scheduler(LIMITS, create_policy(world.policy, LIMITS, None))
+        kind = POLICIES[world.policy]
+        scheduler = Scheduler(LIMITS, kind(LIMITS, kind.Knobs()))
         self._loop = EngineLoop(EngineCore(scheduler, self._executor, world.clock), self)
         self.ready.set_result(Ready(LIMITS, 1, 1, "simulated", None))
         self.ended = asyncio.create_task(self._run())
