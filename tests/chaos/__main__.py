@@ -29,6 +29,7 @@ from shoal.testing import ServerProcess
 from tests.chaos.asking import (
     NUM_QUESTIONS,
     Answer,
+    Cursor,
     Gaps,
     RefusedError,
     ask,
@@ -36,6 +37,7 @@ from tests.chaos.asking import (
     events,
     question,
     read_stream,
+    read_whole,
     streamed,
 )
 
@@ -77,6 +79,8 @@ class Chaos:
             self._stream: 40,
             self._whole: 20,
             self._leave: 12,
+            self._come_back: 12,
+            self._ask_twice: 4,
             self._read_slowly: 6,
             self._use_others: 12,
             self._be_hostile: 10,
@@ -112,7 +116,7 @@ class Chaos:
             if not response.is_success:
                 await response.aread()
             check(response)
-            async for event in events(response):
+            async for event in events(response, Cursor()):
                 gaps.note()
                 found.append(event)
                 await asyncio.sleep(pause)
@@ -131,10 +135,52 @@ class Chaos:
             if not response.is_success:
                 await response.aread()
             check(response)
-            async for _ in events(response):
+            async for _ in events(response, Cursor()):
                 left -= 1
                 if left < 0:
                     return
+
+    async def _come_back(self, number: int) -> None:
+        """Leave again and again, and go on where the stream was left."""
+        path, body = question(number)
+        cursor, found, stream_id = Cursor(), [], ""
+        while True:
+            left = self.random.randrange(1, 20)
+            if stream_id:
+                headers = {"last-event-id": cursor.last} if cursor.last else {}
+                request = self.http.build_request("GET", f"/v1/streams/{stream_id}", headers=headers)
+            else:
+                request = self.http.build_request(
+                    "POST", path, json=streamed(body), headers={"x-stream-resume": "true"}
+                )
+            response = await self.http.send(request, stream=True)
+            try:
+                if not response.is_success:
+                    await response.aread()
+                check(response)
+                stream_id = response.headers["x-request-id"]
+                async for event in events(response, cursor):
+                    found.append(event)
+                    left -= 1
+                    if not left:
+                        break
+                else:
+                    break
+            finally:
+                await response.aclose()
+            self.counts["streams that were left and went on"] += 1
+        self._compare(number, read_stream(found))
+
+    async def _ask_twice(self, number: int) -> None:
+        """Ask for the same work twice at once: it is done once, and both get the same answer."""
+        path, body = question(number)
+        headers = {"idempotency-key": f"{self.random.random()}"}
+        both = await asyncio.gather(*(self.http.post(path, json=body, headers=headers) for _ in range(2)))
+        for response in both:
+            check(response)
+        if both[0].content != both[1].content:
+            self.differing.append(f"question {number}, asked twice: {both[0].text} is not {both[1].text}")
+        self._compare(number, read_whole(both[0].json()))
 
     async def _use_others(self, number: int) -> None:
         _, body = question(number)

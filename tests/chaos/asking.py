@@ -60,18 +60,30 @@ def read_whole(answer: Body) -> Answer:
     return _joined([answer])
 
 
-async def events(response: httpx.Response) -> AsyncIterator[Body]:
+class Cursor:
+    """The id of the event that was read last."""
+
+    last = ""
+
+
+async def events(response: httpx.Response, cursor: Cursor) -> AsyncIterator[Body]:
     """The events of a stream.
+
+    Args:
+        cursor: is moved with every event.
 
     Raises:
         RefusedError: an event is an error.
         EOFError: the stream ended without `[DONE]`.
     """
+    event_id = ""
     async for line in response.aiter_lines():
+        event_id = line.removeprefix("id: ") if line.startswith("id: ") else event_id
         if line == "data: [DONE]":
             return
         if line.startswith("data: "):
             event = json.loads(line[6:])
+            cursor.last = event_id
             if "error" in event:
                 raise RefusedError(response.status_code, event["error"])
             yield event

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from shoal.loadtest.server import ServerProcess
+from shoal.testing import ServerProcess
 from tests.e2e.checkpoints import cycle_text
 from tests.e2e.conftest import StartServer
 from tests.e2e.harness import SHOAL, Server, Waiting, clean_environment, command_line, joined
