@@ -3,7 +3,7 @@
     ShoalError                      root; carries the message for the user and the field (`param`) it is about
     |-- InvalidRequestError         the request can never be served as it stands
     |   `-- ContextLengthError      prompt, or prompt + max_tokens, exceeds what fits
-    |-- QueueFullError              too many unfinished requests; try again later
+    |-- QueueFullError              too much waits already; try again later
     |-- EngineError                 the engine failed while it worked on the request
     |-- CheckpointError             a file of a checkpoint is missing, malformed or unsupported
     `-- ConfigError                 a setting is wrong, or does not fit this machine
@@ -19,12 +19,14 @@ class ShoalError(Exception):
     Args:
         message: what is wrong, the limit, and what would be right.
         param: the name of the request field, setting or file that is at fault, if one is.
+        retry_after: whole seconds after which the same may be taken, if that is known.
     """
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after = retry_after
 
 
 class InvalidRequestError(ShoalError):
@@ -36,7 +38,7 @@ class ContextLengthError(InvalidRequestError):
 
 
 class QueueFullError(ShoalError):
-    """The number of unfinished requests has reached its limit."""
+    """As much waits as may: requests, tokens or seconds."""
 
 
 class EngineError(ShoalError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI, Request
@@ -14,9 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.scheduler.errors import ShoalError
 from shoal.server.browsers import BrowserGuard
-from shoal.server.errors import AuthenticationError, BodyTooLargeError, MethodNotAllowedError, NotFoundError
+from shoal.server.errors import (
+    AuthenticationError,
+    BodyTooLargeError,
+    MethodNotAllowedError,
+    NotFoundError,
+    http_error,
+)
 from shoal.server.injection import FaultInjector
 from shoal.server.keys import known_key
+from shoal.server.limits import RateLimitHeaders
 from shoal.server.routes.answer import error_response
 from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
@@ -33,17 +41,22 @@ def create_app(service: Service) -> FastAPI:
     """Put the application together."""
     app = FastAPI(title="Shoal", version=version("shoal"), docs_url=None, redoc_url=None)
     guarded = [Depends(_key_check(service.api_keys))]
-    for router in (completions_router, chat_router, streams_router, models_router, tokenize_router):
+    limited = [*guarded, Depends(_allowance_of_key(service))] if service.allowances else guarded
+    for router in (completions_router, chat_router):
+        app.include_router(router(service), dependencies=limited)
+    for router in (streams_router, models_router, tokenize_router):
         app.include_router(router(service), dependencies=guarded)
     app.include_router(operations_router(service))
     config, faults = service.settings.server, service.settings.faults
     if faults.is_on:
         app.add_middleware(FaultInjector, config=faults, api_keys=service.api_keys)
+    if service.allowances:
+        app.add_middleware(RateLimitHeaders)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(BrowserGuard, config=config)
-    app.add_exception_handler(ShoalError, _answer_shoal_error)
+    app.add_exception_handler(ShoalError, _error_answers(service))
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientDisconnect, _answer_vanished_client)
     app.add_exception_handler(Exception, _answer_unexpected)
@@ -88,9 +101,21 @@ def _key_check(api_keys: tuple[str, ...]):  # type: ignore[no-untyped-def]  # Fa
     return check
 
 
-async def _answer_shoal_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ShoalError)
-    return error_response(error)
+def _allowance_of_key(service: Service):  # type: ignore[no-untyped-def]  # likewise
+    async def note(request: Request) -> None:
+        request.state.allowance = service.allowances[known_key(request, service.api_keys)]  # for RateLimitHeaders
+
+    return note
+
+
+def _error_answers(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ShoalError)
+        if request.method == "POST":
+            service.metrics.refused(http_error(error).code)
+        return error_response(error)
+
+    return answer
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec.structs import replace
 
 from shoal.scheduler.errors import (
     ContextLengthError,
@@ -63,6 +64,14 @@ class IdempotencyKeyReuseError(ShoalError):
     """An idempotency key that belongs to another request."""
 
 
+class RequestTimeoutError(ShoalError):
+    """The request was not finished in the time that it gave itself."""
+
+
+class RateLimitError(ShoalError):
+    """The API key has asked for as much as it may."""
+
+
 class EngineUnavailableError(ShoalError):
     """The engine is starting, or the server is shutting down."""
 
@@ -88,10 +97,12 @@ _TABLE: dict[type[ShoalError], HttpError] = {
     UrlTooLongError: HttpError(414, "invalid_request_error", "url_too_long"),
     HeadTooLargeError: HttpError(431, "invalid_request_error", "head_too_large"),
     SlowClientError: HttpError(408, "timeout_error", "slow_client"),
+    RequestTimeoutError: HttpError(408, "timeout_error", "timeout"),
     BodyTooLargeError: HttpError(413, "invalid_request_error", "body_too_large"),
     StreamExpiredError: HttpError(410, "invalid_request_error", "stream_expired"),
     IdempotencyKeyReuseError: HttpError(422, "invalid_request_error", "idempotency_key_reuse"),
     QueueFullError: HttpError(429, "rate_limit_error", "queue_full", retry_after=1),
+    RateLimitError: HttpError(429, "rate_limit_error", "rate_limit_exceeded", retry_after=1),
     EngineError: HttpError(500, "server_error", "engine_error"),
     EngineUnavailableError: HttpError(503, "server_error", "engine_unavailable", retry_after=1),
     ShoalError: HttpError(500, "server_error", "internal_error"),
@@ -100,7 +111,8 @@ _TABLE: dict[type[ShoalError], HttpError] = {
 
 def http_error(error: ShoalError) -> HttpError:
     """The row of the table for the error's type, or for the nearest type above it."""
-    return next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+    row = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+    return row if error.retry_after is None else replace(row, retry_after=error.retry_after)
 
 
 class ErrorObject(msgspec.Struct):

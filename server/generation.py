@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from shoal.scheduler.output import RequestOutput, SchedulingParams
+from shoal.scheduler.output import RequestOutput
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.sampling import resolve_sampling
 from shoal.server.service import Service
+from shoal.server.terms import Terms
 from shoal.server.text import Choice, Delta
 from shoal.server.wire.requests import ChatBody, CompletionBody
 from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
@@ -23,11 +24,10 @@ class Generation:
         prompts: text and token ids of each.
         api_id: id of the API call, from which the ids of the engine's requests are made.
         seed: choice i of a prompt samples with seed + i.
-        scheduling: what the policy may know of them all.
-        die_after: output tokens after which the engine dies; an injected fault.
+        terms: on which they are served.
 
     Raises:
-        InvalidRequestError, QueueFullError, EngineUnavailableError: the call is refused.
+        InvalidRequestError, RateLimitError, QueueFullError, EngineUnavailableError: the call is refused.
     """
 
     def __init__(
@@ -38,8 +38,7 @@ class Generation:
         *,
         api_id: str,
         seed: int,
-        scheduling: SchedulingParams,
-        die_after: int | None = None,
+        terms: Terms,
     ) -> None:
         self._engine = service.engine
         self._metrics = service.metrics
@@ -62,14 +61,15 @@ class Generation:
                     f"{api_id}-{index}-{i}",
                     token_ids,
                     replace(params, seed=(seed + i) % 2**64),
-                    scheduling=scheduling,
+                    scheduling=terms.scheduling,
                     speculates=speculates,
                     end_after=body.end_after,
-                    die_after=die_after,
+                    die_after=terms.die_after,
                 )
                 for i in range(body.n)
             ]
-        self._submission = self._engine.submit(requests)
+        with terms.allowance.taking(requests) as self._settle:
+            self._submission = self._engine.submit(requests, terms.timeout)
         echo = isinstance(body, CompletionBody) and body.echo
         self._choices = {
             request_id: Choice(
@@ -86,7 +86,7 @@ class Generation:
         """What is new, as it comes; never an empty list.  Leaving the iteration early aborts what is unfinished.
 
         Raises:
-            EngineError, EngineUnavailableError: the generation cannot go on.
+            EngineError, EngineUnavailableError, RequestTimeoutError: the generation cannot go on.
         """
         reason = "abort"
         try:
@@ -99,6 +99,9 @@ class Generation:
             raise
         finally:
             self._engine.abort(self._choices)
+            if self._submission.timer is not None:
+                self._submission.timer.cancel()
+            self._settle(self.usage.total_tokens)
             for choice in self._choices.values():
                 if not choice.is_finished:
                     self._metrics.finished(choice.journal, reason, time.monotonic())

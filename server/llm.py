@@ -13,7 +13,6 @@ from typing import Any, Literal, Self, TypeVar
 from msgspec.structs import asdict
 
 from shoal.scheduler.errors import ConfigError, InvalidRequestError
-from shoal.scheduler.output import SchedulingParams
 from shoal.server.engine.local import LocalEngine
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.generation import Generation
@@ -21,6 +20,7 @@ from shoal.server.sampling import resolve_seed
 from shoal.server.service import Service, new_id
 from shoal.server.settings import DEFAULT_MODEL, Settings, declared, resolve
 from shoal.server.setup import build_service
+from shoal.server.terms import Terms
 from shoal.server.text import Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody, NumLogprobs, SamplingBody, read_body
 
@@ -196,8 +196,7 @@ class LLM:
             prompts = [await service.encode_chat(body.messages)]
         else:
             prompts = await service.completion_prompts(body)
-        scheduling = SchedulingParams()
-        generation = Generation(service, body, prompts, api_id=new_id("llm"), seed=seed, scheduling=scheduling)
+        generation = Generation(service, body, prompts, api_id=new_id("llm"), seed=seed, terms=Terms())
         return prompts[0][0], seed, generation
 
     # -- from other threads --------------------------------------------------------------------------------------
@@ -230,7 +229,8 @@ async def _next(deltas: AsyncGenerator[Delta, None]) -> Delta | None:
 
 def _resolve(model: str, given: Mapping[str, Any]) -> Settings:
     """Settings from names without their sections, which are unique."""
-    values: dict[str, Any] = {"model": model}
+    # What is asked in this process may wait.
+    values: dict[str, Any] = {"model": model, "server": {"max_queue_seconds": 0, "max_queue_tokens": None}}
     for name, value in given.items():
         homes = [section for section, settings in declared().items() if name in settings]
         if not homes:

@@ -85,6 +85,12 @@ class Metrics:
         self._success = Counter(
             "vllm:request_success", "Requests that ended, by reason.", (*_LABELS, "finished_reason"), registry=registry
         )
+        self._refused = Counter(
+            "shoal:requests_refused",
+            "POST requests answered with an error in place of a result, by its code.",
+            ("model_name", "code"),
+            registry=registry,
+        )
         self._restarts, self._resumed, self._paused = (
             Counter(f"shoal:{name}", text, _LABELS, registry=registry) for name, text in _RESTARTS.items()
         )
@@ -118,6 +124,10 @@ class Metrics:
         """Take in that an engine was replaced: how many requests went on in the new one, after how long a pause."""
         for counter, value in ((self._restarts, 1), (self._resumed, num_resumed), (self._paused, seconds)):
             counter.labels(self._model_name, engine).inc(value)
+
+    def refused(self, code: str | None) -> None:
+        """Take in that a request was answered with an error of this code."""
+        self._refused.labels(self._model_name, str(code)).inc()
 
     def tokens(self, journal: Journal, output: RequestOutput, now: float) -> None:
         """Take in a request's news, before its journal does; `now` is on the clock of the journal."""

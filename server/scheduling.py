@@ -17,12 +17,17 @@ def resolve_scheduling(body: GenerationBody, api_key: str | None, *, shares_pref
     """
     key = api_key if api_key and not shares_prefixes else ""
     return SchedulingParams(
-        client=_name("key", api_key) if api_key else _name("user", body.user) if body.user else "",
+        client=client_of(api_key) if api_key else _name("user", body.user) if body.user else "",
         cache_salt=_name("salt", f"{key} {body.cache_salt or ''}") if key or body.cache_salt else "",
         priority=body.priority,
         ttft_slo_ms=body.ttft_slo_ms,
         tpot_slo_ms=body.tpot_slo_ms,
     )
+
+
+def client_of(api_key: str) -> str:
+    """The name of the client that an API key stands for."""
+    return _name("key", api_key)
 
 
 def _name(kind: str, value: str) -> str:

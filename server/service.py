@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from shoal.scheduler.admission import check_request
 from shoal.scheduler.errors import ContextLengthError, InvalidRequestError
 from shoal.server.engine.engine import Engine
 from shoal.server.errors import ModelNotFoundError
+from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
 from shoal.server.sampling import check_token_ids
 from shoal.server.settings import Settings
@@ -33,6 +34,7 @@ class Service:
 
     settings: Settings
     api_keys: tuple[str, ...]
+    allowances: Mapping[str | None, Allowance]  # see `make_allowances`
     model_name: str
     config: ModelConfig
     defaults: GenerationDefaults
@@ -58,6 +60,7 @@ class Service:
 
         Raises:
             InvalidRequestError: there is no room for them, however empty the server.
+            QueueFullError: there is no room for any one.
         """
         limits = self.engine.ready.limits
         room = limits.max_num_seqs + limits.max_num_waiting
@@ -67,6 +70,7 @@ class Service:
                 f"{room} at once (max_num_seqs {limits.max_num_seqs} + max_num_waiting {limits.max_num_waiting})",
                 param="n" if num_prompts == 1 else "prompt",
             )
+        self.engine.check_room()
 
     def check_speculation(self, wanted: str | None) -> bool:
         """Whether tokens may be drafted for a request that asks for this method, or for none in particular.

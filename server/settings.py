@@ -40,6 +40,21 @@ class ServerConfig(Config):
     allowed_hosts: tuple[str, ...] = setting(
         (), help="Further names of a server that listens on a local address, as a proxy before it passes them on."
     )
+    max_queue_seconds: float = setting(
+        2.0, at_least=0, help="A request that would wait longer for its turn is refused with HTTP 429; 0 is no limit."
+    )
+    max_queue_tokens: int | None = setting(
+        1_048_576, at_least=1, help="Most prompt tokens that wait for a first token; more are refused with HTTP 429."
+    )
+    key_max_requests: int | None = setting(
+        None, at_least=1, help="Most unfinished requests of an API key; of all together if there are no keys."
+    )
+    key_requests_per_minute: int | None = setting(
+        None, at_least=1, help="Most requests of an API key in a minute; of all together if there are no keys."
+    )
+    key_tokens_per_minute: int | None = setting(
+        None, at_least=1, help="Most tokens of an API key in a minute, of prompts and outputs; likewise."
+    )
     max_body_bytes: int = setting(4 * 1024 * 1024, at_least=1, help="Largest request body that is read.")
     client_timeout_seconds: int = setting(
         60, at_least=1, help="A client that takes nothing of what is sent to it for this long is cut off."

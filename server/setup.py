@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 from shoal.model.checkpoint.config import load_config, load_generation_defaults
@@ -9,7 +10,9 @@ from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_che
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import ConfigError
+from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import EngineClient
+from shoal.server.limits import make_allowances
 from shoal.server.metrics import Metrics
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
@@ -31,12 +34,16 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     tokenizer = Tokenizer.load(opened)
     if settings.speculation.method == "draft":
         _check_draft(tokenizer, find_draft(settings.speculation.draft_model))
-    model_name = settings.server.served_model_name or checkpoint_name(settings.model, checkpoint)
+    config = settings.server
+    model_name = config.served_model_name or checkpoint_name(settings.model, checkpoint)
     metrics = Metrics(model_name)
     client = EngineClient("0", metrics, hang_seconds=settings.engine.hang_seconds)
+    client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
+    api_keys = config.all_api_keys()
     service = Service(
         settings=settings,
-        api_keys=settings.server.all_api_keys(),
+        api_keys=api_keys,
+        allowances=make_allowances(config, api_keys, client),
         model_name=model_name,
         config=load_config(opened),
         defaults=load_generation_defaults(opened),

@@ -119,7 +119,9 @@ def test_every_limit_is_named() -> None:
 
 
 def test_every_endpoint_is_described() -> None:
-    paths = create_app(cast(Service, SimpleNamespace(settings=resolve({}), api_keys=()))).openapi()["paths"]
+    paths = create_app(cast(Service, SimpleNamespace(settings=resolve({}), api_keys=(), allowances={}))).openapi()[
+        "paths"
+    ]
     endpoints = [f"`{method.upper()} {path}`" for path, methods in paths.items() for method in methods]
     assert "`POST /v1/completions`" in endpoints
     assert [endpoint for endpoint in endpoints if endpoint not in API] == []

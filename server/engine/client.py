@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from math import inf
 
-from shoal.scheduler.admission import check_queue, check_request
 from shoal.scheduler.errors import EngineError, ShoalError
 from shoal.scheduler.output import SchedulerStats
+from shoal.server.engine.admission import Admission
 from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
-from shoal.server.errors import EngineUnavailableError
+from shoal.server.errors import EngineUnavailableError, RequestTimeoutError
 from shoal.server.metrics import Metrics
 
 NO_STATS = SchedulerStats(0, 0, 0.0, 0, 0, 0)  # of an engine that has just started, or is no more
@@ -47,6 +47,7 @@ class EngineClient:
     ) -> None:
         self.name = name
         self.state = EngineState.STARTING
+        self.admission = Admission()  # another one has bounds
         self._metrics = metrics
         self._hang_seconds = hang_seconds
         self._clock = clock
@@ -73,20 +74,25 @@ class EngineClient:
     def num_unfinished(self) -> int:
         return len(self._unfinished)
 
+    def journals(self) -> list[Journal]:
+        return [submission.journals[request_id] for request_id, submission in self._unfinished.items()]
+
     def check_health(self) -> None:
         self.ready  # noqa: B018 (raises)
         if self._send is None or self.hangs:
             raise EngineUnavailableError("the engine is being replaced; requests wait for the next one")
 
-    def submit(self, requests: Sequence[EngineRequest]) -> Submission:
-        limits = self.ready.limits
-        for request in requests:
-            check_request(limits, len(request.prompt_token_ids), request.params.max_tokens)
-        check_queue(limits, self.num_unfinished, len(requests))
-        now = self._clock()
-        submission = Submission(requests, self.name, now)
-        if not self._is_working:
-            self._heard_at = now  # an idle engine is silent
+    def check_room(self, requests: Sequence[EngineRequest] = (), timeout: float = inf) -> None:
+        self.admission.note(self._clock(), self._num_in_engine)
+        self.admission.check(self.ready.limits, self.journals(), requests, timeout)
+
+    def submit(self, requests: Sequence[EngineRequest], timeout: float = inf) -> Submission:
+        self.check_room(requests, timeout)
+        submission = Submission(requests, self.name, self._clock())
+        if timeout < inf:
+            submission.timer = asyncio.get_running_loop().call_later(timeout, self._expire, submission, timeout)
+        if not self._num_in_engine:
+            self._heard_at = self._clock()  # an idle engine is silent
         self._unfinished |= dict.fromkeys(submission.journals, submission)
         self._held |= dict.fromkeys(submission.journals)
         self._idle.clear()
@@ -119,7 +125,7 @@ class EngineClient:
     @property
     def hangs(self) -> bool:
         """Whether an engine that has work was not heard of for too long."""
-        return self._is_working and self._clock() - self._heard_at > self._hang_seconds
+        return self._num_in_engine > 0 and self._clock() - self._heard_at > self._hang_seconds
 
     def connect(self, ready: Ready, send: Callable[[Command], None]) -> None:
         """The engine is ready, and takes commands through `send`."""
@@ -127,6 +133,7 @@ class EngineClient:
         if self._ready is not None:
             self._metrics.restarted(self.name, len(self._held), now - self._lost_at)
         self._ready, self._send = ready, send
+        self.admission.begin(ready.limits, now)
         if self.state is EngineState.STARTING:
             self.state = EngineState.READY
         self._hand_over()
@@ -135,6 +142,7 @@ class EngineClient:
         """Note what came of a step, and wake the calls that wait for it."""
         self._heard_at = now = self._clock()
         self._metrics.stats(self.name, news.stats)
+        self.admission.note(now, self._num_in_engine, sum(len(output.token_ids) for output in news.outputs))
         for output in news.outputs:
             submission = self._unfinished.get(output.request_id)
             if submission is not None and output.request_id not in self._held:
@@ -170,8 +178,8 @@ class EngineClient:
     # -- the parts -----------------------------------------------------------------------------------------------
 
     @property
-    def _is_working(self) -> bool:
-        return self._send is not None and len(self._unfinished) > len(self._held)
+    def _num_in_engine(self) -> int:
+        return len(self._unfinished) - len(self._held)
 
     def _journal(self, request_id: str) -> Journal:
         return self._unfinished[request_id].journals[request_id]
@@ -205,7 +213,12 @@ class EngineClient:
             self._held[suspect] = None
         self._hand_over()
 
+    def _expire(self, submission: Submission, timeout: float) -> None:
+        self.abort(submission.journals)
+        submission.fail(RequestTimeoutError(f"the request was not finished in its timeout of {timeout:g} s"))
+
     def _forget(self, request_id: str) -> None:
+        self.admission.note_end(self._journal(request_id))
         del self._unfinished[request_id]
         self._held.pop(request_id, None)
         if not self._unfinished:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from typing import Protocol
 
-from shoal.server.engine.journal import Submission
+from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import EngineRequest, Ready
 
 
@@ -19,23 +20,22 @@ class Engine(Protocol):
         Raises:
             EngineUnavailableError: it is not ready, or takes no more requests.
         """
-        ...
 
-    @property
-    def num_unfinished(self) -> int: ...
+    def journals(self) -> list[Journal]:
+        """Those of the unfinished requests, in order of arrival."""
 
     def check_health(self) -> None:
         """Raise EngineUnavailableError unless steps complete, or nothing is asked."""
-        ...
 
-    def submit(self, requests: Sequence[EngineRequest]) -> Submission:
-        """Take all of these requests or none.  The submission streams their news.
+    def check_room(self) -> None:
+        """Raise what `submit` would raise for any request."""
+
+    def submit(self, requests: Sequence[EngineRequest], timeout: float = inf) -> Submission:
+        """Take all of these requests or none.  The submission streams their news, for so many seconds at most.
 
         Raises:
             InvalidRequestError, QueueFullError, EngineUnavailableError: at once, before any work is done.
         """
-        ...
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget these requests; the blocks of the unfinished ones are free at the engine's next step."""
-        ...

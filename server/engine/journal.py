@@ -78,6 +78,7 @@ class Submission:
         self._backlog = 0
         self._error: ShoalError | None = None
         self._arrived = asyncio.Event()
+        self.timer: asyncio.TimerHandle | None = None  # ends the requests when their time has run out
 
     def put(self, output: RequestOutput) -> None:
         """Add an output, unless an error has ended the stream: after a gap nothing follows."""
@@ -102,6 +103,7 @@ class Submission:
         Raises:
             EngineError: the engine failed on one of the requests, or died of it.
             EngineUnavailableError: the server is shutting down.
+            RequestTimeoutError: their time has run out.
             SlowClientError: too many outputs wait.
         """
         await self._arrived.wait()

@@ -11,12 +11,11 @@ from fastapi import Request
 from starlette.responses import Response
 
 from shoal.server.generation import Generation
-from shoal.server.keys import known_key
 from shoal.server.routes.answer import EventStream, unless_disconnected, whole
 from shoal.server.routes.streams import hold, is_held, only_event
 from shoal.server.sampling import resolve_seed
-from shoal.server.scheduling import resolve_scheduling
 from shoal.server.service import Service, new_id, unix_time
+from shoal.server.terms import resolve_terms
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
@@ -31,7 +30,7 @@ class Call(ABC, Generic[Body]):
         usage_in_chunks: what a stream's chunks say of usage before the last: null if it was asked for, else nothing.
 
     Raises:
-        InvalidRequestError, QueueFullError, EngineUnavailableError: the engine refuses it.
+        InvalidRequestError, RateLimitError, QueueFullError, EngineUnavailableError: it is refused.
     """
 
     id_prefix: ClassVar[str]
@@ -47,20 +46,8 @@ class Call(ABC, Generic[Body]):
         self.seed = resolve_seed(body)
         self.include_usage = body.stream_options is not None and body.stream_options.include_usage
         self.usage_in_chunks = None if self.include_usage else msgspec.UNSET
-        scheduling = resolve_scheduling(
-            body,
-            known_key(request, service.api_keys),
-            shares_prefixes=service.settings.cache.share_prefixes,
-        )
-        self.generation = Generation(
-            service,
-            body,
-            prompts,
-            api_id=self.id,
-            seed=self.seed,
-            scheduling=scheduling,
-            die_after=getattr(request.state, "die_after", None),
-        )
+        terms = resolve_terms(service, request, body)
+        self.generation = Generation(service, body, prompts, api_id=self.id, seed=self.seed, terms=terms)
 
     async def answer(self) -> Response:
         """Answer as the body asks."""

@@ -8,7 +8,6 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from shoal.scheduler.admission import check_queue
 from shoal.server.routes.answer import whole
 from shoal.server.service import Service
 
@@ -24,7 +23,7 @@ def operations_router(service: Service) -> APIRouter:
     @router.get("/ready")
     async def ready() -> Response:
         service.engine.check_health()
-        check_queue(service.engine.ready.limits, service.engine.num_unfinished, 1)
+        service.engine.check_room()
         return Response(status_code=200)
 
     @router.get("/metrics")

@@ -26,6 +26,7 @@ MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 256
 MAX_PRIORITY = 1000
 MAX_SLO_MS = 3_600_000
+MAX_TIMEOUT_SECONDS = 86_400
 MAX_ENTRIES = 1024  # of `logit_bias` and `stop_token_ids`
 MAX_INT = 2**31 - 1  # the engine's integers have 32 bits
 MAX_SEED = 2**64 - 1
@@ -36,6 +37,7 @@ TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Milliseconds = Annotated[float, Meta(gt=0, le=MAX_SLO_MS)]
+Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
@@ -99,6 +101,9 @@ class GenerationBody(SamplingBody):
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     ttft_slo_ms: Milliseconds | None = None
     tpot_slo_ms: Milliseconds | None = None
+
+    # a request that cannot be finished in this time is refused, and one that is not ends with an error
+    timeout: Seconds | None = None
 
     # prefixes are found in the cache by requests with the same salt only
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None

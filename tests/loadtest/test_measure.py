@@ -108,5 +108,5 @@ def test_the_command_line_of_a_server() -> None:
     setup = Setup(policy="sjf", speculation="draft", options=("--max-num-seqs", "8"))
     assert server_options("tiny", setup) == [
         *("--model", "tiny", "--policy", "sjf", "--speculation", "draft"),
-        *("--max-num-seqs", "8"),
+        *("--max-queue-seconds", "0", "--max-num-seqs", "8"),
     ]

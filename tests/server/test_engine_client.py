@@ -20,7 +20,7 @@ from shoal.server.engine.client import EngineClient, EngineState
 from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
 from shoal.server.engine.supervisor import EngineSupervisor
-from shoal.server.errors import EngineUnavailableError, SlowClientError
+from shoal.server.errors import EngineUnavailableError, RequestTimeoutError, SlowClientError
 from shoal.server.metrics import Metrics
 from shoal.server.settings import resolve
 
@@ -420,3 +420,31 @@ def test_a_stopped_engine_closes_what_it_writes(tmp_path: Path) -> None:
 
     play_out(scene)
     assert (tmp_path / "trace.json").read_text() == "closed"
+
+
+def test_a_request_whose_time_has_run_out_is_dropped_at_once() -> None:
+    async def scene() -> None:
+        hand = Hand()
+        late = hand.client.submit([request("a", fake.ANSWER), request("b", fake.ANSWER)], 0.01)
+        hand.say("a")
+        assert hand.asked() == [["a", "b"]]
+        with pytest.raises(RequestTimeoutError, match=r"in its timeout of 0\.01 s"):
+            while True:
+                await late.get()
+        assert hand.asked() == [["abort", "a", "b"]]
+        assert hand.client.num_unfinished == 0
+
+    play_out(scene)
+
+
+def test_a_deadline_outlives_the_engine() -> None:
+    async def scene() -> None:
+        hand = Hand()
+        late = hand.client.submit([request("a", fake.ANSWER)], 0.05)
+        assert hand.restart() == [["a"]]
+        hand.client.lose()
+        with pytest.raises(RequestTimeoutError):
+            await late.get()
+        assert hand.restart() == []
+
+    play_out(scene)

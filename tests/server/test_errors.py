@@ -12,6 +12,8 @@ STATUS = {
     "InvalidRequestError": (400, "invalid_request_error", "invalid_value"),
     "ContextLengthError": (400, "invalid_request_error", "context_length_exceeded"),
     "QueueFullError": (429, "rate_limit_error", "queue_full"),
+    "RateLimitError": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "RequestTimeoutError": (408, "timeout_error", "timeout"),
     "EngineError": (500, "server_error", "engine_error"),
     "CheckpointError": (500, "server_error", "internal_error"),
     "ConfigError": (500, "server_error", "internal_error"),

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
 from random import Random
 from typing import Any
 from unittest import mock
@@ -31,12 +32,13 @@ from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, 
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine import journal
+from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import MAX_DEATHS, EngineClient
 from shoal.server.engine.journal import Submission
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, EngineRequest, News, Ready
 from shoal.server.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor
-from shoal.server.errors import EngineUnavailableError, SlowClientError
+from shoal.server.errors import EngineUnavailableError, RequestTimeoutError, SlowClientError
 from shoal.server.metrics import Metrics
 from shoal.server.settings import Settings, resolve
 from tests.fakes import FakeExecutor, InjectedError, digest, generate, hashed
@@ -195,10 +197,18 @@ class SimulatedEngine:
 
 @dataclass
 class Asked:
-    """A request, and what its client was told of it."""
+    """A request, and what its client was told of it.
+
+    Attributes:
+        begun_at_death: deaths of engines before it was accepted.
+        deadline: until which it has time.
+        ended: when it ended with an error.
+    """
 
     request: EngineRequest
-    begun_at_death: int  # deaths of engines before it was accepted
+    begun_at_death: int
+    deadline: float = inf
+    ended: float = inf
     outputs: list[RequestOutput] = field(default_factory=list)
     error: ShoalError | None = None
     has_left: bool = False
@@ -255,6 +265,7 @@ class World:
         self.gave_up = self.is_over = False
         self.asked: list[Asked] = []
         self.client = EngineClient("0", METRICS, hang_seconds=HANG_SECONDS, clock=self.clock)
+        self.client.admission = Admission(max_queue_seconds=random.choice([inf, 1.0]))
 
     @property
     def num_failed_starts(self) -> int:
@@ -280,6 +291,8 @@ class World:
             return self.max_backlog < 65536
         if isinstance(error, EngineUnavailableError):
             return self.is_over
+        if isinstance(error, RequestTimeoutError):
+            return asked.deadline <= asked.ended
         assert isinstance(error, EngineError)
         if "no engine could be started" in error.message:
             return self.gave_up
@@ -331,12 +344,14 @@ class World:
         random = self.random
         await asyncio.sleep(random.uniform(0.0, 5.0))
         requests = [self._request(f"{number}-{index}") for index in range(random.randint(1, 3))]
+        timeout = random.choice([inf] * 6 + [random.uniform(0.1, 20.0)])
         try:
-            submission = self.client.submit(requests)
+            submission = self.client.submit(requests, timeout)
         except (QueueFullError, EngineUnavailableError):
             self.num_refused += 1
             return
-        own = {request.request_id: Asked(request, self.num_deaths) for request in requests}
+        deadline = self.clock() + timeout
+        own = {request.request_id: Asked(request, self.num_deaths, deadline) for request in requests}
         self.asked += own.values()
         pause = random.choice([0.0, 0.0, 0.0, 2.0])
         patience = random.choice([1000, 1000, 1000, random.randint(0, 4)])  # news after which it leaves
@@ -344,9 +359,11 @@ class World:
             await self._read(submission, own, pause, patience)
         except ShoalError as error:
             for asked in own.values():
-                asked.error = error
+                asked.error, asked.ended = error, self.clock()
         finally:
             self.client.abort(own)
+            if submission.timer is not None:
+                submission.timer.cancel()
 
     async def _read(self, submission: Submission, own: dict[str, Asked], pause: float, patience: int) -> None:
         unfinished = set(own)
