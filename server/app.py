@@ -26,6 +26,7 @@ from shoal.server.injection import FaultInjector
 from shoal.server.keys import known_key
 from shoal.server.limits import RateLimitHeaders
 from shoal.server.routes.answer import error_response
+from shoal.server.routes.batches import batches_router
 from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
 from shoal.server.routes.models import models_router
@@ -33,6 +34,7 @@ from shoal.server.routes.operations import operations_router
 from shoal.server.routes.streams import streams_router
 from shoal.server.routes.tokenize import tokenize_router
 from shoal.server.service import Service
+from shoal.server.wire.batches import MAX_FILE_BYTES
 
 logger = logging.getLogger("shoal.api")
 
@@ -44,7 +46,7 @@ def create_app(service: Service) -> FastAPI:
     limited = [*guarded, Depends(_allowance_of_key(service))] if service.allowances else guarded
     for router in (completions_router, chat_router):
         app.include_router(router(service), dependencies=limited)
-    for router in (streams_router, models_router, tokenize_router):
+    for router in (streams_router, models_router, tokenize_router, batches_router):
         app.include_router(router(service), dependencies=guarded)
     app.include_router(operations_router(service))
     config, faults = service.settings.server, service.settings.faults
@@ -64,7 +66,11 @@ def create_app(service: Service) -> FastAPI:
 
 
 class BodyLimit:
-    """Refuses to read request bodies beyond a limit, whether they announce their length or not."""
+    """Refuses to read request bodies beyond a limit, whether they announce their length or not.
+
+    Args:
+        max_bytes: of a body; files may be larger.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
@@ -74,23 +80,25 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        max_bytes = MAX_FILE_BYTES if scope["path"] == "/v1/files" else self.max_bytes
         announced = int(dict(scope["headers"]).get(b"content-length", b"0"))
         read = 0
 
         async def receive_limited() -> Message:
             nonlocal read
-            if announced > self.max_bytes:
-                raise self._error(announced)
+            if announced > max_bytes:
+                raise self._error(announced, max_bytes)
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self.max_bytes:
-                raise self._error(read)
+            if read > max_bytes:
+                raise self._error(read, max_bytes)
             return message
 
         await self.app(scope, receive_limited, send)
 
-    def _error(self, size: int) -> BodyTooLargeError:
-        return BodyTooLargeError(f"the request body has {size} bytes or more, but at most {self.max_bytes} are read")
+    @staticmethod
+    def _error(size: int, max_bytes: int) -> BodyTooLargeError:
+        return BodyTooLargeError(f"the request body has {size} bytes or more, but at most {max_bytes} are read")
 
 
 def _key_check(api_keys: tuple[str, ...]):  # type: ignore[no-untyped-def]  # FastAPI reads the inner signature

@@ -76,6 +76,10 @@ class EngineUnavailableError(ShoalError):
     """The engine is starting, or the server is shutting down."""
 
 
+class BatchesUnavailableError(ShoalError):
+    """Files and batches cannot be kept: another server has the folder, or the disk fails."""
+
+
 class HttpError(msgspec.Struct, frozen=True):
     """How an error looks in HTTP: status, `type` and `code` of the error object, seconds to wait before a retry."""
 
@@ -105,6 +109,7 @@ _TABLE: dict[type[ShoalError], HttpError] = {
     RateLimitError: HttpError(429, "rate_limit_error", "rate_limit_exceeded", retry_after=1),
     EngineError: HttpError(500, "server_error", "engine_error"),
     EngineUnavailableError: HttpError(503, "server_error", "engine_unavailable", retry_after=1),
+    BatchesUnavailableError: HttpError(503, "server_error", "batches_unavailable", retry_after=1),
     ShoalError: HttpError(500, "server_error", "internal_error"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -94,8 +94,11 @@ class Metrics:
         self._restarts, self._resumed, self._paused = (
             Counter(f"shoal:{name}", text, _LABELS, registry=registry) for name, text in _RESTARTS.items()
         )
-        tasks = Gauge("shoal:api_tasks", "Tasks of the API process's event loop.", registry=registry)
-        tasks.set_function(_num_tasks)
+        tasks = Gauge("shoal:api_tasks", "Tasks of the API process's event loop.", ("model_name",), registry=registry)
+        tasks.labels(model_name).set_function(_num_tasks)
+        self._batch_lines = Counter(
+            "shoal:batch_lines", "Lines of batches that were answered.", ("model_name", "result"), registry=registry
+        )
         self._series: dict[str, dict[str, Any]] = {}
         self._counted: dict[str, SchedulerStats] = {}
 
@@ -163,6 +166,10 @@ class Metrics:
             series["request_inference_time_seconds"].observe(inference)
             if num_tokens > 1:
                 series["request_time_per_output_token_seconds"].observe(decode / (num_tokens - 1))
+
+    def batch_line(self, result: Literal["completed", "failed"]) -> None:
+        """Take in that a line of a batch was answered."""
+        self._batch_lines.labels(self._model_name, result).inc()
 
     def totals(self) -> dict[str, float]:
         """The sum of each gauge and counter over the engines."""

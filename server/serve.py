@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from types import FrameType
 
@@ -17,6 +18,8 @@ import uvicorn
 
 from shoal.scheduler.errors import ConfigError
 from shoal.server.app import create_app
+from shoal.server.batches.runner import BatchRunner
+from shoal.server.batches.sharing import SharedEngine
 from shoal.server.connections import RESERVED_DESCRIPTORS, Connection
 from shoal.server.descriptors import descriptor_limit
 from shoal.server.engine.chrome_trace import begin_trace
@@ -50,9 +53,13 @@ async def serve(settings: Settings) -> None:
         if settings.engine.trace is not None:
             begin_trace(settings.engine.trace)
         supervisor = EngineSupervisor(settings, client)
-        server = GracefulServer(service, client)
+        engine = SharedEngine(client)
+        service = replace(service, engine=engine)
+        runner = BatchRunner(service, engine)
+        server = GracefulServer(service, client, runner)
         serving = asyncio.create_task(server.serve([listener]))
         starting = asyncio.create_task(supervisor.start())
+        runner.start()
         statistics = asyncio.create_task(log_statistics(service.metrics, STATISTICS_SECONDS))
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
@@ -65,8 +72,10 @@ async def serve(settings: Settings) -> None:
             server.should_exit = True
             statistics.cancel()
             starting.cancel()
+            await runner.stop()
             await supervisor.stop()
             await asyncio.gather(serving, starting, statistics, return_exceptions=True)
+            await service.batches.close()
             logger.info("stopped after %.1f s", time.monotonic() - began)
 
 
@@ -105,7 +114,7 @@ def _limited(config: ServerConfig) -> type[Connection]:
 class GracefulServer(uvicorn.Server):
     """Lets unfinished requests go on for a while after a signal, and answers the rest with a typed error."""
 
-    def __init__(self, service: Service, client: EngineClient) -> None:
+    def __init__(self, service: Service, client: EngineClient, runner: BatchRunner) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -117,9 +126,11 @@ class GracefulServer(uvicorn.Server):
             )
         )
         self._client = client
+        self._runner = runner
         self._drain_seconds = service.settings.server.drain_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._runner.stop()
         if self._client.num_unfinished:
             logger.info("draining %d unfinished requests", self._client.num_unfinished)
         draining = asyncio.create_task(self._client.drain(self._drain_seconds))

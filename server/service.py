@@ -14,6 +14,7 @@ from shoal.model.record import ModelConfig
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.admission import check_request
 from shoal.scheduler.errors import ContextLengthError, InvalidRequestError
+from shoal.server.batches.store import Batches
 from shoal.server.engine.engine import Engine
 from shoal.server.errors import ModelNotFoundError
 from shoal.server.limits import Allowance
@@ -41,6 +42,7 @@ class Service:
     tokenizer: Tokenizer
     engine: Engine
     metrics: Metrics
+    batches: Batches
     started: int
     streams: StreamStore
 

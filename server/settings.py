@@ -55,7 +55,12 @@ class ServerConfig(Config):
     key_tokens_per_minute: int | None = setting(
         None, at_least=1, help="Most tokens of an API key in a minute, of prompts and outputs; likewise."
     )
-    max_body_bytes: int = setting(4 * 1024 * 1024, at_least=1, help="Largest request body that is read.")
+    data_folder: Path = setting(
+        Path("shoal-data"), help="Folder for files and batches, made when the first of them comes."
+    )
+    max_body_bytes: int = setting(
+        4 * 1024 * 1024, at_least=1, help="Largest request body that is read, uploaded files excepted."
+    )
     client_timeout_seconds: int = setting(
         60, at_least=1, help="A client that takes nothing of what is sent to it for this long is cut off."
     )

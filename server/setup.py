@@ -10,6 +10,7 @@ from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_che
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import ConfigError
+from shoal.server.batches.store import Batches
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import EngineClient
 from shoal.server.limits import make_allowances
@@ -50,6 +51,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         tokenizer=tokenizer,
         engine=client,
         metrics=metrics,
+        batches=Batches(settings.server.data_folder),
         started=unix_time(),
         streams=StreamStore(settings.server.resume_grace_seconds),
     )

@@ -27,6 +27,7 @@ from shoal.server.service import Service
 from shoal.server.settings import DEFAULT_MODEL, Declared, declared, describe, resolve
 from shoal.server.sources import load_settings
 from shoal.server.wire import requests
+from shoal.server.wire.batches import MAX_FILE_BYTES, MAX_LINES, BatchBody
 from tests.fakes import Harness
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +112,8 @@ def test_every_limit_is_named() -> None:
         f"| `priority` | -{requests.MAX_PRIORITY} to {requests.MAX_PRIORITY} |",
         f"| `ttft_slo_ms`, `tpot_slo_ms` | {requests.MAX_SLO_MS:,} |",
         f"| drafted tokens of a request in a step | {MOST_SPEC_TOKENS} |",
+        f"| bytes of an uploaded file | {MAX_FILE_BYTES:,} |",
+        f"| lines of a batch, bytes of each | {MAX_LINES:,}, `max_body_bytes` |",
     ):
         assert row in OPERATIONS
 
@@ -135,6 +138,7 @@ def test_every_endpoint_is_described() -> None:
         requests.Message,
         requests.TokenizeBody,
         requests.DetokenizeBody,
+        BatchBody,
     ],
 )
 def test_every_field_of_a_request_is_described(body: type[requests.CompletionBody]) -> None:

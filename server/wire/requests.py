@@ -249,10 +249,10 @@ def parse_body(kind: type[Kind], raw: bytes) -> Kind:
     return body
 
 
-def read_body(kind: type[Kind], values: dict[str, Any]) -> Kind:
-    """Make a body of Python values; raises as `parse_body` does."""
+def read_body(kind: type[Kind], values: dict[str, Any], *, strict: bool = True) -> Kind:
+    """Make a body of Python values, which may be text if not `strict`; raises as `parse_body` does."""
     try:
-        body: Kind = msgspec.convert(values, kind)
+        body: Kind = msgspec.convert(values, kind, strict=strict)
     except msgspec.ValidationError as error:
         raise _request_error(str(error), kind) from error
     body.check()

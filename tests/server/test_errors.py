@@ -30,6 +30,7 @@ STATUS = {
     "IdempotencyKeyReuseError": (422, "invalid_request_error", "idempotency_key_reuse"),
     "BodyTooLargeError": (413, "invalid_request_error", "body_too_large"),
     "EngineUnavailableError": (503, "server_error", "engine_unavailable"),
+    "BatchesUnavailableError": (503, "server_error", "batches_unavailable"),
 }
 
 

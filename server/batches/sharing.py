@@ -1,0 +1,77 @@
+"""One engine for everybody and for lines of batches, which take only what nobody else wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from math import inf
+from typing import Any
+
+from shoal.server.engine.engine import Engine
+from shoal.server.engine.journal import Journal, Submission
+from shoal.server.engine.messages import EngineRequest, Ready
+
+
+class SharedEngine:
+    """An engine that has lines of batches beside the requests of others, who do not see them.  Implements `Engine`.
+
+    A line gives way to a request that would have to wait, and is run again later.  So nobody is refused, or waits,
+    because of lines.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lines: dict[asyncio.Task[Any] | None, list[str]] = {}  # ids of requests by what runs the line, in order
+
+    @property
+    def ready(self) -> Ready:
+        return self._engine.ready
+
+    def journals(self) -> list[Journal]:
+        of_lines = {request_id for request_ids in self._lines.values() for request_id in request_ids}
+        return [journal for journal in self._engine.journals() if journal.request.request_id not in of_lines]
+
+    @property
+    def num_of_lines(self) -> int:
+        """Unfinished requests of lines."""
+        return sum(map(len, self._lines.values()))
+
+    def check_health(self) -> None:
+        self._engine.check_health()
+
+    def check_room(self) -> None:
+        if not self.num_of_lines:
+            self._engine.check_room()
+
+    def submit(self, requests: Sequence[EngineRequest], timeout: float = inf) -> Submission:
+        request_ids = self._lines.get(asyncio.current_task())
+        if request_ids is not None:
+            submission = self._engine.submit(requests, timeout)
+            request_ids += submission.journals
+            return submission
+        limit = self.ready.limits.max_num_seqs
+        while self.num_of_lines and len(self._engine.journals()) + len(requests) > limit:
+            self.take_back()
+        return self._engine.submit(requests, timeout)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        self._engine.abort(request_ids)
+
+    @contextmanager
+    def line(self) -> Iterator[None]:
+        """What this task submits meanwhile is a line's, and ends with it."""
+        task = asyncio.current_task()
+        self._lines[task] = []
+        try:
+            yield
+        finally:
+            self._engine.abort(self._lines.pop(task))
+
+    def take_back(self) -> None:
+        """Have the youngest line give way: its requests end here and now, and its task is cancelled."""
+        task, request_ids = next((task, ids) for task, ids in reversed(self._lines.items()) if ids)
+        self._engine.abort(request_ids)
+        request_ids.clear()
+        if task is not None:
+            task.cancel()
