@@ -229,7 +229,7 @@ def test_lines_take_idle_rows_and_give_way(tmp_path: Path) -> None:
             world.interactive("b", "c")  # the youngest lines are gone before the request is there
             assert world.line_ids == list(first)[:1] and world.engine.most == 4
             world.interactive("d", "e", "f")
-            assert not world.line_ids and world.shared.num_unfinished == 6
+            assert not world.line_ids and len(world.shared.journals()) == 6
             with pytest.raises(QueueFullError):
                 world.interactive("g")
             for name in "abcdef":
@@ -286,7 +286,7 @@ def test_a_batch_that_is_cancelled(tmp_path: Path) -> None:
             batch = await world.ended(batch_id)
             assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("cancelled", 1, 8)
             assert {row["error"]["code"] for row in await world.rows(batch.error_file_id)} == {"batch_cancelled"}
-            assert world.shared.num_of_lines == world.shared.num_unfinished == 0
+            assert world.shared.num_of_lines == len(world.shared.journals()) == 0
 
     play(scene())
 
@@ -379,7 +379,7 @@ def test_whatever_happens_each_line_is_answered_once(tmp_path: Path, number: int
             match chance.choice(["answer", "answer", "answer", "come", "wait", "restart"]):
                 case "answer" if engine.requests:
                     engine.answer(chance.choice(list(engine.requests)))
-                case "come" if world.shared.num_unfinished < 6:
+                case "come" if len(world.shared.journals()) < 6:
                     names += 1
                     world.interactive(f"other {names}")
                 case "wait":
@@ -388,7 +388,7 @@ def test_whatever_happens_each_line_is_answered_once(tmp_path: Path, number: int
                 case "restart" if chance.random() < 0.2:
                     await world.stop()
                     await world.start()
-            assert world.shared.num_unfinished <= 6
+            assert len(world.shared.journals()) <= 6
         world.engine.num_waiting = 0
         world.engine.news()
         batch = await world.ended(batch_id)
