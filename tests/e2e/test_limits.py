@@ -111,7 +111,7 @@ def test_a_request_whose_time_has_run_out_ends_and_leaves_nothing(server: Server
     body = {**LONG, "timeout": 0.3, "stream": True}
     with server.http.stream("POST", COMPLETIONS, json=body, **with_key(server, "five")) as stream:
         assert stream.status_code == 200
-        lines = [line for line in stream.iter_lines() if line]
+        lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]" and '"code":"timeout"' in lines[-2]
     server.wait_idle()
     assert ask(server, "five", max_tokens=5, timeout=250).json()["choices"][0]["text"] == cycle_text(5)
