@@ -14,7 +14,7 @@ TAKE_TURNS = exec 9<Makefile; $(FLOCK) -n 9 || { echo 'make: waiting for another
 BUILD_NATIVE = ($(TAKE_TURNS); exec $(BIN)/python -m shoal.model.native.build $(1))
 BUILD_TO_SERVE = $(BUILD_NATIVE) || $(MAKE) --no-print-directory $(VENV)/.torch
 
-.PHONY: serve test test-all check quick bench loadtest native sanitize train clean
+.PHONY: serve test test-all check quick bench loadtest chaos native sanitize train clean
 
 # MODEL is a folder, a .gguf file or a name: of a bundled model, or smollm2-135m, which is downloaded once (93 MB).
 # torch is installed too if ARGS ask for it.
@@ -64,6 +64,12 @@ bench: $(VENV)/.dev
 loadtest: $(VENV)/.loadtest
 	@$(BUILD_TO_SERVE)
 	$(BIN)/shoal loadtest $(ARGS)
+
+# 100,000 histories of a simulated world, then a real server that is disturbed: see docs/reliability.md.
+chaos: $(VENV)/.dev
+	@$(BUILD_NATIVE) || true
+	$(BIN)/python -m tests.server.world 100000
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 # For work on the C++: compiles for the best instruction set of this machine alone.
 native: $(VENV)/.runtime
