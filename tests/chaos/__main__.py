@@ -61,7 +61,7 @@ class Chaos:
         self.longest_gap = 0.0
         self._kills_apart = kills_apart
         self._expected: list[Answer] = []
-        self._is_over = False
+        self._is_over = asyncio.Event()
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ class Chaos:
         users = [asyncio.create_task(self._be_user()) for _ in range(num_users)]
         killing = asyncio.create_task(self._kill_engines())
         await asyncio.sleep(seconds)
-        self._is_over = True
+        self._is_over.set()
         await asyncio.gather(*users, killing)
 
     async def _be_user(self) -> None:
@@ -85,7 +85,7 @@ class Chaos:
             self._use_others: 12,
             self._be_hostile: 10,
         }
-        while not self._is_over:
+        while not self._is_over.is_set():
             (kind,) = self.random.choices(list(kinds), list(kinds.values()))
             number = self.random.randrange(NUM_QUESTIONS)
             name = kind.__name__.strip("_")
@@ -220,8 +220,10 @@ class Chaos:
     # -- what happens to the engine ----------------------------------------------------------------------------------
 
     async def _kill_engines(self) -> None:
-        while not self._is_over:
-            await asyncio.sleep(self.random.uniform(0.5, 1.5) * self._kills_apart)
+        while not self._is_over.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_over.wait(), self.random.uniform(0.5, 1.5) * self._kills_apart)
+                return
             pids = self._engines()
             if not pids or not await self._is_healthy():
                 continue
