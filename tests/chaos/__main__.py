@@ -67,7 +67,7 @@ class Chaos:
 
     async def run(self, seconds: float, num_users: int) -> None:
         """Learn what undisturbed answers are, then disturb."""
-        self._expected = list(await asyncio.gather(*(ask(self.http, number) for number in range(NUM_QUESTIONS))))
+        self._expected = [await ask(self.http, number) for number in range(NUM_QUESTIONS)]
         users = [asyncio.create_task(self._be_user()) for _ in range(num_users)]
         killing = asyncio.create_task(self._kill_engines())
         await asyncio.sleep(seconds)
@@ -227,14 +227,12 @@ class Chaos:
             pids = self._engines()
             if not pids or not await self._is_healthy():
                 continue
-            number = self.random.choice(SIGNALS)
+            number, before = self.random.choice(SIGNALS), await self._num_restarts()
             began = time.monotonic()
             with suppress(ProcessLookupError):
                 os.kill(pids[0], number)
-            while self._exists(pids[0]):  # noqa: ASYNC110 (another process changes it)
-                await asyncio.sleep(0.002)
-            while not await self._is_healthy():  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
+            while await self._num_restarts() == before:  # noqa: ASYNC110 (another process changes it)
+                await asyncio.sleep(0.005)
             self.counts[f"engines ended by {number.name}"] += 1
             if number is not signal.SIGSTOP:  # that it hangs is known after hang_seconds only
                 self.pauses.append(time.monotonic() - began)
@@ -244,11 +242,9 @@ class Chaos:
         children = psutil.Process(self.server.process.pid).children()
         return [child.pid for child in children if ENGINE in " ".join(child.cmdline())]
 
-    @staticmethod
-    def _exists(pid: int) -> bool:
-        with suppress(psutil.NoSuchProcess):
-            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        return False
+    async def _num_restarts(self) -> float:
+        metrics = self.metrics((await self.http.get("/metrics")).text)
+        return metrics.get("shoal:engine_restarts_total", 0.0)
 
     async def _is_healthy(self) -> bool:
         return (await self.http.get("/health")).is_success
