@@ -22,7 +22,6 @@ from shoal.loadtest.workload import WorkloadRequest
 
 CALL = wire.stream_complete("", {})  # how its answer is read
 _HEADERS = {"content-type": "application/json", "accept": "text/event-stream"}
-_CONNECT_SECONDS = 10.0
 _MAX_CONNECTIONS = 2**16  # an open loop has one for each unanswered request
 
 
@@ -80,7 +79,7 @@ class CompletionClient:
             raise LoadTestError(f"the server must be named by an http:// or https:// address, not {url!r}")
         self._path = parts.path.rstrip("/") + CALL.path
         self._timeout_seconds = timeout_seconds
-        limits = {"connection_timeout": _CONNECT_SECONDS, "network_timeout": timeout_seconds}
+        limits = {"connection_timeout": 10.0, "network_timeout": timeout_seconds}
         self._http = HTTPClient.from_url(url, concurrency=_MAX_CONNECTIONS, **limits)
 
     def stream(self, body: bytes, record: RequestRecord, now: Callable[[], float]) -> None:
