@@ -10,7 +10,6 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from types import FrameType
 
@@ -19,7 +18,6 @@ import uvicorn
 from shoal.scheduler.errors import ConfigError
 from shoal.server.app import create_app
 from shoal.server.batches.runner import BatchRunner
-from shoal.server.batches.sharing import SharedEngine
 from shoal.server.connections import RESERVED_DESCRIPTORS, Connection
 from shoal.server.descriptors import descriptor_limit
 from shoal.server.engine.chrome_trace import begin_trace
@@ -53,9 +51,7 @@ async def serve(settings: Settings) -> None:
         if settings.engine.trace is not None:
             begin_trace(settings.engine.trace)
         supervisor = EngineSupervisor(settings, client)
-        engine = SharedEngine(client)
-        service = replace(service, engine=engine)
-        runner = BatchRunner(service, engine)
+        runner = BatchRunner(service)
         server = GracefulServer(service, client, runner)
         serving = asyncio.create_task(server.serve([listener]))
         starting = asyncio.create_task(supervisor.start())

@@ -14,8 +14,8 @@ from shoal.model.record import ModelConfig
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.admission import check_request
 from shoal.scheduler.errors import ContextLengthError, InvalidRequestError
+from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import Batches
-from shoal.server.engine.engine import Engine
 from shoal.server.errors import ModelNotFoundError
 from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
@@ -40,7 +40,7 @@ class Service:
     config: ModelConfig
     defaults: GenerationDefaults
     tokenizer: Tokenizer
-    engine: Engine
+    engine: SharedEngine
     metrics: Metrics
     batches: Batches
     started: int

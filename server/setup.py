@@ -10,6 +10,7 @@ from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_che
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import ConfigError
+from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import Batches
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import EngineClient
@@ -40,16 +41,17 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     metrics = Metrics(model_name)
     client = EngineClient("0", metrics, hang_seconds=settings.engine.hang_seconds)
     client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
+    engine = SharedEngine(client)
     api_keys = config.all_api_keys()
     service = Service(
         settings=settings,
         api_keys=api_keys,
-        allowances=make_allowances(config, api_keys, client),
+        allowances=make_allowances(config, api_keys, engine),
         model_name=model_name,
         config=load_config(opened),
         defaults=load_generation_defaults(opened),
         tokenizer=tokenizer,
-        engine=client,
+        engine=engine,
         metrics=metrics,
         batches=Batches(settings.server.data_folder),
         started=unix_time(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import replace
 
 from fastapi import Request
 from fastapi.routing import APIRoute
@@ -12,7 +13,6 @@ from starlette.types import Message
 
 from shoal.scheduler.errors import ShoalError
 from shoal.server.batches.lines import Line, answered
-from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import BatchStore
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.keys import owner_name
@@ -29,21 +29,19 @@ RETRY_SECONDS = 5.0
 
 
 class BatchRunner:
-    """Answers lines by the code of the routes.
+    """Answers lines by the code of the routes, without the limits of API keys.
 
     The oldest batch goes first.  Batches of another model, or of an API key that the server does not have, wait for a
     server that has it.
-
-    Args:
-        engine: that of the service.
     """
 
-    def __init__(self, service: Service, engine: SharedEngine) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
         self._batches = service.batches
-        self._engine = engine
+        self._engine = service.engine
         self._keys = {owner_name(key): key for key in service.api_keys or (None,)}
-        routes = [*chat_router(service).routes, *completions_router(service).routes]
+        unlimited = replace(service, allowances={})
+        routes = [*chat_router(unlimited).routes, *completions_router(unlimited).routes]
         self._endpoints = {route.path: route.endpoint for route in routes if isinstance(route, APIRoute)}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}  # of lines that run, by batch and number
         self._is_crowded = False  # a line was refused for lack of room

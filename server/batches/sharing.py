@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from math import inf
 from typing import Any
 
+from shoal.scheduler.errors import QueueFullError
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import EngineRequest, Ready
@@ -29,13 +30,12 @@ class SharedEngine:
         return self._engine.ready
 
     def journals(self) -> list[Journal]:
-        of_lines = {request_id for request_ids in self._lines.values() for request_id in request_ids}
-        return [journal for journal in self._engine.journals() if journal.request.request_id not in of_lines]
+        return [journal for journal in self._engine.journals() if not journal.gives_way]
 
     @property
     def num_of_lines(self) -> int:
         """Unfinished requests of lines."""
-        return sum(map(len, self._lines.values()))
+        return sum(journal.gives_way for journal in self._engine.journals())
 
     def check_health(self) -> None:
         self._engine.check_health()
@@ -48,12 +48,20 @@ class SharedEngine:
         request_ids = self._lines.get(asyncio.current_task())
         if request_ids is not None:
             submission = self._engine.submit(requests, timeout)
-            request_ids += submission.journals
+            for request_id, journal in submission.journals.items():
+                journal.gives_way = True
+                request_ids.append(request_id)
             return submission
         limit = self.ready.limits.max_num_seqs
         while self.num_of_lines and len(self._engine.journals()) + len(requests) > limit:
             self.take_back()
-        return self._engine.submit(requests, timeout)
+        while True:
+            try:
+                return self._engine.submit(requests, timeout)
+            except QueueFullError:  # by another bound, which counts what lines have
+                if not self.num_of_lines:
+                    raise
+                self.take_back()
 
     def abort(self, request_ids: Iterable[str]) -> None:
         self._engine.abort(request_ids)

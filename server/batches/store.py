@@ -341,7 +341,8 @@ class Batches:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, question)
         except (OSError, sqlite3.Error) as error:
-            raise BatchesUnavailableError(f"files and batches cannot be kept in data_folder: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else error  # without the path
+            raise BatchesUnavailableError(f"files and batches cannot be kept in data_folder: {reason}") from error
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._close)

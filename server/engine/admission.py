@@ -94,8 +94,8 @@ class Admission:
         self._drain.note(now, is_full=self._is_full, num_tokens=num_tokens)
 
     def note_end(self, journal: Journal) -> None:
-        """Take in that a request has ended, for whatever reason."""
-        if self._is_full and journal.output_token_ids and _num_left(journal):
+        """Take in that a request has ended, for whatever reason but that it gave way."""
+        if self._is_full and not journal.gives_way and journal.output_token_ids and _num_left(journal):
             self._drain.note_early_end()
 
     def check(

@@ -24,6 +24,7 @@ class Journal:
     Attributes:
         engine: name of the engine that has the request.
         num_deaths: engines that died with the request since it last made progress.
+        gives_way: whether it is of a line of a batch, which ends where others would have to wait.
     """
 
     request: EngineRequest
@@ -38,6 +39,7 @@ class Journal:
     first_token_time: float | None = None
     last_token_time: float | None = None
     num_deaths: int = 0
+    gives_way: bool = False
 
     def resumed(self, now: float) -> EngineRequest:
         """The request as the next engine takes it.  It makes one engine die, and not those after it."""

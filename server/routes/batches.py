@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.batches.store import BatchStore
+from shoal.server.errors import BatchesUnavailableError
 from shoal.server.keys import known_key, owner_name
 from shoal.server.routes.answer import whole
 from shoal.server.routes.schema import documented
@@ -36,6 +37,8 @@ def batches_router(service: Service) -> APIRouter:
                 return whole(await service.batches.ask(lambda store: store.add_file(owner(request), name, upload.file)))
         except HTTPException as error:
             raise InvalidRequestError(f"the form is malformed: {error.detail}") from error
+        except OSError as error:
+            raise BatchesUnavailableError(f"the file cannot be kept: {error.strerror}") from error
 
     @router.get("/v1/files")
     async def list_files(request: Request) -> Response:

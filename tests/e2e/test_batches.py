@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -202,7 +203,10 @@ def test_a_batch_that_is_cancelled_frees_the_engine(strict: Server, connect: Con
     strict.wait_idle()
 
 
-def test_a_batch_goes_on_after_everything_was_killed(tmp_path: Path, cycle_folder: Path, connect: Connect) -> None:
+def test_a_batch_outlives_its_servers(
+    tmp_path: Path, cycle_folder: Path, connect: Connect, request: pytest.FixtureRequest
+) -> None:
+    """One is killed with its engine, and one is told to stop, in the middle; the next goes on."""
     options = ("--model", str(cycle_folder), "--num-blocks", "2048", "--max-num-seqs", "4")
     bodies = {
         f"line-{i}": {"prompt": "Z", "max_tokens": 120 + i, "ignore_eos": True, **({"temperature": 0} if i % 2 else {})}
@@ -211,7 +215,9 @@ def test_a_batch_goes_on_after_everything_was_killed(tmp_path: Path, cycle_folde
 
     def start(name: str) -> Server:
         (tmp_path / name).mkdir()
-        return Server(tmp_path / name, *options, "--data-folder", str(tmp_path / "data"))
+        server = Server(tmp_path / name, *options, "--data-folder", str(tmp_path / "data"))
+        request.addfinalizer(server.close)
+        return server
 
     def counts(client: openai.OpenAI, batch_id: str) -> Any:
         return client.batches.retrieve(batch_id).request_counts
@@ -222,21 +228,21 @@ def test_a_batch_goes_on_after_everything_was_killed(tmp_path: Path, cycle_folde
     first.until("some lines are answered", lambda: counts(client, batch.id).completed >= 5)
     first.kill()
     second = start("second").wait_ready()
-    try:
-        client = connect(second)
-        batch = ended(second, client, batch)
-        assert (batch.status, batch.request_counts and batch.request_counts.completed) == ("completed", 24)
-        answers = rows(client, batch.output_file_id)
-        assert answers.keys() == bodies.keys()
-        for name, row in answers.items():
-            said = row["response"]["body"]
-            assert said["usage"]["completion_tokens"] == bodies[name]["max_tokens"]
-            assert said["choices"][0]["text"] == second.text(**bodies[name] | {"seed": said["seed"]})
-        third = start("third").wait_ready()
-        refused = third.get("/v1/batches")
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "batches_unavailable")
-        assert third.text("Z", max_tokens=4, temperature=0) == cycle_text(4)
-        third.close()
-    finally:
-        first.close()
-        second.close()
+    client = connect(second)
+    second.until("further lines are answered", lambda: counts(client, batch.id).completed >= 10)
+    third = start("third").wait_ready()
+    refused = third.get("/v1/batches")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "batches_unavailable")
+    second.signal(signal.SIGTERM)
+    assert second.wait() == 0
+    third.until("it has the folder", lambda: third.get("/v1/batches").status_code == 200)
+    client = connect(third)
+    batch = ended(third, client, batch)
+    assert (batch.status, batch.request_counts and batch.request_counts.completed) == ("completed", len(bodies))
+    answers = rows(client, batch.output_file_id)
+    assert answers.keys() == bodies.keys()
+    for name, row in answers.items():
+        said = row["response"]["body"]
+        assert said["usage"]["completion_tokens"] == bodies[name]["max_tokens"]
+        assert said["choices"][0]["text"] == third.text(**bodies[name] | {"seed": said["seed"]})
+    assert not any("Traceback" in server.log for server in (first, second, third))

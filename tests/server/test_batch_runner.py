@@ -22,7 +22,6 @@ from shoal.scheduler.errors import QueueFullError
 from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerStats
 from shoal.server.app import create_app
 from shoal.server.batches.runner import BatchRunner
-from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import Batches
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
@@ -92,10 +91,10 @@ class World:
     async def start(self) -> None:
         service, client = build_service(self.settings)
         self.engine = ScriptedEngine(client)
-        self.shared = SharedEngine(client)
+        self.shared = service.engine
         self.batches = Batches(self.folder, lambda: self.now)
-        self.service: Service = replace(service, engine=self.shared, batches=self.batches)
-        self.runner = BatchRunner(self.service, self.shared)
+        self.service: Service = replace(service, batches=self.batches)
+        self.runner = BatchRunner(self.service)
         self.runner.start()
 
     async def stop(self) -> None:
@@ -134,10 +133,10 @@ class World:
         assert len({row["custom_id"] for row in rows}) == len(rows) == batch.request_counts.total
         return batch
 
-    def interactive(self, *names: str) -> None:
+    def interactive(self, *names: str, num_prompt_tokens: int = 1) -> None:
         """Submit requests as a client's call does."""
         params = SamplingParams(max_tokens=4, seed=0)
-        self.shared.submit([EngineRequest(name, [7], params) for name in names])
+        self.shared.submit([EngineRequest(name, [7] * num_prompt_tokens, params) for name in names])
 
     @property
     def line_ids(self) -> list[str]:
@@ -256,6 +255,35 @@ def test_lines_give_way_to_what_waits_in_the_engine(tmp_path: Path) -> None:
             world.engine.num_waiting = 0
             world.engine.answer("a")
             assert (await world.ended(batch_id)).request_counts.completed == 6
+
+    play(scene())
+
+
+def test_lines_give_way_to_what_another_bound_would_refuse(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with running(tmp_path, max_queue_tokens=12) as world:
+            batch_id = await world.batch(bodies(2))
+            await until(lambda: len(world.line_ids) == 2)
+            world.interactive("a", num_prompt_tokens=11)  # the prompts of the lines wait to be read
+            assert len(world.line_ids) == 0
+            with pytest.raises(QueueFullError):
+                world.interactive("b", num_prompt_tokens=11)
+            assert (await world.ended(batch_id)).request_counts.completed == 2
+
+    play(scene())
+
+
+def test_lines_are_not_among_what_a_key_may_ask(tmp_path: Path) -> None:
+    limits = {"key_max_requests": 1, "key_requests_per_minute": 1, "key_tokens_per_minute": 40}
+    owner = owner_name("my-key")
+
+    async def scene() -> None:
+        async with running(tmp_path, api_keys=["my-key"], **limits) as world:
+            batch_id = await world.batch(bodies(6), owner=owner)
+            await until(lambda: len(world.line_ids) == 4)
+            world.service.allowances["my-key"].check(1, 40)
+            assert (await world.ended(batch_id, owner)).request_counts.completed == 6
+            world.service.allowances["my-key"].check(1, 40)
 
     play(scene())
 
