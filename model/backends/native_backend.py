@@ -15,6 +15,7 @@ import numpy as np
 from shoal.model.backends.native_library import (
     MAX_EXPERTS,
     MAX_HEAD_DIM,
+    NO_MEMORY,
     TENSORS,
     Batch,
     Draft,
@@ -153,7 +154,13 @@ class NativeBackend:
 
 
 def _check(fault: bytes | None) -> None:
-    """Fail if the native code found a fault in an array, which is a bug of ours."""
+    """Fail if the native code found a fault in an array, which is a bug of ours.
+
+    Raises:
+        MemoryError: there was not enough for the step.
+    """
+    if fault == NO_MEMORY:
+        raise MemoryError(fault.decode())
     assert fault is None, fault.decode()
 
 

@@ -23,6 +23,7 @@ _INT32 = np.dtype(np.int32)
 # As in shoal.h.
 MAX_HEAD_DIM = 512
 MAX_EXPERTS = 512
+NO_MEMORY = b"there is not enough memory"
 TENSORS = (
     "embedding",
     "head",
@@ -130,7 +131,7 @@ def _load(path: Path) -> ctypes.CDLL:
     library.shoal_destroy.argtypes = [c_void_p]
     library.shoal_destroy.restype = None
     library.shoal_load.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32]
-    library.shoal_load.restype = None
+    library.shoal_load.restype = c_char_p
     library.shoal_step.argtypes = [c_void_p, POINTER(Batch), c_int32, c_void_p, c_void_p, c_void_p]
     library.shoal_step.restype = c_char_p
     library.shoal_draft.argtypes = [c_void_p, c_void_p, POINTER(Draft)]

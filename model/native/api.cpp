@@ -9,6 +9,20 @@ struct ShoalModel {
     shoal::Model model;
 };
 
+namespace {
+
+// The work's fault, or that there was not enough memory for it.
+template <class Work>
+const char* within_memory(const Work& work) {
+    try {
+        return work();
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+}
+
+}  // namespace
+
 ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options, const ShoalModel* sibling) {
     try {
         return new ShoalModel{shoal::Model(*shape, *options, sibling ? &sibling->model : nullptr)};
@@ -19,24 +33,32 @@ ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options, c
 
 void shoal_destroy(ShoalModel* model) { delete model; }
 
-void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data, int32_t type) {
-    model->model.load_tensor(static_cast<ShoalTensor>(tensor), layer, expert,
-                      {data, static_cast<shoal::Source::Type>(type)});
+const char* shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data,
+                       int32_t type) {
+    return within_memory([&]() -> const char* {
+        model->model.load_tensor(static_cast<ShoalTensor>(tensor), layer, expert,
+                                 {data, static_cast<shoal::Source::Type>(type)});
+        return nullptr;
+    });
 }
 
 const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers, const ShoalSampling* sampling,
                        const ShoalChosen* chosen, float* logits) {
-    const char* fault = shoal::find_fault(*batch, model->model.limits());
-    if (!fault && sampling) fault = shoal::find_fault(*sampling, model->model.limits().vocab_size);
-    if (!fault) model->model.step(*batch, num_layers, sampling, chosen, logits);
-    return fault;
+    return within_memory([&] {
+        const char* fault = shoal::find_fault(*batch, model->model.limits());
+        if (!fault && sampling) fault = shoal::find_fault(*sampling, model->model.limits().vocab_size);
+        if (!fault) model->model.step(*batch, num_layers, sampling, chosen, logits);
+        return fault;
+    });
 }
 
 const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft) {
-    const char* fault = shoal::find_fault(*draft, model->model.limits());
-    if (!fault) fault = shoal::find_fault(*sampling, model->model.limits().vocab_size);
-    if (!fault) model->model.draft(*sampling, *draft);
-    return fault;
+    return within_memory([&] {
+        const char* fault = shoal::find_fault(*draft, model->model.limits());
+        if (!fault) fault = shoal::find_fault(*sampling, model->model.limits().vocab_size);
+        if (!fault) model->model.draft(*sampling, *draft);
+        return fault;
+    });
 }
 
 int32_t shoal_best_isa(void) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <new>
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -91,6 +92,7 @@ void Pool::run_all(int num_tiles) {
     idle_.wake();
     take_tiles(0);
     caller_.wait([&] { return num_done_.load() == num_tiles; });
+    if (lacks_memory_.exchange(false)) throw std::bad_alloc();
 }
 
 // A call does not return before every tile that was taken is done, so the call's body stays valid that long.
@@ -98,7 +100,11 @@ void Pool::take_tiles(int thread) {
     while (Ticket{ticket_.load(std::memory_order_relaxed)}.has_work()) {
         const Ticket taken{ticket_.fetch_add(1, std::memory_order_acquire)};
         if (!taken.has_work()) return;
-        call_(context_, taken.next(), thread);
+        try {
+            call_(context_, taken.next(), thread);
+        } catch (const std::bad_alloc&) {
+            lacks_memory_ = true;
+        }
         if (num_done_.fetch_add(1) + 1 == taken.num_tiles()) caller_.wake();
     }
 }

@@ -12,6 +12,7 @@ namespace shoal {
 
 // The calling thread computes tiles too.  Threads take tiles one by one.  A thread that another program interrupts
 // delays only the tile that it holds: a call returns when all tiles are done, even if a thread has not started yet.
+// If there is not enough memory for a tile, the others are still computed, and the call ends with std::bad_alloc.
 // Idle threads spin for a moment, because the next call mostly comes within microseconds, and then sleep.
 class Pool {
 public:
@@ -70,6 +71,7 @@ private:
     alignas(64) void (*call_)(const void*, int, int) = nullptr;
     const void* context_ = nullptr;
     uint64_t num_calls_ = 0;
+    std::atomic<bool> lacks_memory_{false};  // for a tile of this call
 
     std::atomic<bool> ends_{false};
     Waiting idle_;    // threads without a tile

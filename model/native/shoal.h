@@ -120,18 +120,23 @@ struct ShoalDraft {
 
 struct ShoalModel;
 
+// What is wrong where there is not enough memory: nothing with the arrays, and less of a step may fit.
+static const char kNoMemory[] = "there is not enough memory";
+
 // Null if there is not enough memory.  Where `sibling` is given, both models compute with its threads, but not at the
 // same time; the threads end when both are destroyed.
 SHOAL_API ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options, const ShoalModel* sibling);
 SHOAL_API void shoal_destroy(ShoalModel* model);
 
 // Packs one tensor's weights; type as Source::Type: 0 float32, 1 float16, 2 the bits of bfloat16.  Layer and expert are
-// 0 where there is none.
-SHOAL_API void shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data, int32_t type);
+// 0 where there is none.  Returns kNoMemory, or null.
+SHOAL_API const char* shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data,
+                                 int32_t type);
 
 // Computes a step with the first num_layers layers, then the norm and the head.  Where `sampling` is given, chooses a
 // token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size].
-// Returns what is wrong with the arrays, and then has computed nothing; null if nothing is wrong.
+// Returns what is wrong with the arrays, and then has computed nothing; null if nothing is wrong.  After kNoMemory the
+// same tokens may be computed again.
 SHOAL_API const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers,
                                  const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
 
