@@ -17,7 +17,8 @@ import zmq
 import zmq.asyncio
 
 from shoal.scheduler.errors import ConfigError, EngineError
-from shoal.server.engine.messages import Command, Loading, News, Ready, Report, StartFailed, Stop
+from shoal.server.engine.messages import Abort, Loading, News, Ready, Report, StartFailed, Stop, Submit
+from shoal.server.engine.outbox import MAX_MESSAGES, Outbox
 from shoal.server.settings import Settings
 
 logger = logging.getLogger("shoal.engine")
@@ -46,6 +47,7 @@ class EngineProcess:
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
         self._context = zmq.asyncio.Context()
         self._commands, self._reports = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
+        self._outbox = Outbox()
         self._num_reports = 0
         self._process: Process | None = None
 
@@ -68,16 +70,17 @@ class EngineProcess:
             raise
         return engine
 
-    def send(self, command: Command) -> None:
-        self._commands.send(msgspec.msgpack.encode(command))
+    def send(self, command: Submit | Abort) -> None:
+        self._outbox.put(command)
 
     async def close(self, *, gently: bool) -> None:
         """End the process, and remove its sockets; it is asked first if that is to be done gently."""
         if self._process is not None:
             if gently and self.ready.done():
-                self.send(Stop())
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+                    async with asyncio.timeout(STOP_SECONDS):
+                        await self._commands.send(msgspec.msgpack.encode(Stop()))
+                        await self._process.wait()
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
@@ -90,8 +93,8 @@ class EngineProcess:
             raise ConfigError(
                 f"{self._folder} has too long a name to hold sockets: set TMPDIR to a folder with a shorter one"
             )
-        for socket, name in ((self._commands, "commands"), (self._reports, "reports")):
-            socket.set_hwm(0)
+        for socket, name, most in ((self._commands, "commands", MAX_MESSAGES), (self._reports, "reports", 0)):
+            socket.set_hwm(most)
             socket.bind(f"ipc://{self._folder / name}")
         # -P: what lies in the working directory must not take the place of a library.
         command = (sys.executable, "-P", "-m", "shoal.server.engine.process", str(self._folder))
@@ -101,17 +104,21 @@ class EngineProcess:
         self.ended = asyncio.create_task(self._watch(self._process))
 
     async def _watch(self, process: Process) -> str:
-        """Take reports until the engine ends or hangs; returns how, in words.
+        """Deliver commands and take reports until the engine ends or hangs; returns how, in words.
 
         Raises:
             ConfigError: it says that it cannot start.
         """
         receiving, exited = asyncio.create_task(self._receive()), asyncio.create_task(process.wait())
+        delivering = asyncio.create_task(self._deliver())
+        tasks = receiving, exited, delivering
         try:
-            while not (receiving.done() or exited.done()):
-                await asyncio.wait((receiving, exited), timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            while not any(task.done() for task in tasks):
+                await asyncio.wait(tasks, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if self.hangs():
                     return "hangs: it completes no step, though it has work"
+            if delivering.done():
+                delivering.result()
             num_heard = -1
             while not receiving.done() and num_heard < self._num_reports:
                 num_heard = self._num_reports
@@ -122,11 +129,16 @@ class EngineProcess:
         except ConfigError:
             raise
         except Exception as error:  # whatever it is, no request may wait for ever
-            logger.exception("what an engine sent could not be taken")
+            logger.exception("what goes between this process and an engine could not be sent or taken")
             return f"failed: {error}"
         finally:
-            receiving.cancel()
-            exited.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _deliver(self) -> None:
+        while True:
+            await self._commands.send(msgspec.msgpack.encode(await self._outbox.get()))
+            await asyncio.sleep(0)  # a socket with room for it does not wait
 
     async def _receive(self) -> None:
         while True:

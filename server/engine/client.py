@@ -13,7 +13,7 @@ from shoal.scheduler.errors import EngineError, ShoalError
 from shoal.scheduler.output import SchedulerStats
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.journal import Journal, Submission
-from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
+from shoal.server.engine.messages import Abort, EngineRequest, News, Ready, Submit
 from shoal.server.errors import EngineUnavailableError, RequestTimeoutError
 from shoal.server.metrics import Metrics
 
@@ -52,7 +52,7 @@ class EngineClient:
         self._hang_seconds = hang_seconds
         self._clock = clock
         self._ready: Ready | None = None
-        self._send: Callable[[Command], None] | None = None
+        self._send: Callable[[Submit | Abort], None] | None = None
         self._unfinished: dict[str, Submission] = {}
         self._held: dict[str, None] = {}  # ids of unfinished requests that no engine has, in order
         self._on_trial: str | None = None
@@ -112,7 +112,8 @@ class EngineClient:
         """Refuse new requests; let the unfinished ones go on for a while, then end them with an error."""
         self.state = EngineState.DRAINING
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
         self._fail_all(EngineUnavailableError("the server is shutting down"))
 
     def close(self) -> None:
@@ -127,7 +128,7 @@ class EngineClient:
         """Whether an engine that has work was not heard of for too long."""
         return self._num_in_engine > 0 and self._clock() - self._heard_at > self._hang_seconds
 
-    def connect(self, ready: Ready, send: Callable[[Command], None]) -> None:
+    def connect(self, ready: Ready, send: Callable[[Submit | Abort], None]) -> None:
         """The engine is ready, and takes commands through `send`."""
         self._heard_at = now = self._clock()
         if self._ready is not None:

@@ -23,6 +23,7 @@ from shoal.scheduler.errors import ShoalError
 from shoal.server.engine.build import build_engine
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, Loading, Report, StartFailed
+from shoal.server.engine.outbox import MAX_MESSAGES
 from shoal.server.settings import resolve
 
 
@@ -37,8 +38,8 @@ class Sockets:
     def connect(cls, folder: Path) -> Sockets:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         commands, reports = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-        for socket, name in ((commands, "commands"), (reports, "reports")):
-            socket.set_hwm(0)
+        for socket, name, most in ((commands, "commands", MAX_MESSAGES), (reports, "reports", 0)):
+            socket.set_hwm(most)
             socket.connect(f"ipc://{folder / name}")
         return cls(commands, reports)
 
@@ -69,7 +70,11 @@ def _end_with_parent(folder: Path) -> None:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or supervisor may send them to both processes,
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # a terminal or supervisor may send them to both processes,
         signal.signal(number, signal.SIG_IGN)  # but it is the API process that drains, and ends this one
     folder = Path(sys.argv[1])
     settings = resolve(msgspec.json.decode(sys.stdin.buffer.readline()))

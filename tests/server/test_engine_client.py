@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 import shoal.server.engine.supervisor as supervisor_module
@@ -41,8 +42,9 @@ def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
 
 
-def request(request_id: str, part: int, max_tokens: int = 8) -> EngineRequest:
-    return EngineRequest(request_id, [part, 0, 0, 0], SamplingParams(max_tokens=max_tokens, seed=1))
+def request(request_id: str, part: int, max_tokens: int = 8, num_tokens: int = 4) -> EngineRequest:
+    prompt = [part, *[1000] * (num_tokens - 1)]
+    return EngineRequest(request_id, prompt, SamplingParams(max_tokens=max_tokens, seed=1))
 
 
 @asynccontextmanager
@@ -158,6 +160,7 @@ def test_an_abort_reaches_the_engine_once() -> None:
     async def scene() -> None:
         async with engine() as client:
             client.submit([request("a", fake.SILENCE), request("b", fake.SILENCE)])
+            await news(client.submit([request("c", fake.ANSWER)]), 3)  # then it has heard of the others, too
             client.abort(["a", "unknown"])
             client.abort(["a"])
             await until(lambda: sample(client, "num_requests_waiting") == 1)
@@ -210,6 +213,36 @@ def test_a_request_that_kills_engines_ends_and_all_others_live(part: int) -> Non
             await news(client.submit([request("c", fake.ANSWER)]), 3)
             assert client.num_unfinished == 0
             assert sample(client, "engine_restarts_total", "shoal") == 4
+
+    play_out(scene)
+
+
+def test_what_is_given_up_while_an_engine_hangs_never_reaches_it() -> None:
+    async def scene() -> None:
+        async with engine(hang_seconds=280) as client:
+            (process,) = psutil.Process().children()
+            process.suspend()
+            for number in range(2000):
+                client.submit([request(f"r{number}", fake.SILENCE, num_tokens=400)])
+                await asyncio.sleep(0)  # long enough for the outbox to send it, if there is room
+                client.abort([f"r{number}"])
+            assert client.num_unfinished == 0
+            waiting = client.submit([request("last", fake.ANSWER)])
+            process.resume()
+            assert len(await news(waiting, 3)) == 3
+            assert 0 < (sample(client, "num_requests_waiting") or 0) < 1000, "so many aborts did the engine hear of"
+
+    play_out(scene)
+
+
+def test_what_cannot_be_sent_ends_like_what_kills_engines() -> None:
+    async def scene() -> None:
+        async with engine() as client:
+            params = SamplingParams(max_tokens=8, seed=2**70)
+            spoilt = client.submit([EngineRequest("a", [fake.ANSWER], params)])
+            with pytest.raises(EngineError, match="died each of 4 times"):
+                await spoilt.get()
+            await news(client.submit([request("b", fake.ANSWER)]), 3)
 
     play_out(scene)
 
