@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -139,12 +139,15 @@ class ChromeTrace:
         self._events.clear()
 
     def _write(self, text: bytes) -> None:
-        """Write without a buffer.  A full disk ends the trace and not the engine."""
-        if self._file is not None:
+        """Write without a buffer.  A full disk ends the trace, after a whole event, and not the engine."""
+        num_written = 0
+        while self._file is not None and num_written < len(text):
             try:
-                os.write(self._file, text)
+                num_written += os.write(self._file, text[num_written:])
             except OSError as error:
                 logger.error("the trace %s ends here: %s", self._path, error.strerror)
+                with suppress(OSError):  # of what is no regular file nothing can be taken back
+                    os.ftruncate(self._file, os.fstat(self._file).st_size - num_written)
                 os.close(self._file)
                 self._file = None
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,21 @@ def test_a_full_disk_ends_the_trace_and_not_the_engine(caplog: pytest.LogCapture
     assert [record.message for record in caplog.records] == [
         "the trace /dev/full ends here: No space left on device",
     ]
+
+
+def test_where_the_disk_is_full_the_trace_ends_with_a_whole_event(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "trace.json"
+    run_engine(path, "a")
+    before = events(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 1000, limits[1]))  # the system writes a part
+    try:
+        run_engine(path, "b").close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found = events(path)
+    assert found[: len(before)] == before
+    assert len(found) > len(before), "what fits is there"
+    assert [record.message for record in caplog.records] == [f"the trace {path} ends here: File too large"]
