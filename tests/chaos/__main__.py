@@ -43,6 +43,7 @@ from tests.chaos.asking import (
 
 ENGINE = "shoal.server.engine.process"
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)  # of the last it hangs, until it is found out
+BATCH_SECONDS = 120.0  # by which batches have ended once nobody else asks
 QUIET_SECONDS = 10.0  # by which everything that was abandoned must be gone
 
 
@@ -66,13 +67,16 @@ class Chaos:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     async def run(self, seconds: float, num_users: int) -> None:
-        """Learn what undisturbed answers are, then disturb."""
+        """Learn what undisturbed answers are, then disturb.  All the while batches wait for idle rows."""
         self._expected = [await ask(self.http, number) for number in range(NUM_QUESTIONS)]
+        batches = [await self._begin_batch(path) for path in {question(number)[0] for number in range(NUM_QUESTIONS)}]
         users = [asyncio.create_task(self._be_user()) for _ in range(num_users)]
         killing = asyncio.create_task(self._kill_engines())
         await asyncio.sleep(seconds)
         self._is_over.set()
         await asyncio.gather(*users, killing)
+        for batch_id in batches:
+            await self._end_batch(batch_id)
 
     async def _be_user(self) -> None:
         kinds: dict[Callable[[int], Awaitable[None]], int] = {
@@ -217,6 +221,43 @@ class Chaos:
         check(response)
         return response
 
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    async def _begin_batch(self, path: str) -> str:
+        """A batch of all questions of an endpoint; returns its id."""
+        questions = {number: question(number) for number in range(NUM_QUESTIONS)}
+        lines = [
+            json.dumps({"custom_id": str(number), "method": "POST", "url": path, "body": body})
+            for number, (own_path, body) in questions.items()
+            if own_path == path
+        ]
+        response = await self.http.post(
+            "/v1/files", data={"purpose": "batch"}, files={"file": ("questions", "\n".join(lines))}
+        )
+        check(response)
+        fields = {"input_file_id": response.json()["id"], "endpoint": path, "completion_window": "24h"}
+        batch_id: str = (await self._post("/v1/batches", fields)).json()["id"]
+        return batch_id
+
+    async def _end_batch(self, batch_id: str) -> None:
+        """Wait until it is completed, and compare: each line has one answer."""
+        deadline = time.monotonic() + BATCH_SECONDS
+        while (batch := (await self.http.get(f"/v1/batches/{batch_id}")).json())["status"] != "completed":
+            if time.monotonic() > deadline:
+                self.differing.append(f"a batch does not end: {batch}")
+                return
+            await asyncio.sleep(0.2)
+        content = (await self.http.get(f"/v1/files/{batch['output_file_id']}/content")).text
+        answers = [json.loads(line) for line in content.splitlines()]
+        if (
+            len({answer["custom_id"] for answer in answers}) != len(answers)
+            or len(answers) != batch["request_counts"]["total"]
+        ):
+            self.differing.append(f"a batch of {batch['request_counts']} has {len(answers)} answers")
+        for answer in answers:
+            self._compare(int(answer["custom_id"]), read_whole(answer["response"]["body"]))
+        self.counts["lines of batches"] += len(answers)
+
     # -- what happens to the engine ----------------------------------------------------------------------------------
 
     async def _kill_engines(self) -> None:
@@ -330,7 +371,7 @@ def main(seconds: float, users: int, seed: int, kills_apart: float, options: tup
     few_blocks = ["--num-blocks", "400", "--max-num-seqs", "24", "--hang-seconds", "3", "--no-access-log"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        with ServerProcess([*few_blocks, *options], log) as server:
+        with ServerProcess([*few_blocks, "--data-folder", folder, *options], log) as server:
             code = asyncio.run(rage(server, seconds, users, seed, kills_apart))
             server.check()
         if "Traceback" in (text := log.read_text(errors="replace")):

@@ -9,6 +9,8 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -34,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 class Load:
-    """Sends completions of 16 to 64 tokens, and asks for the server's health all the while."""
+    """Sends completions of 128 to 384 tokens, and asks for the server's health all the while."""
 
     def __init__(self, server: ServerProcess, seed: int) -> None:
         limits = {"connection_timeout": TIMEOUT_SECONDS, "network_timeout": TIMEOUT_SECONDS}
@@ -51,24 +53,24 @@ class Load:
             while time.monotonic() < until:
                 self._complete()
 
-        self._with_health([gevent.spawn(be_user) for _ in range(users)])
+        with self._watching_health():
+            gevent.joinall([gevent.spawn(be_user) for _ in range(users)])
 
     def open(self, rate: float, seconds: float) -> None:
         """A Poisson process of this many requests a second, whatever the server does."""
         sent = []
         due = began = time.monotonic()
-        while due < began + seconds:
-            gevent.sleep(max(0.0, due - time.monotonic()))
-            sent.append(gevent.spawn(self._complete))
-            if len(sent) == 1:
-                watching = gevent.spawn(self._watch_health)
-            due += self._random.expovariate(rate)
-        gevent.joinall(sent)
-        watching.kill()
+        with self._watching_health():
+            while due < began + seconds:
+                gevent.sleep(max(0.0, due - time.monotonic()))
+                sent.append(gevent.spawn(self._complete))
+                due += self._random.expovariate(rate)
+            gevent.joinall(sent)
 
-    def _with_health(self, users: list[gevent.Greenlet]) -> None:
+    @contextmanager
+    def _watching_health(self) -> Iterator[None]:
         watching = gevent.spawn(self._watch_health)
-        gevent.joinall(users)
+        yield
         watching.kill()
 
     def _watch_health(self) -> None:
@@ -78,7 +80,7 @@ class Load:
 
     def _complete(self) -> None:
         number = self._random.randrange(1000)
-        body = {"prompt": f"def f{number}(x):\n", "max_tokens": 16 + number % 49, "ignore_eos": True, "seed": number}
+        body = {"prompt": f"def f{number}(x):\n", "max_tokens": 128 + number % 257, "ignore_eos": True, "seed": number}
         self.outcomes.append(self._ask("POST", "/v1/completions", json.dumps(body).encode()))
 
     def _ask(self, method: str, path: str, body: bytes) -> Outcome:
@@ -86,7 +88,7 @@ class Load:
         try:
             with self._http.request(method, path, body, HEADERS) as response:
                 response.read()
-                status, retry_after = response.status_code, int(response.get("retry-after") or 0)
+                status, retry_after = response.status_code, int(str(response.get("retry-after", 0)))
         except OSError:
             status, retry_after = 0, 0
         return Outcome(status, time.monotonic() - began, retry_after)

@@ -14,15 +14,18 @@ import logging
 import selectors
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf
+from multiprocessing import Pool
 from random import Random
 from typing import Any
 from unittest import mock
+
+import msgspec
 
 import shoal.server.engine.supervisor as supervisor_module
 from shoal.scheduler.config import SchedulerConfig
@@ -31,20 +34,20 @@ from shoal.scheduler.errors import EngineError, QueueFullError, ShoalError
 from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerOutput
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.scheduler import Scheduler
-from shoal.server.engine import journal
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import MAX_DEATHS, EngineClient
 from shoal.server.engine.journal import Submission
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, EngineRequest, News, Ready
 from shoal.server.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor
-from shoal.server.errors import EngineUnavailableError, RequestTimeoutError, SlowClientError
+from shoal.server.errors import EngineUnavailableError, NotFoundError, RequestTimeoutError, SlowClientError
 from shoal.server.metrics import Metrics
 from shoal.server.settings import Settings, resolve
+from shoal.server.streams import Answer, Events, StreamStore
 from tests.fakes import FakeExecutor, InjectedError, digest, generate, hashed
 
 VOCAB_SIZE = 50
-HANG_SECONDS = 5.0
+HANG_SECONDS = GRACE_SECONDS = 5.0
 LIMITS = SchedulerConfig(
     num_blocks=24, block_size=4, max_model_len=40, max_num_seqs=4, max_num_batched_tokens=16, max_num_waiting=8
 )
@@ -265,6 +268,7 @@ class World:
         self.gave_up = self.is_over = False
         self.asked: list[Asked] = []
         self.client = EngineClient("0", METRICS, hang_seconds=HANG_SECONDS, clock=self.clock)
+        self.streams = StreamStore(GRACE_SECONDS)
         self.client.admission = Admission(max_queue_seconds=random.choice([inf, 1.0]))
 
     @property
@@ -317,7 +321,7 @@ class World:
         engines = mock.Mock(start=lambda settings: SimulatedEngine.start(self))
         with (
             mock.patch.object(supervisor_module, "EngineProcess", engines),
-            mock.patch.object(journal, "MAX_BACKLOG", self.max_backlog),
+            mock.patch.object(Submission, "max_backlog", self.max_backlog),
         ):
             yield
 
@@ -354,30 +358,68 @@ class World:
         own = {request.request_id: Asked(request, self.num_deaths, deadline) for request in requests}
         self.asked += own.values()
         pause = random.choice([0.0, 0.0, 0.0, 2.0])
-        patience = random.choice([1000, 1000, 1000, random.randint(0, 4)])  # news after which it leaves
+        patience = random.choice([1000, 1000, 1000, random.randint(1, 4)])  # news after which it leaves
         try:
-            await self._read(submission, own, pause, patience)
+            if random.random() < 0.3:
+                await self._come_back(str(number), submission, own, pause)
+            else:
+                async with aclosing(self._news(submission)) as news:
+                    await self._read(news, own, pause, patience)
         except ShoalError as error:
             for asked in own.values():
                 asked.error, asked.ended = error, self.clock()
+
+    async def _news(self, submission: Submission) -> Events:
+        """What comes of requests until all have ended; each output is an event.  What is unfinished then is aborted."""
+        unfinished = set(submission.journals)
+        try:
+            while unfinished:
+                outputs = await submission.get()
+                for output in outputs:
+                    if output.finish_reason is not None:
+                        unfinished.remove(output.request_id)  # once
+                yield [msgspec.msgpack.encode(output) for output in outputs]
         finally:
-            self.client.abort(own)
+            self.client.abort(submission.journals)
             if submission.timer is not None:
                 submission.timer.cancel()
 
-    async def _read(self, submission: Submission, own: dict[str, Asked], pause: float, patience: int) -> None:
-        unfinished = set(own)
-        while unfinished:
-            if patience == 0:
-                for name in unfinished:
-                    own[name].has_left = True
-                return
-            patience -= 1
-            for output in await submission.get():
+    async def _read(self, news: Events, own: dict[str, Asked], pause: float, patience: int) -> int:
+        """Read what comes, at most so many times; returns the number of events."""
+        num_events = 0
+        async for events in news:
+            for event in events:
+                output = msgspec.msgpack.decode(event, type=RequestOutput)
                 own[output.request_id].outputs.append(output)
-                if output.finish_reason is not None:
-                    unfinished.remove(output.request_id)  # once
+            num_events += len(events)
+            patience -= 1
+            if patience <= 0:
+                for asked in own.values():
+                    asked.has_left = True
+                break
             await asyncio.sleep(pause)
+        return num_events
+
+    async def _come_back(self, name: str, submission: Submission, own: dict[str, Asked], pause: float) -> None:
+        """Have the answer held; leave it again and again, and go on after the event that was read last."""
+        answer = Answer(name, None, {}, is_stream=True)
+        self.streams.begin(answer, self._news(submission))
+        after, away = 0, 0.0
+        try:
+            while True:
+                async with aclosing(self.streams.read(self.streams.find(name, None), after)) as events:
+                    after += await self._read(events, own, pause, self.random.randint(1, 5))
+                if answer.is_ended and after == answer.num_events:
+                    break
+                away = self.random.choice([0.0, 0.0, 1.0, 2.0 * GRACE_SECONDS])
+                await asyncio.sleep(away)
+        except NotFoundError:
+            assert away > GRACE_SECONDS, "a stream is held for the grace time"
+            return
+        if answer.error is not None:
+            raise answer.error
+        for asked in own.values():
+            asked.has_left = False
 
     def _request(self, name: str) -> EngineRequest:
         random = self.random
@@ -429,6 +471,10 @@ def play(num_histories: int, first_seed: int = 0) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    began = time.perf_counter()
     num_histories, first_seed = (int(word) for word in (sys.argv[1:] + ["1000", "0"][len(sys.argv) - 1 :]))
-    print(play(num_histories, first_seed), f"{num_histories / (time.perf_counter() - began):.0f} histories/s")
+    began, counts = time.perf_counter(), Counter[str]()
+    parts = [(min(250, num_histories - done), first_seed + done) for done in range(0, num_histories, 250)]
+    with Pool() as pool:
+        for part in pool.starmap(play, parts, chunksize=1):
+            counts.update(part)
+    print(dict(counts), f"{num_histories / (time.perf_counter() - began):.0f} histories/s")
