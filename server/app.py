@@ -129,7 +129,7 @@ def _error_answers(service: Service) -> Callable[[Request, Exception], Awaitable
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """What the framework itself refuses."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
+    where = f"{request.method} {request.scope['path']}"  # request.url takes the header host for valid
     if error.status_code == 404:
         return error_response(NotFoundError(f"unknown path: {where}"))
     if error.status_code == 405:
@@ -143,5 +143,5 @@ async def _answer_vanished_client(_: Request, __: Exception) -> Response:
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    logger.error("%s %r failed", request.method, request.scope["path"], exc_info=error)
     return error_response(ShoalError("internal error"))

@@ -35,6 +35,12 @@ class BrowserGuard:
             await self._app(scope, receive, send)
 
     def _refusal(self, headers: Headers, method: str) -> ForbiddenError | None:
+        try:
+            return self._find_refusal(headers, method)
+        except ValueError:  # from urlsplit
+            return ForbiddenError("the header host or origin is not valid")
+
+    def _find_refusal(self, headers: Headers, method: str) -> ForbiddenError | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._hosts and (name := urlsplit(f"//{host}").hostname) and name not in self._hosts:
             return ForbiddenError(f"this server is not {name[:100]!r}: allowed_hosts has the names that it may have")

@@ -19,6 +19,7 @@ from shoal.server.routes.answer import error_response
 
 MAX_LINE_BYTES, MAX_HEAD_BYTES, MAX_HEADERS = 8 * 1024, 32 * 1024, 100
 MAX_PIPELINED = 16  # requests of one connection behind the one that is answered
+MAX_UNREAD_BYTES = 64 * 1024 * 1024  # of a body whose answer did not wait for it
 RESERVED_DESCRIPTORS = 64  # for all but connections, and for those that are answered 503
 LINGER_SECONDS = 1.0
 PROBE_SECONDS = 0.1
@@ -83,7 +84,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._num_head_bytes = self._num_header_bytes = 0
+        self._num_head_bytes = self._num_header_bytes = self._num_unread_bytes = 0
         self._deadline.cancel()
         self._deadline = self._start_deadline()
 
@@ -107,6 +108,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refuse(MalformedRequestError("too many requests at once"))
         super().on_headers_complete()
+        self.cycle.transport = _Lingering(self.transport, self.cycle)  # type: ignore[assignment]
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
@@ -135,16 +137,33 @@ class Connection(HttpToolsProtocol):
 
     # -- the body, and the end -------------------------------------------------------------------------------------
 
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._num_unread_bytes += len(body)
+            if self._num_unread_bytes > MAX_UNREAD_BYTES:
+                self._expire()
+
     def on_message_complete(self) -> None:
         self._deadline.cancel()
         super().on_message_complete()
+        self.cycle.more_body = False
         if self.cycle.response_complete:  # the answer did not wait for the body, whose end it is
-            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+            if self.cycle.keep_alive:
+                self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+            else:
+                self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._is_half_closed:
             self.transport.close()
+
+    def cut_off(self) -> None:
+        """End the connection at once unless all is answered and sent."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     def _start_deadline(self) -> asyncio.TimerHandle:
         return self.loop.call_later(self.request_seconds, self._expire)
@@ -164,6 +183,24 @@ class Connection(HttpToolsProtocol):
         if self._answering is not None:
             self._answering.disconnected = True
             self._answering.message_event.set()
+
+
+class _Lingering:
+    """A request's transport, which does not close before the request has come whole: the answer might be lost.
+
+    If nothing comes any more, it closes after the time for which connections are kept.
+    """
+
+    def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle) -> None:
+        self._transport = transport
+        self._cycle = cycle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if not self._cycle.more_body:
+            self._transport.close()
 
 
 def _head_too_large() -> HeadTooLargeError:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from math import inf
 
 from shoal.scheduler.output import RequestOutput
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.sampling import resolve_sampling
 from shoal.server.service import Service
 from shoal.server.terms import Terms
-from shoal.server.text import Choice, Delta
+from shoal.server.text import MAX_SCORED, Choice, Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody
 from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 
@@ -46,21 +48,21 @@ class Generation:
         limits = self._engine.ready.limits
         speculates = service.check_speculation(body.speculation)
         requests: list[EngineRequest] = []
-        for index, (_, token_ids) in enumerate(prompts):
-            params = resolve_sampling(
-                body,
-                seed=seed,
-                num_prompt_tokens=len(token_ids),
-                limits=limits,
-                vocab_size=service.config.vocab_size,
-                eos_token_ids=service.defaults.eos_token_ids or service.config.eos_token_ids,
-                defaults=service.defaults,
-            )
+        all_params = resolve_sampling(
+            body,
+            seed=seed,
+            prompt_lens=[len(token_ids) for _, token_ids in prompts],
+            limits=limits,
+            vocab_size=service.config.vocab_size,
+            eos_token_ids=service.defaults.eos_token_ids or service.config.eos_token_ids,
+            defaults=service.defaults,
+        )
+        for index, ((_, token_ids), params) in enumerate(zip(prompts, all_params, strict=True)):
             requests += [
                 EngineRequest(
                     f"{api_id}-{index}-{i}",
                     token_ids,
-                    replace(params, seed=(seed + i) % 2**64),
+                    replace(params, seed=(seed + i) % 2**64) if i else params,
                     scheduling=terms.scheduling,
                     speculates=speculates,
                     end_after=body.end_after,
@@ -85,13 +87,23 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """What is new, as it comes; never an empty list.  Leaving the iteration early aborts what is unfinished.
 
+        A list is so short that answers of it are made within milliseconds, and others have their turn after it.
+
         Raises:
             EngineError, EngineUnavailableError, RequestTimeoutError: the generation cannot go on.
         """
         reason = "abort"
         try:
             while not all(choice.is_finished for choice in self._choices.values()):
-                deltas = [delta for output in await self._submission.get() for delta in self._feed(output)]
+                deltas, num_scored = list[Delta](), 0
+                for output in await self._submission.get():
+                    for delta in self._feed(output):
+                        deltas.append(delta)
+                        num_scored += len(delta.scored)
+                        if num_scored >= MAX_SCORED:
+                            yield deltas
+                            deltas, num_scored = [], 0
+                            await asyncio.sleep(0)
                 if deltas:
                     yield deltas
         except Exception:
@@ -106,30 +118,33 @@ class Generation:
                 if not choice.is_finished:
                     self._metrics.finished(choice.journal, reason, time.monotonic())
 
-    async def complete(self) -> list[Delta]:
-        """All choices in full, in order.  Raises as `deltas` does."""
+    async def complete(self, take_scored: Callable[[int, list[Scored]], None] | None = None) -> list[Delta]:
+        """All choices in full, in order, but for what `take_scored` is given of a choice.  Raises as `deltas` does."""
+        self._submission.max_backlog = inf
         whole = [Delta(index, "") for index in range(self.num_choices)]
         async with aclosing(self.deltas()) as steps:
             async for deltas in steps:
                 for delta in deltas:
                     whole[delta.index].text += delta.text
                     whole[delta.index].token_ids += delta.token_ids
-                    whole[delta.index].scored += delta.scored
+                    if take_scored is None:
+                        whole[delta.index].scored += delta.scored
+                    else:
+                        take_scored(delta.index, delta.scored)
                     whole[delta.index].finish_reason = delta.finish_reason
         return whole
 
-    def _feed(self, output: RequestOutput) -> list[Delta]:
+    def _feed(self, output: RequestOutput) -> Iterator[Delta]:
         choice = self._choices[output.request_id]
         if choice.is_finished:
-            return []
-        delta = choice.feed(output)
-        if delta.finish_reason:
-            self._engine.abort([output.request_id])  # a stop string ends the text, but not yet the request
-            self._metrics.finished(choice.journal, delta.finish_reason, time.monotonic())
-        if not (delta.text or delta.scored or delta.finish_reason):
-            return []
-        delta.token_ids = choice.take_token_ids()
-        return [delta]
+            return
+        for delta in choice.feed(output):
+            if delta.finish_reason:
+                self._engine.abort([output.request_id])  # a stop string ends the text, but not yet the request
+                self._metrics.finished(choice.journal, delta.finish_reason, time.monotonic())
+            if delta.text or delta.scored or delta.finish_reason:
+                delta.token_ids = choice.take_token_ids()
+                yield delta
 
     @property
     def usage(self) -> Usage:

@@ -146,6 +146,7 @@ class LLM:
         """End the engine and its threads; what is unfinished ends with an error."""
         if self._thread.is_alive():
             self._wait(self._engine.stop())
+            self._wait(self._service.templates.close())
             self._end_loop()
 
     def __enter__(self) -> Self:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from asyncio import CancelledError
 
 from shoal.server.settings import ServerConfig
 
@@ -20,6 +21,7 @@ def set_up_logs(config: ServerConfig) -> None:
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").addFilter(is_news)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says of its start, the server says better
+    logging.getLogger("uvicorn.error").addFilter(is_no_end)
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -32,6 +34,11 @@ def is_news(record: logging.LogRecord) -> bool:
         record.args = (*record.args[:2], path, *record.args[3:])
         return path not in ("/health", "/ready", "/metrics")
     return True
+
+
+def is_no_end(record: logging.LogRecord) -> bool:
+    """Whether it is another exception than that by which a request is ended with the server."""
+    return not (record.exc_info and isinstance(record.exc_info[1], CancelledError))
 
 
 class TextLines(logging.Formatter):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 
 from shoal.model.checkpoint.config import GenerationDefaults
@@ -28,22 +28,21 @@ def resolve_sampling(
     body: CompletionBody | ChatBody,
     *,
     seed: int,
-    num_prompt_tokens: int,
+    prompt_lens: Iterable[int],
     limits: SchedulerConfig,
     vocab_size: int,
     eos_token_ids: tuple[int, ...],
     defaults: GenerationDefaults,
-) -> SamplingParams:
-    """Resolve the parameters for one prompt: those of the request, else the checkpoint's defaults, else the API's.
+) -> list[SamplingParams]:
+    """Resolve the parameters for prompts of these lengths, in tokens: those of the request, else the checkpoint's
+    defaults, else the API's.
 
     Raises:
         InvalidRequestError: a token id is outside the vocabulary, min_tokens or end_after exceeds max_tokens, or
             something contradicts end_after.
     """
-    max_tokens = _max_tokens(body, num_prompt_tokens, limits)
-    _check_at_most("min_tokens", body.min_tokens, max_tokens)
+    lengths = [_lengths(body, prompt_len, limits) for prompt_len in prompt_lens]
     if body.end_after is not None:
-        _check_at_most("end_after", body.end_after, max_tokens)
         _check_end(body, eos_token_ids)
     check_token_ids("stop_token_ids", body.stop_token_ids, vocab_size)
     stop_token_ids = frozenset(body.stop_token_ids) | frozenset(() if body.ignore_eos else eos_token_ids)
@@ -61,16 +60,24 @@ def resolve_sampling(
     }
     values |= {
         "top_k": max(values.get("top_k", 0), 0),
-        "max_tokens": max_tokens,
-        # Where the request says where its text ends, the model may not.
-        "min_tokens": body.min_tokens if body.end_after is None else max_tokens,
         "logit_bias": _logit_bias(body.logit_bias or {}, vocab_size),
         "seed": seed,
         "stop_token_ids": stop_token_ids,
         "num_logprobs": num_logprobs,
         "num_prompt_logprobs": num_logprobs if scores_prompt else None,
     }
-    return SamplingParams(**values)
+    return [SamplingParams(**values | length) for length in lengths]
+
+
+def _lengths(body: CompletionBody | ChatBody, num_prompt_tokens: int, limits: SchedulerConfig) -> dict[str, int]:
+    """`max_tokens` and `min_tokens` for one prompt."""
+    max_tokens = _max_tokens(body, num_prompt_tokens, limits)
+    _check_at_most("min_tokens", body.min_tokens, max_tokens)
+    if body.end_after is None:
+        return {"max_tokens": max_tokens, "min_tokens": body.min_tokens}
+    _check_at_most("end_after", body.end_after, max_tokens)
+    # Where the request says where its text ends, the model may not.
+    return {"max_tokens": max_tokens, "min_tokens": max_tokens}
 
 
 def _max_tokens(body: CompletionBody | ChatBody, num_prompt_tokens: int, limits: SchedulerConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -32,6 +33,7 @@ from shoal.server.setup import build_service
 logger = logging.getLogger("shoal")
 
 STATISTICS_SECONDS = 10.0
+CLOSE_SECONDS = 2.0  # after a drain, in which clients may read the ends of their answers
 
 
 async def serve(settings: Settings) -> None:
@@ -48,6 +50,8 @@ async def serve(settings: Settings) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
         service, client = build_service(settings)
+        gc.collect()
+        gc.freeze()  # what is loaded stays; no collection need look at it again
         if settings.engine.trace is not None:
             begin_trace(settings.engine.trace)
         supervisor = EngineSupervisor(settings, client)
@@ -70,6 +74,7 @@ async def serve(settings: Settings) -> None:
             starting.cancel()
             await runner.stop()
             await supervisor.stop()
+            await service.templates.close()
             await asyncio.gather(serving, starting, statistics, return_exceptions=True)
             await service.batches.close()
             logger.info("stopped after %.1f s", time.monotonic() - began)
@@ -133,6 +138,14 @@ class GracefulServer(uvicorn.Server):
         while not draining.done() and not self.force_exit:
             await asyncio.wait((draining,), timeout=0.1)
         draining.cancel()
+        self._client.close()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=CLOSE_SECONDS)
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, Connection)
+            connection.cut_off()
+        for task in self.server_state.tasks:
+            task.cancel()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.model.record import ModelConfig
@@ -22,11 +21,9 @@ from shoal.server.metrics import Metrics
 from shoal.server.sampling import check_token_ids
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
+from shoal.server.templates import TemplateRenderer
 from shoal.server.wire.requests import CompletionBody, Message
-
-T = TypeVar("T")
-# This many characters or tokens take a few milliseconds at most; more would hold up the event loop.
-INLINE_UNITS = 4096
+from shoal.server.work import off_the_loop
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Service:
     config: ModelConfig
     defaults: GenerationDefaults
     tokenizer: Tokenizer
+    templates: TemplateRenderer
     engine: SharedEngine
     metrics: Metrics
     batches: Batches
@@ -89,26 +87,21 @@ class Service:
             )
         return wanted != "off" and method != "off"
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenize, without holding up others if the text is long."""
-        (token_ids,) = await self.encode_all([text], add_special_tokens=add_special_tokens)
-        return token_ids
-
     async def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` for each of many texts, which are long together even where each is short."""
+        """The tokens of texts, without holding up others if they are long together."""
 
         def work() -> list[list[int]]:
             return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
-        return await _off_the_loop(work, sum(map(len, texts)))
+        return await off_the_loop(work, *map(len, texts))
 
-    async def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of tokens, without holding up others if they are many."""
+    async def decode_all(self, lists: Sequence[list[int]], *, skip_special_tokens: bool = True) -> list[str]:
+        """The texts of lists of tokens, without holding up others if they are many."""
 
-        def work() -> str:
-            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        def work() -> list[str]:
+            return [self.tokenizer.decode(one, skip_special_tokens=skip_special_tokens) for one in lists]
 
-        return await _off_the_loop(work, len(token_ids))
+        return await off_the_loop(work, *map(len, lists))
 
     def check_chars(self, num_chars: int) -> None:
         """Refuse a text that is too long for the context whatever its tokens are, before they are made.
@@ -130,15 +123,11 @@ class Service:
         """Apply the chat template; the text and its tokens.  See `Tokenizer.encode_chat`.
 
         Raises:
-            InvalidRequestError: the template refuses the messages, or they are too long.
+            InvalidRequestError: the template refuses the messages or takes too much, or they are too long.
         """
         self.check_chars(sum(message.num_chars for message in messages))
-        return await asyncio.to_thread(
-            self.tokenizer.encode_chat,
-            [message.for_template() for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            parses_special=parses_special,
-        )
+        said = [message.for_template() for message in messages]
+        return await self.templates.encode(said, add_generation_prompt, parses_special=parses_special)
 
     async def completion_prompts(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
         """The prompts of a body, of any of the four kinds, as text and tokens.
@@ -154,9 +143,9 @@ class Service:
             case [str(), *_] if len(kinds) == 1:
                 return await self._encoded(prompt)
             case [int(), *_] | [] if len(kinds) <= 1:
-                return [await self._decoded(prompt)]
+                return await self._decoded([prompt])
             case [list(), *_] if len(kinds) == 1:
-                return [await self._decoded(token_ids) for token_ids in prompt]
+                return await self._decoded(prompt)
         raise InvalidRequestError(
             "prompt: expected only texts, only token ids, or only lists of token ids", param="prompt"
         )
@@ -168,15 +157,11 @@ class Service:
             self.check_chars(len(text))
         return list(zip(texts, await self.encode_all(texts), strict=True))
 
-    async def _decoded(self, token_ids: list[int]) -> tuple[str, list[int]]:
-        check_request(self.engine.ready.limits, len(token_ids), 0)
-        check_token_ids("prompt", token_ids, self.config.vocab_size)
-        return await self.decode(token_ids), token_ids
-
-
-async def _off_the_loop(work: Callable[[], T], num_units: int) -> T:
-    """Do what takes the longer the more characters or tokens it is about; in a thread if they are many."""
-    return work() if num_units <= INLINE_UNITS else await asyncio.to_thread(work)
+    async def _decoded(self, lists: list[list[int]]) -> list[tuple[str, list[int]]]:
+        for token_ids in lists:
+            check_request(self.engine.ready.limits, len(token_ids), 0)
+            check_token_ids("prompt", token_ids, self.config.vocab_size)
+        return list(zip(await self.decode_all(lists), lists, strict=True))
 
 
 def new_id(prefix: str) -> str:

@@ -19,6 +19,7 @@ from shoal.server.metrics import Metrics
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
+from shoal.server.templates import TemplateRenderer
 
 
 def build_service(settings: Settings) -> tuple[Service, EngineClient]:
@@ -51,6 +52,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         config=load_config(opened),
         defaults=load_generation_defaults(opened),
         tokenizer=tokenizer,
+        templates=TemplateRenderer(tokenizer),
         engine=engine,
         metrics=metrics,
         batches=Batches(settings.server.data_folder),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +10,7 @@ from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from shoal.scheduler.output import FinishReason, RequestOutput, TokenLogprobs
 from shoal.server.engine.journal import Journal
 
+MAX_SCORED = 64  # tokens of one delta of a prompt's echo, so that none takes long to make into an answer
 NUM_CONTEXT_TOKENS = 8  # of the prompt, before which a token's text depends on nothing
 
 
@@ -100,11 +101,20 @@ class Choice:
         # Some tokenizers write a token otherwise at the start of a text than in the middle of it.
         self._detokenizer.push(journal.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:])
 
-    def feed(self, output: RequestOutput) -> Delta:
-        """The text of a piece of news.  After a stop string the choice is finished, whatever the engine still does."""
+    def feed(self, output: RequestOutput) -> Iterator[Delta]:
+        """The text of a piece of news: one delta, or several where it comes with the echo of a long prompt.
+
+        After a stop string the choice is finished, whatever the engine still does.
+        """
         delta = Delta(self.index, "")
         if self._echo is not None and (output.token_ids or output.finish_reason):
-            self._echo_prompt(delta, self._echo)
+            for part in self._echoed(self._echo):
+                if delta.text or delta.scored:
+                    yield delta
+                delta = part
+        yield self._take(output, delta)
+
+    def _take(self, output: RequestOutput, delta: Delta) -> Delta:
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
             if output.logprobs:
@@ -137,13 +147,17 @@ class Choice:
         delta.finish_reason = reason
         return delta
 
-    def _echo_prompt(self, delta: Delta, prompt: str) -> None:
+    def _echoed(self, prompt: str) -> Iterator[Delta]:
         self._echo = None
-        delta.text = prompt
         self._num_chars = len(prompt)
+        delta = Delta(self.index, prompt)
         if self.journal.request.params.num_prompt_logprobs is not None:
             detokenizer, offset = IncrementalDetokenizer(self._tokenizer), 0
             logprobs = [None, *self.journal.prompt_logprobs]
             for token_id, entry in zip(self.journal.request.prompt_token_ids, logprobs, strict=True):
+                if len(delta.scored) == MAX_SCORED:
+                    yield delta
+                    delta = Delta(self.index, "")
                 delta.scored.append(Scored(token_id, offset, entry))
                 offset += len(detokenizer.push([token_id]))
+        yield delta

@@ -15,7 +15,7 @@ PYTHON = """\
 #!/bin/sh
 case "$1 $2" in
     "-c "*) exit ${TOO_OLD:-0};;
-    "-m venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip;;
+    "-m venv") mkdir -p .venv/bin; for name in python pip shoal; do cp "$0" .venv/bin/$name; done;;
     "-m pip") echo "$@" >> calls; until [ -e go ]; do sleep 0.02; done;;
     "-m pytest") echo "$@" >> calls; echo "output of $@"; case "$@" in *${FAILS:-none}*) exit 1;; esac;;
     "-m shoal.model.native.build") echo "$@" >> calls; exit ${NO_COMPILER:-0};;
@@ -55,19 +55,20 @@ def calls(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines()
 
 
-def test_two_at_once_take_turns_and_install_once(folder: Path) -> None:
-    first = make(folder, "native")
+@pytest.mark.parametrize("target", ["native", "serve"])
+def test_two_at_once_take_turns_and_install_once(target: str, folder: Path) -> None:
+    first = make(folder, target)
     while not (folder / "calls").exists():
         assert first.poll() is None, finish(first)
         time.sleep(0.02)
-    second = make(folder, "native")
+    second = make(folder, target)
     assert second.stdout is not None
     assert second.stdout.readline() == "make: waiting for another make in this folder\n"
     (folder / "go").touch()
     assert [finish(first)[0], finish(second)[0]] == [0, 0]
     install, *builds = calls(folder)
     assert install == "-m pip install -qq --disable-pip-version-check --editable ."
-    assert builds == ["-m shoal.model.native.build --only best"] * 2
+    assert builds == [f"-m shoal.model.native.build{' --only best' if target == 'native' else ''}"] * 2
 
 
 def test_it_says_what_it_installs_and_only_when_it_does(folder: Path) -> None:

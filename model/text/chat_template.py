@@ -24,9 +24,9 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """The compiled chat templates of a checkpoint.
+    """The chat templates of a checkpoint, compiled when they are first rendered, for that may compute anything.
 
-    Args:
+    Attributes:
         sources: template text by name; "default" is the usual one; "tool_use" replaces it if tools are given.
         variables: for every rendering, such as `bos_token`.
 
@@ -35,11 +35,13 @@ class ChatTemplate:
     """
 
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any]) -> None:
-        environment = _environment()
-        self._variables = dict(variables)
+        self.sources, self.variables = dict(sources), dict(variables)
+        self._environment = _environment()
+        self._compiled: dict[str, jinja2.Template] = {}
         try:
-            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
-        except jinja2.TemplateError as error:
+            for source in sources.values():
+                self._environment.parse(source)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template is not valid: {error}", param="chat_template") from error
 
     def render(
@@ -59,15 +61,19 @@ class ChatTemplate:
 
         Raises:
             InvalidRequestError: there is no template, or it refuses the messages.
+            MemoryError: the template wants too much.
         """
-        template = self._templates.get("tool_use") if tools else None
-        template = template or self._templates.get("default")
-        if template is None:
+        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        if name not in self.sources:
             raise InvalidRequestError("the model has no chat template; use /v1/completions", param="messages")
-        names = {**self._variables, "documents": None, **variables}
+        names = {**self.variables, "documents": None, **variables}
         names |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return template.render(names)
+            if name not in self._compiled:
+                self._compiled[name] = self._environment.from_string(self.sources[name])
+            return self._compiled[name].render(names)
+        except MemoryError:
+            raise
         except Exception as error:  # a template may raise anything; the messages are the cause
             raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -29,6 +30,7 @@ class Tokenizer:
     Attributes:
         is_byte_level: whether every token is a run of bytes and a text is their concatenation.
         max_token_chars: length of the longest token, which is as many characters at most.
+        chat_template: of the checkpoint.
         apply_chat_template: see `ChatTemplate.render`.
         bos_token_id, eos_token_id: as `tokenizer_config.json` names them, else None.
     """
@@ -67,7 +69,8 @@ class Tokenizer:
         self.is_byte_level = "ByteLevel" in decoders
         self._anchor = _anchor(tokenizer, vocabulary)
         self._token_bytes: dict[int, bytes] = {}
-        self.apply_chat_template = ChatTemplate(chat_templates or {}, special_tokens).render
+        self.chat_template = ChatTemplate(chat_templates or {}, special_tokens)
+        self.apply_chat_template = self.chat_template.render
         self.bos_token_id = vocabulary.get(special_tokens.get("bos_token", ""))
         self.eos_token_id = vocabulary.get(special_tokens.get("eos_token", ""))
 
@@ -121,18 +124,34 @@ class Tokenizer:
         Raises:
             InvalidRequestError: see `ChatTemplate.render` and `encode`.
         """
+        masked, mask = (messages, "") if parses_special else self.mask_special(messages)
+        return self.encode_rendered(self.apply_chat_template(masked, add_generation_prompt=add_generation_prompt), mask)
+
+    def mask_special(self, messages: Sequence[Mapping[str, str]]) -> tuple[Sequence[Mapping[str, str]], str]:
+        """Messages in which two letters that nobody uses split each special token, and these letters.
+
+        There are none if the messages spell no special token, and then they stay as they are.
+        """
         spelt = "".join(value for message in messages for value in message.values())
-        if parses_special or not self._special_pattern.search(spelt):
-            text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-            return text, self.encode(text, add_special_tokens=False)
-        # A letter that nobody uses splits what messages spell; special tokens that are left are the template's.
-        mask = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in spelt)
+        if not self._special_pattern.search(spelt):
+            return messages, ""
+        mask = ""
+        while mask in spelt:  # of so many pairs no text has more than a part
+            mask = "".join(map(chr, random.choices(range(0xE000, 0xF900), k=2)))
 
         def split(value: str) -> str:
             return self._special_pattern.sub(lambda found: f"{found[0][0]}{mask}{found[0][1:]}", value)
 
-        masked = [{name: split(value) for name, value in message.items()} for message in messages]
-        text = self.apply_chat_template(masked, add_generation_prompt=add_generation_prompt)
+        return [{name: split(value) for name, value in message.items()} for message in messages], mask
+
+    def encode_rendered(self, text: str, mask: str) -> tuple[str, list[int]]:
+        """A text without the mask of `mask_special`, and its token ids: special tokens in it are the template's.
+
+        Raises:
+            InvalidRequestError: see `encode`.
+        """
+        if not mask:
+            return text, self.encode(text, add_special_tokens=False)
         token_ids: list[int] = []
         start = 0
         for found in self._special_pattern.finditer(text):

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.errors import error_body
+from shoal.server.routes.pieces import whole_body
 from shoal.server.wire.batches import MAX_LINES, BatchError, InputLine
 from shoal.server.wire.requests import MAX_PRIORITY, MAX_SLO_MS, parse_body
 
@@ -53,7 +54,7 @@ def answered(custom_id: str, response: Response) -> bytes:
     answer = {
         "status_code": response.status_code,
         "request_id": response.headers.get("x-request-id", ""),
-        "body": Raw(bytes(response.body)),
+        "body": Raw(whole_body(response)),
     }
     return _output_line(custom_id, answer, None)
 

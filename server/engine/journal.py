@@ -66,13 +66,15 @@ class Journal:
             self.output_token_ids += output.token_ids
 
 
-# Tokens and alternatives that may wait for one client, some MiB in memory; and how many of them are handed out at once,
-# so that a client which reads again after a while does not hold up others.
-MAX_BACKLOG, MAX_PORTION = 65536, 1024
+# Tokens and alternatives that may wait for one client, some MiB in memory; and how many of them, of how many outputs,
+# are handed out at once, so that a client which reads again after a while does not hold up others.
+MAX_BACKLOG, MAX_PORTION, MAX_OUTPUTS = 65536, 1024, 128
 
 
 class Submission:
     """Requests that were submitted together, and one stream of the outputs of all of them."""
+
+    max_backlog: float = MAX_BACKLOG  # whoever waits for all of it takes the limit away
 
     def __init__(self, requests: Sequence[EngineRequest], engine: str, arrival_time: float) -> None:
         self.journals = {request.request_id: Journal(request, engine, arrival_time) for request in requests}
@@ -89,7 +91,7 @@ class Submission:
         self._backlog += _size(output)
         if output.finish_reason is FinishReason.ERROR:
             self.fail(EngineError(f"the engine failed on this request: {output.error}"))
-        elif self._backlog > MAX_BACKLOG:
+        elif self._backlog > self.max_backlog:
             self.fail(SlowClientError(f"the client does not read: {self._backlog} tokens and alternatives wait for it"))
         else:
             self._news.append(output)
@@ -111,7 +113,7 @@ class Submission:
         await self._arrived.wait()
         portion: list[RequestOutput] = []
         size = 0
-        while self._news and size < MAX_PORTION:
+        while self._news and size < MAX_PORTION and len(portion) < MAX_OUTPUTS:
             portion.append(self._news.popleft())
             size += _size(portion[-1])
         self._backlog -= size

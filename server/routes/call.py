@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
 from shoal.server.generation import Generation
-from shoal.server.routes.answer import EventStream, unless_disconnected, whole
+from shoal.server.routes.answer import EventStream, unless_disconnected
+from shoal.server.routes.pieces import Entries, filled, in_pieces
 from shoal.server.routes.streams import hold, is_held, only_event
 from shoal.server.sampling import resolve_seed
 from shoal.server.service import Service, new_id, unix_time
 from shoal.server.terms import resolve_terms
+from shoal.server.text import Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
@@ -57,11 +59,22 @@ class Call(ABC, Generic[Body]):
             return await hold(self.service, self.request, self.id, headers, events, is_stream=self.body.stream)
         if self.body.stream:
             return EventStream(self.chunks(), self.id, headers)
-        return whole(await unless_disconnected(self.request.receive, self.complete()), headers)
+        return in_pieces(await unless_disconnected(self.request.receive, self.complete()) or [], headers)
+
+    async def complete(self) -> list[bytes | bytearray]:
+        """The whole answer, in pieces."""
+        shapes = [self.logprobs([]) for _ in range(self.generation.num_choices)]
+        entries = Entries(shapes)
+        deltas = await self.generation.complete(lambda index, scored: entries.add(index, self.logprobs(scored)))
+        return filled(self.assemble(deltas, shapes), entries.encoded())
 
     @abstractmethod
-    async def complete(self) -> msgspec.Struct:
-        """The whole answer."""
+    def logprobs(self, scored: list[Scored]) -> msgspec.Struct | None:
+        """The shape of log-probabilities, if they were asked for."""
+
+    @abstractmethod
+    def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> msgspec.Struct:
+        """The whole answer of all choices and the shapes of their log-probabilities."""
 
     @abstractmethod
     def chunks(self) -> AsyncGenerator[list[bytes], None]:

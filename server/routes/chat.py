@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -47,10 +48,10 @@ def chat_router(service: Service) -> APIRouter:
 class _ChatCall(Call[ChatBody]):
     id_prefix = "chatcmpl"
 
-    async def complete(self) -> ChatCompletion:
+    def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> ChatCompletion:
         choices = [
-            ChatChoice(choice.index, ChatMessage(choice.text), self._logprobs(choice.scored), choice.finish_reason)
-            for choice in await self.generation.complete()
+            ChatChoice(delta.index, ChatMessage(delta.text), shape, delta.finish_reason)
+            for delta, shape in zip(deltas, logprobs, strict=True)
         ]
         usage = self.generation.usage
         return ChatCompletion(self.id, self.created, self.service.model_name, choices, usage, self.seed)
@@ -71,7 +72,7 @@ class _ChatCall(Call[ChatBody]):
         choices = []
         if delta.text or delta.scored:
             text = ChatDelta(content=delta.text)
-            choices.append(ChatChunkChoice(delta.index, text, self._logprobs(delta.scored), None))
+            choices.append(ChatChunkChoice(delta.index, text, self.logprobs(delta.scored), None))
         if delta.finish_reason:
             choices.append(ChatChunkChoice(delta.index, ChatDelta(), None, delta.finish_reason))
         return choices
@@ -84,5 +85,5 @@ class _ChatCall(Call[ChatBody]):
     ) -> ChatCompletionChunk:
         return ChatCompletionChunk(self.id, self.created, self.service.model_name, choices, usage, seed)
 
-    def _logprobs(self, scored: list[Scored]) -> ChatLogprobs | None:
+    def logprobs(self, scored: list[Scored]) -> ChatLogprobs | None:
         return chat_logprobs(self.service.tokenizer, scored) if self.body.logprobs else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -15,9 +16,9 @@ from shoal.server.routes.call import Call, Unset
 from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
-from shoal.server.text import Delta
+from shoal.server.text import Delta, Scored
 from shoal.server.wire.requests import CompletionBody, parse_body
-from shoal.server.wire.responses import Completion, CompletionChoice, Usage
+from shoal.server.wire.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 
 
 def completions_router(service: Service) -> APIRouter:
@@ -37,9 +38,12 @@ def completions_router(service: Service) -> APIRouter:
 class _CompletionCall(Call[CompletionBody]):
     id_prefix = "cmpl"
 
-    async def complete(self) -> Completion:
-        choices = [self._choice(delta) for delta in await self.generation.complete()]
+    def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> Completion:
+        choices = [self._choice(delta, shape) for delta, shape in zip(deltas, logprobs, strict=True)]
         return self._shape(choices, self.generation.usage, self.seed)
+
+    def logprobs(self, scored: list[Scored]) -> CompletionLogprobs | None:
+        return completion_logprobs(self.service.tokenizer, scored) if self.body.logprobs is not None else None
 
     async def chunks(self) -> AsyncGenerator[list[bytes], None]:
         seed: int | Unset = self.seed
@@ -47,15 +51,14 @@ class _CompletionCall(Call[CompletionBody]):
             async for deltas in steps:
                 events = []
                 for delta in deltas:
-                    events.append(event(self._shape([self._choice(delta)], self.usage_in_chunks, seed)))
+                    choice = self._choice(delta, self.logprobs(delta.scored))
+                    events.append(event(self._shape([choice], self.usage_in_chunks, seed)))
                     seed = msgspec.UNSET  # reported once
                 yield events
         if self.include_usage:
             yield [event(self._shape([], self.generation.usage))]
 
-    def _choice(self, delta: Delta) -> CompletionChoice:
-        asked = self.body.logprobs is not None
-        logprobs = completion_logprobs(self.service.tokenizer, delta.scored) if asked else None
+    def _choice(self, delta: Delta, logprobs: CompletionLogprobs | None) -> CompletionChoice:
         return CompletionChoice(delta.index, delta.text, logprobs, delta.finish_reason)
 
     def _shape(

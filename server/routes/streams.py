@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import wraps
 from hashlib import sha256
 
@@ -12,7 +12,8 @@ from starlette.responses import Response
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.errors import StreamExpiredError
 from shoal.server.keys import known_key
-from shoal.server.routes.answer import EventStream, encode, unless_disconnected
+from shoal.server.routes.answer import EventStream, unless_disconnected
+from shoal.server.routes.pieces import in_pieces
 from shoal.server.service import Service
 from shoal.server.streams import Answer, Events, Key
 
@@ -97,9 +98,9 @@ async def hold(
     return await deliver(service, request, answer)
 
 
-async def only_event(work: Awaitable[object]) -> Events:
-    """What the work returns, as JSON."""
-    yield [encode(await work)]
+async def only_event(work: Awaitable[Sequence[bytes | bytearray]]) -> Events:
+    """The pieces that the work returns, as one."""
+    yield [b"".join(await work)]
 
 
 async def deliver(
@@ -113,7 +114,7 @@ async def deliver(
     """
     if not answer.is_stream:
         body = await unless_disconnected(request.receive, _whole(service, answer))
-        return Response(body, media_type="application/json", headers=answer.headers)
+        return in_pieces([body] if body else [], answer.headers)
     answer.check(after)
     if after > answer.num_events:  # its end was read too, and a browser's EventSource comes back until it is told so
         return Response(status_code=204, headers=answer.headers)

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.routes.answer import whole
+from shoal.server.routes.pieces import HOLE, encode_entries, filled, in_pieces
 from shoal.server.routes.schema import documented
 from shoal.server.sampling import check_token_ids
 from shoal.server.service import Service
@@ -30,14 +31,16 @@ def tokenize_router(service: Service) -> APIRouter:
                 parses_special=body.parse_special,
             )
         else:
-            tokens = await service.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return whole(TokenizeResult(len(tokens), service.engine.ready.limits.max_model_len, tokens))
+            (tokens,) = await service.encode_all([body.prompt or ""], add_special_tokens=body.add_special_tokens)
+        result = TokenizeResult(len(tokens), service.engine.ready.limits.max_model_len, HOLE)
+        return in_pieces(filled(result, [await encode_entries(tokens)]))
 
     @router.post("/detokenize", openapi_extra=documented(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         body = parse_body(DetokenizeBody, await request.body())
         service.check_model(body.model)
         check_token_ids("tokens", body.tokens, service.config.vocab_size)
-        return whole(DetokenizeResult(await service.decode(body.tokens, skip_special_tokens=False)))
+        (text,) = await service.decode_all([body.tokens], skip_special_tokens=False)
+        return whole(DetokenizeResult(text))
 
     return router

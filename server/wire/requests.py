@@ -24,13 +24,17 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 256
+MAX_MESSAGES = 4096
+MAX_TOKENIZED_CHARS = 2_097_152
 MAX_PRIORITY = 1000
 MAX_SLO_MS = 3_600_000
 MAX_TIMEOUT_SECONDS = 86_400
 MAX_ENTRIES = 1024  # of `logit_bias` and `stop_token_ids`
 MAX_INT = 2**31 - 1  # the engine's integers have 32 bits
 MAX_SEED = 2**64 - 1
-MAX_VALUES = 400_000  # of a body: a list of more tokens than any context holds would take long to read
+# How often a body may have a byte, its texts included, for it would take long to read: lists of more tokens than any
+# context holds, more lists or more fields than any request has.
+MAX_BYTES = {b",": 400_000, b"[": 50_000, b":": 50_000}
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
@@ -173,7 +177,7 @@ class ResponseFormat(Body):
     type: Literal["text"]
 
 
-Messages = Annotated[list[Message], Meta(min_length=1)]
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -201,7 +205,7 @@ class TokenizeBody(Body):
     """POST /tokenize: a prompt, or the messages of a chat."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Annotated[str, Meta(max_length=MAX_TOKENIZED_CHARS)] | None = None
     messages: Messages | None = None
     parse_special: bool = False
     add_special_tokens: bool = True
@@ -237,8 +241,9 @@ def parse_body(kind: type[Kind], raw: bytes) -> Kind:
     Raises:
         InvalidRequestError: it is not JSON, or a field is missing, unknown, of the wrong type or out of range.
     """
-    if raw.count(b",") > MAX_VALUES:
-        raise InvalidRequestError(f"the request body has more than {MAX_VALUES} values, which nothing can need")
+    for byte, most in MAX_BYTES.items():
+        if raw.count(byte) > most:
+            raise InvalidRequestError(f"the request body has more than {most} times {byte.decode()!r}")
     try:
         body: Kind = _decoder(kind).decode(raw)
     except msgspec.ValidationError as error:

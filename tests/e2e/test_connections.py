@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,6 +102,42 @@ def test_pipelined_requests_are_answered_in_order_up_to_a_limit(server: Server) 
 def test_a_body_that_is_not_read_does_not_cost_the_answer(server: Server, path: bytes, size: int, status: int) -> None:
     head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % (path, size)
     assert int(exchange(server, head + b"x" * size).split()[1]) == status
+
+
+@pytest.mark.parametrize("extra", [b"", b"connection: close\r\n"])
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+@pytest.mark.parametrize("framing", [b"content-length: 4000000", b"transfer-encoding: chunked"])
+def test_a_missing_key_is_told_although_the_body_is_still_sent(
+    strict: Server, extra: bytes, version: bytes, framing: bytes
+) -> None:
+    """The client sends all of its body, however long that takes, before it reads."""
+    head = b"POST /v1/completions HTTP/%s\r\nhost: localhost\r\n%s%s\r\n\r\n" % (version, extra, framing)
+    with connect(strict.port) as connection:
+        connection.sendall(head)
+        for _ in range(40):
+            connection.sendall(b"x" * 100_000 if b"length" in framing else b"186a0\r\n%s\r\n" % (b"x" * 100_000))
+            time.sleep(0.01)
+        connection.sendall(b"" if b"length" in framing else b"0\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(65536)
+        closes = bool(extra) or version == b"1.0"
+        if closes:
+            assert connection.recv(65536) == b""
+        else:
+            connection.sendall(HEAD + b"\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 ")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 401")
+    assert (b"connection: close" in head) == closes
+    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+
+
+def test_a_refused_body_is_not_read_for_ever(server: Server) -> None:
+    with connect(server.port) as connection, pytest.raises(ConnectionError):
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % 10**12)
+        while True:
+            connection.sendall(b"x" * 1_000_000)
 
 
 def test_connections_beyond_the_limit_are_told_so(tmp_path: Path, cycle_folder: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -77,6 +80,32 @@ def test_a_drain_ends(start: StartServer, signals: list[signal.Signals]) -> None
     assert server.wait() == 0
     assert not command_line(engine)
     assert nothing_left(server)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_client_that_never_reads_does_not_keep_a_server_from_its_end(start: StartServer, signals: int) -> None:
+    server = start("--drain-seconds", "0.2" if signals == 1 else "280").wait_ready()
+    asked = LONG | {"max_tokens": 4000, "stream": True, "logprobs": 20}
+    whole = LONG | {"max_tokens": 600, "n": 8, "logprobs": 20}
+    with contextlib.ExitStack() as unread:
+        for body in (asked, whole):
+            content = json.dumps(body).encode()
+            client = unread.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
+            client.sendall(head.encode() + content)
+        server.until("all is computed", lambda: server.metric("generation_tokens_total") > 8 * 600)
+        server.until("it waits for them", lambda: server.metric("num_requests_running") == 0)
+        waiting = Waiting(server, COMPLETIONS, **LONG, max_tokens=16_000)
+        server.until("it runs", lambda: server.metric("num_requests_running") == 1)
+        for number in range(signals):
+            server.until("it drains", lambda number=number: number == 0 or unavailable(server))
+            server.signal(signal.SIGTERM)
+        assert waiting.answer().status_code in (200, 503)
+        assert server.wait() == 0
+    assert "Traceback" not in server.log
+    assert "shutdown exceeded" not in server.log
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.2])

@@ -100,6 +100,7 @@ class World:
     async def stop(self) -> None:
         await self.runner.stop()
         await self.batches.close()
+        await self.service.templates.close()
 
     async def batch(self, bodies: dict[str, dict[str, Any]], *, owner: str = "", **options: Any) -> str:
         """Upload and create a batch; returns its id."""

@@ -53,5 +53,10 @@ def test_the_servers_own_page_sends_json() -> None:
     assert status("POST", own | {"content-type": "text/plain"}) == 403
 
 
+@pytest.mark.parametrize("headers", [{"host": "["}, {"host": "[::1"}, {"origin": "http://["}, {"origin": "//[x]"}])
+def test_headers_that_are_no_addresses_are_refused(headers: dict[str, str]) -> None:
+    assert status("GET", headers) == 403
+
+
 def test_what_is_no_browser_may_leave_all_that_out() -> None:
     assert status("POST", {"content-type": "application/x-www-form-urlencoded"}) == 200

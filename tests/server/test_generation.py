@@ -13,7 +13,7 @@ from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
 from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import EngineRequest
-from shoal.server.text import Choice, Delta
+from shoal.server.text import MAX_SCORED, Choice, Delta
 
 EOS = 256
 
@@ -46,7 +46,7 @@ def feed(choice: Choice, token_ids: list[int], cuts: list[int], reason: FinishRe
     deltas = []
     for start, end in itertools.pairwise(bounds):
         is_last = end == len(token_ids)
-        deltas.append(choice.feed(RequestOutput("a", token_ids[start:end], reason if is_last else None)))
+        deltas += choice.feed(RequestOutput("a", token_ids[start:end], reason if is_last else None))
         if choice.is_finished:
             break
     return deltas
@@ -83,13 +83,25 @@ def test_an_echo_with_logprobs_comes_before_the_first_token() -> None:
     one = choice([], prompt="pé", echo=True, num_logprobs=0)
     scores = [TokenLogprobs(-float(i), i + 1, [], []) for i in range(4)]
     one.journal.prompt_logprobs += scores[:2]
-    assert one.feed(RequestOutput("a", [], prompt_logprobs=scores[:2])).text == ""
-    delta = one.feed(RequestOutput("a", TOKENIZER.encode("ab"), FinishReason.LENGTH, logprobs=scores[2:]))
+    assert [delta.text for delta in one.feed(RequestOutput("a", [], prompt_logprobs=scores[:2]))] == [""]
+    (delta,) = one.feed(RequestOutput("a", TOKENIZER.encode("ab"), FinishReason.LENGTH, logprobs=scores[2:]))
     assert (delta.text, delta.finish_reason) == ("péab", "length")
     assert [scored.logprobs for scored in delta.scored] == [None, *scores]
     assert [scored.text_offset for scored in delta.scored] == [0, 1, 1, 2, 3]
 
 
 def test_an_answer_of_no_tokens_has_its_echo() -> None:
-    delta = choice([], prompt="p", echo=True).feed(RequestOutput("a", [], FinishReason.LENGTH))
+    (delta,) = choice([], prompt="p", echo=True).feed(RequestOutput("a", [], FinishReason.LENGTH))
     assert (delta.text, delta.finish_reason, delta.scored) == ("p", "length", [])
+
+
+def test_the_echo_of_a_long_prompt_comes_in_parts() -> None:
+    one = choice([], prompt="é" * MAX_SCORED, echo=True, num_logprobs=0)
+    scores = [TokenLogprobs(-float(i), i + 1, [], []) for i in range(2 * MAX_SCORED)]
+    one.journal.prompt_logprobs += scores[1:]
+    deltas = list(one.feed(RequestOutput("a", TOKENIZER.encode("a"), logprobs=scores[:1])))
+    assert "".join(delta.text for delta in deltas) == "é" * MAX_SCORED + "a"
+    assert [len(delta.scored) for delta in deltas] == [MAX_SCORED, MAX_SCORED + 1]
+    scored = [one for delta in deltas for one in delta.scored]
+    assert [one.logprobs for one in scored] == [None, *scores[1:], scores[0]]
+    assert [one.text_offset for one in scored] == [at // 2 for at in range(2 * MAX_SCORED)] + [MAX_SCORED]

@@ -23,15 +23,16 @@ def resolve(
     limits: SchedulerConfig = LIMITS,
     eos_token_ids: tuple[int, ...] = (1, 2),
 ) -> SamplingParams:
-    return resolve_sampling(
+    (params,) = resolve_sampling(
         body,
         seed=5,
-        num_prompt_tokens=num_prompt_tokens,
+        prompt_lens=[num_prompt_tokens],
         limits=limits,
         vocab_size=50,
         eos_token_ids=eos_token_ids,
         defaults=defaults or GenerationDefaults(),
     )
+    return params
 
 
 def completion(**fields: Any) -> CompletionBody:

@@ -1,0 +1,73 @@
+"""The process that renders chat templates: `python -m shoal.server.rendering`; `server/templates.py` starts it.
+
+A template comes with the weights.  The sandbox keeps it from touching anything, but not from looping for ever, or from
+making a text of a gigabyte, maybe in a single operation that no thread can interrupt.  So it runs here, and the system
+ends this process where a template takes too much.
+
+Standard input has a line of JSON for the templates, and one for each conversation, whose answer is a line on standard
+output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+import sys
+
+import msgspec
+
+from shoal.model.text.chat_template import ChatTemplate
+from shoal.scheduler.errors import InvalidRequestError
+
+SECONDS, MAX_BYTES, MAX_CHARS = 2.0, 512 * 1024 * 1024, 8 * 1024 * 1024
+
+MAX_REFUSAL_CHARS = 1000
+
+
+class Templates(msgspec.Struct):
+    """The first line: the arguments of `ChatTemplate`."""
+
+    sources: dict[str, str]
+    variables: dict[str, str]
+
+
+class Conversation(msgspec.Struct):
+    """What to render: arguments of `ChatTemplate.render`."""
+
+    messages: list[dict[str, str]]
+    add_generation_prompt: bool
+
+
+class Rendered(msgspec.Struct):
+    """The text, or why the template refuses the messages."""
+
+    text: str = ""
+    refusal: str | None = None
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are the server's; this ends with it
+        signal.signal(number, signal.SIG_IGN)
+    lines = sys.stdin.buffer
+    templates = msgspec.json.decode(lines.readline(), type=Templates)
+    template = ChatTemplate(templates.sources, templates.variables)
+    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    for line in lines:
+        asked = msgspec.json.decode(line, type=Conversation)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing; then a signal that nobody handles ends this
+        try:
+            text = template.render(asked.messages, add_generation_prompt=asked.add_generation_prompt)
+            rendered = Rendered(text)
+        except InvalidRequestError as error:
+            rendered = Rendered(refusal=error.message[:MAX_REFUSAL_CHARS])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        if len(rendered.text) > MAX_CHARS:
+            sys.exit(1)
+        sys.stdout.buffer.write(msgspec.json.encode(rendered) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
