@@ -332,7 +332,7 @@ async def rage(server: ServerProcess, seconds: float, users: int, seed: int, kil
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=8, keepalive_expiry=1.0)
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits, trust_env=False) as http:
         warm = Chaos(server, http, seed + 1, kills_apart=1e9)
-        await warm.run(min(20.0, seconds / 4), users)
+        await warm.run(min(60.0, seconds / 4), users)
         await asyncio.sleep(2.0)  # connections that nobody uses end
         before = await warm.state()
         chaos = Chaos(server, http, seed, kills_apart)

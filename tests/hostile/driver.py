@@ -103,7 +103,7 @@ class Siege:
         async with asyncio.timeout(PATIENCE):
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             try:
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(OSError):  # the server may have closed already
                     writer.write(sent)
                     if leaves:
                         await asyncio.sleep(0.01)
