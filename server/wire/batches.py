@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Raw, Struct, field
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.server.wire.requests import Body
+from shoal.server.wire.body import Body
 
 MAX_FILE_BYTES = 200 * 2**20
 MAX_LINES = 50_000

@@ -15,16 +15,25 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Raw, Struct, field
+from msgspec import Meta, Raw, field
 
 from shoal.scheduler.errors import InvalidRequestError
+from shoal.server.wire.body import Body
+from shoal.server.wire.conversations import (
+    Messages,
+    Tool,
+    ToolChoice,
+    Tools,
+    Variables,
+    check_tools,
+    check_variables,
+)
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 256
-MAX_MESSAGES = 4096
 MAX_TOKENIZED_CHARS = 2_097_152
 MAX_PRIORITY = 1000
 MAX_SLO_MS = 3_600_000
@@ -44,17 +53,6 @@ Milliseconds = Annotated[float, Meta(gt=0, le=MAX_SLO_MS)]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
-
-
-class Body(Struct, forbid_unknown_fields=True):
-    """A request body, or an object in one."""
-
-    def check(self) -> None:
-        """Refuse what its fields' types cannot say.
-
-        Raises:
-            InvalidRequestError: a field is at fault.
-        """
 
 
 class StreamOptions(Body):
@@ -81,7 +79,7 @@ class SamplingBody(Body):
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     min_tokens: Count = 0
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ENTRIES)] = []
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ENTRIES)] = field(default_factory=list)
     ignore_eos: bool = False
 
     def check(self) -> None:
@@ -146,38 +144,8 @@ class CompletionBody(GenerationBody, kw_only=True):
         return len(self.prompt) if is_list else 1
 
 
-class TextPart(Body, kw_only=True):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body, kw_only=True):
-    """One message of a chat; a content of several text parts is their concatenation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    refusal: str | None = None
-
-    @property
-    def num_chars(self) -> int:
-        if isinstance(self.content, list):
-            return sum(len(part.text) for part in self.content)
-        return len(self.content or "")
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates expect it."""
-        parts = self.content if isinstance(self.content, list) else []
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content} | ({"name": self.name} if self.name else {})
-
-
 class ResponseFormat(Body):
     type: Literal["text"]
-
-
-Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -189,27 +157,49 @@ class ChatBody(GenerationBody, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
     response_format: ResponseFormat | None = None
-    tools: Raw = field(default_factory=Raw)
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: Variables | None = None
     modalities: list[Literal["text"]] | None = None
 
     def check(self) -> None:
         super().check()
-        if bytes(self.tools) not in (b"", b"null", b"[]"):
-            raise InvalidRequestError("tools: tool calls are not supported: leave the list empty", param="tools")
-        self.tools = Raw()
+        check_tools(self.tools or [], self.tool_choice)
+        check_variables(self.chat_template_kwargs or {})
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told of: none if it may not call any."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the request tells the chat template; templates know one of two names for no reasoning at all."""
+        variables: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            variables = {"reasoning_effort": self.reasoning_effort}
+        if self.reasoning_effort == "none":
+            variables["enable_thinking"] = False
+        return variables | (self.chat_template_kwargs or {})
 
 
 class TokenizeBody(Body):
-    """POST /tokenize: a prompt, or the messages of a chat."""
+    """POST /tokenize: a prompt, or the messages of a chat with its tools."""
 
     model: str | None = None
     prompt: Annotated[str, Meta(max_length=MAX_TOKENIZED_CHARS)] | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: Variables | None = None
     parse_special: bool = False
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+
+    def check(self) -> None:
+        check_tools(self.tools or [], None)
+        check_variables(self.chat_template_kwargs or {})
 
 
 class DetokenizeBody(Body, kw_only=True):
