@@ -27,6 +27,7 @@ class Generation:
         api_id: id of the API call, from which the ids of the engine's requests are made.
         seed: choice i of a prompt samples with seed + i.
         terms: on which they are served.
+        grammar: of the texts; empty if they are free.
 
     Raises:
         InvalidRequestError, RateLimitError, QueueFullError, EngineUnavailableError: the call is refused.
@@ -41,6 +42,7 @@ class Generation:
         api_id: str,
         seed: int,
         terms: Terms,
+        grammar: str = "",
     ) -> None:
         self._engine = service.engine
         self._metrics = service.metrics
@@ -75,7 +77,9 @@ class Generation:
         echo = isinstance(body, CompletionBody) and body.echo
         self._choices = {
             request_id: Choice(
-                index, journal, service.tokenizer, body.stop_strings, prompts[index // body.n][0] if echo else None
+                *(index, journal, service.tokenizer, body.stop_strings),
+                echo=prompts[index // body.n][0] if echo else None,
+                shown=service.dialect.shown(body),
             )
             for index, (request_id, journal) in enumerate(self._submission.journals.items())
         }

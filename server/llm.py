@@ -194,7 +194,7 @@ class LLM:
         """The text of the prompt, the seed, and what will come of them."""
         service, seed = self._service, resolve_seed(body)
         if isinstance(body, ChatBody):
-            prompts = [await service.encode_chat(body.messages)]
+            prompts = [await service.encode_chat(service.dialect.conversation(body.messages))]
         else:
             prompts = await service.completion_prompts(body)
         generation = Generation(service, body, prompts, api_id=new_id("llm"), seed=seed, terms=Terms())

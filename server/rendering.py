@@ -14,10 +14,11 @@ import contextlib
 import resource
 import signal
 import sys
+from typing import Any
 
 import msgspec
 
-from shoal.model.text.chat_template import ChatTemplate
+from shoal.model.text.chat_template import ChatTemplate, texts_in
 from shoal.scheduler.errors import InvalidRequestError
 
 SECONDS, MAX_BYTES, MAX_CHARS = 2.0, 512 * 1024 * 1024, 8 * 1024 * 1024
@@ -35,8 +36,15 @@ class Templates(msgspec.Struct):
 class Conversation(msgspec.Struct):
     """What to render: arguments of `ChatTemplate.render`."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     add_generation_prompt: bool
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = {}
+
+    @property
+    def num_chars(self) -> int:
+        """Length of what every template shows."""
+        return sum(map(len, texts_in([[message["content"] for message in self.messages], self.tools])))
 
 
 class Rendered(msgspec.Struct):
@@ -58,8 +66,14 @@ def main() -> None:
         asked = msgspec.json.decode(line, type=Conversation)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing; then a signal that nobody handles ends this
         try:
-            text = template.render(asked.messages, add_generation_prompt=asked.add_generation_prompt)
-            rendered = Rendered(text)
+            rendered = Rendered(
+                template.render(
+                    asked.messages,
+                    add_generation_prompt=asked.add_generation_prompt,
+                    tools=asked.tools,
+                    **asked.variables,
+                )
+            )
         except InvalidRequestError as error:
             rendered = Rendered(refusal=error.message[:MAX_REFUSAL_CHARS])
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -18,11 +18,13 @@ from shoal.server.batches.store import Batches
 from shoal.server.errors import ModelNotFoundError
 from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
+from shoal.server.rendering import Conversation
 from shoal.server.sampling import check_token_ids
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
 from shoal.server.templates import TemplateRenderer
-from shoal.server.wire.requests import CompletionBody, Message
+from shoal.server.tools.dialect import Dialect
+from shoal.server.wire.requests import CompletionBody
 from shoal.server.work import off_the_loop
 
 
@@ -38,6 +40,7 @@ class Service:
     defaults: GenerationDefaults
     tokenizer: Tokenizer
     templates: TemplateRenderer
+    dialect: Dialect
     engine: SharedEngine
     metrics: Metrics
     batches: Batches
@@ -117,17 +120,14 @@ class Service:
                 param="prompt",
             )
 
-    async def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, parses_special: bool = False
-    ) -> tuple[str, list[int]]:
+    async def encode_chat(self, conversation: Conversation, *, parses_special: bool = False) -> tuple[str, list[int]]:
         """Apply the chat template; the text and its tokens.  See `Tokenizer.encode_chat`.
 
         Raises:
             InvalidRequestError: the template refuses the messages or takes too much, or they are too long.
         """
-        self.check_chars(sum(message.num_chars for message in messages))
-        said = [message.for_template() for message in messages]
-        return await self.templates.encode(said, add_generation_prompt, parses_special=parses_special)
+        self.check_chars(conversation.num_chars)
+        return await self.templates.encode(conversation, parses_special=parses_special)
 
     async def completion_prompts(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
         """The prompts of a body, of any of the four kinds, as text and tokens.

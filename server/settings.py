@@ -55,6 +55,20 @@ class ServerConfig(Config):
     key_tokens_per_minute: int | None = setting(
         None, at_least=1, help="Most tokens of an API key in a minute, of prompts and outputs; likewise."
     )
+    tool_format: Literal[
+        "auto",
+        "hermes",
+        "qwen_xml",
+        "llama3",
+        "mistral",
+        "mistral_args",
+        "deepseek",
+        "deepseek_v31",
+        "json",
+    ] = setting("auto", help="How the model writes calls of tools; auto is what its chat template says.")
+    reasoning_format: Literal["auto", "none"] = setting(
+        "auto", help="auto gives thoughts as reasoning_content if the chat template has them; none leaves them as text."
+    )
     data_folder: Path = setting(
         Path("shoal-data"), help="Folder for files and batches, made when the first of them comes."
     )

@@ -20,6 +20,7 @@ from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
 from shoal.server.templates import TemplateRenderer
+from shoal.server.tools.dialect import find_dialect
 
 
 def build_service(settings: Settings) -> tuple[Service, EngineClient]:
@@ -53,6 +54,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         defaults=load_generation_defaults(opened),
         tokenizer=tokenizer,
         templates=TemplateRenderer(tokenizer),
+        dialect=find_dialect(tokenizer, config.tool_format, config.reasoning_format),
         engine=engine,
         metrics=metrics,
         batches=Batches(settings.server.data_folder),

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import msgspec
+from msgspec.structs import replace
 
+from shoal.model.text.chat_template import texts_in
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.rendering import MAX_BYTES, MAX_CHARS, SECONDS, Conversation, Rendered, Templates
@@ -27,9 +28,7 @@ class TemplateRenderer:
         self._process: Process | None = None
         self._turn = asyncio.Lock()
 
-    async def encode(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, *, parses_special: bool
-    ) -> tuple[str, list[int]]:
+    async def encode(self, conversation: Conversation, *, parses_special: bool) -> tuple[str, list[int]]:
         """The text of a conversation and its tokens: see `Tokenizer.encode_chat`.
 
         Raises:
@@ -37,12 +36,14 @@ class TemplateRenderer:
         """
         mask = ""
         if not parses_special:
-            num_chars = sum(len(value) for message in messages for value in message.values())
-            messages, mask = await off_the_loop(partial(self._tokenizer.mask_special, messages), num_chars)
-        text = await self.render(messages, add_generation_prompt=add_generation_prompt)
+            given = {name: getattr(conversation, name) for name in ("messages", "tools", "variables")}
+            num_chars = sum(map(len, texts_in(given)))
+            masked, mask = await off_the_loop(partial(self._tokenizer.mask_special, given), num_chars)
+            conversation = replace(conversation, **masked)
+        text = await self.render(conversation)
         return await off_the_loop(partial(self._tokenizer.encode_rendered, text, mask), len(text))
 
-    async def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    async def render(self, conversation: Conversation) -> str:
         """The text of a conversation: see `ChatTemplate.render`.
 
         Raises:
@@ -50,7 +51,7 @@ class TemplateRenderer:
         """
         async with self._turn:
             try:
-                line = await self._ask(Conversation([dict(message) for message in messages], add_generation_prompt))
+                line = await self._ask(conversation)
             except BaseException:
                 await self.close()
                 raise

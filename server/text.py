@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -83,10 +83,18 @@ class Choice:
 
     Args:
         echo: the prompt's text, if it is to stand before the rest.
+        shown: special tokens that stand in the text.
     """
 
     def __init__(
-        self, index: int, journal: Journal, tokenizer: Tokenizer, stop_strings: Sequence[str], echo: str | None
+        self,
+        index: int,
+        journal: Journal,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str],
+        echo: str | None,
+        *,
+        shown: Collection[int] = frozenset(),
     ) -> None:
         self.index = index
         self.journal = journal
@@ -97,7 +105,7 @@ class Choice:
         self._echo = echo
         self._num_chars = 0
         self._num_given = 0
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, shown=shown)
         # Some tokenizers write a token otherwise at the start of a text than in the middle of it.
         self._detokenizer.push(journal.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:])
 

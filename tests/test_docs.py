@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,10 @@ from shoal.server.sampling import COMPLETION_MAX_TOKENS
 from shoal.server.service import Service
 from shoal.server.settings import DEFAULT_MODEL, Declared, declared, describe, resolve
 from shoal.server.sources import load_settings
-from shoal.server.wire import requests
+from shoal.server.tools.formats import TOOL_FORMATS
+from shoal.server.tools.grammar import MAX_CALLS
+from shoal.server.tools.prompt import with_tools_prompt
+from shoal.server.wire import conversations, requests
 from shoal.server.wire.batches import MAX_FILE_BYTES, MAX_LINES, BatchBody
 from tests.fakes import Harness
 
@@ -109,6 +113,11 @@ def test_every_limit_is_named() -> None:
         f"| `n` | {requests.MAX_CHOICES} |",
         f"| stop strings, characters of each | {requests.MAX_STOP_STRINGS}, {requests.MAX_STOP_STRING_CHARS} |",
         f"| `logprobs`, `top_logprobs` | {requests.MAX_LOGPROBS} |",
+        f"| tools of a request, characters of a tool's name | {conversations.MAX_TOOLS}, "
+        f"{conversations.MAX_TOOL_NAME_CHARS} |",
+        f"in `chat_template_kwargs` | {conversations.MAX_DEPTH} |",
+        f"| calls of an answer whose calls are demanded | {MAX_CALLS} |",
+        f"| variables in `chat_template_kwargs` | {conversations.MAX_VARIABLES} |",
         f"| `priority` | -{requests.MAX_PRIORITY} to {requests.MAX_PRIORITY} |",
         f"| `ttft_slo_ms`, `tpot_slo_ms` | {requests.MAX_SLO_MS:,} |",
         f"| drafted tokens of a request in a step | {MOST_SPEC_TOKENS} |",
@@ -135,7 +144,9 @@ def test_every_endpoint_is_described() -> None:
     [
         requests.CompletionBody,
         requests.ChatBody,
-        requests.Message,
+        conversations.Message,
+        conversations.Tool,
+        conversations.FunctionDefinition,
         requests.TokenizeBody,
         requests.DetokenizeBody,
         BatchBody,
@@ -159,6 +170,18 @@ def test_every_limit_of_a_request_is_named() -> None:
         f"- `/v1/completions`: {COMPLETION_MAX_TOKENS}, as in OpenAI's API",
     ):
         assert row in API
+
+
+def test_every_format_of_calls_is_described() -> None:
+    assert sorted(re.findall(r"^\| `(\w+)` \| [^|`]+ \| `[^|]*(?:NAME|name)", API, re.MULTILINE)) == sorted(
+        TOOL_FORMATS
+    )
+
+
+def test_the_default_prompt_of_tools_is_the_one_on_the_page() -> None:
+    ((shown, tool),) = re.findall(r"```\n(You can call tools.*?\n(\{.*?\})\n.*?)\n```", API, re.DOTALL)
+    (message,) = with_tools_prompt([], [{"function": json.loads(tool)}], TOOL_FORMATS["hermes"])
+    assert message == {"role": "system", "content": shown}
 
 
 def kinds(root: type[ShoalError]) -> Iterator[type[ShoalError]]:

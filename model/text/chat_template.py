@@ -8,7 +8,7 @@ It is sandboxed: a template comes with the weights, and is not trusted code.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -47,6 +47,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -67,7 +68,8 @@ class ChatTemplate:
         if name not in self.sources:
             raise InvalidRequestError("the model has no chat template; use /v1/completions", param="messages")
         names = {**self.variables, "documents": None, **variables}
-        names |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        said = [_with_arguments(message) for message in messages]
+        names |= {"messages": said, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
             if name not in self._compiled:
                 self._compiled[name] = self._environment.from_string(self.sources[name])
@@ -76,6 +78,45 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template may raise anything; the messages are the cause
             raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in lists and objects, the names of fields among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield name
+            yield from texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from texts_in(inner)
+
+
+class _Arguments(dict[str, Any]):
+    """Arguments of a call: an object to templates that look into it, and JSON to those that join it to a text."""
+
+    def __str__(self) -> str:
+        return _tojson(self)
+
+    def __add__(self, behind: str) -> str:
+        return str(self) + behind
+
+    def __radd__(self, before: str) -> str:
+        return before + str(self)
+
+
+def _with_arguments(message: Message) -> Message:
+    """The message with `_Arguments` for the arguments of its calls."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        is_object = isinstance(arguments, dict)
+        function = {**call["function"], "arguments": _Arguments(arguments) if is_object else arguments}
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
 
 
 def _environment() -> jinja2.Environment:

@@ -6,16 +6,18 @@ import codecs
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import tokenizers
 
 from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
-from shoal.model.text.chat_template import ChatTemplate
+from shoal.model.text.chat_template import ChatTemplate, texts_in
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
+Value = TypeVar("Value")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Decoders under which a token's text depends only on whether it comes first; bytes also depend on their neighbours.
 _LOCAL_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -113,7 +115,7 @@ class Tokenizer:
             raise InvalidRequestError("the text holds a lone surrogate (U+D800 to U+DFFF)", param="prompt") from error
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True, parses_special: bool = False
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, parses_special: bool = False
     ) -> tuple[str, list[int]]:
         """A conversation as text, by the chat template, and as token ids.
 
@@ -127,22 +129,23 @@ class Tokenizer:
         masked, mask = (messages, "") if parses_special else self.mask_special(messages)
         return self.encode_rendered(self.apply_chat_template(masked, add_generation_prompt=add_generation_prompt), mask)
 
-    def mask_special(self, messages: Sequence[Mapping[str, str]]) -> tuple[Sequence[Mapping[str, str]], str]:
-        """Messages in which two letters that nobody uses split each special token, and these letters.
+    def mask_special(self, value: Value) -> tuple[Value, str]:
+        """Texts in lists and objects in which two letters that nobody uses split each special token, and these letters.
 
-        There are none if the messages spell no special token, and then they stay as they are.
+        There are none if the texts spell no special token, and then they stay as they are.
         """
-        spelt = "".join(value for message in messages for value in message.values())
+        spelt = "".join(texts_in(value))
         if not self._special_pattern.search(spelt):
-            return messages, ""
+            return value, ""
         mask = ""
         while mask in spelt:  # of so many pairs no text has more than a part
             mask = "".join(map(chr, random.choices(range(0xE000, 0xF900), k=2)))
 
-        def split(value: str) -> str:
-            return self._special_pattern.sub(lambda found: f"{found[0][0]}{mask}{found[0][1:]}", value)
+        def split(text: str) -> str:
+            return self._special_pattern.sub(lambda found: f"{found[0][0]}{mask}{found[0][1:]}", text)
 
-        return [{name: split(value) for name, value in message.items()} for message in messages], mask
+        masked: Value = _with_texts(value, split)
+        return masked, mask
 
     def encode_rendered(self, text: str, mask: str) -> tuple[str, list[int]]:
         """A text without the mask of `mask_special`, and its token ids: special tokens in it are the template's.
@@ -212,16 +215,26 @@ class Tokenizer:
         """Whether `decode` skips the token unless told otherwise."""
         return token_id in self._special_ids
 
+    def special_tokens_in(self, text: str) -> dict[str, int]:
+        """The special tokens that a text spells, and their ids."""
+        return {found: self._special[found] for found in self._special_pattern.findall(text) if found}
+
 
 class IncrementalDetokenizer:
     """Turns a growing list of tokens into text, piece by piece: a piece is out once no later token can change it.
 
     All pieces together are `tokenizer.decode` of all tokens.  The work per token does not grow with the text.
+
+    Args:
+        shown: special tokens that are not skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, shown: Collection[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._shown = shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending_bytes: list[int] = []
         self._is_first = True
@@ -238,7 +251,7 @@ class IncrementalDetokenizer:
         """Byte-level: only an incomplete character is held back.  SentencePiece: a run of bytes is decoded as a whole
         or not at all, so it is held back until it ends."""
         token_bytes = self._tokenizer.token_bytes(token_id)
-        if not token_bytes or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
+        if not token_bytes or (self._skips(token_id) and token_id not in self._shown):
             return ""
         if self._tokenizer.is_byte_level:
             return self._utf8.decode(token_bytes)
@@ -246,6 +259,9 @@ class IncrementalDetokenizer:
             self._pending_bytes.append(token_id)
             return ""
         return self._pop_pending() + self._decode([token_id])
+
+    def _skips(self, token_id: int) -> bool:
+        return self._skip_special_tokens and self._tokenizer.is_special(token_id)
 
     def _pop_pending(self) -> str:
         token_ids, self._pending_bytes = self._pending_bytes, []
@@ -258,6 +274,15 @@ class IncrementalDetokenizer:
         if len(token_ids) == 1 and not self._tokenizer.is_fallback_byte(token_ids[0]):
             return self._tokenizer.token_bytes(token_ids[0]).decode()
         return self._tokenizer.decode_within(token_ids)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with each of its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(name): _with_texts(inner, change) for name, inner in value.items()}
+    return [_with_texts(inner, change) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -17,6 +17,7 @@ from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
 from shoal.server.text import Delta, Scored
+from shoal.server.tools.answer import ChatAnswer
 from shoal.server.wire.requests import ChatBody, parse_body
 from shoal.server.wire.responses import (
     ChatChoice,
@@ -25,7 +26,6 @@ from shoal.server.wire.responses import (
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
     Usage,
 )
 
@@ -39,8 +39,11 @@ def chat_router(service: Service) -> APIRouter:
         body = parse_body(ChatBody, await request.body())
         service.check_model(body.model)
         service.check_choices(1, body.n)
-        prompt = await service.encode_chat(body.messages, parses_special=body.parse_special)
-        return await _ChatCall(service, request, body, [prompt]).answer()
+        conversation = service.dialect.conversation(
+            body.messages, tools=body.offered_tools, variables=body.template_variables
+        )
+        prompt = await service.encode_chat(conversation, parses_special=body.parse_special)
+        return await _ChatCall(service, request, body, prompt).answer()
 
     return router
 
@@ -48,17 +51,21 @@ def chat_router(service: Service) -> APIRouter:
 class _ChatCall(Call[ChatBody]):
     id_prefix = "chatcmpl"
 
+    def __init__(self, service: Service, request: Request, body: ChatBody, prompt: tuple[str, list[int]]) -> None:
+        reading = service.dialect.reading(body, prompt[0])
+        super().__init__(service, request, body, [prompt], reading.grammar)
+        self._answers = [ChatAnswer(reading.reader()) for _ in range(self.generation.num_choices)]
+
     def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> ChatCompletion:
         choices = [
-            ChatChoice(delta.index, ChatMessage(delta.text), shape, delta.finish_reason)
-            for delta, shape in zip(deltas, logprobs, strict=True)
+            ChatChoice(delta.index, answer.message(delta.text), shape, answer.finish_reason(delta.finish_reason))
+            for delta, answer, shape in zip(deltas, self._answers, logprobs, strict=True)
         ]
         usage = self.generation.usage
         return ChatCompletion(self.id, self.created, self.service.model_name, choices, usage, self.seed)
 
     async def chunks(self) -> AsyncGenerator[list[bytes], None]:
-        role = ChatDelta(role="assistant", content="")
-        openings = [ChatChunkChoice(index, role, None, None) for index in range(self.generation.num_choices)]
+        openings = [ChatChunkChoice(index, answer.opening, None, None) for index, answer in enumerate(self._answers)]
         opening = self._events(openings, self.seed)
         async with aclosing(self.generation.deltas()) as steps:
             async for deltas in steps:
@@ -69,12 +76,16 @@ class _ChatCall(Call[ChatBody]):
 
     def _chunk_choices(self, delta: Delta) -> list[ChatChunkChoice]:
         """The text, and after it the finish reason in a chunk without text, as OpenAI sends them."""
-        choices = []
-        if delta.text or delta.scored:
-            text = ChatDelta(content=delta.text)
-            choices.append(ChatChunkChoice(delta.index, text, self.logprobs(delta.scored), None))
+        answer = self._answers[delta.index]
+        parts = answer.deltas(delta.text, is_last=delta.finish_reason is not None)
+        if delta.scored and not parts:
+            parts = [answer.nothing]
+        choices = [ChatChunkChoice(delta.index, part, None, None) for part in parts]
+        if choices:
+            choices[0].logprobs = self.logprobs(delta.scored)
         if delta.finish_reason:
-            choices.append(ChatChunkChoice(delta.index, ChatDelta(), None, delta.finish_reason))
+            finish_reason = answer.finish_reason(delta.finish_reason)
+            choices.append(ChatChunkChoice(delta.index, ChatDelta(), None, finish_reason))
         return choices
 
     def _events(self, choices: list[ChatChunkChoice], seed: int | Unset = msgspec.UNSET) -> list[bytes]:

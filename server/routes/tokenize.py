@@ -25,11 +25,13 @@ def tokenize_router(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequestError("give either prompt or messages", param="prompt")
         if body.messages is not None:
-            _, tokens = await service.encode_chat(
+            conversation = service.dialect.conversation(
                 body.messages,
+                tools=body.tools or [],
+                variables=body.chat_template_kwargs,
                 add_generation_prompt=body.add_generation_prompt,
-                parses_special=body.parse_special,
             )
+            _, tokens = await service.encode_chat(conversation, parses_special=body.parse_special)
         else:
             (tokens,) = await service.encode_all([body.prompt or ""], add_special_tokens=body.add_special_tokens)
         result = TokenizeResult(len(tokens), service.engine.ready.limits.max_model_len, HOLE)

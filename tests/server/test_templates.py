@@ -14,6 +14,7 @@ from tokenizers import decoders, models
 from shoal.model.text.chat_template import ChatTemplate
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
+from shoal.server.rendering import Conversation
 from shoal.server.templates import TemplateRenderer
 
 PLAIN = "{% for message in messages %}{{ bos_token }}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -46,9 +47,9 @@ def test_it_renders_as_the_template_does_in_process() -> None:
     async def scene(renderer: TemplateRenderer) -> None:
         for asks in (True, False):
             expected = template.render(SAYS, add_generation_prompt=asks)
-            assert await renderer.render(SAYS, add_generation_prompt=asks) == expected
+            assert await renderer.render(Conversation(SAYS, asks)) == expected
         long = [{"role": "user", "content": "x" * 3_000_000}] * 2
-        texts = await asyncio.gather(*(renderer.render(long, add_generation_prompt=True) for _ in range(3)))
+        texts = await asyncio.gather(*(renderer.render(Conversation(long, True)) for _ in range(3)))
         assert texts == [template.render(long)] * 3
         assert len(processes()) == 1
 
@@ -74,9 +75,9 @@ def test_it_renders_as_the_template_does_in_process() -> None:
 def test_a_template_that_takes_too_much_is_ended_and_the_next_one_is_not(template: str) -> None:
     async def scene(renderer: TemplateRenderer) -> None:
         with pytest.raises(InvalidRequestError, match="the chat template") as caught:
-            await renderer.render([{"role": "user", "content": "a"}], add_generation_prompt=True)
+            await renderer.render(Conversation([{"role": "user", "content": "a"}], True))
         assert caught.value.param == "messages"
-        assert await renderer.render([], add_generation_prompt=True) == "well"
+        assert await renderer.render(Conversation([], True)) == "well"
 
     rendering(f"{{% if messages %}}{template}{{% else %}}well{{% endif %}}", scene)
 
@@ -85,7 +86,7 @@ def test_what_a_template_refuses_is_said() -> None:
     async def scene(renderer: TemplateRenderer) -> None:
         for _ in range(2):
             with pytest.raises(InvalidRequestError, match="the chat template refuses the messages: no robots"):
-                await renderer.render(SAYS, add_generation_prompt=True)
+                await renderer.render(Conversation(SAYS, True))
         assert len(processes()) == 1
 
     rendering("{{ raise_exception('no robots') }}", scene)
@@ -93,17 +94,17 @@ def test_what_a_template_refuses_is_said() -> None:
 
 def test_a_process_that_was_killed_or_given_up_is_replaced() -> None:
     async def scene(renderer: TemplateRenderer) -> None:
-        assert await renderer.render([], add_generation_prompt=False) == ""
+        assert await renderer.render(Conversation([], False)) == ""
         processes()[0].kill()
         assert renderer._process is not None
         await renderer._process.wait()
-        assert await renderer.render([], add_generation_prompt=False) == ""
-        waiting = asyncio.create_task(renderer.render(SAYS, add_generation_prompt=True))
+        assert await renderer.render(Conversation([], False)) == ""
+        waiting = asyncio.create_task(renderer.render(Conversation(SAYS, True)))
         await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert await renderer.render([], add_generation_prompt=True) == "assistant:"
+        assert await renderer.render(Conversation([], True)) == "assistant:"
 
     rendering(PLAIN + ASKS, scene)
 

@@ -1,0 +1,142 @@
+"""How the model of a server is told of tools, and how it writes calls and thoughts: found from its chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.server.rendering import Conversation
+from shoal.server.tools.formats import HERMES, TOOL_FORMATS, ToolFormat, find_format
+from shoal.server.tools.grammar import Thought, tools_grammar
+from shoal.server.tools.prompt import calls_as_text, with_tools_prompt
+from shoal.server.tools.reader import THINK, THINK_END, AnswerReader
+from shoal.server.wire.conversations import Message, Tool
+from shoal.server.wire.requests import ChatBody, CompletionBody
+
+_SHOWS_TOOLS, _SHOWS_CALLS = re.compile(r"\btools\b"), re.compile(r"\btool_calls\b")
+_TELLS_NULL = re.compile(r"""content(?:['"]\])? is none""")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the answers to one request are demanded and read.
+
+    Attributes:
+        grammar: of the answers; empty if they are free.
+    """
+
+    dialect: Dialect
+    body: ChatBody
+    grammar: str
+    is_thinking: bool
+
+    def reader(self) -> AnswerReader | None:
+        """A reader for one answer; None if all that it says is content."""
+        schemas = {tool.function.name: tool.schema for tool in self.body.offered_tools}
+        if not schemas and not self.dialect.thinks:
+            return None
+        return AnswerReader(
+            self.dialect.tool_format if schemas else None,
+            schemas,
+            thinks=self.dialect.thinks,
+            is_thinking=self.is_thinking,
+            max_calls=1 if self.body.parallel_tool_calls is False else inf,
+        )
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What a chat template says of the model.
+
+    Attributes:
+        shows_tools: whether the template shows tools; else the system message does.
+        shows_calls: whether the template shows calls and their results; else they are told as text.
+        tells_null: whether the template tells a message of calls by its null content.
+        thinks: whether answers may begin with a thought that is kept apart.
+        special: the special tokens that calls and thoughts are written with, by their text.
+    """
+
+    tool_format: ToolFormat
+    shows_tools: bool
+    shows_calls: bool
+    tells_null: bool
+    thinks: bool
+    special: Mapping[str, int]
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Conversation:
+        """What the template is given.
+
+        Args:
+            variables: of the template, which the request sets.
+
+        Raises:
+            InvalidRequestError: arguments in a message are too deep.
+        """
+        told = [message.for_template() for message in messages]
+        offered = [tool.for_template() for tool in tools]
+        if not self.shows_calls:
+            told = calls_as_text(told, self.tool_format)
+        elif self.tells_null:
+            told = [one | {"content": one["content"] or None} if "tool_calls" in one else one for one in told]
+        if offered and not self.shows_tools:
+            told, offered = with_tools_prompt(told, offered, self.tool_format), []
+        return Conversation(told, add_generation_prompt, offered or None, dict(variables or {}))
+
+    def reading(self, body: ChatBody, prompt: str) -> Reading:
+        """How the answers to a prompt are demanded and read.
+
+        Raises:
+            InvalidRequestError: see `tools_grammar`.
+        """
+        is_thinking = self.thinks and prompt.rstrip().endswith(THINK)
+        thought: Thought = "begun" if is_thinking else "may" if self.thinks else "never"
+        grammar = tools_grammar(
+            self.tool_format,
+            body.offered_tools,
+            body.tool_choice or "auto",
+            parallel=body.parallel_tool_calls is not False,
+            special=self.special,
+            thought=thought,
+        )
+        return Reading(self, body, grammar, is_thinking)
+
+    def shown(self, body: CompletionBody | ChatBody) -> frozenset[int]:
+        """Special tokens that stand in the text of answers, for those who read them there."""
+        is_read = isinstance(body, ChatBody) and (self.thinks or body.offered_tools)
+        return frozenset(self.special.values()) if is_read else frozenset()
+
+
+def find_dialect(tokenizer: Tokenizer, tool_format: str, reasoning_format: str) -> Dialect:
+    """The dialect of a checkpoint.
+
+    Args:
+        tool_format: name of a format, or "auto" for that of the chat template.
+        reasoning_format: "auto" keeps thoughts apart if the chat template has them, "none" never does.
+    """
+    template = "\n".join(tokenizer.chat_template.sources.values())
+    shows_tools, shows_calls = (one.search(template) is not None for one in (_SHOWS_TOOLS, _SHOWS_CALLS))
+    found = find_format(template) if shows_tools or shows_calls else HERMES
+    chosen = found if tool_format == "auto" else TOOL_FORMATS[tool_format]
+    thinks = reasoning_format == "auto" and THINK_END in template
+    special: dict[str, int] = {}
+    for text in (*chosen.texts, *((THINK, THINK_END) if thinks else ())):
+        special |= tokenizer.special_tokens_in(text)
+    return Dialect(
+        chosen,
+        shows_tools=shows_tools,
+        shows_calls=shows_calls,
+        tells_null=_TELLS_NULL.search(template) is not None,
+        thinks=thinks,
+        special=special,
+    )
