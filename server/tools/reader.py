@@ -80,6 +80,7 @@ class AnswerReader:
         self._opened = ""  # what was read of a call that may be none
         self._brackets = Brackets()
         self._num_parameters = 0
+        self._num_tried = 0  # characters of a parameter, for its end
         self._schema: Mapping[str, Any] = {}
         self._is_thought_empty = True
         # Takes a part of the text; whether there may be more to do before the next piece.
@@ -333,19 +334,32 @@ class AnswerReader:
 
     def _take_parameter(self) -> bool:
         name, tag_end, behind = self._text.removeprefix(PARAMETER_BEGIN).partition(">")
-        value, end, rest = behind.partition(PARAMETER_END)
+        schema = property_schemas(self._schema).get(name)
+        value, end, rest = self._split_value(behind, schema)
         if not end and not self._is_whole:
             return False
         before = f"{', ' if self._num_parameters else '{'}{_written(name)}"
         value = value.removeprefix("\n")
         if end:
-            value = _argument(value.removesuffix("\n"), property_schemas(self._schema).get(name))
+            value = _argument(value.removesuffix("\n"), schema)
         elif tag_end:
             value = _written(value)[:-1]
         self._say_arguments(f"{before}: {value}" if tag_end else before[:-1])
         self._text = rest
         self._num_parameters += 1
+        self._num_tried = 0
         return bool(end)
+
+    def _split_value(self, text: str, schema: Any) -> tuple[str, str, str]:
+        """A value, its end, and what follows; JSON may have in one of its texts what looks like the end."""
+        if text.lstrip().startswith(("{", "[", '"')) and not takes_type(schema, "string"):
+            while (at := text.find(PARAMETER_END, self._num_tried)) >= 0:
+                self._num_tried = at + len(PARAMETER_END)
+                if _is_json(text[:at].strip()):
+                    return text[:at], PARAMETER_END, text[self._num_tried :]
+            if not self._is_whole:
+                return text, "", ""
+        return text.partition(PARAMETER_END)
 
     def _go_on(self, read: Callable[[], bool]) -> bool:
         self._read = read

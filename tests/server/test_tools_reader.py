@@ -170,12 +170,16 @@ def test_what_a_format_writes_is_read(tool_format: str) -> None:
             '<parameter=where>\n{"a": [1]}\n</parameter><parameter=new>\n1.5\n</parameter>',
             {"where": {"a": [1]}, "new": 1.5},
         ),
+        ('<parameter=where>\n{"a": "</parameter>"}\n</parameter>', {"where": {"a": "</parameter>"}}),
+        ('<parameter=raw>\n"</parameter>"\n</parameter>', {"raw": "</parameter>"}),
+        ('<parameter=raw>\n{"a\n</parameter><parameter=days>\n1\n</parameter>', {"raw": '{"a', "days": 1}),
         ("", {}),
     ],
 )
 def test_arguments_between_tags_have_the_types_of_the_schema(value: str, expected: dict[str, Any]) -> None:
     text = f"<tool_call>\n<function=get_weather>\n{value}\n</function>\n</tool_call>"
-    assert read("qwen_xml", text).parsed == [("get_weather", expected)]
+    for cuts in ([], list(range(len(text)))):
+        assert read("qwen_xml", text, cuts).parsed == [("get_weather", expected)]
 
 
 @pytest.mark.parametrize(
