@@ -119,7 +119,7 @@ FOR_CHAT: list[tuple[str, Any, str]] = [
     ("tools", [{"type": "function", "function": {"name": "f"}}] * 2, "before another tool"),
     ("tools", [{"type": "function", "function": {"name": "f"}}] * 129, "length <= 128"),
     ("tool_choice", "required", "needs tools"),
-    ("tool_choice", "any", "'none' or 'auto' or 'required'"),
+    ("tool_choice", "any", "'auto' or 'none' or 'required'"),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}, "no tool 'f'"),
     ("chat_template_kwargs", {"messages": []}, "no variable"),
     ("reasoning_effort", "some", "'minimal'"),
