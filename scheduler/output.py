@@ -37,6 +37,7 @@ class SamplingParams:
         stop_token_ids: generation ends when one of these is chosen (end-of-text included, unless ignored).
         num_logprobs: log-probabilities of the chosen token and this many alternatives are returned; None for none.
         num_prompt_logprobs: the same for every prompt token but the first.
+        grammar: that the generated text keeps to, as llguidance takes it; empty for none.
     """
 
     max_tokens: int
@@ -53,6 +54,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,10 +24,11 @@ class Generation:
 
     Args:
         prompts: text and token ids of each.
+        grammar: that the texts keep to; empty for none.
         api_id: id of the API call, from which the ids of the engine's requests are made.
         seed: choice i of a prompt samples with seed + i.
-        terms: on which they are served.
         grammar: of the texts; empty if they are free.
+        terms: on which they are served.
 
     Raises:
         InvalidRequestError, RateLimitError, QueueFullError, EngineUnavailableError: the call is refused.
@@ -38,11 +39,11 @@ class Generation:
         service: Service,
         body: CompletionBody | ChatBody,
         prompts: Sequence[tuple[str, list[int]]],
+        grammar: str,
         *,
         api_id: str,
         seed: int,
         terms: Terms,
-        grammar: str = "",
     ) -> None:
         self._engine = service.engine
         self._metrics = service.metrics
@@ -58,6 +59,7 @@ class Generation:
             vocab_size=service.config.vocab_size,
             eos_token_ids=service.defaults.eos_token_ids or service.config.eos_token_ids,
             defaults=service.defaults,
+            grammar=grammar,
         )
         for index, ((_, token_ids), params) in enumerate(zip(prompts, all_params, strict=True)):
             requests += [

@@ -197,7 +197,8 @@ class LLM:
             prompts = [await service.encode_chat(service.dialect.conversation(body.messages))]
         else:
             prompts = await service.completion_prompts(body)
-        generation = Generation(service, body, prompts, api_id=new_id("llm"), seed=seed, terms=Terms())
+        grammar = await service.constraints.resolve(body)
+        generation = Generation(service, body, prompts, grammar, api_id=new_id("llm"), seed=seed, terms=Terms())
         return prompts[0][0], seed, generation
 
     # -- from other threads --------------------------------------------------------------------------------------

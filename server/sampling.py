@@ -16,7 +16,11 @@ from shoal.server.wire.requests import ChatBody, CompletionBody, GenerationBody
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 # Parameters that a body has under the same names.  A checkpoint's defaults have some of them, too.
-_BY_NAME = [field.name for field in fields(SamplingParams) if field.name in GenerationBody.__struct_fields__]
+_BY_NAME = [
+    field.name
+    for field in fields(SamplingParams)
+    if field.name in GenerationBody.__struct_fields__ and field.name != "grammar"
+]
 
 
 def resolve_seed(body: GenerationBody) -> int:
@@ -33,6 +37,7 @@ def resolve_sampling(
     vocab_size: int,
     eos_token_ids: tuple[int, ...],
     defaults: GenerationDefaults,
+    grammar: str = "",
 ) -> list[SamplingParams]:
     """Resolve the parameters for prompts of these lengths, in tokens: those of the request, else the checkpoint's
     defaults, else the API's.
@@ -43,9 +48,12 @@ def resolve_sampling(
     """
     lengths = [_lengths(body, prompt_len, limits) for prompt_len in prompt_lens]
     if body.end_after is not None:
-        _check_end(body, eos_token_ids)
+        _check_end(body, eos_token_ids, grammar)
+    if grammar and not eos_token_ids:
+        raise InvalidRequestError("a text that keeps to a grammar needs a model with an end-of-text token")
     check_token_ids("stop_token_ids", body.stop_token_ids, vocab_size)
-    stop_token_ids = frozenset(body.stop_token_ids) | frozenset(() if body.ignore_eos else eos_token_ids)
+    ignores_eos = body.ignore_eos and not grammar  # which says where the text may end
+    stop_token_ids = frozenset(body.stop_token_ids) | frozenset(() if ignores_eos else eos_token_ids)
     if body.min_tokens and len(stop_token_ids) >= vocab_size:
         raise InvalidRequestError(
             "stop_token_ids: min_tokens leaves no token to choose, for each ends the text", param="stop_token_ids"
@@ -65,6 +73,7 @@ def resolve_sampling(
         "stop_token_ids": stop_token_ids,
         "num_logprobs": num_logprobs,
         "num_prompt_logprobs": num_logprobs if scores_prompt else None,
+        "grammar": grammar,
     }
     return [SamplingParams(**values | length) for length in lengths]
 
@@ -98,7 +107,7 @@ def _check_at_most(param: str, value: int, max_tokens: int) -> None:
         )
 
 
-def _check_end(body: CompletionBody | ChatBody, eos_token_ids: tuple[int, ...]) -> None:
+def _check_end(body: CompletionBody | ChatBody, eos_token_ids: tuple[int, ...], grammar: str) -> None:
     """Refuse what would end a text with `end_after` elsewhere, or tell of an end that the model did not choose."""
     if not eos_token_ids:
         raise InvalidRequestError(
@@ -110,6 +119,7 @@ def _check_end(body: CompletionBody | ChatBody, eos_token_ids: tuple[int, ...]) 
         "ignore_eos": body.ignore_eos,
         "min_tokens": body.min_tokens,
         "logprobs": _num_logprobs(body) is not None,
+        "a grammar": grammar,
     }
     for name, is_set in contradicting.items():
         if is_set:

@@ -15,6 +15,7 @@ from shoal.scheduler.admission import check_request
 from shoal.scheduler.errors import ContextLengthError, InvalidRequestError
 from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import Batches
+from shoal.server.constraints import Constraints
 from shoal.server.errors import ModelNotFoundError
 from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
@@ -39,6 +40,7 @@ class Service:
     config: ModelConfig
     defaults: GenerationDefaults
     tokenizer: Tokenizer
+    constraints: Constraints
     templates: TemplateRenderer
     dialect: Dialect
     engine: SharedEngine

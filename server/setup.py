@@ -8,10 +8,12 @@ from pathlib import Path
 from shoal.model.checkpoint.config import load_config, load_generation_defaults
 from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_checkpoint
 from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.text.grammar import GrammarCompiler
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import ConfigError
 from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import Batches
+from shoal.server.constraints import Constraints
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import EngineClient
 from shoal.server.limits import make_allowances
@@ -45,14 +47,17 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
     engine = SharedEngine(client)
     api_keys = config.all_api_keys()
+    model, defaults = load_config(opened), load_generation_defaults(opened)
+    compiler = GrammarCompiler(lambda: tokenizer, model.vocab_size, defaults.eos_token_ids or model.eos_token_ids)
     service = Service(
         settings=settings,
         api_keys=api_keys,
         allowances=make_allowances(config, api_keys, engine),
         model_name=model_name,
-        config=load_config(opened),
-        defaults=load_generation_defaults(opened),
+        config=model,
+        defaults=defaults,
         tokenizer=tokenizer,
+        constraints=Constraints(compiler),
         templates=TemplateRenderer(tokenizer),
         dialect=find_dialect(tokenizer, config.tool_format, config.reasoning_format),
         engine=engine,

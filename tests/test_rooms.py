@@ -35,11 +35,11 @@ ROOMS = {
     "scheduler": _room("", ""),
     "model": _room(
         "shoal.extras shoal.scheduler.config shoal.scheduler.errors shoal.scheduler.output",
-        "click gguf jinja2 numpy safetensors tokenizers torch",
+        "click gguf jinja2 llguidance numpy safetensors tokenizers torch",
     ),
     "server": _room(
         "shoal.extras shoal.scheduler shoal.model",
-        "click fastapi msgspec numpy prometheus_client pydantic pydantic_core starlette uvicorn uvloop zmq",
+        "click fastapi llguidance msgspec numpy prometheus_client pydantic pydantic_core starlette uvicorn uvloop zmq",
     ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room(

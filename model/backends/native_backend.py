@@ -112,7 +112,13 @@ class NativeBackend:
         output = self._sampler.bind(sampling)
         assert len(output.token_ids) == len(batch.logits_indices), "as many choices as logits are needed"
         sampler = byref(self._sampler.sampling), byref(self._sampler.chosen)
-        _check(self._library.shoal_step(self._model, self._arrays(batch), self._config.num_layers, *sampler, None))
+        step = self._model, self._arrays(batch), self._config.num_layers
+        if sampling.masks is None:
+            _check(self._library.shoal_step(*step, *sampler, None))
+        else:
+            _check(self._library.shoal_step(*step, None, None, None))
+            sampling.masks.wait()
+            _check(self._library.shoal_choose(self._model, len(batch.logits_indices), *sampler))
         return output
 
     def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> Float32:

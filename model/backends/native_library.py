@@ -134,6 +134,8 @@ def _load(path: Path) -> ctypes.CDLL:
     library.shoal_load.restype = c_char_p
     library.shoal_step.argtypes = [c_void_p, POINTER(Batch), c_int32, c_void_p, c_void_p, c_void_p]
     library.shoal_step.restype = c_char_p
+    library.shoal_choose.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
+    library.shoal_choose.restype = c_char_p
     library.shoal_draft.argtypes = [c_void_p, c_void_p, POINTER(Draft)]
     library.shoal_draft.restype = c_char_p
     library.shoal_sample.restype = c_char_p

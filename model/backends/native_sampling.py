@@ -22,6 +22,8 @@ class Sampling(Structure):
         ("penalties", c_void_p),
         ("num_biases", c_int64),
         ("biases", c_void_p),
+        ("num_masks", c_int64),
+        ("masks", c_void_p),
     ]
 
 
@@ -64,6 +66,9 @@ class SamplerArguments:
             sampling.penalties = address(batch.penalties, PENALTY)
         if sampling.num_biases:
             sampling.biases = address(batch.biases, BIAS)
+        sampling.num_masks = 0
+        if batch.masks is not None:
+            sampling.num_masks, sampling.masks = len(batch.masks.bits), address(batch.masks.bits, np.dtype(np.uint32))
         return self._output(len(rows))
 
     def _output(self, num_rows: int) -> SamplerOutput:

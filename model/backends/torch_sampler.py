@@ -23,7 +23,7 @@ _NARROW = 128
 
 def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     """Choose a token at each row of `logits` [num_logits, vocab_size] float32."""
-    adjusted = _with_penalties_and_biases(logits, sampling)
+    adjusted = _adjusted(logits, sampling)
     greatest, greedy = adjusted.max(dim=-1)
     token_ids = greedy.to(torch.int32).cpu().numpy()
     forced, num_logprobs = sampling.rows["forced_token_id"], sampling.rows["num_logprobs"]
@@ -40,10 +40,10 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     return _with_logprobs(token_ids, logits, asked, int(num_logprobs.max()))
 
 
-def _with_penalties_and_biases(logits: Tensor, sampling: SamplingBatch) -> Tensor:
-    """Steps 1 and 2; `logits` itself where no row has a penalty or a bias."""
+def _adjusted(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+    """Steps 1 to 3; `logits` itself where no row has a penalty, a bias or a mask."""
     penalties, biases, device = sampling.penalties, sampling.biases, logits.device
-    if not penalties.size and not biases.size:
+    if not penalties.size and not biases.size and sampling.masks is None:
         return logits
     logits = logits.clone()
     if penalties.size:
@@ -59,6 +59,8 @@ def _with_penalties_and_biases(logits: Tensor, sampling: SamplingBatch) -> Tenso
     if biases.size:
         at = (_index(biases["row"], device), _index(biases["token_id"], device))
         logits.index_put_(at, _column(biases["addend"], device), accumulate=True)
+    if sampling.masks is not None:
+        logits += _column(sampling.masks.addends(sampling.rows["mask"], logits.shape[1]), device)
     return logits
 
 
@@ -94,7 +96,7 @@ class _Draws:
 
 
 def _draw(logits: Tensor, draws: _Draws) -> Tensor:
-    """Steps 6 to 10 for the rows of the draws: token ids [n] int32."""
+    """Steps 7 to 11 for the rows of the draws: token ids [n] int32."""
     truncated = ((draws.top_k > 0) | (draws.top_p < 1))[:, 0]
     if not truncated.any():
         return _draw_from_all(logits[draws.rows], draws)

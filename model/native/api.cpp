@@ -52,6 +52,15 @@ const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_l
     });
 }
 
+const char* shoal_choose(ShoalModel* model, int64_t num_logits, const ShoalSampling* sampling,
+                         const ShoalChosen* chosen) {
+    return within_memory([&] {
+        const char* fault = shoal::find_fault(*sampling, model->model.limits().vocab_size);
+        if (!fault) model->model.choose(static_cast<int>(num_logits), sampling, chosen, nullptr);
+        return fault;
+    });
+}
+
 const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft) {
     return within_memory([&] {
         const char* fault = shoal::find_fault(*draft, model->model.limits());

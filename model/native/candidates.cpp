@@ -121,6 +121,21 @@ Greatest find_greatest(const float* logits, int size) {
     return {{value, id}, std::isfinite(value) && num_nan == 0};
 }
 
+Candidates keep_masked(const Candidates& all, const uint32_t* mask, CandidateBuffer& buffer) {
+    buffer.logits.resize(std::max(buffer.logits.size(), static_cast<size_t>(all.size)));
+    buffer.ids.resize(buffer.logits.size());
+    int size = 0;
+    for (int begin = 0; begin < all.size; begin += 32) {
+        for (uint32_t bits = mask[begin / 32]; bits != 0; bits &= bits - 1) {
+            const int i = begin + __builtin_ctz(bits);
+            if (i >= all.size) break;
+            buffer.logits[size] = all.logits[i];
+            buffer.ids[size++] = i;
+        }
+    }
+    return {buffer.logits.data(), buffer.ids.data(), size};
+}
+
 Candidates keep_before(const Candidates& candidates, Token end, CandidateBuffer& buffer) {
     return keep(candidates, {kAll.from, end}, buffer);
 }

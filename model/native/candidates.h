@@ -41,7 +41,11 @@ struct Greatest {
     bool is_finite;  // no logit is NaN or +inf, and at least one is not -inf
 };
 
+// Of logits by themselves; the id of a token is its index.
 Greatest find_greatest(const float* logits, int size);
+
+// Those of all tokens whose bits are set in `mask`, which has 32 tokens in a word, in `buffer`.
+Candidates keep_masked(const Candidates& all, const uint32_t* mask, CandidateBuffer& buffer);
 
 // The candidates that stand before `end`, in `buffer`.  The given ones may be in `buffer` themselves.
 Candidates keep_before(const Candidates& candidates, Token end, CandidateBuffer& buffer);

@@ -101,7 +101,7 @@ void Model::step(const ShoalBatch& batch, int num_layers, const ShoalSampling* s
         if (is_last) keep_rows_of_logits(batch);
         add_feed_forward(layers_[i], static_cast<int>(is_last ? batch.num_logits : batch.num_tokens));
     }
-    choose(static_cast<int>(batch.num_logits), sampling, chosen, logits);
+    if (sampling || logits) choose(static_cast<int>(batch.num_logits), sampling, chosen, logits);
 }
 
 void Model::reserve(int num_tokens) {

@@ -27,6 +27,8 @@ public:
     void load_tensor(ShoalTensor tensor, int layer, int expert, Source source);
     void step(const ShoalBatch& batch, int num_layers, const ShoalSampling* sampling, const ShoalChosen* chosen,
               float* logits);
+    // Ends a step that chose nothing; `step` does it itself where it has `sampling` or `logits`.
+    void choose(int num_rows, const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
     void draft(const ShoalSampling& sampling, const ShoalDraft& draft);
     const Limits& limits() const { return limits_; }
 
@@ -45,7 +47,6 @@ private:
     void add_feed_forward(const Layer& layer, int num_rows);
     void feed_forward(const Layer& layer, int num_rows);
     void mix_experts(const Layer& layer, int num_rows);
-    void choose(int num_rows, const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
     float* hidden(int row) { return hidden_.data() + row * hidden_stride_; }
     // A function that adds 16 outputs to a row of the hidden states.
     auto adds_to_hidden() {

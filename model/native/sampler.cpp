@@ -14,6 +14,7 @@
     FIELD(uint64, seed)                \
     FIELD(int64, position)             \
     FIELD(int32, forced_token_id)      \
+    FIELD(int32, mask)                 \
     FIELD(int32, num_logprobs)         \
     FIELD(float32, temperature)        \
     FIELD(int32, top_k)                \
@@ -91,7 +92,7 @@ Token end_of_min_p(float greatest, double temperature, double min_p) {
     return {rounded < least ? std::nextafter(rounded, kInfinity) : rounded, std::numeric_limits<int32_t>::max()};
 }
 
-// Steps 6 to 10.  top_p keeps the first tokens of the order.  A draw from more tokens than these is right if the winner
+// Steps 7 to 11.  top_p keeps the first tokens of the order.  A draw from more tokens than these is right if the winner
 // is one of them.  If it is not, the order is cut before the winner, and the next draw is from the rest.  That takes
 // about 1 - log(top_p) draws, and nothing is sorted.
 int32_t draw_truncated(const Candidates& all, const Token& first, const Row& how, int64_t position,
@@ -113,13 +114,26 @@ int32_t draw_truncated(const Candidates& all, const Token& first, const Row& how
     }
 }
 
-// Steps 3 to 10 for a row of adjusted logits.
-int32_t choose(const float* logits, int vocab_size, const Row& how, int64_t position, CandidateBuffer& buffer) {
-    const Greatest greatest = find_greatest(logits, vocab_size);
+// The memory of one thread.
+struct Buffers {
+    CandidateBuffer allowed;
+    CandidateBuffer kept;
+};
+
+// Steps 3 to 11 for a row with penalties and biases; `mask` is null if it has none.
+int32_t choose(const float* logits, int vocab_size, const uint32_t* mask, const Row& how, int64_t position,
+               Buffers& buffers) {
+    Candidates allowed{logits, nullptr, vocab_size};
+    Greatest greatest = find_greatest(logits, vocab_size);
+    if (greatest.is_finite && mask) {
+        allowed = keep_masked(allowed, mask, buffers.allowed);
+        greatest = find_greatest(allowed.logits, allowed.size);
+    }
     if (!greatest.is_finite) return -1;
     if (how.forced_token_id >= 0) return how.forced_token_id;
-    if (how.temperature == 0) return greatest.token.id;
-    return draw_truncated({logits, nullptr, vocab_size}, greatest.token, how, position, buffer);
+    const Token first = allowed[greatest.token.id];
+    if (how.temperature == 0) return first.id;
+    return draw_truncated(allowed, first, how, position, buffers.kept);
 }
 
 // Writes the log-probabilities of the chosen token and of the most probable tokens, and the rank of the chosen one.
@@ -143,15 +157,17 @@ void report_logprobs(const float* logits, int vocab_size, int32_t token_id, cons
 }
 
 void sample_row(float* logits, int vocab_size, const ShoalSampling& sampling, int64_t row, const ShoalChosen& chosen,
-                CandidateBuffer& buffer) {
+                Buffers& buffers) {
     const Row& how = sampling.rows[row];
     {
         const Adjustment adjustment(logits, sampling, static_cast<int32_t>(row));
-        chosen.token_ids[row] = choose(logits, vocab_size, how, how.position + sampling.num_later, buffer);
+        const int64_t num_words = (vocab_size + 31) / 32;
+        const uint32_t* mask = how.mask >= 0 ? sampling.masks + how.mask * num_words : nullptr;
+        chosen.token_ids[row] = choose(logits, vocab_size, mask, how, how.position + sampling.num_later, buffers);
     }
     const bool has_answer = chosen.token_ids[row] >= 0;
     if (has_answer && how.num_logprobs >= 0 && chosen.num_top >= 0) {
-        report_logprobs(logits, vocab_size, chosen.token_ids[row], chosen, row, buffer);
+        report_logprobs(logits, vocab_size, chosen.token_ids[row], chosen, row, buffers.kept);
     }
 }
 
@@ -171,6 +187,7 @@ const char* find_fault_in_entries(const Entry* entries, int64_t count, int64_t n
 const char* find_fault(const ShoalSampling& sampling, int64_t vocab_size) {
     for (const Row* row = sampling.rows; row != sampling.rows + sampling.num_rows; ++row) {
         if (row->forced_token_id >= vocab_size) return "forced_token_id beyond the vocabulary";
+        if (row->mask >= sampling.num_masks) return "a mask that is not there";
     }
     const char* fault =
         find_fault_in_entries(sampling.penalties, sampling.num_penalties, sampling.num_rows, vocab_size);
@@ -179,7 +196,7 @@ const char* find_fault(const ShoalSampling& sampling, int64_t vocab_size) {
 
 void sample(Pool& pool, float* logits, int64_t stride, int vocab_size, const ShoalSampling& sampling, int64_t first_row,
             int64_t num_rows, const ShoalChosen& chosen) {
-    std::vector<CandidateBuffer> buffers(pool.num_threads());
+    std::vector<Buffers> buffers(pool.num_threads());
     pool.run(static_cast<int>(num_rows), [&](int tile, int thread) {
         sample_row(logits + tile * stride, vocab_size, sampling, first_row + tile, chosen, buffers[thread]);
     });

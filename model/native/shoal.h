@@ -90,6 +90,8 @@ struct ShoalSampling {
     const ShoalPenalty* penalties;  // rows ascending
     int64_t num_biases;
     const ShoalBias* biases;  // rows ascending
+    int64_t num_masks;
+    const uint32_t* masks;  // [num_masks, ceil(vocab_size / 32)], of tokens that may be chosen, the lowest bit first
 };
 
 // The chosen tokens; see SamplerOutput in model/step/batch.py.
@@ -134,11 +136,16 @@ SHOAL_API const char* shoal_load(ShoalModel* model, int32_t tensor, int32_t laye
                                  int32_t type);
 
 // Computes a step with the first num_layers layers, then the norm and the head.  Where `sampling` is given, chooses a
-// token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size].
+// token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size].  Where neither
+// is, shoal_choose is to follow, with masks that may still be computed during the step.
 // Returns what is wrong with the arrays, and then has computed nothing; null if nothing is wrong.  After kNoMemory the
 // same tokens may be computed again.
 SHOAL_API const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers,
                                  const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
+
+// Computes norm and head of the step before, and chooses a token at each of its rows of logits.  Returns as shoal_step.
+SHOAL_API const char* shoal_choose(ShoalModel* model, int64_t num_logits, const ShoalSampling* sampling,
+                                   const ShoalChosen* chosen);
 
 // Proposes tokens: computes the given tokens, chooses the next token of each sequence by its row of `sampling`, and
 // continues with steps of one token for each sequence that wants more.  Penalties stay those of the first proposal.

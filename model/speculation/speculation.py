@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from shoal.model.speculation import rejection
@@ -15,6 +15,7 @@ from shoal.model.step.rows import BatchRows
 from shoal.model.step.sampling import describe, probabilities, sample_reference
 from shoal.scheduler.output import ScheduledRequest, StepResult
 
+NOTHING: Mapping[int, list[int]] = {}
 # A longer gap between two steps, in seconds, is an idle engine's; a shorter one counts as work for the second step.
 _LONGEST_GAP = 2e-3
 
@@ -42,9 +43,10 @@ class Speculation:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._proposer, self._lengths, self._rows = proposer, lengths, rows
-        self._needs_slots, self._by_rejection, self._clock = needs_slots, by_rejection, clock
+        self._needs_slots, self.by_rejection, self._clock = needs_slots, by_rejection, clock
         self._most_tokens: dict[int, int] = {}  # by row, of the requests that want speculation
         self._proposals: dict[int, Proposal] = {}  # by row, those under verification
+        self._known: Mapping[int, list[int]] = {}  # by row, those of them that nobody drafted
         self._ended = 0.0  # time at which the last step, or the drafting after it, ended
         self._step_seconds: float | None = None  # of the last step; None if it computed prompts, too
 
@@ -71,7 +73,7 @@ class Speculation:
         start = self._clock()
         if start - self._ended < _LONGEST_GAP:
             start = self._ended  # each step pays for what the engine does before it
-        if self._by_rejection:
+        if self.by_rejection:
             chosen = self._verify(backend.forward(batch), sampling, scheduled, layout)
         else:
             chosen = backend.execute(batch, sampling)
@@ -98,17 +100,25 @@ class Speculation:
                 token_ids[entries.start : entries.start + len(verified)] = verified
         return describe(token_ids, logits, sampling)
 
-    def propose(self, scheduled: list[ScheduledRequest], result: StepResult) -> list[list[int]]:
-        """Draft what may follow the tokens that a step has chosen; parallel to `scheduled`, or empty if nothing is."""
+    def propose(
+        self, scheduled: list[ScheduledRequest], result: StepResult, known: Mapping[int, list[int]] = NOTHING
+    ) -> list[list[int]]:
+        """Draft what may follow the tokens that a step has chosen; parallel to `scheduled`, or empty if nothing is.
+
+        Args:
+            known: by row, tokens that are known to follow; nothing is drafted there.
+        """
         verdicts = [
             (share.row, len(share.spec_token_ids), len(chosen) - 1)
             for share, chosen in zip(scheduled, result.token_ids, strict=True)
-            if share.spec_token_ids
+            if share.spec_token_ids and share.row not in self._known
         ]
+        self._known = known
+        self._proposals |= {row: Proposal(token_ids) for row, token_ids in known.items()}
         self._lengths.stepped(len(scheduled), verdicts, self._step_seconds)
         candidates = [] if self._lengths.rests() else self._candidates(scheduled, result)
         if not candidates:
-            return []
+            return [known.get(share.row, []) for share in scheduled] if known else []
         began = self._clock()
         self._proposer.catch_up(candidates)
         catching_up = self._clock() - began
@@ -118,14 +128,20 @@ class Speculation:
         wanted = [one.num_wanted for one in candidates if proposals[one.row].token_ids]
         self._lengths.proposed(wanted, drafting, catching_up)
         self._proposals |= proposals
-        return [proposals.get(share.row, NO_PROPOSAL).token_ids for share in scheduled]
+        return [known.get(share.row) or proposals.get(share.row, NO_PROPOSAL).token_ids for share in scheduled]
 
     def _candidates(self, scheduled: list[ScheduledRequest], result: StepResult) -> list[Candidate]:
         """Return the requests to draft for."""
         able: list[Candidate] = []  # each with the most tokens that it has room for
         for share, chosen in zip(scheduled, result.token_ids, strict=True):
             row = share.row
-            if not chosen or row not in self._most_tokens or share.is_padding or share.request_id in result.errors:
+            if (
+                row in self._known
+                or not chosen
+                or row not in self._most_tokens
+                or share.is_padding
+                or share.request_id in result.errors
+            ):
                 continue
             end = share.num_computed_tokens + share.num_scheduled_tokens
             num_tokens = end - len(share.spec_token_ids) + len(chosen)

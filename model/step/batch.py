@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.model.step.masks import Masks
+
 Int32 = NDArray[np.int32]
 UInt64 = NDArray[np.uint64]
 Float32 = NDArray[np.float32]
@@ -57,11 +59,13 @@ class SamplingBatch:
         rows: [num_logits] SAMPLING_ROW, which `model/step/sampling.py` defines.
         penalties: [any] PENALTY, rows ascending, each (row, token) at most once.
         biases: [any] BIAS, rows ascending.
+        masks: those that rows name; None if no row does.
     """
 
     rows: Records
     penalties: Records = field(default_factory=lambda: NO_PENALTIES)
     biases: Records = field(default_factory=lambda: NO_BIASES)
+    masks: Masks | None = None
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.model.speculation.speculation import Speculation
+from shoal.model.speculation.drafts import Drafts
 from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput
 from shoal.model.step.layout import StepLayout
 from shoal.model.step.rows import BatchRows
@@ -24,7 +24,7 @@ class ModelExecutor:
     Args:
         max_num_seqs, max_model_len: the scheduler's limits.
         block_size: tokens per block of the KV cache.
-        speculate: makes the `Speculation` that proposes tokens for the requests in the rows; None for none.
+        speculate: makes what proposes tokens for the requests in the rows; None for nothing.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ModelExecutor:
         max_num_seqs: int,
         max_model_len: int,
         block_size: int,
-        speculate: Callable[[BatchRows], Speculation] | None = None,
+        speculate: Callable[[BatchRows], Drafts] | None = None,
     ) -> None:
         self.backend = backend
         self.block_size = block_size
@@ -116,8 +116,8 @@ class ModelExecutor:
             first = end - len(share.spec_token_ids) - 1 if share.samples else end
             accepted = _verify(share.spec_token_ids, token_ids[first:end])
             result.token_ids.append(accepted)
-            if num_logits and -1 in token_ids[begin:end]:
-                result.errors[share.request_id] = "the model computed logits that are not finite numbers"
+            if -1 in accepted or -1 in token_ids[begin:first]:
+                result.errors[share.request_id] = "the logits are not finite numbers, or no token may be chosen"
             elif chosen.logprobs is not None:
                 self._add_logprobs(result, share, chosen, slice(begin, first), slice(first, first + len(accepted)))
         return result

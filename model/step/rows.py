@@ -107,7 +107,7 @@ class BatchRows:
         if penalises_output(params):
             prompt = new.token_ids[: new.num_prompt_tokens] if penalises_prompt(params) else []
             self._penalised[row] = np.unique(np.array(prompt, np.int32))
-        if params.logit_bias or params.min_tokens:
+        if params.logit_bias or (params.min_tokens and not params.grammar):  # a grammar's masks keep to min_tokens
             self._biased[row] = _Bias.of(params)
 
     def _penalties(self, rows: Intp, positions: Int32, chooses: Bool) -> Records:
@@ -159,7 +159,7 @@ class _Bias:
     def of(cls, params: SamplingParams) -> _Bias:
         late = params.logit_bias
         early = late | dict.fromkeys(params.stop_token_ids, -np.inf)
-        return cls(params.min_tokens, _columns(early), _columns(late))
+        return cls(0 if params.grammar else params.min_tokens, _columns(early), _columns(late))
 
 
 def _columns(addends: dict[int, float]) -> Int32:

@@ -11,18 +11,19 @@ fused multiply-add); float32 parameters widen exactly where float64 is stated.
    `repetition_penalty` if the logit is positive, else multiplied by it (Keskar et al. 2019).  Then, for a generated
    token, logit = (logit - frequency_penalty * count) - presence_penalty, where count is how often it was generated.
 2. Biases, float32.  Each `addend` of the row is added to its token's logit, in the order of the entries; -inf bans it.
-3. Validity.  If the greatest logit is not finite (NaN or +inf anywhere, or every token banned), the row has no answer
+3. Mask.  Where the row has one, -inf is added to the logit of each token whose bit in it is 0.
+4. Validity.  If the greatest logit is not finite (NaN or +inf anywhere, or every token banned), the row has no answer
    and yields -1.
-4. A row with a `forced_token_id` yields it.
-5. A row with temperature 0 yields the token with the greatest logit, the lowest id on ties.
-6. Temperature, float64: x = logit / temperature.
-7. top_k > 0 keeps the k tokens with the greatest x; among equals at the border, the lowest ids: exactly
+5. A row with a `forced_token_id` yields it.
+6. A row with temperature 0 yields the token with the greatest logit, the lowest id on ties.
+7. Temperature, float64: x = logit / temperature.
+8. top_k > 0 keeps the k tokens with the greatest x; among equals at the border, the lowest ids: exactly
    min(k, vocab_size) tokens stay.
-8. top_p < 1, float64 (nucleus sampling, Holtzman et al. 2020): order the kept tokens by x descending, then id
+9. top_p < 1, float64 (nucleus sampling, Holtzman et al. 2020): order the kept tokens by x descending, then id
    ascending, and let w = exp(x - x_max).  A token stays while the sum of w before it is below top_p times the sum of
    all kept w; the first one always stays.
-9. min_p > 0, float64 (Nguyen et al. 2024): a token stays if w >= min_p, with w of step 8.
-10. Gumbel-max: the row yields the kept token with the greatest x + g, the lowest id on ties, where g is the noise
+10. min_p > 0, float64 (Nguyen et al. 2024): a token stays if w >= min_p, with w of step 9.
+11. Gumbel-max: the row yields the kept token with the greatest x + g, the lowest id on ties, where g is the noise
     below.  That is a draw from the softmax of the kept x (Gumbel 1954).
 
 The noise is a pure function of a 64-bit seed, the index `position` of the token to be chosen in its sequence, and the
@@ -57,14 +58,15 @@ from numpy.typing import NDArray
 from shoal.model.step.batch import Float32, Int32, Records, SamplerOutput, SamplingBatch, UInt64
 from shoal.scheduler.output import SamplingParams
 
-# How to choose at one row of logits.  All fields but two have the names and meanings of those of `SamplingParams`, with
-# -1 for None.  `position` is the index in the sequence of the token to be chosen.  `forced_token_id` is -1, or a known
-# token that is only scored.
+# How to choose at one row of logits.  All fields but three have the names and meanings of those of `SamplingParams`,
+# with -1 for None.  `position` is the index in the sequence of the token to be chosen.  `forced_token_id` is -1, or a
+# known token that is only scored.  `mask` is the number of the row's mask in `SamplingBatch.masks`, or -1.
 SAMPLING_ROW = np.dtype(
     [
         ("seed", np.uint64),
         ("position", np.int64),
         ("forced_token_id", np.int32),
+        ("mask", np.int32),
         ("num_logprobs", np.int32),
         ("temperature", np.float32),
         ("top_k", np.int32),
@@ -85,8 +87,8 @@ Float64 = NDArray[np.float64]
 
 
 def sampling_row(params: SamplingParams) -> tuple[float, ...]:
-    """The values of a request's SAMPLING_ROW, with position 0 and no forced token."""
-    others = {"position": 0, "forced_token_id": -1}
+    """The values of a request's SAMPLING_ROW, with position 0, no forced token and no mask."""
+    others = {"position": 0, "forced_token_id": -1, "mask": -1}
     values = [others[name] if name in others else getattr(params, name) for name in SAMPLING_ROW.names or ()]
     return tuple(-1 if value is None else value for value in values)
 
@@ -115,7 +117,7 @@ def penalises_prompt(params: SamplingParams) -> bool:
 
 def sample_reference(logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
     """Choose a token at each row of `logits` [num_logits, vocab_size], as this module specifies, row by row."""
-    adjusted = _with_penalties_and_biases(logits, sampling)
+    adjusted = _adjusted(logits, sampling)
     token_ids = np.array([_choose(*both) for both in zip(adjusted, sampling.rows, strict=True)], np.int32)
     return describe(token_ids, logits, sampling)
 
@@ -145,8 +147,8 @@ def _mix(z: UInt64) -> UInt64:
     return z ^ (z >> np.uint64(31))
 
 
-def _with_penalties_and_biases(logits: Float32, sampling: SamplingBatch) -> Float32:
-    """Steps 1 and 2."""
+def _adjusted(logits: Float32, sampling: SamplingBatch) -> Float32:
+    """Steps 1 to 3."""
     logits = logits.copy()
     penalties, biases = sampling.penalties, sampling.biases
     at, rows, counts = (penalties["row"], penalties["token_id"]), sampling.rows[penalties["row"]], penalties["count"]
@@ -155,6 +157,8 @@ def _with_penalties_and_biases(logits: Float32, sampling: SamplingBatch) -> Floa
     penalised = values - rows["frequency_penalty"] * counts.astype(np.float32) - rows["presence_penalty"]
     logits[at] = np.where(counts > 0, penalised, values)
     np.add.at(logits, (biases["row"], biases["token_id"]), biases["addend"])
+    if sampling.masks is not None:
+        logits += sampling.masks.addends(sampling.rows["mask"], logits.shape[1])
     return logits
 
 
@@ -164,7 +168,7 @@ def probabilities(logits: Float32, sampling: SamplingBatch) -> Float64:
     It is zero at rows that have no answer.
     """
     result = np.zeros(logits.shape, np.float64)
-    adjusted = _with_penalties_and_biases(logits, sampling)
+    adjusted = _adjusted(logits, sampling)
     for distribution, values, row in zip(result, adjusted, sampling.rows, strict=True):
         kept, x = _kept(values, row)
         weights = np.exp(x - x.max(initial=-np.inf))
@@ -173,7 +177,7 @@ def probabilities(logits: Float32, sampling: SamplingBatch) -> Float64:
 
 
 def _choose(logits: Float32, row: np.void) -> int:
-    """Steps 3 to 10 for one row of adjusted logits."""
+    """Steps 4 to 11 for one row of adjusted logits."""
     kept, x = _kept(logits, row)
     if len(kept) < 2:  # there is nothing to draw
         return int(kept.max(initial=-1))
@@ -182,7 +186,7 @@ def _choose(logits: Float32, row: np.void) -> int:
 
 
 def _kept(logits: Float32, row: np.void) -> tuple[NDArray[np.int64], Float64]:
-    """Steps 3 to 9: the ids that may be chosen, ascending, and the x of each; none where the row has no answer."""
+    """Steps 4 to 10: the ids that may be chosen, ascending, and the x of each; none where the row has no answer."""
     if not np.isfinite(logits.max()):
         return np.empty(0, np.int64), np.empty(0)
     if row["forced_token_id"] >= 0:

@@ -91,6 +91,10 @@ class Tokenizer:
         except CheckpointError as error:
             raise CheckpointError(f"{opened.path}: {error.message}", param=error.param) from error
 
+    def to_json(self) -> str:
+        """The tokenizer as the `tokenizers` library writes it."""
+        return self._tokenizer.to_str()
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""

@@ -7,9 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from shoal.model.checkpoint.config import load_generation_defaults
 from shoal.model.checkpoint.find import resolve_checkpoint
+from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.step.executor import ModelExecutor
+from shoal.model.step.grammars import Grammars
+from shoal.model.text.grammar import GrammarCompiler
+from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.config import SchedulerConfig, SchedulerLimits
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ConfigError
@@ -29,6 +34,7 @@ class BuiltEngine:
 
     core: EngineCore
     ready: Ready
+    grammars: Grammars
     close: Callable[[], None]
 
 
@@ -42,7 +48,8 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         CheckpointError, ConfigError: the checkpoint or a setting does not allow it.
     """
     progress(f"loading {settings.model}")
-    record = load_checkpoint(resolve_checkpoint(settings.model))
+    opened = open_checkpoint(resolve_checkpoint(settings.model))
+    record = load_checkpoint(opened)
     limit = record.config.max_position_embeddings
     max_model_len = settings.engine.max_model_len or limit
     if max_model_len > limit:
@@ -66,14 +73,18 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
     scheduler = Scheduler(limits, POLICIES[policy](limits, settings.knobs[policy]))
     progress(f"preparing {record.num_parameters / 1e6:.1f} M parameters and {num_bytes // 2**20} MiB of KV cache")
     backend = plan.create(record, num_blocks)
+    eos_token_ids = load_generation_defaults(opened).eos_token_ids or record.config.eos_token_ids
+    grammars = Grammars(GrammarCompiler(partial(Tokenizer.load, opened), record.config.vocab_size, eos_token_ids))
     executor = ModelExecutor(
         backend,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=max_model_len,
         block_size=limits.block_size,
-        speculate=partial(speculation.create, plan, backend, limits) if speculation else None,
+        speculate=lambda rows: grammars.beside(
+            speculation.create(plan, backend, limits, rows) if speculation else None
+        ),
     )
     ready = Ready(limits, record.num_parameters, num_bytes, plan.describe(backend), plan.warning)
     trace = None if settings.engine.trace is None else ChromeTrace(settings.engine.trace)
     core = EngineCore(scheduler, executor, time.monotonic, [] if trace is None else [trace])
-    return BuiltEngine(core, ready, close=(lambda: None) if trace is None else trace.close)
+    return BuiltEngine(core, ready, grammars, close=(lambda: None) if trace is None else trace.close)

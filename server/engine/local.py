@@ -12,6 +12,7 @@ from shoal.server.engine.build import BuiltEngine, build_engine
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, News, Report, Stop
+from shoal.server.engine.preparing import Preparing
 from shoal.server.settings import Settings
 
 logger = logging.getLogger("shoal.engine")
@@ -62,7 +63,7 @@ class LocalEngine:
 
     def _run(self, engine: BuiltEngine) -> None:
         try:
-            EngineLoop(engine.core, self).run()
+            EngineLoop(engine.core, Preparing(self, engine.grammars.prepare)).run()
         except Exception as error:  # whatever it is, no request may wait for ever
             logger.exception("the engine failed")
             self._event_loop.call_soon_threadsafe(self._client.give_up, EngineError(f"the engine failed: {error}"))

@@ -24,6 +24,7 @@ from shoal.server.engine.build import build_engine
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, Loading, Report, StartFailed
 from shoal.server.engine.outbox import MAX_MESSAGES
+from shoal.server.engine.preparing import Preparing
 from shoal.server.settings import resolve
 
 
@@ -70,12 +71,9 @@ def _end_with_parent(folder: Path) -> None:
 
 
 def main() -> None:
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # a terminal or supervisor may send them to both processes,
-        signal.signal(number, signal.SIG_IGN)  # but it is the API process that drains, and ends this one
+    # A terminal or a supervisor may send these to both processes: the API process drains, and ends this one.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     folder = Path(sys.argv[1])
     settings = resolve(msgspec.json.decode(sys.stdin.buffer.readline()))
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
@@ -89,7 +87,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is loaded stays; no collection need look at it again
     sockets.send(engine.ready)
-    EngineLoop(engine.core, sockets).run()
+    EngineLoop(engine.core, Preparing(sockets, engine.grammars.prepare)).run()
     engine.close()
 
 

@@ -38,12 +38,7 @@ class Call(ABC, Generic[Body]):
     id_prefix: ClassVar[str]
 
     def __init__(
-        self,
-        service: Service,
-        request: Request,
-        body: Body,
-        prompts: Sequence[tuple[str, list[int]]],
-        grammar: str = "",
+        self, service: Service, request: Request, body: Body, prompts: Sequence[tuple[str, list[int]]], grammar: str
     ) -> None:
         self.service = service
         self.request = request
@@ -54,9 +49,7 @@ class Call(ABC, Generic[Body]):
         self.include_usage = body.stream_options is not None and body.stream_options.include_usage
         self.usage_in_chunks = None if self.include_usage else msgspec.UNSET
         terms = resolve_terms(service, request, body)
-        self.generation = Generation(
-            service, body, prompts, api_id=self.id, seed=self.seed, terms=terms, grammar=grammar
-        )
+        self.generation = Generation(service, body, prompts, grammar, api_id=self.id, seed=self.seed, terms=terms)
 
     async def answer(self) -> Response:
         """Answer as the body asks."""

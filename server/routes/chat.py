@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -43,7 +44,8 @@ def chat_router(service: Service) -> APIRouter:
             body.messages, tools=body.offered_tools, variables=body.template_variables
         )
         prompt = await service.encode_chat(conversation, parses_special=body.parse_special)
-        return await _ChatCall(service, request, body, prompt).answer()
+        grammar = await service.constraints.resolve(body, partial(service.dialect.grammar, body, prompt[0]))
+        return await _ChatCall(service, request, body, prompt, grammar).answer()
 
     return router
 
@@ -51,9 +53,11 @@ def chat_router(service: Service) -> APIRouter:
 class _ChatCall(Call[ChatBody]):
     id_prefix = "chatcmpl"
 
-    def __init__(self, service: Service, request: Request, body: ChatBody, prompt: tuple[str, list[int]]) -> None:
+    def __init__(
+        self, service: Service, request: Request, body: ChatBody, prompt: tuple[str, list[int]], grammar: str
+    ) -> None:
+        super().__init__(service, request, body, [prompt], grammar)
         reading = service.dialect.reading(body, prompt[0])
-        super().__init__(service, request, body, [prompt], reading.grammar)
         self._answers = [ChatAnswer(reading.reader()) for _ in range(self.generation.num_choices)]
 
     def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> ChatCompletion:

@@ -30,7 +30,8 @@ def completions_router(service: Service) -> APIRouter:
         body = parse_body(CompletionBody, await request.body())
         service.check_model(body.model)
         service.check_choices(body.num_prompts, body.n)
-        return await _CompletionCall(service, request, body, await service.completion_prompts(body)).answer()
+        prompts = await service.completion_prompts(body)
+        return await _CompletionCall(service, request, body, prompts, await service.constraints.resolve(body)).answer()
 
     return router
 

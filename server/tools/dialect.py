@@ -23,15 +23,10 @@ _TELLS_NULL = re.compile(r"""content(?:['"]\])? is none""")
 
 @dataclass(frozen=True)
 class Reading:
-    """How the answers to one request are demanded and read.
-
-    Attributes:
-        grammar: of the answers; empty if they are free.
-    """
+    """How the answers to one request are read."""
 
     dialect: Dialect
     body: ChatBody
-    grammar: str
     is_thinking: bool
 
     def reader(self) -> AnswerReader | None:
@@ -94,22 +89,29 @@ class Dialect:
         return Conversation(told, add_generation_prompt, offered or None, dict(variables or {}))
 
     def reading(self, body: ChatBody, prompt: str) -> Reading:
-        """How the answers to a prompt are demanded and read.
+        """How the answers to a prompt are read."""
+        return Reading(self, body, self._is_begun(prompt))
+
+    def grammar(self, body: ChatBody, prompt: str, answer: Mapping[str, Any] | None) -> str:
+        """What the answers to a prompt keep to: calls of tools, and a schema where they have none; empty for nothing.
 
         Raises:
             InvalidRequestError: see `tools_grammar`.
         """
-        is_thinking = self.thinks and prompt.rstrip().endswith(THINK)
-        thought: Thought = "begun" if is_thinking else "may" if self.thinks else "never"
-        grammar = tools_grammar(
+        thought: Thought = "begun" if self._is_begun(prompt) else "may" if self.thinks else "never"
+        return tools_grammar(
             self.tool_format,
             body.offered_tools,
             body.tool_choice or "auto",
             parallel=body.parallel_tool_calls is not False,
             special=self.special,
             thought=thought,
+            answer=answer,
         )
-        return Reading(self, body, grammar, is_thinking)
+
+    def _is_begun(self, prompt: str) -> bool:
+        """Whether a prompt ends in the beginning of a thought."""
+        return self.thinks and prompt.rstrip().endswith(THINK)
 
     def shown(self, body: CompletionBody | ChatBody) -> frozenset[int]:
         """Special tokens that stand in the text of answers, for those who read them there."""

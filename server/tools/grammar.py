@@ -13,7 +13,7 @@ from typing import Any, Literal
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.tools.formats import PARAMETER_BEGIN, PARAMETER_END, ToolFormat
 from shoal.server.tools.reader import THINK, THINK_END
-from shoal.server.tools.schemas import demanded, listed, property_schemas, takes_type
+from shoal.server.tools.schemas import WRITTEN, demanded, listed, property_schemas, takes_type
 from shoal.server.wire.conversations import NamedTool, Tool, ToolChoice
 
 MAX_CALLS = 16  # that a grammar allows in one answer: a model that cannot stop would fill the context
@@ -30,21 +30,25 @@ def tools_grammar(
     parallel: bool = True,
     special: Mapping[str, int] | None = None,
     thought: Thought = "never",
+    answer: Mapping[str, Any] | None = None,
 ) -> str:
     """The grammar of answers in which calls are as they should be; empty if the model is free.
 
     Args:
+        answer: a schema, of which an answer without calls is.
         parallel: whether an answer may have several calls.
         special: the special tokens among the texts of the format and the tags of thoughts, by their text.
 
     Raises:
         InvalidRequestError: the format cannot write the arguments of a tool.
     """
-    if choice == "none" or not tools or (choice == "auto" and not any(tool.function.strict for tool in tools)):
+    if choice == "none" or (choice == "auto" and answer is None and not any(tool.function.strict for tool in tools)):
+        tools = []
+    if not tools and (answer is None or thought == "never"):
         return ""
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    return _Grammar(tool_format, tools, parallel, special or {}).text(choice == "auto", thought)
+    return _Grammar(tool_format, tools, parallel, special or {}).text(choice == "auto", thought, answer)
 
 
 class _Grammar:
@@ -59,13 +63,17 @@ class _Grammar:
         self._max_calls = MAX_CALLS if parallel else 1
         self._rules = ["TEXT: /(.|\\n)*/"]
 
-    def text(self, is_free: bool, thought: Thought) -> str:
+    def text(self, is_free: bool, thought: Thought, answer: Mapping[str, Any] | None) -> str:
+        is_text = is_free and answer is None
         for number, tool in enumerate(self._tools):
-            self._add(f"args_{number}", self._arguments(number, tool, is_free))
-        answer = self._free() if is_free else self._section("")
+            self._add(f"args_{number}", self._arguments(number, tool, is_text))
+        said = self._free() if is_text else self._section("") if self._tools else ""
+        if is_free and answer is not None:
+            written = self._add("answer", f"%json {json.dumps({**answer, 'x-guidance': WRITTEN})}")
+            said = f"({said} | {written})" if said else written
         if thought != "never":
-            answer = f"{self._thought(thought)} {answer}"
-        return "\n".join([f"start: {answer}", *self._rules]) + "\n"
+            said = f"{self._thought(thought)} {said}"
+        return "\n".join([f"start: {said}", *self._rules]) + "\n"
 
     def _add(self, name: str, rule: str) -> str:
         self._rules.append(f"{name}: {rule}")

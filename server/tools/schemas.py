@@ -8,13 +8,13 @@ from typing import Any
 # With one of these a schema says elsewhere which properties there are.
 _COMPOSED = ("additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf")
 # Spaces as Python writes them and chat templates show them.  If they were free, the model would have to choose them.
-_WRITTEN = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def demanded(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of arguments that a grammar demands: no property that the tool does not name, written in one way."""
     is_open = "properties" not in schema or any(name in schema for name in _COMPOSED)
-    return {**schema, **({} if is_open else {"additionalProperties": False}), **_WRITTEN}
+    return {**schema, **({} if is_open else {"additionalProperties": False}), "x-guidance": WRITTEN}
 
 
 def property_schemas(schema: Mapping[str, Any]) -> dict[str, Any]:

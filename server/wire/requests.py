@@ -19,6 +19,7 @@ from msgspec import Meta, Raw, field
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.wire.body import Body
+from shoal.server.wire.constraints import ConstrainedBody
 from shoal.server.wire.conversations import (
     Messages,
     Tool,
@@ -59,7 +60,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class SamplingBody(Body):
+class SamplingBody(ConstrainedBody):
     """How tokens are chosen, and where a text ends."""
 
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
@@ -144,10 +145,6 @@ class CompletionBody(GenerationBody, kw_only=True):
         return len(self.prompt) if is_list else 1
 
 
-class ResponseFormat(Body):
-    type: Literal["text"]
-
-
 class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions."""
 
@@ -156,7 +153,6 @@ class ChatBody(GenerationBody, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
-    response_format: ResponseFormat | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

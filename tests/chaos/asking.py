@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import httpx
 
 NUM_QUESTIONS = 48
+SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99999}, "minItems": 20, "maxItems": 40}
 Body = dict[str, Any]
 
 
@@ -50,6 +51,7 @@ def question(number: int) -> tuple[str, Body]:
         (7, {"stop": ["return"]}),
         (9, {"frequency_penalty": 0.5, "min_p": 0.02}),
         (11, {"speculation": "off"}),
+        (13, {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}, "max_tokens": 300}),
     ):
         if number % divisor == 0:
             body |= fields

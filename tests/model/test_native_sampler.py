@@ -16,6 +16,7 @@ from scipy.special import log_softmax
 from shoal.model.backends.native_library import load_library, supported_isas
 from shoal.model.backends.native_sampling import SamplerArguments
 from shoal.model.step.batch import BIAS, PENALTY, SamplerOutput, SamplingBatch
+from shoal.model.step.masks import Masks
 from shoal.model.step.sampling import sample_reference
 from tests.model.native_sample import sample
 
@@ -71,6 +72,17 @@ def with_entries(batch: SamplingBatch, rng: np.random.Generator, vocab_size: int
     biases["token_id"] = rng.integers(0, vocab_size, per_row)  # some more than once
     biases["addend"] = rng.choice([-np.inf, -100.0, -1.0, 2.5, 100.0], per_row)
     return replace(batch, penalties=penalties, biases=biases)
+
+
+def with_masks(batch: SamplingBatch, rng: np.random.Generator, vocab_size: int) -> SamplingBatch:
+    """Three masks, of few, of most and of any tokens, and bits beyond the vocabulary; some rows have one."""
+    num_words = -(-vocab_size // 32)
+    words = rng.integers(0, 2**32, (3, 3, num_words), dtype=np.uint32)
+    bits = np.stack([words[0].min(axis=0), words[1].max(axis=0), words[2, 0]])
+    bits[0, rng.integers(num_words)] |= np.uint32(1 << int(rng.integers(32)))
+    rows = batch.rows.copy()
+    rows["mask"] = rng.integers(-1, 3, len(rows))
+    return replace(batch, rows=rows, masks=Masks(bits, wait=lambda: None))
 
 
 def natives() -> Iterator[Callable[[np.ndarray, SamplingBatch], SamplerOutput]]:
@@ -145,7 +157,9 @@ def test_chooses_as_the_reference(
     forced = [rng.integers(vocab_size) if is_forced else -1 for is_forced in columns.pop("forced")]
     positions = rng.integers(0, 2**31, len(rows))
     batch = sampling_batch(len(rows), position=positions, forced_token_id=forced, **columns)
-    check(logits, with_entries(batch, rng, vocab_size, entries_per_row))
+    batch = with_entries(batch, rng, vocab_size, entries_per_row)
+    check(logits, batch)
+    check(logits, with_masks(batch, rng, vocab_size))
 
 
 @pytest.mark.parametrize("kind", HEALTHY)
@@ -173,6 +187,7 @@ def test_a_large_vocabulary(kind: str, sampling_batch: Batches) -> None:
     batch = sampling_batch(len(options), seed=seeds, num_logprobs=[-1, 5] + [-1] * 9 + [20], **columns)
     check(logits, batch)
     check(logits, with_entries(batch, rng, LARGE, 500))
+    check(logits, with_masks(batch, rng, LARGE))
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "periodic", "banned"])

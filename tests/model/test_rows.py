@@ -82,7 +82,12 @@ def test_each_row_is_sampled_as_its_own_request_asks() -> None:
     batch = sampling_at(rows, *((index, 4 + index) for index in order))
     assert batch.rows.dtype == SAMPLING_ROW
     expected = {name: [getattr(asked[index], name, None) for index in order] for name in batch.rows.dtype.names or ()}
-    expected |= {"num_logprobs": [-1, 3, -1, 3], "position": [6, 4, 5, 4], "forced_token_id": [-1] * 4}
+    expected |= {
+        "num_logprobs": [-1, 3, -1, 3],
+        "position": [6, 4, 5, 4],
+        "forced_token_id": [-1] * 4,
+        "mask": [-1] * 4,
+    }
     assert {name: batch.rows[name].tolist() for name in expected} == expected
 
 

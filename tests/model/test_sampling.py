@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from shoal.model.backends.native_library import load_library, supported_isas
 from shoal.model.backends.torch_sampler import sample as torch_sample
 from shoal.model.step import sampling
 from shoal.model.step.batch import SamplerOutput, SamplingBatch
+from shoal.model.step.masks import Masks
 from shoal.model.step.sampling import SAMPLING_ROW, gumbel_noise, sample_reference
 from shoal.scheduler.output import SamplingParams
 from shoal.server.wire.requests import GenerationBody
@@ -95,7 +96,7 @@ def mixed(sampling_batch: Batches, seed: int, num_rows: int, vocab_size: int) ->
 
 
 def test_every_field_of_a_row_is_a_parameter_that_is_specified_and_may_be_asked_for() -> None:
-    names = set(SAMPLING_ROW.names or ()) - {"position", "forced_token_id"}
+    names = set(SAMPLING_ROW.names or ()) - {"position", "forced_token_id", "mask"}
     assert names <= {field.name for field in fields(SamplingParams)}
     asked_for = names - {"num_logprobs"}  # `logprobs` and `top_logprobs` on the wire
     assert asked_for <= set(GenerationBody.__struct_fields__)
@@ -345,6 +346,26 @@ def test_a_row_that_is_not_finite_has_no_token_and_changes_no_other_row(
     token_ids = sampler(broken, batch).token_ids
     for row in range(60):
         assert token_ids[row] == (-1 if row % 5 < 3 else healthy[row])
+
+
+def test_a_mask_leaves_its_tokens_only(sampler: Sampler, sampling_batch: Batches) -> None:
+    """At every temperature the tokens are those of a bias that bans the others; an empty mask has no answer."""
+    logits = random_logits(8, 60, 70)
+    allowed = np.random.default_rng(8).random((60, 70)) < 0.2
+    allowed[:, 69] |= ~allowed.any(axis=1)
+    bits = np.zeros((61, 12), np.uint8)
+    bits[:60, :9] = np.packbits(allowed, axis=1, bitorder="little")
+    how = {"temperature": [0.0, 0.7, 1.5] * 20, "top_k": [0, 3, 0, 60] * 15, "seed": range(60), "num_logprobs": 3}
+    banned = sampling_batch(60, biases=[(*place, -np.inf) for place in np.argwhere(~allowed)], **how)
+    masks = Masks(bits.view(np.uint32), wait=lambda: None)
+    masked = replace(sampling_batch(60, mask=range(60), **how), masks=masks)
+    expected, found = sampler(logits, banned), sampler(logits, masked)
+    for field in fields(SamplerOutput):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+    masked.rows["mask"] = [60, -1] * 30
+    token_ids = sampler(logits, masked).token_ids
+    assert (token_ids[::2] == -1).all()
+    np.testing.assert_array_equal(token_ids[1::2], sampler(logits, sampling_batch(60, **how)).token_ids[1::2])
 
 
 def test_everything_banned_has_no_answer(sampler: Sampler, sampling_batch: Batches) -> None:

@@ -57,7 +57,7 @@ def test_no_timer_is_left_behind(end: str, tmp_path: Path) -> None:
         client.connect(Ready(limits, 1, 2, "by hand", None), commands.append)
         body = parse_body(CompletionBody, b'{"prompt": "Z", "n": 2}')
         generation = Generation(
-            service, body, [("Z", [5])], api_id="a", seed=1, terms=Terms(timeout=0.01 if end == "late" else 1000)
+            service, body, [("Z", [5])], "", api_id="a", seed=1, terms=Terms(timeout=0.01 if end == "late" else 1000)
         )
         timer = generation._submission.timer
         assert timer is not None and not timer.cancelled()

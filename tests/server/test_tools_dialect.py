@@ -161,9 +161,10 @@ def test_special_tokens_are_shown_to_those_who_read_them() -> None:
 )
 def test_the_prompt_may_begin_the_thought(prompt: str, grammar: str) -> None:
     found = dialect(TEMPLATES["json"] + "<think></think>")
-    reading = found.reading(body(tools=TOOLS, tool_choice="required"), prompt)
-    assert reading.grammar.startswith(f"start: {grammar} first")
-    assert reading.is_thinking == prompt.rstrip().endswith("<think>")
+    asked = body(tools=TOOLS, tool_choice="required")
+    assert found.grammar(asked, prompt, None).startswith(f"start: {grammar} first")
+    assert found.grammar(body(), prompt, {"type": "null"}).startswith(f"start: {grammar} answer")
+    assert found.reading(asked, prompt).is_thinking == prompt.rstrip().endswith("<think>")
 
 
 @pytest.mark.parametrize(

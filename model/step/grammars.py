@@ -1,0 +1,192 @@
+"""Constrained decoding: the texts of some requests keep to grammars.
+
+Each constrained request in the batch has a matcher, which has read the tokens that were generated and says which may
+come next.  A step's masks are computed by another thread while the backend computes the step.  They are a field of
+sampling like any other, so that a text does not depend on whether its tokens were drafted, or in which engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher
+from numpy.typing import NDArray
+
+from shoal.model.speculation.speculation import Speculation
+from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput, SamplingBatch
+from shoal.model.step.layout import StepLayout
+from shoal.model.step.masks import Masks
+from shoal.model.text.grammar import GrammarCompiler, fault
+from shoal.scheduler.errors import InvalidRequestError
+from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest, StepResult
+
+UInt32 = NDArray[np.uint32]
+
+MAX_COMPILED = 256  # grammars that are kept, some hundred KiB each
+MAX_FORCED = 32  # tokens that are proposed for one request at once
+
+
+@dataclass(slots=True)
+class _Constraint:
+    """A request's matcher, and what it must know of the request."""
+
+    matcher: LLMatcher
+    params: SamplingParams
+    num_output_tokens: int
+
+
+class Grammars:
+    """The constrained requests in the batch, and the drafts that theirs are joined with.  Implements `Drafts`.
+
+    Args:
+        compiler: of the model's tokens.
+    """
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+        self._num_words = -(-compiler.vocab_size // 32)
+        self._compiling = ThreadPoolExecutor(1, "shoal-grammars")
+        self._masking = ThreadPoolExecutor(1, "shoal-masks")
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._rows: dict[int, _Constraint] = {}
+        self._others: Speculation | None = None
+
+    def beside(self, others: Speculation | None) -> Self:
+        """Take these drafts along, for all requests."""
+        self._others = others
+        return self
+
+    def prepare(self, grammar: str) -> Future[LLMatcher]:
+        """Compile a grammar in a thread, unless that was done lately.
+
+        The future's exception is an InvalidRequestError where the grammar cannot be used.
+        """
+        compiled = self._compiled.get(grammar)
+        if compiled is None:
+            compiled = self._compiled[grammar] = self._compiling.submit(self._compiler.compile, grammar)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return compiled
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def place(self, share: ScheduledRequest) -> None:
+        if share.new:
+            self._rows.pop(share.row, None)
+            if share.new.params.grammar:
+                self._rows[share.row] = self._join(share.new)
+        if self._others is not None:
+            self._others.place(share)
+
+    def execute(
+        self,
+        backend: Backend,
+        batch: ForwardBatch,
+        sampling: SamplingBatch,
+        scheduled: list[ScheduledRequest],
+        layout: StepLayout,
+    ) -> SamplerOutput:
+        if self._rows:
+            sampling = self._masked(sampling, scheduled, layout)
+        if self._others is not None:
+            return self._others.execute(backend, batch, sampling, scheduled, layout)
+        return backend.execute(batch, sampling)
+
+    def propose(self, scheduled: list[ScheduledRequest], result: StepResult) -> list[list[int]]:
+        """Tokens that must follow are drafts that cost nothing; of the other drafts what a grammar allows remains."""
+        forced = self._read(scheduled, result) if self._rows else {}
+        if self._others is None:
+            return [forced.get(share.row, []) for share in scheduled] if forced else []
+        drafts = self._others.propose(scheduled, result, forced)
+        if drafts and self._rows and not self._others.by_rejection:  # which rejects them itself
+            return [self._cut(share.row, drafted) for share, drafted in zip(scheduled, drafts, strict=True)]
+        return drafts
+
+    # -- the parts -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor(num_threads=max(1, (os.cpu_count() or 1) // 4))
+
+    def _join(self, new: NewRequest) -> _Constraint:
+        matcher = self.prepare(new.params.grammar).result().deep_copy()
+        output = new.token_ids[new.num_prompt_tokens :]
+        if not matcher.consume_tokens(output):
+            raise InvalidRequestError(f"its grammar does not allow what was generated: {fault(matcher)}")
+        return _Constraint(matcher, new.params, len(output))
+
+    def _masked(self, sampling: SamplingBatch, scheduled: list[ScheduledRequest], layout: StepLayout) -> SamplingBatch:
+        """Begin to compute what may be chosen at the rows of logits of constrained requests."""
+        numbers = np.full(len(sampling.rows), -1, np.int32)
+        jobs: list[tuple[_Constraint, int, list[int]]] = []
+        num_masks = end = 0
+        for share, num_logits in zip(scheduled, layout.num_logits, strict=True):
+            end += num_logits
+            constraint = self._rows.get(share.row)
+            if constraint is not None and share.samples and not share.is_padding:
+                count = len(share.spec_token_ids) + 1
+                numbers[end - count : end] = range(num_masks, num_masks + count)
+                jobs.append((constraint, num_masks, share.spec_token_ids))
+                num_masks += count
+        if not jobs:
+            return sampling
+        rows = sampling.rows.copy()
+        rows["mask"] = numbers
+        bits = np.zeros((num_masks, self._num_words), np.uint32)
+        return replace(sampling, rows=rows, masks=Masks(bits, self._masking.submit(self._fill, bits, jobs).result))
+
+    def _fill(self, bits: UInt32, jobs: list[tuple[_Constraint, int, list[int]]]) -> None:
+        place = bits.ctypes.data, self._num_words * 4, len(bits)
+        if alone := [(constraint.matcher, at) for constraint, at, drafted in jobs if not drafted]:
+            self._executor.unsafe_compute_mask_ptr(alone, *place)
+        if ahead := [(constraint.matcher, at, drafted) for constraint, at, drafted in jobs if drafted]:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(ahead, *place)
+        for constraint, at, drafted in jobs:
+            num_early = constraint.params.min_tokens - constraint.num_output_tokens
+            for mask in bits[at : at + min(num_early, len(drafted) + 1)] if num_early > 0 else ():
+                _put_off_end(mask, constraint.params.stop_token_ids)
+
+    def _read(self, scheduled: list[ScheduledRequest], result: StepResult) -> dict[int, list[int]]:
+        """Have the matchers read what a step has chosen; returns by row what must follow."""
+        forced: dict[int, list[int]] = {}
+        for share, token_ids in zip(scheduled, result.token_ids, strict=True):
+            constraint = self._rows.get(share.row)
+            if constraint is None or not token_ids or share.is_padding or share.request_id in result.errors:
+                continue
+            constraint.num_output_tokens += len(token_ids)
+            matcher = constraint.matcher
+            if not matcher.consume_tokens(token_ids) and token_ids[-1] not in constraint.params.stop_token_ids:
+                result.errors[share.request_id] = f"its grammar went wrong: {fault(matcher)}"
+            elif follow := self._without_end(matcher.compute_ff_tokens()[:MAX_FORCED]):
+                forced[share.row] = follow
+        return forced
+
+    def _cut(self, row: int, drafted: list[int]) -> list[int]:
+        """The leading drafted tokens that the grammar of a row allows: others must not cost a row of a step."""
+        constraint = self._rows.get(row)
+        if constraint is None or not drafted:
+            return drafted
+        drafted = self._without_end(drafted)
+        return drafted[: constraint.matcher.validate_tokens(drafted)]
+
+    def _without_end(self, token_ids: list[int]) -> list[int]:
+        """The tokens before the first that ends a text: nothing follows it that could be verified."""
+        ends = [index for index, token_id in enumerate(token_ids) if token_id in self._compiler.eos_token_ids]
+        return token_ids[: ends[0]] if ends else token_ids
+
+
+def _put_off_end(mask: UInt32, stop_token_ids: Iterable[int]) -> None:
+    """Take the tokens that end a text from a mask, unless the text can only end: `min_tokens` gives way."""
+    without = mask.copy()
+    for token_id in stop_token_ids:
+        without[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
+    if without.any():
+        mask[:] = without

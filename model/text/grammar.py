@@ -1,0 +1,57 @@
+"""Compiles grammars for a model's tokens.
+
+llguidance (https://github.com/guidance-ai/llguidance) follows a text with an Earley parser, over lexemes matched
+by derivatives, and says which tokens may come next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import cached_property
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.errors import InvalidRequestError
+
+LIMITS = LLParserLimits(verbose_errors=False)
+MAX_FAULT_CHARS = 200
+
+
+class GrammarCompiler:
+    """Makes matchers, of which each follows one text.
+
+    Args:
+        load: loads the tokenizer, when the first grammar comes.
+        vocab_size: of the model.
+        eos_token_ids: tokens that end a text; a text may end where its grammar may.
+    """
+
+    def __init__(self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self._load = load
+        self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
+
+    def compile(self, grammar: str) -> LLMatcher:
+        """Return a matcher at the beginning of a text; others may work meanwhile, for the interpreter is not held.
+
+        Raises:
+            InvalidRequestError: the grammar cannot be used.
+        """
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        first = matcher.deep_copy()
+        if not matcher.is_error() and not any(first.compute_bitmask()):
+            raise InvalidRequestError("no token can begin a text of this grammar")
+        for one in (matcher, first):
+            if one.is_error():
+                raise InvalidRequestError(fault(one))
+        return matcher
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        tokenizer = self._load().to_json()
+        return LLTokenizer(tokenizer, n_vocab=self.vocab_size, eos_token=sorted(self.eos_token_ids) or None)
+
+
+def fault(matcher: LLMatcher) -> str:
+    """What is wrong with a grammar, in one line."""
+    return " ".join(matcher.get_error().replace("<non-verbose/>", "").split())[:MAX_FAULT_CHARS]
