@@ -40,8 +40,8 @@ class Constraints:
         """The grammar that the text of a request keeps to; empty if it may be any text.  Others have their turn.
 
         Args:
-            answers: of a chat that offers tools, or may begin with a thought: makes the grammar of its answers, which are
-                of a schema where they call nothing.
+            answers: of a chat that offers tools, or may begin with a thought: makes the grammar of its answers.  Where
+                they call nothing they are of the schema.
 
         Raises:
             InvalidRequestError: a field cannot be understood, or two fields ask for a grammar.

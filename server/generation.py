@@ -27,7 +27,6 @@ class Generation:
         grammar: that the texts keep to; empty for none.
         api_id: id of the API call, from which the ids of the engine's requests are made.
         seed: choice i of a prompt samples with seed + i.
-        grammar: of the texts; empty if they are free.
         terms: on which they are served.
 
     Raises:

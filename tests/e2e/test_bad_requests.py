@@ -123,8 +123,8 @@ FOR_CHAT: list[tuple[str, Any, str]] = [
     ("tool_choice", {"type": "function", "function": {"name": "f"}}, "no tool 'f'"),
     ("chat_template_kwargs", {"messages": []}, "no variable"),
     ("reasoning_effort", "some", "'minimal'"),
-    ("response_format", {"type": "json_object"}, "'text'"),
-    ("response_format", {"type": "json_schema", "json_schema": {}}, "'text'"),
+    ("response_format", {"type": "yaml"}, "'text'"),
+    ("response_format", {"type": "json_schema", "json_schema": {}}, "schema: is needed"),
     ("modalities", ["audio"], "'text'"),
     ("functions", [], "unrecognized"),
 ]
