@@ -121,7 +121,13 @@ def test_tools_and_a_schema_together(openai: OpenAI) -> None:
     """What agents with typed results ask: the answer is a call, or of the schema."""
     for seed in range(6):
         answer = openai.chat.completions.parse(
-            model="shoal-moe", messages=ASKED, tools=TOOLS[:1], response_format=Plan, seed=seed, max_tokens=400
+            model="shoal-moe",
+            messages=ASKED,
+            tools=TOOLS[:1],
+            parallel_tool_calls=False,
+            response_format=Plan,
+            seed=seed,
+            max_tokens=400,
         ).choices[0]
         assert answer.finish_reason in ("stop", "tool_calls")
         assert bool(answer.message.tool_calls) != isinstance(answer.message.parsed, Plan)
