@@ -21,7 +21,7 @@ from shoal.server.wire.requests import ChatBody
 
 Schema = Mapping[str, Any]
 
-MAX_KEPT = 256  # grammars that are known to be good
+MAX_KEPT, MAX_KEPT_CHARS = 256, 16_384  # grammars that are known to be good, and the length of each
 _FORBIDDEN = re.compile(r"\bmax_tokens\s*=")  # a matcher of such a grammar cannot go back
 
 
@@ -61,20 +61,27 @@ class Constraints:
             raise InvalidRequestError(f"tools: {message}", param="tools") from error
 
     def _make(self, asked: Constraint | None, answers: Callable[[Schema | None], str] | None) -> str:
-        value = None
-        if asked is not None:
-            value = asked.value if isinstance(asked.value, str) else msgspec.json.encode(asked.value).decode()
-        grammar = ""
-        if answers is not None and (asked is None or asked.kind == "json"):
-            grammar = answers(None if value is None else _schema(value))
-        if grammar or asked is None or value is None:
-            return self._tried("", grammar, None) if grammar else ""
-        return self._tried(asked.kind, value, asked.whitespace)
+        """The grammar for one of the two; found again if it was made lately."""
+        text = None if asked is None else _text(asked.value)
+        kind, whitespace = ("", None) if asked is None else (asked.kind, asked.whitespace)
+        if answers is not None and kind in ("", "json"):
+            made = answers(None if text is None else _schema(text))
+            if made or text is None:
+                kind, text = "", made
+        if not text:
+            return ""
+        find = self._tried if len(text) <= MAX_KEPT_CHARS else self._try
+        return find(kind, text, whitespace)
 
     def _try(self, kind: str, value: str, whitespace: str | None) -> str:
+        """Make the grammar of a value, which is one already where it has no kind, and try it."""
         grammar = make_grammar(kind, value, whitespace) if kind else value
         self._compiler.compile(grammar)
         return grammar
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _schema(text: str) -> Schema:

@@ -29,7 +29,7 @@ from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest,
 
 UInt32 = NDArray[np.uint32]
 
-MAX_COMPILED = 256  # grammars that are kept, some hundred KiB each
+MAX_COMPILED_CHARS = 1_048_576  # of grammars that are kept; compiled they take some times as much memory
 MAX_FORCED = 32  # tokens that are proposed for one request at once
 
 
@@ -55,6 +55,7 @@ class Grammars:
         self._compiling = ThreadPoolExecutor(1, "shoal-grammars")
         self._masking = ThreadPoolExecutor(1, "shoal-masks")
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._num_chars = 0
         self._rows: dict[int, _Constraint] = {}
         self._others: Speculation | None = None
 
@@ -71,8 +72,9 @@ class Grammars:
         compiled = self._compiled.get(grammar)
         if compiled is None:
             compiled = self._compiled[grammar] = self._compiling.submit(self._compiler.compile, grammar)
-            if len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
+            self._num_chars += len(grammar)
+            while self._num_chars > MAX_COMPILED_CHARS and len(self._compiled) > 1:
+                self._num_chars -= len(self._compiled.popitem(last=False)[0])
         self._compiled.move_to_end(grammar)
         return compiled
 

@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import InvalidRequestError
 
-LIMITS = LLParserLimits(verbose_errors=False)
+LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=100_000)  # of 1 to 2 kB
 MAX_FAULT_CHARS = 200
 
 

@@ -112,6 +112,8 @@ FIELDS = (
     *("tpot_slo_ms", "cache_salt", "speculation", "end_after", "metadata", "store", "logprobs", "top_logprobs"),
     *("best_of", "suffix", "response_format", "tools", "tool_choice", "modalities", "parse_special", "tokens"),
     *("add_special_tokens", "add_generation_prompt", "role", "content", "timeout", "unknown", "\u00e9", ""),
+    *("structured_outputs", "guided_regex", "guided_choice", "grammar", "json_schema", "chat_template_kwargs"),
+    *("parallel_tool_calls", "reasoning_effort", "tool_calls", "tool_call_id"),
     *("parallel_tool_calls", "reasoning_effort", "chat_template_kwargs", "tool_calls", "tool_call_id"),
 )
 
