@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from itertools import count
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import httpx
 from httpx_sse import EventSource
 
 from shoal.clients import wire
 from shoal.clients.errors import ClientError, StatusError
+from shoal.clients.formats import JsonModel, ResponseFormat
 from shoal.clients.transport import (
     LEAVE_SECONDS,
     BaseClient,
@@ -31,8 +32,10 @@ from shoal.clients.types import (
     Prompt,
     Tokenization,
 )
+from shoal.clients.whole import GrowingAnswer
 
 T = TypeVar("T")
+Asked = TypeVar("Asked", bound=JsonModel)
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -44,11 +47,20 @@ class AsyncStream(AsyncIterator[Chunk]):
     is closed by the event loop, a little later.
     """
 
-    def __init__(self, chunks: AsyncGenerator[Chunk, None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[Chunk, None], response_format: ResponseFormat | None) -> None:
         self._chunks = chunks
+        self._answer = GrowingAnswer(response_format)
 
     async def __anext__(self) -> Chunk:
-        return await anext(self._chunks)
+        chunk = await anext(self._chunks)
+        self._answer.add(chunk)
+        return chunk
+
+    async def whole(self) -> Completion[Any]:
+        """Read what is still to come, and give the whole answer, as if it had not been streamed."""
+        async for _ in self:
+            pass
+        return self._answer.completion()
 
     async def close(self) -> None:
         await self._chunks.aclose()
@@ -72,17 +84,49 @@ class AsyncShoalClient(BaseClient[httpx.AsyncClient]):
 
     _http_class = httpx.AsyncClient
 
-    async def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
-        return await self._call(wire.complete(prompt, options))
+    async def complete(
+        self, prompt: Prompt, *, response_format: ResponseFormat | None = None, **options: Unpack[CompletionOptions]
+    ) -> Completion[Any]:
+        return await self._call(wire.complete(prompt, options, response_format))
 
-    def stream_complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> AsyncStream:
-        return AsyncStream(self._events(wire.stream_complete(prompt, options)))
+    def stream_complete(
+        self, prompt: Prompt, *, response_format: ResponseFormat | None = None, **options: Unpack[CompletionOptions]
+    ) -> AsyncStream:
+        call = wire.stream_complete(prompt, options, response_format)
+        return AsyncStream(self._events(call), response_format)
 
-    async def chat(self, messages: list[Message], **options: Unpack[ChatOptions]) -> Completion:
-        return await self._call(wire.chat(messages, options))
+    @overload
+    async def chat(
+        self, messages: list[Message], *, response_format: type[Asked], **options: Unpack[ChatOptions]
+    ) -> Completion[Asked]: ...
 
-    def stream_chat(self, messages: list[Message], **options: Unpack[ChatOptions]) -> AsyncStream:
-        return AsyncStream(self._events(wire.stream_chat(messages, options)))
+    @overload
+    async def chat(
+        self,
+        messages: list[Message],
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion[Any]: ...
+
+    async def chat(
+        self,
+        messages: list[Message],
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion[Any]:
+        return await self._call(wire.chat(messages, options, response_format))
+
+    def stream_chat(
+        self,
+        messages: list[Message],
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncStream:
+        call = wire.stream_chat(messages, options, response_format)
+        return AsyncStream(self._events(call), response_format)
 
     async def models(self) -> tuple[Model, ...]:
         return await self._call(wire.models())

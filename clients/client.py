@@ -6,13 +6,14 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import httpx
 from httpx_sse import EventSource
 
 from shoal.clients import wire
 from shoal.clients.errors import ClientError, StatusError
+from shoal.clients.formats import JsonModel, ResponseFormat
 from shoal.clients.transport import (
     LEAVE_SECONDS,
     BaseClient,
@@ -31,8 +32,10 @@ from shoal.clients.types import (
     Prompt,
     Tokenization,
 )
+from shoal.clients.whole import GrowingAnswer
 
 T = TypeVar("T")
+Asked = TypeVar("Asked", bound=JsonModel)
 
 
 class Stream(Iterator[Chunk]):
@@ -43,11 +46,24 @@ class Stream(Iterator[Chunk]):
     `with` block or dropping it does) closes the connection, and the server aborts the request.
     """
 
-    def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
+    def __init__(self, chunks: Generator[Chunk, None, None], response_format: ResponseFormat | None) -> None:
         self._chunks = chunks
+        self._answer = GrowingAnswer(response_format)
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        chunk = next(self._chunks)
+        self._answer.add(chunk)
+        return chunk
+
+    def whole(self) -> Completion[Any]:
+        """Read what is still to come, and give the whole answer, as if it had not been streamed.
+
+        Raises:
+            ProtocolError: the stream was closed before its end.
+        """
+        for _ in self:
+            pass
+        return self._answer.completion()
 
     def close(self) -> None:
         self._chunks.close()
@@ -82,21 +98,58 @@ class ShoalClient(BaseClient[httpx.Client]):
 
     _http_class = httpx.Client
 
-    def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
+    def complete(
+        self, prompt: Prompt, *, response_format: ResponseFormat | None = None, **options: Unpack[CompletionOptions]
+    ) -> Completion[Any]:
         """Continue a text (or several)."""
-        return self._call(wire.complete(prompt, options))
+        return self._call(wire.complete(prompt, options, response_format))
 
-    def stream_complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Stream:
+    def stream_complete(
+        self, prompt: Prompt, *, response_format: ResponseFormat | None = None, **options: Unpack[CompletionOptions]
+    ) -> Stream:
         """Continue a text, and give what is generated as it arrives."""
-        return Stream(self._events(wire.stream_complete(prompt, options)))
+        call = wire.stream_complete(prompt, options, response_format)
+        return Stream(self._events(call), response_format)
 
-    def chat(self, messages: list[Message], **options: Unpack[ChatOptions]) -> Completion:
-        """Answer the last message of a conversation."""
-        return self._call(wire.chat(messages, options))
+    @overload
+    def chat(
+        self, messages: list[Message], *, response_format: type[Asked], **options: Unpack[ChatOptions]
+    ) -> Completion[Asked]: ...
 
-    def stream_chat(self, messages: list[Message], **options: Unpack[ChatOptions]) -> Stream:
+    @overload
+    def chat(
+        self,
+        messages: list[Message],
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion[Any]: ...
+
+    def chat(
+        self,
+        messages: list[Message],
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion[Any]:
+        """Answer the last message of a conversation.
+
+        Args:
+            response_format: what the answer is to be: a class such as a pydantic model, of which `parsed` of the answer
+                is an object then, a JSON schema, or an object as in OpenAI's API.
+        """
+        return self._call(wire.chat(messages, options, response_format))
+
+    def stream_chat(
+        self,
+        messages: list[Message],
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Stream:
         """Answer the last message of a conversation, and give the answer as it arrives."""
-        return Stream(self._events(wire.stream_chat(messages, options)))
+        call = wire.stream_chat(messages, options, response_format)
+        return Stream(self._events(call), response_format)
 
     def models(self) -> tuple[Model, ...]:
         """The models that the server serves."""

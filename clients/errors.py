@@ -7,6 +7,7 @@
     |   |-- TimedOutError            the server was silent for longer than `read_timeout`
     |   `-- BrokenConnectionError    the answer ended early; a stream that ends without [DONE] is one
     |-- ProtocolError                an answer came that is not OpenAI's protocol (a proxy's page, malformed JSON)
+    |-- ParseError                   what the model wrote is not what was asked for, or is cut off
     `-- ApiError                     the server says what went wrong: `type`, `param`, `code`
         |-- StatusError              in place of an answer: `status`, `retry_after`
         `-- StreamError              in the middle of a stream
@@ -47,6 +48,10 @@ class BrokenConnectionError(TransportError):
 
 class ProtocolError(ClientError):
     """What came is not an answer in OpenAI's protocol."""
+
+
+class ParseError(ClientError):
+    """What the model wrote cannot be read as `response_format` or as arguments of a tool; its text is still there."""
 
 
 class ApiError(ClientError):

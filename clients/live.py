@@ -1,4 +1,7 @@
-"""An answer shown in the terminal while it arrives: its text on stdout, everything about it on stderr."""
+"""An answer shown in the terminal while it arrives: its text on stdout, everything about it on stderr.
+
+What the model thinks before it answers is about it.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,8 @@ class LiveAnswer:
         click.secho(f"[{', '.join(parts)}]", dim=True, err=True)
 
     def _take(self, chunk: Chunk) -> None:
+        if chunk.reasoning:
+            click.secho(chunk.reasoning, nl=False, dim=True, err=True)
         if chunk.text:
             if self._first_text_at is None:
                 self._first_text_at = perf_counter()

@@ -7,11 +7,14 @@ The shapes are those of OpenAI's API reference (completions, chat completions, m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from shoal.clients.errors import BrokenConnectionError, ProtocolError, StatusError, StreamError, UnsendableError
+from shoal.clients.formats import ResponseFormat, wire_format
+from shoal.clients.tools import wire_choice, wire_tool
 from shoal.clients.types import (
     ChatOptions,
     Choice,
@@ -24,6 +27,8 @@ from shoal.clients.types import (
     Prompt,
     Tokenization,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 
@@ -101,20 +106,31 @@ class EventReader(Generic[T]):
             raise BrokenConnectionError("the stream ended before the answer was whole (no [DONE] came)")
 
 
-def complete(prompt: Prompt, options: CompletionOptions) -> Call[Completion]:
-    return _post("/v1/completions", {"prompt": prompt, **options}, _completion)
+def complete(
+    prompt: Prompt, options: CompletionOptions, response_format: ResponseFormat | None = None
+) -> Call[Completion[Any]]:
+    fields = {"prompt": prompt, **_wire_options(options, response_format)}
+    return _post("/v1/completions", fields, partial(_completion, response_format))
 
 
-def stream_complete(prompt: Prompt, options: CompletionOptions) -> Call[Chunk]:
-    return _post("/v1/completions", {"prompt": prompt, **options, **_STREAM}, _chunk)
+def stream_complete(
+    prompt: Prompt, options: CompletionOptions, response_format: ResponseFormat | None = None
+) -> Call[Chunk]:
+    return _post("/v1/completions", {"prompt": prompt, **_wire_options(options, response_format), **_STREAM}, _chunk)
 
 
-def chat(messages: list[Message], options: ChatOptions) -> Call[Completion]:
-    return _post("/v1/chat/completions", {"messages": messages, **options}, _completion)
+def chat(
+    messages: list[Message], options: ChatOptions, response_format: ResponseFormat | None = None
+) -> Call[Completion[Any]]:
+    fields = {"messages": messages, **_wire_options(options, response_format)}
+    return _post("/v1/chat/completions", fields, partial(_completion, response_format))
 
 
-def stream_chat(messages: list[Message], options: ChatOptions) -> Call[Chunk]:
-    return _post("/v1/chat/completions", {"messages": messages, **options, **_STREAM}, _chunk)
+def stream_chat(
+    messages: list[Message], options: ChatOptions, response_format: ResponseFormat | None = None
+) -> Call[Chunk]:
+    fields = {"messages": messages, **_wire_options(options, response_format), **_STREAM}
+    return _post("/v1/chat/completions", fields, _chunk)
 
 
 def models() -> Call[tuple[Model, ...]]:
@@ -156,9 +172,29 @@ def _post(path: str, fields: dict[str, Any], build: Callable[[Any], T]) -> Call[
     return Call("POST", path, body, build)
 
 
-def _completion(answer: Any) -> Completion:
+def _wire_options(options: Mapping[str, Any], response_format: ResponseFormat | None) -> dict[str, Any]:
+    """The fields of a request; what may be a class or a function is JSON there."""
+    fields = dict(options)
+    if response_format is not None:
+        fields["response_format"] = wire_format(response_format)
+    if fields.get("tools") is not None:
+        fields["tools"] = [wire_tool(tool) for tool in fields["tools"]]
+    if fields.get("tool_choice") is not None:
+        fields["tool_choice"] = wire_choice(fields["tool_choice"])
+    return fields
+
+
+def _completion(response_format: ResponseFormat | None, answer: Any) -> Completion[Any]:
     choices = tuple(
-        Choice(choice["index"], _text(choice, "message"), choice["finish_reason"], _logprobs(choice.get("logprobs")))
+        Choice[Any](
+            index=choice["index"],
+            text=_text(said := _what_is_said(choice, "message")),
+            finish_reason=choice["finish_reason"],
+            logprobs=_logprobs(choice.get("logprobs")),
+            tool_calls=tuple(map(_tool_call, said.get("tool_calls") or ())),
+            reasoning=_reasoning(said),
+            response_format=response_format,
+        )
         for choice in answer["choices"]
     )
     return Completion(choices=choices, usage=_usage(answer["usage"]), **_origin(answer))
@@ -169,7 +205,12 @@ def _chunk(event: Any) -> Chunk:
         raise StreamError(**_error_fields(event))
     choices = tuple(
         ChoiceDelta(
-            choice["index"], _text(choice, "delta"), choice.get("finish_reason"), _logprobs(choice.get("logprobs"))
+            index=choice["index"],
+            text=_text(said := _what_is_said(choice, "delta")),
+            finish_reason=choice.get("finish_reason"),
+            logprobs=_logprobs(choice.get("logprobs")),
+            tool_calls=tuple(_tool_call_delta(*each) for each in enumerate(said.get("tool_calls") or ())),
+            reasoning=_reasoning(said),
         )
         for choice in event["choices"]
     )
@@ -181,12 +222,39 @@ def _origin(answer: Any) -> dict[str, Any]:
     return {"seed": answer.get("seed"), **{name: answer[name] for name in ("id", "created", "model")}}
 
 
-def _text(choice: Any, chat_field: str) -> str:
-    """A completion's text stands in the choice, a chat's in a message or delta, where null and absence mean none."""
-    text = choice["text"] if "text" in choice else choice[chat_field].get("content") or ""
+def _what_is_said(choice: Any, chat_field: str) -> Any:
+    """Where the text stands: a completion's in the choice itself, a chat's in a message or delta."""
+    return choice if "text" in choice else choice[chat_field]
+
+
+def _text(said: Any) -> str:
+    """Null and absence mean none."""
+    text = said["text"] if "text" in said else said.get("content") or ""
     if not isinstance(text, str):
         raise TypeError(f"the text of a choice is {type(text).__name__}")
     return text
+
+
+def _reasoning(said: Any) -> str:
+    """Under its usual name, or that of newer versions of vLLM."""
+    return str(said.get("reasoning_content") or said.get("reasoning") or "")
+
+
+def _tool_call(call: Any) -> ToolCall:
+    function = call["function"]
+    return ToolCall(str(call.get("id") or ""), function["name"], _arguments_json(function))
+
+
+def _tool_call_delta(position: int, call: Any) -> ToolCallDelta:
+    """`position` is that in its list: some servers give no index."""
+    function = call.get("function") or {}
+    return ToolCallDelta(call.get("index", position), call.get("id"), function.get("name"), _arguments_json(function))
+
+
+def _arguments_json(function: Any) -> str:
+    """Arguments are text; some servers give the object itself."""
+    arguments = function.get("arguments") or ""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _logprobs(logprobs: Any) -> tuple[TokenLogprob, ...] | None:
