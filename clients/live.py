@@ -29,6 +29,7 @@ class LiveAnswer:
         self._started_at = perf_counter()
         self._first_text_at: float | None = None
         self._seconds = 0.0
+        self._is_thinking = False
 
     def show(self, chunks: Iterable[Chunk], *, end_line: bool) -> None:
         """Print the text of a stream of one choice, to its end or failure.
@@ -41,6 +42,7 @@ class LiveAnswer:
                 self._take(chunk)
         finally:
             self._seconds = perf_counter() - self._started_at
+            self._end_thought()
             if self.text and end_line:
                 click.echo()
 
@@ -62,17 +64,24 @@ class LiveAnswer:
         click.secho(f"[{', '.join(parts)}]", dim=True, err=True)
 
     def _take(self, chunk: Chunk) -> None:
+        if self._first_text_at is None and (chunk.text or chunk.reasoning):
+            self._first_text_at = perf_counter()
         if chunk.reasoning:
+            self._is_thinking = True
             click.secho(chunk.reasoning, nl=False, dim=True, err=True)
         if chunk.text:
-            if self._first_text_at is None:
-                self._first_text_at = perf_counter()
+            self._end_thought()
             self.text += chunk.text
             click.echo(chunk.text, nl=False)
         for delta in chunk.choices:
             self._finish_reason = delta.finish_reason or self._finish_reason
         self._usage = chunk.usage or self._usage
         self._seed = self._seed if chunk.seed is None else chunk.seed
+
+    def _end_thought(self) -> None:
+        if self._is_thinking:
+            click.echo(err=True)
+        self._is_thinking = False
 
 
 def explain(error: ClientError) -> str:

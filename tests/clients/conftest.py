@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shoal.clients import AsyncShoalClient, Chunk, ShoalClient
+from shoal.clients import AsyncShoalClient, Chunk, Completion, ShoalClient
 from tests.clients.fake_server import FakeServer
 
 
@@ -43,6 +43,14 @@ class SyncDriver:
                 chunks.append(chunk)
         return chunks
 
+    def whole(self, method: str, *args: Any, num_chunks: int = 0, **options: Any) -> Completion[Any]:
+        """The whole of a stream, of which some chunks were read before."""
+        with ShoalClient(self.url) as client, getattr(client, method)(*args, **options) as stream:
+            for _ in range(num_chunks):
+                next(stream)
+            answer: Completion[Any] = stream.whole()
+        return answer
+
 
 class AsyncDriver:
     """`SyncDriver` for the asynchronous client."""
@@ -77,6 +85,16 @@ class AsyncDriver:
 
         asyncio.run(run())
         return chunks
+
+    def whole(self, method: str, *args: Any, num_chunks: int = 0, **options: Any) -> Completion[Any]:
+        async def run() -> Completion[Any]:
+            async with AsyncShoalClient(self.url) as client, getattr(client, method)(*args, **options) as stream:
+                for _ in range(num_chunks):
+                    await anext(stream)
+                answer: Completion[Any] = await stream.whole()
+                return answer
+
+        return asyncio.run(run())
 
 
 Driver = SyncDriver | AsyncDriver

@@ -202,16 +202,21 @@ def completion_chunks(*texts: str, **fields: Any) -> list[dict[str, Any]]:
 
 def chat_chunks(*texts: str) -> list[dict[str, Any]]:
     """The events of a streamed chat answer: the role, the texts, the end, the usage."""
+    return chat_deltas(*({"content": text} for text in texts))
+
+
+def chat_deltas(*deltas: dict[str, Any], finish_reason: str = "stop") -> list[dict[str, Any]]:
+    """`chat_chunks` of any deltas."""
     head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1700000000, "model": "shoal"}
-    deltas: list[tuple[dict[str, str], str | None]] = [
+    told: list[tuple[dict[str, Any], str | None]] = [
         ({"role": "assistant", "content": ""}, None),
-        *(({"content": text}, None) for text in texts),
-        ({}, "stop"),
+        *((delta, None) for delta in deltas),
+        ({}, finish_reason),
     ]
     return [
         *(
             {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}]}
-            for delta, reason in deltas
+            for delta, reason in told
         ),
         {**head, "choices": [], "usage": USAGE},
     ]

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from shoal import clients
 from shoal.clients.cli import chat, complete
-from tests.clients.fake_server import FakeServer, chat_chunks, completion_chunks, error_body
+from tests.clients.fake_server import FakeServer, chat_chunks, chat_deltas, completion_chunks, error_body
 
 
 @pytest.fixture
@@ -35,6 +35,13 @@ def test_complete_prints_the_text_and_nothing_else_on_stdout(server: FakeServer,
         r"finish reason: stop, seed 8\]\n",
         result.stderr,
     )
+
+
+def test_thoughts_go_to_stderr(server: FakeServer, shell: Any) -> None:
+    server.stream(*chat_deltas({"reasoning_content": "Hmm"}, {"reasoning_content": "."}, {"content": "Yes."}))
+    result = shell(chat, "--max-tokens", "9", stdin="Well?\n")
+    assert result.stdout == "Yes.\n"
+    assert result.stderr.startswith("Hmm.\n[2 tokens in ")
 
 
 def test_complete_sends_what_was_given_and_no_more(server: FakeServer, shell: Any) -> None:
