@@ -1,11 +1,11 @@
-"""Schemas and tools with OpenAI's own client, on the real server with the bundled model."""
+"""Schemas and tools with OpenAI's own client and with ours, on the real server with the bundled model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
@@ -13,6 +13,8 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 from pydantic import BaseModel, Field
 
+from shoal import ShoalClient
+from shoal.clients import Message
 from tests.e2e.harness import Server
 from tests.schemas import random_schema
 
@@ -131,6 +133,49 @@ def test_tools_and_a_schema_together(openai: OpenAI) -> None:
         ).choices[0]
         assert answer.finish_reason in ("stop", "tool_calls")
         assert bool(answer.message.tool_calls) != isinstance(answer.message.parsed, Plan)
+
+
+# -- ShoalClient -------------------------------------------------------------------------------------------------------
+
+QUESTION: list[Message] = [{"role": "user", "content": "What is the weather in Rome?"}]
+
+
+def weather(city: Annotated[Literal["Rome", "Paris"], "where"], unit: Literal["C", "F"], is_exact: bool | None) -> str:
+    """The weather of a city."""
+    return f"{city}: 12 {unit}, {is_exact}"
+
+
+@pytest.fixture
+def shoal(server: Server) -> Iterator[ShoalClient]:
+    with ShoalClient(server.url, max_retries=0) as client:
+        yield client
+
+
+def test_shoals_client_gives_an_object_streamed_and_whole(shoal: ShoalClient) -> None:
+    whole = shoal.chat(QUESTION, response_format=Plan, seed=5, max_tokens=300)
+    assert isinstance(whole.parsed, Plan)
+    with shoal.stream_chat(QUESTION, response_format=Plan, seed=5, max_tokens=300) as stream:
+        streamed = stream.whole()
+    assert streamed.choices == whole.choices
+    assert streamed.parsed == whole.parsed
+    listed = shoal.complete("numbers = ", response_format={"type": "array", "items": {"type": "null"}}, seed=1)
+    assert all(item is None for item in listed.parsed)
+
+
+def test_shoals_client_has_functions_called(shoal: ShoalClient) -> None:
+    how: dict[str, Any] = {"tools": [weather], "tool_choice": weather, "parallel_tool_calls": False, "max_tokens": 300}
+    for seed in range(4):
+        answer = shoal.chat(QUESTION, seed=seed, **how)
+        with shoal.stream_chat(QUESTION, seed=seed, **how) as stream:
+            (streamed,) = stream.whole().tool_calls
+        (call,) = answer.tool_calls
+        assert (streamed.name, streamed.arguments_json) == (call.name, call.arguments_json)
+        result = call.result(weather(**call.arguments))
+        after = shoal.chat([*QUESTION, answer.message, result], tools=[weather], tool_choice="none", max_tokens=5)
+        assert not after.tool_calls
+
+
+# -- schemas and their limits ------------------------------------------------------------------------------------------
 
 
 def test_schemas_judged_by_jsonschema(server: Server) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,16 @@ def test_a_chat(llm: LLM) -> None:
     (output,) = llm.chat([{"role": "user", "content": "Z"}], SamplingParams(max_tokens=3, temperature=0))
     assert output.prompt == "<user>Z\n<assistant>"
     assert len(output.token_ids) == 3
+
+
+def test_texts_that_keep_to_a_grammar(llm: LLM) -> None:
+    choice = SamplingParams(structured_outputs={"choice": ["yes", "no"]})  # type: ignore[arg-type]
+    assert {output.text for output in llm.generate(["Z", "Z"], choice)} <= {"yes", "no"}
+    schema = {"type": "array", "items": {"const": 7}, "minItems": 2, "maxItems": 2}
+    asked: Any = {"type": "json_schema", "json_schema": {"schema": schema}}
+    (answer,) = llm.chat([{"role": "user", "content": "Z"}], SamplingParams(response_format=asked, max_tokens=40))
+    assert (answer.text, answer.finish_reason) == ("[7, 7]", "stop")
+    assert "".join(delta.text for delta in llm.stream("Z", SamplingParams(grammar='start: "ab" "c"'))) == "abc"
 
 
 def test_a_stream_gives_the_text_piece_by_piece(llm: LLM) -> None:
