@@ -247,8 +247,9 @@ def _tool_call(call: Any) -> ToolCall:
 
 def _tool_call_delta(position: int, call: Any) -> ToolCallDelta:
     """`position` is that in its list: some servers give no index."""
+    index = position if call.get("index") is None else int(call["index"])
     function = call.get("function") or {}
-    return ToolCallDelta(call.get("index", position), call.get("id"), function.get("name"), _arguments_json(function))
+    return ToolCallDelta(index, call.get("id"), function.get("name"), _arguments_json(function))
 
 
 def _arguments_json(function: Any) -> str:

@@ -135,12 +135,13 @@ def test_the_whole_of_a_stream_is_read_to_its_end(server: FakeServer, driver: Dr
 
 
 def test_calls_that_other_servers_stream(server: FakeServer, driver: Driver) -> None:
-    """Without index, type or usage, and with nulls."""
-    whole = {"id": "call_1", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    """Without an index, type or usage, and with nulls."""
+    whole = {"index": None, "id": "call_1", "function": {"name": "f", "arguments": '{"a": 1}'}}
     nulls = {"content": None, "reasoning_content": None, "tool_calls": None}
-    server.stream(*chat_deltas(nulls, {"tool_calls": [whole]}, finish_reason="tool_calls")[:-1])
+    rest = {"function": {"arguments": " "}}
+    server.stream(*chat_deltas(nulls, {"tool_calls": [whole]}, {"tool_calls": [rest]}, finish_reason="tool_calls")[:-1])
     answer = driver.whole("stream_chat", HELLO)
-    assert answer.tool_calls == (ToolCall("call_1", "f", '{"a": 1}'),)
+    assert answer.tool_calls == (ToolCall("call_1", "f", '{"a": 1} '),)
     assert answer.usage == Usage(0, 0)
 
 
