@@ -107,7 +107,7 @@ _TABLE: dict[type[ShoalError], HttpError] = {
     IdempotencyKeyReuseError: HttpError(422, "invalid_request_error", "idempotency_key_reuse"),
     QueueFullError: HttpError(429, "rate_limit_error", "queue_full", retry_after=1),
     RateLimitError: HttpError(429, "rate_limit_error", "rate_limit_exceeded", retry_after=1),
-    EngineError: HttpError(500, "server_error", "engine_error"),
+    EngineError: HttpError(500, "server_error", "engine_error", retry_after=1),
     EngineUnavailableError: HttpError(503, "server_error", "engine_unavailable", retry_after=1),
     BatchesUnavailableError: HttpError(503, "server_error", "batches_unavailable", retry_after=1),
     ShoalError: HttpError(500, "server_error", "internal_error"),

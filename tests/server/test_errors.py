@@ -45,7 +45,7 @@ def test_every_error_has_its_place_in_http() -> None:
     for error in tree(ShoalError):
         http = http_error(error("message"))
         assert (http.status, http.type, http.code) == STATUS[error.__name__]
-        assert (http.retry_after is not None) == (http.status in (429, 503))
+        assert (http.retry_after is not None) == (http.status in (429, 503) or http.code == "engine_error")
 
 
 def test_an_error_that_the_table_does_not_know_is_like_its_parent() -> None:
