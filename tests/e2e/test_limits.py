@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from tests.e2e.checkpoints import cycle_text
@@ -89,9 +90,14 @@ def test_every_answer_of_a_completion_says_what_is_left(server: Server) -> None:
 
 def test_a_key_may_have_so_many_unfinished(server: Server) -> None:
     body = {**LONG, "n": 4, "stream": True}
+    engine = psutil.Process(server.engine_pid())
     with server.http.stream("POST", COMPLETIONS, json=body, **with_key(server, "four")) as stream:
         next(stream.iter_lines())
-        answer = ask(server, "four")
+        engine.suspend()  # so that nothing is finished, however long this takes
+        try:
+            answer = ask(server, "four")
+        finally:
+            engine.resume()
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert "key_max_requests" in answer.json()["error"]["message"]
         assert server.metric("shoal:requests_refused_total", code="rate_limit_exceeded") >= 1
