@@ -14,7 +14,7 @@ from shoal.server.tools.formats import HERMES, TOOL_FORMATS, ToolFormat, find_fo
 from shoal.server.tools.grammar import Thought, tools_grammar
 from shoal.server.tools.prompt import calls_as_text, with_tools_prompt
 from shoal.server.tools.reader import THINK, THINK_END, AnswerReader
-from shoal.server.wire.conversations import Message, Tool
+from shoal.server.wire.conversations import Message, NamedTool, Tool, ToolChoice
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
 _SHOWS_TOOLS, _SHOWS_CALLS = re.compile(r"\btools\b"), re.compile(r"\btool_calls\b")
@@ -95,15 +95,25 @@ class Dialect:
     def grammar(self, body: ChatBody, prompt: str, answer: Mapping[str, Any] | None) -> str:
         """What the answers to a prompt keep to: calls of tools, and a schema where they have none; empty for nothing.
 
+        A model whose template shows no tools has never learnt when calls end, and would go on as long as a grammar lets
+        it.  So it calls once in a message, unless the request takes several, and not again in place of an answer of a
+        schema.
+
         Raises:
             InvalidRequestError: see `tools_grammar`.
         """
         thought: Thought = "begun" if self._is_begun(prompt) else "may" if self.thinks else "never"
+        choice: ToolChoice = body.tool_choice or "auto"
+        if choice == "auto" and answer is not None and body.messages[-1].role == "tool" and not self.shows_tools:
+            choice = "none"
+        parallel = body.parallel_tool_calls
+        if parallel is None:
+            parallel = not isinstance(choice, NamedTool) and (self.shows_tools or (choice == "auto" and answer is None))
         return tools_grammar(
             self.tool_format,
             body.offered_tools,
-            body.tool_choice or "auto",
-            parallel=body.parallel_tool_calls is not False,
+            choice,
+            parallel=parallel,
             special=self.special,
             thought=thought,
             answer=answer,

@@ -48,7 +48,8 @@ def tools_grammar(
         return ""
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    return _Grammar(tool_format, tools, parallel, special or {}).text(choice == "auto", thought, answer)
+    is_free = choice in ("auto", "none")
+    return _Grammar(tool_format, tools, parallel, special or {}).text(is_free, thought, answer)
 
 
 class _Grammar:

@@ -168,6 +168,30 @@ def test_the_prompt_may_begin_the_thought(prompt: str, grammar: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "knows", "knows_none"),
+    [
+        ({"tool_choice": "required"}, True, False),
+        ({"tool_choice": "required", "parallel_tool_calls": True}, True, True),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, False, False),
+        ({"tool_choice": {"function": {"name": "f"}}}, False, False),
+        ({"tool_choice": {"function": {"name": "f"}}, "parallel_tool_calls": True}, True, True),
+    ],
+)
+def test_who_may_call_several_times_at_once(fields: dict[str, Any], knows: bool, knows_none: bool) -> None:
+    for template, takes_several in ((TEMPLATES["hermes"], knows), ("{{ messages }}", knows_none)):
+        grammar = dialect(template).grammar(body(tools=TOOLS, **fields), "", None)
+        assert ("{0," in grammar) == takes_several
+
+
+def test_a_model_that_knows_no_tools_answers_by_a_schema_after_a_result() -> None:
+    schema, asked = {"type": "null"}, body(tools=TOOLS, messages=SAID[:1])
+    knows, knows_none = dialect(TEMPLATES["hermes"]), dialect("{{ messages }}")
+    assert "{0," in knows.grammar(asked, "", schema) == knows.grammar(body(tools=TOOLS), "", schema)
+    assert knows_none.grammar(asked, "", schema).startswith("start: (first | answer)")
+    assert knows_none.grammar(body(tools=TOOLS), "", schema) == ""
+
+
+@pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({}, {}),

@@ -146,6 +146,13 @@ def test_a_named_tool_is_the_only_one(name: str) -> None:
     assert not accepts(asked, TOOL_FORMATS[name].write([("list", {})]))
 
 
+def test_a_thought_is_followed_by_an_answer_of_the_schema_where_no_tool_may_be_called() -> None:
+    for choice in ("auto", "none"):
+        asked = grammar("hermes", choice, tools=[], thought="may", answer={"type": "null"})
+        assert accepts(asked, "<think>Hm.</think>null") and accepts(asked, "null")
+        assert not accepts(asked, "<think>Hm.</think>")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("choice", ["required", "auto"])
 def test_calls_are_as_many_as_are_allowed(name: str, choice: str) -> None:
