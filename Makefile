@@ -14,7 +14,7 @@ TAKE_TURNS = exec 9<Makefile; $(FLOCK) -n 9 || { echo 'make: waiting for another
 BUILD_NATIVE = ($(TAKE_TURNS); exec $(BIN)/python -m shoal.model.native.build $(1))
 BUILD_TO_SERVE = $(BUILD_NATIVE) || $(MAKE) --no-print-directory $(VENV)/.torch
 
-.PHONY: serve test test-all check quick bench loadtest chaos native sanitize train clean
+.PHONY: serve test test-all test-clients check quick bench loadtest chaos native sanitize train clean
 
 # MODEL is a folder, a .gguf file or a name: of a bundled model, or smollm2-135m, which is downloaded once (93 MB).
 # torch is installed too if ARGS ask for it.
@@ -40,6 +40,11 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(call run_tests,-m '')
+
+# The scripts of real clients, each in an environment of its own (2 GB, once), against a real server: see tests/parties.
+test-clients: $(VENV)/.runtime
+	@$(BUILD_TO_SERVE)
+	$(BIN)/python -m tests.parties $(ARGS)
 
 check: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
@@ -128,7 +133,7 @@ train: $(VENV)/.train
 
 # All that is made here, measurements included, but for what training has made, which takes hours to make again.
 clean:
-	rm -rf $(VENV) build dist model/native/*.so model/native/objects loadtest-results shoal-profile
+	rm -rf $(VENV) .venv-clients build dist model/native/*.so model/native/objects loadtest-results shoal-profile
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find bench clients loadtest model scheduler server src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@if [ -e .train ]; then echo 'make: .train stays, the checkpoints of training; remove it with rm -r .train'; fi

@@ -1,0 +1,76 @@
+// OpenAI's SDK for Node: parse, streamed tools, and runTools: https://github.com/openai/openai-node/blob/master/helpers.md.
+import assert from 'node:assert/strict';
+import test from 'node:test';
+import OpenAI from 'openai';
+import { zodFunction, zodResponseFormat } from 'openai/helpers/zod';
+import { z } from 'zod';
+
+const client = new OpenAI({ maxRetries: 0 });
+const model = process.env.SHOAL_MODEL;
+const messages = [{ role: 'user', content: 'What is the weather in Paris?' }];
+const asked = { model, messages, max_tokens: 200 };
+const City = z.object({ city: z.enum(['Paris', 'Rome']) });
+const Weather = z.object({ city: z.enum(['Paris', 'Rome']), is_sunny: z.boolean() });
+
+const getWeather = {
+  type: 'function',
+  function: {
+    name: 'get_weather',
+    description: 'The weather of a city.',
+    parameters: z.toJSONSchema(City),
+    parse: (text) => City.parse(JSON.parse(text)),
+    function: ({ city }) => `It is sunny in ${city}.`,
+  },
+};
+
+test('an answer is parsed', async () => {
+  const answer = await client.chat.completions.parse({ ...asked, response_format: zodResponseFormat(Weather, 'weather') });
+  Weather.parse(answer.choices[0].message.parsed);
+});
+
+test('a strict call is parsed', async () => {
+  const tools = [zodFunction({ name: 'get_weather', parameters: City })];
+  const answer = await client.chat.completions.parse({ ...asked, tools, tool_choice: 'required' });
+  for (const call of answer.choices[0].message.tool_calls) City.parse(call.function.parsed_arguments);
+});
+
+test('a stream is put together', async () => {
+  const tools = [zodFunction({ name: 'get_weather', parameters: City })];
+  const pieces = [];
+  const stream = client.chat.completions.stream({ ...asked, tools, tool_choice: 'required' });
+  stream.on('tool_calls.function.arguments.delta', (event) => pieces.push(event.arguments_delta));
+  const answer = await stream.finalChatCompletion();
+  const calls = answer.choices[0].message.tool_calls;
+  assert.equal(pieces.join(''), calls.map((call) => call.function.arguments).join(''));
+  assert.equal(answer.choices[0].finish_reason, 'tool_calls');
+});
+
+test('runTools calls and reads results', async () => {
+  const tool_choice = { type: 'function', function: { name: 'get_weather' } };
+  const runner = client.chat.completions.runTools({ ...asked, tools: [getWeather], tool_choice });
+  const results = [];
+  runner.on('functionToolCallResult', (result) => results.push(result));
+  await runner.done();
+  assert.match(results[0], /^It is sunny in /);
+});
+
+test('runTools in several turns', async () => {
+  const runner = client.chat.completions.runTools({ ...asked, tools: [getWeather] }, { maxChatCompletions: 3 });
+  assert.equal(typeof (await runner.finalContent()), 'string');
+});
+
+test('runTools as a stream', async () => {
+  const tool_choice = { type: 'function', function: { name: 'get_weather' } };
+  const runner = client.chat.completions.runTools({ ...asked, tools: [getWeather], tool_choice, stream: true });
+  await runner.done();
+  assert.equal(runner.messages.at(-1).role, 'tool');
+});
+
+test('an answer is sent back as it came', async () => {
+  const tools = [zodFunction({ name: 'get_weather', parameters: City })];
+  const answer = await client.chat.completions.create({ ...asked, tools, tool_choice: 'required' });
+  const { message } = answer.choices[0];
+  const results = message.tool_calls.map((call) => ({ role: 'tool', tool_call_id: call.id, content: 'sunny' }));
+  const second = await client.chat.completions.create({ ...asked, messages: [...messages, message, ...results], tools });
+  assert.equal(second.choices[0].message.role, 'assistant');
+});

@@ -1,0 +1,55 @@
+"""The clients: a record for each, and its script beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent
+
+
+class Party(NamedTuple):
+    """A client.
+
+    Attributes:
+        name: of its script and of its environment.
+        requirements: exact ones, for pip or for npm, of which the first is the client itself.
+    """
+
+    name: str
+    requirements: tuple[str, ...]
+
+    @property
+    def is_node(self) -> bool:
+        return self.name.startswith("node_")
+
+    @property
+    def script(self) -> Path:
+        return FOLDER / (f"{self.name}.mjs" if self.is_node else f"{self.name}.py")
+
+    @property
+    def version(self) -> str:
+        return self.requirements[0].replace("==", "@").rpartition("@")[2]
+
+
+OPENAI, PYDANTIC = "openai==3.57.0", "pydantic==2.14.4"
+PARTIES = (
+    Party("litellm", ("litellm==1.110.2", OPENAI, PYDANTIC)),
+    Party("langchain", ("langchain==1.5.2", "langchain-openai==1.7.4", "langgraph==1.2.24", OPENAI, PYDANTIC)),
+    Party(
+        "llama_index",
+        ("llama-index-core==0.14.25", "llama-index-llms-openai-like==0.8.1", "openai==2.54.0", PYDANTIC),
+    ),
+    Party("instructor", ("instructor==1.17.0", "openai==3.3.0", PYDANTIC)),
+    Party("pydantic_ai", ("pydantic-ai-slim[openai]==2.68.0", OPENAI, PYDANTIC)),
+    Party("openai_agents", ("openai-agents==0.24.0", OPENAI, PYDANTIC)),
+    Party("smolagents", ("smolagents[openai]==1.26.0", OPENAI, PYDANTIC)),
+    Party("outlines", ("outlines==1.3.3", OPENAI, PYDANTIC)),
+    Party("autogen", ("autogen-agentchat==0.7.5", "autogen-ext[openai]==0.7.5", OPENAI, PYDANTIC)),
+    Party("haystack", ("haystack-ai==3.4.1", OPENAI, PYDANTIC)),
+    Party("agno", ("agno==3.1.10", OPENAI, PYDANTIC)),
+    Party("strands", ("strands-agents[openai]==1.62.0", "openai==2.54.0", PYDANTIC)),
+    Party("magentic", ("magentic==0.41.1", OPENAI, PYDANTIC)),
+    Party("node_openai", ("openai@6.49.0", "zod@4.6.7")),
+    Party("node_ai", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7")),
+)
