@@ -33,11 +33,13 @@ class TextPart(Body, kw_only=True):
     type: Literal["text"]
     text: str
     cache_control: Raw = field(default_factory=Raw)  # Anthropic's: ignored, for the prefix cache needs no marks
+    annotations: Raw = field(default_factory=Raw)
 
 
 class CalledFunction(Body, kw_only=True):
     name: str
     arguments: str | dict[str, Any] = ""
+    parsed_arguments: Raw = field(default_factory=Raw)  # what OpenAI's client has read of them
 
 
 class CalledTool(Body, kw_only=True):
@@ -47,6 +49,7 @@ class CalledTool(Body, kw_only=True):
     id: CallId | None = None
     type: Literal["function"] = "function"
     index: int | None = None  # of streamed calls, which some clients put together as they came
+    provider_specific_fields: Raw = field(default_factory=Raw)
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: the arguments are an object, if they are the JSON of one."""
@@ -74,6 +77,7 @@ class Message(Body, kw_only=True):
     # accepted and ignored: they stand in answers, and some servers fill them
     refusal: str | None = None
     annotations: Raw = field(default_factory=Raw)
+    parsed: Raw = field(default_factory=Raw)  # what OpenAI's client has read of the content
     audio: None = None
     function_call: None = None
     provider_specific_fields: Raw = field(default_factory=Raw)

@@ -58,6 +58,7 @@ NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: bool | None = None  # accepted and ignored: no event is padded
 
 
 class SamplingBody(ConstrainedBody):
@@ -123,6 +124,7 @@ class GenerationBody(SamplingBody):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     def check(self) -> None:
         super().check()
@@ -231,13 +233,24 @@ def parse_body(kind: type[Kind], raw: bytes) -> Kind:
         if raw.count(byte) > most:
             raise InvalidRequestError(f"the request body has more than {most} times {byte.decode()!r}")
     try:
-        body: Kind = _decoder(kind).decode(raw)
+        body = _decode(kind, raw)
     except msgspec.ValidationError as error:
         raise _request_error(str(error), kind) from error
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequestError(f"the request body is not valid JSON: {error}") from error
     body.check()
     return body
+
+
+def _decode(kind: type[Kind], raw: bytes) -> Kind:
+    """A body in which a field that is null, whatever its type, is as if it was left out, unless it is needed."""
+    try:
+        return _decoder(kind).decode(raw)
+    except msgspec.ValidationError:
+        fields = msgspec.json.decode(raw, type=dict[str, Raw])
+        needed = {field.name for field in msgspec.structs.fields(kind) if field.required}
+        given = {name: value for name, value in fields.items() if name in needed or bytes(value) != b"null"}
+        return _decoder(kind).decode(msgspec.json.encode(given))
 
 
 def read_body(kind: type[Kind], values: dict[str, Any], *, strict: bool = True) -> Kind:

@@ -119,6 +119,18 @@ def test_a_second_turn_takes_the_answer_as_it_was(openai: OpenAI) -> None:
     assert second.choices[0].message.tool_calls is None
 
 
+def test_a_parsed_answer_is_sent_back_as_it_was(openai: OpenAI) -> None:
+    how: dict[str, Any] = {"model": "shoal-moe", "max_tokens": 400, "tools": TOOLS[:1], "tool_choice": "required"}
+    message = openai.chat.completions.parse(messages=ASKED, **how).choices[0].message
+    (call,) = message.tool_calls or []
+    dump: Any = message.model_dump()
+    assert "parsed" in dump and dump["tool_calls"][0]["function"]["parsed_arguments"]
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "12 degrees"}
+    for said in (dump, message):
+        again = openai.chat.completions.parse(messages=[*ASKED, said, result], response_format=Plan, **how)
+        assert again.choices[0].finish_reason == "tool_calls"
+
+
 def test_tools_and_a_schema_together(openai: OpenAI) -> None:
     """What agents with typed results ask: the answer is a call, or of the schema."""
     for seed in range(6):

@@ -48,6 +48,17 @@ def test_null_is_the_same_as_nothing_where_openai_says_so() -> None:
     assert chat(**dict.fromkeys((*names, "max_completion_tokens", "tools", "tool_choice", "response_format"))) == chat()
 
 
+def test_null_is_the_same_as_nothing_where_others_say_so() -> None:
+    """Frameworks send null for what their users did not set, of fields that have a default, or are unknown here."""
+    names = ("n", "stream", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos", "functions", "audio")
+    assert chat(**dict.fromkeys(names)) == chat()
+    with pytest.raises(InvalidRequestError, match="temperature") as caught:
+        chat(**dict.fromkeys(names) | {"temperature": 3})
+    assert caught.value.param == "temperature"
+    with pytest.raises(InvalidRequestError, match="messages: expected a list, got null"):
+        parse_body(ChatBody, b'{"messages": null}')
+
+
 @pytest.mark.parametrize(
     ("prompt", "count"),
     [("a", 1), ("", 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2], [3]], 3), ([], 1), ([[]], 1)],
