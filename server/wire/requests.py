@@ -244,13 +244,16 @@ def parse_body(kind: type[Kind], raw: bytes) -> Kind:
 
 def _decode(kind: type[Kind], raw: bytes) -> Kind:
     """A body in which a field that is null, whatever its type, is as if it was left out, unless it is needed."""
+    decoder: msgspec.json.Decoder[Kind] = _decoder(kind)
     try:
-        return _decoder(kind).decode(raw)
+        return decoder.decode(raw)
     except msgspec.ValidationError:
+        if b"null" not in raw:
+            raise
         fields = msgspec.json.decode(raw, type=dict[str, Raw])
         needed = {field.name for field in msgspec.structs.fields(kind) if field.required}
         given = {name: value for name, value in fields.items() if name in needed or bytes(value) != b"null"}
-        return _decoder(kind).decode(msgspec.json.encode(given))
+        return decoder.decode(msgspec.json.encode(given))
 
 
 def read_body(kind: type[Kind], values: dict[str, Any], *, strict: bool = True) -> Kind:
