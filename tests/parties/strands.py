@@ -23,24 +23,25 @@ def get_weather(city: Literal["Paris", "Rome"]) -> str:
     return f"It is sunny in {city}."
 
 
-def agent(params: dict[str, Any] | None = None, **options: Any) -> Agent:
+def agent(**options: Any) -> Agent:
+    """An agent whose texts end soon: Strands takes an answer cut at `max_tokens` for an error."""
     model = OpenAIModel(
         client_args={"api_key": API_KEY, "base_url": BASE_URL},
         model_id=MODEL,
-        params={"max_tokens": 400} | (params or {}),
+        params={"max_tokens": 400, "temperature": 0, "stop": ["."]},
     )
     return Agent(model=model, callback_handler=None, **options)
 
 
 @check
 def text() -> None:
-    assert agent({"stop": ["."]})(QUESTION).stop_reason in ("end_turn", "stop_sequence")
+    assert agent()(QUESTION).stop_reason in ("end_turn", "stop_sequence")
 
 
 @check
 def structured_output_by_a_tool() -> None:
     """It is demanded once the model has said something else."""
-    assert isinstance(agent({"stop": ["."]})(QUESTION, structured_output_model=Weather).structured_output, Weather)
+    assert isinstance(agent()(QUESTION, structured_output_model=Weather).structured_output, Weather)
 
 
 @check
@@ -69,7 +70,7 @@ def a_tool_is_called_and_its_result_is_read() -> None:
 
 @check
 async def streamed() -> None:
-    events = [event async for event in agent({"stop": ["."]}, tools=[get_weather]).stream_async(QUESTION)]
+    events = [event async for event in agent(tools=[get_weather]).stream_async(QUESTION)]
     assert "result" in events[-1]
 
 
