@@ -55,7 +55,8 @@ test('runTools calls and reads results', async () => {
 });
 
 test('runTools in several turns', async () => {
-  const runner = client.chat.completions.runTools({ ...asked, tools: [getWeather] }, { maxChatCompletions: 3 });
+  const ended = { ...asked, stop: ['.', '\n'] }; // the client takes an answer that is cut for an error
+  const runner = client.chat.completions.runTools({ ...ended, tools: [getWeather] }, { maxChatCompletions: 3 });
   assert.equal(typeof (await runner.finalContent()), 'string');
 });
 
