@@ -28,7 +28,8 @@ def parse(request: pytest.FixtureRequest) -> Any:
 
 def test_what_is_not_said_is_left_to_the_policy(parse: Any) -> None:
     assert resolve_scheduling(parse(), None) == SchedulingParams()
-    assert resolve_scheduling(parse(ttft_slo_ms=None, tpot_slo_ms=None, user=None), None) == SchedulingParams()
+    unset = parse(ttft_slo_ms=None, tpot_slo_ms=None, user=None, priority=None)
+    assert resolve_scheduling(unset, None) == SchedulingParams()
 
 
 def test_what_is_said_is_handed_on(parse: Any) -> None:
@@ -44,7 +45,6 @@ def test_what_is_said_is_handed_on(parse: Any) -> None:
         ("priority", 0.5, "integer"),
         ("priority", "high", "integer"),
         ("priority", True, "integer"),
-        ("priority", None, "integer"),
         ("ttft_slo_ms", 0, "> 0"),
         ("ttft_slo_ms", -1, "> 0"),
         ("ttft_slo_ms", 3_600_001, "<= 3600000"),
