@@ -5,7 +5,7 @@ from typing import Literal
 import instructor
 import openai
 from instructor import Mode
-from instructor.core.exceptions import InstructorRetryException
+from instructor.core.exceptions import IncompleteOutputException, InstructorRetryException
 from party import MODEL, check, run
 from pydantic import BaseModel, Field, field_validator
 
@@ -46,8 +46,8 @@ def try_to_extract(mode: Mode) -> None:
     """The schema stands in the prompt alone, which a small model may not heed: then Instructor says so."""
     try:
         extract(mode)
-    except InstructorRetryException as error:
-        print(error)
+    except (IncompleteOutputException, InstructorRetryException) as error:
+        assert error.last_completion is not None, error
 
 
 @check
