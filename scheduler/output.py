@@ -17,6 +17,7 @@ class FinishReason(str, Enum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    INVALID = "invalid"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,14 +160,15 @@ class StepResult:
         spec_token_ids: drafted tokens proposed for each request's next step; empty when nothing is proposed at all.
         logprobs: by request id, one entry for each chosen token.
         prompt_logprobs: by request id, one entry for each prompt token that a token of the share predicts.
-        errors: by request id, why this request alone failed; its `token_ids` are then ignored.
+        errors: by request id, `ERROR` or `INVALID`, if the request is at fault itself, and why it alone failed; its
+            `token_ids` are then ignored.
     """
 
     token_ids: list[list[int]]
     spec_token_ids: list[list[int]] = field(default_factory=list)
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, tuple[FinishReason, str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -178,7 +180,7 @@ class RequestOutput:
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         queue_time: seconds from arrival to the first step.
         num_accepted_tokens, num_rejected_tokens: drafted tokens that verification in this step kept, and dropped.
-        error: the message, if `finish_reason` is `error`.
+        error: the message, if `finish_reason` is `ERROR` or `INVALID`.
     """
 
     request_id: str

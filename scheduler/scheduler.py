@@ -132,7 +132,7 @@ class Scheduler:
             if request is None:
                 continue
             if share.request_id in result.errors:
-                news.append(self._finish(request, FinishReason.ERROR, result.errors[share.request_id]))
+                news.append(self._finish(request, *result.errors[share.request_id]))
             elif one := self._settle(request, share, token_ids, result):
                 news.append(one)
             # Nothing past the last token that the request may have is worth verifying.

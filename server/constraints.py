@@ -15,8 +15,8 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from shoal.model.text.grammar import MAX_FAULT_CHARS, GrammarCompiler
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.server.tools.schemas import WRITTEN
-from shoal.server.wire.constraints import ConstrainedBody, Constraint, StructuralTags
+from shoal.server.schemas import WRITTEN, adapted
+from shoal.server.wire.constraints import TOOLS, ConstrainedBody, Constraint, StructuralTags
 from shoal.server.wire.requests import ChatBody
 
 Schema = Mapping[str, Any]
@@ -55,10 +55,7 @@ class Constraints:
         try:
             return await asyncio.to_thread(self._make, asked, answers)
         except (InvalidRequestError, ValueError, GbnfToLarkError, RecursionError) as error:
-            if asked is not None:
-                asked.refuse(str(error)[:MAX_FAULT_CHARS])
-            message = str(error).removeprefix("tools: ")[:MAX_FAULT_CHARS]
-            raise InvalidRequestError(f"tools: {message}", param="tools") from error
+            (asked or TOOLS).refuse(str(error).removeprefix("tools: ")[:MAX_FAULT_CHARS])
 
     def _make(self, asked: Constraint | None, answers: Callable[[Schema | None], str] | None) -> str:
         """The grammar for one of the two; found again if it was made lately."""
@@ -104,7 +101,8 @@ def make_grammar(kind: str, value: str, whitespace: str | None = None) -> str:
             options: dict[str, Any] = WRITTEN if whitespace is None else {"whitespace_flexible": False}
             if whitespace:
                 options = {"whitespace_pattern": whitespace}
-            return LLMatcher.grammar_from_json_schema(value, defaults=options)  # type: ignore[arg-type]
+            schema = json.dumps(adapted(_schema(value)))
+            return LLMatcher.grammar_from_json_schema(schema, defaults=options)  # type: ignore[arg-type]
         case "regex":
             return LLMatcher.grammar_from_regex(value)
         case "choice":
@@ -128,6 +126,6 @@ def _from_tags(text: str) -> str:
         trigger = next((trigger for trigger in tags.triggers if one.begin.startswith(trigger)), None)
         if trigger is None:
             raise ValueError(f"none of the triggers begins {one.begin[:40]!r}")
-        schema = one.schema if isinstance(one.schema, str) else json.dumps(one.schema)
+        schema = json.dumps(adapted(_schema(_text(one.schema))))
         made.append(StructTag(trigger=trigger, begin=one.begin, grammar=schema, end=one.end))
     return LLMatcher.grammar_from_lark(StructTag.to_grammar(made, assume_special=False))

@@ -9,12 +9,14 @@ from contextlib import aclosing
 from dataclasses import replace
 from math import inf
 
+from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import RequestOutput
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.sampling import resolve_sampling
 from shoal.server.service import Service
 from shoal.server.terms import Terms
 from shoal.server.text import MAX_SCORED, Choice, Delta, Scored
+from shoal.server.wire.constraints import TOOLS
 from shoal.server.wire.requests import ChatBody, CompletionBody
 from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 
@@ -47,6 +49,7 @@ class Generation:
         self._engine = service.engine
         self._metrics = service.metrics
         self._prompts = prompts
+        self._constraint = body.constraint() or TOOLS
         limits = self._engine.ready.limits
         speculates = service.check_speculation(body.speculation)
         requests: list[EngineRequest] = []
@@ -95,7 +98,7 @@ class Generation:
         A list is so short that answers of it are made within milliseconds, and others have their turn after it.
 
         Raises:
-            EngineError, EngineUnavailableError, RequestTimeoutError: the generation cannot go on.
+            InvalidRequestError, EngineError, EngineUnavailableError, RequestTimeoutError: it cannot go on.
         """
         reason = "abort"
         try:
@@ -111,8 +114,10 @@ class Generation:
                             await asyncio.sleep(0)
                 if deltas:
                     yield deltas
-        except Exception:
+        except Exception as error:
             reason = "error"
+            if isinstance(error, InvalidRequestError):
+                self._constraint.refuse(error.message)
             raise
         finally:
             self._engine.abort(self._choices)

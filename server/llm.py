@@ -194,9 +194,9 @@ class LLM:
         """The text of the prompt, the seed, and what will come of them."""
         service, seed = self._service, resolve_seed(body)
         if isinstance(body, ChatBody):
-            prompts = [await service.encode_chat(service.dialect.conversation(body.messages))]
+            prompts = [await service.prompts.of_chat(service.dialect.conversation(body.messages))]
         else:
-            prompts = await service.completion_prompts(body)
+            prompts = await service.prompts.of_completion(body)
         grammar = await service.constraints.resolve(body)
         generation = Generation(service, body, prompts, grammar, api_id=new_id("llm"), seed=seed, terms=Terms())
         return prompts[0][0], seed, generation

@@ -18,6 +18,7 @@ from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import EngineClient
 from shoal.server.limits import make_allowances
 from shoal.server.metrics import Metrics
+from shoal.server.prompts import Prompts
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
@@ -49,6 +50,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     api_keys = config.all_api_keys()
     model, defaults = load_config(opened), load_generation_defaults(opened)
     compiler = GrammarCompiler(lambda: tokenizer, model.vocab_size, defaults.eos_token_ids or model.eos_token_ids)
+    templates = TemplateRenderer(tokenizer)
     service = Service(
         settings=settings,
         api_keys=api_keys,
@@ -58,7 +60,8 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         defaults=defaults,
         tokenizer=tokenizer,
         constraints=Constraints(compiler),
-        templates=TemplateRenderer(tokenizer),
+        templates=templates,
+        prompts=Prompts(tokenizer, templates, engine, model.vocab_size),
         dialect=find_dialect(tokenizer, config.tool_format, config.reasoning_format),
         engine=engine,
         metrics=metrics,

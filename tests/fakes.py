@@ -191,7 +191,7 @@ class FakeExecutor:
                 if chosen[-1] != drafted:
                     break
         if message := self.error(share):
-            result.errors[share.request_id] = message
+            result.errors[share.request_id] = FinishReason.ERROR, message
         if share.is_padding:
             assert chosen == sequence.token_ids[end : end + len(chosen)], "padding chose another token than before"
             result.token_ids.append(chosen)
@@ -312,7 +312,7 @@ class Harness:
         self.token_ids[request_id] += output.token_ids
         self.logprobs.setdefault(request_id, []).extend(output.logprobs or [])
         self.prompt_logprobs.setdefault(request_id, []).extend(output.prompt_logprobs or [])
-        assert (output.error is not None) == (output.finish_reason is FinishReason.ERROR)
+        assert (output.error is not None) == (output.finish_reason in (FinishReason.ERROR, FinishReason.INVALID))
         if output.finish_reason:
             self.finish_reasons[request_id] = output.finish_reason
         if output.error:

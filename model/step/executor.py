@@ -12,7 +12,7 @@ from shoal.model.speculation.drafts import Drafts
 from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput
 from shoal.model.step.layout import StepLayout
 from shoal.model.step.rows import BatchRows
-from shoal.scheduler.output import ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
+from shoal.scheduler.output import FinishReason, ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
 
 
 class ModelExecutor:
@@ -117,7 +117,8 @@ class ModelExecutor:
             accepted = _verify(share.spec_token_ids, token_ids[first:end])
             result.token_ids.append(accepted)
             if -1 in accepted or -1 in token_ids[begin:first]:
-                result.errors[share.request_id] = "the logits are not finite numbers, or no token may be chosen"
+                message = "the logits are not finite numbers, or no token may be chosen"
+                result.errors[share.request_id] = FinishReason.ERROR, message
             elif chosen.logprobs is not None:
                 self._add_logprobs(result, share, chosen, slice(begin, first), slice(first, first + len(accepted)))
         return result

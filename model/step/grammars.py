@@ -25,7 +25,7 @@ from shoal.model.step.layout import StepLayout
 from shoal.model.step.masks import Masks
 from shoal.model.text.grammar import GrammarCompiler, fault
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest, StepResult
+from shoal.scheduler.output import FinishReason, NewRequest, SamplingParams, ScheduledRequest, StepResult
 
 UInt32 = NDArray[np.uint32]
 
@@ -121,7 +121,7 @@ class Grammars:
     def _join(self, new: NewRequest) -> _Constraint:
         matcher = self.prepare(new.params.grammar).result().deep_copy()
         output = new.token_ids[new.num_prompt_tokens :]
-        if not matcher.consume_tokens(output):
+        if not _allows(matcher, output):
             raise InvalidRequestError(f"its grammar does not allow what was generated: {fault(matcher)}")
         return _Constraint(matcher, new.params, len(output))
 
@@ -165,8 +165,8 @@ class Grammars:
                 continue
             constraint.num_output_tokens += len(token_ids)
             matcher = constraint.matcher
-            if not matcher.consume_tokens(token_ids) and token_ids[-1] not in constraint.params.stop_token_ids:
-                result.errors[share.request_id] = f"its grammar went wrong: {fault(matcher)}"
+            if not _allows(matcher, token_ids):
+                result.errors[share.request_id] = FinishReason.INVALID, "no token may follow the text so far"
             elif follow := self._without_end(matcher.compute_ff_tokens()[:MAX_FORCED]):
                 forced[share.row] = follow
         return forced
@@ -183,6 +183,12 @@ class Grammars:
         """The tokens before the first that ends a text: nothing follows it that could be verified."""
         ends = [index for index, token_id in enumerate(token_ids) if token_id in self._compiler.eos_token_ids]
         return token_ids[: ends[0]] if ends else token_ids
+
+
+def _allows(matcher: LLMatcher, token_ids: list[int]) -> bool:
+    """Whether a grammar allows tokens, which its matcher reads as far as the end of the text."""
+    num_read = matcher.try_consume_tokens(token_ids)
+    return not matcher.is_error() and (num_read == len(token_ids) or matcher.is_stopped())
 
 
 def _put_off_end(mask: UInt32, stop_token_ids: Iterable[int]) -> None:

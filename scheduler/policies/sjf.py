@@ -70,5 +70,5 @@ class ShortestJobFirst(KeyedPolicy):
     def on_finish(self, request: Request, reason: FinishReason) -> None:
         super().on_finish(request, reason)
         del self._predicted[request]
-        if reason is not FinishReason.ERROR:  # an aborted request wanted no more than it had
+        if reason not in (FinishReason.ERROR, FinishReason.INVALID):  # an aborted request wanted no more than it had
             self._predictor.learn(request)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from shoal.scheduler.errors import EngineError, ShoalError
+from shoal.scheduler.errors import EngineError, InvalidRequestError, ShoalError
 from shoal.scheduler.output import FinishReason, RequestOutput, TokenLogprobs
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.errors import SlowClientError
@@ -91,6 +91,8 @@ class Submission:
         self._backlog += _size(output)
         if output.finish_reason is FinishReason.ERROR:
             self.fail(EngineError(f"the engine failed on this request: {output.error}"))
+        elif output.finish_reason is FinishReason.INVALID:
+            self.fail(InvalidRequestError(output.error or ""))
         elif self._backlog > self.max_backlog:
             self.fail(SlowClientError(f"the client does not read: {self._backlog} tokens and alternatives wait for it"))
         else:
@@ -106,6 +108,7 @@ class Submission:
 
         Raises:
             EngineError: the engine failed on one of the requests, or died of it.
+            InvalidRequestError: the grammar of one allows no token more.
             EngineUnavailableError: the server is shutting down.
             RequestTimeoutError: their time has run out.
             SlowClientError: too many outputs wait.

@@ -43,7 +43,7 @@ def chat_router(service: Service) -> APIRouter:
         conversation = service.dialect.conversation(
             body.messages, tools=body.offered_tools, variables=body.template_variables
         )
-        prompt = await service.encode_chat(conversation, parses_special=body.parse_special)
+        prompt = await service.prompts.of_chat(conversation, parses_special=body.parse_special)
         grammar = await service.constraints.resolve(body, partial(service.dialect.grammar, body, prompt[0]))
         return await _ChatCall(service, request, body, prompt, grammar).answer()
 

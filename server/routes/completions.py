@@ -30,7 +30,7 @@ def completions_router(service: Service) -> APIRouter:
         body = parse_body(CompletionBody, await request.body())
         service.check_model(body.model)
         service.check_choices(body.num_prompts, body.n)
-        prompts = await service.completion_prompts(body)
+        prompts = await service.prompts.of_completion(body)
         return await _CompletionCall(service, request, body, prompts, await service.constraints.resolve(body)).answer()
 
     return router

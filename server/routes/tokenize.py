@@ -31,9 +31,11 @@ def tokenize_router(service: Service) -> APIRouter:
                 variables=body.chat_template_kwargs,
                 add_generation_prompt=body.add_generation_prompt,
             )
-            _, tokens = await service.encode_chat(conversation, parses_special=body.parse_special)
+            _, tokens = await service.prompts.of_chat(conversation, parses_special=body.parse_special)
         else:
-            (tokens,) = await service.encode_all([body.prompt or ""], add_special_tokens=body.add_special_tokens)
+            (tokens,) = await service.prompts.encode_all(
+                [body.prompt or ""], add_special_tokens=body.add_special_tokens
+            )
         result = TokenizeResult(len(tokens), service.engine.ready.limits.max_model_len, HOLE)
         return in_pieces(filled(result, [await encode_entries(tokens)]))
 
@@ -42,7 +44,7 @@ def tokenize_router(service: Service) -> APIRouter:
         body = parse_body(DetokenizeBody, await request.body())
         service.check_model(body.model)
         check_token_ids("tokens", body.tokens, service.config.vocab_size)
-        (text,) = await service.decode_all([body.tokens], skip_special_tokens=False)
+        (text,) = await service.prompts.decode_all([body.tokens], skip_special_tokens=False)
         return whole(DetokenizeResult(text))
 
     return router

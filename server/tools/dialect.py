@@ -14,7 +14,7 @@ from shoal.server.tools.formats import HERMES, TOOL_FORMATS, ToolFormat, find_fo
 from shoal.server.tools.grammar import Thought, tools_grammar
 from shoal.server.tools.prompt import calls_as_text, with_tools_prompt
 from shoal.server.tools.reader import THINK, THINK_END, AnswerReader
-from shoal.server.wire.conversations import Message, NamedTool, Tool, ToolChoice
+from shoal.server.wire.conversations import Message, Tool, ToolMode
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
 _SHOWS_TOOLS, _SHOWS_CALLS = re.compile(r"\btools\b"), re.compile(r"\btool_calls\b")
@@ -31,7 +31,7 @@ class Reading:
 
     def reader(self) -> AnswerReader | None:
         """A reader for one answer; None if all that it says is content."""
-        schemas = {tool.function.name: tool.schema for tool in self.body.offered_tools}
+        schemas = {tool.function.name: tool.schema for tool in self.body.callable_tools}
         if not schemas and not self.dialect.thinks:
             return None
         return AnswerReader(
@@ -103,16 +103,16 @@ class Dialect:
             InvalidRequestError: see `tools_grammar`.
         """
         thought: Thought = "begun" if self._is_begun(prompt) else "may" if self.thinks else "never"
-        choice: ToolChoice = body.tool_choice or "auto"
-        if choice == "auto" and answer is not None and body.messages[-1].role == "tool" and not self.shows_tools:
-            choice = "none"
-        parallel = body.parallel_tool_calls
+        mode: ToolMode = body.tool_mode
+        if mode == "auto" and answer is not None and body.messages[-1].role == "tool" and not self.shows_tools:
+            mode = "none"
+        parallel, is_named = body.parallel_tool_calls, getattr(body.tool_choice, "function", None) is not None
         if parallel is None:
-            parallel = not isinstance(choice, NamedTool) and (self.shows_tools or (choice == "auto" and answer is None))
+            parallel = not is_named and (self.shows_tools or (mode == "auto" and answer is None))
         return tools_grammar(
             self.tool_format,
-            body.offered_tools,
-            choice,
+            body.callable_tools,
+            mode,
             parallel=parallel,
             special=self.special,
             thought=thought,

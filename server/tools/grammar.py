@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from shoal.scheduler.errors import InvalidRequestError
+from shoal.server.schemas import demanded, listed, property_schemas, takes_type
 from shoal.server.tools.formats import PARAMETER_BEGIN, PARAMETER_END, ToolFormat
 from shoal.server.tools.reader import THINK, THINK_END
-from shoal.server.tools.schemas import WRITTEN, demanded, listed, property_schemas, takes_type
-from shoal.server.wire.conversations import NamedTool, Tool, ToolChoice
+from shoal.server.wire.conversations import Tool, ToolMode
 
 MAX_CALLS = 16  # that a grammar allows in one answer: a model that cannot stop would fill the context
 
@@ -25,7 +25,7 @@ Thought = Literal["never", "may", "begun"]
 def tools_grammar(
     tool_format: ToolFormat,
     tools: Sequence[Tool],
-    choice: ToolChoice,
+    mode: ToolMode,
     *,
     parallel: bool = True,
     special: Mapping[str, int] | None = None,
@@ -42,13 +42,11 @@ def tools_grammar(
     Raises:
         InvalidRequestError: the format cannot write the arguments of a tool.
     """
-    if choice == "none" or (choice == "auto" and answer is None and not any(tool.function.strict for tool in tools)):
+    if mode == "none" or (mode == "auto" and answer is None and not any(tool.function.strict for tool in tools)):
         tools = []
     if not tools and (answer is None or thought == "never"):
         return ""
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    is_free = choice in ("auto", "none")
+    is_free = mode in ("auto", "none")
     return _Grammar(tool_format, tools, parallel, special or {}).text(is_free, thought, answer)
 
 
@@ -70,7 +68,7 @@ class _Grammar:
             self._add(f"args_{number}", self._arguments(number, tool, is_text))
         said = self._free() if is_text else self._section("") if self._tools else ""
         if is_free and answer is not None:
-            written = self._add("answer", f"%json {json.dumps({**answer, 'x-guidance': WRITTEN})}")
+            written = self._add("answer", f"%json {json.dumps(demanded(answer))}")
             said = f"({said} | {written})" if said else written
         if thought != "never":
             said = f"{self._thought(thought)} {said}"

@@ -20,9 +20,9 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from shoal.server.schemas import property_schemas, takes_type
 from shoal.server.tools.brackets import Brackets
 from shoal.server.tools.formats import PARAMETER_BEGIN, PARAMETER_END, XML_END, ToolFormat
-from shoal.server.tools.schemas import property_schemas, takes_type
 
 THINK, THINK_END = "<think>", "</think>"
 MAX_HEAD_CHARS = 256  # before the arguments of a call that is no JSON object

@@ -29,7 +29,7 @@ class Constraint(NamedTuple):
     """
 
     field: str
-    kind: Literal["json", "regex", "choice", "grammar", "structural_tag"]
+    kind: Literal["tools", "json", "regex", "choice", "grammar", "structural_tag"]
     value: Any
     whitespace: str | None = None
 
@@ -147,3 +147,4 @@ class ConstrainedBody(Body, kw_only=True):
 
 
 OBJECT = {"type": "object"}
+TOOLS = Constraint("tools", "tools", None)  # the calls of tools, where no field asks for more

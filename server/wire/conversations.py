@@ -73,6 +73,7 @@ class Message(Body, kw_only=True):
     tool_calls: Annotated[list[CalledTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: CallId | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # another name of the same
 
     # accepted and ignored: they stand in answers, and some servers fill them
     refusal: str | None = None
@@ -80,6 +81,8 @@ class Message(Body, kw_only=True):
     parsed: Raw = field(default_factory=Raw)  # what OpenAI's client has read of the content
     audio: None = None
     function_call: None = None
+    reasoning_details: Raw = field(default_factory=Raw)
+    thinking_blocks: Raw = field(default_factory=Raw)
     provider_specific_fields: Raw = field(default_factory=Raw)
     cache_control: Raw = field(default_factory=Raw)
 
@@ -94,10 +97,9 @@ class Message(Body, kw_only=True):
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if value := getattr(self, name):
-                message[name] = value
-        return message
+        told = {"name": self.name, "tool_call_id": self.tool_call_id}
+        told["reasoning_content"] = self.reasoning_content or self.reasoning
+        return message | {name: value for name, value in told.items() if value}
 
 
 class FunctionDefinition(Body, kw_only=True):
@@ -132,15 +134,36 @@ class NamedFunction(Body, kw_only=True):
 
 
 class NamedTool(Body, kw_only=True):
-    """The tool that the model has to call."""
-
     function: NamedFunction
     type: Literal["function"] = "function"
 
 
+class AllowedTools(Body, kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class ChosenTools(Body, kw_only=True):
+    """Some of the tools: one that the model has to call, or those that it may, or has to choose from."""
+
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+    type: Literal["function", "allowed_tools"] = "function"
+
+    @property
+    def mode(self) -> Literal["auto", "required"]:
+        return self.allowed_tools.mode if self.allowed_tools else "required"
+
+    @property
+    def names(self) -> set[str]:
+        named = [tool.function for tool in self.allowed_tools.tools] if self.allowed_tools else [self.function]
+        return {function.name for function in named if function is not None}
+
+
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+ToolMode = Literal["none", "auto", "required"]
+ToolChoice = ToolMode | ChosenTools
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
@@ -161,8 +184,13 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
                 f"tools[{number}].function.parameters: expected a schema of type 'object'", param="tools"
             )
         check_depth(tool.schema, "tools")
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise InvalidRequestError(f"tool_choice: there is no tool {choice.function.name!r}", param="tool_choice")
+    if isinstance(choice, ChosenTools):
+        if (choice.function is None) == (choice.allowed_tools is None) or getattr(choice, choice.type) is None:
+            raise InvalidRequestError(
+                f"tool_choice: this type needs {choice.type!r}, and no other", param="tool_choice"
+            )
+        for name in choice.names - names:
+            raise InvalidRequestError(f"tool_choice: there is no tool {name!r}", param="tool_choice")
     if choice == "required" and not names:
         raise InvalidRequestError("tool_choice: 'required' needs tools", param="tool_choice")
 

@@ -21,9 +21,11 @@ from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.wire.body import Body
 from shoal.server.wire.constraints import ConstrainedBody
 from shoal.server.wire.conversations import (
+    ChosenTools,
     Messages,
     Tool,
     ToolChoice,
+    ToolMode,
     Tools,
     Variables,
     check_tools,
@@ -171,6 +173,17 @@ class ChatBody(GenerationBody, kw_only=True):
     def offered_tools(self) -> list[Tool]:
         """The tools that the model is told of: none if it may not call any."""
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Those of them that it may call."""
+        if isinstance(self.tool_choice, ChosenTools):
+            return [tool for tool in self.offered_tools if tool.function.name in self.tool_choice.names]
+        return self.offered_tools
+
+    @property
+    def tool_mode(self) -> ToolMode:
+        return self.tool_choice.mode if isinstance(self.tool_choice, ChosenTools) else self.tool_choice or "auto"
 
     @property
     def template_variables(self) -> dict[str, Any]:

@@ -286,6 +286,11 @@ def test_variables_reach_the_template(folders: dict[str, Path]) -> None:
     assert server.prompt.endswith("merrylow")
 
 
+def allowed(*names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": tools}}
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -298,6 +303,13 @@ def test_variables_reach_the_template(folders: dict[str, Path]) -> None:
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice"),
+        (
+            {"tools": [WEATHER], "tool_choice": allowed(WEATHER["function"]["name"]) | {"type": "function"}},
+            "tool_choice",
+        ),
+        ({"tools": [WEATHER], "tool_choice": allowed("b")}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": allowed()}, "tool_choice"),
         ({"reasoning_effort": "much"}, "reasoning_effort"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"x": json.loads("[" * 65 + "]" * 65)}}, "chat_template_kwargs"),

@@ -183,6 +183,34 @@ def test_who_may_call_several_times_at_once(fields: dict[str, Any], knows: bool,
         assert ("{0," in grammar) == takes_several
 
 
+def one_of(*names: str, mode: str = "required") -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "must"),
+    [
+        ("required", "fgh", True),
+        ({"type": "function", "function": {"name": "g"}}, "g", True),
+        (one_of("h", "f"), "fh", True),
+        (one_of("h", "f", mode="auto"), "fh", False),
+    ],
+)
+def test_some_of_the_tools_may_be_called(choice: Any, names: str, must: bool) -> None:
+    """The model is told of all, so that the prompt stays the same."""
+    tools = [TOOLS[0] | {"function": TOOLS[0]["function"] | {"name": name, "strict": True}} for name in "fgh"]
+    asked, found = body(tools=tools, tool_choice=choice), dialect(TEMPLATES["hermes"])
+    assert [tool.function.name for tool in asked.offered_tools] == ["f", "g", "h"]
+    grammar = found.grammar(asked, "", None)
+    assert [name for name in "fgh" if f'\\"name\\": \\"{name}\\"' in grammar] == list(names)
+    assert grammar.startswith("start: section*") != must
+    reader = found.reading(asked, "").reader()
+    assert reader is not None
+    said = reader.feed('<tool_call>{"name": "g", "arguments": {}}</tool_call>')
+    assert bool(said.calls) == ("g" in names)
+
+
 def test_a_model_that_knows_no_tools_answers_by_a_schema_after_a_result() -> None:
     schema, asked = {"type": "null"}, body(tools=TOOLS, messages=SAID[:1])
     knows, knows_none = dialect(TEMPLATES["hermes"]), dialect("{{ messages }}")

@@ -18,7 +18,7 @@ from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.tools.formats import TOOL_FORMATS, ToolFormat
 from shoal.server.tools.grammar import MAX_CALLS, Thought, tools_grammar
 from shoal.server.tools.reader import AnswerReader
-from shoal.server.wire.conversations import NamedTool, Tool
+from shoal.server.wire.conversations import Tool
 
 CITY = {
     "type": "object",
@@ -101,10 +101,6 @@ def grammar(name: str, choice: Any = "required", *, tools: Sequence[Tool] = TOOL
     return tools_grammar(TOOL_FORMATS[name], tools, choice, **options)
 
 
-def named(name: str) -> NamedTool:
-    return msgspec.convert({"function": {"name": name}}, NamedTool)
-
-
 # -- what is accepted --------------------------------------------------------------------------------------------------
 
 
@@ -137,13 +133,6 @@ def test_arguments_that_the_schema_refuses_are_refused(name: str, call: tuple[st
     assert not accepts(grammar(name), text)
     if call[0] == "get_weather":
         assert not accepts(grammar(name, "auto"), text)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_named_tool_is_the_only_one(name: str) -> None:
-    asked = grammar(name, named("get"))
-    assert accepts(asked, TOOL_FORMATS[name].write([("get", {})]))
-    assert not accepts(asked, TOOL_FORMATS[name].write([("list", {})]))
 
 
 def test_a_thought_is_followed_by_an_answer_of_the_schema_where_no_tool_may_be_called() -> None:

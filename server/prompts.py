@@ -1,0 +1,104 @@
+"""The prompts of requests, as text and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.scheduler.admission import check_request
+from shoal.scheduler.errors import ContextLengthError, InvalidRequestError
+from shoal.server.engine.engine import Engine
+from shoal.server.rendering import Conversation
+from shoal.server.sampling import check_token_ids
+from shoal.server.templates import TemplateRenderer
+from shoal.server.wire.requests import CompletionBody
+from shoal.server.work import off_the_loop
+
+
+class Prompts:
+    """Makes tokens of what requests say, and refuses early what no context could hold.
+
+    Args:
+        templates: renders the conversations of chats.
+        engine: whose limits hold.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, templates: TemplateRenderer, engine: Engine, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._templates = templates
+        self._engine = engine
+        self._vocab_size = vocab_size
+
+    async def of_completion(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
+        """The prompts of a body, of any of the four kinds, as text and tokens.
+
+        Raises:
+            InvalidRequestError: a prompt is empty, or a token id outside the vocabulary.
+        """
+        prompt: Any = body.prompt
+        kinds = set() if isinstance(prompt, str) else set(map(type, prompt))
+        match prompt:
+            case str(text):
+                return await self._encoded([text])
+            case [str(), *_] if len(kinds) == 1:
+                return await self._encoded(prompt)
+            case [int(), *_] | [] if len(kinds) <= 1:
+                return await self._decoded([prompt])
+            case [list(), *_] if len(kinds) == 1:
+                return await self._decoded(prompt)
+        raise InvalidRequestError(
+            "prompt: expected only texts, only token ids, or only lists of token ids", param="prompt"
+        )
+
+    async def of_chat(self, conversation: Conversation, *, parses_special: bool = False) -> tuple[str, list[int]]:
+        """Apply the chat template; the text and its tokens.  See `Tokenizer.encode_chat`.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages or takes too much, or they are too long.
+        """
+        self._check_chars(conversation.num_chars)
+        return await self._templates.encode(conversation, parses_special=parses_special)
+
+    async def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The tokens of texts, without holding up others if they are long together."""
+
+        def work() -> list[list[int]]:
+            return [self._tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        return await off_the_loop(work, *map(len, texts))
+
+    async def decode_all(self, lists: Sequence[list[int]], *, skip_special_tokens: bool = True) -> list[str]:
+        """The texts of lists of tokens, without holding up others if they are many."""
+
+        def work() -> list[str]:
+            return [self._tokenizer.decode(one, skip_special_tokens=skip_special_tokens) for one in lists]
+
+        return await off_the_loop(work, *map(len, lists))
+
+    def _check_chars(self, num_chars: int) -> None:
+        """Refuse a text that is too long for the context whatever its tokens are, before they are made.
+
+        Raises:
+            ContextLengthError: it is.
+        """
+        limit, least = self._engine.ready.limits.max_model_len, -(-num_chars // self._tokenizer.max_token_chars)
+        if least > limit:
+            raise ContextLengthError(
+                f"prompt has {num_chars} characters, which are {least} tokens or more, but the context holds {limit} "
+                f"tokens, prompt and output together",
+                param="prompt",
+            )
+
+    async def _encoded(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
+        if not all(texts):
+            raise InvalidRequestError("prompt is empty: it must have at least one character", param="prompt")
+        for text in texts:
+            self._check_chars(len(text))
+        return list(zip(texts, await self.encode_all(texts), strict=True))
+
+    async def _decoded(self, lists: list[list[int]]) -> list[tuple[str, list[int]]]:
+        for token_ids in lists:
+            check_request(self._engine.ready.limits, len(token_ids), 0)
+            check_token_ids("prompt", token_ids, self._vocab_size)
+        return list(zip(await self.decode_all(lists), lists, strict=True))
