@@ -1,4 +1,4 @@
-"""`python -m bench [engine|roofline|server|peers|speculation ...]`: run benchmarks, all if none is named."""
+"""`python -m bench [NAME ...]`: run benchmarks, all if none is named."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
-from bench import engine, peers, roofline, server, speculation
+from bench import constraints, engine, peers, roofline, server, speculation
 from shoal.model.checkpoint.find import resolve_checkpoint
 
 BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
     "engine": engine.run,
     "roofline": roofline.run,
     "server": server.run,
+    "constraints": constraints.run,
     "peers": peers.run,
     "speculation": speculation.run,
 }
