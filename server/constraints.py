@@ -36,6 +36,10 @@ class Constraints:
         self._compiler = compiler
         self._tried = lru_cache(maxsize=MAX_KEPT)(self._try)
 
+    def prepare(self) -> None:
+        """Make in advance what every grammar needs; see `GrammarCompiler.prepare`."""
+        self._compiler.prepare()
+
     async def resolve(self, body: ConstrainedBody, answers: Callable[[Schema | None], str] | None = None) -> str:
         """The grammar that the text of a request keeps to; empty if it may be any text.  Others have their turn.
 

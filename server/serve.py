@@ -60,6 +60,7 @@ async def serve(settings: Settings) -> None:
         serving = asyncio.create_task(server.serve([listener]))
         starting = asyncio.create_task(supervisor.start())
         runner.start()
+        preparing = asyncio.create_task(asyncio.to_thread(service.constraints.prepare))
         statistics = asyncio.create_task(log_statistics(service.metrics, STATISTICS_SECONDS))
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
@@ -75,7 +76,7 @@ async def serve(settings: Settings) -> None:
             await runner.stop()
             await supervisor.stop()
             await service.templates.close()
-            await asyncio.gather(serving, starting, statistics, return_exceptions=True)
+            await asyncio.gather(serving, starting, preparing, statistics, return_exceptions=True)
             await service.batches.close()
             logger.info("stopped after %.1f s", time.monotonic() - began)
 

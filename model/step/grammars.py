@@ -64,6 +64,10 @@ class Grammars:
         self._others = others
         return self
 
+    def prepare_any(self) -> None:
+        """Make in advance, in a thread, what every grammar needs."""
+        self._compiling.submit(self._compiler.prepare)
+
     def prepare(self, grammar: str) -> Future[LLMatcher]:
         """Compile a grammar in a thread, unless that was done lately.
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from shoal.model.step.grammars import Grammars
 from shoal.server.engine.loop import Wire
 from shoal.server.engine.messages import Abort, Command, EngineRequest, Report, Submit
 
+IDLE_SECONDS = 0.2  # without work, after which more is not expected at once
 LOOK_SECONDS = 0.002  # between two looks whether a grammar is compiled
 
 
 class Preparing:
     """A wire around another, which hands a request on when its grammar is compiled, or cannot be.
 
+    What every grammar needs is made when there is nothing else to do for the first time: it holds up the steps.
+
     Args:
-        prepare: begins to compile a grammar, unless that was done.
+        grammars: of the engine.
     """
 
-    def __init__(self, wire: Wire, prepare: Callable[[str], Future[Any]]) -> None:
+    def __init__(self, wire: Wire, grammars: Grammars) -> None:
         self._wire = wire
-        self._prepare = prepare
+        self._grammars = grammars
+        self._was_idle = False
         self._waiting: dict[str, tuple[EngineRequest, Future[Any]]] = {}
 
     def send(self, report: Report) -> None:
@@ -30,8 +34,13 @@ class Preparing:
     def receive(self, seconds: float | None) -> list[Command]:
         if self._waiting:
             seconds = LOOK_SECONDS if seconds is None else min(seconds, LOOK_SECONDS)
+        is_idle = seconds is None and not self._was_idle
+        received = self._wire.receive(IDLE_SECONDS if is_idle else seconds)
+        if is_idle and not received:
+            self._grammars.prepare_any()
+            self._was_idle = True
         commands: list[Command] = []
-        for command in self._wire.receive(seconds):
+        for command in received:
             match command:
                 case Submit(requests):
                     commands.append(Submit([request for request in requests if not self._waits(request)]))
@@ -47,5 +56,5 @@ class Preparing:
 
     def _waits(self, request: EngineRequest) -> bool:
         if request.params.grammar:
-            self._waiting[request.request_id] = request, self._prepare(request.params.grammar)
+            self._waiting[request.request_id] = request, self._grammars.prepare(request.params.grammar)
         return bool(request.params.grammar)

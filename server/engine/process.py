@@ -87,7 +87,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is loaded stays; no collection need look at it again
     sockets.send(engine.ready)
-    EngineLoop(engine.core, Preparing(sockets, engine.grammars.prepare)).run()
+    EngineLoop(engine.core, Preparing(sockets, engine.grammars)).run()
     engine.close()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
+from shoal.model.step.grammars import Grammars
 from shoal.scheduler.output import SamplingParams
 from shoal.server.engine.messages import Abort, Command, EngineRequest, Report, Stop, Submit
-from shoal.server.engine.preparing import LOOK_SECONDS, Preparing
+from shoal.server.engine.preparing import IDLE_SECONDS, LOOK_SECONDS, Preparing
 
 
 class FakeWire:
@@ -41,10 +42,29 @@ def names(commands: list[Command]) -> list[Any]:
     ]
 
 
+class FakeGrammars:
+    """Compiles when the test says so."""
+
+    def __init__(self) -> None:
+        self.compiling: dict[str, Future[Any]] = {}
+        self.num_prepared = 0
+
+    def prepare(self, grammar: str) -> Future[Any]:
+        return self.compiling.setdefault(grammar, Future())
+
+    def prepare_any(self) -> None:
+        self.num_prepared += 1
+
+
+def prepared(wire: FakeWire) -> tuple[Preparing, FakeGrammars]:
+    grammars = FakeGrammars()
+    return Preparing(wire, cast(Grammars, grammars)), grammars
+
+
 def test_a_request_comes_when_its_grammar_is_there_and_holds_up_nobody() -> None:
-    compiling: dict[str, Future[Any]] = {}
     wire = FakeWire([submit("a", "B", "C")], [submit("d")], [], [Abort(["C"])], [Stop()])
-    preparing = Preparing(wire, lambda grammar: compiling.setdefault(grammar, Future()))
+    preparing, grammars = prepared(wire)
+    compiling = grammars.compiling
     assert names(preparing.receive(None)) == [["a"]]
     assert names(preparing.receive(None)) == [["d"]]
     compiling["B"].set_exception(ValueError("what is wrong is told by who asks for it"))
@@ -52,10 +72,23 @@ def test_a_request_comes_when_its_grammar_is_there_and_holds_up_nobody() -> None
     assert names(preparing.receive(0.1)) == [Abort]
     compiling["C"].set_result(None)
     assert names(preparing.receive(7.0)) == [Stop]
-    assert wire.waits == [None, LOOK_SECONDS, 0.0, LOOK_SECONDS, 7.0]
+    assert wire.waits == [IDLE_SECONDS, LOOK_SECONDS, 0.0, LOOK_SECONDS, 7.0]
 
 
 def test_a_grammar_that_is_there_costs_no_turn() -> None:
-    done: Future[Any] = Future()
-    done.set_result(None)
-    assert names(Preparing(FakeWire([submit("A")]), lambda _: done).receive(None)) == [[], ["A"]]
+    preparing, grammars = prepared(FakeWire([submit("A")]))
+    grammars.compiling["A"] = Future()
+    grammars.compiling["A"].set_result(None)
+    assert names(preparing.receive(None)) == [[], ["A"]]
+
+
+def test_what_every_grammar_needs_is_made_once_when_there_is_nothing_else_to_do() -> None:
+    wire = FakeWire([submit("a")], [], [], [], [])
+    preparing, grammars = prepared(wire)
+    for seconds in (None, 0.0, 0.1):
+        preparing.receive(seconds)
+    assert grammars.num_prepared == 0
+    for _ in range(2):
+        preparing.receive(None)
+    assert grammars.num_prepared == 1
+    assert wire.waits == [IDLE_SECONDS, 0.0, 0.1, IDLE_SECONDS, None]
