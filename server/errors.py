@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import msgspec
 from msgspec.structs import replace
 
@@ -137,6 +140,24 @@ def error_body(error: ShoalError) -> ErrorBody:
     http = http_error(error)
     param = error.param and error.param[:MAX_PARAM_CHARS]
     return ErrorBody(ErrorObject(_cut(error.message), http.type, param, http.code))
+
+
+@dataclass(frozen=True)
+class ErrorShape:
+    """How an API tells of errors, and how its streams end.
+
+    Attributes:
+        body: the object of an error.
+        event: name of the event that tells of one in a stream; streams of OpenAI's first API have no names.
+        done: what stands at the end of each stream.
+    """
+
+    body: Callable[[ShoalError], object] = error_body
+    event: str = ""
+    done: bytes = b"data: [DONE]\n\n"
+
+
+OPENAI = ErrorShape()
 
 
 def _cut(message: str) -> str:

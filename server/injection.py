@@ -17,10 +17,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.scheduler.errors import EngineError, InvalidRequestError, QueueFullError, ShoalError
-from shoal.server.errors import EngineUnavailableError, error_body
+from shoal.server.errors import OPENAI, EngineUnavailableError, error_body
 from shoal.server.faults import Fault, FaultsConfig, Numbers, Script
 from shoal.server.keys import known_key
-from shoal.server.routes.answer import DONE, error_response, event
+from shoal.server.routes.answer import error_response, event
 
 logger = logging.getLogger("shoal.faults")
 
@@ -147,7 +147,7 @@ class _Answer:
                 self._request.state.cut()
                 raise _EndedEarlyError
             case "error" | "engine_error" as name:
-                await self._send({"type": "http.response.body", "body": event(error_body(ERRORS[name])) + DONE})
+                await self._send({"type": "http.response.body", "body": event(error_body(ERRORS[name])) + OPENAI.done})
                 raise _EndedEarlyError
         return piece
 

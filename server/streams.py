@@ -13,7 +13,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.server.errors import IdempotencyKeyReuseError, NotFoundError, SlowClientError, StreamExpiredError
+from shoal.server.errors import (
+    OPENAI,
+    ErrorShape,
+    IdempotencyKeyReuseError,
+    NotFoundError,
+    SlowClientError,
+    StreamExpiredError,
+)
 
 MAX_STREAM_BYTES = 2 * 2**20  # of one stream's events that are held; of many streams each holds its share of all
 MAX_BYTES = 64 * 2**20  # of all answers together
@@ -31,6 +38,7 @@ class Answer:
         owner: the API key that asked for it.
         headers: of each response that carries it.
         key: the idempotency key under which it is found.
+        shape: of errors and of the end of a stream.
         events: those that are held; `num_dropped` came before them.
         num_read: events that somebody was given.
         size: bytes that it counts as.
@@ -43,6 +51,7 @@ class Answer:
     headers: Mapping[str, str]
     is_stream: bool
     key: Key | None = None
+    shape: ErrorShape = OPENAI
     events: deque[bytes] = field(default_factory=deque)
     num_dropped: int = 0
     num_read: int = 0

@@ -10,42 +10,43 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from shoal.scheduler.errors import ShoalError
-from shoal.server.errors import StreamExpiredError, error_body, http_error
+from shoal.server.errors import OPENAI, ErrorShape, StreamExpiredError, http_error
 
 logger = logging.getLogger("shoal.api")
 
 Value = TypeVar("Value")
 _encoder = msgspec.json.Encoder(enc_hook=str)  # paths among settings
-DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE_SECONDS = 15.0
 
 
 def encode(body: object) -> bytes:
     return _encoder.encode(body)
 
 
-def event(body: object) -> bytes:
+def event(body: object, name: str = "") -> bytes:
     """One server-sent event (WHATWG HTML, section 9.2)."""
-    return b"data: " + _encoder.encode(body) + b"\n\n"
+    named = b"event: %b\n" % name.encode() if name else b""
+    return named + b"data: " + _encoder.encode(body) + b"\n\n"
 
 
 def whole(body: object, headers: dict[str, str] | None = None) -> Response:
     return Response(encode(body), media_type="application/json", headers=headers)
 
 
-def error_response(error: ShoalError) -> Response:
+def error_response(error: ShoalError, shape: ErrorShape = OPENAI) -> Response:
     """The answer to a request that failed before its first byte."""
     http = http_error(error)
     headers = {"retry-after": str(http.retry_after)} if http.retry_after is not None else {}
     if http.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(encode(error_body(error)), http.status, headers, "application/json")
+    return Response(encode(shape.body(error)), http.status, headers, "application/json")
 
 
 class EventStream(StreamingResponse):
-    """A stream of server-sent events, ended by `[DONE]`.  After the headers an error is an event too.
+    """A stream of server-sent events.  After the headers an error is an event too.
 
     Each event has an id, `STREAM:NUMBER`, so that a client can say where it stopped.  When the client goes away, or the
     server does, the events are closed at once, and with them what makes them.
@@ -53,26 +54,57 @@ class EventStream(StreamingResponse):
     Args:
         events: some at a time, without their ids.
         after: number of the event before the first.
+        shape: of errors and of the end.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[list[bytes], None], stream_id: str, headers: Mapping[str, str], *, after: int = 0
+        self,
+        events: AsyncGenerator[list[bytes], None],
+        stream_id: str,
+        headers: Mapping[str, str],
+        *,
+        after: int = 0,
+        shape: ErrorShape = OPENAI,
     ) -> None:
-        self.events = _until_done(events, stream_id, after)
+        self.events = _until_done(events, stream_id, after, shape)
         super().__init__(self.events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self.events):
-            await unless_disconnected(receive, self.stream_response(send))
+        sender = _KeepAlive(send)
+        keeping = asyncio.create_task(sender.run())
+        try:
+            async with aclosing(self.events):
+                await unless_disconnected(receive, self.stream_response(sender))
+        finally:
+            keeping.cancel()
+
+
+class _KeepAlive:
+    """Sends messages, and comments while there are none: proxies end connections on which nothing comes."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._clock = asyncio.get_running_loop().time
+        self._sent_at = self._clock()
+
+    async def __call__(self, message: Message) -> None:
+        self._sent_at = self._clock()
+        await self._send(message)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._sent_at + KEEP_ALIVE_SECONDS - self._clock())
+            if self._clock() >= self._sent_at + KEEP_ALIVE_SECONDS:
+                await self({"type": "http.response.body", "body": b": the stream goes on\n\n", "more_body": True})
 
 
 async def _until_done(
-    events: AsyncGenerator[list[bytes], None], stream_id: str, number: int
+    events: AsyncGenerator[list[bytes], None], stream_id: str, number: int, shape: ErrorShape
 ) -> AsyncGenerator[bytes, None]:
     numbered = b"id: %b:%%d\n%%b" % stream_id.encode()
-    last = [DONE]
+    last = [shape.done] if shape.done else []
     try:
         async with aclosing(events):
             async for some in events:
@@ -82,13 +114,13 @@ async def _until_done(
                     parts.append(numbered % (number, one))
                 yield b"".join(parts)
     except StreamExpiredError as error:  # the stream itself goes on, and has other events of these numbers
-        yield event(error_body(error)) + DONE
+        yield event(shape.body(error), shape.event) + shape.done
         return
     except ShoalError as error:
-        last = [event(error_body(error)), DONE]
+        last.insert(0, event(shape.body(error), shape.event))
     except Exception:
         logger.exception("a stream failed")
-        last = [event(error_body(ShoalError("internal error"))), DONE]
+        last.insert(0, event(shape.body(ShoalError("internal error")), shape.event))
     for one in last:
         number += 1
         yield numbered % (number, one)

@@ -10,6 +10,7 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
+from shoal.server.errors import OPENAI, ErrorShape
 from shoal.server.generation import Generation
 from shoal.server.routes.answer import EventStream, unless_disconnected
 from shoal.server.routes.pieces import Entries, filled, in_pieces
@@ -36,6 +37,7 @@ class Call(ABC, Generic[Body]):
     """
 
     id_prefix: ClassVar[str]
+    shape: ClassVar[ErrorShape] = OPENAI
 
     def __init__(
         self, service: Service, request: Request, body: Body, prompts: Sequence[tuple[str, list[int]]], grammar: str
@@ -56,9 +58,10 @@ class Call(ABC, Generic[Body]):
         headers = {"x-request-id": self.id, "x-seed": str(self.seed)}
         if is_held(self.service, self.request, is_stream=self.body.stream):
             events = self.chunks() if self.body.stream else only_event(self.complete())
-            return await hold(self.service, self.request, self.id, headers, events, is_stream=self.body.stream)
+            is_stream, shape = self.body.stream, self.shape
+            return await hold(self.service, self.request, self.id, headers, events, is_stream=is_stream, shape=shape)
         if self.body.stream:
-            return EventStream(self.chunks(), self.id, headers)
+            return EventStream(self.chunks(), self.id, headers, shape=self.shape)
         return in_pieces(await unless_disconnected(self.request.receive, self.complete()) or [], headers)
 
     async def complete(self) -> list[bytes | bytearray]:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.server.errors import StreamExpiredError
+from shoal.server.errors import ErrorShape, StreamExpiredError
 from shoal.server.keys import known_key
 from shoal.server.routes.answer import EventStream, unless_disconnected
 from shoal.server.routes.pieces import in_pieces
@@ -89,11 +89,18 @@ def idempotency_key(service: Service, request: Request) -> Key | None:
 
 
 async def hold(
-    service: Service, request: Request, answer_id: str, headers: Mapping[str, str], events: Events, *, is_stream: bool
+    service: Service,
+    request: Request,
+    answer_id: str,
+    headers: Mapping[str, str],
+    events: Events,
+    *,
+    is_stream: bool,
+    shape: ErrorShape,
 ) -> Response:
     """Have the answer made and held, and send it."""
     owner, key = known_key(request, service.api_keys), idempotency_key(service, request)
-    answer = Answer(answer_id, owner, {**headers, "x-stream-resume": "true"}, is_stream, key)
+    answer = Answer(answer_id, owner, {**headers, "x-stream-resume": "true"}, is_stream, key, shape)
     service.streams.begin(answer, events)
     return await deliver(service, request, answer)
 
@@ -118,9 +125,8 @@ async def deliver(
     answer.check(after)
     if after > answer.num_events:  # its end was read too, and a browser's EventSource comes back until it is told so
         return Response(status_code=204, headers=answer.headers)
-    return EventStream(
-        service.streams.read(answer, after, takes_over=takes_over), answer.id, answer.headers, after=after
-    )
+    events = service.streams.read(answer, after, takes_over=takes_over)
+    return EventStream(events, answer.id, answer.headers, after=after, shape=answer.shape)
 
 
 async def _whole(service: Service, answer: Answer) -> bytes:

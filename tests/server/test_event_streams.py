@@ -1,0 +1,71 @@
+"""Streams of server-sent events: their names, their ends, and comments while nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+
+import pytest
+from starlette.types import Message
+
+from shoal.scheduler.errors import EngineError, ShoalError
+from shoal.server.errors import OPENAI, ErrorShape
+from shoal.server.routes import answer
+from shoal.server.routes.answer import EventStream, event
+
+NAMED = ErrorShape(body=lambda error: {"told": error.message}, event="failed", done=b"")
+
+
+async def ten(*, pause: float = 0.0, error: Exception | None = None) -> AsyncGenerator[list[bytes], None]:
+    for number in range(10):
+        await asyncio.sleep(pause)
+        yield [event({"number": number}, "counted")]
+    if error is not None:
+        raise error
+
+
+def sent(events: AsyncGenerator[list[bytes], None], shape: ErrorShape = OPENAI) -> list[str]:
+    """The parts of the body, empty ones left out."""
+    parts: list[Message] = []
+
+    async def send(message: Message) -> None:
+        parts.append(message)
+
+    async def receive() -> Message:
+        return await asyncio.get_running_loop().create_future()
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(EventStream(events, "s", {}, shape=shape)(scope, receive, send))
+    assert [part["type"] for part in parts[:2]] == ["http.response.start", "http.response.body"]
+    assert [bool(part.get("more_body")) for part in parts[1:]] == [True] * (len(parts) - 2) + [False]
+    return [part["body"].decode() for part in parts[1:] if part["body"]]
+
+
+def test_events_have_names_and_ids() -> None:
+    parts = sent(ten())
+    assert parts[:10] == [f'id: s:{n + 1}\nevent: counted\ndata: {{"number":{n}}}\n\n' for n in range(10)]
+    assert parts[10:] == ["id: s:11\ndata: [DONE]\n\n"]
+
+
+@pytest.mark.parametrize("error", [EngineError("no more"), ValueError("a secret")], ids=str)
+def test_an_error_has_the_shape_of_its_api(error: Exception) -> None:
+    message = error.message if isinstance(error, ShoalError) else "internal error"
+    *_, last = sent(ten(error=error), NAMED)
+    assert last == f'id: s:11\nevent: failed\ndata: {{"told":"{message}"}}\n\n'
+    *_, told, done = sent(ten(error=error))
+    assert json.loads(told.partition("data: ")[2])["error"]["message"] == message
+    assert done == "id: s:12\ndata: [DONE]\n\n"
+
+
+def test_a_silent_stream_is_kept_alive_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "KEEP_ALIVE_SECONDS", 0.02)
+    parts = sent(ten(pause=0.1), NAMED)
+    comments = [part for part in parts if part.startswith(":")]
+    assert len(comments) >= 10 and all(comment.endswith("\n\n") and "\n" not in comment[:-2] for comment in comments)
+    assert len([part for part in parts if part.startswith("id: ")]) == 10
+
+
+def test_a_busy_stream_has_no_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "KEEP_ALIVE_SECONDS", 1000.0)
+    assert len(sent(ten(), NAMED)) == 10
