@@ -21,7 +21,7 @@ from shoal.server.wire.requests import ChatBody
 
 Schema = Mapping[str, Any]
 
-MAX_KEPT, MAX_KEPT_CHARS = 256, 16_384  # grammars that are known to be good, and the length of each
+MAX_KEPT, MAX_KEPT_CHARS = 64, 65_536  # grammars that are known to be good, and the length of each: of 128 tools, too
 _FORBIDDEN = re.compile(r"\bmax_tokens\s*=")  # a matcher of such a grammar cannot go back
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 Schema = Mapping[str, Any]
@@ -16,6 +17,7 @@ _FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6"
 _MAX_CHARS = {"date-time": 32, "time": 21}  # with microseconds: what follows them says nothing
 _BY_NAME = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}  # hold schemas by name
 _VALUES = {"const", "default", "enum", "example", "examples"}  # hold values, and no schemas
+MAX_REMEMBERED, MAX_REMEMBERED_CHARS = 1024, 4096
 _COMPOSES = {"allOf", "dependentSchemas", "if", "not", "unevaluatedProperties"}
 _REFERS = {"$ref", "anyOf", "oneOf"}
 _OPENS = {"additionalProperties", "minProperties"}  # with one of these, there may have to be other properties
@@ -104,9 +106,17 @@ def _name_properties(schema: dict[str, Any], root: Schema) -> None:
     schema.update(closed)
 
 
-def demanded(schema: Schema) -> dict[str, Any]:
-    """The schema that a grammar demands, written in one way."""
-    return {**adapted(schema), "x-guidance": WRITTEN}
+def demanded(schema: Schema) -> str:
+    """The JSON of the schema that a grammar demands, written in one way.  Tools come with each turn of an agent."""
+    text = json.dumps(schema)
+    return _remembered(text) if len(text) <= MAX_REMEMBERED_CHARS else _demanded(text)
+
+
+def _demanded(text: str) -> str:
+    return json.dumps({**adapted(json.loads(text)), "x-guidance": WRITTEN})
+
+
+_remembered = lru_cache(maxsize=MAX_REMEMBERED)(_demanded)
 
 
 def property_schemas(schema: Schema) -> dict[str, Any]:

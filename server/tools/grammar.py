@@ -68,7 +68,7 @@ class _Grammar:
             self._add(f"args_{number}", self._arguments(number, tool, is_text))
         said = self._free() if is_text else self._section("") if self._tools else ""
         if is_free and answer is not None:
-            written = self._add("answer", f"%json {json.dumps(demanded(answer))}")
+            written = self._add("answer", f"%json {demanded(answer)}")
             said = f"({said} | {written})" if said else written
         if thought != "never":
             said = f"{self._thought(thought)} {said}"
@@ -130,7 +130,7 @@ class _Grammar:
     def _arguments(self, number: int, tool: Tool, is_free: bool) -> str:
         schema = tool.schema if tool.function.strict or not is_free else {"type": "object"}
         if self._format.shape != "xml":
-            return f"%json {json.dumps(demanded(schema))}"
+            return f"%json {demanded(schema)}"
         required = listed(schema, "required")
         parameters = []
         for at, (name, one) in enumerate(property_schemas(tool.schema).items()):
@@ -149,5 +149,5 @@ class _Grammar:
         elif takes_type(schema, "string"):
             value = f'{self._ends_with(f"{rule}_text", PARAMETER_END)} "\\n"'
         else:
-            value = f"%json {json.dumps(demanded(schema) if isinstance(schema, dict) else schema)} {end}"
+            value = f"%json {demanded(schema) if isinstance(schema, dict) else json.dumps(schema)} {end}"
         return self._add(rule, f"{begin} {value}")
