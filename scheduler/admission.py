@@ -48,5 +48,6 @@ def check_queue(config: SchedulerConfig, num_unfinished: int, num_new: int = 1) 
     if num_unfinished + num_new > limit:
         raise QueueFullError(
             f"the server is full: {num_unfinished} requests are unfinished and at most {limit} may be "
-            f"(max_num_seqs {config.max_num_seqs} + max_num_waiting {config.max_num_waiting}); try again later"
+            f"(max_num_seqs {config.max_num_seqs} + max_num_waiting {config.max_num_waiting}); try again later",
+            param="max_num_waiting",
         )

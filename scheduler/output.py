@@ -180,6 +180,7 @@ class RequestOutput:
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         queue_time: seconds from arrival to the first step.
         num_accepted_tokens, num_rejected_tokens: drafted tokens that verification in this step kept, and dropped.
+        num_preemptions: how often the request was preempted so far.
         error: the message, if `finish_reason` is `ERROR` or `INVALID`.
     """
 
@@ -192,6 +193,7 @@ class RequestOutput:
     queue_time: float = 0.0
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
+    num_preemptions: int = 0
     error: str | None = None
 
 
@@ -205,6 +207,8 @@ class SchedulerStats:
         num_drafts: proposals that were verified.
         num_draft_tokens: their tokens.
         num_accepted_tokens_per_pos: how many of the first, second, ... tokens of proposals were accepted.
+        num_deferred: waiting requests that the policy did not admit to the last step, though there may have been room.
+        num_steps, num_step_tokens: steps, and the tokens computed in them.  A change of these alone is no news.
     """
 
     num_running: int
@@ -216,3 +220,6 @@ class SchedulerStats:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_deferred: int = 0
+    num_steps: int = field(default=0, compare=False)
+    num_step_tokens: int = field(default=0, compare=False)

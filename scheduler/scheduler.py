@@ -71,6 +71,7 @@ class Scheduler:
         self._num_drafts = 0
         self._num_draft_tokens = 0
         self._num_accepted_tokens_per_pos: list[int] = []
+        self._num_deferred = self._num_steps = self._num_step_tokens = 0
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -112,12 +113,15 @@ class Scheduler:
         policy, rows and blocks allow.
         """
         step = _Step(self.config.max_num_batched_tokens, set(self.running.values()))
+        self._num_deferred = 0
         self._pad(step)
         for request in self._candidates(step, now):
             self._place(request, step, now)
         while self.running and self.running.keys().isdisjoint(step.shares):  # all would pause
             self._place(next(iter(self.running.values())), step, now)
         released, self._released = self._released, []
+        self._num_steps += bool(step.shares)
+        self._num_step_tokens += self.config.max_num_batched_tokens - step.budget
         return SchedulerOutput(list(step.shares.values()), released)
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestOutput]:
@@ -161,6 +165,9 @@ class Scheduler:
             num_drafts=self._num_drafts,
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_tokens_per_pos=list(self._num_accepted_tokens_per_pos),
+            num_deferred=self._num_deferred,
+            num_steps=self._num_steps,
+            num_step_tokens=self._num_step_tokens,
         )
 
     def check_invariants(self) -> None:
@@ -217,7 +224,10 @@ class Scheduler:
 
     def _is_admissible(self, request: Request, step: _Step, now: float) -> bool:
         """Whether a waiting request may join the batch; if the batch is full, another request leaves it first."""
-        if step.is_closed or not self.policy.admits(request, self.running.values(), now):
+        if step.is_closed:
+            return False
+        if not self.policy.admits(request, self.running.values(), now):
+            self._num_deferred += 1
             return False
         if self._free_rows:
             step.is_closed = step.budget == len(step.behind)
@@ -322,6 +332,8 @@ class Scheduler:
         if not (token_ids or finish_reason or prompt_logprobs):
             return None
         news = RequestOutput(share.request_id, token_ids, finish_reason, prompt_logprobs=prompt_logprobs)
+        if request.num_preemptions:
+            news.num_preemptions = request.num_preemptions
         if share.request_id in result.logprobs:
             news.logprobs = result.logprobs[share.request_id][: len(token_ids)]
         if share.spec_token_ids:

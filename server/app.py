@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.params import Depends as Dependency
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -20,11 +22,11 @@ from shoal.server.errors import (
     BodyTooLargeError,
     MethodNotAllowedError,
     NotFoundError,
-    http_error,
 )
 from shoal.server.injection import FaultInjector
 from shoal.server.keys import known_key
 from shoal.server.limits import RateLimitHeaders
+from shoal.server.methods import Methods, allowed_methods
 from shoal.server.routes.answer import error_response
 from shoal.server.routes.batches import batches_router
 from shoal.server.routes.chat import chat_router
@@ -34,6 +36,7 @@ from shoal.server.routes.operations import operations_router
 from shoal.server.routes.streams import streams_router
 from shoal.server.routes.tokenize import tokenize_router
 from shoal.server.service import Service
+from shoal.server.traffic import PROBES, Traffic
 from shoal.server.wire.batches import MAX_FILE_BYTES
 
 logger = logging.getLogger("shoal.api")
@@ -44,20 +47,30 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="Shoal", version=version("shoal"), docs_url=None, redoc_url=None)
     guarded = [Depends(_key_check(service.api_keys))]
     limited = [*guarded, Depends(_allowance_of_key(service))] if service.allowances else guarded
+
+    def include(router: APIRouter, dependencies: Sequence[Dependency] = ()) -> None:
+        app.include_router(router, dependencies=dependencies)
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.path not in PROBES:
+                for method in route.methods or ():
+                    service.metrics.serves(method, route.path)
+
     for router in (completions_router, chat_router):
-        app.include_router(router(service), dependencies=limited)
+        include(router(service), limited)
     for router in (streams_router, models_router, tokenize_router, batches_router):
-        app.include_router(router(service), dependencies=guarded)
-    app.include_router(operations_router(service))
+        include(router(service), guarded)
+    include(operations_router(service))
     config, faults = service.settings.server, service.settings.faults
     if faults.is_on:
         app.add_middleware(FaultInjector, config=faults, api_keys=service.api_keys)
     if service.allowances:
         app.add_middleware(RateLimitHeaders)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(Methods)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(BrowserGuard, config=config)
+    app.add_middleware(Traffic, metrics=service.metrics)
     app.add_exception_handler(ShoalError, _error_answers(service))
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientDisconnect, _answer_vanished_client)
@@ -120,7 +133,7 @@ def _error_answers(service: Service) -> Callable[[Request, Exception], Awaitable
     async def answer(request: Request, error: Exception) -> Response:
         assert isinstance(error, ShoalError)
         if request.method == "POST":
-            service.metrics.refused(http_error(error).code)
+            service.metrics.refused(error)
         return error_response(error)
 
     return answer
@@ -133,7 +146,9 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     if error.status_code == 404:
         return error_response(NotFoundError(f"unknown path: {where}"))
     if error.status_code == 405:
-        return error_response(MethodNotAllowedError(f"method not allowed: {where}"))
+        answer = error_response(MethodNotAllowedError(f"method not allowed: {where}"))
+        answer.headers["allow"] = ", ".join(allowed_methods(request.scope))
+        return answer
     return error_response(ShoalError(str(error.detail)))
 
 

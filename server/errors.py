@@ -116,6 +116,8 @@ _TABLE: dict[type[ShoalError], HttpError] = {
     ShoalError: HttpError(500, "server_error", "internal_error"),
 }
 
+CODES = tuple(sorted({row.code for row in _TABLE.values() if row.code}))
+
 
 def http_error(error: ShoalError) -> HttpError:
     """The row of the table for the error's type, or for the nearest type above it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -11,6 +10,7 @@ from math import inf
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import RequestOutput
+from shoal.server.account import Account
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.sampling import resolve_sampling
 from shoal.server.service import Service
@@ -47,7 +47,7 @@ class Generation:
         terms: Terms,
     ) -> None:
         self._engine = service.engine
-        self._metrics = service.metrics
+        self._account = Account(service, body)
         self._prompts = prompts
         self._constraint = body.constraint() or TOOLS
         limits = self._engine.ready.limits
@@ -100,7 +100,7 @@ class Generation:
         Raises:
             InvalidRequestError, EngineError, EngineUnavailableError, RequestTimeoutError: it cannot go on.
         """
-        reason = "abort"
+        failure: Exception | None = None
         try:
             while not all(choice.is_finished for choice in self._choices.values()):
                 deltas, num_scored = list[Delta](), 0
@@ -115,7 +115,7 @@ class Generation:
                 if deltas:
                     yield deltas
         except Exception as error:
-            reason = "error"
+            failure = error
             if isinstance(error, InvalidRequestError):
                 self._constraint.refuse(error.message)
             raise
@@ -124,9 +124,7 @@ class Generation:
             if self._submission.timer is not None:
                 self._submission.timer.cancel()
             self._settle(self.usage.total_tokens)
-            for choice in self._choices.values():
-                if not choice.is_finished:
-                    self._metrics.finished(choice.journal, reason, time.monotonic())
+            self._account.end([choice.journal for choice in self._choices.values()], failure)
 
     async def complete(self, take_scored: Callable[[int, list[Scored]], None] | None = None) -> list[Delta]:
         """All choices in full, in order, but for what `take_scored` is given of a choice.  Raises as `deltas` does."""
@@ -151,7 +149,7 @@ class Generation:
         for delta in choice.feed(output):
             if delta.finish_reason:
                 self._engine.abort([output.request_id])  # a stop string ends the text, but not yet the request
-                self._metrics.finished(choice.journal, delta.finish_reason, time.monotonic())
+                self._account.finish(choice.journal, delta.finish_reason)
             if delta.text or delta.scored or delta.finish_reason:
                 delta.token_ids = choice.take_token_ids()
                 yield delta

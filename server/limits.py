@@ -84,7 +84,8 @@ class Allowance:
         if most is not None and (num_unfinished := self._num_unfinished()) + num_requests > most:
             raise RateLimitError(
                 f"the API key has {num_unfinished} unfinished requests and may have at most {most} (key_max_requests); "
-                f"try again later"
+                f"try again later",
+                param="key_max_requests",
             )
         asked = {"requests": num_requests, "tokens": num_tokens}
         waits = {kind: bucket.wait(asked[kind]) for kind, bucket in self._buckets.items()}
@@ -94,6 +95,7 @@ class Allowance:
             raise RateLimitError(
                 f"the API key may ask for {bucket.size} {kind} a minute (key_{kind}_per_minute) and has "
                 f"{bucket.remaining} left, but this call asks for {asked[kind]}; try again in {ceil(waits[kind])} s",
+                param=f"key_{kind}_per_minute",
                 retry_after=ceil(waits[kind]),
             )
 

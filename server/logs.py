@@ -9,6 +9,7 @@ import time
 from asyncio import CancelledError
 
 from shoal.server.settings import ServerConfig
+from shoal.server.traffic import PROBES
 
 _MAX_PATH_CHARS = 200
 _COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
@@ -32,7 +33,7 @@ def is_news(record: logging.LogRecord) -> bool:
     if isinstance(record.args, tuple) and len(record.args) > 2:
         path = str(record.args[2]).partition("?")[0][:_MAX_PATH_CHARS]
         record.args = (*record.args[:2], path, *record.args[3:])
-        return path not in ("/health", "/ready", "/metrics")
+        return path not in PROBES
     return True
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from shoal.model.checkpoint.config import load_config, load_generation_defaults
 from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_checkpoint
 from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.speculation.config import MOST_SPEC_TOKENS
 from shoal.model.text.grammar import GrammarCompiler
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import ConfigError
@@ -43,7 +44,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         _check_draft(tokenizer, find_draft(settings.speculation.draft_model))
     config = settings.server
     model_name = config.served_model_name or checkpoint_name(settings.model, checkpoint)
-    metrics = Metrics(model_name)
+    metrics = Metrics(model_name, _num_spec_tokens(settings))
     client = EngineClient("0", metrics, hang_seconds=settings.engine.hang_seconds)
     client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
     engine = SharedEngine(client)
@@ -70,6 +71,12 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         streams=StreamStore(settings.server.resume_grace_seconds),
     )
     return service, client
+
+
+def _num_spec_tokens(settings: Settings) -> int:
+    """Most tokens of a proposal; 1 without speculation."""
+    speculation = settings.speculation
+    return 1 if speculation.method == "off" else speculation.num_spec_tokens or MOST_SPEC_TOKENS
 
 
 def _check_draft(tokenizer: Tokenizer, draft: Path) -> None:

@@ -97,7 +97,8 @@ def shown(default: object) -> str:
 def test_every_metric_is_described() -> None:
     families = list(Metrics("fish").registry.collect())
     rows = [f"| `{one.name}{'_total' if one.type == 'counter' else ''}` | {one.type} |" for one in families]
-    assert sorted(re.findall(r"^\| `(?:vllm|shoal):\w+` \| \w+ \|", OPERATIONS, re.MULTILINE)) == sorted(rows)
+    described = re.findall(r"^\| `(?:vllm:|shoal:|http_|process_)\w+` \| \w+ \|", OPERATIONS, re.MULTILINE)
+    assert sorted(described) == sorted(rows)
 
 
 def test_the_example_of_sizing_is_the_bundled_model() -> None:
@@ -131,9 +132,8 @@ def test_every_limit_is_named() -> None:
 
 
 def test_every_endpoint_is_described() -> None:
-    paths = create_app(cast(Service, SimpleNamespace(settings=resolve({}), api_keys=(), allowances={}))).openapi()[
-        "paths"
-    ]
+    service = SimpleNamespace(settings=resolve({}), api_keys=(), allowances={}, metrics=Metrics("fish"))
+    paths = create_app(cast(Service, service)).openapi()["paths"]
     endpoints = [f"`{method.upper()} {path}`" for path, methods in paths.items() for method in methods]
     assert "`POST /v1/completions`" in endpoints
     assert [endpoint for endpoint in endpoints if endpoint not in API] == []

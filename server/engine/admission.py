@@ -132,15 +132,17 @@ class Admission:
             raise QueueFullError(
                 f"the server is busy: {waiting[-1]} prompt tokens wait, and with those of this call they would exceed "
                 f"max_queue_tokens ({self._max_tokens}); try again later",
+                param="max_queue_tokens",
                 retry_after=_whole(seconds(num_starts - num_rows)),
             )
         limit = min(self._max_seconds, timeout)
         wait = seconds(len(ahead) + 1 - num_rows)
         if wait > limit:
-            name = "max_queue_seconds" if limit == self._max_seconds else "its timeout"
+            name, its = ("max_queue_seconds", "") if limit == self._max_seconds else ("timeout", "its ")
             raise QueueFullError(
-                f"the server is busy: the request's turn would come in {wait:.1f} s, but {name} is {limit:g} s; "
+                f"the server is busy: the request's turn would come in {wait:.1f} s, but {its}{name} is {limit:g} s; "
                 f"try again later",
+                param=name,
                 retry_after=_whole(wait - limit),
             )
 

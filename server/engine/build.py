@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,15 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
             speculation.create(plan, backend, limits, rows) if speculation else None
         ),
     )
-    ready = Ready(limits, record.num_parameters, num_bytes, plan.describe(backend), plan.warning)
+    ready = Ready(
+        limits,
+        record.num_parameters,
+        num_bytes,
+        plan.describe(backend),
+        plan.warning,
+        plan.kv_cache_dtype,
+        os.getpid(),
+    )
     trace = None if settings.engine.trace is None else ChromeTrace(settings.engine.trace)
     core = EngineCore(scheduler, executor, time.monotonic, [] if trace is None else [trace])
     return BuiltEngine(core, ready, grammars, close=(lambda: None) if trace is None else trace.close)

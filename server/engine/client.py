@@ -10,14 +10,12 @@ from enum import Enum
 from math import inf
 
 from shoal.scheduler.errors import EngineError, ShoalError
-from shoal.scheduler.output import SchedulerStats
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import Abort, EngineRequest, News, Ready, Submit
 from shoal.server.errors import EngineUnavailableError, RequestTimeoutError
 from shoal.server.metrics import Metrics
 
-NO_STATS = SchedulerStats(0, 0, 0.0, 0, 0, 0)  # of an engine that has just started, or is no more
 MAX_DEATHS = 3  # of engines with a request that makes no progress, before it is tried alone
 
 
@@ -59,7 +57,7 @@ class EngineClient:
         self._heard_at = self._lost_at = clock()
         self._idle = asyncio.Event()
         self._idle.set()
-        metrics.stats(name, NO_STATS)
+        metrics.lost(name)
 
     # -- for HTTP: see `Engine` ----------------------------------------------------------------------------------
 
@@ -133,6 +131,7 @@ class EngineClient:
         self._heard_at = now = self._clock()
         if self._ready is not None:
             self._metrics.restarted(self.name, len(self._held), now - self._lost_at)
+        self._metrics.connected(self.name, ready)
         self._ready, self._send = ready, send
         self.admission.begin(ready.limits, now)
         if self.state is EngineState.STARTING:
@@ -167,7 +166,7 @@ class EngineClient:
             self._unfinished[suspect].fail(error)
             self._forget(suspect)
         self._held = dict.fromkeys(self._unfinished)
-        self._metrics.stats(self.name, NO_STATS)
+        self._metrics.lost(self.name)
 
     def give_up(self, error: ShoalError) -> None:
         """No engine can be had: all requests end with this error, and no new ones are taken until one is connected."""

@@ -25,6 +25,7 @@ class Journal:
         engine: name of the engine that has the request.
         num_deaths: engines that died with the request since it last made progress.
         gives_way: whether it is of a line of a batch, which ends where others would have to wait.
+        finish_reason: why the request ended for the client, "abort" and "error" among the reasons; None before.
     """
 
     request: EngineRequest
@@ -36,10 +37,12 @@ class Journal:
     queue_time: float = 0.0
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
+    num_preemptions: int = 0
     first_token_time: float | None = None
     last_token_time: float | None = None
     num_deaths: int = 0
     gives_way: bool = False
+    finish_reason: str | None = None
 
     def resumed(self, now: float) -> EngineRequest:
         """The request as the next engine takes it.  It makes one engine die, and not those after it."""
@@ -54,6 +57,7 @@ class Journal:
     def note(self, output: RequestOutput, now: float) -> None:
         """Take in an output."""
         self.num_deaths = 0
+        self.num_preemptions = max(self.num_preemptions, output.num_preemptions)  # a new engine counts from 0
         self.prompt_logprobs += output.prompt_logprobs or ()
         if output.token_ids:
             self.num_accepted_tokens += output.num_accepted_tokens

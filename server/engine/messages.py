@@ -66,6 +66,8 @@ class Ready(msgspec.Struct, tag=True):
         kv_cache_bytes: size of the KV cache.
         backend: what computes, for people.
         warning: what the user should know of the choice of backend, if anything.
+        kv_cache_dtype: number format of the KV cache.
+        pid: of the process that runs the engine.
     """
 
     limits: SchedulerConfig
@@ -73,6 +75,8 @@ class Ready(msgspec.Struct, tag=True):
     kv_cache_bytes: int
     backend: str
     warning: str | None
+    kv_cache_dtype: str = ""
+    pid: int = 0
 
 
 class StartFailed(msgspec.Struct, tag=True):

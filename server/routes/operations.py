@@ -1,12 +1,11 @@
-"""GET /health, /ready, /metrics and /version: for those who run the server, without an API key."""
+"""GET /health, /ready, /live, /ping, /load, /metrics and /version: for those who run the server, without an API key."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
-from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse, Response
 
 from shoal.server.routes.answer import whole
 from shoal.server.service import Service
@@ -15,20 +14,31 @@ from shoal.server.service import Service
 def operations_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", response_class=Response)
+    @router.get("/ping", response_class=Response)
+    @router.post("/ping", response_class=Response)
     async def health() -> Response:
         service.engine.check_health()
         return Response(status_code=200)
 
-    @router.get("/ready")
+    @router.get("/ready", response_class=Response)
     async def ready() -> Response:
         service.engine.check_health()
         service.engine.check_room()
         return Response(status_code=200)
 
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    @router.get("/live", response_class=Response)
+    async def live() -> Response:
+        return Response(status_code=200)
+
+    @router.get("/load")
+    async def load() -> Response:
+        return whole({"server_load": service.metrics.num_in_flight})
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics(request: Request) -> Response:
+        text, media_type = await service.metrics.render(request.headers.get("accept", ""))
+        return Response(text, media_type=media_type)
 
     @router.get("/version")
     async def get_version() -> Response:

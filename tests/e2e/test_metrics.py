@@ -7,6 +7,8 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import StartServer
+from tests.e2e.harness import Server
+from tests.server.dashboards import missing
 
 # As vLLM documents them (docs/usage/metrics.md and the dashboards in its examples).
 GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
@@ -33,6 +35,8 @@ HISTOGRAMS = {
 
 def test_counters_add_up_to_what_was_sent(start: StartServer) -> None:
     server = start("--served-model-name", "fish", "--num-blocks", "64").wait_ready()
+    families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics").text)}
+    assert missing([(sample.name, sample.labels) for one in families.values() for sample in one.samples]) == []
     params: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
     prompt = "Z" * 40
     used = [server.complete(prompt, **params, max_tokens=8)["usage"] for _ in range(2)]
@@ -46,9 +50,9 @@ def test_counters_add_up_to_what_was_sent(start: StartServer) -> None:
     assert families.keys() >= {f"vllm:{name}" for name in GAUGES | COUNTERS | HISTOGRAMS}
     for names, kind in ((GAUGES, "gauge"), (COUNTERS, "counter"), (HISTOGRAMS, "histogram")):
         assert {families[f"vllm:{name}"].type for name in names} == {kind}
-    for family in families.values():
+    for name, family in families.items():
         for sample in family.samples:
-            assert sample.labels["model_name"] == "fish"
+            assert name.startswith(("http_", "process_")) or sample.labels["model_name"] == "fish"
             assert sample.labels.get("engine", "0") == "0"
 
     # Requests, not calls: two prompts with two choices are four.
@@ -66,6 +70,24 @@ def test_counters_add_up_to_what_was_sent(start: StartServer) -> None:
     assert server.metric("prefix_cache_queries_total") == num_prompt_tokens
     assert server.metric("prefix_cache_hits_total") >= used[1]["prompt_tokens_details"]["cached_tokens"] == 32
     assert used[0]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert server.metric("prompt_tokens_cached_total") >= 32
+    assert server.metric("prompt_tokens_by_source_total") == num_prompt_tokens
+    assert server.metric("request_params_n_count") == server.metric("request_max_num_generation_tokens_count") == 6
+    assert server.metric("request_params_n_sum") == 8
+    num_found = server.metric("prefix_cache_hits_total")
+    assert server.metric("iteration_tokens_total_sum") + num_found >= num_prompt_tokens
+    assert server.metric("http_requests_total", handler="/v1/completions", status="2xx") == 5
+    assert server.metric("http_requests_total", handler="/v1/completions", status="4xx") == 1
+    assert server.metric("http_request_duration_seconds_count", handler="/v1/completions") == 6
+    assert server.metric("shoal:engine_resident_memory_bytes") > 10 * 2**20
+
+
+def test_metrics_are_openmetrics_where_that_is_accepted(tiny: Server) -> None:
+    plain = tiny.get("/metrics")
+    assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    other = tiny.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert other.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert other.text.endswith("# EOF\n")
 
 
 def test_preemptions_are_counted_and_invisible(start: StartServer) -> None:

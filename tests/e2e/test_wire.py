@@ -102,6 +102,33 @@ def test_the_rest(tiny: Server) -> None:
     assert "/v1/chat/completions" in tiny.get("/openapi.json").json()["paths"]
 
 
+def test_how_the_server_is(tiny: Server) -> None:
+    for method, path in (("GET", "/live"), ("GET", "/ready"), ("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+        answer = tiny.http.request(method, path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    with tiny.streaming("/v1/completions", prompt="the cat", max_tokens=3000, temperature=0, ignore_eos=True) as events:
+        next(events)
+        assert tiny.get("/load").json() == {"server_load": 1}
+    tiny.until("the client has left", lambda: tiny.get("/load").json() == {"server_load": 0})
+
+
+def test_head_and_options_on_all_paths(tiny: Server) -> None:
+    for path, methods in tiny.get("/openapi.json").json()["paths"].items():
+        asked = re.sub("{.*}", "tiny", path)
+        expected = {method.upper() for method in methods} | {"OPTIONS"} | ({"HEAD"} if "get" in methods else set())
+        options = tiny.http.options(asked)
+        assert (options.status_code, set(options.headers["allow"].split(", "))) == (204, expected)
+        head = tiny.http.head(asked)
+        assert head.content == b""
+        if "get" in methods:
+            got = tiny.get(asked)
+            assert head.status_code == got.status_code
+            assert head.headers.get("content-type") == got.headers.get("content-type")
+        else:
+            assert (head.status_code, head.headers["allow"]) == (405, options.headers["allow"])
+    assert tiny.http.options("/nowhere").status_code == 404
+
+
 @pytest.mark.parametrize("text", ["the cat", " 数学 👍🏽\n\tnaïve\u0000", "<|bos|>the<|eos|>", "x" * 3000])
 def test_tokens_go_there_and_back(tiny: Server, text: str) -> None:
     answer = tiny.post("/tokenize", prompt=text).json()

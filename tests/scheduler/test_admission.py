@@ -69,7 +69,7 @@ def test_the_queue_is_bounded() -> None:
     for num_unfinished, num_new in ((5, 1), (0, 6), (4, 2)):
         with pytest.raises(QueueFullError, match=f"{num_unfinished} requests are unfinished and at most 5") as caught:
             check_queue(config, num_unfinished, num_new)
-        assert caught.value.param is None
+        assert caught.value.param == "max_num_waiting"
 
 
 def test_a_refused_request_leaves_no_trace_and_the_others_go_on() -> None:

@@ -195,5 +195,10 @@ def test_stats_tell_what_is_there() -> None:
     assert (stats.num_running, stats.num_waiting, stats.num_preemptions) == (1, 1, 0)
     assert stats.kv_cache_usage == 3 / 8
     assert (stats.num_prefix_queries, stats.num_prefix_hits) == (10, 0)
+    assert (stats.num_deferred, stats.num_steps, stats.num_step_tokens) == (0, 1, 10)
     harness.drain()
-    assert harness.scheduler.stats().kv_cache_usage == 0
+    stats = harness.scheduler.stats()
+    assert stats.kv_cache_usage == 0
+    steps = [step for step in harness.executor.steps if step]  # in the last one a request only left
+    num_tokens = sum(share.num_tokens for step in steps for share in step)
+    assert (stats.num_steps, stats.num_step_tokens) == (len(steps), num_tokens)

@@ -278,3 +278,16 @@ def test_padding_after_speculation() -> None:
     harness.drain()
     assert any(name == "a" for step in harness.chunks[3:] for name, _, _ in step)
     assert set(harness.finish_reasons.values()) == {FinishReason.STOP}
+
+
+def test_what_the_policy_holds_back_is_told_from_what_finds_no_room() -> None:
+    harness = static(2)
+    add_all(harness, 3, 3, 1)
+    harness.step()
+    stats = harness.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_deferred) == (2, 1, 1)
+    full = Harness(max_num_seqs=2)
+    add_all(full, 3, 3, 1)
+    full.step()
+    stats = full.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_deferred) == (2, 1, 0)

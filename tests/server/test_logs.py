@@ -39,7 +39,7 @@ def test_lines_of_json() -> None:
 
 def test_health_checks_and_metrics_leave_no_line() -> None:
     access = logging.getLogger("uvicorn.access")
-    paths = ["/health", "/v1/models", "/metrics"]
+    paths = ["/health", "/v1/models", "/live"]
     lines = [access.makeRecord("uvicorn.access", 20, "", 0, "%s %s %s", ("a", "GET", path), None) for path in paths]
     assert [is_news(line) for line in lines] == [False, True, False]
 
