@@ -7,15 +7,20 @@ from collections.abc import Sequence
 
 from shoal.server.engine.journal import Journal
 from shoal.server.service import Service
+from shoal.server.terms import Terms
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
 
 class Account:
-    """Tells the metrics of a call."""
+    """Tells the metrics of a call, and the tracer if there is one."""
 
-    def __init__(self, service: Service, body: CompletionBody | ChatBody) -> None:
+    def __init__(self, service: Service, body: CompletionBody | ChatBody, api_id: str, terms: Terms) -> None:
         self._metrics = service.metrics
+        self._tracer = service.tracer
+        self._api_id = api_id
+        self._operation = "chat" if isinstance(body, ChatBody) else "text_completion"
         self._n = body.n
+        self._context = terms.context
 
     def finish(self, choice: Journal, reason: str) -> None:
         """A choice has ended."""
@@ -27,5 +32,8 @@ class Account:
         for choice in choices:
             if choice.finish_reason is None:
                 self.finish(choice, "abort" if failure is None else "error")
-        for first in range(0, len(choices), self._n):
-            self._metrics.answered(choices[first : first + self._n])
+        prompts = [choices[first : first + self._n] for first in range(0, len(choices), self._n)]
+        for prompt in prompts:
+            self._metrics.answered(prompt)
+        if self._tracer is not None:
+            self._tracer.record(self._api_id, self._operation, prompts, self._context, failure)

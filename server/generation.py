@@ -47,7 +47,7 @@ class Generation:
         terms: Terms,
     ) -> None:
         self._engine = service.engine
-        self._account = Account(service, body)
+        self._account = Account(service, body, api_id, terms)
         self._prompts = prompts
         self._constraint = body.constraint() or TOOLS
         limits = self._engine.ready.limits

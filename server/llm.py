@@ -147,6 +147,8 @@ class LLM:
         if self._thread.is_alive():
             self._wait(self._engine.stop())
             self._wait(self._service.templates.close())
+            if self._service.tracer is not None:
+                self._wait(self._service.tracer.close())
             self._end_loop()
 
     def __enter__(self) -> Self:

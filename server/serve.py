@@ -78,6 +78,8 @@ async def serve(settings: Settings) -> None:
             await service.templates.close()
             await asyncio.gather(serving, starting, preparing, statistics, return_exceptions=True)
             await service.batches.close()
+            if service.tracer is not None:
+                await service.tracer.close()
             logger.info("stopped after %.1f s", time.monotonic() - began)
 
 

@@ -22,6 +22,7 @@ from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
 from shoal.server.templates import TemplateRenderer
 from shoal.server.tools.dialect import Dialect
+from shoal.server.tracing import Tracer
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Service:
     dialect: Dialect
     engine: SharedEngine
     metrics: Metrics
+    tracer: Tracer | None
     batches: Batches
     started: int
     streams: StreamStore

@@ -87,6 +87,11 @@ class ServerConfig(Config):
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", help="Least severe messages to log.")
     log_format: Literal["text", "json"] = setting("text", help="Lines for people, or one JSON object a line.")
     access_log: bool = setting(True, help="Whether each HTTP request is logged.")
+    otlp_endpoint: str | None = setting(
+        None,
+        pattern=r"https?://\S+",
+        help="OpenTelemetry collector for traces of requests, such as http://localhost:4318.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

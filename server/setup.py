@@ -25,6 +25,7 @@ from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
 from shoal.server.templates import TemplateRenderer
 from shoal.server.tools.dialect import find_dialect
+from shoal.server.tracing import make_tracer
 
 
 def build_service(settings: Settings) -> tuple[Service, EngineClient]:
@@ -66,6 +67,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         dialect=find_dialect(tokenizer, config.tool_format, config.reasoning_format),
         engine=engine,
         metrics=metrics,
+        tracer=make_tracer(config, model_name),
         batches=Batches(settings.server.data_folder),
         started=unix_time(),
         streams=StreamStore(settings.server.resume_grace_seconds),

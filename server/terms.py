@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -14,6 +15,9 @@ from shoal.server.limits import UNLIMITED, Allowance
 from shoal.server.scheduling import resolve_scheduling
 from shoal.server.service import Service
 from shoal.server.wire.requests import MAX_TIMEOUT_SECONDS, GenerationBody
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 TIMEOUT_HEADER = "x-request-timeout"
 
@@ -26,12 +30,14 @@ class Terms:
         timeout: seconds in which it must be finished.
         allowance: from which it takes the tokens that it may need; at its end it gives back what it did not need.
         die_after: output tokens after which the engine dies; an injected fault.
+        context: the trace that its span belongs to, where calls are traced.
     """
 
     scheduling: SchedulingParams = field(default_factory=SchedulingParams)
     timeout: float = inf
     allowance: Allowance = UNLIMITED
     die_after: int | None = None
+    context: Context | None = None
 
 
 def resolve_terms(service: Service, request: Request, body: GenerationBody) -> Terms:
@@ -46,6 +52,7 @@ def resolve_terms(service: Service, request: Request, body: GenerationBody) -> T
         min(_seconds(request.headers.get(TIMEOUT_HEADER)), inf if body.timeout is None else body.timeout),
         service.allowances.get(api_key, UNLIMITED),
         getattr(request.state, "die_after", None),
+        service.tracer.context(request.headers) if service.tracer is not None else None,
     )
 
 

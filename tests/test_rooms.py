@@ -39,7 +39,8 @@ ROOMS = {
     ),
     "server": _room(
         "shoal.extras shoal.scheduler shoal.model",
-        "click fastapi llguidance msgspec numpy prometheus_client pydantic pydantic_core starlette uvicorn uvloop zmq",
+        "click fastapi llguidance msgspec numpy opentelemetry prometheus_client pydantic pydantic_core starlette "
+        "uvicorn uvloop zmq",
     ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room(
@@ -48,6 +49,7 @@ ROOMS = {
     ),
 }
 TORCH_MAY_BE_IN = ("model/backends/torch_", "model/training/")
+OPENTELEMETRY_MAY_BE_IN = ("server/tracing.py", "server/terms.py")  # and loads in the first alone
 ONLY_IN_TRAINING = frozenset({"click", "safetensors", "tqdm", "transformers"})
 # The build asks for the compiler, and MKL takes its orders from the environment alone.
 READS_ENVIRONMENT = ("server/sources.py", "model/native/build.py", "model/backends/torch_layers.py")
@@ -69,6 +71,8 @@ def is_allowed(path: str, module: str) -> bool:
     room, top = path.partition("/")[0], module.partition(".")[0]
     if top == "torch":
         return "torch" in ROOMS[room].outside and path.startswith(TORCH_MAY_BE_IN)
+    if top == "opentelemetry":
+        return path in OPENTELEMETRY_MAY_BE_IN
     if top == "shoal":
         return any(f"{module}.".startswith(f"{ours}.") for ours in (f"shoal.{room}", *ROOMS[room].ours))
     if path.startswith("model/training/") and top in ONLY_IN_TRAINING:
@@ -122,6 +126,7 @@ def test_only_the_settings_read_the_environment(path: str) -> None:
         ("model/training/loss.py", "from ...scheduler import request", False),
         ("server/a.py", "import shoal.scheduler.scheduler, shoal.model.step.executor, zmq", True),
         ("server/a.py", "import torch", False),
+        ("server/a.py", "from opentelemetry import trace", False),
         ("server/a.py", "import shoal.clients", False),
         ("clients/a.py", "import httpx", True),
         ("clients/a.py", "from shoal.scheduler.errors import ShoalError", False),

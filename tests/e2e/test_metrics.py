@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import StartServer
 from tests.e2e.harness import Server
+from tests.server.collector import Collector, attributes
 from tests.server.dashboards import missing
 
 # As vLLM documents them (docs/usage/metrics.md and the dashboards in its examples).
@@ -33,10 +37,21 @@ HISTOGRAMS = {
 }
 
 
-def test_counters_add_up_to_what_was_sent(start: StartServer) -> None:
-    server = start("--served-model-name", "fish", "--num-blocks", "64").wait_ready()
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.server.shutdown()
+    collector.server.server_close()
+
+
+def test_counters_add_up_to_what_was_sent(start: StartServer, collector: Collector) -> None:
+    """And so do the traces."""
+    tracing = ("--otlp-endpoint", collector.url)
+    server = start("--served-model-name", "fish", "--num-blocks", "64", *tracing).wait_ready()
     families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics").text)}
     assert missing([(sample.name, sample.labels) for one in families.values() for sample in one.samples]) == []
+    server.http.headers["traceparent"] = f"00-{'ab' * 16}-{'cd' * 8}-01"
     params: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
     prompt = "Z" * 40
     used = [server.complete(prompt, **params, max_tokens=8)["usage"] for _ in range(2)]
@@ -80,6 +95,12 @@ def test_counters_add_up_to_what_was_sent(start: StartServer) -> None:
     assert server.metric("http_requests_total", handler="/v1/completions", status="4xx") == 1
     assert server.metric("http_request_duration_seconds_count", handler="/v1/completions") == 6
     assert server.metric("shoal:engine_resident_memory_bytes") > 10 * 2**20
+
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert [attributes(span)["gen_ai.usage.input_tokens"] for span in collector.spans] == [40, 40, 41, 1, 1]
+    assert {span.trace_id.hex() for span in collector.spans} == {"ab" * 16}
+    assert {span.parent_span_id.hex() for span in collector.spans} == {"cd" * 8}
 
 
 def test_metrics_are_openmetrics_where_that_is_accepted(tiny: Server) -> None:

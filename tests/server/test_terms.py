@@ -25,7 +25,7 @@ from shoal.server.terms import Terms, resolve_terms
 from shoal.server.wire.requests import CompletionBody, parse_body
 from tests.e2e.checkpoints import cycle_checkpoint
 
-SERVICE = cast(Service, SimpleNamespace(api_keys=(), allowances={}, settings=resolve({})))
+SERVICE = cast(Service, SimpleNamespace(api_keys=(), allowances={}, settings=resolve({}), tracer=None))
 
 
 def terms(header: str | None, **fields: Any) -> Terms:
