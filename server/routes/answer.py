@@ -82,7 +82,10 @@ class EventStream(StreamingResponse):
 
 
 class _KeepAlive:
-    """Sends messages, and comments while there are none: proxies end connections on which nothing comes."""
+    """Sends messages, and comments while there are none: proxies end connections on which nothing comes.
+
+    No empty line follows a comment: OpenAI's client for Python would take it for the end of an event.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -97,7 +100,7 @@ class _KeepAlive:
         while True:
             await asyncio.sleep(self._sent_at + KEEP_ALIVE_SECONDS - self._clock())
             if self._clock() >= self._sent_at + KEEP_ALIVE_SECONDS:
-                await self({"type": "http.response.body", "body": b": the stream goes on\n\n", "more_body": True})
+                await self({"type": "http.response.body", "body": b": the stream goes on\n", "more_body": True})
 
 
 async def _until_done(

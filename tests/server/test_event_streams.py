@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator
 
 import pytest
+from openai._streaming import SSEDecoder
 from starlette.types import Message
 
 from shoal.scheduler.errors import EngineError, ShoalError
@@ -62,10 +63,18 @@ def test_a_silent_stream_is_kept_alive_by_comments(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(answer, "KEEP_ALIVE_SECONDS", 0.02)
     parts = sent(ten(pause=0.1), NAMED)
     comments = [part for part in parts if part.startswith(":")]
-    assert len(comments) >= 10 and all(comment.endswith("\n\n") and "\n" not in comment[:-2] for comment in comments)
+    assert len(comments) >= 10 and set(comments) == {": the stream goes on\n"}
     assert len([part for part in parts if part.startswith("id: ")]) == 10
 
 
 def test_a_busy_stream_has_no_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "KEEP_ALIVE_SECONDS", 1000.0)
     assert len(sent(ten(), NAMED)) == 10
+
+
+def test_openais_client_reads_past_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "KEEP_ALIVE_SECONDS", 0.02)
+    read = SSEDecoder().iter_bytes(iter([part.encode() for part in sent(ten(pause=0.05))]))
+    events = list(read)
+    assert [one.json() for one in events[:-1]] == [{"number": number} for number in range(10)]
+    assert events[-1].data == "[DONE]"
