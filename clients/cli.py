@@ -12,7 +12,7 @@ import click
 from shoal import clients
 from shoal.clients.errors import ClientError
 from shoal.clients.live import LiveAnswer, explain
-from shoal.clients.repl import Repl, default_max_tokens
+from shoal.clients.repl import Repl, find_context, longest_answer
 from shoal.clients.wire import DEFAULT_URL
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -72,9 +72,11 @@ def chat(url: str, api_key: str | None, system: str | None, **fields: object) ->
     """
     with _exit_codes(), clients.ShoalClient(url, api_key=api_key, max_retries=0) as client:
         options = cast(clients.ChatOptions, _given(fields))
+        context = None
         if "max_tokens" not in options:
-            options["max_tokens"] = default_max_tokens(client, options.get("model"))
-        Repl(client, options, system).run()
+            context = find_context(client, options.get("model"))
+            options["max_tokens"] = longest_answer(context)
+        Repl(client, options, system, context).run()
 
 
 def _given(fields: dict[str, object]) -> dict[str, object]:

@@ -31,6 +31,20 @@ class LiveAnswer:
         self._seconds = 0.0
         self._is_thinking = False
 
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and answer together; 0 as long as the server has not said it."""
+        return self._usage.num_prompt_tokens + self._usage.num_output_tokens if self._usage else 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self._usage.num_output_tokens if self._usage else 0
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the answer had no room for more."""
+        return self._finish_reason == "length"
+
     def show(self, chunks: Iterable[Chunk], *, end_line: bool) -> None:
         """Print the text of a stream of one choice, to its end or failure.
 

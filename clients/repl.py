@@ -25,27 +25,38 @@ HELP = """\
 Ctrl-C stops the answer that is being given."""
 
 
-def default_max_tokens(client: ShoalClient, model: str | None) -> int:
-    """The longest answer that leaves room for a conversation: 512 tokens, or a quarter of the context if that is less.
+def find_context(client: ShoalClient, model: str | None) -> int | None:
+    """How many tokens prompt and answer may have together; None if the server does not say.
 
     Args:
         model: None for the server's own.
     """
     contexts = [served.max_model_len for served in client.models() if model in (None, served.id)]
-    return min(MAX_TOKENS, contexts[0] // 4) if contexts and contexts[0] else MAX_TOKENS
+    return contexts[0] if contexts else None
+
+
+def longest_answer(context: int | None) -> int:
+    """The longest answer that leaves room for a conversation: 512 tokens, or a quarter of a small context."""
+    return min(MAX_TOKENS, context // 4) if context else MAX_TOKENS
 
 
 class Repl:
     """Reads one line, answers it with the conversation as context, and repeats.
 
     In a terminal, an error or Ctrl-C ends the turn.  In a pipe each line is a turn too, but the first error ends all.
+
+    Args:
+        context: how many tokens a conversation and its answer may have; None if that is not known,
+            until an answer is cut short by it.
     """
 
-    def __init__(self, client: ShoalClient, options: ChatOptions, system: str | None) -> None:
+    def __init__(self, client: ShoalClient, options: ChatOptions, system: str | None, context: int | None) -> None:
         self._client = client
         self._options = options
         self._system = system
+        self._context = context or sys.maxsize
         self._history: list[Message] = []
+        self._num_tokens: list[int] = []  # of each turn in the history, as far as the server counted
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self) -> None:
@@ -86,7 +97,7 @@ class Repl:
             case "/help":
                 click.echo(HELP, err=True)
             case "/reset":
-                self._history.clear()
+                self._history, self._num_tokens = [], []
             case "/system":
                 self._system = text.strip() or None
             case "/quit":
@@ -97,40 +108,49 @@ class Repl:
                 self._answer(line)
 
     def _answer(self, text: str) -> None:
-        """Take one turn, without the oldest turns if the context has no room for them."""
-        history = self._history
+        """Take one turn, without the oldest turns if the context has no room for them and a whole answer."""
+        first, longest = 0, self._options.get("max_tokens") or 0
+        while first < len(self._num_tokens) and sum(self._num_tokens[first:]) + longest > self._context:
+            first += 1
         while True:
             try:
-                return self._ask(history, Message(role="user", content=text))
+                return self._ask(first, Message(role="user", content=text))
             except StatusError as error:
-                if error.code != "context_length_exceeded" or not history:
+                if error.code != "context_length_exceeded" or first == len(self._num_tokens):
                     raise
-            history = history[2:]
+            first += 1
 
-    def _ask(self, history: list[Message], question: Message) -> None:
-        """Show the answer.  What was seen of a stopped one is remembered; a turn that fails leaves no trace."""
+    def _ask(self, first: int, question: Message) -> None:
+        """Show the answer.  What was seen of a stopped one is remembered; a turn that fails leaves no trace.
+
+        Args:
+            first: the first turn of the history that is sent.
+        """
         system = [Message(role="system", content=self._system)] if self._system else []
         answer = LiveAnswer()
         try:
-            with self._client.stream_chat([*system, *history, question], **self._options) as stream:
+            with self._client.stream_chat([*system, *self._history[2 * first :], question], **self._options) as stream:
                 answer.show(stream, end_line=True)
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
             if answer.text:
-                self._remember(history, question, answer)
+                self._remember(first, question, answer)
             click.secho("[stopped]", dim=True, err=True)
         else:
-            self._remember(history, question, answer)
+            self._remember(first, question, answer)
             answer.report()
 
-    def _remember(self, history: list[Message], question: Message, answer: LiveAnswer) -> None:
+    def _remember(self, first: int, question: Message, answer: LiveAnswer) -> None:
         """Add a turn to what was sent of the conversation, and say so if that was not all of it."""
-        num_turns, num_sent = len(self._history) // 2, len(history) // 2
-        if num_sent < num_turns:
-            lost = f"{num_turns - num_sent} of {num_turns}"
+        if first:
+            lost = f"{first} of {len(self._num_tokens)}"
             click.secho(f"[the context is full: the oldest turns are forgotten, {lost}]", dim=True, err=True)
-        self._history = [*history, question, Message(role="assistant", content=answer.text)]
+        if answer.was_cut and answer.num_output_tokens < (self._options.get("max_tokens") or 0):
+            self._context = answer.num_tokens
+        sent = self._num_tokens[first:]
+        self._num_tokens = [*sent, max(answer.num_tokens - sum(sent), 0)]
+        self._history = [*self._history[2 * first :], question, Message(role="assistant", content=answer.text)]
 
 
 def _start_line_editing() -> None:

@@ -39,6 +39,8 @@ class SamplingParams:
         num_logprobs: log-probabilities of the chosen token and this many alternatives are returned; None for none.
         num_prompt_logprobs: the same for every prompt token but the first.
         grammar: that the generated text keeps to, as llguidance takes it; empty for none.
+        allowed_token_ids: no others may be chosen; empty for all.
+        bad_words: tokens in a row of which the last one may not be chosen after the others.
     """
 
     max_tokens: int
@@ -56,6 +58,8 @@ class SamplingParams:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     grammar: str = ""
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,9 +23,9 @@ from shoal.server.errors import (
     MethodNotAllowedError,
     NotFoundError,
 )
+from shoal.server.headers import AnswerHeaders
 from shoal.server.injection import FaultInjector
 from shoal.server.keys import known_key
-from shoal.server.limits import RateLimitHeaders
 from shoal.server.methods import Methods, allowed_methods
 from shoal.server.routes.answer import error_response
 from shoal.server.routes.batches import batches_router
@@ -63,14 +63,13 @@ def create_app(service: Service) -> FastAPI:
     config, faults = service.settings.server, service.settings.faults
     if faults.is_on:
         app.add_middleware(FaultInjector, config=faults, api_keys=service.api_keys)
-    if service.allowances:
-        app.add_middleware(RateLimitHeaders)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     app.add_middleware(Methods)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(BrowserGuard, config=config)
     app.add_middleware(Traffic, metrics=service.metrics)
+    app.add_middleware(AnswerHeaders)
     app.add_exception_handler(ShoalError, _error_answers(service))
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientDisconnect, _answer_vanished_client)
@@ -124,7 +123,7 @@ def _key_check(api_keys: tuple[str, ...]):  # type: ignore[no-untyped-def]  # Fa
 
 def _allowance_of_key(service: Service):  # type: ignore[no-untyped-def]  # likewise
     async def note(request: Request) -> None:
-        request.state.allowance = service.allowances[known_key(request, service.api_keys)]  # for RateLimitHeaders
+        request.state.allowance = service.allowances[known_key(request, service.api_keys)]  # for AnswerHeaders
 
     return note
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from math import inf
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.scheduler.output import RequestOutput
+from shoal.scheduler.output import RequestOutput, TokenLogprobs
 from shoal.server.account import Account
-from shoal.server.engine.messages import EngineRequest
-from shoal.server.sampling import resolve_sampling
+from shoal.server.choices import engine_requests
 from shoal.server.service import Service
 from shoal.server.terms import Terms
 from shoal.server.text import MAX_SCORED, Choice, Delta, Scored
-from shoal.server.wire.constraints import TOOLS
 from shoal.server.wire.requests import ChatBody, CompletionBody
 from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 
@@ -49,44 +46,26 @@ class Generation:
         self._engine = service.engine
         self._account = Account(service, body, api_id, terms)
         self._prompts = prompts
-        self._constraint = body.constraint() or TOOLS
-        limits = self._engine.ready.limits
-        speculates = service.check_speculation(body.speculation)
-        requests: list[EngineRequest] = []
-        all_params = resolve_sampling(
-            body,
-            seed=seed,
-            prompt_lens=[len(token_ids) for _, token_ids in prompts],
-            limits=limits,
-            vocab_size=service.config.vocab_size,
-            eos_token_ids=service.defaults.eos_token_ids or service.config.eos_token_ids,
-            defaults=service.defaults,
-            grammar=grammar,
-        )
-        for index, ((_, token_ids), params) in enumerate(zip(prompts, all_params, strict=True)):
-            requests += [
-                EngineRequest(
-                    f"{api_id}-{index}-{i}",
-                    token_ids,
-                    replace(params, seed=(seed + i) % 2**64) if i else params,
-                    scheduling=terms.scheduling,
-                    speculates=speculates,
-                    end_after=body.end_after,
-                    die_after=terms.die_after,
-                )
-                for i in range(body.n)
-            ]
+        self._constraint = body.dead_end
+        requests = engine_requests(service, body, prompts, grammar, api_id=api_id, seed=seed, terms=terms)
         with terms.allowance.taking(requests) as self._settle:
             self._submission = self._engine.submit(requests, terms.timeout)
         echo = isinstance(body, CompletionBody) and body.echo
         self._choices = {
             request_id: Choice(
                 *(index, journal, service.tokenizer, body.stop_strings),
+                scores_text_only=isinstance(body, ChatBody),
                 echo=prompts[index // body.n][0] if echo else None,
-                shown=service.dialect.shown(body),
+                shown=service.dialect.shown(body) if body.skip_special_tokens else service.tokenizer.special_ids,
+                shows_stop=body.include_stop_str_in_output,
             )
             for index, (request_id, journal) in enumerate(self._submission.journals.items())
         }
+
+    def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs]]:
+        """The tokens of a choice's prompt, and the log-probabilities of all but the first, if they were asked for."""
+        journal = list(self._choices.values())[index].journal
+        return journal.request.prompt_token_ids, journal.prompt_logprobs
 
     @property
     def num_choices(self) -> int:

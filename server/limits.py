@@ -7,9 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil
 
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.messages import EngineRequest
@@ -141,26 +138,6 @@ def make_allowances(config: ServerConfig, api_keys: Collection[str], engine: Eng
         return Allowance(config, lambda: sum(one.request.scheduling.client == client for one in engine.journals()))
 
     return {key: of(key) for key in api_keys} or {None: Allowance(config, lambda: len(engine.journals()))}
-
-
-class RateLimitHeaders:
-    """Adds what is left of a key's allowance to the answers of endpoints that it limits, whatever they say.
-
-    Such an endpoint puts the allowance into the request's state.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state = scope.setdefault("state", {})
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start" and (allowance := state.get("allowance")):
-                MutableHeaders(scope=message).update(allowance.headers())
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
 
 
 def _duration(seconds: float) -> str:

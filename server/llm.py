@@ -22,7 +22,8 @@ from shoal.server.settings import DEFAULT_MODEL, Settings, declared, resolve
 from shoal.server.setup import build_service
 from shoal.server.terms import Terms
 from shoal.server.text import Delta, Scored
-from shoal.server.wire.requests import ChatBody, CompletionBody, NumLogprobs, SamplingBody, read_body
+from shoal.server.wire.parsing import read_body
+from shoal.server.wire.requests import ChatBody, CompletionBody, NumLogprobs, SamplingBody
 
 Prompt = str | list[int]
 Value = TypeVar("Value")
@@ -196,7 +197,7 @@ class LLM:
         """The text of the prompt, the seed, and what will come of them."""
         service, seed = self._service, resolve_seed(body)
         if isinstance(body, ChatBody):
-            prompts = [await service.prompts.of_chat(service.dialect.conversation(body.messages))]
+            prompts = [await service.prompts.of_chat(body, service.dialect.conversation(body.messages))]
         else:
             prompts = await service.prompts.of_completion(body)
         grammar = await service.constraints.resolve(body)

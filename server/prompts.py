@@ -12,7 +12,7 @@ from shoal.server.engine.engine import Engine
 from shoal.server.rendering import Conversation
 from shoal.server.sampling import check_token_ids
 from shoal.server.templates import TemplateRenderer
-from shoal.server.wire.requests import CompletionBody
+from shoal.server.wire.requests import ChatBody, CompletionBody, GenerationBody
 from shoal.server.work import off_the_loop
 
 
@@ -40,25 +40,30 @@ class Prompts:
         kinds = set() if isinstance(prompt, str) else set(map(type, prompt))
         match prompt:
             case str(text):
-                return await self._encoded([text])
+                return await self._encoded(body, [text])
             case [str(), *_] if len(kinds) == 1:
-                return await self._encoded(prompt)
+                return await self._encoded(body, prompt)
             case [int(), *_] | [] if len(kinds) <= 1:
-                return await self._decoded([prompt])
+                return await self._decoded(body, [prompt])
             case [list(), *_] if len(kinds) == 1:
-                return await self._decoded(prompt)
+                return await self._decoded(body, prompt)
         raise InvalidRequestError(
             "prompt: expected only texts, only token ids, or only lists of token ids", param="prompt"
         )
 
-    async def of_chat(self, conversation: Conversation, *, parses_special: bool = False) -> tuple[str, list[int]]:
+    async def of_chat(self, body: ChatBody, conversation: Conversation) -> tuple[str, list[int]]:
         """Apply the chat template; the text and its tokens.  See `Tokenizer.encode_chat`.
 
         Raises:
             InvalidRequestError: the template refuses the messages or takes too much, or they are too long.
         """
-        self._check_chars(conversation.num_chars)
-        return await self._templates.encode(conversation, parses_special=parses_special)
+        if body.truncate_prompt_tokens is None:
+            self._check_chars(conversation.num_chars)
+        text, token_ids = await self._templates.encode(conversation, parses_special=body.parse_special)
+        if body.add_special_tokens and (begin := self._tokenizer.begin_token_ids) != token_ids[: len(begin)]:
+            token_ids = begin + token_ids
+        (prompt,) = await self._cut(body, [(text, token_ids)])
+        return prompt
 
     async def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """The tokens of texts, without holding up others if they are long together."""
@@ -90,15 +95,34 @@ class Prompts:
                 param="prompt",
             )
 
-    async def _encoded(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
+    async def _encoded(self, body: CompletionBody, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
         if not all(texts):
             raise InvalidRequestError("prompt is empty: it must have at least one character", param="prompt")
-        for text in texts:
-            self._check_chars(len(text))
-        return list(zip(texts, await self.encode_all(texts), strict=True))
+        if body.truncate_prompt_tokens is None:
+            for text in texts:
+                self._check_chars(len(text))
+        lists = await self.encode_all(texts, add_special_tokens=body.add_special_tokens is not False)
+        return await self._cut(body, list(zip(texts, lists, strict=True)))
 
-    async def _decoded(self, lists: list[list[int]]) -> list[tuple[str, list[int]]]:
+    async def _decoded(self, body: CompletionBody, lists: list[list[int]]) -> list[tuple[str, list[int]]]:
         for token_ids in lists:
-            check_request(self._engine.ready.limits, len(token_ids), 0)
+            if body.truncate_prompt_tokens is None:
+                check_request(self._engine.ready.limits, len(token_ids), 0)
             check_token_ids("prompt", token_ids, self._vocab_size)
+        cut = await self._cut(body, [("", token_ids) for token_ids in lists])
+        lists = [token_ids for _, token_ids in cut]
         return list(zip(await self.decode_all(lists), lists, strict=True))
+
+    async def _cut(self, body: GenerationBody, prompts: list[tuple[str, list[int]]]) -> list[tuple[str, list[int]]]:
+        """The prompts, of which those that are longer than the request wants them begin later."""
+        most = body.truncate_prompt_tokens
+        if most is None:
+            return prompts
+        if most == -1:  # as many as the context leaves
+            most = max(1, self._engine.ready.limits.max_model_len - max(1, body.max_tokens or 1))
+        lists = [token_ids[-most:] if most else [] for _, token_ids in prompts]
+        texts = await self.decode_all(lists)
+        return [
+            prompt if len(prompt[1]) <= most else (text, token_ids)
+            for prompt, text, token_ids in zip(prompts, texts, lists, strict=True)
+        ]

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from shoal.model.text.chat_template import ChatTemplate, texts_in
-from shoal.scheduler.errors import InvalidRequestError
+from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
 SECONDS, MAX_BYTES, MAX_CHARS = 2.0, 512 * 1024 * 1024, 8 * 1024 * 1024
 
@@ -34,12 +34,19 @@ class Templates(msgspec.Struct):
 
 
 class Conversation(msgspec.Struct):
-    """What to render: arguments of `ChatTemplate.render`."""
+    """What to render: arguments of `ChatTemplate.render`.
+
+    Attributes:
+        template: in the place of the checkpoint's.
+        continues: whether the last message is not at its end.
+    """
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = {}
+    template: str | None = None
+    continues: bool = False
 
     @property
     def num_chars(self) -> int:
@@ -66,15 +73,19 @@ def main() -> None:
         asked = msgspec.json.decode(line, type=Conversation)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing; then a signal that nobody handles ends this
         try:
+            chosen = (
+                template if asked.template is None else ChatTemplate({"default": asked.template}, template.variables)
+            )
             rendered = Rendered(
-                template.render(
+                chosen.render(
                     asked.messages,
                     add_generation_prompt=asked.add_generation_prompt,
+                    continue_final_message=asked.continues,
                     tools=asked.tools,
                     **asked.variables,
                 )
             )
-        except InvalidRequestError as error:
+        except (CheckpointError, InvalidRequestError) as error:
             rendered = Rendered(refusal=error.message[:MAX_REFUSAL_CHARS])
         signal.setitimer(signal.ITIMER_PROF, 0)
         if len(rendered.text) > MAX_CHARS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 
 from shoal.model.checkpoint.config import GenerationDefaults
@@ -16,10 +16,11 @@ from shoal.server.wire.requests import ChatBody, CompletionBody, GenerationBody
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 # Parameters that a body has under the same names.  A checkpoint's defaults have some of them, too.
+_RESOLVED = ("grammar", "allowed_token_ids", "bad_words")
 _BY_NAME = [
     field.name
     for field in fields(SamplingParams)
-    if field.name in GenerationBody.__struct_fields__ and field.name != "grammar"
+    if field.name in GenerationBody.__struct_fields__ and field.name not in _RESOLVED
 ]
 
 
@@ -38,6 +39,7 @@ def resolve_sampling(
     eos_token_ids: tuple[int, ...],
     defaults: GenerationDefaults,
     grammar: str = "",
+    bad_words: Sequence[Sequence[int]] = (),
 ) -> list[SamplingParams]:
     """Resolve the parameters for prompts of these lengths, in tokens: those of the request, else the checkpoint's
     defaults, else the API's.
@@ -52,11 +54,16 @@ def resolve_sampling(
     if grammar and not eos_token_ids:
         raise InvalidRequestError("a text that keeps to a grammar needs a model with an end-of-text token")
     check_token_ids("stop_token_ids", body.stop_token_ids, vocab_size)
+    check_token_ids("allowed_token_ids", body.allowed_token_ids or [], vocab_size)
     ignores_eos = body.ignore_eos and not grammar  # which says where the text may end
     stop_token_ids = frozenset(body.stop_token_ids) | frozenset(() if ignores_eos else eos_token_ids)
     if body.min_tokens and len(stop_token_ids) >= vocab_size:
         raise InvalidRequestError(
             "stop_token_ids: min_tokens leaves no token to choose, for each ends the text", param="stop_token_ids"
+        )
+    if body.min_tokens and body.allowed_token_ids and stop_token_ids.issuperset(body.allowed_token_ids):
+        raise InvalidRequestError(
+            "allowed_token_ids: min_tokens leaves no token to choose, for each ends the text", param="allowed_token_ids"
         )
     num_logprobs = _num_logprobs(body)
     scores_prompt = isinstance(body, CompletionBody) and body.echo
@@ -72,8 +79,10 @@ def resolve_sampling(
         "seed": seed,
         "stop_token_ids": stop_token_ids,
         "num_logprobs": num_logprobs,
-        "num_prompt_logprobs": num_logprobs if scores_prompt else None,
+        "num_prompt_logprobs": _most(num_logprobs if scores_prompt else None, body.prompt_logprobs),
         "grammar": grammar,
+        "allowed_token_ids": tuple(body.allowed_token_ids or ()),
+        "bad_words": tuple(map(tuple, bad_words)),
     }
     return [SamplingParams(**values | length) for length in lengths]
 
@@ -93,11 +102,17 @@ def _max_tokens(body: CompletionBody | ChatBody, num_prompt_tokens: int, limits:
     asked = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         asked = body.max_completion_tokens
-    if asked is not None:
-        return asked
     capacity = limits.num_blocks * limits.block_size + 1  # the last token chosen needs no slot
     room = max(min(limits.max_model_len, capacity) - num_prompt_tokens, 1)
+    if asked == -1:
+        return room
+    if asked is not None:
+        return min(asked, room) if asked <= limits.max_model_len else asked
     return room if isinstance(body, ChatBody) else min(COMPLETION_MAX_TOKENS, room)
+
+
+def _most(*numbers: int | None) -> int | None:
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def _check_at_most(param: str, value: int, max_tokens: int) -> None:
@@ -115,6 +130,8 @@ def _check_end(body: CompletionBody | ChatBody, eos_token_ids: tuple[int, ...], 
         )
     contradicting = {
         "stop": body.stop_strings,
+        "allowed_token_ids": body.allowed_token_ids,
+        "bad_words": body.bad_words,
         "stop_token_ids": body.stop_token_ids,
         "ignore_eos": body.ignore_eos,
         "min_tokens": body.min_tokens,
@@ -129,7 +146,7 @@ def _check_end(body: CompletionBody | ChatBody, eos_token_ids: tuple[int, ...], 
 def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:
     if isinstance(body, CompletionBody):
         return body.logprobs
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None
 

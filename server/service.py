@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.model.checkpoint.config import GenerationDefaults
@@ -18,6 +18,7 @@ from shoal.server.errors import ModelNotFoundError
 from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
 from shoal.server.prompts import Prompts
+from shoal.server.reading import BodyReader
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
 from shoal.server.templates import TemplateRenderer
@@ -32,7 +33,9 @@ class Service:
     settings: Settings
     api_keys: tuple[str, ...]
     allowances: Mapping[str | None, Allowance]  # see `make_allowances`
-    model_name: str
+    model_names: Sequence[str]
+    fingerprint: str
+    reader: BodyReader
     config: ModelConfig
     defaults: GenerationDefaults
     tokenizer: Tokenizer
@@ -47,16 +50,20 @@ class Service:
     started: int
     streams: StreamStore
 
+    @property
+    def model_name(self) -> str:
+        """The name that answers have."""
+        return self.model_names[0]
+
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.
 
         Raises:
             ModelNotFoundError: this server does not serve it.
         """
-        if name is not None and name != self.model_name:
-            raise ModelNotFoundError(
-                f"the model {name!r} does not exist: this server serves {self.model_name!r}", param="model"
-            )
+        if name and name not in self.model_names and not self.settings.server.any_model:
+            served = " and ".join(map(repr, self.model_names))
+            raise ModelNotFoundError(f"the model {name!r} does not exist: this server serves {served}", param="model")
 
     def check_choices(self, num_prompts: int, n: int) -> None:
         """Refuse a call that asks for more choices than the server takes at once, before any work is done for it.

@@ -29,8 +29,8 @@ class ServerConfig(Config):
 
     host: str = setting("127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
     port: int = setting(8000, at_least=0, at_most=65535, help="Port to listen on; 0 takes a free one.")
-    served_model_name: str | None = setting(
-        None, help="Name of the model in the API; that of the checkpoint if not set."
+    served_model_name: tuple[str, ...] = setting(
+        (), help="Names of the model in the API, of which answers have the first; that of the checkpoint if not set."
     )
     api_keys: tuple[str, ...] = setting((), help="If any are given, requests must carry one of them as a bearer token.")
     api_keys_file: Path | None = setting(None, help="File with further keys, one a line, read at the start.")
@@ -54,6 +54,10 @@ class ServerConfig(Config):
     )
     key_tokens_per_minute: int | None = setting(
         None, at_least=1, help="Most tokens of an API key in a minute, of prompts and outputs; likewise."
+    )
+    any_model: bool = setting(False, help="Whether requests may name any model, and get the one that is served.")
+    unknown_fields: Literal["ignore", "refuse"] = setting(
+        "ignore", help="ignore names them in a header of the answer; refuse answers with HTTP 400."
     )
     tool_format: Literal[
         "auto",

@@ -17,9 +17,11 @@ from shoal.server.batches.store import Batches
 from shoal.server.constraints import Constraints
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import EngineClient
+from shoal.server.fingerprint import fingerprint
 from shoal.server.limits import make_allowances
 from shoal.server.metrics import Metrics
 from shoal.server.prompts import Prompts
+from shoal.server.reading import BodyReader
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
@@ -44,8 +46,8 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     if settings.speculation.method == "draft":
         _check_draft(tokenizer, find_draft(settings.speculation.draft_model))
     config = settings.server
-    model_name = config.served_model_name or checkpoint_name(settings.model, checkpoint)
-    metrics = Metrics(model_name, _num_spec_tokens(settings))
+    model_names = config.served_model_name or (checkpoint_name(settings.model, checkpoint),)
+    metrics = Metrics(model_names[0], _num_spec_tokens(settings))
     client = EngineClient("0", metrics, hang_seconds=settings.engine.hang_seconds)
     client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
     engine = SharedEngine(client)
@@ -57,7 +59,9 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         settings=settings,
         api_keys=api_keys,
         allowances=make_allowances(config, api_keys, engine),
-        model_name=model_name,
+        model_names=model_names,
+        fingerprint=fingerprint(checkpoint, settings),
+        reader=BodyReader(config.unknown_fields),
         config=model,
         defaults=defaults,
         tokenizer=tokenizer,
@@ -67,7 +71,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         dialect=find_dialect(tokenizer, config.tool_format, config.reasoning_format),
         engine=engine,
         metrics=metrics,
-        tracer=make_tracer(config, model_name),
+        tracer=make_tracer(config, model_names[0]),
         batches=Batches(settings.server.data_folder),
         started=unix_time(),
         streams=StreamStore(settings.server.resume_grace_seconds),

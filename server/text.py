@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,8 +22,9 @@ class StopStrings:
     completes, the one that begins first.
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, are_shown: bool = False) -> None:
         self._stop_strings = stop_strings
+        self._are_shown = are_shown
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -30,10 +32,11 @@ class StopStrings:
         if not self._stop_strings:
             return text, False
         text = self._held + text
-        found = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        found = [(at, at + len(stop)) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            begin, end = min(found)
+            return text[: end if self._are_shown else begin], True
         split = len(text) - self._num_held(text)
         self._held = text[split:]
         return text[:split], False
@@ -84,6 +87,8 @@ class Choice:
     Args:
         echo: the prompt's text, if it is to stand before the rest.
         shown: special tokens that stand in the text.
+        shows_stop: whether what ends the text, a stop string or token, stands in it.
+        scores_text_only: whether log-probabilities are given of the tokens of the text alone, and with it.
     """
 
     def __init__(
@@ -95,13 +100,20 @@ class Choice:
         echo: str | None,
         *,
         shown: Collection[int] = frozenset(),
+        shows_stop: bool = False,
+        scores_text_only: bool = False,
     ) -> None:
         self.index = index
         self.journal = journal
         self.num_tokens = 0
         self.is_finished = False
         self._tokenizer = tokenizer
-        self._stop_strings = StopStrings(stop_strings)
+        self._stop_strings = StopStrings(stop_strings, are_shown=shows_stop)
+        self._shows_stop = shows_stop
+        self._scores_text_only = scores_text_only
+        self._held: deque[Scored] = deque()
+        self._num_certain = 0
+        self._is_cut = False
         self._echo = echo
         self._num_chars = 0
         self._num_given = 0
@@ -120,14 +132,22 @@ class Choice:
                 if delta.text or delta.scored:
                     yield delta
                 delta = part
-        yield self._take(output, delta)
+        delta = self._take(output, delta)
+        self._num_certain += len(delta.text)
+        is_whole = delta.finish_reason and not self._is_cut
+        while self._held and (is_whole or self._held[0].text_offset < self._num_certain):
+            delta.scored.append(self._held.popleft())
+        yield delta
 
     def _take(self, output: RequestOutput, delta: Delta) -> Delta:
+        scored = self._held if self._scores_text_only else delta.scored
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
-            if output.logprobs:
-                delta.scored.append(Scored(token_id, self._num_chars, output.logprobs[position]))
-            if output.finish_reason is FinishReason.STOP and position == len(output.token_ids) - 1:
+            is_stop = output.finish_reason is FinishReason.STOP and position == len(output.token_ids) - 1
+            is_shown = self._shows_stop or not is_stop
+            if output.logprobs and (is_shown or not self._scores_text_only):
+                scored.append(Scored(token_id, self._num_chars, output.logprobs[position]))
+            if not is_shown:
                 break  # the stop token itself is not part of the text
             if self._append(delta, self._detokenizer.push([token_id])):
                 return self._finish(delta, "stop")
@@ -145,10 +165,10 @@ class Choice:
 
     def _append(self, delta: Delta, text: str) -> bool:
         """Add what is certain of the text; whether a stop string ends it."""
-        certain, is_stopped = self._stop_strings.push(text)
+        certain, self._is_cut = self._stop_strings.push(text)
         delta.text += certain
         self._num_chars += len(text)
-        return is_stopped
+        return self._is_cut
 
     def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> Delta:
         self.is_finished = True
@@ -160,12 +180,14 @@ class Choice:
         self._num_chars = len(prompt)
         delta = Delta(self.index, prompt)
         if self.journal.request.params.num_prompt_logprobs is not None:
-            detokenizer, offset = IncrementalDetokenizer(self._tokenizer), 0
+            detokenizer, offset = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=False), 0
             logprobs = [None, *self.journal.prompt_logprobs]
             for token_id, entry in zip(self.journal.request.prompt_token_ids, logprobs, strict=True):
                 if len(delta.scored) == MAX_SCORED:
                     yield delta
                     delta = Delta(self.index, "")
                 delta.scored.append(Scored(token_id, offset, entry))
-                offset += len(detokenizer.push([token_id]))
+                text = detokenizer.push([token_id])
+                if not self._tokenizer.is_special(token_id) or prompt.startswith(text, offset):
+                    offset += len(text)  # else it was added, and does not stand in the prompt
         yield delta

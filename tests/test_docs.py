@@ -161,7 +161,7 @@ def test_every_limit_of_a_request_is_named() -> None:
     for row in (
         f"| `n` | integer, 1 to {requests.MAX_CHOICES} |",
         f"| `stop` | string, or a list of at most {requests.MAX_STOP_STRINGS}, "
-        f"of 1 to {requests.MAX_STOP_STRING_CHARS} characters each,",
+        f"of at most {requests.MAX_STOP_STRING_CHARS} characters each,",
         f"| `logprobs` | integer, 0 to {requests.MAX_LOGPROBS},",
         f"| `top_logprobs` | integer, 0 to {requests.MAX_LOGPROBS},",
         f"| `priority` | integer, -{requests.MAX_PRIORITY} to {requests.MAX_PRIORITY} |",

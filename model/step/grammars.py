@@ -1,7 +1,7 @@
-"""Constrained decoding: the texts of some requests keep to grammars.
+"""Constrained decoding: the texts of some requests keep to grammars, to some tokens, or to what is not forbidden.
 
-Each constrained request in the batch has a matcher, which has read the tokens that were generated and says which may
-come next.  A step's masks are computed by another thread while the backend computes the step.  They are a field of
+Each request with a grammar has a matcher, which has read the tokens that were generated and says which may come next.
+A step's masks are computed by another thread while the backend computes the step.  They are a field of
 sampling like any other, so that a text does not depend on whether its tokens were drafted, or in which engine.
 """
 
@@ -35,11 +35,39 @@ MAX_FORCED = 32  # tokens that are proposed for one request at once
 
 @dataclass(slots=True)
 class _Constraint:
-    """A request's matcher, and what it must know of the request."""
+    """What decides which tokens a request may choose.
 
-    matcher: LLMatcher
+    Attributes:
+        matcher: of its grammar.
+        output: the tokens that were generated.
+        allowed: the mask of its allowed tokens.
+        is_stuck: whether no token may follow somewhere in this step.
+    """
+
+    matcher: LLMatcher | None
     params: SamplingParams
-    num_output_tokens: int
+    output: list[int]
+    allowed: UInt32
+    is_stuck: bool = False
+
+    def reads(self, token_ids: list[int]) -> bool:
+        """Take in what was chosen; returns whether the grammar allows it."""
+        self.output += token_ids
+        return self.matcher is None or _allows(self.matcher, token_ids)
+
+    def may_follow(self, mask: UInt32, drafted: list[int]) -> None:
+        """Take from a mask what may not follow the generated tokens and these drafted ones."""
+        params, num_output = self.params, len(self.output) + len(drafted)
+        mask &= self.allowed
+        longest = max(map(len, params.bad_words), default=0)
+        recent = [*self.output[-longest:], *drafted] if longest else []
+        _take(mask, [last for *before, last in params.bad_words if not before or recent[-len(before) :] == before])
+        if params.grammar and num_output < params.min_tokens:
+            without = mask.copy()
+            _take(without, params.stop_token_ids)
+            if without.any():  # else the text can only end: `min_tokens` gives way
+                mask[:] = without
+        self.is_stuck = self.is_stuck or not mask.any()
 
 
 class Grammars:
@@ -51,7 +79,7 @@ class Grammars:
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
-        self._num_words = -(-compiler.vocab_size // 32)
+        self._any = _mask(range(compiler.vocab_size), compiler.vocab_size)
         self._compiling = ThreadPoolExecutor(1, "shoal-grammars")
         self._masking = ThreadPoolExecutor(1, "shoal-masks")
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
@@ -87,7 +115,8 @@ class Grammars:
     def place(self, share: ScheduledRequest) -> None:
         if share.new:
             self._rows.pop(share.row, None)
-            if share.new.params.grammar:
+            params = share.new.params
+            if params.grammar or params.allowed_token_ids or params.bad_words:
                 self._rows[share.row] = self._join(share.new)
         if self._others is not None:
             self._others.place(share)
@@ -123,11 +152,13 @@ class Grammars:
         return LLExecutor(num_threads=max(1, (os.cpu_count() or 1) // 4))
 
     def _join(self, new: NewRequest) -> _Constraint:
-        matcher = self.prepare(new.params.grammar).result().deep_copy()
-        output = new.token_ids[new.num_prompt_tokens :]
-        if not _allows(matcher, output):
+        params, output = new.params, new.token_ids[new.num_prompt_tokens :]
+        matcher = self.prepare(params.grammar).result().deep_copy() if params.grammar else None
+        if matcher is not None and not _allows(matcher, output):
             raise InvalidRequestError(f"its grammar does not allow what was generated: {fault(matcher)}")
-        return _Constraint(matcher, new.params, len(output))
+        token_ids = params.allowed_token_ids
+        allowed = _mask(token_ids, self._compiler.vocab_size) if token_ids else self._any
+        return _Constraint(matcher, params, output, allowed)
 
     def _masked(self, sampling: SamplingBatch, scheduled: list[ScheduledRequest], layout: StepLayout) -> SamplingBatch:
         """Begin to compute what may be chosen at the rows of logits of constrained requests."""
@@ -146,39 +177,43 @@ class Grammars:
             return sampling
         rows = sampling.rows.copy()
         rows["mask"] = numbers
-        bits = np.zeros((num_masks, self._num_words), np.uint32)
+        bits = np.repeat(self._any[None], num_masks, axis=0)
         return replace(sampling, rows=rows, masks=Masks(bits, self._masking.submit(self._fill, bits, jobs).result))
 
     def _fill(self, bits: UInt32, jobs: list[tuple[_Constraint, int, list[int]]]) -> None:
-        place = bits.ctypes.data, self._num_words * 4, len(bits)
-        if alone := [(constraint.matcher, at) for constraint, at, drafted in jobs if not drafted]:
+        place = bits.ctypes.data, bits.shape[1] * 4, len(bits)
+        with_grammars = [(one.matcher, at, drafted) for one, at, drafted in jobs if one.matcher is not None]
+        if alone := [(matcher, at) for matcher, at, drafted in with_grammars if not drafted]:
             self._executor.unsafe_compute_mask_ptr(alone, *place)
-        if ahead := [(constraint.matcher, at, drafted) for constraint, at, drafted in jobs if drafted]:
+        if ahead := [job for job in with_grammars if job[2]]:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(ahead, *place)
         for constraint, at, drafted in jobs:
-            num_early = constraint.params.min_tokens - constraint.num_output_tokens
-            for mask in bits[at : at + min(num_early, len(drafted) + 1)] if num_early > 0 else ():
-                _put_off_end(mask, constraint.params.stop_token_ids)
+            constraint.is_stuck, params = False, constraint.params
+            if params.allowed_token_ids or params.bad_words or len(constraint.output) < params.min_tokens:
+                for index in range(len(drafted) + 1):
+                    constraint.may_follow(bits[at + index], drafted[:index])
 
     def _read(self, scheduled: list[ScheduledRequest], result: StepResult) -> dict[int, list[int]]:
         """Have the matchers read what a step has chosen; returns by row what must follow."""
         forced: dict[int, list[int]] = {}
         for share, token_ids in zip(scheduled, result.token_ids, strict=True):
             constraint = self._rows.get(share.row)
-            if constraint is None or not token_ids or share.is_padding or share.request_id in result.errors:
+            if constraint is None or not token_ids or share.is_padding:
                 continue
-            constraint.num_output_tokens += len(token_ids)
-            matcher = constraint.matcher
-            if not _allows(matcher, token_ids):
+            has_failed = share.request_id in result.errors
+            if constraint.is_stuck if has_failed else not constraint.reads(token_ids):
                 result.errors[share.request_id] = FinishReason.INVALID, "no token may follow the text so far"
-            elif follow := self._without_end(matcher.compute_ff_tokens()[:MAX_FORCED]):
+            elif not has_failed and (follow := self._must_follow(constraint.matcher)):
                 forced[share.row] = follow
         return forced
+
+    def _must_follow(self, matcher: LLMatcher | None) -> list[int]:
+        return [] if matcher is None else self._without_end(matcher.compute_ff_tokens()[:MAX_FORCED])
 
     def _cut(self, row: int, drafted: list[int]) -> list[int]:
         """The leading drafted tokens that the grammar of a row allows: others must not cost a row of a step."""
         constraint = self._rows.get(row)
-        if constraint is None or not drafted:
+        if constraint is None or constraint.matcher is None or not drafted:
             return drafted
         drafted = self._without_end(drafted)
         return drafted[: constraint.matcher.validate_tokens(drafted)]
@@ -195,10 +230,13 @@ def _allows(matcher: LLMatcher, token_ids: list[int]) -> bool:
     return not matcher.is_error() and (num_read == len(token_ids) or matcher.is_stopped())
 
 
-def _put_off_end(mask: UInt32, stop_token_ids: Iterable[int]) -> None:
-    """Take the tokens that end a text from a mask, unless the text can only end: `min_tokens` gives way."""
-    without = mask.copy()
-    for token_id in stop_token_ids:
-        without[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
-    if without.any():
-        mask[:] = without
+def _mask(token_ids: Iterable[int], vocab_size: int) -> UInt32:
+    """[ceil(vocab_size / 32)] the mask of these tokens."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    bits[list(token_ids)] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def _take(mask: UInt32, token_ids: Iterable[int]) -> None:
+    for token_id in token_ids:
+        mask[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)

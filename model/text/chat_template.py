@@ -50,6 +50,7 @@ class ChatTemplate:
         /,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
@@ -57,6 +58,7 @@ class ChatTemplate:
 
         Args:
             add_generation_prompt: end with what opens the assistant's next message.
+            continue_final_message: end with the content of the last message.
             tools: JSON schemas of functions that the model may call.
             variables: further variables of the template; they override the checkpoint's.
 
@@ -73,11 +75,20 @@ class ChatTemplate:
         try:
             if name not in self._compiled:
                 self._compiled[name] = self._environment.from_string(self.sources[name])
-            return self._compiled[name].render(names)
+            text = self._compiled[name].render(names)
+            return _up_to(text, messages[-1].get("content") or "") if continue_final_message else text
         except MemoryError:
             raise
         except Exception as error:  # a template may raise anything; the messages are the cause
             raise InvalidRequestError(f"the chat template refuses the messages: {error}", param="messages") from error
+
+
+def _up_to(text: str, content: str) -> str:
+    """A conversation up to the end of its last message, which templates may have stripped of white space."""
+    stripped = content.strip()
+    at = text.rindex(stripped)
+    kept = content.lstrip()
+    return text[:at] + (kept if text[at:].startswith(kept) else stripped)
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -34,6 +34,7 @@ class Tokenizer:
         max_token_chars: length of the longest token, which is as many characters at most.
         chat_template: of the checkpoint.
         apply_chat_template: see `ChatTemplate.render`.
+        special_ids: of the tokens that `decode` skips unless told otherwise.
         bos_token_id, eos_token_id: as `tokenizer_config.json` names them, else None.
     """
 
@@ -62,7 +63,7 @@ class Tokenizer:
         self._max_id = max(vocabulary.values(), default=-1)
         self.max_token_chars = max(map(len, vocabulary), default=1)
         self._special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-        self._special_ids = frozenset(self._special.values())
+        self.special_ids = frozenset(self._special.values())
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # else it finds nothing
         self._byte_ids = frozenset(
@@ -106,7 +107,7 @@ class Tokenizer:
         return mine == theirs
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of the text; special tokens written in it become themselves.
+        """Token ids of the text; special tokens written in it become themselves, and one at its beginning is not added.
 
         Other threads run meanwhile: the library gives the interpreter's lock away in calls for batches alone.
 
@@ -114,9 +115,18 @@ class Tokenizer:
             InvalidRequestError: the text holds a lone surrogate, which has no UTF-8.
         """
         try:
-            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            token_ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
+                0
+            ].ids
+            begin = self.begin_token_ids
+            is_doubled = add_special_tokens and begin and token_ids[: 2 * len(begin)] == begin * 2
+            return token_ids[len(begin) :] if is_doubled else token_ids
         except TypeError as error:
             raise InvalidRequestError("the text holds a lone surrogate (U+D800 to U+DFFF)", param="prompt") from error
+
+    def spellings(self, words: Iterable[str]) -> list[list[int]]:
+        """The tokens of words as they stand at the beginning of a text, and behind a space."""
+        return [self.encode(f"{space}{word}", add_special_tokens=False) for word in words for space in ("", " ")]
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, parses_special: bool = False
@@ -132,6 +142,12 @@ class Tokenizer:
         """
         masked, mask = (messages, "") if parses_special else self.mask_special(messages)
         return self.encode_rendered(self.apply_chat_template(masked, add_generation_prompt=add_generation_prompt), mask)
+
+    @cached_property
+    def begin_token_ids(self) -> list[int]:
+        """What stands before each text that special tokens are added to."""
+        first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
+        return first if first == [self.bos_token_id] else []
 
     def mask_special(self, value: Value) -> tuple[Value, str]:
         """Texts in lists and objects in which two letters that nobody uses split each special token, and these letters.
@@ -217,7 +233,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` skips the token unless told otherwise."""
-        return token_id in self._special_ids
+        return token_id in self.special_ids
 
     def special_tokens_in(self, text: str) -> dict[str, int]:
         """The special tokens that a text spells, and their ids."""

@@ -14,7 +14,8 @@ from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.errors import error_body
 from shoal.server.routes.pieces import whole_body
 from shoal.server.wire.batches import MAX_LINES, BatchError, InputLine
-from shoal.server.wire.requests import MAX_PRIORITY, MAX_SLO_MS, parse_body
+from shoal.server.wire.parsing import parse_body
+from shoal.server.wire.requests import MAX_PRIORITY, MAX_SLO_MS
 
 # Whatever the policy, nothing is less urgent.
 _LEAST_URGENT = {"priority": MAX_PRIORITY, "ttft_slo_ms": MAX_SLO_MS, "tpot_slo_ms": MAX_SLO_MS}

@@ -18,7 +18,7 @@ from shoal.server.routes.answer import whole
 from shoal.server.routes.schema import documented
 from shoal.server.service import Service
 from shoal.server.wire.batches import MAX_NAME_CHARS, BatchBody, BatchQuery, Deleted, FileObject, FileQuery
-from shoal.server.wire.requests import parse_body, read_body
+from shoal.server.wire.parsing import read_body
 
 
 def batches_router(service: Service) -> APIRouter:
@@ -68,7 +68,7 @@ def batches_router(service: Service) -> APIRouter:
 
     @router.post("/v1/batches", openapi_extra=documented(BatchBody))
     async def create_batch(request: Request) -> Response:
-        body = parse_body(BatchBody, await request.body())
+        body = await service.reader.read(request, BatchBody)
         batch = await service.batches.ask(lambda store: store.add_batch(owner(request), body, service.model_name))
         service.batches.changed.set()
         return whole(batch)

@@ -12,14 +12,16 @@ from starlette.responses import Response
 
 from shoal.server.errors import OPENAI, ErrorShape
 from shoal.server.generation import Generation
+from shoal.server.logprobs import prompt_logprobs
 from shoal.server.routes.answer import EventStream, unless_disconnected
-from shoal.server.routes.pieces import Entries, filled, in_pieces
+from shoal.server.routes.pieces import HOLE, Entries, encode_parts, filled, in_pieces
 from shoal.server.routes.streams import hold, is_held, only_event
 from shoal.server.sampling import resolve_seed
 from shoal.server.service import Service, new_id, unix_time
 from shoal.server.terms import resolve_terms
 from shoal.server.text import Delta, Scored
-from shoal.server.wire.requests import ChatBody, CompletionBody
+from shoal.server.wire.requests import ChatBody, CompletionBody, StreamOptions
+from shoal.server.wire.responses import Usage
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
 # A field that is left out of the JSON where it is unset.
@@ -30,7 +32,7 @@ class Call(ABC, Generic[Body]):
     """One call, submitted to the engine.
 
     Attributes:
-        usage_in_chunks: what a stream's chunks say of usage before the last: null if it was asked for, else nothing.
+        scores_prompt_in_choices: whether the prompt's log-probabilities stand in each choice, or once behind all.
 
     Raises:
         InvalidRequestError, RateLimitError, QueueFullError, EngineUnavailableError: it is refused.
@@ -38,6 +40,7 @@ class Call(ABC, Generic[Body]):
 
     id_prefix: ClassVar[str]
     shape: ClassVar[ErrorShape] = OPENAI
+    scores_prompt_in_choices: ClassVar[bool] = True
 
     def __init__(
         self, service: Service, request: Request, body: Body, prompts: Sequence[tuple[str, list[int]]], grammar: str
@@ -48,8 +51,9 @@ class Call(ABC, Generic[Body]):
         self.id = new_id(self.id_prefix)
         self.created = unix_time()
         self.seed = resolve_seed(body)
-        self.include_usage = body.stream_options is not None and body.stream_options.include_usage
-        self.usage_in_chunks = None if self.include_usage else msgspec.UNSET
+        if body.request_id is not None:
+            request.state.request_id = body.request_id
+        self.stream_options = body.stream_options or StreamOptions()
         terms = resolve_terms(service, request, body)
         self.generation = Generation(service, body, prompts, grammar, api_id=self.id, seed=self.seed, terms=terms)
 
@@ -64,12 +68,44 @@ class Call(ABC, Generic[Body]):
             return EventStream(self.chunks(), self.id, headers, shape=self.shape)
         return in_pieces(await unless_disconnected(self.request.receive, self.complete()) or [], headers)
 
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return self.generation.usage
+
+    @property
+    def usage_in_chunks(self) -> Usage | Unset | None:
+        """What a stream's chunks say of usage before the last."""
+        if self.stream_options.continuous_usage_stats:
+            return self.usage
+        return None if self.stream_options.include_usage else msgspec.UNSET
+
     async def complete(self) -> list[bytes | bytearray]:
         """The whole answer, in pieces."""
-        shapes = [self.logprobs([]) for _ in range(self.generation.num_choices)]
+        count = self.generation.num_choices
+        shapes = [self.logprobs([]) for _ in range(count)]
         entries = Entries(shapes)
         deltas = await self.generation.complete(lambda index, scored: entries.add(index, self.logprobs(scored)))
-        return filled(self.assemble(deltas, shapes), entries.encoded())
+        pieces: list[bytearray] = []
+        for index in range(count):
+            pieces += entries.encoded(index)
+            if self.body.prompt_logprobs is not None and (self.scores_prompt_in_choices or index == count - 1):
+                scored = self.generation.prompt_of(index)
+                parts = prompt_logprobs(self.service.tokenizer, *scored, self.body.prompt_logprobs)
+                pieces.append(await encode_parts(parts))
+        return filled(self.assemble(deltas, shapes), pieces)
+
+    def token_ids(self, delta: Delta) -> list[int] | Unset:
+        """What an answer says of a choice's tokens."""
+        return delta.token_ids if self.body.return_token_ids else msgspec.UNSET
+
+    def prompt_token_ids(self, index: int) -> list[int] | Unset:
+        return self.generation.prompt_of(index)[0] if self.body.return_token_ids else msgspec.UNSET
+
+    @property
+    def prompt_hole(self) -> Any:
+        """Stands for the prompt's log-probabilities, if they were asked for."""
+        return msgspec.UNSET if self.body.prompt_logprobs is None else HOLE
 
     @abstractmethod
     def logprobs(self, scored: list[Scored]) -> msgspec.Struct | None:

@@ -11,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from shoal.server.logprobs import chat_logprobs
+from shoal.server.logprobs import chat_logprobs, id_text, plain_text
 from shoal.server.routes.answer import event
 from shoal.server.routes.call import Call, Unset
 from shoal.server.routes.schema import documented
@@ -19,7 +19,7 @@ from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
 from shoal.server.text import Delta, Scored
 from shoal.server.tools.answer import ChatAnswer
-from shoal.server.wire.requests import ChatBody, parse_body
+from shoal.server.wire.requests import ChatBody
 from shoal.server.wire.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -37,13 +37,10 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=documented(ChatBody))
     @answered_once(service)
     async def create_chat_completion(request: Request) -> Response:
-        body = parse_body(ChatBody, await request.body())
+        body = await service.reader.read(request, ChatBody)
         service.check_model(body.model)
         service.check_choices(1, body.n)
-        conversation = service.dialect.conversation(
-            body.messages, tools=body.offered_tools, variables=body.template_variables
-        )
-        prompt = await service.prompts.of_chat(conversation, parses_special=body.parse_special)
+        prompt = await service.prompts.of_chat(body, service.dialect.of_chat(body))
         grammar = await service.constraints.resolve(body, partial(service.dialect.grammar, body, prompt[0]))
         return await _ChatCall(service, request, body, prompt, grammar).answer()
 
@@ -52,21 +49,52 @@ def chat_router(service: Service) -> APIRouter:
 
 class _ChatCall(Call[ChatBody]):
     id_prefix = "chatcmpl"
+    scores_prompt_in_choices = False
 
     def __init__(
         self, service: Service, request: Request, body: ChatBody, prompt: tuple[str, list[int]], grammar: str
     ) -> None:
         super().__init__(service, request, body, [prompt], grammar)
-        reading = service.dialect.reading(body, prompt[0])
-        self._answers = [ChatAnswer(reading.reader()) for _ in range(self.generation.num_choices)]
+        reading, last = service.dialect.reading(body, prompt[0]), body.messages[-1]
+        self._answers = [
+            ChatAnswer(
+                reading.reader(),
+                reading.counter(),
+                shows_reasoning=body.include_reasoning,
+                said=last.text if body.echo and last.role == "assistant" else "",
+                calls_functions=body.functions is not None,
+            )
+            for _ in range(self.generation.num_choices)
+        ]
+
+    @property
+    def usage(self) -> Usage:
+        usage = super().usage
+        usage.completion_tokens_details.reasoning_tokens = sum(answer.num_reasoning_tokens for answer in self._answers)
+        return usage
 
     def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> ChatCompletion:
         choices = [
-            ChatChoice(delta.index, answer.message(delta.text), shape, answer.finish_reason(delta.finish_reason))
+            ChatChoice(
+                delta.index,
+                answer.message(delta.text, delta.token_ids),
+                shape,
+                answer.finish_reason(delta.finish_reason),
+                self.token_ids(delta),
+            )
             for delta, answer, shape in zip(deltas, self._answers, logprobs, strict=True)
         ]
-        usage = self.generation.usage
-        return ChatCompletion(self.id, self.created, self.service.model_name, choices, usage, self.seed)
+        return ChatCompletion(
+            self.id,
+            self.created,
+            self.service.model_name,
+            choices,
+            self.service.fingerprint,
+            self.usage,
+            self.seed,
+            self.prompt_token_ids(0),
+            self.prompt_hole,
+        )
 
     async def chunks(self) -> AsyncGenerator[list[bytes], None]:
         openings = [ChatChunkChoice(index, answer.opening, None, None) for index, answer in enumerate(self._answers)]
@@ -75,18 +103,21 @@ class _ChatCall(Call[ChatBody]):
             async for deltas in steps:
                 yield opening + self._events([choice for delta in deltas for choice in self._chunk_choices(delta)])
                 opening = []
-        if self.include_usage:
-            yield [event(self._shape([], self.generation.usage))]
+        if self.stream_options.include_usage:
+            yield [event(self._shape([], self.usage))]
 
     def _chunk_choices(self, delta: Delta) -> list[ChatChunkChoice]:
         """The text, and after it the finish reason in a chunk without text, as OpenAI sends them."""
         answer = self._answers[delta.index]
-        parts = answer.deltas(delta.text, is_last=delta.finish_reason is not None)
+        parts = answer.deltas(delta.text, delta.token_ids, is_last=delta.finish_reason is not None)
         if delta.scored and not parts:
             parts = [answer.nothing]
         choices = [ChatChunkChoice(delta.index, part, None, None) for part in parts]
+        if not choices and delta.token_ids and self.body.return_token_ids:
+            choices = [ChatChunkChoice(delta.index, answer.nothing, None, None)]
         if choices:
             choices[0].logprobs = self.logprobs(delta.scored)
+            choices[0].token_ids = self.token_ids(delta)
         if delta.finish_reason:
             finish_reason = answer.finish_reason(delta.finish_reason)
             choices.append(ChatChunkChoice(delta.index, ChatDelta(), None, finish_reason))
@@ -98,7 +129,18 @@ class _ChatCall(Call[ChatBody]):
     def _shape(
         self, choices: list[ChatChunkChoice], usage: Usage | Unset | None, seed: int | Unset = msgspec.UNSET
     ) -> ChatCompletionChunk:
-        return ChatCompletionChunk(self.id, self.created, self.service.model_name, choices, usage, seed)
+        service, is_first = self.service, seed is not msgspec.UNSET
+        return ChatCompletionChunk(
+            self.id,
+            self.created,
+            service.model_name,
+            choices,
+            service.fingerprint,
+            usage,
+            seed,
+            self.prompt_token_ids(0) if is_first else msgspec.UNSET,
+        )
 
     def logprobs(self, scored: list[Scored]) -> ChatLogprobs | None:
-        return chat_logprobs(self.service.tokenizer, scored) if self.body.logprobs else None
+        name = id_text if self.body.return_tokens_as_token_ids else plain_text
+        return chat_logprobs(self.service.tokenizer, scored, name) if self.body.logprobs else None

@@ -10,14 +10,14 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from shoal.server.logprobs import completion_logprobs
+from shoal.server.logprobs import completion_logprobs, id_text, token_text
 from shoal.server.routes.answer import event
 from shoal.server.routes.call import Call, Unset
 from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
 from shoal.server.text import Delta, Scored
-from shoal.server.wire.requests import CompletionBody, parse_body
+from shoal.server.wire.requests import CompletionBody
 from shoal.server.wire.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 
 
@@ -27,7 +27,7 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=documented(CompletionBody))
     @answered_once(service)
     async def create_completion(request: Request) -> Response:
-        body = parse_body(CompletionBody, await request.body())
+        body = await service.reader.read(request, CompletionBody)
         service.check_model(body.model)
         service.check_choices(body.num_prompts, body.n)
         prompts = await service.prompts.of_completion(body)
@@ -41,28 +41,39 @@ class _CompletionCall(Call[CompletionBody]):
 
     def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> Completion:
         choices = [self._choice(delta, shape) for delta, shape in zip(deltas, logprobs, strict=True)]
-        return self._shape(choices, self.generation.usage, self.seed)
+        for choice in choices:
+            choice.prompt_token_ids = self.prompt_token_ids(choice.index)
+            choice.prompt_logprobs = self.prompt_hole
+        return self._shape(choices, self.usage, self.seed)
 
     def logprobs(self, scored: list[Scored]) -> CompletionLogprobs | None:
-        return completion_logprobs(self.service.tokenizer, scored) if self.body.logprobs is not None else None
+        if self.body.logprobs is None:
+            return None
+        name = id_text if self.body.return_tokens_as_token_ids else token_text
+        return completion_logprobs(self.service.tokenizer, scored, self.body.logprobs, name)
 
     async def chunks(self) -> AsyncGenerator[list[bytes], None]:
         seed: int | Unset = self.seed
+        unnamed = set(range(self.generation.num_choices))  # choices of whose prompt nothing was said
         async with aclosing(self.generation.deltas()) as steps:
             async for deltas in steps:
                 events = []
                 for delta in deltas:
                     choice = self._choice(delta, self.logprobs(delta.scored))
+                    if delta.index in unnamed:
+                        choice.prompt_token_ids = self.prompt_token_ids(delta.index)
+                        unnamed.discard(delta.index)
                     events.append(event(self._shape([choice], self.usage_in_chunks, seed)))
                     seed = msgspec.UNSET  # reported once
                 yield events
-        if self.include_usage:
-            yield [event(self._shape([], self.generation.usage))]
+        if self.stream_options.include_usage:
+            yield [event(self._shape([], self.usage))]
 
     def _choice(self, delta: Delta, logprobs: CompletionLogprobs | None) -> CompletionChoice:
-        return CompletionChoice(delta.index, delta.text, logprobs, delta.finish_reason)
+        return CompletionChoice(delta.index, delta.text, logprobs, delta.finish_reason, self.token_ids(delta))
 
     def _shape(
         self, choices: list[CompletionChoice], usage: Usage | Unset | None, seed: int | Unset = msgspec.UNSET
     ) -> Completion:
-        return Completion(self.id, self.created, self.service.model_name, choices, usage, seed)
+        service = self.service
+        return Completion(self.id, self.created, service.model_name, choices, service.fingerprint, usage, seed)

@@ -15,17 +15,17 @@ from shoal.server.wire.responses import ModelCard, ModelList, ServerInfo
 def models_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    def card() -> ModelCard:
-        return ModelCard(service.model_name, service.started, service.engine.ready.limits.max_model_len)
+    def card(name: str) -> ModelCard:
+        return ModelCard(name, service.started, service.engine.ready.limits.max_model_len)
 
     @router.get("/v1/models")
     async def list_models() -> Response:
-        return whole(ModelList([card()]))
+        return whole(ModelList([card(name) for name in service.model_names]))
 
     @router.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Response:
         service.check_model(name)
-        return whole(card())
+        return whole(card(name if name in service.model_names else service.model_name))
 
     @router.get("/server_info")
     async def get_server_info() -> Response:

@@ -39,18 +39,23 @@ class Entries:
         for name, entries in self._lists[index].items():
             _add_entries(entries, getattr(part, name))
 
-    def encoded(self) -> list[bytearray]:
-        """What fills the holes, in their order."""
-        return [entries for lists in self._lists for entries in lists.values()]
+    def encoded(self, index: int) -> list[bytearray]:
+        """What fills the holes of the shape with this index, in their order."""
+        return list(self._lists[index].values())
 
 
 async def encode_entries(values: Sequence[object]) -> bytearray:
     """The entries of one long list."""
+    return await encode_parts(values[at : at + MAX_VALUES] for at in range(0, len(values), MAX_VALUES))
+
+
+async def encode_parts(parts: Iterable[Sequence[object]]) -> bytearray:
+    """The entries of one list that is made part by part."""
     entries = bytearray()
-    for at in range(0, len(values), MAX_VALUES):
-        if at:
+    for part in parts:
+        if entries:
             await asyncio.sleep(0)
-        _add_entries(entries, values[at : at + MAX_VALUES])
+        _add_entries(entries, part)
     return entries
 
 

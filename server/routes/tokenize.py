@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from shoal.scheduler.errors import InvalidRequestError
+from shoal.server.logprobs import token_text
 from shoal.server.routes.answer import whole
 from shoal.server.routes.pieces import HOLE, encode_entries, filled, in_pieces
 from shoal.server.routes.schema import documented
 from shoal.server.sampling import check_token_ids
 from shoal.server.service import Service
-from shoal.server.wire.requests import DetokenizeBody, TokenizeBody, parse_body
+from shoal.server.wire.requests import DetokenizeBody, TokenizeBody
 from shoal.server.wire.responses import DetokenizeResult, TokenizeResult
 
 
@@ -20,28 +20,23 @@ def tokenize_router(service: Service) -> APIRouter:
 
     @router.post("/tokenize", openapi_extra=documented(TokenizeBody))
     async def tokenize(request: Request) -> Response:
-        body = parse_body(TokenizeBody, await request.body())
+        body = await service.reader.read(request, TokenizeBody)
         service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequestError("give either prompt or messages", param="prompt")
         if body.messages is not None:
-            conversation = service.dialect.conversation(
-                body.messages,
-                tools=body.tools or [],
-                variables=body.chat_template_kwargs,
-                add_generation_prompt=body.add_generation_prompt,
-            )
-            _, tokens = await service.prompts.of_chat(conversation, parses_special=body.parse_special)
+            _, tokens = await service.prompts.of_chat(body.chat, service.dialect.of_chat(body.chat))
         else:
-            (tokens,) = await service.prompts.encode_all(
-                [body.prompt or ""], add_special_tokens=body.add_special_tokens
-            )
+            adds_special = body.add_special_tokens is not False
+            (tokens,) = await service.prompts.encode_all([body.prompt or ""], add_special_tokens=adds_special)
         result = TokenizeResult(len(tokens), service.engine.ready.limits.max_model_len, HOLE)
-        return in_pieces(filled(result, [await encode_entries(tokens)]))
+        entries = [await encode_entries(tokens)]
+        if body.return_token_strs:
+            result.token_strs = HOLE
+            entries.append(await encode_entries([token_text(service.tokenizer, one) for one in tokens]))
+        return in_pieces(filled(result, entries))
 
     @router.post("/detokenize", openapi_extra=documented(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
-        body = parse_body(DetokenizeBody, await request.body())
+        body = await service.reader.read(request, DetokenizeBody)
         service.check_model(body.model)
         check_token_ids("tokens", body.tokens, service.config.vocab_size)
         (text,) = await service.prompts.decode_all([body.tokens], skip_special_tokens=False)

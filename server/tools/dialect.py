@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from msgspec.structs import replace
+
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.server.rendering import Conversation
 from shoal.server.tools.formats import HERMES, TOOL_FORMATS, ToolFormat, find_format
 from shoal.server.tools.grammar import Thought, tools_grammar
 from shoal.server.tools.prompt import calls_as_text, with_tools_prompt
 from shoal.server.tools.reader import THINK, THINK_END, AnswerReader
+from shoal.server.tools.thoughts import ThoughtCounter
 from shoal.server.wire.conversations import Message, Tool, ToolMode
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
@@ -42,6 +45,10 @@ class Reading:
             max_calls=1 if self.body.parallel_tool_calls is False else inf,
         )
 
+    def counter(self) -> ThoughtCounter | None:
+        """What counts the tokens of one answer's thought; None if answers have none."""
+        return ThoughtCounter(self.dialect.tokenizer, is_thinking=self.is_thinking) if self.dialect.thinks else None
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -55,6 +62,7 @@ class Dialect:
         special: the special tokens that calls and thoughts are written with, by their text.
     """
 
+    tokenizer: Tokenizer
     tool_format: ToolFormat
     shows_tools: bool
     shows_calls: bool
@@ -87,6 +95,16 @@ class Dialect:
         if offered and not self.shows_tools:
             told, offered = with_tools_prompt(told, offered, self.tool_format), []
         return Conversation(told, add_generation_prompt, offered or None, dict(variables or {}))
+
+    def of_chat(self, body: ChatBody) -> Conversation:
+        """What the template is given for a chat."""
+        made = self.conversation(
+            body.messages,
+            tools=body.offered_tools,
+            variables=body.template_variables,
+            add_generation_prompt=body.add_generation_prompt,
+        )
+        return replace(made, template=body.chat_template, continues=body.continue_final_message)
 
     def reading(self, body: ChatBody, prompt: str) -> Reading:
         """How the answers to a prompt are read."""
@@ -145,6 +163,7 @@ def find_dialect(tokenizer: Tokenizer, tool_format: str, reasoning_format: str) 
     for text in (*chosen.texts, *((THINK, THINK_END) if thinks else ())):
         special |= tokenizer.special_tokens_in(text)
     return Dialect(
+        tokenizer,
         chosen,
         shows_tools=shows_tools,
         shows_calls=shows_calls,

@@ -1,4 +1,4 @@
-"""The fields by which a request constrains its text: OpenAI's, vLLM's of two ages, and llama.cpp's."""
+"""The fields by which a request constrains its text: of OpenAI, vLLM of two ages, llama.cpp and SGLang."""
 
 from __future__ import annotations
 
@@ -96,6 +96,8 @@ class ConstrainedBody(Body, kw_only=True):
     guided_decoding_backend: str | None = None  # there is one
     grammar: Text | None = None
     json_schema: Schema | None = None
+    regex: Text | None = None
+    ebnf: Text | None = None
 
     def constraint(self) -> Constraint | None:
         """What the request asks for; None if its text may be any.
@@ -119,6 +121,8 @@ class ConstrainedBody(Body, kw_only=True):
             Constraint(guided + "grammar", "grammar", self.guided_grammar),
             Constraint("grammar", "grammar", self.grammar),
             Constraint("json_schema", "json", self.json_schema),
+            Constraint("regex", "regex", self.regex),
+            Constraint("ebnf", "grammar", self.ebnf),
         ]
         asked = [one for one in found if one.value is not None]
         if len(asked) > 1:

@@ -67,20 +67,20 @@ class CalledTool(Body, kw_only=True):
 class Message(Body, kw_only=True):
     """One message of a chat; a content of several text parts is their concatenation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: Annotated[list[CalledTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: CallId | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None  # another name of the same
+    function_call: CalledFunction | None = None  # as it was before there were tools
 
     # accepted and ignored: they stand in answers, and some servers fill them
     refusal: str | None = None
     annotations: Raw = field(default_factory=Raw)
     parsed: Raw = field(default_factory=Raw)  # what OpenAI's client has read of the content
     audio: None = None
-    function_call: None = None
     reasoning_details: Raw = field(default_factory=Raw)
     thinking_blocks: Raw = field(default_factory=Raw)
     provider_specific_fields: Raw = field(default_factory=Raw)
@@ -94,9 +94,11 @@ class Message(Body, kw_only=True):
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it."""
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-        if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        message: dict[str, Any] = {"role": role, "content": self.text}
+        calls = [CalledTool(function=self.function_call)] if self.function_call else self.tool_calls
+        if calls:
+            message["tool_calls"] = [call.for_template() for call in calls]
         told = {"name": self.name, "tool_call_id": self.tool_call_id}
         told["reasoning_content"] = self.reasoning_content or self.reasoning
         return message | {name: value for name, value in told.items() if value}

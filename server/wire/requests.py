@@ -1,28 +1,26 @@
 """Request bodies, as OpenAI's API defines them, with the extensions that vLLM's users know.
 
-What is not listed is refused by name: a misspelt parameter would otherwise be ignored in silence.  Parameters of
-OpenAI's API that cannot change the tokens (`metadata`, `store`, ...) are accepted and ignored; those that would ask
-for what this server does not do are refused unless they ask for nothing.
-
-Reading stops at the first fault, so that a body of a million faults costs no more than one.  Every number has a range
-that the engine's types can hold.
+Parameters that cannot change the tokens (`metadata`, `store`, ...) are accepted and ignored; those that would ask for
+what this server does not do are refused, unless they ask for nothing.  What is not listed is ignored, and named in a
+header: see `parse_body`.  Every number has a range that the engine's types can hold.
 """
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
 from msgspec import Meta, Raw, field
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.server.wire.body import Body
-from shoal.server.wire.constraints import ConstrainedBody
+from shoal.server.wire.body import Body, Refusal
+from shoal.server.wire.constraints import TOOLS, ConstrainedBody, Constraint
 from shoal.server.wire.conversations import (
+    MAX_TOOLS,
     ChosenTools,
+    FunctionDefinition,
     Messages,
+    NamedFunction,
     Tool,
     ToolChoice,
     ToolMode,
@@ -35,8 +33,14 @@ from shoal.server.wire.conversations import (
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 128
+MAX_ALLOWED_TOKENS = 400_000
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 256
+MAX_ID_CHARS = 256
+MAX_TEMPLATE_CHARS = 65_536
+MAX_DOCUMENTS = 128
 MAX_TOKENIZED_CHARS = 2_097_152
 MAX_PRIORITY = 1000
 MAX_SLO_MS = 3_600_000
@@ -44,22 +48,45 @@ MAX_TIMEOUT_SECONDS = 86_400
 MAX_ENTRIES = 1024  # of `logit_bias` and `stop_token_ids`
 MAX_INT = 2**31 - 1  # the engine's integers have 32 bits
 MAX_SEED = 2**64 - 1
-# How often a body may have a byte, its texts included, for it would take long to read: lists of more tokens than any
-# context holds, more lists or more fields than any request has.
-MAX_BYTES = {b",": 400_000, b"[": 50_000, b":": 50_000}
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
+MaxTokens = Annotated[int, Meta(ge=-1, le=MAX_INT)]  # -1 is as many as fit, as llama.cpp has it
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Milliseconds = Annotated[float, Meta(gt=0, le=MAX_SLO_MS)]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+
+
+SAMPLING = "this server does not sample so"
+SEARCH = "this server samples and does not search: ask for n choices"
+REFUSED = {
+    "use_beam_search": Refusal(SEARCH),
+    "length_penalty": Refusal(SEARCH, neutral=1),
+    "early_stopping": Refusal(SEARCH),
+    "typical_p": Refusal(SAMPLING, neutral=1),
+    "top_a": Refusal(SAMPLING),
+    "top_n_sigma": Refusal(SAMPLING, neutral=-1),
+    "tfs_z": Refusal(SAMPLING, neutral=1),
+    "xtc_probability": Refusal(SAMPLING),
+    "dry_multiplier": Refusal(SAMPLING),
+    "mirostat": Refusal(SAMPLING),
+    "dynatemp_range": Refusal(SAMPLING),
+    "thinking_token_budget": Refusal("this server does not cut thoughts"),
+    "repetition_detection": Refusal("this server ends no text for what it repeats: use frequency_penalty or stop"),
+    "lora_path": Refusal("this server has no adapters"),
+    "lora_request": Refusal("this server has no adapters"),
+    "logits_processors": Refusal("this server runs no code of requests"),
+    "logprob_token_ids": Refusal("log-probabilities are those of the chosen and of the most probable tokens"),
+}
 
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # with it every chunk has the usage so far
     include_obfuscation: bool | None = None  # accepted and ignored: no event is padded
 
 
@@ -67,7 +94,7 @@ class SamplingBody(ConstrainedBody):
     """How tokens are chosen, and where a text ends."""
 
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
-    max_tokens: Count | None = None
+    max_tokens: MaxTokens | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     presence_penalty: Penalty = 0.0
@@ -76,7 +103,11 @@ class SamplingBody(ConstrainedBody):
         None
     )
     seed: Annotated[int, Meta(ge=-(2**63))] | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: (
+        Annotated[str, Meta(max_length=MAX_STOP_STRING_CHARS)]
+        | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
+        | None
+    ) = None
 
     # extensions
     top_k: Annotated[int, Meta(ge=-1, le=MAX_INT)] | None = None  # vLLM's users write -1 for all
@@ -85,14 +116,31 @@ class SamplingBody(ConstrainedBody):
     min_tokens: Count = 0
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ENTRIES)] = field(default_factory=list)
     ignore_eos: bool = False
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] = field(default_factory=list)
+
+    # what the text shows
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    aliases: ClassVar[Mapping[str, str]] = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
+    refused: ClassVar[Mapping[str, Refusal]] = REFUSED
 
     def check(self) -> None:
         if self.seed is not None and self.seed > MAX_SEED:
             raise InvalidRequestError(f"seed: expected an integer <= {MAX_SEED}", param="seed")
 
     @property
+    def dead_end(self) -> Constraint:
+        """What a text cannot keep to that comes to a point where no token may follow."""
+        for name in ("allowed_token_ids", "bad_words"):
+            if getattr(self, name):
+                return Constraint(name, "choice", None)
+        return self.constraint() or TOOLS
+
+    @property
     def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [self.stop] if self.stop and isinstance(self.stop, str) else list(self.stop or [])
 
 
 class GenerationBody(SamplingBody):
@@ -114,6 +162,14 @@ class GenerationBody(SamplingBody):
     # prefixes are found in the cache by requests with the same salt only
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
+    # what the server is told of the prompt, and tells of tokens
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_INT)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    prompt_logprobs: NumLogprobs | None = None
+    request_id: Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)] | None = None
+
     # for those who compare: it changes how fast tokens come, and not which
     speculation: Literal["off", "draft", "ngram", "self"] | None = None
 
@@ -127,11 +183,19 @@ class GenerationBody(SamplingBody):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    spaces_between_special_tokens: bool | None = None
+    detokenize: Literal[True] | None = None
+    cache_prompt: bool | None = None
+    keep_alive: Raw = field(default_factory=Raw)
+    prediction: Raw = field(default_factory=Raw)
+    best_of: Literal[1] | None = None
 
     def check(self) -> None:
         super().check()
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options: is only allowed when stream is true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs: a stream has none", param="prompt_logprobs")
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -140,8 +204,8 @@ class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[str | TokenId | list[TokenId]]
     echo: bool = False
     logprobs: NumLogprobs | None = None
-    best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
+    aliases: ClassVar[Mapping[str, str]] = {**SamplingBody.aliases, "max_completion_tokens": "max_tokens"}
 
     @property
     def num_prompts(self) -> int:
@@ -154,20 +218,45 @@ class ChatBody(GenerationBody, kw_only=True):
 
     messages: Messages
     parse_special: bool = False  # as llama.cpp has it: special tokens that messages spell become themselves
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    functions: Annotated[list[FunctionDefinition], Meta(max_length=MAX_TOOLS)] | None = None  # as it was before tools
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
+    chat_template: Annotated[str, Meta(max_length=MAX_TEMPLATE_CHARS)] | None = None
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=MAX_DOCUMENTS)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    include_reasoning: bool = True
+    echo: bool = False
+    verbosity: str | None = None  # accepted and ignored
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: Variables | None = None
     modalities: list[Literal["text"]] | None = None
 
     def check(self) -> None:
         super().check()
+        if self.continue_final_message and (self.add_generation_prompt or self.messages[-1].role != "assistant"):
+            raise InvalidRequestError(
+                "continue_final_message: needs a last message of the assistant, and add_generation_prompt to be false",
+                param="continue_final_message",
+            )
+        if self.functions is not None:
+            self._read_functions(self.functions)
         check_tools(self.tools or [], self.tool_choice)
         check_variables(self.chat_template_kwargs or {})
+
+    def _read_functions(self, functions: list[FunctionDefinition]) -> None:
+        """Take functions for tools."""
+        if self.tools is not None or self.tool_choice is not None:
+            raise InvalidRequestError("functions: contradicts tools, which have taken its place", param="functions")
+        choice = self.function_call
+        self.tools = [Tool(function=function) for function in functions]
+        self.tool_choice = ChosenTools(function=choice) if isinstance(choice, NamedFunction) else choice
+        self.parallel_tool_calls = False
 
     @property
     def offered_tools(self) -> list[Tool]:
@@ -188,9 +277,9 @@ class ChatBody(GenerationBody, kw_only=True):
     @property
     def template_variables(self) -> dict[str, Any]:
         """What the request tells the chat template; templates know one of two names for no reasoning at all."""
-        variables: dict[str, Any] = {}
+        variables: dict[str, Any] = {} if self.documents is None else {"documents": self.documents}
         if self.reasoning_effort is not None:
-            variables = {"reasoning_effort": self.reasoning_effort}
+            variables["reasoning_effort"] = self.reasoning_effort
         if self.reasoning_effort == "none":
             variables["enable_thinking"] = False
         return variables | (self.chat_template_kwargs or {})
@@ -203,14 +292,24 @@ class TokenizeBody(Body):
     prompt: Annotated[str, Meta(max_length=MAX_TOKENIZED_CHARS)] | None = None
     messages: Messages | None = None
     tools: Tools | None = None
+    chat_template: Annotated[str, Meta(max_length=MAX_TEMPLATE_CHARS)] | None = None
     chat_template_kwargs: Variables | None = None
     parse_special: bool = False
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None  # true for prompts
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    return_token_strs: bool = False
 
     def check(self) -> None:
-        check_tools(self.tools or [], None)
-        check_variables(self.chat_template_kwargs or {})
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("give either prompt or messages", param="prompt")
+        if self.messages is not None:
+            self.chat.check()
+
+    @property
+    def chat(self) -> ChatBody:
+        shared = [name for name in self.__struct_fields__ if name in ChatBody.__struct_fields__]
+        return ChatBody(**{name: getattr(self, name) for name in shared})
 
 
 class DetokenizeBody(Body, kw_only=True):
@@ -218,98 +317,3 @@ class DetokenizeBody(Body, kw_only=True):
 
     model: str | None = None
     tokens: list[TokenId]
-
-
-Kind = TypeVar("Kind", bound=Body)
-_WORDS = {
-    "array": "a list",
-    "bool": "true or false",
-    "float": "a number",
-    "int": "an integer",
-    "object": "an object",
-    "str": "text",
-}
-
-
-@cache
-def _decoder(kind: type[Kind]) -> msgspec.json.Decoder[Kind]:
-    return msgspec.json.Decoder(kind)
-
-
-def parse_body(kind: type[Kind], raw: bytes) -> Kind:
-    """Read a request body.
-
-    Raises:
-        InvalidRequestError: it is not JSON, or a field is missing, unknown, of the wrong type or out of range.
-    """
-    for byte, most in MAX_BYTES.items():
-        if raw.count(byte) > most:
-            raise InvalidRequestError(f"the request body has more than {most} times {byte.decode()!r}")
-    try:
-        body = _decode(kind, raw)
-    except msgspec.ValidationError as error:
-        raise _request_error(str(error), kind) from error
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise InvalidRequestError(f"the request body is not valid JSON: {error}") from error
-    body.check()
-    return body
-
-
-def _decode(kind: type[Kind], raw: bytes) -> Kind:
-    """A body in which a field that is null, whatever its type, is as if it was left out, unless it is needed."""
-    decoder: msgspec.json.Decoder[Kind] = _decoder(kind)
-    try:
-        return decoder.decode(raw)
-    except msgspec.ValidationError:
-        if b"null" not in raw:
-            raise
-        fields = msgspec.json.decode(raw, type=dict[str, Raw])
-        needed = {field.name for field in msgspec.structs.fields(kind) if field.required}
-        given = {name: value for name, value in fields.items() if name in needed or bytes(value) != b"null"}
-        return decoder.decode(msgspec.json.encode(given))
-
-
-def read_body(kind: type[Kind], values: dict[str, Any], *, strict: bool = True) -> Kind:
-    """Make a body of Python values, which may be text if not `strict`; raises as `parse_body` does."""
-    try:
-        body: Kind = msgspec.convert(values, kind, strict=strict)
-    except msgspec.ValidationError as error:
-        raise _request_error(str(error), kind) from error
-    body.check()
-    return body
-
-
-def _request_error(fault: str, kind: type[Body]) -> InvalidRequestError:
-    """What msgspec says of a fault, in a sentence that begins with the field."""
-    message, _, place = fault.partition(" - at `$")
-    path = place.rstrip("`").lstrip(".")
-    if named := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", message, re.DOTALL):
-        name = f"{path}.{named[2]}".lstrip(".")
-        what = "unrecognized request argument" if "unknown" in named[1] else "missing required field"
-        return InvalidRequestError(f"{what}: {name}", param=name.partition(".")[0].partition("[")[0])
-    names = [name.partition("[")[0] for name in path.split(".")]
-    if allowed := _allowed(msgspec.inspect.type_info(kind), names) if message.startswith("Invalid enum value") else ():
-        message = f"expected {' or '.join(map(repr, allowed))}"
-    message = re.sub(
-        r"`([\w| ]+)`", lambda words: " or ".join(_WORDS.get(w, w) for w in words[1].split(" | ")), message
-    )
-    return InvalidRequestError(f"{path or 'request body'}: {message[:1].lower()}{message[1:]}", param=names[0] or None)
-
-
-def _allowed(info: Any, path: list[str]) -> tuple[Any, ...]:
-    """The values of the literal type at a path."""
-    match info:
-        case msgspec.inspect.LiteralType() if not path:
-            return tuple(info.values)
-        case msgspec.inspect.UnionType():
-            return tuple(value for each in info.types for value in _allowed(each, path))
-        case msgspec.inspect.ListType():
-            return _allowed(info.item_type, path)
-        case msgspec.inspect.StructType() if path:
-            return tuple(
-                value
-                for field in info.fields
-                if field.encode_name == path[0]
-                for value in _allowed(field.type, path[1:])
-            )
-    return ()

@@ -8,7 +8,7 @@ import msgspec
 
 from shoal.scheduler.config import SchedulerConfig
 
-FinishReasonName = Literal["stop", "length", "tool_calls"]
+FinishReasonName = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -16,10 +16,14 @@ class PromptTokensDetails(msgspec.Struct):
 
 
 class CompletionTokensDetails(msgspec.Struct):
-    """Drafted tokens that were verified; those accepted are among the completion's tokens, or behind its end."""
+    """Tokens of thoughts, and drafted tokens that were verified.
+
+    Those accepted are among the completion's tokens, or behind its end.
+    """
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
 
 
 class Usage(msgspec.Struct):
@@ -42,11 +46,28 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
+class PromptLogprob(msgspec.Struct):
+    """vLLM's: of the token that stands in the prompt, or of one of the most probable in its place."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# For each token of the prompt, by token id; null for the first.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+
+
 class CompletionChoice(msgspec.Struct):
+    """Token ids and the prompt's log-probabilities are left out unless they were asked for."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonName | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct):
@@ -56,6 +77,7 @@ class Completion(msgspec.Struct):
     created: int
     model: str
     choices: list[CompletionChoice]
+    system_fingerprint: str
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
     object: str = "text_completion"
@@ -102,6 +124,7 @@ class ChatMessage(msgspec.Struct):
     role: str = "assistant"
     refusal: None = None
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    function_call: FunctionCall | msgspec.UnsetType = msgspec.UNSET
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -110,6 +133,7 @@ class ChatChoice(msgspec.Struct):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct):
@@ -117,8 +141,11 @@ class ChatCompletion(msgspec.Struct):
     created: int
     model: str
     choices: list[ChatChoice]
+    system_fingerprint: str
     usage: Usage
     seed: int
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     object: str = "chat.completion"
 
 
@@ -141,6 +168,7 @@ class ChatDelta(msgspec.Struct, omit_defaults=True):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionDelta | None = None
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -148,6 +176,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct):
@@ -155,8 +184,10 @@ class ChatCompletionChunk(msgspec.Struct):
     created: int
     model: str
     choices: list[ChatChunkChoice]
+    system_fingerprint: str
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     object: str = "chat.completion.chunk"
 
 
@@ -180,6 +211,7 @@ class TokenizeResult(msgspec.Struct):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class DetokenizeResult(msgspec.Struct):

@@ -34,8 +34,16 @@ def main(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Server]:
-    """Random weights, of which transformers can say what the tokens must be."""
-    server = Server(tmp_path_factory.mktemp("server"), "--model", str(tiny_folder), "--num-blocks", "2048")
+    """Random weights, of which transformers can say what the tokens must be; unknown fields are refused."""
+    server = Server(
+        tmp_path_factory.mktemp("server"),
+        "--model",
+        str(tiny_folder),
+        "--num-blocks",
+        "2048",
+        "--unknown-fields",
+        "refuse",
+    )
     yield server.wait_ready()
     server.close()
 

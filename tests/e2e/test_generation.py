@@ -207,8 +207,10 @@ def test_logprobs_of_a_completion_are_those_of_transformers(tiny: Server, oracle
         row = expected[i - 1]
         assert logprobs["token_logprobs"][i] == pytest.approx(float(row[token_id]), abs=1e-3)
         best = row.topk(4)
-        assert list(logprobs["top_logprobs"][i]) == [names[int(j)] for j in best.indices]
-        assert list(logprobs["top_logprobs"][i].values()) == pytest.approx(best.values.tolist(), abs=1e-3)
+        top = dict(zip([names[int(j)] for j in best.indices], best.values.tolist(), strict=True))
+        top.setdefault(names[token_id], float(row[token_id]))
+        assert list(logprobs["top_logprobs"][i]) == list(top)
+        assert logprobs["top_logprobs"][i] == pytest.approx(top, abs=1e-3)
     for token, (start, end) in zip(logprobs["tokens"], itertools.pairwise(logprobs["text_offset"]), strict=False):
         if not token.startswith("bytes:") and start < end:
             assert choice["text"][start:end].endswith(token)

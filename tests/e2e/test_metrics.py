@@ -58,7 +58,7 @@ def test_counters_add_up_to_what_was_sent(start: StartServer, collector: Collect
     used.append(server.complete([prompt, "Z"], **params, max_tokens=5, n=2)["usage"])
     server.stream("/v1/completions", prompt="Z", **params, max_tokens=30, stop="é")
     server.complete("Z", temperature=0, logit_bias={"1": 100})
-    assert server.post("/v1/completions", prompt="Z", max_tokens=-1).status_code == 400
+    assert server.post("/v1/completions", prompt="Z", max_tokens=-2).status_code == 400
     server.wait_idle()
 
     families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics").text)}
@@ -117,5 +117,7 @@ def test_preemptions_are_counted_and_invisible(start: StartServer) -> None:
     assert len({choice["text"] for choice in answer["choices"]}) == 1
     assert answer["choices"][0]["text"] == server.text("Z", temperature=0, ignore_eos=True, max_tokens=200)
     assert server.metric("num_preemptions_total") > 0
-    error = server.post("/v1/completions", prompt="Z", max_tokens=385).json()["error"]
+    cut = server.complete([5, 6], temperature=0, ignore_eos=True, max_tokens=385)
+    assert cut["usage"]["total_tokens"] == 24 * 16 + 1 and cut["choices"][0]["finish_reason"] == "length"
+    error = server.post("/v1/completions", prompt=[5] * 385, max_tokens=1).json()["error"]
     assert error["code"] == "context_length_exceeded" and "24 blocks of 16" in error["message"]

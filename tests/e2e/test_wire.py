@@ -19,7 +19,7 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "the cat"}], **
 def test_a_completion(tiny: Server) -> None:
     response = tiny.post("/v1/completions", prompt="the cat", seed=-1, **PARAMS)
     answer = response.json()
-    assert answer.keys() == {"id", "object", "created", "model", "choices", "usage", "seed"}
+    assert answer.keys() == {"id", "object", "created", "model", "choices", "system_fingerprint", "usage", "seed"}
     assert (answer["object"], answer["model"], answer["seed"]) == ("text_completion", "tiny", 2**64 - 1)
     assert re.fullmatch("cmpl-[0-9a-f]{24}", answer["id"])
     assert response.headers["content-type"] == "application/json"
@@ -34,7 +34,7 @@ def test_a_completion(tiny: Server) -> None:
 
 def test_a_chat(tiny: Server) -> None:
     answer = tiny.post("/v1/chat/completions", **CHAT).json()
-    assert answer.keys() == {"id", "object", "created", "model", "choices", "usage", "seed"}
+    assert answer.keys() == {"id", "object", "created", "model", "choices", "system_fingerprint", "usage", "seed"}
     assert answer["object"] == "chat.completion"
     assert re.fullmatch("chatcmpl-[0-9a-f]{24}", answer["id"])
     (choice,) = answer["choices"]
@@ -52,7 +52,9 @@ def test_a_chat(tiny: Server) -> None:
 def test_the_events_of_a_completion(tiny: Server, include_usage: bool) -> None:
     options = {"stream_options": {"include_usage": True}} if include_usage else {}
     chunks = tiny.stream("/v1/completions", prompt="the cat", n=2, **PARAMS, **options)
-    always = {"id", "object", "created", "model", "choices"} | ({"usage"} if include_usage else set())
+    always = {"id", "object", "created", "model", "choices", "system_fingerprint"} | (
+        {"usage"} if include_usage else set()
+    )
     assert chunks[0].keys() == always | {"seed"}
     assert all(chunk.keys() == always for chunk in chunks[1:])
     assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in chunks}) == 1

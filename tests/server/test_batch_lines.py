@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from shoal.server.batches.lines import Line, read_lines
 from shoal.server.wire.batches import MAX_LINES, BatchError
-from shoal.server.wire.requests import ChatBody, parse_body
+from shoal.server.wire.parsing import parse_body
+from shoal.server.wire.requests import ChatBody
 
 URL = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "Zählt\u2028das?"}], "temperature": 0.5}

@@ -19,7 +19,8 @@ from shoal.server.constraints import make_grammar
 from shoal.server.engine.build import build_engine
 from shoal.server.llm import LLM, Output, SamplingParams
 from shoal.server.settings import resolve
-from shoal.server.wire.requests import CompletionBody, read_body
+from shoal.server.wire.parsing import read_body
+from shoal.server.wire.requests import CompletionBody
 from tests.e2e.checkpoints import cycle_checkpoint
 from tests.schemas import random_schema
 

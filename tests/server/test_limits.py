@@ -15,7 +15,8 @@ from shoal.scheduler.errors import InvalidRequestError, QueueFullError
 from shoal.scheduler.output import SamplingParams
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.errors import RateLimitError, http_error
-from shoal.server.limits import Allowance, Bucket, RateLimitHeaders
+from shoal.server.headers import AnswerHeaders
+from shoal.server.limits import Allowance, Bucket
 from shoal.server.settings import ServerConfig
 
 
@@ -129,7 +130,7 @@ def test_headers_are_added_to_every_answer_of_what_is_limited() -> None:
             key._take(1, 1)
         await Response("", 418)(scope, receive, send)
 
-    client = TestClient(RateLimitHeaders(app))
+    client = TestClient(AnswerHeaders(app))
     limited = client.get("/limited")
     assert limited.status_code == 418
     assert limited.headers["x-ratelimit-remaining-requests"] == "59"

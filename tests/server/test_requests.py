@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.server.wire.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
+from shoal.server.wire.parsing import parse_body
+from shoal.server.wire.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 USER = [{"role": "user", "content": "hi"}]
 

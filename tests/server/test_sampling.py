@@ -9,7 +9,8 @@ from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import SamplingParams
 from shoal.server.sampling import check_token_ids, resolve_sampling, resolve_seed
-from shoal.server.wire.requests import ChatBody, CompletionBody, read_body
+from shoal.server.wire.parsing import read_body
+from shoal.server.wire.requests import ChatBody, CompletionBody
 
 LIMITS = SchedulerConfig(num_blocks=8, block_size=16, max_model_len=100)
 DEFAULTS = GenerationDefaults(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1)

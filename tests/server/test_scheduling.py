@@ -12,7 +12,8 @@ from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import SchedulingParams
 from shoal.server.keys import known_key
 from shoal.server.scheduling import resolve_scheduling
-from shoal.server.wire.requests import ChatBody, CompletionBody, parse_body
+from shoal.server.wire.parsing import parse_body
+from shoal.server.wire.requests import ChatBody, CompletionBody
 
 BODIES: list[tuple[Any, dict[str, Any]]] = [
     (CompletionBody, {"prompt": "a"}),

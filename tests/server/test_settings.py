@@ -67,7 +67,7 @@ def test_the_command_line() -> None:
     settings = load_settings([*args, "--served-model-name", "fish", "--drain-seconds", "0.5"])
     assert (settings.server.port, settings.server.api_keys, settings.server.access_log) == (0, ("a", "b"), False)
     assert (settings.cache.enable_prefix_caching, settings.cache.memory_mib) == (False, 64)
-    assert (settings.server.served_model_name, settings.server.drain_seconds) == ("fish", 0.5)
+    assert (settings.server.served_model_name, settings.server.drain_seconds) == (("fish",), 0.5)
     assert load_settings(["--api-keys", "a", "--api-keys", "b"]).server.api_keys == ("a", "b")
 
 

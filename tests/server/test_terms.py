@@ -22,7 +22,8 @@ from shoal.server.service import Service
 from shoal.server.settings import resolve
 from shoal.server.setup import build_service
 from shoal.server.terms import Terms, resolve_terms
-from shoal.server.wire.requests import CompletionBody, parse_body
+from shoal.server.wire.parsing import parse_body
+from shoal.server.wire.requests import CompletionBody
 from tests.e2e.checkpoints import cycle_checkpoint
 
 SERVICE = cast(Service, SimpleNamespace(api_keys=(), allowances={}, settings=resolve({}), tracer=None))

@@ -15,7 +15,8 @@ from shoal.server.settings import declared
 from shoal.server.tools.dialect import Dialect, find_dialect
 from shoal.server.tools.formats import TOOL_FORMATS
 from shoal.server.wire.conversations import MAX_DEPTH
-from shoal.server.wire.requests import ChatBody, read_body
+from shoal.server.wire.parsing import read_body
+from shoal.server.wire.requests import ChatBody
 
 # What tells them apart in the templates of these models.
 TEMPLATES = {

@@ -21,7 +21,8 @@ from shoal.server.settings import ServerConfig, resolve
 from shoal.server.setup import build_service
 from shoal.server.terms import Terms
 from shoal.server.tracing import Tracer, make_tracer
-from shoal.server.wire.requests import ChatBody, CompletionBody, read_body
+from shoal.server.wire.parsing import read_body
+from shoal.server.wire.requests import ChatBody, CompletionBody
 from tests.e2e.checkpoints import cycle_checkpoint
 from tests.server.collector import Collector, attributes
 from tests.server.test_metrics import READY

@@ -1,0 +1,42 @@
+"""What a server computes with, in a few letters: the same ones mean the same tokens for the same request."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+from shoal.server.settings import Settings
+
+WHOLE_BYTES = 8 * 2**20  # of a file up to which all of it counts
+NUM_SAMPLES, SAMPLE_BYTES = 128, 64 * 2**10  # of a larger one
+NUM_DIGITS = 16
+# Settings by which other numbers are computed.
+_NUMERIC = {"engine": ("backend", "device", "dtype", "quantization"), "cache": ("kv_cache_dtype",)}
+
+
+def fingerprint(checkpoint: Path, settings: Settings) -> str:
+    """The fingerprint of a checkpoint, a folder or a file, under these settings.
+
+    Of a large file its length counts, and samples from its beginning to its end: it is read in milliseconds.
+    """
+    digest = sha256()
+    files = sorted(one for one in checkpoint.iterdir() if one.is_file()) if checkpoint.is_dir() else [checkpoint]
+    for file in files:
+        digest.update(f"{file.name if checkpoint.is_dir() else ''} {file.stat().st_size}\n".encode())
+        for sample in _samples(file):
+            digest.update(sample)
+    sections = settings.sections()
+    digest.update(repr([sections[section][name] for section, names in _NUMERIC.items() for name in names]).encode())
+    return f"fp_{digest.hexdigest()[:NUM_DIGITS]}"
+
+
+def _samples(file: Path) -> list[bytes]:
+    size = file.stat().st_size
+    if size <= WHOLE_BYTES:
+        return [file.read_bytes()]
+    with file.open("rb") as opened:
+        samples = []
+        for index in range(NUM_SAMPLES):
+            opened.seek((size - SAMPLE_BYTES) * index // (NUM_SAMPLES - 1))
+            samples.append(opened.read(SAMPLE_BYTES))
+        return samples
