@@ -119,6 +119,7 @@ class Generation:
                     else:
                         take_scored(delta.index, delta.scored)
                     whole[delta.index].finish_reason = delta.finish_reason
+                    whole[delta.index].stop_string = delta.stop_string
         return whole
 
     def _feed(self, output: RequestOutput) -> Iterator[Delta]:

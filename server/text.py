@@ -20,9 +20,13 @@ class StopStrings:
 
     A stop string may lie across any number of pieces.  The one that is complete first counts; of those that one piece
     completes, the one that begins first.
+
+    Attributes:
+        found: the one that ended the text.
     """
 
     def __init__(self, stop_strings: Sequence[str], *, are_shown: bool = False) -> None:
+        self.found: str | None = None
         self._stop_strings = stop_strings
         self._are_shown = are_shown
         self._held = ""
@@ -32,10 +36,10 @@ class StopStrings:
         if not self._stop_strings:
             return text, False
         text = self._held + text
-        found = [(at, at + len(stop)) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        found = [(at, at + len(stop), stop) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            begin, end = min(found)
+            begin, end, self.found = min(found)
             return text[: end if self._are_shown else begin], True
         split = len(text) - self._num_held(text)
         self._held = text[split:]
@@ -72,6 +76,7 @@ class Delta:
     Attributes:
         token_ids: the new output tokens; what a stop string cut off is among them.
         scored: the new tokens, prompt tokens before the others; filled if log-probabilities were asked for.
+        stop_string: the one that ended the text.
     """
 
     index: int
@@ -79,6 +84,7 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    stop_string: str | None = None
 
 
 class Choice:
@@ -173,6 +179,7 @@ class Choice:
     def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> Delta:
         self.is_finished = True
         delta.finish_reason = reason
+        delta.stop_string = self._stop_strings.found
         return delta
 
     def _echoed(self, prompt: str) -> Iterator[Delta]:

@@ -103,11 +103,17 @@ class ChatAnswer:
         self._has_content = self._has_content or bool(said.content)
         is_thought = said.reasoning and self._shows_reasoning
         deltas = [ChatDelta(reasoning_content=said.reasoning)] if is_thought else []
-        deltas += [ChatDelta(content=said.content)] if said.content else []
-        calls = [_call_delta(piece) for piece in said.calls]
-        if self._calls_functions:
-            return deltas + [ChatDelta(function_call=call.function) for call in calls]
-        return deltas + [ChatDelta(tool_calls=[call]) for call in calls]
+        at = 0
+        for piece in said.calls:
+            if piece.after > at:
+                deltas.append(ChatDelta(content=said.content[at : piece.after]))
+                at = piece.after
+            call = _call_delta(piece)
+            as_function = self._calls_functions
+            deltas.append(ChatDelta(function_call=call.function) if as_function else ChatDelta(tool_calls=[call]))
+        if at < len(said.content):
+            deltas.append(ChatDelta(content=said.content[at:]))
+        return deltas
 
 
 def _call_delta(piece: CallPiece) -> ToolCallDelta:

@@ -33,12 +33,17 @@ _ID_LETTERS = string.ascii_letters + string.digits
 
 @dataclass(slots=True)
 class CallPiece:
-    """What is new of a call; the first piece has its id and name, and no arguments."""
+    """What is new of a call; the first piece has its id and name, and no arguments.
+
+    Attributes:
+        after: characters of the content that is new with it, and stands before it.
+    """
 
     index: int
     arguments: str = ""
     id: str | None = None
     name: str | None = None
+    after: int = 0
 
 
 @dataclass(slots=True)
@@ -180,13 +185,14 @@ class AnswerReader:
 
     def _begin_call(self, name: str) -> None:
         assert self._format is not None
-        self._said.calls.append(CallPiece(self.num_calls, id=new_call_id(self._format.id_chars), name=name))
+        call_id, after = new_call_id(self._format.id_chars), len(self._said.content)
+        self._said.calls.append(CallPiece(self.num_calls, id=call_id, name=name, after=after))
         self.num_calls += 1
         self._schema = self._schemas[name]
 
     def _say_arguments(self, arguments: str) -> None:
         if arguments:
-            self._said.calls.append(CallPiece(self.num_calls - 1, arguments))
+            self._said.calls.append(CallPiece(self.num_calls - 1, arguments, after=len(self._said.content)))
 
     def _read_list(self) -> bool:
         """What may stand before an object: white space, and the bracket of a list."""

@@ -28,6 +28,7 @@ def test_pieces_cut_anywhere_are_the_whole_text_up_to_the_first_stop_string(
         assert is_stopped == bool(complete)
         if is_stopped:
             assert shown == seen[: min(complete)]
+            assert search.found in stop_strings and seen.startswith(search.found, len(shown))
             break
         assert seen.startswith(shown)
         # No more is held back than a stop string could still need.
