@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shoal.server.errors import ForbiddenError
 from shoal.server.routes.answer import error_response
 from shoal.server.settings import ServerConfig
+from shoal.server.shapes import shape_of
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -30,7 +31,7 @@ class BrowserGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self._refusal(Headers(scope=scope), scope["method"])):
-            await error_response(error)(scope, receive, send)
+            await error_response(error, shape_of(scope))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

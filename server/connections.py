@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from shoal.scheduler.errors import ShoalError
 from shoal.server.errors import EngineUnavailableError, HeadTooLargeError, MalformedRequestError, UrlTooLongError
 from shoal.server.routes.answer import error_response
+from shoal.server.shapes import shape_of
 
 MAX_LINE_BYTES, MAX_HEAD_BYTES, MAX_HEADERS = 8 * 1024, 32 * 1024, 100
 MAX_PIPELINED = 16  # requests of one connection behind the one that is answered
@@ -209,6 +210,6 @@ def _head_too_large() -> HeadTooLargeError:
 
 async def _answer_full(scope: Scope, receive: Receive, send: Send) -> None:
     error = EngineUnavailableError("the server has as many connections as it may; try again later")
-    answer: Any = error_response(error)
+    answer: Any = error_response(error, shape_of(scope))
     answer.headers["connection"] = "close"
     await answer(scope, receive, send)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 from msgspec.structs import replace
@@ -152,11 +152,16 @@ class ErrorShape:
         body: the object of an error.
         event: name of the event that tells of one in a stream; streams of OpenAI's first API have no names.
         done: what stands at the end of each stream.
+        keep_alive: what a stream has while nothing comes.  A comment has no empty line behind it: OpenAI's client takes
+            such a line for the end of an event without data.
+        headers: of every answer to the request.
     """
 
     body: Callable[[ShoalError], object] = error_body
     event: str = ""
     done: bytes = b"data: [DONE]\n\n"
+    keep_alive: bytes = b": the stream goes on\n"
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 OPENAI = ErrorShape()

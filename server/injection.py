@@ -17,10 +17,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.scheduler.errors import EngineError, InvalidRequestError, QueueFullError, ShoalError
-from shoal.server.errors import OPENAI, EngineUnavailableError, error_body
+from shoal.server.errors import EngineUnavailableError
 from shoal.server.faults import Fault, FaultsConfig, Numbers, Script
 from shoal.server.keys import known_key
 from shoal.server.routes.answer import error_response, event
+from shoal.server.shapes import shape_of
 
 logger = logging.getLogger("shoal.faults")
 
@@ -55,7 +56,8 @@ class FaultInjector:
         try:
             fault = self._fault(request)
         except ValueError as error:
-            refused = error_response(InvalidRequestError(f"{HEADER}: {error}", param=HEADER))
+            fault_of_header = InvalidRequestError(f"{HEADER}: {error}", param=HEADER)
+            refused = error_response(fault_of_header, shape_of(scope))
             await refused(scope, receive, send)
             return
         if fault is None:
@@ -63,7 +65,7 @@ class FaultInjector:
             return
         logger.info("%s meets %s", scope["path"], fault)
         if fault.name in REFUSALS:
-            await _error_answer(REFUSALS[fault.name], fault)(scope, receive, send)
+            await _error_answer(REFUSALS[fault.name], fault, scope)(scope, receive, send)
         elif fault.after is None:
             request.state.cut()
         else:
@@ -84,7 +86,8 @@ class FaultInjector:
             return None
         script = Script(text)
         # A hash is small, whatever the client sends.
-        series = hash((text, request.headers.get("authorization"), request.headers.get(SCOPE_HEADER)))
+        told = (request.headers.get(name) for name in ("authorization", "x-api-key", SCOPE_HEADER))
+        series = hash((text, *told))
         return script.fault(self._numbers.next(series), self._config.fault_seed)
 
 
@@ -123,7 +126,7 @@ class _Answer:
             headers[HEADER] = self._fault.name
             self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
             if self._fault.name in ERRORS and not self._is_stream:
-                answer = _error_answer(ERRORS[self._fault.name], self._fault)
+                answer = _error_answer(ERRORS[self._fault.name], self._fault, self._request.scope)
                 await answer(self._request.scope, self._request.receive, self._send)
                 raise _EndedEarlyError
             after = self._fault.after or 0
@@ -147,13 +150,15 @@ class _Answer:
                 self._request.state.cut()
                 raise _EndedEarlyError
             case "error" | "engine_error" as name:
-                await self._send({"type": "http.response.body", "body": event(error_body(ERRORS[name])) + OPENAI.done})
+                shape = shape_of(self._request.scope)
+                told = event(shape.body(ERRORS[name]), shape.event) + shape.done
+                await self._send({"type": "http.response.body", "body": told})
                 raise _EndedEarlyError
         return piece
 
 
-def _error_answer(error: ShoalError, fault: Fault) -> Response:
-    answer = error_response(error)
+def _error_answer(error: ShoalError, fault: Fault, scope: Scope) -> Response:
+    answer = error_response(error, shape_of(scope))
     answer.headers[HEADER] = fault.name
     if fault.retry_after is not None:
         answer.headers["retry-after"] = str(fault.retry_after)

@@ -10,14 +10,16 @@ from fastapi import Request
 
 
 def known_key(request: Request, api_keys: Collection[str]) -> str | None:
-    """Which of these keys the request carries as a bearer token, if it carries one."""
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        return None
+    """Which of these keys the request carries as a bearer token or as `x-api-key`, if it carries one."""
+    given = [request.headers.get("x-api-key", "")]
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        given.append(token)
     known = None
     for key in api_keys:  # all of them, so that the time says nothing
-        if compare_digest(given.encode("latin-1"), key.encode()):
-            known = key
+        for one in given:
+            if compare_digest(one.encode("latin-1"), key.encode()):
+                known = key
     return known
 
 

@@ -99,7 +99,8 @@ class Service:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
+    """A new id; of OpenAI's oldest APIs a hyphen follows the prefix, of others it has its own sign at its end."""
+    return f"{prefix}{'' if prefix.endswith('_') else '-'}{secrets.token_hex(12)}"
 
 
 def unix_time() -> int:

@@ -39,7 +39,9 @@ def whole(body: object, headers: dict[str, str] | None = None) -> Response:
 def error_response(error: ShoalError, shape: ErrorShape = OPENAI) -> Response:
     """The answer to a request that failed before its first byte."""
     http = http_error(error)
-    headers = {"retry-after": str(http.retry_after)} if http.retry_after is not None else {}
+    headers = dict(shape.headers)
+    if http.retry_after is not None:
+        headers["retry-after"] = str(http.retry_after)
     if http.status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(encode(shape.body(error)), http.status, headers, "application/json")
@@ -69,10 +71,11 @@ class EventStream(StreamingResponse):
         shape: ErrorShape = OPENAI,
     ) -> None:
         self.events = _until_done(events, stream_id, after, shape)
+        self._keep_alive = shape.keep_alive
         super().__init__(self.events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = _KeepAlive(send)
+        sender = _KeepAlive(send, self._keep_alive)
         keeping = asyncio.create_task(sender.run())
         try:
             async with aclosing(self.events):
@@ -82,13 +85,11 @@ class EventStream(StreamingResponse):
 
 
 class _KeepAlive:
-    """Sends messages, and comments while there are none: proxies end connections on which nothing comes.
+    """Sends messages, and something else while there are none: proxies end connections on which nothing comes."""
 
-    No empty line follows a comment: OpenAI's client for Python would take it for the end of an event.
-    """
-
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, something: bytes) -> None:
         self._send = send
+        self._something = something
         self._clock = asyncio.get_running_loop().time
         self._sent_at = self._clock()
 
@@ -100,7 +101,7 @@ class _KeepAlive:
         while True:
             await asyncio.sleep(self._sent_at + KEEP_ALIVE_SECONDS - self._clock())
             if self._clock() >= self._sent_at + KEEP_ALIVE_SECONDS:
-                await self({"type": "http.response.body", "body": b": the stream goes on\n", "more_body": True})
+                await self({"type": "http.response.body", "body": self._something, "more_body": True})
 
 
 async def _until_done(

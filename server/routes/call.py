@@ -39,7 +39,7 @@ class Call(ABC, Generic[Body]):
     """
 
     id_prefix: ClassVar[str]
-    shape: ClassVar[ErrorShape] = OPENAI
+    shape: ErrorShape = OPENAI
     scores_prompt_in_choices: ClassVar[bool] = True
 
     def __init__(
@@ -59,7 +59,7 @@ class Call(ABC, Generic[Body]):
 
     async def answer(self) -> Response:
         """Answer as the body asks."""
-        headers = {"x-request-id": self.id, "x-seed": str(self.seed)}
+        headers = {"x-request-id": self.id, "x-seed": str(self.seed), **self.shape.headers}
         if is_held(self.service, self.request, is_stream=self.body.stream):
             events = self.chunks() if self.body.stream else only_event(self.complete())
             is_stream, shape = self.body.stream, self.shape

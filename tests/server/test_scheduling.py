@@ -101,6 +101,22 @@ def test_the_key_that_a_request_carries(header: str, expected: str | None) -> No
     assert known_key(request, ()) is None
 
 
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"x-api-key": "first"}, "first"),
+        ({"x-api-key": "dritter-Schlüssel"}, "dritter-Schlüssel"),
+        ({"x-api-key": "first", "authorization": "Bearer none"}, "first"),
+        ({"x-api-key": "none", "authorization": "Bearer first"}, "first"),
+        ({"x-api-key": "Bearer first"}, None),
+        ({"x-api-key": ""}, None),
+    ],
+)
+def test_a_key_may_come_as_anthropics_clients_send_it(headers: dict[str, str], expected: str | None) -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    assert known_key(Request({"type": "http", "headers": raw}), ("first", "dritter-Schlüssel")) == expected
+
+
 def test_prefixes_are_shared_within_a_key_and_a_salt(parse: Any) -> None:
     def salt(key: str | None, salt: str | None = None, *, shares: bool = False) -> str:
         return resolve_scheduling(parse(cache_salt=salt), key, shares_prefixes=shares).cache_salt
