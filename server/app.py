@@ -31,11 +31,13 @@ from shoal.server.routes.answer import error_response
 from shoal.server.routes.batches import batches_router
 from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
+from shoal.server.routes.messages import messages_router
 from shoal.server.routes.models import models_router
 from shoal.server.routes.operations import operations_router
 from shoal.server.routes.streams import streams_router
 from shoal.server.routes.tokenize import tokenize_router
 from shoal.server.service import Service
+from shoal.server.shapes import shape_of
 from shoal.server.traffic import PROBES, Traffic
 from shoal.server.wire.batches import MAX_FILE_BYTES
 
@@ -55,7 +57,7 @@ def create_app(service: Service) -> FastAPI:
                 for method in route.methods or ():
                     service.metrics.serves(method, route.path)
 
-    for router in (completions_router, chat_router):
+    for router in (completions_router, chat_router, messages_router):
         include(router(service), limited)
     for router in (streams_router, models_router, tokenize_router, batches_router):
         include(router(service), guarded)
@@ -116,7 +118,9 @@ class BodyLimit:
 def _key_check(api_keys: tuple[str, ...]):  # type: ignore[no-untyped-def]  # FastAPI reads the inner signature
     async def check(request: Request) -> None:
         if api_keys and known_key(request, api_keys) is None:
-            raise AuthenticationError("missing or unknown API key: send it as 'Authorization: Bearer KEY'")
+            raise AuthenticationError(
+                "missing or unknown API key: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'"
+            )
 
     return check
 
@@ -133,7 +137,7 @@ def _error_answers(service: Service) -> Callable[[Request, Exception], Awaitable
         assert isinstance(error, ShoalError)
         if request.method == "POST":
             service.metrics.refused(error)
-        return error_response(error)
+        return error_response(error, shape_of(request.scope))
 
     return answer
 
@@ -142,13 +146,15 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     """What the framework itself refuses."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.scope['path']}"  # request.url takes the header host for valid
+    told: ShoalError = ShoalError(str(error.detail))
     if error.status_code == 404:
-        return error_response(NotFoundError(f"unknown path: {where}"))
+        told = NotFoundError(f"unknown path: {where}")
     if error.status_code == 405:
-        answer = error_response(MethodNotAllowedError(f"method not allowed: {where}"))
+        told = MethodNotAllowedError(f"method not allowed: {where}")
+    answer = error_response(told, shape_of(request.scope))
+    if error.status_code == 405:
         answer.headers["allow"] = ", ".join(allowed_methods(request.scope))
-        return answer
-    return error_response(ShoalError(str(error.detail)))
+    return answer
 
 
 async def _answer_vanished_client(_: Request, __: Exception) -> Response:
@@ -158,4 +164,4 @@ async def _answer_vanished_client(_: Request, __: Exception) -> Response:
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:
     logger.error("%s %r failed", request.method, request.scope["path"], exc_info=error)
-    return error_response(ShoalError("internal error"))
+    return error_response(ShoalError("internal error"), shape_of(request.scope))

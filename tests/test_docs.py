@@ -30,7 +30,7 @@ from shoal.server.sources import load_settings
 from shoal.server.tools.formats import TOOL_FORMATS
 from shoal.server.tools.grammar import MAX_CALLS
 from shoal.server.tools.prompt import with_tools_prompt
-from shoal.server.wire import conversations, requests
+from shoal.server.wire import conversations, messages, requests
 from shoal.server.wire.batches import MAX_FILE_BYTES, MAX_LINES, BatchBody
 from tests.fakes import Harness
 
@@ -147,6 +147,8 @@ def test_every_endpoint_is_described() -> None:
         conversations.Message,
         conversations.Tool,
         conversations.FunctionDefinition,
+        messages.MessagesBody,
+        messages.CustomTool,
         requests.TokenizeBody,
         requests.DetokenizeBody,
         BatchBody,

@@ -1,0 +1,137 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, over chats."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from shoal.server.routes.answer import event, whole
+from shoal.server.routes.call import Call
+from shoal.server.routes.schema import documented
+from shoal.server.routes.streams import answered_once
+from shoal.server.service import Service
+from shoal.server.shapes import anthropic, shape_of
+from shoal.server.text import Delta, Scored
+from shoal.server.tools.answer import ChatAnswer
+from shoal.server.tools.blocks import AnswerBlocks, content
+from shoal.server.wire.message_answers import (
+    ContentBlock,
+    MessageAnswer,
+    MessageDelta,
+    MessageStart,
+    MessageStop,
+    Ping,
+    Stop,
+    Tagged,
+    TokenCount,
+    Usage,
+)
+from shoal.server.wire.messages import CountBody, MessagesBody
+from shoal.server.wire.requests import ChatBody, parse_body
+
+
+def messages_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    async def prompt_of(chat: ChatBody) -> tuple[str, list[int]]:
+        conversation = service.dialect.conversation(
+            chat.messages, tools=chat.offered_tools, variables=chat.template_variables
+        )
+        return await service.prompts.of_chat(conversation)
+
+    @router.post("/v1/messages", openapi_extra=documented(MessagesBody))
+    @answered_once(service)
+    async def create_message(request: Request) -> Response:
+        body = parse_body(MessagesBody, await request.body())
+        service.check_model(body.model)
+        service.check_choices(1, 1)
+        chat = body.chat()
+        prompt = await prompt_of(chat)
+        if len(prompt[1]) + body.max_tokens > service.engine.ready.limits.max_model_len:
+            chat.max_tokens = None  # as many as fit, for clients send what the models of Anthropic hold
+        grammar = await service.constraints.resolve(chat, partial(service.dialect.grammar, chat, prompt[0]))
+        return await _MessageCall(service, request, chat, prompt, grammar, max_tokens=body.max_tokens).answer()
+
+    @router.post("/v1/messages/count_tokens", openapi_extra=documented(CountBody))
+    async def count_tokens(request: Request) -> Response:
+        body = parse_body(CountBody, await request.body())
+        service.check_model(body.model)
+        _, token_ids = await prompt_of(body.chat())
+        return whole(TokenCount(len(token_ids)), dict(shape_of(request.scope).headers))
+
+    return router
+
+
+class _MessageCall(Call[ChatBody]):
+    """A chat whose answer is a message.
+
+    Args:
+        max_tokens: that the request asks for, which may be more than the context holds.
+    """
+
+    id_prefix = "msg_"
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        chat: ChatBody,
+        prompt: tuple[str, list[int]],
+        grammar: str,
+        *,
+        max_tokens: int,
+    ) -> None:
+        super().__init__(service, request, chat, [prompt], grammar)
+        self.shape = anthropic(self.id)
+        self._max_tokens = max_tokens
+        self._answer = ChatAnswer(service.dialect.reading(chat, prompt[0]).reader())
+        self._blocks = AnswerBlocks(self._answer)
+
+    def logprobs(self, scored: list[Scored]) -> None:
+        return None
+
+    def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> MessageAnswer:
+        (delta,) = deltas
+        answer = self._message(content(self._blocks.events(delta.text, is_last=True)))
+        stop = self._stop(delta)
+        answer.stop_reason, answer.stop_sequence = stop.stop_reason, stop.stop_sequence
+        return answer
+
+    async def chunks(self) -> AsyncGenerator[list[bytes], None]:
+        is_begun = False
+        async with aclosing(self.generation.deltas()) as steps:
+            async for deltas in steps:
+                events: list[Tagged] = [] if is_begun else [MessageStart(self._message([])), Ping()]
+                is_begun = True
+                for delta in deltas:
+                    events += self._blocks.events(delta.text, is_last=delta.finish_reason is not None)
+                    if delta.finish_reason is not None:
+                        events += [MessageDelta(self._stop(delta), self._usage), MessageStop()]
+                yield [event(one, one.type) for one in events]
+
+    def _message(self, blocks: list[ContentBlock]) -> MessageAnswer:
+        return MessageAnswer(self.id, self.service.model_name, blocks, self._usage)
+
+    def _stop(self, delta: Delta) -> Stop:
+        """Why the answer has ended, once all of it was read."""
+        if delta.stop_string is not None:
+            return Stop("stop_sequence", delta.stop_string)
+        match self._answer.finish_reason(delta.finish_reason):
+            case "tool_calls":
+                return Stop("tool_use", None)
+            case "length" if self._usage.output_tokens < self._max_tokens:
+                return Stop("model_context_window_exceeded", None)
+            case "length":
+                return Stop("max_tokens", None)
+        return Stop("end_turn", None)
+
+    @property
+    def _usage(self) -> Usage:
+        used = self.generation.usage
+        num_cached = used.prompt_tokens_details.cached_tokens
+        return Usage(used.prompt_tokens - num_cached, used.completion_tokens, num_cached)
