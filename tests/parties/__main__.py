@@ -94,13 +94,15 @@ def try_out(party: Party, started: ServerProcess, home: Path) -> Ended:
 
 
 def environment(started: ServerProcess, home: Path) -> dict[str, str]:
-    """The variables of a script's process: the server is where OpenAI's clients look, and all else is nowhere."""
+    """The variables of a script's process: the server is where clients look, and all else is nowhere."""
     return QUIET | {
         "PATH": os.environ["PATH"],
         "HOME": str(home),
         "PYTHONPATH": str(FOLDER / "given"),
         "OPENAI_BASE_URL": started.base_url,
         "OPENAI_API_KEY": "unused",
+        "ANTHROPIC_BASE_URL": started.url,
+        "ANTHROPIC_API_KEY": "unused",
         "SHOAL_MODEL": MODEL,
         "HTTP_PROXY": OUTSIDE,
         "HTTPS_PROXY": OUTSIDE,

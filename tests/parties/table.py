@@ -35,6 +35,7 @@ class Party(NamedTuple):
 OPENAI, PYDANTIC = "openai==3.57.0", "pydantic==2.14.4"
 PARTIES = (
     Party("litellm", ("litellm==1.110.2", OPENAI, PYDANTIC)),
+    Party("litellm_anthropic", ("litellm==1.110.2", PYDANTIC)),
     Party("langchain", ("langchain==1.5.2", "langchain-openai==1.7.4", "langgraph==1.2.24", OPENAI, PYDANTIC)),
     Party(
         "llama_index",
@@ -51,5 +52,7 @@ PARTIES = (
     Party("strands", ("strands-agents[openai]==1.62.0", "openai==2.54.0", PYDANTIC)),
     Party("magentic", ("magentic==0.41.1", OPENAI, PYDANTIC)),
     Party("node_openai", ("openai@6.49.0", "zod@4.6.7")),
+    Party("node_anthropic", ("@anthropic-ai/sdk@1.14.0", "zod@4.6.7")),
+    Party("node_ai_anthropic", ("ai@7.0.173", "@ai-sdk/anthropic@4.0.105", "zod@4.6.7")),
     Party("node_ai", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7")),
 )
