@@ -32,34 +32,31 @@ from shoal.server.wire.message_answers import (
     Usage,
 )
 from shoal.server.wire.messages import CountBody, MessagesBody
-from shoal.server.wire.requests import ChatBody, parse_body
+from shoal.server.wire.requests import ChatBody
 
 
 def messages_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     async def prompt_of(chat: ChatBody) -> tuple[str, list[int]]:
-        conversation = service.dialect.conversation(
-            chat.messages, tools=chat.offered_tools, variables=chat.template_variables
-        )
-        return await service.prompts.of_chat(conversation)
+        return await service.prompts.of_chat(chat, service.dialect.of_chat(chat))
 
     @router.post("/v1/messages", openapi_extra=documented(MessagesBody))
     @answered_once(service)
     async def create_message(request: Request) -> Response:
-        body = parse_body(MessagesBody, await request.body())
+        body = await service.reader.read(request, MessagesBody)
         service.check_model(body.model)
         service.check_choices(1, 1)
         chat = body.chat()
         prompt = await prompt_of(chat)
-        if len(prompt[1]) + body.max_tokens > service.engine.ready.limits.max_model_len:
-            chat.max_tokens = None  # as many as fit, for clients send what the models of Anthropic hold
+        # As many as fit, for clients send what the models of Anthropic hold.
+        chat.max_tokens = min(body.max_tokens, service.engine.ready.limits.max_model_len)
         grammar = await service.constraints.resolve(chat, partial(service.dialect.grammar, chat, prompt[0]))
         return await _MessageCall(service, request, chat, prompt, grammar, max_tokens=body.max_tokens).answer()
 
     @router.post("/v1/messages/count_tokens", openapi_extra=documented(CountBody))
     async def count_tokens(request: Request) -> Response:
-        body = parse_body(CountBody, await request.body())
+        body = await service.reader.read(request, CountBody)
         service.check_model(body.model)
         _, token_ids = await prompt_of(body.chat())
         return whole(TokenCount(len(token_ids)), dict(shape_of(request.scope).headers))

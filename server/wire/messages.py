@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from msgspec import Meta, Raw, field
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.server.wire.body import Body
+from shoal.server.wire.body import Body, Refusal
 from shoal.server.wire.constraints import JsonSchema, ResponseFormat
 from shoal.server.wire.conversations import (
     MAX_MESSAGES,
@@ -152,11 +152,11 @@ class CountBody(Body, kw_only=True):
     diagnostics: Raw = field(default_factory=Raw)
     speed: Raw = field(default_factory=Raw)
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "compaction": KEEPS_ALL,
-        "container": "this server runs no code",
-        "mcp_servers": "this server asks no other servers",
-        "thread": "this server keeps no conversations: send all messages",
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        "compaction": Refusal(KEEPS_ALL),
+        "container": Refusal("this server runs no code"),
+        "mcp_servers": Refusal("this server asks no other servers"),
+        "thread": Refusal("this server keeps no conversations: send all messages"),
     }
 
     def chat(self) -> ChatBody:
@@ -172,9 +172,7 @@ class CountBody(Body, kw_only=True):
     def _asked(self) -> ChatBody:
         chat = ChatBody(model=self.model, messages=_conversation(self.system, self.messages))
         if chat.messages[-1].role == "assistant":
-            raise InvalidRequestError(
-                "messages: the last one is of the assistant, and this server does not continue it", param="messages"
-            )
+            chat.continue_final_message, chat.add_generation_prompt = True, False
         if self.context_management is not None:
             self.context_management.refuse()
         chat.tools = [_tool(f"tools[{number}]", tool) for number, tool in enumerate(self.tools or [])]

@@ -91,6 +91,16 @@ def test_the_text_is_that_of_the_chat(server: Server, client: Anthropic) -> None
     assert chat["usage"]["prompt_tokens"] == message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
 
 
+def test_what_the_assistant_has_begun_goes_on(client: Anthropic) -> None:
+    how: dict[str, Any] = {"model": "shoal-moe", "extra_body": {"temperature": 0}}
+    (first,) = client.messages.create(**how, messages=ASKED, max_tokens=4).content
+    assert first.type == "text"
+    begun: Any = [*ASKED, {"role": "assistant", "content": first.text}]
+    (rest,) = client.messages.create(**how, messages=begun, max_tokens=4).content
+    (whole,) = client.messages.create(**how, messages=ASKED, max_tokens=8).content
+    assert rest.type == whole.type == "text" and first.text + rest.text == whole.text
+
+
 def test_a_call_and_what_comes_after_it(client: Anthropic) -> None:
     for seed in range(3):
         first = client.messages.create(**HOW, **DEMANDED, extra_body={"seed": seed})
