@@ -99,11 +99,15 @@ class Generation:
                 self._constraint.refuse(error.message)
             raise
         finally:
-            self._engine.abort(self._choices)
-            if self._submission.timer is not None:
-                self._submission.timer.cancel()
-            self._settle(self.usage.total_tokens)
-            self._account.end([choice.journal for choice in self._choices.values()], failure)
+            self.close(failure)
+
+    def close(self, failure: Exception | None = None) -> None:
+        """Abort what is unfinished.  Whoever leaves before the first delta has to; else it is done already."""
+        self._engine.abort(self._choices)
+        if self._submission.timer is not None:
+            self._submission.timer.cancel()
+        self._settle(self.usage.total_tokens)
+        self._account.end([choice.journal for choice in self._choices.values()], failure)
 
     async def complete(self, take_scored: Callable[[int, list[Scored]], None] | None = None) -> list[Delta]:
         """All choices in full, in order, but for what `take_scored` is given of a choice.  Raises as `deltas` does."""

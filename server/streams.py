@@ -39,6 +39,7 @@ class Answer:
         headers: of each response that carries it.
         key: the idempotency key under which it is found.
         shape: of errors and of the end of a stream.
+        needs_reader: whether it is aborted, and later forgotten, if nobody reads it.
         events: those that are held; `num_dropped` came before them.
         num_read: events that somebody was given.
         size: bytes that it counts as.
@@ -52,6 +53,7 @@ class Answer:
     is_stream: bool
     key: Key | None = None
     shape: ErrorShape = OPENAI
+    needs_reader: bool = True
     events: deque[bytes] = field(default_factory=deque)
     num_dropped: int = 0
     num_read: int = 0
@@ -232,9 +234,10 @@ class StreamStore:
                 self._make_room()
 
     def _put(self, answer: Answer, events: list[bytes]) -> None:
-        """Take in what came, and drop what was read already if there is too much."""
+        """Take in what came, and drop what was read already, or need not be read, if there is too much."""
         limit = min(MAX_STREAM_BYTES, MAX_BYTES // (len(self._answers) - len(self._ended)))
-        while answer.size > limit and answer.num_dropped < answer.num_read:
+        num_done_with = answer.num_read if answer.needs_reader else answer.num_events
+        while answer.size > limit and answer.num_dropped < num_done_with:
             self._resize(answer, -len(answer.events.popleft()))
             answer.num_dropped += 1
         if answer.size > limit:
@@ -257,7 +260,7 @@ class StreamStore:
         """Hold the answer for the grace time from now on, and then for as long as it is read."""
         if answer.timer is not None:
             answer.timer.cancel()
-        if answer.id in self._answers:
+        if answer.id in self._answers and answer.needs_reader:
             loop = asyncio.get_running_loop()
             answer.timer = loop.call_later(self.grace_seconds, self._expire, answer)
 

@@ -183,6 +183,23 @@ def test_a_stream_that_is_read_may_be_longer_than_what_is_held(monkeypatch: pyte
     run(play())
 
 
+def test_an_answer_that_needs_no_reader_goes_on_and_has_its_last_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_STREAM_BYTES", ANSWER_BYTES + 100)
+
+    async def play() -> None:
+        store, work = StreamStore(GRACE), Work([(1.0, 1)] * 500)
+        answer = Answer("a", OWNER, {}, is_stream=True, needs_reader=False)
+        store.begin(answer, work.events())
+        await asyncio.sleep(work.seconds + 10 * GRACE)
+        assert store.find("a", OWNER) is answer and answer.is_ended and answer.error is None
+        assert await read(store, answer, answer.num_dropped) == work.whole[answer.num_dropped :]
+        check_bytes(store)
+        store.forget(answer)
+        assert not store._num_bytes
+
+    run(play())
+
+
 def test_an_answer_that_is_too_large_is_given_to_those_who_wait_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_BYTES", ANSWER_BYTES + 100)
 
