@@ -34,6 +34,7 @@ from shoal.server.routes.completions import completions_router
 from shoal.server.routes.messages import messages_router
 from shoal.server.routes.models import models_router
 from shoal.server.routes.operations import operations_router
+from shoal.server.routes.responses import kept_responses_router, responses_router
 from shoal.server.routes.streams import streams_router
 from shoal.server.routes.tokenize import tokenize_router
 from shoal.server.service import Service
@@ -57,9 +58,9 @@ def create_app(service: Service) -> FastAPI:
                 for method in route.methods or ():
                     service.metrics.serves(method, route.path)
 
-    for router in (completions_router, chat_router, messages_router):
+    for router in (completions_router, chat_router, messages_router, responses_router):
         include(router(service), limited)
-    for router in (streams_router, models_router, tokenize_router, batches_router):
+    for router in (streams_router, kept_responses_router, models_router, tokenize_router, batches_router):
         include(router(service), guarded)
     include(operations_router(service))
     config, faults = service.settings.server, service.settings.faults

@@ -19,6 +19,7 @@ from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
 from shoal.server.prompts import Prompts
 from shoal.server.reading import BodyReader
+from shoal.server.responses.store import ResponseStore
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
 from shoal.server.templates import TemplateRenderer
@@ -49,6 +50,7 @@ class Service:
     batches: Batches
     started: int
     streams: StreamStore
+    responses: ResponseStore
 
     @property
     def model_name(self) -> str:

@@ -22,6 +22,7 @@ from shoal.server.limits import make_allowances
 from shoal.server.metrics import Metrics
 from shoal.server.prompts import Prompts
 from shoal.server.reading import BodyReader
+from shoal.server.responses.store import ResponseStore
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
@@ -55,6 +56,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     model, defaults = load_config(opened), load_generation_defaults(opened)
     compiler = GrammarCompiler(lambda: tokenizer, model.vocab_size, defaults.eos_token_ids or model.eos_token_ids)
     templates = TemplateRenderer(tokenizer)
+    streams = StreamStore(settings.server.resume_grace_seconds)
     service = Service(
         settings=settings,
         api_keys=api_keys,
@@ -74,7 +76,8 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         tracer=make_tracer(config, model_names[0]),
         batches=Batches(settings.server.data_folder),
         started=unix_time(),
-        streams=StreamStore(settings.server.resume_grace_seconds),
+        streams=streams,
+        responses=ResponseStore(streams),
     )
     return service, client
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import cast, get_args
 
 import pytest
 
@@ -23,6 +23,7 @@ from shoal.server.app import create_app
 from shoal.server.errors import http_error
 from shoal.server.faults import CONDITIONS, FAULTS, RANGES, Script
 from shoal.server.metrics import Metrics
+from shoal.server.responses import store
 from shoal.server.sampling import COMPLETION_MAX_TOKENS
 from shoal.server.service import Service
 from shoal.server.settings import DEFAULT_MODEL, Declared, declared, describe, resolve
@@ -30,7 +31,7 @@ from shoal.server.sources import load_settings
 from shoal.server.tools.formats import TOOL_FORMATS
 from shoal.server.tools.grammar import MAX_CALLS
 from shoal.server.tools.prompt import with_tools_prompt
-from shoal.server.wire import conversations, messages, requests
+from shoal.server.wire import conversations, items, messages, requests
 from shoal.server.wire.batches import MAX_FILE_BYTES, MAX_LINES, BatchBody
 from tests.fakes import Harness
 
@@ -119,6 +120,9 @@ def test_every_limit_is_named() -> None:
         f"in `chat_template_kwargs` | {conversations.MAX_DEPTH} |",
         f"| calls of an answer whose calls are demanded | {MAX_CALLS} |",
         f"| variables in `chat_template_kwargs` | {conversations.MAX_VARIABLES} |",
+        f"| {store.MAX_RESPONSES:,}, {store.MAX_BYTES // 2**20} MiB, each counted as {store.RESPONSE_BYTES // 1024} "
+        f"KiB, its JSON and {store.ITEM_BYTES} bytes an item |",
+        f"| items of an `input` | {conversations.MAX_MESSAGES:,} |",
         f"| `priority` | -{requests.MAX_PRIORITY} to {requests.MAX_PRIORITY} |",
         f"| `ttft_slo_ms`, `tpot_slo_ms` | {requests.MAX_SLO_MS:,} |",
         f"| drafted tokens of a request in a step | {MOST_SPEC_TOKENS} |",
@@ -152,11 +156,18 @@ def test_every_endpoint_is_described() -> None:
         requests.TokenizeBody,
         requests.DetokenizeBody,
         BatchBody,
+        items.FunctionTool,
     ],
 )
 def test_every_field_of_a_request_is_described(body: type[requests.CompletionBody]) -> None:
     described = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\|([^|]*)\|", API, re.MULTILINE))))
     assert set(body.__struct_fields__) - described == set()
+
+
+def test_every_field_of_a_response_is_described() -> None:
+    (section,) = re.findall(r"^## Responses\n(.*?)^## ", API, re.MULTILINE | re.DOTALL)
+    assert set(items.ResponsesBody.__struct_fields__) - set(re.findall(r"`(\w+)`", section)) == set()
+    assert set(get_args(items.Includable)) >= {items.LOGPROBS} and items.LOGPROBS in section
 
 
 def test_every_limit_of_a_request_is_named() -> None:

@@ -57,9 +57,13 @@ class Call(ABC, Generic[Body]):
         terms = resolve_terms(service, request, body)
         self.generation = Generation(service, body, prompts, grammar, api_id=self.id, seed=self.seed, terms=terms)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-request-id": self.id, "x-seed": str(self.seed), **self.shape.headers}
+
     async def answer(self) -> Response:
         """Answer as the body asks."""
-        headers = {"x-request-id": self.id, "x-seed": str(self.seed), **self.shape.headers}
+        headers = self.headers
         if is_held(self.service, self.request, is_stream=self.body.stream):
             events = self.chunks() if self.body.stream else only_event(self.complete())
             is_stream, shape = self.body.stream, self.shape

@@ -1,0 +1,195 @@
+"""The items of an answer, whole or as the events of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Literal
+
+import msgspec
+from msgspec import Raw
+from msgspec.structs import replace
+
+from shoal.model.text.tokenizer import Tokenizer
+from shoal.server.logprobs import chat_logprobs
+from shoal.server.text import Scored
+from shoal.server.tools.answer import ChatAnswer
+from shoal.server.tools.reader import THINK_END
+from shoal.server.wire.item_events import (
+    ArgumentsDelta,
+    ArgumentsDone,
+    ItemAdded,
+    ItemDone,
+    ItemEvent,
+    PartAdded,
+    PartDone,
+    ReasoningDelta,
+    ReasoningDone,
+    TextDelta,
+    TextDone,
+)
+from shoal.server.wire.items import (
+    NO_LOGPROBS,
+    CallItem,
+    ItemStatus,
+    MessageItem,
+    OutputItem,
+    OutputText,
+    ReasoningItem,
+    ReasoningText,
+    new_item_id,
+)
+from shoal.server.wire.responses import ToolCallDelta
+
+
+class Output:
+    """Makes items of what a chat says.
+
+    Args:
+        answer: reads the text.
+        scores: of the tokens, if they were asked for.
+
+    Attributes:
+        items: so far; the last one may go on.
+    """
+
+    def __init__(self, answer: ChatAnswer, scores: Scores) -> None:
+        self.items: list[OutputItem] = []
+        self._answer = answer
+        self._scores = scores
+        self._logprobs: list[bytes] = []  # of the message that goes on
+        self._events: list[ItemEvent] = []
+
+    def feed(self, text: str, finish_reason: Literal["stop", "length"] | None) -> list[ItemEvent]:
+        """Add a piece of the text; returns what is new."""
+        self._events = []
+        for delta in self._answer.deltas(text, is_last=finish_reason is not None):
+            if delta.reasoning_content:
+                self._think(delta.reasoning_content)
+            if delta.content:
+                self._say(delta.content)
+            for piece in delta.tool_calls or ():
+                self._call(piece)
+        if finish_reason is not None:
+            is_cut = finish_reason == "length"
+            if not self.items or (not is_cut and all(isinstance(item, ReasoningItem) for item in self.items)):
+                self._begin_message()  # an answer that says nothing says so
+            self.close("incomplete" if is_cut else "completed")
+        return self._events
+
+    def close(self, status: ItemStatus) -> None:
+        """End the item that goes on, if one does."""
+        item = self.items[-1] if self.items else None
+        if item is None or item.status != "in_progress":
+            return
+        item.status = status
+        index = len(self.items) - 1
+        match item:
+            case MessageItem(content=[OutputText() as part]):
+                part.logprobs = _list(self._logprobs)
+                self._logprobs = []
+                done = TextDone(item_id=item.id, output_index=index, text=part.text, logprobs=part.logprobs)
+                self._events += [done, PartDone(item_id=item.id, output_index=index, part=part)]
+            case ReasoningItem(content=[thought]):
+                self._events.append(ReasoningDone(item_id=item.id, output_index=index, text=thought.text))
+                self._events.append(PartDone(item_id=item.id, output_index=index, part=thought))
+            case CallItem():
+                self._events.append(
+                    ArgumentsDone(item_id=item.id, output_index=index, name=item.name, arguments=item.arguments)
+                )
+        self._events.append(ItemDone(output_index=index, item=item))
+
+    # -- the kinds -------------------------------------------------------------------------------------------------
+
+    def _think(self, text: str) -> None:
+        item = self.items[-1] if self.items else None
+        if not isinstance(item, ReasoningItem):
+            item = ReasoningItem(id=new_item_id("rs"))
+            self._begin(item, ReasoningText())
+            item.content.append(ReasoningText())
+        self._scores.take(text)
+        item.content[0].text += text
+        self._events.append(ReasoningDelta(item_id=item.id, output_index=len(self.items) - 1, delta=text))
+
+    def _say(self, text: str) -> None:
+        item = self.items[-1] if self.items else None
+        if not isinstance(item, MessageItem):
+            item = self._begin_message()
+        logprobs = self._scores.take(text)
+        self._logprobs += logprobs
+        item.content[0].text += text
+        self._events.append(
+            TextDelta(item_id=item.id, output_index=len(self.items) - 1, delta=text, logprobs=_list(logprobs))
+        )
+
+    def _begin_message(self) -> MessageItem:
+        item = MessageItem(id=new_item_id("msg"))
+        self._begin(item, OutputText())
+        item.content.append(OutputText())
+        return item
+
+    def _call(self, piece: ToolCallDelta) -> None:
+        assert piece.function is not None
+        if piece.id is not None:
+            self._begin(CallItem(id=new_item_id("fc"), call_id=piece.id, name=piece.function.name or ""))
+        item, text = self.items[-1], piece.function.arguments
+        assert isinstance(item, CallItem)
+        if text:
+            item.arguments += text
+            self._events.append(ArgumentsDelta(item_id=item.id, output_index=len(self.items) - 1, delta=text))
+
+    def _begin(self, item: OutputItem, part: OutputText | ReasoningText | None = None) -> None:
+        """Begin an item, with its only part if it has parts."""
+        self.close("completed")
+        self.items.append(item)
+        index = len(self.items) - 1
+        opening = item if isinstance(item, CallItem) else replace(item, content=[])
+        self._events.append(ItemAdded(output_index=index, item=replace(opening)))
+        if part is not None:
+            self._events.append(PartAdded(item_id=item.id, output_index=index, part=part))
+
+
+class Scores:
+    """Tokens with their log-probabilities, which wait for what is made of their text.
+
+    A message has those of its own tokens: what a thought, a call or their marks were written with is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._waiting: list[tuple[bytes, bytes]] = []  # the bytes of each token, and the JSON of its entry
+
+    def add(self, scored: Sequence[Scored]) -> None:
+        entries = chat_logprobs(self._tokenizer, scored).content
+        for one, entry in zip(scored, entries, strict=True):
+            self._waiting.append((self._tokenizer.token_bytes(one.token_id), msgspec.json.encode(entry)))
+
+    def take(self, text: str) -> list[bytes]:
+        """The entries of the tokens that a text is of; they and those before them wait no longer."""
+        data = text.encode()
+        begin = b"".join(token for token, _ in self._waiting).find(data)
+        begin, end = (begin, begin + len(data)) if begin >= 0 else (0, len(data))
+        taken, waiting, at = list[bytes](), list[tuple[bytes, bytes]](), 0
+        for token, entry in self._waiting:
+            behind = at + len(token)
+            if at >= end:
+                waiting.append((token, entry))
+            elif behind > begin:
+                if entry:
+                    taken.append(entry)
+                if behind > end:  # the rest of the token belongs to the next piece, and has no entry of its own
+                    waiting.append((token[end - at :], b""))
+            at = behind
+        self._waiting = waiting
+        return taken
+
+
+def num_reasoning_tokens(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int:
+    """Tokens before the end of a thought; all of them, if it has no end."""
+    pieces = [tokenizer.token_bytes(token_id) for token_id in token_ids]
+    end = b"".join(pieces).find(THINK_END.encode())
+    return len(pieces) if end < 0 else sum(at <= end for at in accumulate(map(len, pieces)))
+
+
+def _list(entries: Sequence[bytes]) -> Raw:
+    return Raw(b"[%b]" % b",".join(entries)) if entries else NO_LOGPROBS
