@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict';
 import test from 'node:test';
 import OpenAI from 'openai';
-import { zodFunction, zodResponseFormat } from 'openai/helpers/zod';
+import { zodFunction, zodResponseFormat, zodResponsesFunction, zodTextFormat } from 'openai/helpers/zod';
 import { z } from 'zod';
 
 const client = new OpenAI({ maxRetries: 0 });
@@ -74,4 +74,38 @@ test('an answer is sent back as it came', async () => {
   const results = message.tool_calls.map((call) => ({ role: 'tool', tool_call_id: call.id, content: 'sunny' }));
   const second = await client.chat.completions.create({ ...asked, messages: [...messages, message, ...results], tools });
   assert.equal(second.choices[0].message.role, 'assistant');
+});
+
+test('a response is parsed', async () => {
+  const text = { format: zodTextFormat(Weather, 'weather') };
+  const response = await client.responses.parse({ model, input: 'What is the weather in Paris?', text });
+  Weather.parse(response.output_parsed);
+});
+
+test('a streamed response is put together, and goes on', async () => {
+  const tools = [zodResponsesFunction({ name: 'get_weather', parameters: City })];
+  const stream = client.responses.stream({ model, input: 'How is Paris?', tools, tool_choice: 'required' });
+  const pieces = [];
+  stream.on('response.function_call_arguments.delta', (event) => pieces.push(event.delta));
+  const first = await stream.finalResponse();
+  const calls = first.output.filter((item) => item.type === 'function_call');
+  assert.equal(pieces.join(''), calls.map((call) => call.arguments).join(''));
+  for (const call of calls) City.parse(call.parsed_arguments);
+  const input = calls.map((call) => ({ type: 'function_call_output', call_id: call.call_id, output: 'sunny' }));
+  const second = await client.responses.create({ model, input, tools, previous_response_id: first.id, max_output_tokens: 50 });
+  assert.equal(second.previous_response_id, first.id);
+});
+
+test('a response in the background is read on', async () => {
+  const how = { model, input: 'Say something.', background: true, max_output_tokens: 50, stream: true };
+  const seen = [];
+  let id;
+  for await (const event of await client.responses.create(how)) {
+    id ??= event.response.id;
+    seen.push(event.type);
+    if (seen.length === 5) break;
+  }
+  for await (const event of await client.responses.retrieve(id, { stream: true, starting_after: 4 })) seen.push(event.type);
+  assert.match(seen.at(-1), /^response\.(completed|incomplete)$/);
+  assert.equal(seen[0], 'response.created');
 });

@@ -44,6 +44,7 @@ PARTIES = (
     Party("instructor", ("instructor==1.17.0", "openai==3.3.0", PYDANTIC)),
     Party("pydantic_ai", ("pydantic-ai-slim[openai]==2.68.0", OPENAI, PYDANTIC)),
     Party("openai_agents", ("openai-agents==0.24.0", OPENAI, PYDANTIC)),
+    Party("openai_agents_responses", ("openai-agents==0.24.0", OPENAI, PYDANTIC)),
     Party("smolagents", ("smolagents[openai]==1.26.0", OPENAI, PYDANTIC)),
     Party("outlines", ("outlines==1.3.3", OPENAI, PYDANTIC)),
     Party("autogen", ("autogen-agentchat==0.7.5", "autogen-ext[openai]==0.7.5", OPENAI, PYDANTIC)),
@@ -55,4 +56,5 @@ PARTIES = (
     Party("node_anthropic", ("@anthropic-ai/sdk@1.14.0", "zod@4.6.7")),
     Party("node_ai_anthropic", ("ai@7.0.173", "@ai-sdk/anthropic@4.0.105", "zod@4.6.7")),
     Party("node_ai", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7")),
+    Party("node_ai_openai", ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "zod@4.6.7")),
 )
