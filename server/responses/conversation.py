@@ -21,7 +21,8 @@ from shoal.server.wire.items import (
     ResponsesBody,
     ResultItem,
 )
-from shoal.server.wire.requests import ChatBody, read_body
+from shoal.server.wire.parsing import read_body
+from shoal.server.wire.requests import ChatBody
 
 # What chats call it, and what it is called here, in the messages of errors.
 _RENAMED = (

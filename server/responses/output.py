@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Literal
 
 import msgspec
@@ -11,10 +10,9 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from shoal.model.text.tokenizer import Tokenizer
-from shoal.server.logprobs import chat_logprobs
+from shoal.server.logprobs import chat_logprobs, plain_text
 from shoal.server.text import Scored
 from shoal.server.tools.answer import ChatAnswer
-from shoal.server.tools.reader import THINK_END
 from shoal.server.wire.item_events import (
     ArgumentsDelta,
     ArgumentsDone,
@@ -60,10 +58,12 @@ class Output:
         self._logprobs: list[bytes] = []  # of the message that goes on
         self._events: list[ItemEvent] = []
 
-    def feed(self, text: str, finish_reason: Literal["stop", "length"] | None) -> list[ItemEvent]:
-        """Add a piece of the text; returns what is new."""
+    def feed(
+        self, text: str, token_ids: Sequence[int], finish_reason: Literal["stop", "length"] | None
+    ) -> list[ItemEvent]:
+        """Add a piece of the text, and its tokens; returns what is new."""
         self._events = []
-        for delta in self._answer.deltas(text, is_last=finish_reason is not None):
+        for delta in self._answer.deltas(text, token_ids, is_last=finish_reason is not None):
             if delta.reasoning_content:
                 self._think(delta.reasoning_content)
             if delta.content:
@@ -160,7 +160,7 @@ class Scores:
         self._waiting: list[tuple[bytes, bytes]] = []  # the bytes of each token, and the JSON of its entry
 
     def add(self, scored: Sequence[Scored]) -> None:
-        entries = chat_logprobs(self._tokenizer, scored).content
+        entries = chat_logprobs(self._tokenizer, scored, plain_text).content
         for one, entry in zip(scored, entries, strict=True):
             self._waiting.append((self._tokenizer.token_bytes(one.token_id), msgspec.json.encode(entry)))
 
@@ -182,13 +182,6 @@ class Scores:
             at = behind
         self._waiting = waiting
         return taken
-
-
-def num_reasoning_tokens(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int:
-    """Tokens before the end of a thought; all of them, if it has no end."""
-    pieces = [tokenizer.token_bytes(token_id) for token_id in token_ids]
-    end = b"".join(pieces).find(THINK_END.encode())
-    return len(pieces) if end < 0 else sum(at <= end for at in accumulate(map(len, pieces)))
 
 
 def _list(entries: Sequence[bytes]) -> Raw:

@@ -18,7 +18,7 @@ from shoal.scheduler.errors import ContextLengthError, InvalidRequestError, Shoa
 from shoal.server.errors import ErrorShape, NotFoundError, error_body, http_error
 from shoal.server.keys import known_key
 from shoal.server.responses.conversation import chat_of, in_own_words, items_of, own_words
-from shoal.server.responses.output import Output, Scores, num_reasoning_tokens
+from shoal.server.responses.output import Output, Scores
 from shoal.server.responses.store import Kept
 from shoal.server.routes.answer import encode, event, whole
 from shoal.server.routes.call import Call
@@ -49,7 +49,6 @@ from shoal.server.wire.items import (
     ItemsQuery,
     OutputTokensDetails,
     ReasoningConfig,
-    ReasoningItem,
     ResponseError,
     ResponseObject,
     ResponseQuery,
@@ -58,7 +57,8 @@ from shoal.server.wire.items import (
     TextConfig,
     TextFormat,
 )
-from shoal.server.wire.requests import ChatBody, parse_body, read_body
+from shoal.server.wire.parsing import read_body
+from shoal.server.wire.requests import ChatBody
 
 logger = logging.getLogger("shoal.api")
 
@@ -82,7 +82,7 @@ def responses_router(service: Service) -> APIRouter:
     @router.post("/v1/responses", openapi_extra=documented(ResponsesBody))
     @answered_once(service)
     async def create_response(request: Request) -> Response:
-        body = parse_body(ResponsesBody, await request.body())
+        body = await service.reader.read(request, ResponsesBody)
         service.check_choices(1, 1)
         with own_words():
             turn = await _prepare(service, request, body)
@@ -102,7 +102,7 @@ def kept_responses_router(service: Service) -> APIRouter:
 
     @router.post("/v1/responses/input_tokens", openapi_extra=documented(ResponsesBody))
     async def count_input_tokens(request: Request) -> Response:
-        body = parse_body(ResponsesBody, await request.body())
+        body = await service.reader.read(request, ResponsesBody)
         with own_words():
             turn = await _prepare(service, request, body)
         return whole(InputTokens(len(turn.prompt[1])))
@@ -168,10 +168,7 @@ async def _prepare(service: Service, request: Request, body: ResponsesBody) -> _
 
 
 async def _prompt(service: Service, chat: ChatBody) -> tuple[str, list[int]]:
-    conversation = service.dialect.conversation(
-        chat.messages, tools=chat.offered_tools, variables=chat.template_variables
-    )
-    return await service.prompts.of_chat(conversation, parses_special=chat.parse_special)
+    return await service.prompts.of_chat(chat, service.dialect.of_chat(chat))
 
 
 async def _fitted(service: Service, chat: ChatBody) -> tuple[str, list[int]]:
@@ -236,8 +233,8 @@ class _ResponsesCall(Call[ChatBody]):
         reading = service.dialect.reading(turn.chat, turn.prompt[0])
         self._asked = turn.asked
         self._scores = Scores(service.tokenizer)
-        self._output = Output(ChatAnswer(reading.reader()), self._scores)
-        self._token_ids: list[int] = []
+        self._answer = ChatAnswer(reading.reader(), reading.counter())
+        self._output = Output(self._answer, self._scores)
         self._num_events = 0
         self._owner = known_key(request, service.api_keys)
         self.response = self._opening()
@@ -295,8 +292,7 @@ class _ResponsesCall(Call[ChatBody]):
     def _take(self, delta: Delta) -> list[ItemEvent]:
         """Add what is new; returns the events that tell of it."""
         self._scores.add(delta.scored)
-        self._token_ids += delta.token_ids
-        events = self._output.feed(delta.text, delta.finish_reason)
+        events = self._output.feed(delta.text, delta.token_ids, delta.finish_reason)
         if delta.finish_reason is not None:
             self._end("incomplete" if delta.finish_reason == "length" else "completed")
             events.append(self._state())
@@ -371,13 +367,11 @@ class _ResponsesCall(Call[ChatBody]):
 
     def _usage(self) -> ResponseUsage:
         used = self.generation.usage
-        thinks = any(isinstance(item, ReasoningItem) for item in self._output.items)
-        num_reasoning = num_reasoning_tokens(self.service.tokenizer, self._token_ids) if thinks else 0
         return ResponseUsage(
             used.prompt_tokens,
             InputTokensDetails(used.prompt_tokens_details.cached_tokens),
             used.completion_tokens,
-            OutputTokensDetails(num_reasoning),
+            OutputTokensDetails(self._answer.num_reasoning_tokens),
             used.total_tokens,
         )
 

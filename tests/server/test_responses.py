@@ -220,7 +220,7 @@ def test_a_thought_is_an_item(engines: dict[str, Engine], play: Scene[Response])
     thought, _ = answer.output
     assert thought.type == "reasoning" and thought.content is not None and thought.content[0].text == "Hm."
     assert answer.output_text == "Yes." and answer.usage is not None
-    assert answer.usage.output_tokens_details.reasoning_tokens == len("<think>Hm.")
+    assert answer.usage.output_tokens_details.reasoning_tokens == len("<think>Hm.</think>")
     assert engines["thinks"].prompt.endswith("low")
     cut = play(engines["thinks"].ask("<think>Hm.", LENGTH))
     assert [(item.type, item.status) for item in cut.output] == [("reasoning", "incomplete")]  # type: ignore[union-attr]
