@@ -73,7 +73,9 @@ class KVCache:
 
     def _find_prefix(self, request: Request) -> list[int]:
         """The longest run of cached blocks that the request starts with; at least one token is left to compute."""
-        if not self.enable_prefix_caching or request.params.num_prompt_logprobs is not None:
+        params = request.params
+        reads_all = params.num_prompt_logprobs is not None or (params.pooling and params.pooling.method != "last")
+        if reads_all or not self.enable_prefix_caching:
             return []
         num_full = (request.num_tokens - 1) // self.block_size
         self._hash_blocks(request, num_full)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 
 class FinishReason(str, Enum):
@@ -18,6 +19,19 @@ class FinishReason(str, Enum):
     ABORT = "abort"
     ERROR = "error"
     INVALID = "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How the hidden states of a prompt, after the last norm, become one vector of length 1.
+
+    Attributes:
+        method: that of the last token, the mean of all, or that of the first token ("cls").
+        num_dimensions: numbers of the vector; those after them are cut off before its length becomes 1.
+    """
+
+    method: Literal["last", "mean", "cls"]
+    num_dimensions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +55,7 @@ class SamplingParams:
         grammar: that the generated text keeps to, as llguidance takes it; empty for none.
         allowed_token_ids: no others may be chosen; empty for all.
         bad_words: tokens in a row of which the last one may not be chosen after the others.
+        pooling: how the prompt becomes a vector; None if it need not.
     """
 
     max_tokens: int
@@ -60,6 +75,7 @@ class SamplingParams:
     grammar: str = ""
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +180,7 @@ class StepResult:
         spec_token_ids: drafted tokens proposed for each request's next step; empty when nothing is proposed at all.
         logprobs: by request id, one entry for each chosen token.
         prompt_logprobs: by request id, one entry for each prompt token that a token of the share predicts.
+        embeddings: by request id, the vectors of prompts that are complete.
         errors: by request id, `ERROR` or `INVALID`, if the request is at fault itself, and why it alone failed; its
             `token_ids` are then ignored.
     """
@@ -172,6 +189,7 @@ class StepResult:
     spec_token_ids: list[list[int]] = field(default_factory=list)
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    embeddings: dict[str, bytes] = field(default_factory=dict)
     errors: dict[str, tuple[FinishReason, str]] = field(default_factory=dict)
 
 
@@ -181,6 +199,7 @@ class RequestOutput:
 
     Attributes:
         finish_reason: set once, in the last output of the request.
+        embedding: the prompt's vector, float32 in little-endian order.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         queue_time: seconds from arrival to the first step.
         num_accepted_tokens, num_rejected_tokens: drafted tokens that verification in this step kept, and dropped.
@@ -193,6 +212,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    embedding: bytes | None = None
     num_cached_tokens: int = 0
     queue_time: float = 0.0
     num_accepted_tokens: int = 0

@@ -334,6 +334,7 @@ class Scheduler:
         news = RequestOutput(share.request_id, token_ids, finish_reason, prompt_logprobs=prompt_logprobs)
         if request.num_preemptions:
             news.num_preemptions = request.num_preemptions
+        news.embedding = result.embeddings.get(share.request_id)
         if share.request_id in result.logprobs:
             news.logprobs = result.logprobs[share.request_id][: len(token_ids)]
         if share.spec_token_ids:

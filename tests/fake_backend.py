@@ -61,7 +61,8 @@ class FakeBackend:
         assert batch.block_tables.shape[0] == num_seqs
         assert (np.diff(batch.logits_indices) > 0).all()
         assert len(set(batch.slot_mapping.tolist())) == num_tokens, "two tokens of a step want the same slot"
-        for name in ForwardBatch.__slots__:
+        assert batch.hidden is None, "nobody asks for hidden states"
+        for name in set(ForwardBatch.__slots__) - {"hidden"}:
             array = getattr(batch, name)
             assert array.dtype == np.int32, name
             assert array.flags.c_contiguous, name

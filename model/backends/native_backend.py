@@ -32,7 +32,8 @@ from shoal.scheduler.errors import CheckpointError, ConfigError
 
 # Slots of the KV cache that the native code groups.
 SLOTS = 16
-_ARRAYS = [name for name, kind, *_ in Batch._fields_ if kind is c_void_p]
+_ARRAYS = [name for name, kind, *_ in Batch._fields_ if kind is c_void_p and name != "hidden"]
+_FLOAT32 = np.dtype(np.float32)
 _TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}
 
 
@@ -108,6 +109,10 @@ class NativeBackend:
     def vocab_size(self) -> int:
         return self._config.vocab_size
 
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
         output = self._sampler.bind(sampling)
         assert len(output.token_ids) == len(batch.logits_indices), "as many choices as logits are needed"
@@ -156,7 +161,11 @@ class NativeBackend:
         assert len(batch.positions) == len(batch.slot_mapping) == num_tokens, "arrays of unequal lengths"
         assert len(batch.query_start_loc) - 1 == len(batch.block_tables) == num_seqs, "arrays of unequal lengths"
         sizes = num_tokens, num_seqs, len(batch.logits_indices), batch.block_tables.shape[1]
-        return Batch(*sizes, *[address(getattr(batch, name)) for name in _ARRAYS])
+        hidden = None
+        if batch.hidden is not None:
+            assert batch.hidden.shape == (len(batch.logits_indices), self.hidden_size), "as many states as logits"
+            hidden = address(batch.hidden, _FLOAT32)
+        return Batch(*sizes, *[address(getattr(batch, name)) for name in _ARRAYS], hidden)
 
 
 def _check(fault: bytes | None) -> None:

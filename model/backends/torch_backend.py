@@ -70,6 +70,10 @@ class TorchBackend:
     def vocab_size(self) -> int:
         return self._config.vocab_size
 
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
     @torch.inference_mode()
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
         return sample(self._logits(batch), sampling)
@@ -89,7 +93,10 @@ class TorchBackend:
     def _logits(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """[num_logits, vocab_size] float32."""
         x = self._hidden(batch, num_layers).index_select(0, self._index(batch.logits_indices))
-        return linear(rms_norm(x, self._norm, self._config.rms_norm_eps), self._head).float()
+        x = rms_norm(x, self._norm, self._config.rms_norm_eps)
+        if batch.hidden is not None:
+            batch.hidden[:] = x.float().cpu().numpy()
+        return linear(x, self._head).float()
 
     def _hidden(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """Run the first `num_layers` layers, or all; hidden states [num_tokens, hidden_size] before the last norm."""

@@ -101,7 +101,13 @@ void Model::step(const ShoalBatch& batch, int num_layers, const ShoalSampling* s
         if (is_last) keep_rows_of_logits(batch);
         add_feed_forward(layers_[i], static_cast<int>(is_last ? batch.num_logits : batch.num_tokens));
     }
-    if (sampling || logits) choose(static_cast<int>(batch.num_logits), sampling, chosen, logits);
+    const int num_rows = static_cast<int>(batch.num_logits);
+    for_rows(num_rows, [&](int row) { normalize(row, norm_); });
+    for (int row = 0; batch.hidden && row < num_rows; ++row) {
+        std::memcpy(batch.hidden + static_cast<size_t>(row) * shape_.hidden_size, normalized_[row],
+                    shape_.hidden_size * sizeof(float));
+    }
+    if (sampling || logits) choose(num_rows, sampling, chosen, logits);
 }
 
 void Model::reserve(int num_tokens) {
@@ -246,7 +252,6 @@ void Model::mix_experts(const Layer& layer, int num_rows) {
 }
 
 void Model::choose(int num_rows, const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits) {
-    for_rows(num_rows, [&](int row) { normalize(row, norm_); });
     logits_.reserve(std::min(num_rows, kLogitsRows) * logits_stride_);
     for (int first = 0; first < num_rows; first += kLogitsRows) {
         const int count = std::min(kLogitsRows, num_rows - first);

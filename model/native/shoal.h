@@ -67,6 +67,7 @@ struct ShoalBatch {
     const int32_t* context_lens;     // [num_seqs], only to check that positions end there
     const int32_t* block_tables;     // [num_seqs, max_blocks]
     const int32_t* logits_indices;   // [num_logits]
+    float* hidden;                   // [num_logits, hidden_size], after the last norm; may be null
 };
 
 // A token with a penalty, and an addend to a token's logit; see PENALTY and BIAS in model/step/batch.py.
@@ -136,14 +137,15 @@ SHOAL_API const char* shoal_load(ShoalModel* model, int32_t tensor, int32_t laye
                                  int32_t type);
 
 // Computes a step with the first num_layers layers, then the norm and the head.  Where `sampling` is given, chooses a
-// token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size].  Where neither
-// is, shoal_choose is to follow, with masks that may still be computed during the step.
+// token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size]; where the batch
+// has `hidden`, writes hidden states there.  Where neither `sampling` nor `logits` is given, shoal_choose is to follow,
+// with masks that may still be computed during the step.
 // Returns what is wrong with the arrays, and then has computed nothing; null if nothing is wrong.  After kNoMemory the
 // same tokens may be computed again.
 SHOAL_API const char* shoal_step(ShoalModel* model, const ShoalBatch* batch, int32_t num_layers,
                                  const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
 
-// Computes norm and head of the step before, and chooses a token at each of its rows of logits.  Returns as shoal_step.
+// Computes the head of the step before, and chooses a token at each of its rows of logits.  Returns as shoal_step.
 SHOAL_API const char* shoal_choose(ShoalModel* model, int64_t num_logits, const ShoalSampling* sampling,
                                    const ShoalChosen* chosen);
 

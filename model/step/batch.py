@@ -33,6 +33,8 @@ class ForwardBatch:
         context_lens: [num_seqs], tokens of the sequence in the KV cache after this step.
         block_tables: [num_seqs, max_blocks], block ids; entries beyond the context are valid ids and never read.
         logits_indices: [num_logits], tokens whose logits are needed, ascending.
+        hidden: [num_logits, hidden_size], where the hidden states of these tokens, after the last norm, are written to;
+            None if nobody asks for them.
     """
 
     token_ids: Int32
@@ -42,6 +44,7 @@ class ForwardBatch:
     context_lens: Int32
     block_tables: Int32
     logits_indices: Int32
+    hidden: Float32 | None = None
 
 
 # A token with a penalty at a row of logits.  It was generated `count` times; with 0 it stands in the prompt only.
@@ -113,6 +116,9 @@ class Backend(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
 
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
         """Compute the step, write its keys and values, and choose a token at each row of `logits_indices`.

@@ -11,6 +11,7 @@ import numpy as np
 from shoal.model.speculation.drafts import Drafts
 from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput
 from shoal.model.step.layout import StepLayout
+from shoal.model.step.pooling import pool_all
 from shoal.model.step.rows import BatchRows
 from shoal.scheduler.output import FinishReason, ScheduledRequest, SchedulerOutput, StepResult, TokenLogprobs
 
@@ -58,6 +59,8 @@ class ModelExecutor:
             chosen = self._speculation.execute(self.backend, batch, sampling, output.scheduled, layout)
         self.rows.token_ids[layout.logits_rows, positions] = chosen.token_ids
         result = self._collect(output.scheduled, layout, chosen)
+        if batch.hidden is not None:
+            result.embeddings = pool_all(self.rows.pools, output.scheduled, layout.num_logits, batch.hidden)
         if self._speculation is not None:
             result.spec_token_ids = self._speculation.propose(output.scheduled, result)
         return result
@@ -70,7 +73,9 @@ class ModelExecutor:
                     self._speculation.place(share)
         counts = [share.num_scheduled_tokens for share in scheduled]
         num_chosen = [len(share.spec_token_ids) + 1 if share.samples else 0 for share in scheduled]
-        num_logits = self._num_logits(scheduled, num_chosen) if self.rows.scored else num_chosen
+        num_logits = num_chosen
+        if self.rows.scored or self.rows.pools:
+            num_logits = [self._num_logits(share, num) for share, num in zip(scheduled, num_chosen, strict=True)]
         layout = self._layout(rows, counts, num_chosen, num_logits)
 
         starts = np.array([share.num_computed_tokens for share in scheduled], np.int32)
@@ -87,16 +92,16 @@ class ModelExecutor:
             block_tables=block_tables[layout.rows, : (context_lens.max() - 1) // self.block_size + 1],
             logits_indices=layout.logits_indices,
         )
+        if self.rows.pools:
+            batch.hidden = np.empty((len(layout.logits_indices), self.backend.hidden_size), np.float32)
         return batch, layout
 
-    def _num_logits(self, scheduled: list[ScheduledRequest], num_chosen: list[int]) -> list[int]:
-        """Rows of logits of each share: of all its tokens if it scores the prompt, else of those that choose."""
-        return [
-            share.num_scheduled_tokens
-            if share.row in self.rows.scored and share.num_computed_tokens + 1 < self.rows.num_prompt_tokens[share.row]
-            else num
-            for share, num in zip(scheduled, num_chosen, strict=True)
-        ]
+    def _num_logits(self, share: ScheduledRequest, num_chosen: int) -> int:
+        """Rows of logits: of all tokens if the share scores the prompt, of those that are pooled or that choose."""
+        row, start, count = share.row, share.num_computed_tokens, share.num_scheduled_tokens
+        if row in self.rows.pools:
+            return self.rows.pools[row].num_states(start, count)
+        return count if row in self.rows.scored and start + 1 < self.rows.num_prompt_tokens[row] else num_chosen
 
     def _layout(self, *key: list[int]) -> StepLayout:
         """What `StepLayout.of` says of these arguments."""

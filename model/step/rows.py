@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.model.step.batch import BIAS, NO_BIASES, NO_PENALTIES, PENALTY, Int32, Records, SamplingBatch
+from shoal.model.step.pooling import Pool
 from shoal.model.step.sampling import SAMPLING_ROW, penalises_output, penalises_prompt, sampling_row
 from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 
@@ -26,6 +27,7 @@ class BatchRows:
         block_tables: [max_num_seqs, max_blocks] int32.
         num_prompt_tokens, num_logprobs, num_prompt_logprobs: [max_num_seqs] int32; -1 for no log-probabilities.
         scored: rows whose prompt's log-probabilities are asked for.
+        pools: by row, of the prompts that become vectors.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
@@ -39,6 +41,7 @@ class BatchRows:
         self.num_logprobs: Int32 = self._sampling["num_logprobs"]
         self._gathered: dict[tuple[bytes, bool], Records] = {}
         self.scored: set[int] = set()
+        self.pools: dict[int, Pool] = {}
         self._penalised: dict[int, Int32] = {}  # row -> prompt tokens that count as seen
         self._biased: dict[int, _Bias] = {}
 
@@ -58,6 +61,7 @@ class BatchRows:
     def leave(self, row: int) -> None:
         """Forget the request in a row, if there is one."""
         self.scored.discard(row)
+        self.pools.pop(row, None)
         self._penalised.pop(row, None)
         self._biased.pop(row, None)
 
@@ -68,7 +72,7 @@ class BatchRows:
         asked for.  The batch is valid until the next call.
         """
         gathered = self._gather(rows, reports)
-        if self.scored:
+        if self.scored or self.pools:
             gathered = gathered.copy()
             known = np.flatnonzero(~chooses)
             gathered["forced_token_id"][known] = self.token_ids[rows[known], positions[known]]
@@ -104,6 +108,8 @@ class BatchRows:
         self.num_prompt_logprobs[row] = -1 if params.num_prompt_logprobs is None else params.num_prompt_logprobs
         if params.num_prompt_logprobs is not None:
             self.scored.add(row)
+        if params.pooling is not None:
+            self.pools[row] = Pool(params.pooling, new.num_prompt_tokens)
         if penalises_output(params):
             prompt = new.token_ids[: new.num_prompt_tokens] if penalises_prompt(params) else []
             self._penalised[row] = np.unique(np.array(prompt, np.int32))
