@@ -31,6 +31,7 @@ from shoal.server.routes.answer import error_response
 from shoal.server.routes.batches import batches_router
 from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
+from shoal.server.routes.embeddings import embeddings_router
 from shoal.server.routes.messages import messages_router
 from shoal.server.routes.models import models_router
 from shoal.server.routes.operations import operations_router
@@ -58,7 +59,7 @@ def create_app(service: Service) -> FastAPI:
                 for method in route.methods or ():
                     service.metrics.serves(method, route.path)
 
-    for router in (completions_router, chat_router, messages_router, responses_router):
+    for router in (completions_router, chat_router, messages_router, responses_router, embeddings_router):
         include(router(service), limited)
     for router in (streams_router, kept_responses_router, models_router, tokenize_router, batches_router):
         include(router(service), guarded)

@@ -64,8 +64,11 @@ class Allowance:
         per_minute = {"requests": config.key_requests_per_minute, "tokens": config.key_tokens_per_minute}
         self._buckets = {kind: Bucket(size, clock) for kind, size in per_minute.items() if size is not None}
 
-    def check(self, num_requests: int, num_tokens: int) -> None:
+    def check(self, num_requests: int, num_tokens: int, param: str = "n") -> None:
         """Refuse what is more than the key may ask now.
+
+        Args:
+            param: the field that says how many requests.
 
         Raises:
             InvalidRequestError: it will never be less.
@@ -74,9 +77,9 @@ class Allowance:
         most = self._max_requests
         if most is not None and num_requests > most:
             raise InvalidRequestError(
-                f"the call asks for {num_requests} choices, but an API key may have at most {most} unfinished "
-                f"(key_max_requests)",
-                param="n",
+                f"the call asks for {num_requests} choices or inputs, but an API key may have at most {most} "
+                f"unfinished (key_max_requests)",
+                param=param,
             )
         if most is not None and (num_unfinished := self._num_unfinished()) + num_requests > most:
             raise RateLimitError(
@@ -97,7 +100,7 @@ class Allowance:
             )
 
     @contextmanager
-    def taking(self, requests: Sequence[EngineRequest]) -> Iterator[Callable[[int], None]]:
+    def taking(self, requests: Sequence[EngineRequest], param: str = "n") -> Iterator[Callable[[int], None]]:
         """Take what these requests may need, unless the block fails.
 
         Yields:
@@ -106,7 +109,7 @@ class Allowance:
         Raises: as `check` does.
         """
         num_tokens = sum(len(one.prompt_token_ids) + one.params.max_tokens for one in requests)
-        self.check(len(requests), num_tokens)
+        self.check(len(requests), num_tokens, param)
         yield lambda num_used: self._take(0, num_used - num_tokens)
         self._take(len(requests), num_tokens)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 from msgspec.structs import asdict
 
 from shoal.scheduler.errors import ConfigError, InvalidRequestError
+from shoal.server.embeddings import EmbeddingCall, numbers, resolve_pooling
 from shoal.server.engine.local import LocalEngine
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.generation import Generation
@@ -22,6 +23,7 @@ from shoal.server.settings import DEFAULT_MODEL, Settings, declared, resolve
 from shoal.server.setup import build_service
 from shoal.server.terms import Terms
 from shoal.server.text import Delta, Scored
+from shoal.server.wire.embeddings import MAX_INPUTS, EmbeddingsBody
 from shoal.server.wire.parsing import read_body
 from shoal.server.wire.requests import ChatBody, CompletionBody, NumLogprobs, SamplingBody
 
@@ -121,6 +123,17 @@ class LLM:
         """Answer a conversation, whose messages have the shape of OpenAI's API; the `n` choices in order."""
         return self._wait(self._generate([_chat_body(messages, params)]))
 
+    def embed(self, inputs: Prompt | Sequence[Prompt], *, dimensions: int | None = None) -> list[list[float]]:
+        """A vector of length 1 for each input, a text or a list of token ids, in their order.
+
+        Args:
+            dimensions: numbers of each vector, at most the model's hidden size; as many if not set.
+        """
+        each = [inputs] if _is_one(inputs) else list(inputs)
+        portions = [each[at : at + MAX_INPUTS] for at in range(0, len(each), MAX_INPUTS)]
+        asked = [read_body(EmbeddingsBody, {"input": some, "dimensions": dimensions}) for some in portions]
+        return [vector for body in asked for vector in self._wait(self._embed(body))]
+
     # -- answers as they come ------------------------------------------------------------------------------------
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -178,6 +191,11 @@ class LLM:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(body)) for body in bodies]
         return [output for task in tasks for output in task.result()]
+
+    async def _embed(self, body: EmbeddingsBody) -> list[list[float]]:
+        inputs, pooling = await self._service.prompts.of_embeddings(body), resolve_pooling(self._service, body)
+        call = EmbeddingCall(self._service, inputs, pooling, api_id=new_id("llm"), terms=Terms())
+        return [numbers(vector) for vector in await call.vectors()]
 
     async def _complete(self, body: CompletionBody | ChatBody) -> list[Output]:
         prompt, seed, generation = await self._submit_body(body)
@@ -247,14 +265,17 @@ def _resolve(model: str, given: Mapping[str, Any]) -> Settings:
 def _bodies(
     prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[CompletionBody]:
-    is_one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-    each: list[Any] = [prompts] if is_one else list(prompts)
+    each: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
     chosen = [params or SamplingParams()] * len(each) if not isinstance(params, Sequence) else list(params)
     if len(chosen) != len(each):
         raise InvalidRequestError(f"{len(each)} prompts were given, but {len(chosen)} params", param="params")
     return [
         read_body(CompletionBody, asdict(one) | {"prompt": prompt}) for prompt, one in zip(each, chosen, strict=True)
     ]
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
 
 
 def _chat_body(messages: Sequence[Mapping[str, Any]], params: SamplingParams | None) -> ChatBody:

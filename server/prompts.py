@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from shoal.model.text.tokenizer import Tokenizer
@@ -12,6 +13,7 @@ from shoal.server.engine.engine import Engine
 from shoal.server.rendering import Conversation
 from shoal.server.sampling import check_token_ids
 from shoal.server.templates import TemplateRenderer
+from shoal.server.wire.embeddings import EmbeddingsBody
 from shoal.server.wire.requests import ChatBody, CompletionBody, GenerationBody
 from shoal.server.work import off_the_loop
 
@@ -36,20 +38,34 @@ class Prompts:
         Raises:
             InvalidRequestError: a prompt is empty, or a token id outside the vocabulary.
         """
-        prompt: Any = body.prompt
-        kinds = set() if isinstance(prompt, str) else set(map(type, prompt))
-        match prompt:
-            case str(text):
-                return await self._encoded(body, [text])
-            case [str(), *_] if len(kinds) == 1:
-                return await self._encoded(body, prompt)
-            case [int(), *_] | [] if len(kinds) <= 1:
-                return await self._decoded(body, [prompt])
-            case [list(), *_] if len(kinds) == 1:
-                return await self._decoded(body, prompt)
-        raise InvalidRequestError(
-            "prompt: expected only texts, only token ids, or only lists of token ids", param="prompt"
-        )
+        texts, lists = _texts_or_lists("prompt", body.prompt)
+        return await self._encoded(body, texts) if texts else await self._decoded(body, lists)
+
+    async def of_embeddings(self, body: EmbeddingsBody) -> list[list[int]]:
+        """The tokens of each input, or the first of them if the body says how many.
+
+        Raises:
+            InvalidRequestError: an input is empty or too long, or a token id outside the vocabulary.
+        """
+        limits, most = self._engine.ready.limits, body.truncate_prompt_tokens
+        if most is not None and most > limits.max_model_len:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens: {most} exceeds the {limits.max_model_len} tokens that the context holds",
+                param="truncate_prompt_tokens",
+            )
+        most = limits.max_model_len if most == -1 else most
+        texts, lists = _texts_or_lists("input", body.input)
+        for index, text in enumerate(texts):
+            with _about_input(index, len(texts)):
+                self._check_text(text, is_cut=most is not None)
+        if texts:
+            with _about_input(0, 1):
+                lists = await self.encode_all(texts, max_tokens=most)
+        for index, token_ids in enumerate(lists):
+            with _about_input(index, len(lists)):
+                check_request(limits, min(len(token_ids), most or len(token_ids)), 0)
+                check_token_ids("prompt", token_ids, self._vocab_size)
+        return [token_ids[:most] for token_ids in lists]
 
     async def of_chat(self, body: ChatBody, conversation: Conversation) -> tuple[str, list[int]]:
         """Apply the chat template; the text and its tokens.  See `Tokenizer.encode_chat`.
@@ -65,10 +81,18 @@ class Prompts:
         (prompt,) = await self._cut(body, [(text, token_ids)])
         return prompt
 
-    async def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """The tokens of texts, without holding up others if they are long together."""
+    async def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[list[int]]:
+        """The tokens of texts, without holding up others if they are long together.
+
+        Args:
+            max_tokens: of which the texts' beginnings are made, special tokens included; None for whole texts.
+        """
 
         def work() -> list[list[int]]:
+            if max_tokens is not None:
+                return [self._tokenizer.encode_start(text, max_tokens) for text in texts]
             return [self._tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
         return await off_the_loop(work, *map(len, texts))
@@ -80,6 +104,13 @@ class Prompts:
             return [self._tokenizer.decode(one, skip_special_tokens=skip_special_tokens) for one in lists]
 
         return await off_the_loop(work, *map(len, lists))
+
+    def _check_text(self, text: str, *, is_cut: bool = False) -> None:
+        """Refuse a prompt that is empty, or too long unless it is to be cut."""
+        if not text:
+            raise InvalidRequestError("prompt is empty: it must have at least one character", param="prompt")
+        if not is_cut:
+            self._check_chars(len(text))
 
     def _check_chars(self, num_chars: int) -> None:
         """Refuse a text that is too long for the context whatever its tokens are, before they are made.
@@ -96,11 +127,8 @@ class Prompts:
             )
 
     async def _encoded(self, body: CompletionBody, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
-        if not all(texts):
-            raise InvalidRequestError("prompt is empty: it must have at least one character", param="prompt")
-        if body.truncate_prompt_tokens is None:
-            for text in texts:
-                self._check_chars(len(text))
+        for text in texts:
+            self._check_text(text, is_cut=body.truncate_prompt_tokens is not None)
         lists = await self.encode_all(texts, add_special_tokens=body.add_special_tokens is not False)
         return await self._cut(body, list(zip(texts, lists, strict=True)))
 
@@ -126,3 +154,31 @@ class Prompts:
             prompt if len(prompt[1]) <= most else (text, token_ids)
             for prompt, text, token_ids in zip(prompts, texts, lists, strict=True)
         ]
+
+def _texts_or_lists(param: str, prompt: Any) -> tuple[list[str], list[list[int]]]:
+    """What a field holds: one or several texts, or one or several lists of token ids; the other kind is empty.
+
+    Raises:
+        InvalidRequestError: it holds a mixture.
+    """
+    kinds = set() if isinstance(prompt, str) else set(map(type, prompt))
+    match prompt:
+        case str(text):
+            return [text], []
+        case [str(), *_] if len(kinds) == 1:
+            return prompt, []
+        case [int(), *_] | [] if len(kinds) <= 1:
+            return [], [prompt]
+        case [list(), *_] if len(kinds) == 1:
+            return [], prompt
+    raise InvalidRequestError(f"{param}: expected only texts, only token ids, or only lists of token ids", param=param)
+
+
+@contextmanager
+def _about_input(index: int, count: int) -> Iterator[None]:
+    """Errors about a prompt are about this input of so many."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        name = "input" if count == 1 else f"input[{index}]"
+        raise type(error)(error.message.replace("prompt", name, 1), param="input") from error

@@ -5,10 +5,13 @@ from __future__ import annotations
 from hashlib import blake2b
 
 from shoal.scheduler.output import SchedulingParams
+from shoal.server.wire.embeddings import EmbeddingsBody
 from shoal.server.wire.requests import GenerationBody
 
 
-def resolve_scheduling(body: GenerationBody, api_key: str | None, *, shares_prefixes: bool = False) -> SchedulingParams:
+def resolve_scheduling(
+    body: GenerationBody | EmbeddingsBody, api_key: str | None, *, shares_prefixes: bool = False
+) -> SchedulingParams:
     """What the body says of its urgency, and which client it is of.
 
     The API key names the client, because a client cannot pretend to have several.  Where the server asks for no key,

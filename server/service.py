@@ -51,6 +51,7 @@ class Service:
     started: int
     streams: StreamStore
     responses: ResponseStore
+    pooling: str  # see `load_pooling`
 
     @property
     def model_name(self) -> str:

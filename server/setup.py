@@ -8,6 +8,7 @@ from pathlib import Path
 from shoal.model.checkpoint.config import load_config, load_generation_defaults
 from shoal.model.checkpoint.find import checkpoint_name, find_draft, resolve_checkpoint
 from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.checkpoint.pooling import load_pooling
 from shoal.model.speculation.config import MOST_SPEC_TOKENS
 from shoal.model.text.grammar import GrammarCompiler
 from shoal.model.text.tokenizer import Tokenizer
@@ -78,6 +79,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         started=unix_time(),
         streams=streams,
         responses=ResponseStore(streams),
+        pooling=load_pooling(opened),
     )
     return service, client
 

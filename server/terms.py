@@ -14,6 +14,7 @@ from shoal.server.keys import known_key
 from shoal.server.limits import UNLIMITED, Allowance
 from shoal.server.scheduling import resolve_scheduling
 from shoal.server.service import Service
+from shoal.server.wire.embeddings import EmbeddingsBody
 from shoal.server.wire.requests import MAX_TIMEOUT_SECONDS, GenerationBody
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Terms:
     context: Context | None = None
 
 
-def resolve_terms(service: Service, request: Request, body: GenerationBody) -> Terms:
+def resolve_terms(service: Service, request: Request, body: GenerationBody | EmbeddingsBody) -> Terms:
     """What a request and its body say.
 
     Raises:

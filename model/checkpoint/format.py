@@ -11,8 +11,9 @@ CheckpointFormat = GgufCheckpoint | HuggingFaceFolder
 """Gives the parts of a checkpoint under the names of a Hugging Face folder.
 
 `path` is the folder or file.  `config` and `generation_config` give the fields of the JSON files of these names (none
-if nothing is recommended), `tokenizer` and `weights` the rest.  Every method raises CheckpointError, naming the file
-and the field, key or tensor that is missing, malformed or not supported.
+if nothing is recommended), `pooling` those of sentence-transformers' `1_Pooling/config.json`, `tokenizer` and `weights`
+the rest.  Every method raises CheckpointError, naming the file and the field, key or tensor that is missing, malformed
+or not supported.
 """
 
 

@@ -67,6 +67,7 @@ _SAMPLING = {
     "repetition_penalty": "general.sampling.penalty_repeat",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_POOLING = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}  # 0 is none
 
 
 class GgufCheckpoint:
@@ -103,6 +104,10 @@ class GgufCheckpoint:
         values: dict[str, Any] = {name: self._file.metadata.get(key) for name, key in _SAMPLING.items()}
         values["eos_token_id"] = _end_ids(self._file.special_token_ids())
         return Fields(self._file.path, values, names=_KEYS | _SAMPLING)
+
+    def pooling(self) -> Fields:
+        kind = self._own.integer("pooling_type", minimum=0, default=0)
+        return Fields(self._file.path, {"pooling_mode": _POOLING.get(kind, str(kind))} if kind else {})
 
     def tokenizer(self) -> TokenizerParts:
         # The engine process does not need the tokenizers package, which takes time to load.

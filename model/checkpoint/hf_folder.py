@@ -17,6 +17,7 @@ from shoal.scheduler.errors import CheckpointError
 CONFIG = "config.json"
 
 _GENERATION_CONFIG = "generation_config.json"
+_POOLING = "1_Pooling/config.json"
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _WEIGHTS = "model.safetensors"
@@ -37,6 +38,10 @@ class HuggingFaceFolder:
 
     def generation_config(self) -> Fields:
         path = self.path / _GENERATION_CONFIG
+        return Fields(path, read_json(path) if path.exists() else {})
+
+    def pooling(self) -> Fields:
+        path = self.path / _POOLING
         return Fields(path, read_json(path) if path.exists() else {})
 
     def tokenizer(self) -> TokenizerParts:

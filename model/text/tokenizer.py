@@ -114,13 +114,20 @@ class Tokenizer:
         Raises:
             InvalidRequestError: the text holds a lone surrogate, which has no UTF-8.
         """
+        token_ids: list[int] = self._encoding(text, add_special_tokens=add_special_tokens).ids
+        begin = self.begin_token_ids
+        is_doubled = add_special_tokens and begin and token_ids[: 2 * len(begin)] == begin * 2
+        return token_ids[len(begin) :] if is_doubled else token_ids
+
+    def encode_start(self, text: str, max_tokens: int) -> list[int]:
+        """`encode`, of so much of the text as `max_tokens` tokens hold, those around the text included."""
+        encoding = self._encoding(text, add_special_tokens=False)
+        encoding.truncate(max(max_tokens - self._tokenizer.num_special_tokens_to_add(False), 0))
+        return self._tokenizer.post_process(encoding).ids[:max_tokens]
+
+    def _encoding(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
-            token_ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
-                0
-            ].ids
-            begin = self.begin_token_ids
-            is_doubled = add_special_tokens and begin and token_ids[: 2 * len(begin)] == begin * 2
-            return token_ids[len(begin) :] if is_doubled else token_ids
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except TypeError as error:
             raise InvalidRequestError("the text holds a lone surrogate (U+D800 to U+DFFF)", param="prompt") from error
 

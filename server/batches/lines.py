@@ -27,7 +27,7 @@ class Line(NamedTuple):
 
     Attributes:
         number: in its file, from 1.
-        body: of the request, with a seed, so that the same tokens come however often it is run.
+        body: of the request; one that generates has a seed, so that the same tokens come however often it is run.
     """
 
     number: int
@@ -93,7 +93,7 @@ def _read_line(number: int, raw: bytes, endpoint: str, max_bytes: int) -> Line |
     if line.url != endpoint:
         return BatchError("url_mismatch", f"url: expected {endpoint!r}, as the batch has it", "url", number)
     body = line.body | _LEAST_URGENT_RAW
-    if bytes(body.get("seed", b"null")) == b"null":
+    if endpoint != "/v1/embeddings" and bytes(body.get("seed", b"null")) == b"null":
         body["seed"] = Raw(b"%d" % secrets.randbits(53))
     return Line(number, line.custom_id, msgspec.json.encode(body))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from math import inf
 from typing import Any
 
@@ -12,6 +13,8 @@ from shoal.scheduler.errors import QueueFullError
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import EngineRequest, Ready
+
+_line: ContextVar[asyncio.Task[Any] | None] = ContextVar("line", default=None)  # the task that runs it
 
 
 class SharedEngine:
@@ -45,8 +48,9 @@ class SharedEngine:
             self._engine.check_room()
 
     def submit(self, requests: Sequence[EngineRequest], timeout: float = inf) -> Submission:
-        request_ids = self._lines.get(asyncio.current_task())
-        if request_ids is not None:
+        task = _line.get()
+        if task in self._lines:
+            request_ids = self._lines[task]
             submission = self._engine.submit(requests, timeout)
             for request_id, journal in submission.journals.items():
                 journal.gives_way = True
@@ -68,12 +72,14 @@ class SharedEngine:
 
     @contextmanager
     def line(self) -> Iterator[None]:
-        """What this task submits meanwhile is a line's, and ends with it."""
+        """What this task and those that it starts submit meanwhile is a line's, and ends with it."""
         task = asyncio.current_task()
         self._lines[task] = []
+        token = _line.set(task)
         try:
             yield
         finally:
+            _line.reset(token)
             self._engine.abort(self._lines.pop(task))
 
     def take_back(self) -> None:

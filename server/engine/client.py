@@ -142,7 +142,8 @@ class EngineClient:
         """Note what came of a step, and wake the calls that wait for it."""
         self._heard_at = now = self._clock()
         self._metrics.stats(self.name, news.stats)
-        self.admission.note(now, self._num_in_engine, sum(len(output.token_ids) for output in news.outputs))
+        num_tokens = sum(len(output.token_ids) or (output.embedding is not None) for output in news.outputs)
+        self.admission.note(now, self._num_in_engine, num_tokens)
         for output in news.outputs:
             submission = self._unfinished.get(output.request_id)
             if submission is not None and output.request_id not in self._held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ STATES = np.random.default_rng(3).standard_normal((17, 8)).astype(np.float32)
 def test_a_pool_gives_the_same_bits_for_all_chunks(method: Any, cuts: list[int], num_dimensions: int) -> None:
     def pooled(bounds: list[int], *, fails: bool) -> bytes | None:
         pool = Pool(Pooling(method, num_dimensions), len(STATES))
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             count = end - start
             states = STATES[end - pool.num_states(start, count) : end]
             for _ in range(1 + fails):  # whatever fails after a step has it computed again
