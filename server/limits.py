@@ -76,9 +76,10 @@ class Allowance:
         """
         most = self._max_requests
         if most is not None and num_requests > most:
+            what = "choices" if param == "n" else "inputs"
             raise InvalidRequestError(
-                f"the call asks for {num_requests} choices or inputs, but an API key may have at most {most} "
-                f"unfinished (key_max_requests)",
+                f"the call asks for {num_requests} {what}, but an API key may have at most {most} unfinished "
+                f"(key_max_requests)",
                 param=param,
             )
         if most is not None and (num_unfinished := self._num_unfinished()) + num_requests > most:

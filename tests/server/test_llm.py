@@ -69,6 +69,19 @@ def test_texts_that_keep_to_a_grammar(llm: LLM) -> None:
     assert "".join(delta.text for delta in llm.stream("Z", SamplingParams(grammar='start: "ab" "c"'))) == "abc"
 
 
+def test_vectors_come_in_order_and_are_those_of_each_input_alone(llm: LLM) -> None:
+    """More of them than the queue takes at once; texts and token ids."""
+    texts = [f"{i} cats" for i in range(9)]
+    found = llm.embed(texts)
+    assert [llm.embed(text) for text in texts] == [[vector] for vector in found]
+    assert llm.embed([llm._service.tokenizer.encode(text) for text in texts]) == found
+    assert all(sum(x * x for x in vector) == pytest.approx(1, abs=1e-6) for vector in found)
+    assert [len(vector) for vector in llm.embed("Z", dimensions=2)] == [2]
+    assert llm.embed([]) == []
+    with pytest.raises(InvalidRequestError, match=r"input\[1\] is empty"):
+        llm.embed(["Z", ""])
+
+
 def test_a_stream_gives_the_text_piece_by_piece(llm: LLM) -> None:
     deltas = list(llm.stream("Z", GREEDY))
     assert "".join(delta.text for delta in deltas) == cycle_text(12)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.output import (
     FinishReason,
+    Pooling,
     RequestOutput,
     SamplingParams,
     SchedulerStats,
@@ -41,6 +42,7 @@ params = st.builds(
     seed=st.integers(0, 2**64 - 1),
     stop_token_ids=st.frozensets(st.integers(0, 2**31), max_size=4),
     num_logprobs=st.none() | st.integers(0, 20),
+    pooling=st.none() | st.builds(Pooling, st.sampled_from(["last", "mean", "cls"]), st.integers(1, 2**31)),
 )
 scheduling = st.builds(
     SchedulingParams, client=names, priority=st.integers(-1000, 1000), ttft_slo_ms=st.none() | floats
@@ -64,6 +66,7 @@ outputs = st.builds(
     finish_reason=st.none() | st.sampled_from(FinishReason),
     logprobs=logprobs,
     prompt_logprobs=logprobs,
+    embedding=st.none() | st.binary(max_size=8),
     error=st.none() | names,
 )
 counts = st.integers(0, 2**31)
