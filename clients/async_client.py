@@ -27,6 +27,8 @@ from shoal.clients.types import (
     Chunk,
     Completion,
     CompletionOptions,
+    EmbeddingOptions,
+    Embeddings,
     Message,
     Model,
     Prompt,
@@ -127,6 +129,9 @@ class AsyncShoalClient(BaseClient[httpx.AsyncClient]):
     ) -> AsyncStream:
         call = wire.stream_chat(messages, options, response_format)
         return AsyncStream(self._events(call), response_format)
+
+    async def embed(self, inputs: Prompt, **options: Unpack[EmbeddingOptions]) -> Embeddings:
+        return await self._call(wire.embed(inputs, options))
 
     async def models(self) -> tuple[Model, ...]:
         return await self._call(wire.models())

@@ -27,6 +27,8 @@ from shoal.clients.types import (
     Chunk,
     Completion,
     CompletionOptions,
+    EmbeddingOptions,
+    Embeddings,
     Message,
     Model,
     Prompt,
@@ -150,6 +152,10 @@ class ShoalClient(BaseClient[httpx.Client]):
         """Answer the last message of a conversation, and give the answer as it arrives."""
         call = wire.stream_chat(messages, options, response_format)
         return Stream(self._events(call), response_format)
+
+    def embed(self, inputs: Prompt, **options: Unpack[EmbeddingOptions]) -> Embeddings:
+        """Vectors of texts, or of lists of token ids."""
+        return self._call(wire.embed(inputs, options))
 
     def models(self) -> tuple[Model, ...]:
         """The models that the server serves."""

@@ -117,6 +117,20 @@ class ChatOptions(SamplingOptions, total=False):
     chat_template_kwargs: dict[str, Any]
 
 
+class EmbeddingOptions(TypedDict, total=False):
+    """Optional fields of a request for vectors; `dimensions` is how many numbers each of them has.
+
+    With `truncate_prompt_tokens` only so many of an input's first tokens are read; -1 is as many as the context holds.
+    """
+
+    model: str
+    dimensions: int
+    truncate_prompt_tokens: int
+
+    user: str
+    priority: int
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens that a request used.
@@ -338,3 +352,12 @@ class Tokenization:
 
     token_ids: tuple[int, ...]
     max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors of length 1, in the order of the inputs."""
+
+    model: str
+    vectors: tuple[tuple[float, ...], ...]
+    usage: Usage

@@ -1,12 +1,14 @@
 """The protocol without input and output: each operation as a `Call`, and how its answer is read.
 
-The shapes are those of OpenAI's API reference (completions, chat completions, models), with `/tokenize`,
+The shapes are those of OpenAI's API reference (completions, chat completions, embeddings, models), with `/tokenize`,
 `/detokenize` and `/health` as vLLM has them.  The synchronous and the asynchronous client both use this module.
 """
 
 from __future__ import annotations
 
 import json
+import struct
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +24,8 @@ from shoal.clients.types import (
     Chunk,
     Completion,
     CompletionOptions,
+    EmbeddingOptions,
+    Embeddings,
     Message,
     Model,
     Prompt,
@@ -37,7 +41,7 @@ T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8000"
 """Where `shoal serve` listens by default."""
 
-_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, struct.error)
 """What reading JSON of another shape than expected raises."""
 
 
@@ -131,6 +135,11 @@ def stream_chat(
 ) -> Call[Chunk]:
     fields = {"messages": messages, **_wire_options(options, response_format), **_STREAM}
     return _post("/v1/chat/completions", fields, _chunk)
+
+
+def embed(inputs: Prompt, options: EmbeddingOptions) -> Call[Embeddings]:
+    """Vectors come in base64, which is shorter than numbers and read faster."""
+    return _post("/v1/embeddings", {"input": inputs, "encoding_format": "base64", **options}, _embeddings)
 
 
 def models() -> Call[tuple[Model, ...]]:
@@ -289,6 +298,19 @@ def _usage(usage: Any) -> Usage:
         num_accepted_tokens=drafted.get("accepted_prediction_tokens") or 0,
         num_rejected_tokens=drafted.get("rejected_prediction_tokens") or 0,
     )
+
+
+def _embeddings(answer: Any) -> Embeddings:
+    entries = sorted(answer["data"], key=lambda entry: int(entry["index"]))
+    return Embeddings(answer["model"], tuple(_vector(one["embedding"]) for one in entries), _usage(answer["usage"]))
+
+
+def _vector(embedding: Any) -> tuple[float, ...]:
+    """Little-endian float32 in base64, or numbers: some servers know nothing else."""
+    if isinstance(embedding, str):
+        data = b64decode(embedding, validate=True)
+        return struct.unpack(f"<{len(data) // 4}f", data)
+    return tuple(map(float, embedding))
 
 
 def _models(answer: Any) -> tuple[Model, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+from base64 import b64encode
 from typing import Any
 
 import openai
 import pytest
 
-from shoal.clients import Completion, Model, StatusError, Tokenization, TokenLogprob, Usage
+from shoal.clients import Completion, Model, ProtocolError, StatusError, Tokenization, TokenLogprob, Usage
 from tests.clients.conftest import Driver
 from tests.clients.fake_server import USAGE, Answer, FakeServer, chat_completion, completion
 
@@ -154,6 +156,28 @@ def test_logprobs_of_an_echoed_prompt(server: FakeServer, driver: Driver) -> Non
 def test_usage_without_details(server: FakeServer, driver: Driver) -> None:
     server.json(completion("x", usage={**USAGE, "prompt_tokens_details": None, "completion_tokens_details": None}))
     assert driver.call("complete", "x").usage == Usage(5, 2, 0)
+
+
+def test_embeddings_are_the_official_clients(server: FakeServer, driver: Driver, official: openai.OpenAI) -> None:
+    vectors = [[0.5, -0.25], [1.0, 0.0]]
+    data = [{"index": i, "embedding": b64encode(struct.pack("<2f", *one)).decode()} for i, one in enumerate(vectors)]
+    usage = {"prompt_tokens": 3, "total_tokens": 3}
+    for entries in (data, data[::-1]):
+        server.json({"object": "list", "data": entries, "model": "m", "usage": usage})
+    with official:
+        theirs = official.embeddings.create(model="m", input=["a", "b"], dimensions=2)
+    ours = driver.call("embed", ["a", "b"], model="m", dimensions=2)
+    assert [list(one) for one in ours.vectors] == [one.embedding for one in theirs.data] == vectors
+    assert (ours.model, ours.usage.num_prompt_tokens, ours.usage.num_output_tokens) == ("m", 3, 0)
+    assert server.requests[0].body == server.requests[1].body
+    assert server.requests[0].path == server.requests[1].path
+
+    server.json({"data": [{"index": 0, "embedding": vectors[0]}], "model": "m", "usage": usage})
+    assert driver.call("embed", [5, 6]).vectors == (tuple(vectors[0]),)
+    for broken in ("%%%%", "AAAA", None):
+        server.json({"data": [{"index": 0, "embedding": broken}], "model": "m", "usage": usage})
+        with pytest.raises(ProtocolError):
+            driver.call("embed", "a")
 
 
 def test_models(server: FakeServer, driver: Driver) -> None:

@@ -16,6 +16,7 @@ def test_the_public_names_are_pinned() -> None:
         *("ShoalClient", "AsyncShoalClient", "Stream", "AsyncStream"),
         *("SamplingOptions", "CompletionOptions", "ChatOptions", "Message", "Prompt"),
         *("Completion", "Choice", "Chunk", "ChoiceDelta", "TokenLogprob", "Usage", "Model", "Tokenization"),
+        *("EmbeddingOptions", "Embeddings"),
         *("ResponseFormat", "JsonModel", "StructuredOutputs", "Tool", "ToolChoice", "ToolCall", "ToolCallDelta"),
         *("ClientError", "UnsendableError", "ProtocolError", "ParseError"),
         *("TransportError", "UnreachableError", "TimedOutError", "BrokenConnectionError"),
