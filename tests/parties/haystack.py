@@ -3,8 +3,9 @@
 from typing import Annotated, Any, Literal
 
 from haystack.components.agents import Agent
+from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder
 from haystack.components.generators.chat import OpenAIChatGenerator
-from haystack.dataclasses import ChatMessage, StreamingChunk
+from haystack.dataclasses import ChatMessage, Document, StreamingChunk
 from haystack.tools import tool
 from haystack.utils import Secret
 from party import API_KEY, BASE_URL, MODEL, check, run
@@ -71,6 +72,15 @@ def an_agent_that_has_to_call() -> None:
     agent = Agent(chat_generator=required, tools=[get_weather], exit_conditions=["get_weather"], max_agent_steps=4)
     last = agent.run(messages=[QUESTION])["messages"][-1]
     assert last.tool_call_results[0].result.startswith("It is sunny in ")
+
+
+@check
+def vectors_of_texts_and_documents() -> None:
+    settings: dict[str, Any] = {"api_key": Secret.from_token(API_KEY), "api_base_url": BASE_URL, "model": MODEL}
+    found = OpenAITextEmbedder(**settings, dimensions=32).run("import os")["embedding"]
+    documents = [Document(content="import os"), Document(content="def add(a, b):")]
+    embedded = OpenAIDocumentEmbedder(**settings, dimensions=32).run(documents)["documents"]
+    assert [document.embedding == found for document in embedded] == [True, False]
 
 
 run()

@@ -1,4 +1,4 @@
-"""LangChain's ChatOpenAI, and agents: https://docs.langchain.com/oss/python/integrations/chat/openai."""
+"""LangChain's ChatOpenAI, agents and vectors: https://docs.langchain.com/oss/python/integrations/chat/openai."""
 
 from typing import Any, Literal
 
@@ -6,7 +6,7 @@ from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langgraph.errors import GraphRecursionError
 from party import API_KEY, BASE_URL, MODEL, check, run
 from pydantic import BaseModel, Field
@@ -105,6 +105,29 @@ def an_agent_whose_answer_is_a_call() -> None:
         assert isinstance(state["structured_response"], Weather)
     except GraphRecursionError as error:
         print(error)
+
+
+def embeddings(**options: Any) -> OpenAIEmbeddings:
+    """As its documentation has it for servers other than OpenAI's: it would cut texts to tokens of OpenAI's models."""
+    return OpenAIEmbeddings(
+        model=MODEL, base_url=BASE_URL, api_key=API_KEY, check_embedding_ctx_length=False, **options
+    )
+
+
+@check
+async def vectors_of_texts() -> None:
+    model = embeddings()
+    one, other = model.embed_documents(["def add(a, b):", "import os"])
+    assert model.embed_query("def add(a, b):") == one != other
+    assert await model.aembed_query("import os") == other
+    assert len(embeddings(dimensions=16).embed_query("import os")) == 16
+
+
+@check
+def vectors_of_many_documents() -> None:
+    found = embeddings(chunk_size=100).embed_documents([f"def f{i}(x):" for i in range(250)])
+    assert len({tuple(one) for one in found}) == 250
+    assert embeddings().embed_query("def f77(x):") == found[77]
 
 
 run()

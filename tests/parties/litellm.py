@@ -80,4 +80,14 @@ async def asynchronously() -> None:
     assert Weather.model_validate_json(answer.choices[0].message.content)
 
 
+@check
+async def vectors_of_texts() -> None:
+    asked = {name: ASKED[name] for name in ("model", "api_base", "api_key")}
+    answer = litellm.embedding(**asked, input=["def add(a, b):", "import os"], encoding_format="float")
+    one, other = (entry["embedding"] for entry in answer.data)
+    assert one != other and answer.usage.total_tokens > 0
+    again = await litellm.aembedding(**asked, input="import os", dimensions=None)
+    assert [entry["embedding"] for entry in again.data] == [other]
+
+
 run()

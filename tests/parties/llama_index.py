@@ -1,12 +1,15 @@
-"""LlamaIndex's OpenAILike: https://developers.llamaindex.ai/python/examples/llm/openai_like."""
+"""LlamaIndex's OpenAILike and OpenAILikeEmbedding: https://developers.llamaindex.ai/python/examples/llm/openai_like."""
 
 import asyncio
 from typing import Any, Literal
 
+from llama_index.core import VectorStoreIndex
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
+from llama_index.core.schema import TextNode
 from llama_index.core.tools import FunctionTool
+from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
 from party import API_KEY, BASE_URL, MODEL, check, run
 from pydantic import BaseModel
@@ -75,6 +78,15 @@ async def an_agent() -> None:
     agent = FunctionAgent(tools=[TOOL], llm=llm(), system_prompt="Be brief.", timeout=120)
     answer = await asyncio.wait_for(agent.run(QUESTION, max_iterations=4, early_stopping_method="generate"), 120)
     assert isinstance(str(answer), str)
+
+
+@check
+async def an_index_of_vectors() -> None:
+    model = OpenAILikeEmbedding(model_name=MODEL, api_base=BASE_URL, api_key=API_KEY, embed_batch_size=10)
+    index = VectorStoreIndex([TextNode(text=f"def f{i}(x):") for i in range(25)], embed_model=model)
+    (found,) = index.as_retriever(similarity_top_k=1).retrieve("def f7(x):")
+    assert found.text == "def f7(x):"
+    assert await model.aget_query_embedding("import os") == model.get_text_embedding("import os")
 
 
 run()

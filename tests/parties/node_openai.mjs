@@ -109,3 +109,11 @@ test('a response in the background is read on', async () => {
   assert.match(seen.at(-1), /^response\.(completed|incomplete)$/);
   assert.equal(seen[0], 'response.created');
 });
+
+test('vectors, in base64 unless told otherwise', async () => {
+  const input = ['import os', 'def add(a, b):'];
+  const answer = await client.embeddings.create({ model: asked.model, input });
+  const floats = await client.embeddings.create({ model: asked.model, input, encoding_format: 'float' });
+  assert.deepEqual(answer.data.map((one) => one.embedding), floats.data.map((one) => one.embedding));
+  assert.equal(answer.data.length, 2);
+});

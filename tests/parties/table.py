@@ -39,7 +39,10 @@ PARTIES = (
     Party("langchain", ("langchain==1.5.2", "langchain-openai==1.7.4", "langgraph==1.2.24", OPENAI, PYDANTIC)),
     Party(
         "llama_index",
-        ("llama-index-core==0.14.25", "llama-index-llms-openai-like==0.8.1", "openai==2.54.0", PYDANTIC),
+        (
+            *("llama-index-core==0.14.25", "llama-index-llms-openai-like==0.8.1"),
+            *("llama-index-embeddings-openai-like==0.4.0", "openai==2.54.0", PYDANTIC),
+        ),
     ),
     Party("instructor", ("instructor==1.17.0", "openai==3.3.0", PYDANTIC)),
     Party("pydantic_ai", ("pydantic-ai-slim[openai]==2.68.0", OPENAI, PYDANTIC)),
