@@ -155,6 +155,7 @@ class Prompts:
             for prompt, text, token_ids in zip(prompts, texts, lists, strict=True)
         ]
 
+
 def _texts_or_lists(param: str, prompt: Any) -> tuple[list[str], list[list[int]]]:
     """What a field holds: one or several texts, or one or several lists of token ids; the other kind is empty.
 

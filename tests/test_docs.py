@@ -31,7 +31,7 @@ from shoal.server.sources import load_settings
 from shoal.server.tools.formats import TOOL_FORMATS
 from shoal.server.tools.grammar import MAX_CALLS
 from shoal.server.tools.prompt import with_tools_prompt
-from shoal.server.wire import conversations, items, messages, requests
+from shoal.server.wire import conversations, embeddings, items, messages, requests
 from shoal.server.wire.batches import MAX_FILE_BYTES, MAX_LINES, BatchBody
 from tests.fakes import Harness
 
@@ -128,6 +128,7 @@ def test_every_limit_is_named() -> None:
         f"| drafted tokens of a request in a step | {MOST_SPEC_TOKENS} |",
         f"| bytes of an uploaded file | {MAX_FILE_BYTES:,} |",
         f"| lines of a batch, bytes of each | {MAX_LINES:,}, `max_body_bytes` |",
+        f"| inputs of `/v1/embeddings` | {embeddings.MAX_INPUTS:,} |",
     ):
         assert row in OPERATIONS
 
@@ -155,6 +156,7 @@ def test_every_endpoint_is_described() -> None:
         messages.CustomTool,
         requests.TokenizeBody,
         requests.DetokenizeBody,
+        embeddings.EmbeddingsBody,
         BatchBody,
         items.FunctionTool,
     ],

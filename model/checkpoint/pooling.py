@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 
@@ -20,7 +19,7 @@ def load_pooling(checkpoint: Path | CheckpointFormat) -> str:
     """
     fields = open_checkpoint(checkpoint).pooling()
     named = fields.get("pooling_mode") or []
-    names: Any = [named] if isinstance(named, str) else named
+    names: list[str] = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise fields.error("pooling_mode", f"expected a name or a list of names, found {named!r}")
     flags = [

@@ -16,7 +16,6 @@ from shoal.server.routes.schema import documented
 from shoal.server.service import Service, new_id
 from shoal.server.terms import resolve_terms
 from shoal.server.wire.embeddings import Embedding, Embeddings, EmbeddingsBody, EmbeddingsUsage
-from shoal.server.wire.requests import parse_body
 
 MOST_AT_ONCE = 8  # vectors that are encoded before others have their turn
 
@@ -26,7 +25,7 @@ def embeddings_router(service: Service) -> APIRouter:
 
     @router.post("/v1/embeddings", openapi_extra=documented(EmbeddingsBody))
     async def create_embeddings(request: Request) -> Response:
-        body = parse_body(EmbeddingsBody, await request.body())
+        body = await service.reader.read(request, EmbeddingsBody)
         service.check_model(body.model)
         pooling = resolve_pooling(service, body)
         service.engine.check_room()

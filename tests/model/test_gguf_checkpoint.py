@@ -16,6 +16,7 @@ from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.checkpoint.config import UNSTATED_SAMPLING, GenerationDefaults, load_config, load_generation_defaults
 from shoal.model.checkpoint.find import checkpoint_name, resolve_checkpoint
 from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.checkpoint.pooling import load_pooling
 from shoal.model.record import RopeConfig
 from shoal.scheduler.errors import CheckpointError
 from tests.gguf_writer import write_gguf
@@ -122,6 +123,13 @@ def test_rope(change: dict[str, Any], expected: RopeConfig, convert: Callable[..
 def test_dtype(kind: Type, dtype: str, tiny_checkpoint: Write, tmp_path: Path) -> None:
     folder = tiny_checkpoint("mixtral", intermediate_size=64)  # the router stays in float32
     assert load_config(write_gguf(tmp_path / "model.gguf", folder, matrices=kind)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(None, "last"), (0, "last"), (1, "mean"), (2, "cls"), (3, "last"), (4, "rank"), (9, "9")]
+)
+def test_pooling(kind: int | None, method: str, convert: Callable[..., Path]) -> None:
+    assert load_pooling(convert({"llama.pooling_type": kind})) == method
 
 
 def test_generation_defaults(convert: Callable[..., Path]) -> None:

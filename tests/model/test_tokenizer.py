@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HubTokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -158,6 +158,26 @@ def test_encode_and_decode_as_transformers(kind: str, tmp_path: Path) -> None:
         for skip in (True, False):
             theirs_text = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
             assert ours.decode(ids, skip_special_tokens=skip) == theirs_text
+
+
+@settings(max_examples=100)
+@given(text=st.text("ab é数\n", max_size=20), max_tokens=st.integers(1, 12))
+def test_the_start_of_a_text_as_transformers_cuts_it(text: str, max_tokens: int) -> None:
+    """With tokens around it, which stay."""
+    ours, theirs = _with_tokens_around()
+    found = ours.encode_start(text, max_tokens)
+    if max_tokens < 2:
+        assert len(found) == max_tokens
+    else:
+        assert found == theirs(text, truncation=True, max_length=max_tokens)["input_ids"]
+
+
+@cache
+def _with_tokens_around() -> tuple[Tokenizer, PreTrainedTokenizerFast]:
+    hub = HubTokenizer.from_file(str(resolve_checkpoint("shoal-moe") / "tokenizer.json"))
+    around = [("<|endoftext|>", 0), ("a", hub.token_to_id("a"))]
+    hub.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A a", special_tokens=around)
+    return Tokenizer(HubTokenizer.from_str(hub.to_str())), PreTrainedTokenizerFast(tokenizer_object=hub)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
