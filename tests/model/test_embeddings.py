@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from shoal.model.step.batch import SamplingBatch
+from shoal.model.step.masks import Masks
 from shoal.model.step.pooling import Pool
 from shoal.scheduler.output import Pooling, RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.request import Request
-from tests.model.oracles import SHAPES
+from tests.model.oracles import SHAPES, random_record
 from tests.model.test_generation import BACKENDS, LIMITS, NATIVE, NATIVE_INT8, NUM_BLOCKS, make_requests, run
 
 METHODS = ("last", "mean", "cls")
@@ -117,6 +120,29 @@ def test_vectors_do_not_depend_on_the_policy(policy: str, tiny_checkpoint: Calla
         found.append(vectors(news))
     assert found[0] == found[1]
     assert len(found[0]) == 9
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_states_are_the_same_however_tokens_are_chosen(
+    backend: str, paged: Any, sampling_batch: Callable[..., SamplingBatch]
+) -> None:
+    """At once, under masks that are computed meanwhile, or from the logits, as verification by rejection does."""
+    create, options, _ = BACKENDS[backend]
+    made, pages = create(random_record(), num_blocks=8, block_size=16, **options), paged(8, 16)
+    batch = pages.batch([("a", [1, 2, 3], 0), ("b", [4, 5], 0)], all_logits=False)
+    masks = Masks(np.full((1, 3), 2**32 - 1, np.uint32), lambda: None)
+    masked = replace(sampling_batch(2, mask=[-1, 0]), masks=masks)
+    found = []
+    for compute in (
+        lambda: made.execute(batch, sampling_batch(2)),
+        lambda: made.execute(batch, masked),
+        lambda: made.forward(batch),
+    ):
+        batch.hidden = np.zeros((2, made.hidden_size), np.float32)
+        compute()
+        found.append(batch.hidden.tobytes())
+    assert np.isfinite(batch.hidden).all() and batch.hidden.all()
+    assert len(set(found)) == 1
 
 
 STATES = np.random.default_rng(3).standard_normal((17, 8)).astype(np.float32)
