@@ -207,7 +207,7 @@ def test_what_does_not_exist(tiny: Server) -> None:
         assert (error["code"], error["param"]) == ("model_not_found", "model")
         assert "'gpt-5'" in error["message"] and "'tiny'" in error["message"]
     refused(tiny.get("/v1/models/gpt-5"), 404)
-    assert "/v1/embeddings" in refused(tiny.post("/v1/embeddings"), 404)["message"]
+    assert "/v1/moderations" in refused(tiny.post("/v1/moderations"), 404)["message"]
     for method, path in (
         ("GET", "/v1/completions"),
         ("DELETE", "/v1/models"),

@@ -145,7 +145,7 @@ def test_what_is_refused(main: Server, connect: Connect) -> None:
     with pytest.raises(openai.NotFoundError):
         client.batches.create(input_file_id="../lock", endpoint="/v1/completions", completion_window="24h")
     with pytest.raises(openai.BadRequestError) as endpoint:
-        client.batches.create(input_file_id="x", endpoint="/v1/embeddings", completion_window="24h")
+        client.batches.create(input_file_id="x", endpoint="/v1/moderations", completion_window="24h")
     assert endpoint.value.param == "endpoint"
     with pytest.raises(openai.BadRequestError) as window:
         client.batches.create(input_file_id="x", endpoint="/v1/completions", completion_window="0h")  # type: ignore[arg-type]
