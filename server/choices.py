@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.sampling import resolve_sampling
 from shoal.server.service import Service
@@ -27,7 +28,7 @@ def engine_requests(
     Raises:
         InvalidRequestError: the parameters do not fit the model, the server or each other.
     """
-    speculates = service.check_speculation(body.speculation)
+    speculates = _speculates(service, body.speculation)
     all_params = resolve_sampling(
         body,
         seed=seed,
@@ -52,3 +53,19 @@ def engine_requests(
         for index, ((_, token_ids), params) in enumerate(zip(prompts, all_params, strict=True))
         for i in range(body.n)
     ]
+
+
+def _speculates(service: Service, wanted: str | None) -> bool:
+    """Whether tokens may be drafted for a request that asks for this method, or for none in particular.
+
+    Raises:
+        InvalidRequestError: the server has another one.
+    """
+    method = service.settings.speculation.method
+    if wanted not in (None, "off", method):
+        raise InvalidRequestError(
+            f"speculation {wanted!r} is not what this server was started with ({method!r}): leave it out, or say "
+            f"'off' to do without",
+            param="speculation",
+        )
+    return wanted != "off" and method != "off"

@@ -85,21 +85,6 @@ class Service:
             )
         self.engine.check_room()
 
-    def check_speculation(self, wanted: str | None) -> bool:
-        """Whether tokens may be drafted for a request that asks for this method, or for none in particular.
-
-        Raises:
-            InvalidRequestError: the server has another one.
-        """
-        method = self.settings.speculation.method
-        if wanted not in (None, "off", method):
-            raise InvalidRequestError(
-                f"speculation {wanted!r} is not what this server was started with ({method!r}): leave it out, or say "
-                f"'off' to do without",
-                param="speculation",
-            )
-        return wanted != "off" and method != "off"
-
 
 def new_id(prefix: str) -> str:
     """A new id; of OpenAI's oldest APIs a hyphen follows the prefix, of others it has its own sign at its end."""

@@ -12,16 +12,14 @@ from starlette.responses import Response
 
 from shoal.server.errors import OPENAI, ErrorShape
 from shoal.server.generation import Generation
-from shoal.server.logprobs import prompt_logprobs
 from shoal.server.routes.answer import EventStream, unless_disconnected
-from shoal.server.routes.pieces import HOLE, Entries, encode_parts, filled, in_pieces
+from shoal.server.routes.pieces import Entries, filled, in_pieces
 from shoal.server.routes.streams import hold, is_held, only_event
 from shoal.server.sampling import resolve_seed
 from shoal.server.service import Service, new_id, unix_time
 from shoal.server.terms import resolve_terms
 from shoal.server.text import Delta, Scored
-from shoal.server.wire.requests import ChatBody, CompletionBody, StreamOptions
-from shoal.server.wire.responses import Usage
+from shoal.server.wire.requests import ChatBody, CompletionBody
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
 # A field that is left out of the JSON where it is unset.
@@ -31,16 +29,12 @@ Unset = msgspec.UnsetType
 class Call(ABC, Generic[Body]):
     """One call, submitted to the engine.
 
-    Attributes:
-        scores_prompt_in_choices: whether the prompt's log-probabilities stand in each choice, or once behind all.
-
     Raises:
         InvalidRequestError, RateLimitError, QueueFullError, EngineUnavailableError: it is refused.
     """
 
     id_prefix: ClassVar[str]
     shape: ErrorShape = OPENAI
-    scores_prompt_in_choices: ClassVar[bool] = True
 
     def __init__(
         self, service: Service, request: Request, body: Body, prompts: Sequence[tuple[str, list[int]]], grammar: str
@@ -53,7 +47,6 @@ class Call(ABC, Generic[Body]):
         self.seed = resolve_seed(body)
         if body.request_id is not None:
             request.state.request_id = body.request_id
-        self.stream_options = body.stream_options or StreamOptions()
         terms = resolve_terms(service, request, body)
         self.generation = Generation(service, body, prompts, grammar, api_id=self.id, seed=self.seed, terms=terms)
 
@@ -72,18 +65,6 @@ class Call(ABC, Generic[Body]):
             return EventStream(self.chunks(), self.id, headers, shape=self.shape)
         return in_pieces(await unless_disconnected(self.request.receive, self.complete()) or [], headers)
 
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        return self.generation.usage
-
-    @property
-    def usage_in_chunks(self) -> Usage | Unset | None:
-        """What a stream's chunks say of usage before the last."""
-        if self.stream_options.continuous_usage_stats:
-            return self.usage
-        return None if self.stream_options.include_usage else msgspec.UNSET
-
     async def complete(self) -> list[bytes | bytearray]:
         """The whole answer, in pieces."""
         count = self.generation.num_choices
@@ -93,23 +74,12 @@ class Call(ABC, Generic[Body]):
         pieces: list[bytearray] = []
         for index in range(count):
             pieces += entries.encoded(index)
-            if self.body.prompt_logprobs is not None and (self.scores_prompt_in_choices or index == count - 1):
-                scored = self.generation.prompt_of(index)
-                parts = prompt_logprobs(self.service.tokenizer, *scored, self.body.prompt_logprobs)
-                pieces.append(await encode_parts(parts))
+            pieces += await self.more_entries(index)
         return filled(self.assemble(deltas, shapes), pieces)
 
-    def token_ids(self, delta: Delta) -> list[int] | Unset:
-        """What an answer says of a choice's tokens."""
-        return delta.token_ids if self.body.return_token_ids else msgspec.UNSET
-
-    def prompt_token_ids(self, index: int) -> list[int] | Unset:
-        return self.generation.prompt_of(index)[0] if self.body.return_token_ids else msgspec.UNSET
-
-    @property
-    def prompt_hole(self) -> Any:
-        """Stands for the prompt's log-probabilities, if they were asked for."""
-        return msgspec.UNSET if self.body.prompt_logprobs is None else HOLE
+    async def more_entries(self, index: int) -> list[bytearray]:
+        """The entries of long lists that stand behind a choice's log-probabilities in the answer."""
+        return []
 
     @abstractmethod
     def logprobs(self, scored: list[Scored]) -> msgspec.Struct | None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from shoal.server.logprobs import chat_logprobs, id_text, plain_text
 from shoal.server.routes.answer import event
-from shoal.server.routes.call import Call, Unset
+from shoal.server.routes.openai import OpenAICall, Unset
 from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
@@ -47,7 +47,7 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-class _ChatCall(Call[ChatBody]):
+class _ChatCall(OpenAICall[ChatBody]):
     id_prefix = "chatcmpl"
     scores_prompt_in_choices = False
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from shoal.server.logprobs import completion_logprobs, id_text, token_text
 from shoal.server.routes.answer import event
-from shoal.server.routes.call import Call, Unset
+from shoal.server.routes.openai import OpenAICall, Unset
 from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
@@ -36,7 +36,7 @@ def completions_router(service: Service) -> APIRouter:
     return router
 
 
-class _CompletionCall(Call[CompletionBody]):
+class _CompletionCall(OpenAICall[CompletionBody]):
     id_prefix = "cmpl"
 
     def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> Completion:
