@@ -74,6 +74,10 @@ class SamplingOptions(TypedDict, total=False):
 
     top_k: int
     min_p: float
+    top_n_sigma: float
+    typical_p: float
+    xtc_probability: float
+    xtc_threshold: float
     repetition_penalty: float
     min_tokens: int
     stop_token_ids: list[int]

@@ -42,9 +42,13 @@ class SamplingParams:
         max_tokens: most tokens to generate; 0 computes (and scores) the prompt only.
         min_tokens: `stop_token_ids` cannot be chosen before this many tokens were generated.
         temperature: 0 is greedy.
+        top_n_sigma: keep tokens whose logit is at most this many standard deviations below the greatest; 0 keeps all.
         top_k: keep the k most probable tokens; 0 keeps all.
+        typical_p: keep the smallest set of tokens of most typical surprise whose probability reaches this; 1 keeps all.
         top_p: keep the smallest set of most probable tokens whose probability reaches this; 1 keeps all.
         min_p: drop tokens less probable than this share of the most probable one; 0 keeps all.
+        xtc_probability: with this probability, `xtc_threshold` takes effect at a position; 0 is never.
+        xtc_threshold: drop all tokens that are at least so probable but the least probable of them; > 0.5 drops none.
         presence_penalty, frequency_penalty: OpenAI's, over generated tokens.
         repetition_penalty: of Keskar et al. 2019 (CTRL), over prompt and generated tokens; 1 is none.
         logit_bias: added to the logits of these token ids before all else but penalties.
@@ -61,9 +65,13 @@ class SamplingParams:
     max_tokens: int
     min_tokens: int = 0
     temperature: float = 1.0
+    top_n_sigma: float = 0.0
     top_k: int = 0
+    typical_p: float = 1.0
     top_p: float = 1.0
     min_p: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0

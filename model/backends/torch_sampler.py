@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shoal.model.step.batch import Int32, Records, SamplerOutput, SamplingBatch
-from shoal.model.step.sampling import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
+from shoal.model.step.noise import GOLDEN_GAMMA, MIX_MULTIPLIER_1, MIX_MULTIPLIER_2, noise_keys
+from shoal.model.step.sampling import excludes_top
 
 # Upper limit on the elements of a [rows, vocab_size] temporary, so that it fits into a CPU's caches, or takes a small
 # part of a GPU's memory.  Further rows are drawn in the next turn.
@@ -27,11 +29,13 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     greatest, greedy = adjusted.max(dim=-1)
     token_ids = greedy.to(torch.int32).cpu().numpy()
     forced, num_logprobs = sampling.rows["forced_token_id"], sampling.rows["num_logprobs"]
-    drawn = np.flatnonzero((sampling.rows["temperature"] > 0) & (forced < 0))
     rows_at_once = max(1, _MAX_ELEMENTS[logits.device.type] // logits.shape[1])
-    for start in range(0, len(drawn), rows_at_once):
-        turn = drawn[start : start + rows_at_once]
-        token_ids[turn] = _draw(adjusted, _Draws.of(sampling.rows, turn, logits.device)).cpu().numpy()
+    for draw, group in _groups(sampling.rows):
+        for start in range(0, len(group), rows_at_once):
+            turn = group[start : start + rows_at_once]
+            rows = sampling.rows[turn]
+            stays = _within_sigmas(adjusted[_index(turn, logits.device)], rows)
+            token_ids[turn] = draw(stays, _Draws.of(rows, logits.device)).cpu().numpy()
     token_ids = np.where(forced >= 0, forced, token_ids)
     token_ids = np.where(torch.isfinite(greatest).cpu().numpy(), token_ids, np.int32(-1))
     asked = np.flatnonzero(num_logprobs >= 0)
@@ -74,43 +78,72 @@ def _index(array: Int32 | NDArray[np.intp], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Draws:
-    """The parameters of the rows to draw: `rows` [n]; `keys` [n, 1] int64; the others [n, 1] float64."""
+    """The parameters of the rows to draw: `keys` [n, 1] int64; the others [n, 1] float64.
 
-    rows: Tensor
+    `xtc_threshold` is inf where no token is to be left out.
+    """
+
     keys: Tensor
     temperature: Tensor
     top_k: Tensor
+    typical_p: Tensor
     top_p: Tensor
     min_p: Tensor
+    xtc_threshold: Tensor
 
     @classmethod
-    def of(cls, sampling: Records, rows: NDArray[np.intp], device: torch.device) -> _Draws:
-        drawn = sampling[rows]
-        columns: list[NDArray[Any]] = [noise_keys(drawn["seed"], drawn["position"]).view(np.int64)]
-        columns += [drawn[name].astype(np.float64) for name in ("temperature", "top_k", "top_p", "min_p")]
-        return cls(_index(rows, device), *(_column(column, device)[:, None] for column in columns))
+    def of(cls, rows: Records, device: torch.device) -> _Draws:
+        columns: list[NDArray[Any]] = [noise_keys(rows["seed"], rows["position"]).view(np.int64)]
+        columns += [rows[name].astype(np.float64) for name in ("temperature", "top_k", "typical_p", "top_p", "min_p")]
+        columns.append(np.where(excludes_top(rows), rows["xtc_threshold"].astype(np.float64), np.inf))
+        return cls(*(_column(column, device)[:, None] for column in columns))
 
     def __getitem__(self, which: Tensor) -> _Draws:
         """The draws where `which` [n] is true."""
         return _Draws(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
-def _draw(logits: Tensor, draws: _Draws) -> Tensor:
-    """Steps 7 to 11 for the rows of the draws: token ids [n] int32."""
-    truncated = ((draws.top_k > 0) | (draws.top_p < 1))[:, 0]
-    if not truncated.any():
-        return _draw_from_all(logits[draws.rows], draws)
-    token_ids = torch.empty(len(truncated), dtype=torch.int32, device=logits.device)
-    if not truncated.all():
-        free = draws[~truncated]
-        token_ids[~truncated] = _draw_from_all(logits[free.rows], free)
-    bound = draws[truncated]
-    token_ids[truncated] = _draw_from_best(logits[bound.rows], bound)
-    return token_ids
+def _groups(rows: Records) -> list[tuple[Callable[[Tensor, _Draws], Tensor], NDArray[np.intp]]]:
+    """The rows to draw, grouped by the function that draws them: by steps 8 to 14, token ids [n] int32."""
+    drawn = np.flatnonzero((rows["temperature"] > 0) & (rows["forced_token_id"] < 0))
+    if not drawn.size:
+        return []
+    rows = rows[drawn]
+    is_stepwise = (rows["typical_p"] < 1) | excludes_top(rows)
+    is_narrow = ~is_stepwise & ((rows["top_k"] > 0) | (rows["top_p"] < 1))
+    return [
+        (_draw_from_all, drawn[~is_stepwise & ~is_narrow]),
+        (_draw_from_best, drawn[is_narrow]),
+        (_draw_stepwise, drawn[is_stepwise]),
+    ]
+
+
+def _within_sigmas(logits: Tensor, rows: Records) -> Tensor:
+    """Step 7: -inf for what does not stay; `logits` themselves where no row asks."""
+    if not (rows["top_n_sigma"] > 0).any():
+        return logits
+    top_n_sigma = _column(rows["top_n_sigma"].astype(np.float64), logits.device)[:, None]
+    takes_part, wide = logits > -torch.inf, logits.double()
+    count = takes_part.sum(dim=-1, keepdim=True)
+    mean = _total(wide.masked_fill(~takes_part, 0)) / count
+    deviations = (wide - mean).masked_fill_(~takes_part, 0)
+    sigma = (_total(deviations * deviations) / count).sqrt_()
+    least = wide.amax(dim=-1, keepdim=True) - top_n_sigma * sigma
+    return logits.masked_fill((wide < least) & (top_n_sigma > 0), -torch.inf)
+
+
+def _total(numbers: Tensor) -> Tensor:
+    """The sum of each row in the order of step 7: [n, 1]."""
+    num_places = 1 << (numbers.shape[1] - 1).bit_length()
+    sums = F.pad(numbers, (0, num_places - numbers.shape[1]))
+    while sums.shape[1] > 1:
+        first, second = sums.chunk(2, dim=-1)
+        sums = first + second
+    return sums
 
 
 def _draw_from_all(logits: Tensor, draws: _Draws) -> Tensor:
-    """Draw where neither top_k nor top_p applies: no sorting is needed."""
+    """Draw where only min_p may apply: no sorting is needed."""
     x = logits.double().div_(draws.temperature)
     all_ids = torch.arange(x.shape[1], device=x.device)[None]
     scores = x + _noise(draws.keys, all_ids)
@@ -121,7 +154,7 @@ def _draw_from_all(logits: Tensor, draws: _Draws) -> Tensor:
 
 
 def _draw_from_best(logits: Tensor, draws: _Draws) -> Tensor:
-    """Draw where top_k or top_p applies: from the few most probable tokens if no other can be chosen."""
+    """Draw where top_k, top_p and min_p may apply: from the few most probable tokens if no other can be chosen."""
     vocab_size = logits.shape[1]
     width = min(vocab_size, int(torch.where(draws.top_k > 0, draws.top_k, _NARROW).max()))
     token_ids, certain = _draw_among(logits, draws, width)
@@ -144,11 +177,41 @@ def _draw_among(logits: Tensor, draws: _Draws, width: int) -> tuple[Tensor, Tens
     limit = torch.where(draws.top_p < 1, draws.top_p * total, torch.inf)
     keep = in_top_k & (F.pad(sums[:, :-1], (1, 0)) < limit) & (weights >= draws.min_p)
     keep[:, 0] = True
-    scores = (x + _noise(draws.keys, ids)).masked_fill_(~keep, -torch.inf)
-    winners = scores == scores.amax(dim=-1, keepdim=True)
-    token_ids = ids.masked_fill(~winners, logits.shape[1]).amin(dim=-1)
     certain = (draws.top_k > 0) | (sums[:, -1:] >= limit)
-    return token_ids.to(torch.int32), certain[:, 0]
+    return _winners(x, ids, keep, draws.keys), certain[:, 0]
+
+
+def _draw_stepwise(logits: Tensor, draws: _Draws) -> Tensor:
+    """Draw with all steps, one after the other, over the sorted vocabulary."""
+    values, ids = _greatest(logits, logits.shape[1])
+    x = values.double().div_(draws.temperature)
+    keep = (values > -torch.inf) & ((draws.top_k == 0) | (torch.arange(x.shape[1], device=x.device) < draws.top_k))
+    d = (x - x[:, :1]).masked_fill_(~keep, 0)
+    weights = d.exp() * keep
+    mean = (weights * d).sum(dim=-1, keepdim=True) / weights.sum(dim=-1, keepdim=True)
+    nearest = (d - mean).abs_().masked_fill_(~keep, torch.inf).argsort(dim=-1, stable=True)
+    stays = _within_share(weights.gather(-1, nearest), draws.typical_p)
+    keep &= torch.zeros_like(keep).scatter_(-1, nearest, stays)
+    weights = (x - x.masked_fill(~keep, -torch.inf).amax(dim=-1, keepdim=True)).exp_() * keep
+    keep &= _within_share(weights, draws.top_p) & (weights >= draws.min_p)
+    is_top = keep & (weights >= draws.xtc_threshold * (weights * keep).sum(dim=-1, keepdim=True))
+    keep &= ~is_top | (is_top.cumsum(dim=-1) == is_top.sum(dim=-1, keepdim=True))
+    return _winners(x, ids, keep, draws.keys)
+
+
+def _within_share(weights: Tensor, share: Tensor) -> Tensor:
+    """Which tokens, with weights in their order, stay: while the sum before them is below this share of all."""
+    sums = weights.cumsum(dim=-1)
+    limit = torch.where(share < 1, share * sums[:, -1:], torch.inf)
+    sums_before = F.pad(sums[:, :-1], (1, 0))
+    return (sums_before < limit) | (sums_before == 0)
+
+
+def _winners(x: Tensor, ids: Tensor, keep: Tensor, keys: Tensor) -> Tensor:
+    """Step 14 among the kept tokens: token ids [n] int32."""
+    scores = (x + _noise(keys, ids)).masked_fill_(~keep, -torch.inf)
+    winners = scores == scores.amax(dim=-1, keepdim=True)
+    return ids.masked_fill(~winners, torch.iinfo(torch.int32).max).amin(dim=-1).to(torch.int32)
 
 
 def _greatest(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,10 @@ Candidates keep_before(const Candidates& candidates, Token end, CandidateBuffer&
     return keep(candidates, {kAll.from, end}, buffer);
 }
 
+Candidates keep_from(const Candidates& candidates, Token begin, CandidateBuffer& buffer) {
+    return keep(candidates, {begin, kAll.to}, buffer);
+}
+
 Candidates keep_first(const Candidates& candidates, int count, CandidateBuffer& buffer) {
     if (count >= candidates.size) return candidates;
     const Token last = find_place(candidates, count, buffer);

@@ -50,6 +50,9 @@ Candidates keep_masked(const Candidates& all, const uint32_t* mask, CandidateBuf
 // The candidates that stand before `end`, in `buffer`.  The given ones may be in `buffer` themselves.
 Candidates keep_before(const Candidates& candidates, Token end, CandidateBuffer& buffer);
 
+// Those that do not stand before `begin`, likewise.
+Candidates keep_from(const Candidates& candidates, Token begin, CandidateBuffer& buffer);
+
 // The first `count` candidates in the order, or all if there are fewer.  The given ones may not be in `buffer`.
 Candidates keep_first(const Candidates& candidates, int count, CandidateBuffer& buffer);
 

@@ -10,10 +10,7 @@ namespace shoal {
 Noise::Noise(uint64_t seed, int64_t position)
     : key_(mix(seed + kGoldenGamma * (static_cast<uint64_t>(position) + 1))) {}
 
-double Noise::gumbel(int32_t id) const {
-    const double u = (static_cast<double>(hash(id) >> 12) + 0.5) * 0x1p-52;
-    return -std::log(-std::log(u));
-}
+double Noise::gumbel(int32_t id) const { return -std::log(-std::log(uniform(id))); }
 
 namespace {
 

@@ -12,10 +12,12 @@ class Noise {
 public:
     Noise(uint64_t seed, int64_t position);
 
-    // 64 bits of noise for a token; the upper 52 bits give u.
+    // 64 bits of noise for a token; the upper 52 bits give u, which is between 0 and 1.
     SHOAL_INLINE uint64_t hash(int32_t id) const {
         return mix(key_ + kGoldenGamma * (static_cast<uint64_t>(static_cast<uint32_t>(id)) + 1));
     }
+
+    SHOAL_INLINE double uniform(int32_t id) const { return (static_cast<double>(hash(id) >> 12) + 0.5) * 0x1p-52; }
 
     // -log(-log(u)).
     double gumbel(int32_t id) const;

@@ -7,6 +7,7 @@
 
 #include "candidates.h"
 #include "gumbel.h"
+#include "shares.h"
 #include "weights.h"
 
 // How to choose at one row: SAMPLING_ROW in model/step/sampling.py.  Python compares the two when it loads the library.
@@ -17,9 +18,13 @@
     FIELD(int32, mask)                 \
     FIELD(int32, num_logprobs)         \
     FIELD(float32, temperature)        \
+    FIELD(float32, top_n_sigma)        \
     FIELD(int32, top_k)                \
+    FIELD(float32, typical_p)          \
     FIELD(float32, top_p)              \
     FIELD(float32, min_p)              \
+    FIELD(float32, xtc_probability)    \
+    FIELD(float32, xtc_threshold)      \
     FIELD(float32, presence_penalty)   \
     FIELD(float32, frequency_penalty)  \
     FIELD(float32, repetition_penalty)
@@ -82,36 +87,29 @@ private:
     std::vector<Token> originals_;
 };
 
-// Where the tokens that min_p drops begin in the order: their weights, exp((logit - greatest) / temperature), are less
-// than min_p.
-Token end_of_min_p(float greatest, double temperature, double min_p) {
+// Where the tokens begin in the order whose logits are less than `least`.
+Token end_at(double least) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    constexpr double kHalfUnit = 0x1p-54;  // a weight below min_p by less than this is rounded to min_p
-    const double least = greatest + temperature * (std::log(min_p) - kHalfUnit);
     const float rounded = static_cast<float>(least);
     return {rounded < least ? std::nextafter(rounded, kInfinity) : rounded, std::numeric_limits<int32_t>::max()};
 }
 
-// Steps 7 to 11.  top_p keeps the first tokens of the order.  A draw from more tokens than these is right if the winner
-// is one of them.  If it is not, the order is cut before the winner, and the next draw is from the rest.  That takes
-// about 1 - log(top_p) draws, and nothing is sorted.
-int32_t draw_truncated(const Candidates& all, const Token& first, const Row& how, int64_t position,
-                       CandidateBuffer& buffer) {
-    const double temperature = how.temperature, top_p = how.top_p, min_p = how.min_p;
-    const auto mass = [&](const Candidates& part) {
-        return sum_of_weights(part.logits, part.size, temperature, first.logit / temperature);
-    };
-    Candidates kept = all;
-    if (how.top_k > 0) kept = keep_first(kept, how.top_k, buffer);
-    const double limit = top_p < 1 ? top_p * mass(kept) : 0;
-    if (min_p > 0) kept = keep_before(kept, end_of_min_p(first.logit, temperature, min_p), buffer);
-    const Noise noise(how.seed, position);
-    for (;;) {
-        const Token drawn = draw(kept, first, temperature, noise);
-        if (top_p >= 1) return drawn.id;
-        kept = keep_before(kept, drawn, buffer);
-        if (kept.size == 0 || mass(kept) < limit) return drawn.id;
-    }
+// The least logit that min_p keeps: the weight exp((logit - greatest) / temperature) is not less than min_p.
+double least_of_min_p(float greatest, double temperature, double min_p) {
+    constexpr double kHalfUnit = 0x1p-54;  // a weight below min_p by less than this is rounded to min_p
+    return greatest + temperature * (std::log(min_p) - kHalfUnit);
+}
+
+// Whether step 13 leaves tokens out at this position.
+bool excludes_top(const Row& how, int64_t position) {
+    constexpr uint64_t kChanceSeed = 0x6A09E667F3BCC909;
+    if (how.xtc_probability <= 0 || how.xtc_threshold > 0.5F) return false;
+    return Noise(how.seed ^ kChanceSeed, position).uniform(0) < how.xtc_probability;
+}
+
+// The token that stands first in the order.
+Token first_of(const Candidates& candidates) {
+    return candidates[find_greatest(candidates.logits, candidates.size).token.id];
 }
 
 // The memory of one thread.
@@ -120,7 +118,46 @@ struct Buffers {
     CandidateBuffer kept;
 };
 
-// Steps 3 to 11 for a row with penalties and biases; `mask` is null if it has none.
+// Steps 7 to 14.  top_p keeps the first tokens of the order.  A draw from more tokens than these is right if the winner
+// is one of them.  If it is not, the order is cut before the winner, and the next draw is from the rest.  That takes
+// about 1 - log(top_p) draws, and nothing is sorted.
+int32_t draw_truncated(Candidates kept, Token first, int vocab_size, const Row& how, int64_t position,
+                       Buffers& buffers) {
+    const double temperature = how.temperature, min_p = how.min_p;
+    double top_p = how.top_p;
+    const auto mass = [&](const Candidates& part) {
+        return sum_of_weights(part.logits, part.size, temperature, first.logit / temperature);
+    };
+    if (how.top_n_sigma > 0) {
+        const double width = static_cast<double>(how.top_n_sigma) * standard_deviation(kept, vocab_size);
+        kept = keep_before(kept, end_at(first.logit - width), buffers.allowed);
+    }
+    if (how.top_k > 0) kept = keep_first(kept, how.top_k, buffers.kept);
+    if (how.typical_p < 1) {
+        kept = keep_typical(kept, temperature, how.typical_p, buffers.kept);
+        first = first_of(kept);
+    }
+    const bool excludes = excludes_top(how, position);
+    if (excludes && top_p < 1) {  // the next step needs the tokens that top_p keeps
+        kept = keep_most_probable(kept, temperature, top_p, buffers.kept);
+        top_p = 1;
+    }
+    const double limit = top_p < 1 ? top_p * mass(kept) : 0;
+    if (min_p > 0) kept = keep_before(kept, end_at(least_of_min_p(first.logit, temperature, min_p)), buffers.kept);
+    if (excludes) {
+        kept = exclude_top(kept, temperature, how.xtc_threshold, buffers.kept);
+        first = first_of(kept);
+    }
+    const Noise noise(how.seed, position);
+    for (;;) {
+        const Token drawn = draw(kept, first, temperature, noise);
+        if (top_p >= 1) return drawn.id;
+        kept = keep_before(kept, drawn, buffers.kept);
+        if (kept.size == 0 || mass(kept) < limit) return drawn.id;
+    }
+}
+
+// Steps 3 to 14 for a row with penalties and biases; `mask` is null if it has none.
 int32_t choose(const float* logits, int vocab_size, const uint32_t* mask, const Row& how, int64_t position,
                Buffers& buffers) {
     Candidates allowed{logits, nullptr, vocab_size};
@@ -133,7 +170,7 @@ int32_t choose(const float* logits, int vocab_size, const uint32_t* mask, const 
     if (how.forced_token_id >= 0) return how.forced_token_id;
     const Token first = allowed[greatest.token.id];
     if (how.temperature == 0) return first.id;
-    return draw_truncated(allowed, first, how, position, buffers.kept);
+    return draw_truncated(allowed, first, vocab_size, how, position, buffers);
 }
 
 // Writes the log-probabilities of the chosen token and of the most probable tokens, and the rank of the chosen one.

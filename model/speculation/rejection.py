@@ -17,7 +17,8 @@ import numpy as np
 
 from shoal.model.speculation.proposer import Float64, Proposal
 from shoal.model.step.batch import SamplingBatch
-from shoal.model.step.sampling import gumbel_noise
+from shoal.model.step.noise import gumbel_noise
+from shoal.model.step.sampling import excludes_top
 
 _DRAFT_NOISE = np.uint64(0xD1B54A32D192ED03)
 _ACCEPTANCE_NOISE = 0x8CB92BA72F3D8DD7
@@ -25,8 +26,12 @@ _REPLACEMENT_NOISE = 0xABC98388FB8FAC03
 
 
 def with_draft_noise(sampling: SamplingBatch) -> SamplingBatch:
-    """Return how drafting chooses: with a noise that is independent of the noises of verification."""
+    """Return how drafting chooses: with a noise that is independent of the noises of verification.
+
+    Where the target leaves out top choices by chance, drafting does too.
+    """
     rows = sampling.rows.copy()
+    rows["xtc_probability"] = excludes_top(rows)
     rows["seed"] ^= _DRAFT_NOISE
     return replace(sampling, rows=rows)
 

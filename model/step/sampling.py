@@ -16,15 +16,37 @@ fused multiply-add); float32 parameters widen exactly where float64 is stated.
    and yields -1.
 5. A row with a `forced_token_id` yields it.
 6. A row with temperature 0 yields the token with the greatest logit, the lowest id on ties.
-7. Temperature, float64: x = logit / temperature.
-8. top_k > 0 keeps the k tokens with the greatest x; among equals at the border, the lowest ids: exactly
-   min(k, vocab_size) tokens stay.
-9. top_p < 1, float64 (nucleus sampling, Holtzman et al. 2020): order the kept tokens by x descending, then id
-   ascending, and let w = exp(x - x_max).  A token stays while the sum of w before it is below top_p times the sum of
-   all kept w; the first one always stays.
-10. min_p > 0, float64 (Nguyen et al. 2024): a token stays if w >= min_p, with w of step 9.
-11. Gumbel-max: the row yields the kept token with the greatest x + g, the lowest id on ties, where g is the noise
+
+A token whose logit is -inf by now takes no part in the steps that follow.
+
+7. top_n_sigma > 0, float64 (Tang et al. 2024): a token stays if logit >= greatest - top_n_sigma * sigma, where sigma is
+   the standard deviation of the n logits that take part:
+
+       mean = total(logit) / n,  sigma = sqrt(total((logit - mean) * (logit - mean)) / n)
+
+   total adds numbers in one order, so that no bit depends on how it is computed: a number stands at the place of its
+   token id, zeros stand at all other places up to a power of two, and as long as there is more than one place, the
+   second half is added to the first.
+8. Temperature, float64: x = logit / temperature.
+9. top_k > 0 keeps the k tokens with the greatest x; among equals at the border, the lowest ids: exactly
+   min(k, number of tokens) stay.
+10. typical_p < 1, float64 (locally typical sampling, Meister et al. 2022): let d = x - x_max and w = exp(d), with the
+    greatest x of the kept tokens, and let m be the mean of their d, weighted by w.  So abs(d - m) is how far a
+    surprise, -log(p), is from the entropy.  Order the kept tokens by abs(d - m) ascending, then x descending, then id
+    ascending.  A token stays while the sum of w before it is below typical_p times the sum of all kept w; the first one
+    always stays.
+11. top_p < 1, float64 (nucleus sampling, Holtzman et al. 2020): order the kept tokens by x descending, then id
+    ascending, and let w = exp(x - x_max), with the greatest x of the kept tokens.  A token stays while the sum of w
+    before it is below top_p times the sum of all kept w; the first one always stays.
+12. min_p > 0, float64 (Nguyen et al. 2024): a token stays if w >= min_p, with w of step 11.
+13. xtc_probability > 0 and xtc_threshold <= 0.5, float64 ("exclude top choices"): if the chance below is less than
+    xtc_probability, consider the kept tokens with w >= xtc_threshold times the sum of all kept w, in the order and with
+    w of step 11.  All of them but the last one are left out.
+14. Gumbel-max: the row yields the kept token with the greatest x + g, the lowest id on ties, where g is the noise
     below.  That is a draw from the softmax of the kept x (Gumbel 1954).
+
+The order is that of llama.cpp's default chain, but for temperature, which comes last there and before all that looks at
+probabilities here, as in vLLM and transformers.  So temperature 0 is greedy whatever else is asked for.
 
 The noise is a pure function of a 64-bit seed, the index `position` of the token to be chosen in its sequence, and the
 token id.  All integer arithmetic is modulo 2**64, and shifts are logical:
@@ -37,8 +59,11 @@ token id.  All integer arithmetic is modulo 2**64, and shifts are logical:
     u   = ((h >> 12) + 0.5) * 2**-52                        # exact in float64, strictly between 0 and 1
     g   = -log(-log(u))                                     # float64
 
-exp, log and sums are as exact as those of the standard library, and sums may be added in any order: they decide a
-choice only where it depends on the last bits of a float64.
+The chance of step 13 is the u of token id 0 where seed is replaced by seed ^ 0x6A09E667F3BCC909: it depends on seed and
+position only, and no noise depends on it.
+
+exp, log and sums are as exact as those of the standard library, and sums may be added in any order, except for `total`:
+they decide a choice only where it depends on the last bits of a float64.
 
 Log-probabilities are those of softmax(logits) before step 1, within 1e-5.  A token's rank is 1 + the number
 of tokens whose logit is strictly greater; alternatives are ordered by logit descending, then id ascending.
@@ -55,7 +80,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.model.step.batch import Float32, Int32, Records, SamplerOutput, SamplingBatch, UInt64
+from shoal.model.step.batch import Float32, Int32, Records, SamplerOutput, SamplingBatch
+from shoal.model.step.noise import Float64, Int64, chances, gumbel_noise
+from shoal.model.step.reference import keep_typical, with_logprobs, within_share, within_sigmas
 from shoal.scheduler.output import SamplingParams
 
 # How to choose at one row of logits.  All fields but three have the names and meanings of those of `SamplingParams`,
@@ -69,21 +96,19 @@ SAMPLING_ROW = np.dtype(
         ("mask", np.int32),
         ("num_logprobs", np.int32),
         ("temperature", np.float32),
+        ("top_n_sigma", np.float32),
         ("top_k", np.int32),
+        ("typical_p", np.float32),
         ("top_p", np.float32),
         ("min_p", np.float32),
+        ("xtc_probability", np.float32),
+        ("xtc_threshold", np.float32),
         ("presence_penalty", np.float32),
         ("frequency_penalty", np.float32),
         ("repetition_penalty", np.float32),
     ],
     align=True,
 )
-
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-MIX_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
-MIX_MULTIPLIER_2 = 0x94D049BB133111EB
-
-Float64 = NDArray[np.float64]
 
 
 def sampling_row(params: SamplingParams) -> tuple[float, ...]:
@@ -125,26 +150,15 @@ def sample_reference(logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
 def describe(token_ids: Int32, logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
     """The output for tokens that were chosen at the rows of `logits`, with log-probabilities if any row asks."""
     num_top = int(sampling.rows["num_logprobs"].max(initial=-1))
-    return SamplerOutput(token_ids) if num_top < 0 else _with_logprobs(token_ids, logits, num_top)
+    return SamplerOutput(token_ids) if num_top < 0 else with_logprobs(token_ids, logits, num_top)
 
 
-def noise_keys(seeds: UInt64, positions: NDArray[np.int64]) -> UInt64:
-    """The `key` of each (seed, position)."""
-    return _mix(seeds + np.uint64(GOLDEN_GAMMA) * (positions.astype(np.uint64) + np.uint64(1)))
-
-
-def gumbel_noise(seed: int, position: int, vocab_size: int) -> Float64:
-    """The noise `g` of token ids 0 to vocab_size - 1."""
-    key = noise_keys(np.array([seed], np.uint64), np.array([position], np.int64))
-    hashes = _mix(key + np.uint64(GOLDEN_GAMMA) * np.arange(1, vocab_size + 1, dtype=np.uint64))
-    uniform = ((hashes >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return -np.log(-np.log(uniform))
-
-
-def _mix(z: UInt64) -> UInt64:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX_MULTIPLIER_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX_MULTIPLIER_2)
-    return z ^ (z >> np.uint64(31))
+def excludes_top(rows: Records) -> NDArray[np.bool_]:
+    """Whether step 13 leaves tokens out at each of the rows."""
+    is_due = (rows["xtc_probability"] > 0) & (rows["xtc_threshold"] <= 0.5)
+    if is_due.any():
+        is_due &= chances(rows["seed"], rows["position"]) < rows["xtc_probability"]
+    return is_due
 
 
 def _adjusted(logits: Float32, sampling: SamplingBatch) -> Float32:
@@ -177,7 +191,7 @@ def probabilities(logits: Float32, sampling: SamplingBatch) -> Float64:
 
 
 def _choose(logits: Float32, row: np.void) -> int:
-    """Steps 4 to 11 for one row of adjusted logits."""
+    """Steps 4 to 14 for one row of adjusted logits."""
     kept, x = _kept(logits, row)
     if len(kept) < 2:  # there is nothing to draw
         return int(kept.max(initial=-1))
@@ -185,41 +199,31 @@ def _choose(logits: Float32, row: np.void) -> int:
     return int(kept[(x + noise[kept]).argmax()])
 
 
-def _kept(logits: Float32, row: np.void) -> tuple[NDArray[np.int64], Float64]:
-    """Steps 4 to 10: the ids that may be chosen, ascending, and the x of each; none where the row has no answer."""
+def _kept(logits: Float32, row: np.void) -> tuple[Int64, Float64]:
+    """Steps 4 to 13: the ids that may be chosen, ascending, and the x of each; none where the row has no answer."""
     if not np.isfinite(logits.max()):
         return np.empty(0, np.int64), np.empty(0)
     if row["forced_token_id"] >= 0:
         return np.array([row["forced_token_id"]], np.int64), np.zeros(1)
     if row["temperature"] == 0:
         return np.array([logits.argmax()]), np.zeros(1)
+    if row["top_n_sigma"] > 0:
+        logits = within_sigmas(logits, float(row["top_n_sigma"]))
     x = logits.astype(np.float64) / np.float64(row["temperature"])
-    top_k, top_p, min_p = int(row["top_k"]), float(row["top_p"]), float(row["min_p"])
-    order = np.argsort(-x, kind="stable")
-    if top_k > 0:
-        order = order[:top_k]
+    order = np.argsort(-x, kind="stable")[: np.isfinite(x).sum()]
+    if row["top_k"] > 0:
+        order = order[: row["top_k"]]
+    if row["typical_p"] < 1:
+        order = keep_typical(order, x, float(row["typical_p"]))
     weights = np.exp(x[order] - x[order[0]])
     keep = np.ones(len(order), np.bool_)
-    if top_p < 1:
-        sums = np.cumsum(weights)
-        keep[1:] = sums[:-1] < top_p * sums[-1]
-    if min_p > 0:
-        keep &= weights >= min_p
+    if row["top_p"] < 1:
+        keep = within_share(weights, float(row["top_p"]))
+    if row["min_p"] > 0:
+        keep &= weights >= float(row["min_p"])
+    if excludes_top(np.array([row], SAMPLING_ROW))[0]:
+        order, weights = order[keep], weights[keep]
+        num_top = np.count_nonzero(weights >= float(row["xtc_threshold"]) * weights.sum())
+        keep = np.arange(len(order)) >= num_top - 1
     kept = np.sort(order[keep])
     return kept, x[kept]
-
-
-def _with_logprobs(token_ids: Int32, logits: Float32, num_top: int) -> SamplerOutput:
-    wide = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # NaN and inf stay within their rows
-        shifted = wide - wide.max(axis=-1, keepdims=True)
-    logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    chosen = np.maximum(token_ids, 0)[:, None]  # a row without an answer has no meaningful log-probabilities
-    top = np.argsort(-logits, axis=-1, kind="stable")[:, :num_top]
-    return SamplerOutput(
-        token_ids=token_ids,
-        logprobs=np.take_along_axis(logprobs, chosen, axis=-1)[:, 0].astype(np.float32),
-        ranks=(1 + (logits > np.take_along_axis(logits, chosen, axis=-1)).sum(axis=-1)).astype(np.int32),
-        top_token_ids=top.astype(np.int32),
-        top_logprobs=np.take_along_axis(logprobs, top, axis=-1).astype(np.float32),
-    )

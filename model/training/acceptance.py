@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.model.step.sampling import gumbel_noise
+from shoal.model.step.noise import gumbel_noise
 
 TEMPERATURES = (0.0, 0.8, 1.0)
 NUM_SPEC_TOKENS = (2, 4, 6)

@@ -37,6 +37,7 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 128
 MAX_ALLOWED_TOKENS = 400_000
 MAX_LOGPROBS = 20
+MAX_SIGMAS = 1000
 MAX_SALT_CHARS = 256
 MAX_ID_CHARS = 256
 MAX_TEMPLATE_CHARS = 65_536
@@ -67,11 +68,8 @@ REFUSED = {
     "use_beam_search": Refusal(SEARCH),
     "length_penalty": Refusal(SEARCH, neutral=1),
     "early_stopping": Refusal(SEARCH),
-    "typical_p": Refusal(SAMPLING, neutral=1),
     "top_a": Refusal(SAMPLING),
-    "top_n_sigma": Refusal(SAMPLING, neutral=-1),
     "tfs_z": Refusal(SAMPLING, neutral=1),
-    "xtc_probability": Refusal(SAMPLING),
     "dry_multiplier": Refusal(SAMPLING),
     "mirostat": Refusal(SAMPLING),
     "dynatemp_range": Refusal(SAMPLING),
@@ -112,6 +110,10 @@ class SamplingBody(ConstrainedBody):
     # extensions
     top_k: Annotated[int, Meta(ge=-1, le=MAX_INT)] | None = None  # vLLM's users write -1 for all
     min_p: Share | None = None
+    top_n_sigma: Annotated[float, Meta(ge=-MAX_SIGMAS, le=MAX_SIGMAS)] = 0.0  # 0 and less keep all, as llama.cpp has it
+    typical_p: Share = 1.0
+    xtc_probability: Share = 0.0
+    xtc_threshold: Share = 0.1
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     min_tokens: Count = 0
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ENTRIES)] = field(default_factory=list)

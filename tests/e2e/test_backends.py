@@ -18,6 +18,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"temperature": 0, "repetition_penalty": 1.3, "logit_bias": {"40": 2.0}},
     {"temperature": 0.9, "seed": 3, "top_p": 0.95, "top_k": 40, "frequency_penalty": 0.4},
     {"temperature": 1.0, "seed": 4, "min_p": 0.01, "presence_penalty": -0.5},
+    {"temperature": 1.3, "seed": 5, "top_n_sigma": 2.0, "typical_p": 0.9, "xtc_probability": 0.5},
 ]
 
 

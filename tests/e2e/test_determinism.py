@@ -34,6 +34,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "stop": "self"},
     {"temperature": 1.2, "min_p": 0.02, "presence_penalty": -0.5, "ignore_eos": True},
     {"temperature": 0.7, "top_k": 30, "repetition_penalty": 0.9, "n": 2},
+    {"temperature": 1.4, "top_n_sigma": 2.0, "typical_p": 0.9, "xtc_probability": 0.5, "xtc_threshold": 0.05},
     {"temperature": 1.5, "top_p": 0.8, "top_k": 100, "frequency_penalty": -0.2, "logit_bias": {"13": -5.0}},
 ]
 

@@ -130,6 +130,10 @@ rows_of_options = st.lists(
             "top_k": st.one_of(st.just(0), st.integers(1, 100), st.integers(1, 2100)),
             "top_p": st.one_of(st.just(1.0), st.sampled_from(TOP_PS)),
             "min_p": st.one_of(st.just(0.0), st.sampled_from([1e-6, 0.01, 0.05, 0.3, 1.0])),
+            "top_n_sigma": st.one_of(st.just(0.0), st.sampled_from([-1.0, 1e-3, 0.7, 1.0, 2.0, 1e38])),
+            "typical_p": st.one_of(st.just(1.0), st.sampled_from(TOP_PS)),
+            "xtc_probability": st.one_of(st.just(0.0), st.sampled_from([0.5, 1.0])),
+            "xtc_threshold": st.sampled_from([0.0, 1e-4, 0.03, 0.1, 0.4, 0.5, 0.51]),
             "presence_penalty": st.sampled_from([0.0, -1.0, 0.5, 2.0]),
             "frequency_penalty": st.sampled_from([0.0, -0.5, 0.1, 1.1]),
             "repetition_penalty": st.sampled_from([1.0, 0.8, 1.1, 2.0]),
@@ -179,12 +183,19 @@ def test_a_large_vocabulary(kind: str, sampling_batch: Batches) -> None:
         {"temperature": 1.0, "min_p": 0.05},
         {"temperature": 1.0, "min_p": 1.0},
         {"temperature": 1.3, "top_k": 2000, "top_p": 0.9, "min_p": 0.001},
+        {"temperature": 1.0, "top_n_sigma": 1.0},
+        {"temperature": 1.0, "typical_p": 0.2},
+        {"temperature": 2.0, "typical_p": 0.95, "top_p": 0.9},
+        {"temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.001},
+        {"temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.001, "top_k": 1000, "top_p": 0.9},
+        {"temperature": 1.0, "top_n_sigma": 2.0, "typical_p": 0.9, "min_p": 0.01, "xtc_probability": 0.5},
     ]
     neutral = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    neutral |= {"top_n_sigma": 0.0, "typical_p": 1.0, "xtc_probability": 0.0, "xtc_threshold": 0.1}
     columns = {name: [row.get(name, value) for row in options] for name, value in neutral.items()}
     logits = np.stack([random_logits(rng, kind, LARGE) for _ in options])
     seeds = rng.integers(0, 2**64, len(options), dtype=np.uint64)
-    batch = sampling_batch(len(options), seed=seeds, num_logprobs=[-1, 5] + [-1] * 9 + [20], **columns)
+    batch = sampling_batch(len(options), seed=seeds, num_logprobs=[-1, 5] + [-1] * 15 + [20], **columns)
     check(logits, batch)
     check(logits, with_entries(batch, rng, LARGE, 500))
     check(logits, with_masks(batch, rng, LARGE))

@@ -72,9 +72,9 @@ def test_drafted_tokens_stand_at_the_end_of_the_share() -> None:
 def test_each_row_is_sampled_as_its_own_request_asks() -> None:
     rows = BatchRows(3, 16, 4)
     asked = [
-        params(temperature=0.5, top_p=0.25, min_p=0.125, top_k=7, seed=2**64 - 1, num_logprobs=3),
-        params(presence_penalty=0.5, frequency_penalty=-1.0, repetition_penalty=1.5, seed=0),
-        params(temperature=0.0),
+        params(temperature=0.5, top_p=0.25, min_p=0.125, top_k=7, seed=2**64 - 1, num_logprobs=3, xtc_threshold=0.25),
+        params(presence_penalty=0.5, frequency_penalty=-1.0, repetition_penalty=1.5, seed=0, xtc_threshold=0.5),
+        params(temperature=0.0, top_n_sigma=1.5, typical_p=0.75, xtc_probability=0.25, xtc_threshold=0.125),
     ]
     for index, sampling in enumerate(asked):
         rows.place(joining([index], sampling, row=index))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import (
     MinPLogitsWarper,
@@ -18,6 +21,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from shoal.clients.types import SamplingOptions
@@ -27,7 +31,8 @@ from shoal.model.backends.torch_sampler import sample as torch_sample
 from shoal.model.step import sampling
 from shoal.model.step.batch import SamplerOutput, SamplingBatch
 from shoal.model.step.masks import Masks
-from shoal.model.step.sampling import SAMPLING_ROW, gumbel_noise, sample_reference
+from shoal.model.step.noise import gumbel_noise
+from shoal.model.step.sampling import SAMPLING_ROW, sample_reference
 from shoal.scheduler.output import SamplingParams
 from shoal.server.wire.requests import GenerationBody
 from tests.model import native_sample
@@ -80,6 +85,10 @@ def mixed(sampling_batch: Batches, seed: int, num_rows: int, vocab_size: int) ->
         top_k=some(0, [1, 2, 5, 40, vocab_size, vocab_size + 7]),
         top_p=some(1, [0.0, 0.1, 0.5, 0.9, 0.95, 0.999]),
         min_p=some(0, [0.01, 0.05, 0.3, 1.0]),
+        top_n_sigma=some(0, [-1, 0.001, 0.5, 1.0, 2.0, 30.0]),
+        typical_p=some(1, [0.0, 0.1, 0.2, 0.9, 0.95, 0.999]),
+        xtc_probability=some(0, [0.3, 1.0]),
+        xtc_threshold=rng.choice([0.0, 0.001, 0.05, 0.1, 0.3, 0.5, 0.51], num_rows),
         presence_penalty=some(0, [-1.0, 0.5, 2.0]),
         frequency_penalty=some(0, [-0.5, 0.1, 1.1]),
         repetition_penalty=some(1, [0.8, 1.1, 2.0]),
@@ -105,7 +114,7 @@ def test_every_field_of_a_row_is_a_parameter_that_is_specified_and_may_be_asked_
     assert [name for name in asked_for if name not in specification] == []
 
 
-@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "top_n_sigma", "typical_p", "xtc_threshold"])
 def test_a_parameter_is_spelt_where_the_specification_says(name: str) -> None:
     specification = sampling.__doc__ or ""
     rooms = ("scheduler", "model", "server", "clients", "loadtest", "bench")
@@ -170,6 +179,8 @@ def test_the_finalizer_is_that_of_splitmix64() -> None:
         {"temperature": 0.8, "top_p": 0.8},
         {"temperature": 1.0, "min_p": 0.1},
         {"temperature": 1.2, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 1.0, "typical_p": 0.6},
+        {"temperature": 1.5, "top_k": 12, "typical_p": 0.8},
     ],
     ids=str,
 )
@@ -181,6 +192,8 @@ def test_draws_follow_the_warped_softmax(params: dict[str, float], sampler: Samp
     warped = TemperatureLogitsWarper(params["temperature"])(None, torch.from_numpy(logits))
     if "top_k" in params:
         warped = TopKLogitsWarper(int(params["top_k"]))(None, warped)
+    if "typical_p" in params:
+        warped = TypicalLogitsWarper(params["typical_p"])(None, warped)
     if "top_p" in params:
         warped = TopPLogitsWarper(params["top_p"])(None, warped)
     if "min_p" in params:
@@ -190,6 +203,145 @@ def test_draws_follow_the_warped_softmax(params: dict[str, float], sampler: Samp
     possible = expected > 0
     assert not observed[~possible].any()
     assert chisquare(observed[possible], expected[possible] / expected.sum() * num_rows).pvalue > 1e-4
+
+
+# The steps that transformers does not have, or has in another order, one by one as their papers have them.
+
+
+def kept_by_the_book(logits: Sequence[float], how: Mapping[str, float], is_due: bool) -> dict[int, float]:
+    """The probability of each token that may be chosen: plain loops, and nothing of the reference."""
+    kept = {token: float(logit) for token, logit in enumerate(logits) if logit > -math.inf}
+    if how["top_n_sigma"] > 0:
+        least = max(kept.values()) - how["top_n_sigma"] * statistics.pstdev(kept.values())
+        kept = {token: logit for token, logit in kept.items() if logit >= least}
+    kept = {token: logit / how["temperature"] for token, logit in kept.items()}
+
+    def shares() -> dict[int, float]:
+        weights = {token: math.exp(x - max(kept.values())) for token, x in kept.items()}
+        return {token: weight / math.fsum(weights.values()) for token, weight in weights.items()}
+
+    def first_with(share: float, key: Callable[[int], float]) -> dict[int, float]:
+        probability, before, found = shares(), 0.0, {}
+        for token in sorted(kept, key=lambda token: (key(token), -kept[token], token)):
+            if not found or before < share:
+                found[token] = kept[token]
+            before += probability[token]
+        return found
+
+    if how["top_k"]:
+        kept = dict(sorted(kept.items(), key=lambda item: (-item[1], item[0]))[: int(how["top_k"])])
+    if how["typical_p"] < 1:
+        surprise = {token: -math.log(share) for token, share in shares().items()}
+        entropy = math.fsum(share * surprise[token] for token, share in shares().items())
+        kept = first_with(how["typical_p"], lambda token: abs(surprise[token] - entropy))
+    if how["top_p"] < 1:
+        kept = first_with(how["top_p"], lambda token: -kept[token])
+    probability = shares()
+    kept = {token: x for token, x in kept.items() if probability[token] >= how["min_p"] * max(probability.values())}
+    if is_due and how["xtc_threshold"] <= 0.5:
+        top = [token for token, share in shares().items() if share >= how["xtc_threshold"]]
+        spared = min(top, key=lambda token: (kept[token], -token), default=None)
+        kept = {token: x for token, x in kept.items() if token not in top or token == spared}
+    return shares()
+
+
+ways = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.3, 0.8, 1.0, 1.7]),
+        "top_n_sigma": st.just(0.0) | st.floats(-1, 4, width=32),
+        "top_k": st.just(0) | st.integers(1, 30),
+        "typical_p": st.just(1.0) | st.floats(0, 1, width=32),
+        "top_p": st.just(1.0) | st.floats(0, 1, width=32),
+        "min_p": st.just(0.0) | st.floats(0, 0.5, width=32),
+        "xtc_probability": st.just(0.0) | st.floats(0, 1, width=32),
+        "xtc_threshold": st.floats(0, 0.625, width=32),
+    }
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ways, st.integers(1, 40), st.integers(0, 2**64 - 1))
+def test_what_may_be_chosen_is_what_the_papers_say(
+    sampling_batch: Batches, how: dict[str, float], vocab_size: int, seed: int
+) -> None:
+    """And how probable it is, which is what speculation by rejection draws from."""
+    logits = random_logits(seed % 2**32, 6, vocab_size)
+    logits[np.random.default_rng(seed).random(logits.shape) < 0.1] = -np.inf
+    logits[:, seed % vocab_size] = 1.0
+    batch = sampling_batch(6, seed=seed, position=np.arange(6), **how)
+    is_due = [chance_by_the_book(seed, position) < batch.rows["xtc_probability"][0] for position in range(6)]
+    exact = {name: float(batch.rows[name][0]) for name in how}
+    expected = np.zeros(logits.shape)
+    for row in range(6):
+        for token, share in kept_by_the_book(logits[row].tolist(), exact, is_due[row]).items():
+            expected[row, token] = share
+    np.testing.assert_allclose(sampling.probabilities(logits, batch), expected, rtol=1e-9)
+    chosen = [sample(logits, batch).token_ids for sample in (sample_reference, torch_sampler)]
+    noise = np.stack([gumbel_noise(seed, position, vocab_size) for position in range(6)])
+    with np.errstate(divide="ignore"):
+        np.testing.assert_array_equal(chosen[0], (np.log(expected) + noise).argmax(axis=-1))
+    np.testing.assert_array_equal(chosen[0], chosen[1])
+
+
+def chance_by_the_book(seed: int, position: int) -> float:
+    return math.exp(-math.exp(-noise_by_the_book(seed ^ 0x6A09E667F3BCC909, position, 0)))
+
+
+def test_top_choices_are_left_out_as_often_as_asked(sampler: Sampler, sampling_batch: Batches) -> None:
+    """Of three tokens that are probable enough the last one stays; when, depends on seed and position alone."""
+    num_rows = 2000
+    logits = np.tile(np.log(np.array([0.05, 0.4, 0.3, 0.2, 0.05], np.float32)), (num_rows, 1))
+    where = {"seed": np.arange(num_rows) % 40, "position": np.arange(num_rows) // 40, "temperature": 1.0}
+    chosen = sampler(logits, sampling_batch(num_rows, xtc_probability=0.3, xtc_threshold=0.15, **where)).token_ids
+    plain = sampler(logits, sampling_batch(num_rows, **where)).token_ids
+    changed = chosen != plain
+    assert set(plain[changed].tolist()) <= {1, 2}
+    assert (changed.sum() / (plain[:, None] == [1, 2]).sum()) == pytest.approx(0.3, abs=0.04)
+    for off in ({"xtc_probability": 0.0}, {"xtc_probability": 1.0, "xtc_threshold": 0.51}):
+        np.testing.assert_array_equal(sampler(logits, sampling_batch(num_rows, **off, **where)).token_ids, plain)
+
+
+def test_sigma_does_not_depend_on_temperature(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = np.repeat(random_logits(12, 1, 400), 500, axis=0)
+    stays = np.flatnonzero(logits[0] >= logits[0].max() - 0.5 * logits[0].astype(np.float64).std())
+    for temperature in (1.0, 50.0):
+        batch = sampling_batch(500, temperature=temperature, top_n_sigma=0.5, seed=np.arange(500))
+        assert set(sampler(logits, batch).token_ids.tolist()) <= set(stays.tolist())
+    assert 1 < len(set(sampler(logits, batch).token_ids.tolist())) == len(stays)
+
+
+@cache
+def rows_with_a_border_near_zero(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and top_n_sigma of 200 rows; between the logits at the border lie the last bits of a float64 near 9."""
+    logits = -1 - abs(random_logits(vocab_size, 200, vocab_size))
+    logits[:, :17] = 0
+    top_n_sigma, border = np.zeros(200, np.float32), np.full(200, np.inf)
+    for step in range(30):
+        tried = logits.copy()
+        tried[:, 0] = 9 + step * 2.0**-20
+        sigma = tried.astype(np.float64).std(axis=1)
+        n = (tried[:, 0] / sigma).astype(np.float32)
+        found = tried[:, 0] - n * sigma
+        nearer = abs(found) < abs(border)
+        logits[nearer], top_n_sigma[nearer], border[nearer] = tried[nearer], n[nearer], found[nearer]
+    for _ in range(30):  # what stands at the border moves it, less each time
+        logits[:, 1:17] = border[:, None] + np.arange(-8, 8) * 2.0**-50
+        border = logits[:, 0] - top_n_sigma * logits.astype(np.float64).std(axis=1)
+    return logits, top_n_sigma
+
+
+@pytest.mark.parametrize("vocab_size", [64, 1000, 4099])
+def test_sigma_has_the_same_bits_everywhere(vocab_size: int, sampler: Sampler, sampling_batch: Batches) -> None:
+    """Only the least token that sigma keeps may be chosen."""
+    logits, top_n_sigma = rows_with_a_border_near_zero(vocab_size)
+    batch = sampling_batch(200, temperature=1, top_n_sigma=top_n_sigma, xtc_probability=1, xtc_threshold=0)
+    np.testing.assert_array_equal(sampler(logits, batch).token_ids, sample_reference(logits, batch).token_ids)
+
+
+def test_greedy_stays_greedy(sampler: Sampler, sampling_batch: Batches) -> None:
+    logits = random_logits(13, 50, 300, scale=0.5)
+    how = {"typical_p": 0.1, "top_n_sigma": 0.1, "xtc_probability": 1.0, "xtc_threshold": 0.0}
+    np.testing.assert_array_equal(sampler(logits, sampling_batch(50, **how)).token_ids, logits.argmax(-1))
 
 
 # Torch chooses as the reference does.

@@ -123,11 +123,13 @@ def mixed_requests(count: int) -> list[tuple[list[int], dict[str, Any]]]:
         {"temperature": 0.7, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": -0.2},
         {"temperature": 0.2, "num_prompt_logprobs": 1, "num_logprobs": 0, "stop_token_ids": frozenset(range(0, 64, 9))},
     ]
+    rarer = {"top_n_sigma": 2.0, "typical_p": 0.95, "xtc_probability": 0.5, "xtc_threshold": 0.05}
     requests = []
     for index in range(count):
         own = rng.integers(0, 64, int(rng.integers(1, 30))).tolist()
         prompt = (shared[: 36 if index % 3 else 0] + own) * (2 if index % 4 == 0 else 1)
-        sampling = kinds[index % len(kinds)] | {"seed": index, "max_tokens": int(rng.integers(1, 30))}
+        sampling = kinds[index % len(kinds)] | (rarer if index % 4 == 1 else {})
+        sampling |= {"seed": index, "max_tokens": int(rng.integers(1, 30))}
         requests.append((prompt[:90], sampling))
     return requests
 
@@ -234,16 +236,19 @@ def test_a_drafted_token_that_no_token_can_follow_ends_the_proposal() -> None:
     assert rejection.verify(Proposal([2, 3], np.concatenate([q, q])), target, [1, -1, 4], seed=1, position=0) == [2, -1]
 
 
-def test_the_whole_engine_by_rejection_draws_from_the_targets_distribution() -> None:
+@pytest.mark.parametrize("how", [{"top_k": 6}, {"top_k": 6, "xtc_probability": 0.5, "xtc_threshold": 0.1}], ids=str)
+def test_the_whole_engine_by_rejection_draws_from_the_targets_distribution(how: dict[str, Any]) -> None:
     """One prompt, many seeds: the second token, given the most frequent first one, against the model's own figures."""
     prompt = [5, 6, 7, 8, 5, 6]
-    params: dict[str, Any] = {"max_tokens": 3, "temperature": 1.0, "top_k": 6}
+    params: dict[str, Any] = {"max_tokens": 3, "temperature": 1.0, **how}
     requests = [(prompt, params | {"seed": seed}) for seed in range(400)]
     harness = run("draft", FixedLength(2), kind="torch", num_blocks=64, by_rejection=True, requests=requests)
     texts = list(harness.token_ids.values())
     first = max(range(64), key=[text[0] for text in texts].count)
-    seconds = [text[1] for text in texts if text[0] == first]
-    expected = next_distribution([*prompt, first], SamplingParams(**params, seed=0))
+    seeds = [seed for seed, text in enumerate(texts) if text[0] == first]
+    seconds = [texts[seed][1] for seed in seeds]
+    each = [next_distribution([*prompt, first], SamplingParams(**params, seed=seed)) for seed in seeds]
+    expected = np.mean(each, axis=0)
     observed = np.bincount(seconds, minlength=64)
     kept = np.flatnonzero(expected)
     assert observed[expected == 0].sum() == 0
