@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shoal.clients.client import ShoalClient
 
 MAX_TOKENS = 512
+MARK_TOKENS = 16  # with which a chat template marks a question and where its answer begins
 
 HELP = """\
 /help           show this
@@ -109,8 +110,9 @@ class Repl:
 
     def _answer(self, text: str) -> None:
         """Take one turn, without the oldest turns if the context has no room for them and a whole answer."""
-        first, longest = 0, self._options.get("max_tokens") or 0
-        while first < len(self._num_tokens) and sum(self._num_tokens[first:]) + longest > self._context:
+        # A token has a character at least, so that a question has no more tokens than that.
+        first, most = 0, len(text) + MARK_TOKENS + (self._options.get("max_tokens") or 0)
+        while first < len(self._num_tokens) and sum(self._num_tokens[first:]) + most > self._context:
             first += 1
         while True:
             try:

@@ -77,6 +77,13 @@ class BlockPool:
                 else:
                     self._free.append(block_id)
 
+    def forget(self) -> None:
+        """Let no content be found any more, whether its block has an owner or not."""
+        self._free += self._evictable
+        self._evictable.clear()
+        self._hash_of.clear()
+        self._block_of.clear()
+
     def check(self, owned: Iterable[list[int]]) -> None:
         """Assert the accounting against the block tables of all owners."""
         expected = [0] * self.num_blocks

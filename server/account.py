@@ -1,4 +1,4 @@
-"""What is told of an API call when its choices have ended, and it with them."""
+"""What an API call used, and what is told of it when its choices have ended, and it with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from shoal.server.engine.journal import Journal
 from shoal.server.service import Service
 from shoal.server.terms import Terms
+from shoal.server.text import Choice
 from shoal.server.wire.requests import ChatBody, CompletionBody
+from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
 
 
 class Account:
@@ -37,3 +39,16 @@ class Account:
             self._metrics.answered(prompt)
         if self._tracer is not None:
             self._tracer.record(self._api_id, self._operation, prompts, self._context, failure)
+
+
+def usage_of(prompts: Sequence[tuple[str, list[int]]], choices: Sequence[Choice]) -> Usage:
+    """Tokens so far; a prompt counts once, however many choices it has."""
+    num_prompt = sum(len(token_ids) for _, token_ids in prompts)
+    num_output = sum(choice.num_tokens for choice in choices)
+    # The choices of a prompt run together, so that those after the first may find it in the cache: that is no hit.
+    num_cached = sum(choice.journal.num_cached_tokens for choice in choices[:: len(choices) // len(prompts)])
+    drafted = CompletionTokensDetails(
+        accepted_prediction_tokens=sum(choice.journal.num_accepted_tokens for choice in choices),
+        rejected_prediction_tokens=sum(choice.journal.num_rejected_tokens for choice in choices),
+    )
+    return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(num_cached), drafted)

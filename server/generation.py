@@ -9,13 +9,13 @@ from math import inf
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import RequestOutput, TokenLogprobs
-from shoal.server.account import Account
+from shoal.server.account import Account, usage_of
 from shoal.server.choices import engine_requests
 from shoal.server.service import Service
 from shoal.server.terms import Terms
 from shoal.server.text import MAX_SCORED, Choice, Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody
-from shoal.server.wire.responses import CompletionTokensDetails, PromptTokensDetails, Usage
+from shoal.server.wire.responses import Usage
 
 
 class Generation:
@@ -141,13 +141,4 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens so far; a prompt counts once, however many choices it has."""
-        num_prompt = sum(len(token_ids) for _, token_ids in self._prompts)
-        num_output = sum(choice.num_tokens for choice in self._choices.values())
-        # The choices of a prompt run together, so that those after the first may find it in the cache: that is no hit.
-        per_prompt = len(self._choices) // len(self._prompts)
-        num_cached = sum(choice.journal.num_cached_tokens for choice in list(self._choices.values())[::per_prompt])
-        drafted = CompletionTokensDetails(
-            accepted_prediction_tokens=sum(choice.journal.num_accepted_tokens for choice in self._choices.values()),
-            rejected_prediction_tokens=sum(choice.journal.num_rejected_tokens for choice in self._choices.values()),
-        )
-        return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(num_cached), drafted)
+        return usage_of(self._prompts, list(self._choices.values()))

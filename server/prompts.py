@@ -39,6 +39,8 @@ class Prompts:
             InvalidRequestError: a prompt is empty, or a token id outside the vocabulary.
         """
         texts, lists = _texts_or_lists("prompt", body.prompt)
+        if body.suffix:
+            return await self._around(body, texts, lists)
         return await self._encoded(body, texts) if texts else await self._decoded(body, lists)
 
     async def of_embeddings(self, body: EmbeddingsBody) -> list[list[int]]:
@@ -140,6 +142,30 @@ class Prompts:
         cut = await self._cut(body, [("", token_ids) for token_ids in lists])
         lists = [token_ids for _, token_ids in cut]
         return list(zip(await self.decode_all(lists), lists, strict=True))
+
+    async def _around(
+        self, body: CompletionBody, texts: Sequence[str], lists: list[list[int]]
+    ) -> list[tuple[str, list[int]]]:
+        """Prompts that ask for what stands between each of the given ones and the suffix.
+
+        Raises:
+            InvalidRequestError: the model cannot do so.
+        """
+        middle, suffix = self._tokenizer.middle, body.suffix or ""
+        if middle is None:
+            raise InvalidRequestError(
+                "suffix: the model was not trained to fill in the middle: its vocabulary has no tokens for it",
+                param="suffix",
+            )
+        for text in texts:
+            self._check_chars(len(text) + len(suffix))
+        for token_ids in lists:
+            check_token_ids("prompt", token_ids, self._vocab_size)
+        *encoded, after = await self.encode_all([*texts, suffix], add_special_tokens=False)
+        begin = [] if body.add_special_tokens is False else self._tokenizer.begin_token_ids
+        body.stop_token_ids += sorted(middle.ends)
+        made = [begin + middle.prompt(before, after) for before in encoded or lists]
+        return list(zip(texts or [""] * len(lists), made, strict=True))
 
     async def _cut(self, body: GenerationBody, prompts: list[tuple[str, list[int]]]) -> list[tuple[str, list[int]]]:
         """The prompts, of which those that are longer than the request wants them begin later."""

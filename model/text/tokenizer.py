@@ -15,6 +15,7 @@ import tokenizers
 
 from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 from shoal.model.text.chat_template import ChatTemplate, texts_in
+from shoal.model.text.middle import find_middle
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 
 Value = TypeVar("Value")
@@ -36,6 +37,7 @@ class Tokenizer:
         apply_chat_template: see `ChatTemplate.render`.
         special_ids: of the tokens that `decode` skips unless told otherwise.
         bos_token_id, eos_token_id: as `tokenizer_config.json` names them, else None.
+        middle: how the model is asked for what stands between two texts; None if it cannot be.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Tokenizer:
         self.apply_chat_template = self.chat_template.render
         self.bos_token_id = vocabulary.get(special_tokens.get("bos_token", ""))
         self.eos_token_id = vocabulary.get(special_tokens.get("eos_token", ""))
+        self.middle = find_middle(vocabulary.get)
 
     @classmethod
     def load(cls, checkpoint: Path | CheckpointFormat) -> Tokenizer:
@@ -100,6 +103,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The special tokens by id."""
+        return {token_id: text for text, token_id in self._special.items()}
 
     def has_vocabulary_of(self, other: Tokenizer) -> bool:
         """Whether each token id stands for the same token in both."""

@@ -67,6 +67,9 @@ class SharedEngine:
                     raise
                 self.take_back()
 
+    def forget_prefixes(self) -> None:
+        self._engine.forget_prefixes()
+
     def abort(self, request_ids: Iterable[str]) -> None:
         self._engine.abort(request_ids)
 

@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from shoal.scheduler.errors import ConfigError, EngineError
-from shoal.server.engine.messages import Abort, Loading, News, Ready, Report, StartFailed, Stop, Submit
+from shoal.server.engine.messages import Abort, ForgetPrefixes, Loading, News, Ready, Report, StartFailed, Stop, Submit
 from shoal.server.engine.outbox import MAX_MESSAGES, Outbox
 from shoal.server.settings import Settings
 
@@ -70,7 +70,7 @@ class EngineProcess:
             raise
         return engine
 
-    def send(self, command: Submit | Abort) -> None:
+    def send(self, command: Submit | Abort | ForgetPrefixes) -> None:
         self._outbox.put(command)
 
     async def close(self, *, gently: bool) -> None:

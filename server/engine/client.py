@@ -12,7 +12,7 @@ from math import inf
 from shoal.scheduler.errors import EngineError, ShoalError
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.journal import Journal, Submission
-from shoal.server.engine.messages import Abort, EngineRequest, News, Ready, Submit
+from shoal.server.engine.messages import Abort, EngineRequest, ForgetPrefixes, News, Ready, Submit
 from shoal.server.errors import EngineUnavailableError, RequestTimeoutError
 from shoal.server.metrics import Metrics
 
@@ -50,7 +50,7 @@ class EngineClient:
         self._hang_seconds = hang_seconds
         self._clock = clock
         self._ready: Ready | None = None
-        self._send: Callable[[Submit | Abort], None] | None = None
+        self._send: Callable[[Submit | Abort | ForgetPrefixes], None] | None = None
         self._unfinished: dict[str, Submission] = {}
         self._held: dict[str, None] = {}  # ids of unfinished requests that no engine has, in order
         self._on_trial: str | None = None
@@ -97,6 +97,10 @@ class EngineClient:
         self._hand_over()
         return submission
 
+    def forget_prefixes(self) -> None:
+        if self._send is not None:  # else the next engine begins without any
+            self._send(ForgetPrefixes())
+
     def abort(self, request_ids: Iterable[str]) -> None:
         unfinished = [request_id for request_id in request_ids if request_id in self._unfinished]
         sent = [request_id for request_id in unfinished if request_id not in self._held]
@@ -126,7 +130,7 @@ class EngineClient:
         """Whether an engine that has work was not heard of for too long."""
         return self._num_in_engine > 0 and self._clock() - self._heard_at > self._hang_seconds
 
-    def connect(self, ready: Ready, send: Callable[[Submit | Abort], None]) -> None:
+    def connect(self, ready: Ready, send: Callable[[Submit | Abort | ForgetPrefixes], None]) -> None:
         """The engine is ready, and takes commands through `send`."""
         self._heard_at = now = self._clock()
         if self._ready is not None:

@@ -37,5 +37,8 @@ class Engine(Protocol):
             InvalidRequestError, QueueFullError, EngineUnavailableError: at once, before any work is done.
         """
 
+    def forget_prefixes(self) -> None:
+        """Have no later request find a prefix of an earlier one."""
+
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget these requests; the blocks of the unfinished ones are free at the engine's next step."""

@@ -14,6 +14,7 @@ from shoal.server.engine.messages import (
     Abort,
     Command,
     EngineRequest,
+    ForgetPrefixes,
     News,
     Report,
     Stop,
@@ -59,6 +60,8 @@ class EngineLoop:
                     for request_id in request_ids:
                         self.core.scheduler.abort(request_id)
                         self._endings.forget(request_id)
+                case ForgetPrefixes():
+                    self.core.scheduler.kv_cache.pool.forget()
                 case Stop():
                     return False
         outputs += self.core.step()

@@ -47,6 +47,10 @@ class Abort(msgspec.Struct, tag=True):
     request_ids: list[str]
 
 
+class ForgetPrefixes(msgspec.Struct, tag=True):
+    """The prefix cache is to be emptied."""
+
+
 class Stop(msgspec.Struct, tag=True):
     """The engine is to close what it writes, and to end."""
 
@@ -93,5 +97,5 @@ class News(msgspec.Struct, tag=True):
     stats: SchedulerStats
 
 
-Command = Submit | Abort | Stop
+Command = Submit | Abort | ForgetPrefixes | Stop
 Report = Loading | Ready | StartFailed | News

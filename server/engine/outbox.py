@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from shoal.server.engine.messages import Abort, Command, EngineRequest, Submit
+from shoal.server.engine.messages import Abort, Command, EngineRequest, ForgetPrefixes, Submit
 
 MAX_MESSAGES = 32  # on the way to an engine, in each of the two processes; what follows waits in the outbox
 MAX_SIZE = 65536  # tokens and biases in one message, so that none takes long to encode
@@ -19,9 +19,10 @@ class Outbox:
     def __init__(self) -> None:
         self._requests: dict[str, EngineRequest] = {}
         self._aborted: dict[str, None] = {}
+        self._forgets_prefixes = False
         self._filled = asyncio.Event()
 
-    def put(self, command: Submit | Abort) -> None:
+    def put(self, command: Submit | Abort | ForgetPrefixes) -> None:
         match command:
             case Submit(requests):
                 self._requests |= {request.request_id: request for request in requests}
@@ -29,13 +30,18 @@ class Outbox:
                 for request_id in request_ids:
                     if self._requests.pop(request_id, None) is None:
                         self._aborted[request_id] = None
+            case ForgetPrefixes():
+                self._forgets_prefixes = True
         self._filled.set()
 
     async def get(self) -> Command:
         """The next message.  Aborts go first: a request that is submitted after its abort comes from another trial."""
-        while not (self._requests or self._aborted):
+        while not (self._requests or self._aborted or self._forgets_prefixes):
             self._filled.clear()
             await self._filled.wait()
+        if self._forgets_prefixes:
+            self._forgets_prefixes = False
+            return ForgetPrefixes()
         if self._aborted:
             aborted, self._aborted = self._aborted, {}
             return Abort(list(aborted))

@@ -1,26 +1,50 @@
-"""GET /v1/models and /server_info: what is served, and how."""
+"""GET /v1/models, /server_info and /tokenizer_info: what is served, and how; POST /reset_prefix_cache."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from importlib.metadata import version
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from shoal.server.embeddings import METHODS
 from shoal.server.routes.answer import whole
 from shoal.server.service import Service
-from shoal.server.wire.responses import ModelCard, ModelList, ServerInfo
+from shoal.server.wire.responses import (
+    Capabilities,
+    ModelCard,
+    ModelList,
+    ServerInfo,
+    SpecialToken,
+    TokenizerInfo,
+)
 
 
 def models_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     def card(name: str) -> ModelCard:
-        return ModelCard(name, service.started, service.engine.ready.limits.max_model_len)
+        has_template = bool(service.tokenizer.chat_template.sources)
+        return ModelCard(
+            id=name,
+            created=service.started,
+            max_model_len=service.engine.ready.limits.max_model_len,
+            capabilities=Capabilities(
+                chat=has_template,
+                tools=has_template,
+                reasoning=has_template and service.dialect.thinks,
+                fill_in_middle=service.tokenizer.middle is not None,
+                embeddings=service.pooling in METHODS,
+            ),
+            display_name=name,
+            created_at=datetime.fromtimestamp(service.started, UTC).isoformat().replace("+00:00", "Z"),
+        )
 
     @router.get("/v1/models")
     async def list_models() -> Response:
-        return whole(ModelList([card(name) for name in service.model_names]))
+        cards = [card(name) for name in service.model_names]
+        return whole(ModelList(cards, first_id=cards[0].id, last_id=cards[-1].id))
 
     @router.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Response:
@@ -43,5 +67,27 @@ def models_router(service: Service) -> APIRouter:
                 settings,
             )
         )
+
+    @router.get("/tokenizer_info")
+    async def get_tokenizer_info() -> Response:
+        tokenizer = service.tokenizer
+        sources = tokenizer.chat_template.sources
+        return whole(
+            TokenizerInfo(
+                tokenizer_class="PreTrainedTokenizerFast",
+                vocab_size=tokenizer.vocab_size,
+                model_max_length=service.engine.ready.limits.max_model_len,
+                is_byte_level=tokenizer.is_byte_level,
+                special_tokens=tokenizer.chat_template.variables,
+                added_tokens_decoder={i: SpecialToken(text) for i, text in tokenizer.special_tokens.items()},
+                chat_template=sources.get("default"),
+                chat_templates=sources,
+            )
+        )
+
+    @router.post("/reset_prefix_cache", response_class=Response)
+    async def reset_prefix_cache() -> Response:
+        service.engine.forget_prefixes()
+        return Response(status_code=200)
 
     return router

@@ -6,17 +6,16 @@ An item stands in a request as people write it (`InputItem`), and everywhere els
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
-from msgspec import Meta, Raw, Struct, field
-from msgspec.structs import fields
+from msgspec import Meta, Raw, Struct, defstruct, field
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.wire.batches import Metadata
-from shoal.server.wire.body import Body
+from shoal.server.wire.body import Body, Refusal
 from shoal.server.wire.conversations import MAX_ID_CHARS, MAX_MESSAGES, MAX_TOOLS, ToolMode, ToolName
-from shoal.server.wire.requests import MAX_INT, NumLogprobs
+from shoal.server.wire.requests import MAX_INT, REFUSED, NumLogprobs, SamplingBody
 
 LOGPROBS = "message.output_text.logprobs"
 # Of these only log-probabilities and what is never there are asked of a server without tools of its own.
@@ -240,35 +239,21 @@ class ObfuscationOptions(Body):
     include_obfuscation: bool | None = None  # accepted and ignored: no event is padded
 
 
-class Extensions(Body, kw_only=True):
-    """What chats know beside OpenAI's fields, under the same names: `ChatBody` says what they may be."""
-
-    seed: Any = None
-    stop: Any = None
-    top_k: Any = None
-    min_p: Any = None
-    repetition_penalty: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    min_tokens: Any = None
-    stop_token_ids: Any = None
-    ignore_eos: Any = None
-    parse_special: Any = None
-    chat_template_kwargs: Any = None
-    priority: Any = None
-    ttft_slo_ms: Any = None
-    tpot_slo_ms: Any = None
-    timeout: Any = None
-    cache_salt: Any = None
-    speculation: Any = None
-    end_after: Any = None
+# What chats know beside OpenAI's fields, under the same names: `ChatBody` says what they may be.
+EXTENSIONS = tuple(
+    name
+    for name in (
+        *SamplingBody.__struct_fields__,
+        *("parse_special", "chat_template_kwargs", "chat_template", "documents", "add_special_tokens"),
+        *("priority", "ttft_slo_ms", "tpot_slo_ms", "timeout", "cache_salt", "request_id", "truncate_prompt_tokens"),
+        *("speculation", "end_after"),
+    )
+    if name not in ("n", "max_tokens", "temperature", "top_p", "response_format")
+)
+Extensions: Any = defstruct("Extensions", [(name, Any, None) for name in EXTENSIONS], bases=(Body,), kw_only=True)
 
 
-EXTENSIONS = tuple(one.name for one in fields(Extensions))
-
-
-class ResponsesBody(Extensions, kw_only=True):
+class ResponsesBody(Extensions, kw_only=True):  # type: ignore[misc, call-arg]
     """POST /v1/responses."""
 
     input: str | Annotated[list[InputItem], Meta(max_length=MAX_MESSAGES)]
@@ -301,11 +286,14 @@ class ResponsesBody(Extensions, kw_only=True):
     prompt_cache_options: Raw = field(default_factory=Raw)
     service_tier: str | None = None
 
-    # they ask for what this server does not do
-    prompt: None = None
-    conversation: None = None
-    context_management: None = None
-    moderation: None = None
+    aliases: ClassVar[Mapping[str, str]] = {"repeat_penalty": "repetition_penalty"}
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        **REFUSED,
+        "prompt": Refusal("this server keeps no prompts"),
+        "conversation": Refusal("this server keeps no conversations: use previous_response_id"),
+        "context_management": Refusal("this server takes nothing out of conversations"),
+        "moderation": Refusal("this server does not moderate"),
+    }
 
     @property
     def wants_logprobs(self) -> bool:

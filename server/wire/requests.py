@@ -206,8 +206,14 @@ class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[str | TokenId | list[TokenId]]
     echo: bool = False
     logprobs: NumLogprobs | None = None
-    suffix: Literal[""] | None = None
+    suffix: Annotated[str, Meta(max_length=MAX_TOKENIZED_CHARS)] | None = None
     aliases: ClassVar[Mapping[str, str]] = {**SamplingBody.aliases, "max_completion_tokens": "max_tokens"}
+
+    def check(self) -> None:
+        super().check()
+        for name in ("echo", "truncate_prompt_tokens", "prompt_logprobs"):
+            if self.suffix and getattr(self, name) not in (False, None):
+                raise InvalidRequestError(f"{name}: is not taken beside suffix", param=name)
 
     @property
     def num_prompts(self) -> int:

@@ -194,17 +194,69 @@ class ChatCompletionChunk(msgspec.Struct):
 # -- the rest ----------------------------------------------------------------------------------------------------
 
 
+class Capabilities(msgspec.Struct):
+    """What a model can be asked for.
+
+    Attributes:
+        chat: its checkpoint has a chat template, so that tools can be offered too.
+        reasoning: answers may begin with a thought that is kept apart.
+        fill_in_middle: `suffix` of /v1/completions.
+    """
+
+    chat: bool
+    tools: bool
+    reasoning: bool
+    fill_in_middle: bool
+    embeddings: bool
+    completions: bool = True
+    structured_output: bool = True
+
+
 class ModelCard(msgspec.Struct):
+    """A model, as both OpenAI's and Anthropic's clients read it."""
+
     id: str
     created: int
     max_model_len: int
-    object: str = "model"
+    capabilities: Capabilities
+    display_name: str
+    created_at: str  # RFC 3339
+    object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
     owned_by: str = "shoal"
 
 
 class ModelList(msgspec.Struct):
     data: list[ModelCard]
-    object: str = "list"
+    first_id: str
+    last_id: str
+    has_more: bool = False
+    object: Literal["list"] = "list"
+
+
+class SpecialToken(msgspec.Struct):
+    content: str
+    special: bool = True
+
+
+class TokenizerInfo(msgspec.Struct):
+    """The tokenizer, with the names that `tokenizer_config.json` has.
+
+    Attributes:
+        is_byte_level: whether every token is a run of bytes.
+        special_tokens: their texts by name, such as `bos_token`.
+        added_tokens_decoder: special tokens by id.
+        chat_templates: by name; `chat_template` is the usual one.
+    """
+
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    is_byte_level: bool
+    special_tokens: dict[str, Any]
+    added_tokens_decoder: dict[int, SpecialToken]
+    chat_template: str | None
+    chat_templates: dict[str, str]
 
 
 class TokenizeResult(msgspec.Struct):

@@ -165,6 +165,10 @@ class Workload(RuleBasedStateMachine):
             self.num_steps += 1
             self.harness.step()
 
+    @rule()
+    def forget_prefixes(self) -> None:
+        self.harness.scheduler.kv_cache.pool.forget()
+
     @property
     def unfinished(self) -> list[str]:
         return sorted(self.asked.keys() - self.harness.finish_reasons.keys())
