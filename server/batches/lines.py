@@ -93,6 +93,8 @@ def _read_line(number: int, raw: bytes, endpoint: str, max_bytes: int) -> Line |
     if line.url != endpoint:
         return BatchError("url_mismatch", f"url: expected {endpoint!r}, as the batch has it", "url", number)
     body = line.body | _LEAST_URGENT_RAW
+    if bytes(body.get("background", b"null")) not in (b"null", b"false"):
+        return BatchError("invalid_request", "body.background: a line is answered in its batch", "body", number)
     if endpoint != "/v1/embeddings" and bytes(body.get("seed", b"null")) == b"null":
         body["seed"] = Raw(b"%d" % secrets.randbits(53))
     return Line(number, line.custom_id, msgspec.json.encode(body))

@@ -20,6 +20,7 @@ from shoal.server.routes.answer import error_response
 from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
 from shoal.server.routes.embeddings import embeddings_router
+from shoal.server.routes.responses import responses_router
 from shoal.server.service import Service
 from shoal.server.wire.batches import Batch
 
@@ -42,7 +43,7 @@ class BatchRunner:
         self._engine = service.engine
         self._keys = {owner_name(key): key for key in service.api_keys or (None,)}
         unlimited = replace(service, allowances={})
-        routers = (chat_router, completions_router, embeddings_router)
+        routers = (chat_router, completions_router, responses_router, embeddings_router)
         routes = [route for router in routers for route in router(unlimited).routes]
         self._endpoints = {route.path: route.endpoint for route in routes if isinstance(route, APIRoute)}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}  # of lines that run, by batch and number

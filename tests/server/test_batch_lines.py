@@ -70,6 +70,7 @@ def test_a_body_is_least_urgent_and_has_a_seed() -> None:
         (line(url="/v1/completions"), "url_mismatch", "url", "as the batch has it"),
         (line(body=[]), "invalid_request", "body", "expected an object"),
         (line(body=BODY | {"stream": True}), "invalid_request", "body", "no streams"),
+        (line(body=BODY | {"background": True}), "invalid_request", "body", "body.background"),
         (line(other=1), "invalid_request", "other", "unrecognized"),
         ({"custom_id": "a"}, "invalid_request", "method", "missing required field"),
         (line(custom_id="y" * 10_001), "invalid_request", None, "more than 10000 bytes"),
