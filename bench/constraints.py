@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.table import show
 from bench.timing import in_turns, seconds
 from shoal.model.checkpoint.config import load_config
 from shoal.model.text.grammar import GrammarCompiler
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.server.constraints import make_grammar
 from shoal.server.llm import LLM, SamplingParams
+from shoal.terminal import show
 
 CONCURRENCIES = (1, 32)
 Schema = dict[str, Any]

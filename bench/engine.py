@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from bench.table import show
 from bench.timing import in_turns
 from bench.workload import TimedBackend, make_engine, make_request
 from shoal.model.backends.native_library import supported_isas
 from shoal.scheduler.engine import EngineCore
+from shoal.terminal import show
 
 BATCH_SIZES = (1, 8, 32, 64)
 CONTEXT = 256

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.table import show
 from bench.timing import in_turns, seconds
 from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelConfig, ModelRecord
 from shoal.model.step.batch import ForwardBatch, SamplingBatch
 from shoal.model.step.sampling import sampling_rows
+from shoal.terminal import show
 
 CONTEXT = 256
 BLOCK_SIZE = 16

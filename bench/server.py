@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 
 import gevent
 
-from bench.table import show
 from bench.workload import make_engine, make_request
 from shoal.loadtest.records import RequestRecord
 from shoal.loadtest.stream import CompletionClient
 from shoal.model.checkpoint.load import load_checkpoint
+from shoal.terminal import show
 from shoal.testing import ServerProcess
 
 NUM_STREAMS = 32

@@ -37,6 +37,7 @@ def _request_options(function: Function) -> Function:
         click.option("--repetition-penalty", type=float, help="Above 1, makes tokens that occurred before rarer."),
         click.option("--seed", type=int, help="The same seed gives the same text."),
         click.option("--stop", multiple=True, help="Stop before this text; may be given several times."),
+        click.option("--json", "as_json", is_flag=True, help="A line of JSON for each answer; errors too."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)
@@ -46,14 +47,14 @@ def _request_options(function: Function) -> Function:
 @click.command()
 @click.argument("prompt")
 @_request_options
-def complete(prompt: str, url: str, api_key: str | None, **fields: object) -> None:
+def complete(prompt: str, url: str, api_key: str | None, as_json: bool, **fields: object) -> None:
     """Continue PROMPT, or standard input if PROMPT is "-".
 
     The text goes to standard output as it is generated, statistics go to standard error. Ctrl-C aborts the request.
     """
     with _exit_codes(), clients.ShoalClient(url, api_key=api_key, max_retries=0) as client:
         text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
-        answer = LiveAnswer()
+        answer = LiveAnswer(as_json=as_json)
         with client.stream_complete(text, **cast(clients.CompletionOptions, _given(fields))) as stream:
             answer.show(stream, end_line=sys.stdout.isatty())
         answer.report()
@@ -62,7 +63,7 @@ def complete(prompt: str, url: str, api_key: str | None, **fields: object) -> No
 @click.command()
 @_request_options
 @click.option("--system", help="The system message.")
-def chat(url: str, api_key: str | None, system: str | None, **fields: object) -> None:
+def chat(url: str, api_key: str | None, system: str | None, as_json: bool, **fields: object) -> None:
     """Talk with the model; /help lists the commands.
 
     Ctrl-C stops an answer, Ctrl-D ends. If input or output is not a terminal, each line of standard input is a turn.
@@ -76,7 +77,7 @@ def chat(url: str, api_key: str | None, system: str | None, **fields: object) ->
         if "max_tokens" not in options:
             context = find_context(client, options.get("model"))
             options["max_tokens"] = longest_answer(context)
-        Repl(client, options, system, context).run()
+        Repl(client, options, system, context, as_json=as_json).run()
 
 
 def _given(fields: dict[str, object]) -> dict[str, object]:

@@ -49,13 +49,17 @@ class Repl:
     Args:
         context: how many tokens a conversation and its answer may have; None if that is not known,
             until an answer is cut short by it.
+        as_json: whether answers are shown as JSON.
     """
 
-    def __init__(self, client: ShoalClient, options: ChatOptions, system: str | None, context: int | None) -> None:
+    def __init__(
+        self, client: ShoalClient, options: ChatOptions, system: str | None, context: int | None, *, as_json: bool
+    ) -> None:
         self._client = client
         self._options = options
         self._system = system
         self._context = context or sys.maxsize
+        self._as_json = as_json
         self._history: list[Message] = []
         self._num_tokens: list[int] = []  # of each turn in the history, as far as the server counted
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -129,7 +133,7 @@ class Repl:
             first: the first turn of the history that is sent.
         """
         system = [Message(role="system", content=self._system)] if self._system else []
-        answer = LiveAnswer()
+        answer = LiveAnswer(as_json=self._as_json)
         try:
             with self._client.stream_chat([*system, *self._history[2 * first :], question], **self._options) as stream:
                 answer.show(stream, end_line=True)

@@ -1,4 +1,4 @@
-"""The commands `shoal loadtest`, `shoal simulate` and `shoal profile`."""
+"""The commands `shoal loadtest`, `shoal simulate`, `shoal profile` and `shoal bench`."""
 
 # ruff: noqa: PLC0415 (only the command that is called loads what it needs)
 
@@ -16,16 +16,19 @@ from typing import Any, TypeVar
 
 import click
 
+from shoal.clients.wire import DEFAULT_URL
 from shoal.extras import install_command
+from shoal.terminal import CommandError, echo_json, json_option, progress, show
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 NEEDED = ("locust", "matplotlib", "scipy", "tqdm")
-USAGE_EXIT_CODE, COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 2, 1, 130
-SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys")
+COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 1, 130
+SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys", "ssl-certfile")
 DEFAULT_PROFILE_FOLDER = Path("shoal-profile")
 A_FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT, POSITIVE = click.IntRange(min=1), click.FloatRange(0, 10**6, min_open=True)
+MANY = click.IntRange(1, 100_000)
 
 
 def _several(one: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -86,8 +89,9 @@ _server_options = click.argument(
 @click.option("--costs", help="Folder of a profile; without it, one is taken first.")
 @click.option("--output", type=A_FOLDER, help="Folder for all that comes of it.")
 @click.option("--resume", is_flag=True, help="Go on with the comparison in the folder, as it was asked for.")
+@json_option
 @_server_options
-def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
+def loadtest(output: Path | None, resume: bool, as_json: bool, **asked: Any) -> None:
     """Compare servers under load: policies, with and without speculation.
 
     For each combination a server is started, warmed and put under load.  At the end there is a table, and report.html
@@ -111,7 +115,7 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
             f"Everything is saved in {folder}; if this ends early, --output {folder} --resume goes on.", err=True
         )
         report = conduct(plan, folder)
-        _show(report.cells, report.complaints, report=str(folder / "report.html"))
+        _show(report.cells, report.complaints, as_json=as_json, report=str(folder / "report.html"))
     if report.complaints:
         sys.exit(COMPLAINTS_EXIT_CODE)
 
@@ -119,8 +123,9 @@ def loadtest(output: Path | None, resume: bool, **asked: Any) -> None:
 @click.command()
 @_load_options
 @click.option("--costs", type=A_FOLDER, default=DEFAULT_PROFILE_FOLDER, show_default=True, help="Folder of a profile.")
+@json_option
 @_server_options
-def simulate(costs: Path, **asked: Any) -> None:
+def simulate(costs: Path, as_json: bool, **asked: Any) -> None:
     """Predict what `shoal loadtest` would measure, from a profile and without a server.
 
     Options after -- change the limits and knobs of the scheduler.
@@ -131,7 +136,7 @@ def simulate(costs: Path, **asked: Any) -> None:
         from shoal.loadtest.twin import SJF_ORACLE
         from shoal.scheduler.policies import POLICIES
 
-        _show(rehearse(make_plan([*POLICIES, SJF_ORACLE], **asked), costs), ())
+        _show(rehearse(make_plan([*POLICIES, SJF_ORACLE], **asked), costs), (), as_json=as_json)
 
 
 @click.command()
@@ -139,8 +144,9 @@ def simulate(costs: Path, **asked: Any) -> None:
 @click.option("--requests", "num_requests", type=COUNT, default=256, show_default=True, help="Of each saved workload.")
 @click.option("--seed", type=int, default=0, help="Of the workloads.")
 @click.option("--output", type=A_FOLDER, default=DEFAULT_PROFILE_FOLDER, show_default=True, help="For the profile.")
+@json_option
 @_server_options
-def profile(output: Path, **asked: Any) -> None:
+def profile(output: Path, as_json: bool, **asked: Any) -> None:
     """Measure what steps cost, for `shoal simulate`, in six short runs.
 
     Options after -- are passed to every server.
@@ -150,23 +156,75 @@ def profile(output: Path, **asked: Any) -> None:
         from shoal.loadtest.study import take_profile
 
         take_profile(Plan(**asked), output)
-        click.echo(f"{output}/profile.json")
+        file = f"{output}/profile.json"
+        echo_json({"profile": file}) if as_json else click.echo(file)
 
 
-def _show(cells: Any, complaints: Sequence[str], **further: str) -> None:
+@click.command()
+@click.option("--url", envvar="SHOAL_URL", default=DEFAULT_URL, show_default=True, show_envvar=True, help="The server.")
+@click.option("--api-key", envvar="SHOAL_API_KEY", show_envvar=True, help="Sent as a bearer token.")
+@click.option("--model", help="Name of the model; the first that the server names if not given.")
+@click.option("--requests", "num_requests", type=MANY, default=64, show_default=True, help="Number of requests.")
+@click.option("--concurrency", type=click.IntRange(1, 4096), default=8, show_default=True, help="At once.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, 10_000, min_open=True),
+    help="Requests/s at random times (Poisson), in place of --concurrency.",
+)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1, 1_000_000),
+    default=128,
+    show_default=True,
+    help="Of a prompt, nearly; no two prompts begin alike.",
+)
+@click.option("--max-tokens", type=MANY, default=64, show_default=True, help="Most tokens of an answer.")
+@click.option("--endpoint", type=click.Choice(["chat", "completions"]), default="chat", show_default=True)
+@click.option("--timeout", type=click.FloatRange(1, 86_400), default=600.0, show_default=True, help="Longest silence.")
+@click.option("--seed", type=int, default=0, help="Of prompts and times.")
+@json_option
+def bench(as_json: bool, **asked: Any) -> None:
+    """Measure how fast a server with OpenAI's API answers.
+
+    Answers are streamed.  Exit code 1 says that requests failed.
+    """
+    import asyncio
+
+    from shoal.clients import ClientError
+    from shoal.loadtest.bench import Asked, Measured, measure, show_measured
+
+    try:
+        with progress("requests", asked["num_requests"], is_shown=not as_json) as advance:
+            measured = asyncio.run(measure(Asked(**asked), advance))
+    except ClientError as error:
+        raise CommandError("bench", " ".join(error.message.split())) from error
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        sys.exit(CTRL_C_EXIT_CODE)
+    if as_json:
+        shown = {name: value for name, value in asked.items() if name != "api_key"}
+        echo_json(shown | {name: getattr(measured, name) for name in Measured.__struct_fields__})
+    else:
+        show_measured(asked["url"], measured)
+    if measured.errors:
+        sys.exit(COMPLAINTS_EXIT_CODE)
+
+
+def _show(cells: Any, complaints: Sequence[str], *, as_json: bool, **further: str) -> None:
     """Tables for people, what must not be overlooked, and one line of JSON."""
     import msgspec
 
     from shoal.loadtest.report import terminal_tables
     from shoal.loadtest.study import summaries
 
-    for table in terminal_tables(cells):
-        click.echo(f"\n{table}")
-    click.echo()
+    if not as_json:
+        for title, rows in terminal_tables(cells):
+            show(title, rows)
+        click.echo()
+        for name, value in further.items():
+            click.echo(f"{name}: {value}")
     for complaint in complaints:
         click.echo(f"! {complaint}", err=True)
-    for name, value in further.items():
-        click.echo(f"{name}: {value}")
     click.echo(msgspec.json.encode({**further, "complaints": complaints, "results": summaries(cells)}))
 
 
@@ -174,18 +232,14 @@ def _show(cells: Any, complaints: Sequence[str], **further: str) -> None:
 def _exit_codes(command: str) -> Iterator[None]:
     """Exit with 2 and one line on stderr after an error, with 130 after Ctrl-C; SIGTERM leaves no server behind."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        message = f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`"
-    else:
-        from shoal.scheduler.errors import ShoalError
+        raise CommandError(command, f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`")
+    from shoal.scheduler.errors import ShoalError
 
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        try:
-            yield
-            return
-        except ShoalError as error:
-            message = str(error)
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            sys.exit(CTRL_C_EXIT_CODE)
-    click.echo(f"shoal {command}: {message}", err=True)
-    sys.exit(USAGE_EXIT_CODE)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    except ShoalError as error:
+        raise CommandError(command, str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        sys.exit(CTRL_C_EXIT_CODE)

@@ -76,7 +76,7 @@ def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
     good = [record for record in answered if _keeps(record, slo)]
     num_accepted = sum(record.num_accepted_tokens for record in answered)
     num_drafted = num_accepted + sum(record.num_rejected_tokens for record in answered)
-    figures = _of_requests(answered, seconds) | {
+    figures = of_requests(answered, seconds) | {
         "requests": len(run.requests),
         "errors": len(run.requests) - len(answered),
         "seconds": seconds,
@@ -99,7 +99,7 @@ def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
     for kind in ("client", "priority"):
         for name, own in sorted(by(answered, kind).items()):
             if len(own) < len(answered):
-                figures |= {f"{kind} {name}: {key}": value for key, value in _of_requests(own, seconds).items()}
+                figures |= {f"{kind} {name}: {key}": value for key, value in of_requests(own, seconds).items()}
     return figures | _of_steps(run.steps, run.server.limits.block_size)
 
 
@@ -148,7 +148,7 @@ def _last_seen(record: RequestRecord) -> float:
     return max(record.sent_at, record.finished_at or 0.0, *record.token_times[-1:])
 
 
-def _of_requests(answered: Sequence[RequestRecord], seconds: float) -> Figures:
+def of_requests(answered: Sequence[RequestRecord], seconds: float) -> Figures:
     """Figures that all requests have, and each group of them."""
     num_tokens = sum(record.num_output_tokens for record in answered)
     figures = {

@@ -16,8 +16,7 @@ from shoal.loadtest.costs import CostModel
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, groups, speed_up, words
 from shoal.loadtest.plan import DEFAULT_USERS
 from shoal.loadtest.records import slug
-
-NOTHING = "–"  # noqa: RUF001 -- the dash of an empty cell
+from shoal.terminal import NOTHING
 
 TERMINAL = (
     *("throughput", "goodput", "ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e mean", "e2e p99"),
@@ -93,18 +92,22 @@ def not_zero(names: Sequence[str], cells: Sequence[Cell]) -> list[str]:
     return [name for name in names if any(cell.measured.median.get(name) for cell in cells)]
 
 
-def terminal_tables(cells: Sequence[Cell]) -> Iterator[str]:
-    """A table for each section and load, in text; columns of nothing but zeros are left out."""
+def terminal_tables(cells: Sequence[Cell]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Title and rows of a table for each section and load; columns of nothing but zeros are left out."""
     for section, own in by(cells, "section").items():
         for load, compared in by(own, "load").items():
             names = not_zero(TERMINAL, compared)
-            rows = [["policy", "× static", *map(title, names)]]  # noqa: RUF001
-            for cell in compared:
-                values = [text(name, cell.measured.median.get(name)) for name in names]
-                rows.append([cell.setup.name, times("throughput", cell, baseline(compared)), *values])
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-            yield "\n".join([f"{section}, {load}", *lines])
+            yield (
+                f"{section}, {load}",
+                [
+                    {
+                        "policy": cell.setup.name,
+                        "× static": times("throughput", cell, baseline(compared)),  # noqa: RUF001
+                        **{title(name): text(name, cell.measured.median.get(name)) for name in names},
+                    }
+                    for cell in compared
+                ],
+            )
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""The commands `shoal serve` and `shoal policies`."""
+"""The commands `shoal serve`, `shoal models` and `shoal policies`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +13,8 @@ import click
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.policies import describe_policies
 from shoal.server.descriptors import open_standard_files, raise_limit
-from shoal.server.sources import SettingsCommand, load_settings
+from shoal.server.sources import SettingsCommand, hub_cache, load_settings
+from shoal.terminal import CommandError, echo_json, json_option, show
 
 logger = logging.getLogger("shoal")
 
@@ -29,7 +31,11 @@ class _Serve(SettingsCommand):
 
 
 def serve(arguments: list[str]) -> None:
-    """Serve until a signal ends it; exit with code 2 and a line for each fault if that cannot be."""
+    """Serve until a signal ends it.
+
+    Raises:
+        CommandError: that cannot be; it has a line for each fault.
+    """
     open_standard_files()
     try:
         settings = load_settings(arguments)
@@ -45,18 +51,44 @@ def serve(arguments: list[str]) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run(settings))
     except ShoalError as error:
-        for line in error.message.splitlines():
-            print(f"shoal serve: {line}", file=sys.stderr)
-        sys.exit(2)
+        raise CommandError("serve", error.message) from error
 
 
 serve_command = _Serve("serve")
 
 
 @click.command()
-def policies() -> None:
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path, exists=True), metavar="[FOLDER]...")
+@json_option
+def models(folders: Sequence[Path], as_json: bool) -> None:
+    """List the models that can be served, and say why others cannot.
+
+    They are those that Shoal brings, those in the cache of Hugging Face's tools, and those in each FOLDER: checkpoint
+    folders and .gguf files, up to four folders deep.  Only headers are read.
+    """  # fmt: skip
+    from shoal.server.inventory import find_models  # noqa: PLC0415
+
+    found = find_models(hub_cache(), folders)
+    if as_json:
+        listed = [{"place": place, **model.as_json()} for place, own in found.items() for model in own]
+        echo_json({"models": listed})
+        return
+    for place, own in found.items():
+        if own:
+            show(place, [model.as_row() for model in own])
+        else:
+            click.echo(f"\n{place}: none")
+    click.echo("\nTo serve one: shoal serve --model MODEL")
+
+
+@click.command()
+@json_option
+def policies(as_json: bool) -> None:
     """List the scheduling policies."""
     described = describe_policies()
+    if as_json:
+        echo_json({"policies": described})
+        return
     width = max(map(len, described))
     for name, line in described.items():
         click.echo(f"{name:{width}}  {line}")

@@ -12,12 +12,13 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
 from shoal.scheduler.errors import ConfigError
 from shoal.server.settings import DEFAULT_MODEL, Declared, Settings, declared, resolve
+from shoal.terminal import ColourContext
 
 ENV_PREFIX = "SHOAL_"
 CLIENT_ENVIRONMENT = {"SHOAL_URL", "SHOAL_API_KEY"}  # read by the terminal client
@@ -53,6 +54,8 @@ def load_settings(args: list[str]) -> Settings:
     """
     try:
         given = SettingsCommand("shoal serve").make_context("shoal serve", list(args)).params
+        if given.pop("as_json"):
+            given["server.log_format"] = "json"
     except click.exceptions.Exit as end:
         raise SystemExit(end.exit_code) from None
     except click.UsageError as error:
@@ -61,13 +64,23 @@ def load_settings(args: list[str]) -> Settings:
     return resolve(_merge(_of_file(values.pop("config", None)), values))
 
 
+def hub_cache() -> Path:
+    """Where Hugging Face's tools keep what they download, by their own rules."""
+    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or str(Path(home) / "hub")
+    return Path(os.path.expandvars(cache)).expanduser()
+
+
 class SettingsCommand(click.Command):
     """A command with an option for each setting, in groups as in the file; any function may be its callback."""
+
+    context_class = ColourContext
 
     def __init__(self, name: str) -> None:
         options = [
             click.Option(["--model"], metavar="MODEL"),
             click.Option(["--config"], metavar="FILE"),
+            click.Option(["--json", "as_json"], is_flag=True),
             *(_option(one) for section in declared().values() for one in section.values()),
         ]
         super().__init__(name, params=[*options], help=_HELP, context_settings={"max_content_width": 110})
@@ -76,7 +89,9 @@ class SettingsCommand(click.Command):
         with formatter.section("Model"):
             model = "A checkpoint folder, a .gguf file, or a name: shoal-moe, smollm2-135m."
             file = "TOML file to read instead of ./shoal.toml."
-            formatter.write_dl([("--model MODEL", f"{model}  [{DEFAULT_MODEL}]"), ("--config FILE", file)])
+            log = "As --log-format json, and faults of the start as JSON too."
+            rows = [("--model MODEL", f"{model}  [{DEFAULT_MODEL}]"), ("--config FILE", file), ("--json", log)]
+            formatter.write_dl(rows)
         for section, settings in declared().items():
             with formatter.section(_TITLES[section]):
                 formatter.write_dl([(_usage(one), _help(one)) for one in settings.values()])
@@ -91,7 +106,13 @@ def _option(one: Declared) -> click.Option:
     names += [_ALIASES[one.path]] if one.path in _ALIASES else []
     if bool in (one.type, *get_args(one.type)):
         names = [f"{name}/{name.replace('--', '--no-', 1)}" for name in names]
-    option = click.Option(names, multiple=_is_list(one), default=None)
+    values = [*map(str, get_args(one.type))] if get_origin(one.type) is Literal else []
+    option = click.Option(
+        names,
+        multiple=_is_list(one),
+        default=None,
+        shell_complete=lambda _ctx, _param, begun: [value for value in values if value.startswith(begun)],
+    )
     option.name = one.path
     return option
 

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 from bench.peers.gguf import write_gguf
 from bench.server import fresh_process, stream_all
-from bench.table import show
 from bench.timing import seconds
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import CheckpointError
+from shoal.terminal import show
 from shoal.testing import ServerProcess
 
 MODEL = "smollm2-135m"

@@ -11,9 +11,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it ships none
 
 from bench.speculation.plot import draw
 from bench.speculation.serving import make_prompts, measure
-from bench.table import show
 from bench.workload import make_engine
 from shoal.model.text.tokenizer import Tokenizer
+from shoal.terminal import show
 
 METHODS = ("draft", "ngram", "self")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)

@@ -76,9 +76,7 @@ def read_gguf_weights(file: GgufFile, *, num_heads: int, num_kv_heads: int, num_
         CheckpointError: naming the tensor: of an unsupported type, of a shape that does not fit its type or the
             numbers of heads and experts, truncated, or overlapping another one.
     """
-    infos = [info for info in file.tensors.values() if not _NOT_WEIGHTS.fullmatch(info.name)]
-    stored = [_stored(file, info) for info in infos]
-    _check_apart(file, stored)
+    stored = stored_tensors(file)
     heads = {"q": num_heads, "k": num_kv_heads}
     for tensor in stored:
         if rotated := _ROTATED.fullmatch(tensor.info.name):
@@ -89,8 +87,21 @@ def read_gguf_weights(file: GgufFile, *, num_heads: int, num_kv_heads: int, num_
     return Weights(file.path, tensors, own_name)
 
 
+def stored_tensors(file: GgufFile) -> list[StoredTensor]:
+    """All weights as the file holds them.  Of their data nothing is read.
+
+    Raises:
+        CheckpointError: naming the tensor: of an unsupported type, of a shape that does not fit its type, truncated, or
+            overlapping another one.
+    """
+    infos = [info for info in file.tensors.values() if not _NOT_WEIGHTS.fullmatch(info.name)]
+    stored = [_stored(file, info) for info in infos]
+    _check_apart(file, stored)
+    return stored
+
+
 @dataclass(slots=True)
-class _Stored:
+class StoredTensor:
     """A tensor as the file holds it.
 
     Attributes:
@@ -102,7 +113,7 @@ class _Stored:
     rows: Array
 
 
-def _stored(file: GgufFile, info: TensorInfo) -> _Stored:
+def _stored(file: GgufFile, info: TensorInfo) -> StoredTensor:
     name = _NAMES.get(info.type, str(info.type))
     if name not in _SUPPORTED:
         raise _error(file, info, f"type {name} is not supported; supported: {', '.join(_SUPPORTED)}")
@@ -117,16 +128,16 @@ def _stored(file: GgufFile, info: TensorInfo) -> _Stored:
         ends = f"shape {list(info.shape)} in {name} ends at byte {end}, the file has {len(file.data)}"
         raise _error(file, info, f"truncated: {ends}")
     data = np.frombuffer(file.data, np.uint8, num_rows * row_bytes, info.start)
-    return _Stored(info, kind, data.reshape(num_rows, row_bytes))
+    return StoredTensor(info, kind, data.reshape(num_rows, row_bytes))
 
 
-def _check_apart(file: GgufFile, stored: list[_Stored]) -> None:
+def _check_apart(file: GgufFile, stored: list[StoredTensor]) -> None:
     for one, other in pairwise(sorted(stored, key=lambda tensor: tensor.info.start)):
         if one.info.start + one.rows.size > other.info.start:
             raise _error(file, other.info, f"its data overlaps that of {one.info.name}")
 
 
-def _by_halves(file: GgufFile, tensor: _Stored, num_heads: int) -> Array:
+def _by_halves(file: GgufFile, tensor: StoredTensor, num_heads: int) -> Array:
     """The rows of a query or key projection in the record's order: llama.cpp turns rows 2 i and 2 i + 1 of a head
     together, the record rows i and i + head_dim / 2."""
     num_rows, row_bytes = tensor.rows.shape
@@ -136,7 +147,7 @@ def _by_halves(file: GgufFile, tensor: _Stored, num_heads: int) -> Array:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(num_rows, row_bytes)
 
 
-def _arrays(stored: list[_Stored]) -> dict[str, Array]:
+def _arrays(stored: list[StoredTensor]) -> dict[str, Array]:
     """The tensors as arrays of numbers."""
     quantised = [tensor for tensor in stored if tensor.info.type not in _PLAIN]
     arrays = _dequantised(quantised) if quantised else {}
@@ -147,7 +158,7 @@ def _arrays(stored: list[_Stored]) -> dict[str, Array]:
     return arrays
 
 
-def _dequantised(tensors: list[_Stored]) -> dict[str, Array]:
+def _dequantised(tensors: list[StoredTensor]) -> dict[str, Array]:
     """Dequantise on all cores (numpy releases the GIL) into one allocation (only large ones get large pages)."""
     sizes = [math.prod(tensor.info.shape) for tensor in tensors]
     room = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
@@ -160,7 +171,7 @@ def _dequantised(tensors: list[_Stored]) -> dict[str, Array]:
     return {tensor.info.name: array.reshape(tensor.info.shape) for tensor, array in zip(tensors, room, strict=True)}
 
 
-def _parts(tensor: _Stored, array: Array) -> Iterator[tuple[Array, Array, GGMLQuantizationType]]:
+def _parts(tensor: StoredTensor, array: Array) -> Iterator[tuple[Array, Array, GGMLQuantizationType]]:
     """The tensor in parts of blocks, each with its place in the array and its type."""
     block_size, block_bytes = GGML_QUANT_SIZES[tensor.type]
     blocks, numbers = tensor.rows.reshape(-1, block_bytes), array.reshape(-1, block_size)

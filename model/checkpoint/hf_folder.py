@@ -15,10 +15,10 @@ from shoal.model.checkpoint.safetensors_file import read_safetensors
 from shoal.scheduler.errors import CheckpointError
 
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
 
 _GENERATION_CONFIG = "generation_config.json"
 _POOLING = "1_Pooling/config.json"
-_TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -47,7 +47,7 @@ class HuggingFaceFolder:
     def tokenizer(self) -> TokenizerParts:
         import tokenizers  # noqa: PLC0415  (the engine process does not need it, and it takes time to load)
 
-        path = self.path / _TOKENIZER
+        path = self.path / TOKENIZER
         config_path = self.path / _TOKENIZER_CONFIG
         config = read_json(config_path) if config_path.exists() else {}
         read_json(path)  # for its messages: the library's do not name the file

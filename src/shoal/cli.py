@@ -5,11 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 
 import click
+from click.shell_completion import get_completion_class
+
+from shoal.terminal import Commands
 
 _COMMANDS = {
+    "bench": ("shoal.loadtest.cli", "bench"),
     "chat": ("shoal.clients.cli", "chat"),
     "complete": ("shoal.clients.cli", "complete"),
+    "completion": ("shoal.cli", "completion"),
     "loadtest": ("shoal.loadtest.cli", "loadtest"),
+    "models": ("shoal.server.cli", "models"),
     "policies": ("shoal.server.cli", "policies"),
     "profile": ("shoal.loadtest.cli", "profile"),
     "serve": ("shoal.server.cli", "serve_command"),
@@ -17,7 +23,7 @@ _COMMANDS = {
 }
 
 
-class _LazyCommands(click.Group):
+class _LazyCommands(Commands):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
@@ -33,3 +39,15 @@ class _LazyCommands(click.Group):
 @click.version_option(package_name="shoal")
 def main() -> None:
     """A miniature LLM inference server."""
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands and options in a shell.
+
+    For bash, this line belongs into ~/.bashrc: eval "$(shoal completion bash)"
+    """
+    completer = get_completion_class(shell)
+    assert completer is not None
+    click.echo(completer(main, {}, "shoal", "_SHOAL_COMPLETE").source())

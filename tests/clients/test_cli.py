@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -35,6 +36,27 @@ def test_complete_prints_the_text_and_nothing_else_on_stdout(server: FakeServer,
         r"finish reason: stop, seed 8\]\n",
         result.stderr,
     )
+
+
+def test_an_answer_as_json(server: FakeServer, shell: Any) -> None:
+    server.stream(*completion_chunks("grö", "ßer ", "🐟", seed=8))
+    result = shell(complete, "def fib(n):", "--json")
+    (line,) = result.stdout.splitlines()
+    answer = json.loads(line)
+    assert answer.pop("seconds") >= answer.pop("ttft_seconds") > 0
+    assert answer.pop("usage")["num_output_tokens"] == 2
+    assert answer == {"model": "shoal", "text": "größer 🐟", "reasoning": "", "finish_reason": "stop", "seed": 8}
+    assert result.stderr == ""
+
+
+def test_a_conversation_as_json_has_a_line_for_each_answer(server: FakeServer, shell: Any) -> None:
+    server.stream(*chat_deltas({"reasoning_content": "Hmm."}, {"content": "Yes."}))
+    server.stream(*chat_chunks("No."))
+    result = shell(chat, "--max-tokens", "9", "--json", stdin="Well?\nReally?\n")
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(answer["text"], answer["reasoning"]) for answer in answers] == [("Yes.", "Hmm."), ("No.", "")]
+    assert server.requests[-1].body["messages"][1] == {"role": "assistant", "content": "Yes."}
+    assert result.stderr == ""
 
 
 def test_thoughts_go_to_stderr(server: FakeServer, shell: Any) -> None:

@@ -354,8 +354,7 @@ def test_servers_with_other_options_have_a_section_of_their_own() -> None:
     sections = by(cells, "section")
     assert list(sections) == ["chat", "chat, --max-num-seqs 2"]
     assert all(baseline(own) is own[0] and len(own) == 2 for own in sections.values())
-    text = "".join(terminal_tables(cells))
-    assert "chat, --max-num-seqs 2, 2 users" in text
+    assert "chat, --max-num-seqs 2, 2 users" in dict(terminal_tables(cells))
     assert set(by(collect(made), "section")) == {"chat"}
 
 
