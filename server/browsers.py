@@ -27,7 +27,7 @@ class BrowserGuard:
         self._app = app
         self._origins = config.cors_origins
         # A server that others can reach is known by names that it does not know itself.
-        self._hosts = (*LOCAL_NAMES, config.host, *config.allowed_hosts) if _is_local(config.host) else ()
+        self._hosts = (*LOCAL_NAMES, config.host, *config.allowed_hosts) if is_local(config.host) else ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self._refusal(Headers(scope=scope), scope["method"])):
@@ -54,7 +54,8 @@ class BrowserGuard:
         return None
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -59,8 +59,10 @@ class Connection(HttpToolsProtocol):
         """Whether to answer although the client sends nothing more.
 
         It may have left, or it may wait for its answer.  What is written to one that has left comes back as an error,
-        and so two interim responses (RFC 9110, section 15.2) find out.
+        and so two interim responses (RFC 9110, section 15.2) find out.  With TLS a client that sends no more has left.
         """
+        if not self.transport.can_write_eof():
+            return False
         self._is_half_closed = self.cycle is not None and not self.cycle.response_complete
         if self._is_half_closed:
             self._probe()
@@ -134,7 +136,8 @@ class Connection(HttpToolsProtocol):
             headers = [b"%s: %s\r\n" % header for header in (*answer.raw_headers, (b"connection", b"close"))]
             status = STATUS_LINE[answer.status_code]
             self.transport.write(b"".join([status, *headers, b"\r\n", bytes(answer.body)]))
-            self.transport.write_eof()
+            if self.transport.can_write_eof():  # not with TLS, which waits for the client to close
+                self.transport.write_eof()
 
     # -- the body, and the end -------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from types import FrameType
 
@@ -19,6 +19,7 @@ import uvicorn
 from shoal.scheduler.errors import ConfigError
 from shoal.server.app import create_app
 from shoal.server.batches.runner import BatchRunner
+from shoal.server.browsers import is_local
 from shoal.server.connections import RESERVED_DESCRIPTORS, Connection
 from shoal.server.descriptors import descriptor_limit
 from shoal.server.engine.chrome_trace import begin_trace
@@ -29,6 +30,7 @@ from shoal.server.metrics import Metrics
 from shoal.server.service import Service
 from shoal.server.settings import ServerConfig, Settings
 from shoal.server.setup import build_service
+from shoal.server.tls import check_certificate
 
 logger = logging.getLogger("shoal")
 
@@ -43,6 +45,7 @@ async def serve(settings: Settings) -> None:
         CheckpointError, ConfigError: it cannot start.
     """
     began = time.monotonic()
+    check_certificate(settings.server)
     listener = listen(settings.server.host, settings.server.port)
     with contextlib.closing(listener):
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
@@ -50,6 +53,7 @@ async def serve(settings: Settings) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
         service, client = build_service(settings)
+        warn_of_strangers(settings.server.host, service.api_keys)
         gc.collect()
         gc.freeze()  # what is loaded stays; no collection need look at it again
         if settings.engine.trace is not None:
@@ -106,6 +110,15 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def warn_of_strangers(host: str, api_keys: Collection[str]) -> None:
+    """Log a line if everybody who reaches this machine may use the server."""
+    if not (api_keys or is_local(host)):
+        message = (
+            "host %s without API keys: everybody who reaches this machine may use it; set api_keys_file or api_keys"
+        )
+        logger.warning(message, host)
+
+
 def _limited(config: ServerConfig) -> type[Connection]:
     """Connections with the limits of these settings, and of this process."""
     limits = {
@@ -127,6 +140,8 @@ class GracefulServer(uvicorn.Server):
                 log_config=None,
                 access_log=service.settings.server.access_log,
                 timeout_graceful_shutdown=5,
+                ssl_certfile=service.settings.server.ssl_certfile,
+                ssl_keyfile=service.settings.server.ssl_keyfile,
             )
         )
         self._client = client
@@ -210,4 +225,5 @@ def _announce(service: Service, ready: Ready, listener: socket.socket, seconds: 
         limits.max_num_seqs,
         service.settings.scheduler.policy,
     )
-    logger.info("ready after %.1f s: http://%s:%d", seconds, f"[{host}]" if ":" in host else host, port)
+    scheme = "http" if service.settings.server.ssl_certfile is None else "https"
+    logger.info("ready after %.1f s: %s://%s:%d", seconds, scheme, f"[{host}]" if ":" in host else host, port)

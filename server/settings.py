@@ -34,6 +34,10 @@ class ServerConfig(Config):
     )
     api_keys: tuple[str, ...] = setting((), help="If any are given, requests must carry one of them as a bearer token.")
     api_keys_file: Path | None = setting(None, help="File with further keys, one a line, read at the start.")
+    ssl_certfile: Path | None = setting(
+        None, help="PEM file of a certificate, and those that lead to its root; with it the server speaks HTTPS alone."
+    )
+    ssl_keyfile: Path | None = setting(None, help="PEM file of the certificate's key, if that is not in ssl_certfile.")
     cors_origins: tuple[str, ...] = setting(
         (), help="Origins of pages that may use the server from a browser, such as http://localhost:3000; * is all."
     )
