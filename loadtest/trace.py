@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from msgspec import Raw, Struct
 
-from shoal.loadtest.records import LoadTestError, decode
+from shoal.loadtest.records import LoadTestError, ServerInfo, decode
 from shoal.scheduler.step_record import StepRecord
+
+_GZIP = b"\x1f\x8b"  # with which a packed file begins
 
 
 class _Event(Struct):
@@ -24,32 +26,56 @@ class _Event(Struct):
     args: Raw = Raw()
 
 
-def read_trace(path: Path, started_at: float) -> list[StepRecord]:
-    """Read the Chrome trace that `shoal serve --trace` wrote, packed by `pack`, whole or broken off after any event.
+class Trace(NamedTuple):
+    """What a trace says.
 
-    Returns:
-        The steps from `started_at` on in which anything was computed, on a clock that is 0 then.
+    Attributes:
+        steps: in which anything was computed, on the clock of the engine.
+        server: limits and settings of the engine that wrote last; None in a trace of an older Shoal.
+    """
+
+    steps: list[StepRecord]
+    server: ServerInfo | None
+
+
+def read_trace(path: Path, started_at: float) -> list[StepRecord]:
+    """The steps of a trace from `started_at` on in which anything was computed, on a clock that is 0 then.
+
+    Raises:
+        LoadTestError: as `read_whole_trace` does.
+    """
+    steps = read_whole_trace(path).steps
+    return [replace(step, start=step.start - started_at) for step in steps if step.start >= started_at]
+
+
+def read_whole_trace(path: Path) -> Trace:
+    """Read the Chrome trace that `shoal serve --trace` wrote, whole or broken off after any event, plain or packed.
 
     Raises:
         LoadTestError: the file cannot be read, or a line of it is no event; its number is named.
     """
     try:
-        with gzip.open(path) as file:
+        with path.open("rb") as file:
+            is_packed = file.read(2) == _GZIP
+        with gzip.open(path) if is_packed else path.open("rb") as file:
             lines = file.readlines()
     except (OSError, EOFError, zlib.error) as error:
         raise LoadTestError(f"the trace {path} cannot be read: {error}") from error
     steps: list[StepRecord] = []
+    server: ServerInfo | None = None
     for number, line in enumerate(lines, 1):
         place, text = f"{path}, line {number}", line.strip(b"[],\r\n")
         try:
             event = decode(text, _Event, place) if text else _Event("")
             if event.name == "step":
                 steps.append(decode(bytes(event.args), StepRecord, place))
+            elif event.name == "engine":
+                server = decode(bytes(event.args), ServerInfo, place)
         except LoadTestError:
             if line.endswith(b"\n"):
                 raise
             break  # the writer was ended here
-    return [replace(step, start=step.start - started_at) for step in steps if step.shares and step.start >= started_at]
+    return Trace([step for step in steps if step.shares], server)
 
 
 def pack(trace: Path, packed: Path) -> None:

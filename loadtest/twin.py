@@ -126,7 +126,7 @@ class Simulation:
         request = self._requests[share.request_id]
         place = share.num_computed_tokens + share.num_scheduled_tokens - len(request.prompt_token_ids)
         is_last = place + 1 >= request.num_output_tokens
-        return _STOP if is_last else crc32(f"{share.request_id} {place}".encode())
+        return _STOP if is_last else output_token(share.request_id, place)
 
     def _receive(self, wake_time: float | None) -> list[WorkloadRequest]:
         """All requests that have come to the engine; waits for the first until `wake_time`, or without end (None)."""
@@ -168,6 +168,11 @@ class Simulation:
         user = self._users.pop(record.request_id)
         for pause, request in islice(user, 1):
             self._send(now + pause, request, user)
+
+
+def output_token(request_id: str, place: int) -> int:
+    """The token that a request's text has in this place, unless it ends there."""
+    return crc32(f"{request_id} {place}".encode())
 
 
 def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:

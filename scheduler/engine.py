@@ -56,7 +56,7 @@ class EngineCore:
         record = self._recorder.begin(output, started_at)
         scheduled_at = self.clock()
         news, executed_at = self._compute(output)
-        self._recorder.end(record, scheduled_at, executed_at, self.clock())
+        self._recorder.end(record, news, (scheduled_at, executed_at, self.clock()))
         for observe in self.observers:
             observe(record)
         return news

@@ -172,10 +172,13 @@ class SchedulerOutput:
         scheduled: the requests of the step, each at most once.
         released: rows whose requests left the batch since the last step (finished, aborted or preempted), so that the
             executor can forget them.  Applied before `scheduled`, in which a row may have a new request already.
+        preempted: by the id of each request that gave way in this step, the id of the one that it gave way to: itself,
+            if it lacks blocks that nobody has to give.
     """
 
     scheduled: list[ScheduledRequest]
     released: list[int]
+    preempted: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

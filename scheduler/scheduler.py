@@ -32,14 +32,14 @@ class _Step:
         budget: tokens that are left to give out.
         behind: running requests whose turn is still to come; each of them is sure of one token unless it pauses.
         shares: the shares that were given out, by request id.
-        victims: requests that were preempted.
+        victims: ids of the requests that were preempted, and of those for which they were.
         is_closed: whether admission is over.
     """
 
     budget: int
     behind: set[Request]
     shares: dict[str, ScheduledRequest] = field(default_factory=dict)
-    victims: set[Request] = field(default_factory=set)
+    victims: dict[str, str] = field(default_factory=dict)
     is_closed: bool = False
 
 
@@ -122,7 +122,7 @@ class Scheduler:
         released, self._released = self._released, []
         self._num_steps += bool(step.shares)
         self._num_step_tokens += self.config.max_num_batched_tokens - step.budget
-        return SchedulerOutput(list(step.shares.values()), released)
+        return SchedulerOutput(list(step.shares.values()), released, step.victims)
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in the result of a step; returns the news of each request that has any.
@@ -213,7 +213,7 @@ class Scheduler:
         for request in self.policy.order((*self.running.values(), *self.waiting.values()), now):
             if step.is_closed and not step.behind:
                 return
-            if request in step.victims:
+            if request.request_id in step.victims:
                 continue
             if request.status is RequestStatus.RUNNING:
                 step.behind.remove(request)
@@ -245,7 +245,7 @@ class Scheduler:
             step.is_closed = True
             if not self._make_room(request, step, now):
                 if request.status is RequestStatus.RUNNING:
-                    self._preempt(request, step)
+                    self._preempt(request, step, request)
                 return
 
         if self.config.num_lookahead_tokens and request.speculates:
@@ -286,7 +286,7 @@ class Scheduler:
             self._withdraw(row, step)
             self._leave(row, RequestStatus.FINISHED)
         elif (victim := self.policy.victim(request, self.running.values(), now)) is not None:
-            self._preempt(victim, step)
+            self._preempt(victim, step, request)
         else:
             return False
         return True
@@ -297,11 +297,11 @@ class Scheduler:
         if share is not None:
             step.budget += share.num_scheduled_tokens
 
-    def _preempt(self, victim: Request, step: _Step) -> None:
+    def _preempt(self, victim: Request, step: _Step, request: Request) -> None:
         """Take a running request's row, blocks and share; it will be computed again."""
         self._withdraw(victim, step)
         step.behind.discard(victim)
-        step.victims.add(victim)
+        step.victims[victim.request_id] = request.request_id
         self._num_preemptions += 1
         victim.num_preemptions += 1
         victim.spec_token_ids = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shoal.scheduler.output import SchedulerOutput
+from shoal.scheduler.output import RequestOutput, SchedulerOutput, SchedulingParams
 from shoal.scheduler.scheduler import Scheduler
 
 
@@ -21,20 +22,34 @@ class ShareRecord:
     is_padding: bool
 
 
+@dataclass(slots=True)
+class AskedRecord:
+    """What a request asked for: all that the policy may know of it."""
+
+    num_prompt_tokens: int
+    max_tokens: int
+    scheduling: SchedulingParams = field(default_factory=SchedulingParams)
+
+
 @dataclass(slots=True, kw_only=True)
 class StepRecord:
     """One step.  It holds numbers, strings and lists only, so that msgspec encodes and decodes it as it is.
 
     Attributes:
-        number: of the step, counted from 0 since the engine was first observed.
+        number: of the step, counted from 0 over the steps that were observed.
         start: seconds on the engine's clock, before `schedule`.
         schedule_seconds, execute_seconds, update_seconds: of the three parts.  If the step failed and its shares were
             tried one by one, all of that is execution.
         shares: what was computed; none, if requests only left the batch.
         joined: seconds from arrival to the start of the step, by id, of the requests that joined the batch in it, for
             the first time or again.
+        asked: what they asked for, by id.
         preempted: ids of the requests that lost their rows so that others could run.
-        left: ids of the requests that left the batch for good since the step before, most of them in this step.
+        gave_way_to: by the id of each request that was preempted in this step, even if it had only just joined, the id
+            of the one for which it was.
+        accepted: drafted tokens that verification kept, by the id of each request that any were kept of.
+        left: ids of the requests that left the batch for good since the step that was observed before, most of them
+            in this step.
         num_running, num_waiting: requests after the step was scheduled.
         num_preemptions: in this step.  A request that also joined in this step is not in `preempted`.
         num_blocks: of the KV cache.
@@ -49,7 +64,10 @@ class StepRecord:
     update_seconds: float = 0.0
     shares: list[ShareRecord]
     joined: dict[str, float]
+    asked: dict[str, AskedRecord] = field(default_factory=dict)
     preempted: list[str]
+    gave_way_to: dict[str, str] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     num_running: int
     num_waiting: int
@@ -79,6 +97,7 @@ class StepRecorder:
         pool = self._scheduler.kv_cache.pool
         gone = self._gone()
         self._batch = [*running, *self._scheduler.padding]
+        joined = [running[share.request_id] for share in output.scheduled if share.new]
         record = StepRecord(
             number=self._number,
             start=start,
@@ -94,11 +113,14 @@ class StepRecorder:
                 )
                 for share in output.scheduled
             ],
-            joined={
-                share.request_id: start - running[share.request_id].arrival_time
-                for share in output.scheduled
-                if share.new
+            joined={request.request_id: start - request.arrival_time for request in joined},
+            asked={
+                request.request_id: AskedRecord(
+                    request.num_prompt_tokens, request.params.max_tokens, request.scheduling
+                )
+                for request in joined
             },
+            gave_way_to=output.preempted,
             preempted=[request_id for request_id in gone if request_id in waiting],
             left=[request_id for request_id in gone if request_id not in waiting],
             num_running=stats.num_running,
@@ -112,8 +134,10 @@ class StepRecorder:
         self._num_preemptions = stats.num_preemptions
         return record
 
-    def end(self, record: StepRecord, scheduled_at: float, executed_at: float, updated_at: float) -> None:
+    def end(self, record: StepRecord, news: Iterable[RequestOutput], ends: tuple[float, float, float]) -> None:
         """Complete a record when its step is over; the times are the ends of the three parts."""
+        scheduled_at, executed_at, updated_at = ends
+        record.accepted = {one.request_id: one.num_accepted_tokens for one in news if one.num_accepted_tokens}
         record.schedule_seconds = scheduled_at - record.start
         record.execute_seconds = executed_at - scheduled_at
         record.update_seconds = updated_at - executed_at

@@ -94,6 +94,8 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         plan.kv_cache_dtype,
         os.getpid(),
     )
-    trace = None if settings.engine.trace is None else ChromeTrace(settings.engine.trace)
+    sections = settings.sections()
+    about = {"limits": limits, "settings": {name: sections[name] for name in ("scheduler", "speculation")}}
+    trace = None if settings.engine.trace is None else ChromeTrace(settings.engine.trace, about)
     core = EngineCore(scheduler, executor, time.monotonic, [] if trace is None else [trace])
     return BuiltEngine(core, ready, grammars, close=(lambda: None) if trace is None else trace.close)

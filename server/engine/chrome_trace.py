@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -56,15 +56,19 @@ class ChromeTrace:
     - Thread `steps`: an event for each step, with `schedule`, `execute` and `update` inside it.  Its `args` are the
       encoded `StepRecord`.
     - Thread `row N`: an event for each stay of a request in that row of the batch, padding included.
+    - Metadata `engine`: what the engine says of itself, if it says anything.
     - Counters `running`, `waiting` and `KV usage` (share of the blocks that requests own).
 
     Times are microseconds with three decimals, as the format has it; those in a `StepRecord` are seconds.
+
+    Args:
+        about: what the engine says of itself.
 
     Raises:
         ConfigError: the file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
         self._path = path
         with _refusing(path):
             self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -75,6 +79,8 @@ class ChromeTrace:
         self._events: list[bytes] = []
         self._add("process_name", "M", tid=_STEPS, args={"name": "engine"})
         self._add("thread_name", "M", tid=_STEPS, args={"name": "steps"})
+        if about is not None:
+            self._add("engine", "M", tid=_STEPS, args=about)
         self._flush()
 
     def __call__(self, record: StepRecord) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.loadtest.costs import StepShape
 from shoal.scheduler.policies import POLICIES
-from shoal.scheduler.step_record import ShareRecord, StepRecord
+from shoal.scheduler.step_record import AskedRecord, ShareRecord, StepRecord
 from tests.fakes import Choose, Harness, InjectedError, hashed
 
 
@@ -44,6 +44,7 @@ def test_the_records_of_two_requests() -> None:
             0,
             ShareRecord("a", 0, 0, 5, 0, samples=True, is_padding=False),
             joined={"a": 1.0},
+            asked={"a": AskedRecord(5, 2)},
             left=[],
             num_waiting=1,
             num_used_blocks=2,
@@ -62,6 +63,7 @@ def test_the_records_of_two_requests() -> None:
             2,
             ShareRecord("b", 0, 0, 1, 0, samples=True, is_padding=False),
             joined={"b": 9.0},
+            asked={"b": AskedRecord(1, 1)},
             left=["b"],
             num_waiting=0,
             num_used_blocks=1,
@@ -115,6 +117,7 @@ def test_a_preempted_request_leaves_its_row_and_has_not_left_for_good() -> None:
     harness.add("b", [7, 8, 9, 10, 11, 12, 13], max_tokens=6)
     harness.drain()
     assert [record.preempted for record in records if record.preempted] == [["b"]]
+    assert [record.gave_way_to for record in records if record.gave_way_to] == [{"b": "b"}], "nobody took its place"
     assert sum(record.num_preemptions for record in records) == 1
     assert [request_id for record in records for request_id in record.left] == ["a", "b"]
     assert [list(record.joined) for record in records if record.joined] == [["a", "b"], ["b"]]
