@@ -58,7 +58,8 @@ class SamplingOptions(TypedDict, total=False):
     OpenAI's.  The fourth group tells the scheduling policy who sends the request and how urgent it is; it changes when
     tokens come, and never which.
     `speculation` "off" turns drafted tokens off for the request; the text stays the same.  `end_after` is for load
-    tests: the output has exactly that number of tokens.
+    tests: the output has exactly that number of tokens.  `timing` and `receipt` have the answer tell how it was served,
+    and how to have it again.
     """
 
     model: str
@@ -95,6 +96,9 @@ class SamplingOptions(TypedDict, total=False):
     speculation: str
 
     end_after: int
+
+    timing: bool
+    receipt: bool
 
 
 class CompletionOptions(SamplingOptions, total=False):
@@ -149,6 +153,50 @@ class Usage:
     num_cached_tokens: int = 0
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
+
+
+class Timing(TypedDict):
+    """How one choice was served, in milliseconds from its arrival at the server to the end of its last step.
+
+    The figures are described in docs/explain.md.
+    """
+
+    request_id: str
+    total_ms: float
+    queued_ms: float
+    prefill_ms: float
+    decode_ms: float
+    preempted_ms: float
+    other_ms: float
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_prefill_chunks: int
+    prefill_chunks: list[dict[str, Any]]
+    num_decode_steps: int
+    median_decode_ms: float | None
+    longest_decode_ms: float | None
+    mean_batch: float
+    max_batch: int
+    num_companions: int
+    companions: list[dict[str, Any]]
+    num_preemptions: int
+    preemptions: list[dict[str, Any]]
+    num_drafted_tokens: int
+    num_accepted_tokens: int
+
+
+class Receipt(TypedDict):
+    """What `shoal replay` needs to have an answer again, token for token."""
+
+    version: int
+    server: str
+    endpoint: str
+    model: dict[str, Any]
+    request: dict[str, Any]
+    sampling: dict[str, Any]
+    prompts: list[list[int]]
+    outputs: list[dict[str, Any]]
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +302,8 @@ class Completion(Generic[Parsed]):
     Attributes:
         created: seconds since the epoch.
         seed: what the server sampled with, if it tells; sent with the same request, it gives the same answer.
+        timing: how each choice was served, if the request asked.
+        receipt: how to have the answer again, if the request asked.
     """
 
     id: str
@@ -262,6 +312,8 @@ class Completion(Generic[Parsed]):
     choices: tuple[Choice[Parsed], ...]
     usage: Usage
     seed: int | None = None
+    timing: tuple[Timing, ...] | None = None
+    receipt: Receipt | None = None
 
     @property
     def text(self) -> str:
@@ -313,7 +365,7 @@ class ChoiceDelta:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One event of a streamed answer; the last has the `usage` and no choices.
+    """One event of a streamed answer; the last has the `usage` and no choices, and what `timing` and `receipt` ask for.
 
     What belongs to a choice is joined here; in a stream of several choices, look at each delta's `index` instead.
     """
@@ -324,6 +376,8 @@ class Chunk:
     choices: tuple[ChoiceDelta, ...]
     usage: Usage | None = None
     seed: int | None = None
+    timing: tuple[Timing, ...] | None = None
+    receipt: Receipt | None = None
 
     @property
     def text(self) -> str:

@@ -16,12 +16,14 @@ class GrowingAnswer:
     def __init__(self, response_format: ResponseFormat | None) -> None:
         self._response_format = response_format
         self._first: Chunk | None = None
+        self._last: Chunk | None = None
         self._seed: int | None = None
         self._usage: Usage | None = None
         self._choices: dict[int, _GrowingChoice] = {}
 
     def add(self, chunk: Chunk) -> None:
         self._first = self._first or chunk
+        self._last = chunk
         self._seed = chunk.seed if self._seed is None else self._seed
         self._usage = chunk.usage or self._usage
         for delta in chunk.choices:
@@ -33,12 +35,14 @@ class GrowingAnswer:
         Raises:
             ProtocolError: the answer has not ended.
         """
-        if self._first is None:
+        if self._first is None or self._last is None:
             raise ProtocolError("the stream ended without an answer")
         choices = tuple(self._choices[index].choice(index, self._response_format) for index in sorted(self._choices))
-        origin = self._first
+        origin, last = self._first, self._last
         usage = self._usage or Usage(0, 0)
-        return Completion(origin.id, origin.created, origin.model, choices, usage, self._seed)
+        return Completion(
+            origin.id, origin.created, origin.model, choices, usage, self._seed, last.timing, last.receipt
+        )
 
 
 @dataclass

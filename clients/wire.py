@@ -227,8 +227,10 @@ def _chunk(event: Any) -> Chunk:
 
 
 def _origin(answer: Any) -> dict[str, Any]:
-    """What an answer and each of its chunks say of where they come from."""
-    return {"seed": answer.get("seed"), **{name: answer[name] for name in ("id", "created", "model")}}
+    """What an answer and each of its chunks say of where they come from, and their ends of how."""
+    timing, told = answer.get("timing"), {name: answer.get(name) for name in ("seed", "receipt")}
+    told["timing"] = None if timing is None else tuple(timing["choices"])
+    return told | {name: answer[name] for name in ("id", "created", "model")}
 
 
 def _what_is_said(choice: Any, chat_field: str) -> Any:

@@ -1,4 +1,4 @@
-"""The commands `shoal loadtest`, `shoal simulate`, `shoal profile` and `shoal bench`."""
+"""The commands `shoal loadtest`, `simulate`, `profile`, `bench`, `explain` and `replay`."""
 
 # ruff: noqa: PLC0415 (only the command that is called loads what it needs)
 
@@ -8,10 +8,11 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import click
@@ -24,6 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 NEEDED = ("locust", "matplotlib", "scipy", "tqdm")
 COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 1, 130
+A_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys", "ssl-certfile")
 DEFAULT_PROFILE_FOLDER = Path("shoal-profile")
 A_FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -210,6 +212,70 @@ def bench(as_json: bool, **asked: Any) -> None:
         sys.exit(COMPLAINTS_EXIT_CODE)
 
 
+@click.command()
+@click.argument("trace", type=A_FILE)
+@click.argument("request")
+@click.option("--policy", "policies", type=_several(click.STRING), metavar="NAME,...", help="Or all others.")
+@json_option
+def explain(trace: Path, request: str, policies: tuple[str, ...] | None, as_json: bool) -> None:
+    """Explain how REQUEST was served, from the TRACE that `shoal serve --trace` wrote.
+
+    REQUEST is its id, or the beginning of it, or "slowest". At the end stands what the digital twin says of it under
+    other policies.
+    """
+    with _exit_codes("explain"):
+        import msgspec
+
+        from shoal.loadtest.explain import described
+        from shoal.loadtest.explain import explain as explain_request
+        from shoal.loadtest.trace import read_whole_trace
+
+        explained = explain_request(read_whole_trace(trace), request, policies or ())
+        echo_json(msgspec.to_builtins(explained)) if as_json else click.echo("\n".join(described(explained)))
+
+
+@click.command()
+@click.argument("response", type=A_FILE)
+@click.option("--url", help="Of a server that is to answer; without it, one is started.")
+@click.option("--api-key", envvar="SHOAL_API_KEY", show_envvar=True, help="Sent as a bearer token.")
+@click.option("--model", help="For a server that is started; without it, the model of the receipt.")
+@json_option
+@_server_options
+def replay(
+    response: Path, *, url: str | None, api_key: str | None, model: str | None, as_json: bool, options: tuple[str, ...]
+) -> None:
+    """Generate the answer in the file RESPONSE again, as its receipt says, and compare every token.
+
+    The exit code is 0 if all are the same, 1 if they are not, and 2 if that cannot be found out. Options after -- are
+    passed to the server that is started.
+    """
+    with _exit_codes("replay", needed=()), ExitStack() as stack:
+        import msgspec
+
+        from shoal.clients import ShoalClient
+        from shoal.loadtest.replay import read_answer, server_settings
+        from shoal.loadtest.replay import replay as replay_answer
+        from shoal.testing import ServerProcess
+        from shoal.testing.server import serve_options
+
+        stored = read_answer(response)
+        if url is None:
+            settings = {"model": model or stored.receipt.model.name, **server_settings(stored.receipt)}
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="shoal-replay-")))
+            server = ServerProcess([*serve_options(settings), *options], folder / "log")
+            url = stack.enter_context(server).url
+        client = stack.enter_context(ShoalClient(url, api_key=api_key))
+        replayed = replay_answer(stored, client)
+        if as_json:
+            echo_json(msgspec.to_builtins(replayed))
+        else:
+            for line in (*replayed.notes, *replayed.differences):
+                click.echo(line)
+            verdict = "the same" if replayed.is_same else "not the same"
+            click.echo(f"{verdict}: {replayed.num_tokens} tokens in {replayed.num_choices} choices")
+    sys.exit(0 if replayed.is_same else COMPLAINTS_EXIT_CODE)
+
+
 def _show(cells: Any, complaints: Sequence[str], *, as_json: bool, **further: str) -> None:
     """Tables for people, what must not be overlooked, and one line of JSON."""
     import msgspec
@@ -229,16 +295,17 @@ def _show(cells: Any, complaints: Sequence[str], *, as_json: bool, **further: st
 
 
 @contextmanager
-def _exit_codes(command: str) -> Iterator[None]:
+def _exit_codes(command: str, needed: Sequence[str] = NEEDED) -> Iterator[None]:
     """Exit with 2 and one line on stderr after an error, with 130 after Ctrl-C; SIGTERM leaves no server behind."""
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    if missing := [name for name in needed if find_spec(name) is None]:
         raise CommandError(command, f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`")
+    from shoal.clients.errors import ClientError
     from shoal.scheduler.errors import ShoalError
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
-    except ShoalError as error:
+    except (ShoalError, ClientError) as error:
         raise CommandError(command, str(error)) from error
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)

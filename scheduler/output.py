@@ -258,3 +258,12 @@ class SchedulerStats:
     num_deferred: int = 0
     num_steps: int = field(default=0, compare=False)
     num_step_tokens: int = field(default=0, compare=False)
+
+    def add_draft(self, num_drafted: int, num_rejected: int) -> None:
+        """Count a proposal that was verified."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafted
+        per_pos = self.num_accepted_tokens_per_pos
+        per_pos += [0] * (num_drafted - len(per_pos))
+        for index in range(num_drafted - num_rejected):
+            per_pos[index] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from shoal.scheduler.admission import check_queue, check_request
@@ -65,13 +65,7 @@ class Scheduler:
         self.padding: dict[str, Request] = {}
         self._free_rows = list(range(config.max_num_seqs))  # a heap
         self._released: list[int] = []
-        self._num_preemptions = 0
-        self._num_prefix_queries = 0
-        self._num_prefix_hits = 0
-        self._num_drafts = 0
-        self._num_draft_tokens = 0
-        self._num_accepted_tokens_per_pos: list[int] = []
-        self._num_deferred = self._num_steps = self._num_step_tokens = 0
+        self._counts = SchedulerStats(0, 0, 0.0, 0, 0, 0)  # but for what `stats` adds
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -113,15 +107,15 @@ class Scheduler:
         policy, rows and blocks allow.
         """
         step = _Step(self.config.max_num_batched_tokens, set(self.running.values()))
-        self._num_deferred = 0
+        self._counts.num_deferred = 0
         self._pad(step)
         for request in self._candidates(step, now):
             self._place(request, step, now)
         while self.running and self.running.keys().isdisjoint(step.shares):  # all would pause
             self._place(next(iter(self.running.values())), step, now)
         released, self._released = self._released, []
-        self._num_steps += bool(step.shares)
-        self._num_step_tokens += self.config.max_num_batched_tokens - step.budget
+        self._counts.num_steps += bool(step.shares)
+        self._counts.num_step_tokens += self.config.max_num_batched_tokens - step.budget
         return SchedulerOutput(list(step.shares.values()), released, step.victims)
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestOutput]:
@@ -155,19 +149,12 @@ class Scheduler:
     # -- what others may see -------------------------------------------------------------------------------------
 
     def stats(self) -> SchedulerStats:
-        return SchedulerStats(
+        return replace(
+            self._counts,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             kv_cache_usage=self.kv_cache.pool.num_owned / self.config.num_blocks,
-            num_preemptions=self._num_preemptions,
-            num_prefix_queries=self._num_prefix_queries,
-            num_prefix_hits=self._num_prefix_hits,
-            num_drafts=self._num_drafts,
-            num_draft_tokens=self._num_draft_tokens,
-            num_accepted_tokens_per_pos=list(self._num_accepted_tokens_per_pos),
-            num_deferred=self._num_deferred,
-            num_steps=self._num_steps,
-            num_step_tokens=self._num_step_tokens,
+            num_accepted_tokens_per_pos=list(self._counts.num_accepted_tokens_per_pos),
         )
 
     def check_invariants(self) -> None:
@@ -227,7 +214,7 @@ class Scheduler:
         if step.is_closed:
             return False
         if not self.policy.admits(request, self.running.values(), now):
-            self._num_deferred += 1
+            self._counts.num_deferred += 1
             return False
         if self._free_rows:
             step.is_closed = step.budget == len(step.behind)
@@ -272,8 +259,8 @@ class Scheduler:
         self.running[request.request_id] = request
         request.row = heappop(self._free_rows)
         request.status = RequestStatus.RUNNING
-        self._num_prefix_queries += request.num_tokens
-        self._num_prefix_hits += request.num_computed_tokens
+        self._counts.num_prefix_queries += request.num_tokens
+        self._counts.num_prefix_hits += request.num_computed_tokens
         if request.scheduled_time is None:
             request.scheduled_time = now
             request.num_cached_tokens = request.num_computed_tokens
@@ -302,7 +289,7 @@ class Scheduler:
         self._withdraw(victim, step)
         step.behind.discard(victim)
         step.victims[victim.request_id] = request.request_id
-        self._num_preemptions += 1
+        self._counts.num_preemptions += 1
         victim.num_preemptions += 1
         victim.spec_token_ids = []
         self._leave(victim, RequestStatus.PREEMPTED)
@@ -315,7 +302,7 @@ class Scheduler:
         """Move the request forward by what its share computed; returns its news, if there are any."""
         num_rejected = len(share.spec_token_ids) + 1 - len(token_ids) if token_ids else 0
         if share.spec_token_ids:
-            self._count_draft(len(share.spec_token_ids), num_rejected)
+            self._counts.add_draft(len(share.spec_token_ids), num_rejected)
         before = share.num_computed_tokens
         is_first = request.num_output_tokens == 0
         finish_reason, token_ids = self._append(request, token_ids)
@@ -346,15 +333,6 @@ class Scheduler:
         if finish_reason:
             self._end(request, finish_reason)
         return news
-
-    def _count_draft(self, num_drafted: int, num_rejected: int) -> None:
-        num_accepted = num_drafted - num_rejected
-        self._num_drafts += 1
-        self._num_draft_tokens += num_drafted
-        per_pos = self._num_accepted_tokens_per_pos
-        per_pos += [0] * (num_drafted - len(per_pos))
-        for index in range(num_accepted):
-            per_pos[index] += 1
 
     def _append(self, request: Request, token_ids: list[int]) -> tuple[FinishReason | None, list[int]]:
         """Append chosen tokens up to one that ends the request; returns the reason, if it ends, and those appended."""

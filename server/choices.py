@@ -49,6 +49,7 @@ def engine_requests(
             speculates=speculates,
             end_after=body.end_after,
             die_after=terms.die_after,
+            timing=body.timing,
         )
         for index, ((_, token_ids), params) in enumerate(zip(prompts, all_params, strict=True))
         for i in range(body.n)

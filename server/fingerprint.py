@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 from shoal.server.settings import Settings
 
@@ -20,14 +21,32 @@ def fingerprint(checkpoint: Path, settings: Settings) -> str:
     Of a large file its length counts, and samples from its beginning to its end: it is read in milliseconds.
     """
     digest = sha256()
-    files = sorted(one for one in checkpoint.iterdir() if one.is_file()) if checkpoint.is_dir() else [checkpoint]
-    for file in files:
+    for file in _files(checkpoint):
         digest.update(f"{file.name if checkpoint.is_dir() else ''} {file.stat().st_size}\n".encode())
         for sample in _samples(file):
             digest.update(sample)
-    sections = settings.sections()
-    digest.update(repr([sections[section][name] for section, names in _NUMERIC.items() for name in names]).encode())
+    digest.update(repr(list(numeric_settings(settings).values())).encode())
     return f"fp_{digest.hexdigest()[:NUM_DIGITS]}"
+
+
+def content_sha256(checkpoint: Path) -> str:
+    """The SHA-256 of a checkpoint's names and whole content, whatever the settings; large files take seconds."""
+    digest = sha256()
+    for file in _files(checkpoint):
+        digest.update(f"{file.name if checkpoint.is_dir() else ''} {file.stat().st_size}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def numeric_settings(settings: Settings) -> dict[str, Any]:
+    """The settings by which other numbers are computed."""
+    sections = settings.sections()
+    return {name: sections[section][name] for section, names in _NUMERIC.items() for name in names}
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(one for one in checkpoint.iterdir() if one.is_file()) if checkpoint.is_dir() else [checkpoint]
 
 
 def _samples(file: Path) -> list[bytes]:

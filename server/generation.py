@@ -64,8 +64,12 @@ class Generation:
 
     def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs]]:
         """The tokens of a choice's prompt, and the log-probabilities of all but the first, if they were asked for."""
-        journal = list(self._choices.values())[index].journal
+        journal = self.choices[index].journal
         return journal.request.prompt_token_ids, journal.prompt_logprobs
+
+    @property
+    def choices(self) -> list[Choice]:
+        return list(self._choices.values())
 
     @property
     def num_choices(self) -> int:

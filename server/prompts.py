@@ -32,6 +32,23 @@ class Prompts:
         self._engine = engine
         self._vocab_size = vocab_size
 
+    def check_choices(self, num_prompts: int, n: int) -> None:
+        """Refuse a call that asks for more choices than the server takes at once, before any work is done for it.
+
+        Raises:
+            InvalidRequestError: there is no room for them, however empty the server.
+            QueueFullError: there is no room for any one.
+        """
+        limits = self._engine.ready.limits
+        room = limits.max_num_seqs + limits.max_num_waiting
+        if num_prompts * n > room:
+            raise InvalidRequestError(
+                f"{num_prompts} prompts and n = {n} ask for {num_prompts * n} choices, but the server takes at most "
+                f"{room} at once (max_num_seqs {limits.max_num_seqs} + max_num_waiting {limits.max_num_waiting})",
+                param="n" if num_prompts == 1 else "prompt",
+            )
+        self._engine.check_room()
+
     async def of_completion(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
         """The prompts of a body, of any of the four kinds, as text and tokens.
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.model.record import ModelConfig
 from shoal.model.text.tokenizer import Tokenizer
-from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import Batches
 from shoal.server.constraints import Constraints
@@ -19,6 +18,7 @@ from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
 from shoal.server.prompts import Prompts
 from shoal.server.reading import BodyReader
+from shoal.server.receipts import Receipts
 from shoal.server.responses.store import ResponseStore
 from shoal.server.settings import Settings
 from shoal.server.streams import StreamStore
@@ -36,6 +36,7 @@ class Service:
     allowances: Mapping[str | None, Allowance]  # see `make_allowances`
     model_names: Sequence[str]
     fingerprint: str
+    receipts: Receipts
     reader: BodyReader
     config: ModelConfig
     defaults: GenerationDefaults
@@ -67,23 +68,6 @@ class Service:
         if name and name not in self.model_names and not self.settings.server.any_model:
             served = " and ".join(map(repr, self.model_names))
             raise ModelNotFoundError(f"the model {name!r} does not exist: this server serves {served}", param="model")
-
-    def check_choices(self, num_prompts: int, n: int) -> None:
-        """Refuse a call that asks for more choices than the server takes at once, before any work is done for it.
-
-        Raises:
-            InvalidRequestError: there is no room for them, however empty the server.
-            QueueFullError: there is no room for any one.
-        """
-        limits = self.engine.ready.limits
-        room = limits.max_num_seqs + limits.max_num_waiting
-        if num_prompts * n > room:
-            raise InvalidRequestError(
-                f"{num_prompts} prompts and n = {n} ask for {num_prompts * n} choices, but the server takes at most "
-                f"{room} at once (max_num_seqs {limits.max_num_seqs} + max_num_waiting {limits.max_num_waiting})",
-                param="n" if num_prompts == 1 else "prompt",
-            )
-        self.engine.check_room()
 
 
 def new_id(prefix: str) -> str:

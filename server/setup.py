@@ -23,6 +23,7 @@ from shoal.server.limits import make_allowances
 from shoal.server.metrics import Metrics
 from shoal.server.prompts import Prompts
 from shoal.server.reading import BodyReader
+from shoal.server.receipts import Receipts
 from shoal.server.responses.store import ResponseStore
 from shoal.server.service import Service, unix_time
 from shoal.server.settings import Settings
@@ -54,6 +55,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
     engine = SharedEngine(client)
     api_keys = config.all_api_keys()
+    client.names_all = not api_keys
     model, defaults = load_config(opened), load_generation_defaults(opened)
     compiler = GrammarCompiler(lambda: tokenizer, model.vocab_size, defaults.eos_token_ids or model.eos_token_ids)
     templates = TemplateRenderer(tokenizer)
@@ -63,7 +65,8 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         api_keys=api_keys,
         allowances=make_allowances(config, api_keys, engine),
         model_names=model_names,
-        fingerprint=fingerprint(checkpoint, settings),
+        fingerprint=(model_fingerprint := fingerprint(checkpoint, settings)),
+        receipts=Receipts(settings, model_names[0], model_fingerprint),
         reader=BodyReader(config.unknown_fields),
         config=model,
         defaults=defaults,

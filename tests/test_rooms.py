@@ -38,13 +38,13 @@ ROOMS = {
         "click gguf jinja2 llguidance numpy safetensors tokenizers torch",
     ),
     "server": _room(
-        "shoal.extras shoal.terminal shoal.scheduler shoal.model",
+        "shoal.extras shoal.receipts shoal.terminal shoal.scheduler shoal.model",
         "click fastapi llguidance msgspec numpy opentelemetry prometheus_client pydantic pydantic_core starlette "
         "uvicorn uvloop zmq",
     ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room(
-        "shoal.extras shoal.terminal shoal.testing shoal.clients shoal.scheduler",
+        "shoal.extras shoal.receipts shoal.terminal shoal.testing shoal.clients shoal.scheduler",
         "click gevent geventhttpclient jinja2 locust matplotlib msgspec numpy scipy tqdm",
     ),
 }

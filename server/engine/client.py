@@ -11,6 +11,7 @@ from math import inf
 
 from shoal.scheduler.errors import EngineError, ShoalError
 from shoal.server.engine.admission import Admission
+from shoal.server.engine.explaining import tell_histories
 from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import Abort, EngineRequest, ForgetPrefixes, News, Ready, Submit
 from shoal.server.errors import EngineUnavailableError, RequestTimeoutError
@@ -46,6 +47,7 @@ class EngineClient:
         self.name = name
         self.state = EngineState.STARTING
         self.admission = Admission()  # another one has bounds
+        self.names_all = True  # whether histories name the requests of other clients
         self._metrics = metrics
         self._hang_seconds = hang_seconds
         self._clock = clock
@@ -148,6 +150,8 @@ class EngineClient:
         self._metrics.stats(self.name, news.stats)
         num_tokens = sum(len(output.token_ids) or (output.embedding is not None) for output in news.outputs)
         self.admission.note(now, self._num_in_engine, num_tokens)
+        if news.step is not None:
+            tell_histories(news.step, self._unfinished, names_all=self.names_all)
         for output in news.outputs:
             submission = self._unfinished.get(output.request_id)
             if submission is not None and output.request_id not in self._held:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from shoal.scheduler.errors import EngineError, InvalidRequestError, ShoalError
+from shoal.scheduler.explanation import RequestHistory
 from shoal.scheduler.output import FinishReason, RequestOutput, TokenLogprobs
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.errors import SlowClientError
@@ -26,6 +27,7 @@ class Journal:
         num_deaths: engines that died with the request since it last made progress.
         gives_way: whether it is of a line of a batch, which ends where others would have to wait.
         finish_reason: why the request ended for the client, "abort" and "error" among the reasons; None before.
+        history: how it was served, if it wants to know and has joined a batch.
     """
 
     request: EngineRequest
@@ -43,6 +45,7 @@ class Journal:
     num_deaths: int = 0
     gives_way: bool = False
     finish_reason: str | None = None
+    history: RequestHistory | None = None
 
     def resumed(self, now: float) -> EngineRequest:
         """The request as the next engine takes it.  It makes one engine die, and not those after it."""

@@ -9,6 +9,7 @@ from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.output import FinishReason, RequestOutput, SchedulerStats
 from shoal.scheduler.request import Request
 from shoal.server.engine.endings import Endings
+from shoal.server.engine.explaining import WantedSteps
 from shoal.server.engine.messages import (
     HEARTBEAT_SECONDS,
     Abort,
@@ -39,6 +40,7 @@ class EngineLoop:
         self.core = core
         self.wire = wire
         self._endings = core.executor = Endings(core.executor)
+        self._wanted = WantedSteps(core)
         self._reported: SchedulerStats | None = None
         self._reported_at = 0.0  # on the engine's clock
 
@@ -69,8 +71,9 @@ class EngineLoop:
             if output.finish_reason is not None:
                 self._endings.forget(output.request_id)
         stats, now = self.core.scheduler.stats(), self.core.clock()
-        if outputs or stats != self._reported or now - self._reported_at >= HEARTBEAT_SECONDS:
-            self.wire.send(News(outputs, stats))
+        step = self._wanted.take()
+        if outputs or step or stats != self._reported or now - self._reported_at >= HEARTBEAT_SECONDS:
+            self.wire.send(News(outputs, stats, step))
             self._reported, self._reported_at = stats, now
         if self.core.scheduler.num_unfinished == 0:
             self.core.scheduler.check_invariants()
@@ -93,4 +96,5 @@ class EngineLoop:
         except ShoalError as error:
             return RequestOutput(sent.request_id, [], FinishReason.ERROR, error=error.message)
         self._endings.expect(sent)
+        self._wanted.expect(sent)
         return None

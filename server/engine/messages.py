@@ -1,6 +1,6 @@
 """What an engine and its client say to each other: plain data, msgpack where it crosses a process.
 
-No reading of a clock is among it: ages and durations mean the same on every machine.
+No reading of a clock is among it but the starts of steps: ages and durations mean the same on every machine.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import msgspec
 
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
+from shoal.scheduler.step_record import StepRecord
 
 HEARTBEAT_SECONDS = 0.25
 
@@ -25,6 +26,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
         end_after: the model is made to end the text with this output token; None leaves the end to it.  The scheduler
             is not told.
         die_after: the engine is made to die when the request has this many output tokens; an injected fault.
+        timing: whether the records of its steps are wanted.
     """
 
     request_id: str
@@ -37,6 +39,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     speculates: bool = True
     end_after: int | None = None
     die_after: int | None = None
+    timing: bool = False
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -91,10 +94,14 @@ class StartFailed(msgspec.Struct, tag=True):
 
 
 class News(msgspec.Struct, tag=True):
-    """What came of a step.  While an engine works it sends news at least every `HEARTBEAT_SECONDS`, even empty ones."""
+    """What came of a step, and the record of it if a request in it wants to know.
+
+    While an engine works it sends news at least every `HEARTBEAT_SECONDS`, even empty ones.
+    """
 
     outputs: list[RequestOutput]
     stats: SchedulerStats
+    step: StepRecord | None = None
 
 
 Command = Submit | Abort | ForgetPrefixes | Stop

@@ -22,8 +22,6 @@ from shoal.server.text import Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
-# A field that is left out of the JSON where it is unset.
-Unset = msgspec.UnsetType
 
 
 class Call(ABC, Generic[Body]):
@@ -75,11 +73,15 @@ class Call(ABC, Generic[Body]):
         for index in range(count):
             pieces += entries.encoded(index)
             pieces += await self.more_entries(index)
-        return filled(self.assemble(deltas, shapes), pieces)
+        return filled(await self.completed(self.assemble(deltas, shapes)), pieces)
 
     async def more_entries(self, index: int) -> list[bytearray]:
         """The entries of long lists that stand behind a choice's log-probabilities in the answer."""
         return []
+
+    async def completed(self, answer: msgspec.Struct) -> msgspec.Struct:
+        """A whole answer with what it is to tell at its end."""
+        return answer
 
     @abstractmethod
     def logprobs(self, scored: list[Scored]) -> msgspec.Struct | None:

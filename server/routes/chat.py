@@ -39,7 +39,7 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         body = await service.reader.read(request, ChatBody)
         service.check_model(body.model)
-        service.check_choices(1, body.n)
+        service.prompts.check_choices(1, body.n)
         prompt = await service.prompts.of_chat(body, service.dialect.of_chat(body))
         grammar = await service.constraints.resolve(body, partial(service.dialect.grammar, body, prompt[0]))
         return await _ChatCall(service, request, body, prompt, grammar).answer()
@@ -103,8 +103,8 @@ class _ChatCall(OpenAICall[ChatBody]):
             async for deltas in steps:
                 yield opening + self._events([choice for delta in deltas for choice in self._chunk_choices(delta)])
                 opening = []
-        if self.stream_options.include_usage:
-            yield [event(self._shape([], self.usage))]
+        if self.stream_options.include_usage or self.extras.are_asked:
+            yield [event(await self.extras.add(self._shape([], self.usage), self.generation))]
 
     def _chunk_choices(self, delta: Delta) -> list[ChatChunkChoice]:
         """The text, and after it the finish reason in a chunk without text, as OpenAI sends them."""

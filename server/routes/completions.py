@@ -29,7 +29,7 @@ def completions_router(service: Service) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         body = await service.reader.read(request, CompletionBody)
         service.check_model(body.model)
-        service.check_choices(body.num_prompts, body.n)
+        service.prompts.check_choices(body.num_prompts, body.n)
         prompts = await service.prompts.of_completion(body)
         return await _CompletionCall(service, request, body, prompts, await service.constraints.resolve(body)).answer()
 
@@ -66,8 +66,8 @@ class _CompletionCall(OpenAICall[CompletionBody]):
                     events.append(event(self._shape([choice], self.usage_in_chunks, seed)))
                     seed = msgspec.UNSET  # reported once
                 yield events
-        if self.stream_options.include_usage:
-            yield [event(self._shape([], self.usage))]
+        if self.stream_options.include_usage or self.extras.are_asked:
+            yield [event(await self.extras.add(self._shape([], self.usage), self.generation))]
 
     def _choice(self, delta: Delta, logprobs: CompletionLogprobs | None) -> CompletionChoice:
         return CompletionChoice(delta.index, delta.text, logprobs, delta.finish_reason, self.token_ids(delta))

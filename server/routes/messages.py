@@ -46,7 +46,7 @@ def messages_router(service: Service) -> APIRouter:
     async def create_message(request: Request) -> Response:
         body = await service.reader.read(request, MessagesBody)
         service.check_model(body.model)
-        service.check_choices(1, 1)
+        service.prompts.check_choices(1, 1)
         chat = body.chat()
         prompt = await prompt_of(chat)
         # As many as fit, for clients send what the models of Anthropic hold.

@@ -83,7 +83,7 @@ def responses_router(service: Service) -> APIRouter:
     @answered_once(service)
     async def create_response(request: Request) -> Response:
         body = await service.reader.read(request, ResponsesBody)
-        service.check_choices(1, 1)
+        service.prompts.check_choices(1, 1)
         with own_words():
             turn = await _prepare(service, request, body)
             demanded = partial(service.dialect.grammar, turn.chat, turn.prompt[0])

@@ -172,6 +172,10 @@ class GenerationBody(SamplingBody):
     prompt_logprobs: NumLogprobs | None = None
     request_id: Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)] | None = None
 
+    # what the answer tells at its end: how it was served, and how to have it again
+    timing: bool = False
+    receipt: bool = False
+
     # for those who compare: it changes how fast tokens come, and not which
     speculation: Literal["off", "draft", "ngram", "self"] | None = None
 

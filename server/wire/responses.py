@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from shoal.receipts import Receipt
 from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.explanation import Explanation
 
 FinishReasonName = Literal["stop", "length", "tool_calls", "function_call"]
 
@@ -32,6 +34,12 @@ class Usage(msgspec.Struct):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
+
+
+class Timing(msgspec.Struct):
+    """How each choice was served, in order."""
+
+    choices: list[Explanation | None]
 
 
 # -- /v1/completions ---------------------------------------------------------------------------------------------
@@ -81,6 +89,8 @@ class Completion(msgspec.Struct):
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
     object: str = "text_completion"
+    timing: Timing | msgspec.UnsetType = msgspec.UNSET
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
 
 # -- /v1/chat/completions ----------------------------------------------------------------------------------------
@@ -147,6 +157,8 @@ class ChatCompletion(msgspec.Struct):
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     object: str = "chat.completion"
+    timing: Timing | msgspec.UnsetType = msgspec.UNSET
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
 
 class FunctionDelta(msgspec.Struct, omit_defaults=True):
@@ -189,6 +201,8 @@ class ChatCompletionChunk(msgspec.Struct):
     seed: int | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     object: str = "chat.completion.chunk"
+    timing: Timing | msgspec.UnsetType = msgspec.UNSET
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------

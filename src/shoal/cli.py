@@ -14,10 +14,12 @@ _COMMANDS = {
     "chat": ("shoal.clients.cli", "chat"),
     "complete": ("shoal.clients.cli", "complete"),
     "completion": ("shoal.cli", "completion"),
+    "explain": ("shoal.loadtest.cli", "explain"),
     "loadtest": ("shoal.loadtest.cli", "loadtest"),
     "models": ("shoal.server.cli", "models"),
     "policies": ("shoal.server.cli", "policies"),
     "profile": ("shoal.loadtest.cli", "profile"),
+    "replay": ("shoal.loadtest.cli", "replay"),
     "serve": ("shoal.server.cli", "serve_command"),
     "simulate": ("shoal.loadtest.cli", "simulate"),
 }

@@ -1,0 +1,174 @@
+"""One request explained, and answers generated again, on real servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from shoal import ShoalClient
+from shoal.loadtest.explain import explain
+from shoal.loadtest.replay import read_answer, replay
+from shoal.loadtest.trace import read_whole_trace
+from shoal.receipts import receipt_sha256, tokens_sha256
+from shoal.scheduler.explanation import ANOTHER
+from tests.e2e.conftest import API_KEYS, StartServer
+from tests.e2e.harness import PATIENCE, Server, Waiting, run_shoal
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"prompt": "the cat", "temperature": 0}),
+    (COMPLETIONS, {"prompt": [[5, 6, 7], [8]], "n": 2, "top_k": 20, "max_tokens": 9, "best_of": None}),
+    (COMPLETIONS, {"prompt": "the cat", "stop": ["a", "e"], "max_tokens": 60, "echo": True, "logprobs": 2}),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 12, "end_after": 7, "user": "me", "timeout": 200}),
+    (COMPLETIONS, {"prompt": "a", "stream": True, "n": 2, "max_tokens": 9}),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 0}),
+    (CHAT, HELLO | {"max_tokens": 9, "seed": 2**60, "frequency_penalty": 1, "logprobs": True}),
+    (CHAT, HELLO | {"stream": True, "max_completion_tokens": 9, "stream_options": {"include_usage": True}}),
+    (CHAT, HELLO | {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}}),
+    (CHAT, HELLO | {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 40}),
+    (CHAT, HELLO | {"tools": [TOOL], "tool_choice": "required", "stream": True, "max_tokens": 40}),
+]
+
+
+def kept(server: Server, folder: Path, path: str, body: dict[str, Any]) -> Path:
+    """A file with the answer as it came."""
+    response = server.post(path, **body, receipt=True)
+    assert response.status_code == 200, response.text
+    file = folder / "response"
+    file.write_bytes(response.content)
+    return file
+
+
+@pytest.fixture(scope="module")
+def client(tiny: Server) -> Iterator[ShoalClient]:
+    with ShoalClient(tiny.url, read_timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("path", "body"), ASKED, ids=[str(number) for number in range(len(ASKED))])
+def test_an_answer_is_generated_again(
+    tiny: Server, client: ShoalClient, tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    stored = read_answer(kept(tiny, tmp_path, path, body))
+    assert stored.receipt.model.fingerprint == tiny.complete("a", max_tokens=1)["system_fingerprint"]
+    assert len(stored.receipt.outputs) == len(stored.completion.choices)
+    found = replay(stored, client)
+    assert (found.is_same, found.differences, found.notes) == (True, [], [])
+    usage = stored.completion.usage.num_output_tokens
+    assert not usage or found.num_tokens == usage
+
+
+def test_the_command_says_the_same_or_names_the_token_that_differs(tiny: Server, tmp_path: Path) -> None:
+    file = kept(tiny, tmp_path, COMPLETIONS, {"prompt": "the cat", "max_tokens": 6})
+    code, said = run_shoal(tmp_path, "replay", str(file), "--url", tiny.url)
+    assert (code, said) == (0, "the same: 6 tokens in 1 choices\n")
+    answer = json.loads(file.read_bytes())
+    output = answer["receipt"]["outputs"][0]
+    was = output["token_ids"][3]
+    output["token_ids"][3] = 9 if was != 9 else 10
+    file.write_text(json.dumps(answer))
+    code, said = run_shoal(tmp_path, "replay", str(file), "--url", tiny.url)
+    assert code == 2
+    assert "the receipt was changed" in said
+    output["sha256"] = tokens_sha256(output["token_ids"])
+    answer["receipt"]["sha256"] = receipt_sha256(answer["receipt"])
+    file.write_text(json.dumps(answer))
+    code, said = run_shoal(tmp_path, "replay", str(file), "--url", tiny.url, "--json")
+    assert code == 1
+    assert json.loads(said)["differences"] == [
+        f"choice 0: token 3 of 6 was {output['token_ids'][3]}, and now it is {was}"
+    ]
+
+
+def test_a_server_is_started_for_a_replay(tiny: Server, tmp_path: Path, tiny_folder: Path) -> None:
+    file = kept(tiny, tmp_path, CHAT, HELLO | {"max_tokens": 6, "n": 2, "temperature": 1})
+    options = ("--model", str(tiny_folder), "--", "--threads", "1", "--num-blocks", "2048")
+    assert run_shoal(tmp_path, "replay", str(file), *options) == (0, "the same: 12 tokens in 2 choices\n")
+
+
+def test_plain_answers_are_as_they_were(tiny: Server) -> None:
+    for answer in (tiny.complete("a", max_tokens=1), tiny.chat("a", max_tokens=1)):
+        assert not {"timing", "receipt"} & answer.keys()
+    for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, HELLO)):
+        chunks = tiny.stream(path, **body, max_tokens=2)
+        assert not any({"timing", "receipt"} & chunk.keys() or not chunk["choices"] for chunk in chunks)
+
+
+def test_the_last_chunk_of_a_stream_tells_it_all(tiny: Server, client: ShoalClient) -> None:
+    for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, HELLO)):
+        *others, last = tiny.stream(path, **body, max_tokens=3, timing=True, receipt=True)
+        assert last["choices"] == []
+        assert last["usage"]["completion_tokens"] == last["timing"]["choices"][0]["num_output_tokens"] == 3
+        assert not any({"timing", "receipt"} & chunk.keys() for chunk in others)
+    with client.stream_complete("a", max_tokens=3, n=2, timing=True, receipt=True) as stream:
+        streamed = stream.whole()
+    assert streamed.timing is not None
+    assert streamed.receipt is not None
+    assert [one["num_output_tokens"] for one in streamed.timing] == [3, 3]
+    whole = client.complete("a", max_tokens=3, n=2, seed=streamed.seed or 0, receipt=True)
+    assert whole.receipt is not None
+    assert whole.receipt["outputs"] == streamed.receipt["outputs"]
+
+
+def test_a_header_asks_for_timing_too(tiny: Server) -> None:
+    def ask(word: str) -> Any:
+        headers = {"x-shoal-timing": word}
+        return tiny.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}, headers=headers).json()
+
+    assert "timing" in ask("true")
+    assert "timing" not in ask("false")
+    assert ask("maybe")["error"]["param"] == "x-shoal-timing"
+
+
+def test_what_the_live_engine_says_is_what_its_trace_says(start: StartServer, tmp_path: Path) -> None:
+    """Of requests in chunks, side by side, with speculation: for each choice, to the last digit."""
+    path = tmp_path / "trace.json"
+    server = start(
+        *("--trace", str(path), "--max-num-seqs", "3", "--max-chunk-tokens", "8", "--policy", "priority"),
+        *("--speculation", "ngram", "--num-spec-tokens", "3"),
+    ).wait_ready()
+    waiting = [
+        Waiting(server, COMPLETIONS, prompt="Z" * 20, temperature=0, max_tokens=40, n=2, timing=True, priority=priority)
+        for priority in (900, 0, 500)
+    ]
+    answers = [one.answer().json() for one in waiting]
+    server.wait_idle()
+    trace, timings = read_whole_trace(path), [one for answer in answers for one in answer["timing"]["choices"]]
+    for timing in timings:
+        explained = explain(trace, timing["request_id"])
+        assert timing == msgspec.to_builtins(explained.timing)
+        assert "speculated" in explained.why_not
+        assert timing["num_output_tokens"] == 40
+    assert max(timing["num_prefill_chunks"] for timing in timings) >= 3
+    assert any(timing["num_accepted_tokens"] for timing in timings)
+    assert sum(timing["num_companions"] for timing in timings) > 0
+    for answer in answers:
+        accepted = sum(timing["num_accepted_tokens"] for timing in answer["timing"]["choices"])
+        assert accepted == answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"]
+
+
+def test_requests_of_another_api_key_are_not_named(strict: Server) -> None:
+    """`strict` has room for two requests at once."""
+    other = {"authorization": f"Bearer {API_KEYS[0]}"}
+    body = {"prompt": "Z", "temperature": 0, "max_tokens": 400, "timing": True}
+    with strict.http.stream(
+        "POST", COMPLETIONS, json=body | {"stream": True, "max_tokens": 8000}, headers=other
+    ) as one:
+        lines = one.iter_lines()
+        next(lines)
+        theirs = json.loads(next(line for line in lines if line.startswith("data: ")).removeprefix("data: "))["id"]
+        response = strict.post(COMPLETIONS, **body)
+    (timing,) = response.json()["timing"]["choices"]
+    assert timing["max_batch"] == 2
+    assert timing["num_companions"] == 1
+    assert timing["companions"] == []
+    assert theirs not in response.text
+    assert ANOTHER not in response.text
