@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from importlib.metadata import version
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.params import Depends as Dependency
@@ -31,6 +30,7 @@ from shoal.server.routes.answer import error_response
 from shoal.server.routes.batches import batches_router
 from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
+from shoal.server.routes.docs import docs_router
 from shoal.server.routes.embeddings import embeddings_router
 from shoal.server.routes.messages import messages_router
 from shoal.server.routes.models import models_router
@@ -48,12 +48,15 @@ logger = logging.getLogger("shoal.api")
 
 def create_app(service: Service) -> FastAPI:
     """Put the application together."""
-    app = FastAPI(title="Shoal", version=version("shoal"), docs_url=None, redoc_url=None)
+    app = FastAPI(openapi_url=None)
     guarded = [Depends(_key_check(service.api_keys))]
     limited = [*guarded, Depends(_allowance_of_key(service))] if service.allowances else guarded
 
+    served: list[tuple[APIRoute, bool]] = []
+
     def include(router: APIRouter, dependencies: Sequence[Dependency] = ()) -> None:
         app.include_router(router, dependencies=dependencies)
+        served.extend((route, bool(dependencies)) for route in router.routes if isinstance(route, APIRoute))
         for route in router.routes:
             if isinstance(route, APIRoute) and route.path not in PROBES:
                 for method in route.methods or ():
@@ -64,6 +67,7 @@ def create_app(service: Service) -> FastAPI:
     for router in (streams_router, kept_responses_router, models_router, tokenize_router, batches_router):
         include(router(service), guarded)
     include(operations_router(service))
+    include(docs_router(service, served))
     config, faults = service.settings.server, service.settings.faults
     if faults.is_on:
         app.add_middleware(FaultInjector, config=faults, api_keys=service.api_keys)

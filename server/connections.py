@@ -131,7 +131,11 @@ class Connection(HttpToolsProtocol):
         self._is_refused = True
         self._deadline.cancel()
         self._deadline = self.loop.call_later(LINGER_SECONDS, self._expire)
-        if self.cycle is None or self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle is not None and cycle is self._answering and cycle.more_body and not cycle.response_started:
+            self._disconnect()  # its body is at fault: it is answered here, and not by what waits for the body
+            cycle.response_complete = True
+        if cycle is None or cycle.response_complete:
             answer = error_response(self._refusal)
             headers = [b"%s: %s\r\n" % header for header in (*answer.raw_headers, (b"connection", b"close"))]
             status = STATUS_LINE[answer.status_code]

@@ -7,8 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast, get_args
+from typing import get_args
 
 import pytest
 
@@ -19,14 +18,14 @@ from shoal.model.speculation.config import MOST_SPEC_TOKENS
 from shoal.scheduler import policies
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.policies import POLICIES, describe_policies, discover_policies
-from shoal.server.app import create_app
 from shoal.server.errors import http_error
 from shoal.server.faults import CONDITIONS, FAULTS, RANGES, Script
 from shoal.server.metrics import Metrics
+from shoal.server.openapi import operations
+from shoal.server.openapi.fields import FIELDS
 from shoal.server.responses import store
 from shoal.server.sampling import COMPLETION_MAX_TOKENS
-from shoal.server.service import Service
-from shoal.server.settings import DEFAULT_MODEL, Declared, declared, describe, resolve
+from shoal.server.settings import DEFAULT_MODEL, Declared, declared, describe
 from shoal.server.sources import load_settings
 from shoal.server.tools.formats import TOOL_FORMATS
 from shoal.server.tools.grammar import MAX_CALLS
@@ -137,11 +136,15 @@ def test_every_limit_is_named() -> None:
 
 
 def test_every_endpoint_is_described() -> None:
-    service = SimpleNamespace(settings=resolve({}), api_keys=(), allowances={}, metrics=Metrics("fish"))
-    paths = create_app(cast(Service, service)).openapi()["paths"]
-    endpoints = [f"`{method.upper()} {path}`" for path, methods in paths.items() for method in methods]
-    assert "`POST /v1/completions`" in endpoints
-    assert [endpoint for endpoint in endpoints if endpoint not in API] == []
+    assert [endpoint for endpoint in operations.OPERATIONS if f"`{endpoint}`" not in API] == []
+
+
+def test_every_meaning_of_a_field_is_that_of_the_page() -> None:
+    """But for links, which a document of OpenAPI cannot have."""
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*) \|$", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", API), re.MULTILINE)
+    for name, meaning in FIELDS.items():
+        field, words = f"`{name.rpartition('.')[2]}`", meaning.replace("|", r"\|")
+        assert any(field in fields.split(", ") and words in row for fields, row in rows), name
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ class BatchStore:
         """Raises NotFoundError if this owner has none of this id, as all methods that take both."""
         return self._find(FileObject, file_id, owner)
 
-    def files(self, owner: str, query: FileQuery) -> Page:
+    def files(self, owner: str, query: FileQuery) -> Page[FileObject]:
         return self._page(FileObject, owner, query)
 
     def delete_file(self, owner: str, file_id: str) -> None:
@@ -151,7 +151,7 @@ class BatchStore:
     def batch(self, owner: str, batch_id: str) -> Batch:
         return self._find(Batch, batch_id, owner)
 
-    def batches(self, owner: str, query: BatchQuery) -> Page:
+    def batches(self, owner: str, query: BatchQuery) -> Page[Batch]:
         return self._page(Batch, owner, query)
 
     def cancel(self, owner: str, batch_id: str) -> Batch:
@@ -258,7 +258,7 @@ class BatchStore:
             raise NotFoundError(f"there is no such object: {object_id[:100]!r}")
         return msgspec.json.decode(row[0], type=kind)
 
-    def _page(self, kind: type[Kept], owner: str, query: FileQuery | BatchQuery) -> Page:
+    def _page(self, kind: type[Kept], owner: str, query: FileQuery | BatchQuery) -> Page[Kept]:
         order, state = (query.order, query.purpose) if isinstance(query, FileQuery) else ("desc", None)
         if query.after is not None:
             self._find(kind, query.after, owner)

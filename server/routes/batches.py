@@ -15,7 +15,6 @@ from shoal.server.batches.store import BatchStore
 from shoal.server.errors import BatchesUnavailableError
 from shoal.server.keys import known_key, owner_name
 from shoal.server.routes.answer import whole
-from shoal.server.routes.schema import documented
 from shoal.server.service import Service
 from shoal.server.wire.batches import MAX_NAME_CHARS, BatchBody, BatchQuery, Deleted, FileObject, FileQuery
 from shoal.server.wire.parsing import read_body
@@ -66,7 +65,7 @@ def batches_router(service: Service) -> APIRouter:
             yield b"".join(data for _, data in pieces)
             after = pieces[-1][0]
 
-    @router.post("/v1/batches", openapi_extra=documented(BatchBody))
+    @router.post("/v1/batches")
     async def create_batch(request: Request) -> Response:
         body = await service.reader.read(request, BatchBody)
         batch = await service.batches.ask(lambda store: store.add_batch(owner(request), body, service.model_name))

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from shoal.server.logprobs import chat_logprobs, id_text, plain_text
 from shoal.server.routes.answer import event
 from shoal.server.routes.openai import OpenAICall, Unset
-from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
 from shoal.server.text import Delta, Scored
@@ -34,7 +33,7 @@ from shoal.server.wire.responses import (
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=documented(ChatBody))
+    @router.post("/v1/chat/completions")
     @answered_once(service)
     async def create_chat_completion(request: Request) -> Response:
         body = await service.reader.read(request, ChatBody)

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from shoal.server.logprobs import completion_logprobs, id_text, token_text
 from shoal.server.routes.answer import event
 from shoal.server.routes.openai import OpenAICall, Unset
-from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
 from shoal.server.text import Delta, Scored
@@ -24,7 +23,7 @@ from shoal.server.wire.responses import Completion, CompletionChoice, Completion
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=documented(CompletionBody))
+    @router.post("/v1/completions")
     @answered_once(service)
     async def create_completion(request: Request) -> Response:
         body = await service.reader.read(request, CompletionBody)

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from shoal.server.embeddings import EmbeddingCall, numbers, resolve_pooling
 from shoal.server.routes.answer import encode, unless_disconnected
 from shoal.server.routes.pieces import HOLE, filled, in_pieces
-from shoal.server.routes.schema import documented
 from shoal.server.service import Service, new_id
 from shoal.server.terms import resolve_terms
 from shoal.server.wire.embeddings import Embedding, Embeddings, EmbeddingsBody, EmbeddingsUsage
@@ -23,7 +22,7 @@ MOST_AT_ONCE = 8  # vectors that are encoded before others have their turn
 def embeddings_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/embeddings", openapi_extra=documented(EmbeddingsBody))
+    @router.post("/v1/embeddings")
     async def create_embeddings(request: Request) -> Response:
         body = await service.reader.read(request, EmbeddingsBody)
         service.check_model(body.model)

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from shoal.server.routes.answer import event, whole
 from shoal.server.routes.call import Call
-from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once
 from shoal.server.service import Service
 from shoal.server.shapes import anthropic, shape_of
@@ -41,7 +40,7 @@ def messages_router(service: Service) -> APIRouter:
     async def prompt_of(chat: ChatBody) -> tuple[str, list[int]]:
         return await service.prompts.of_chat(chat, service.dialect.of_chat(chat))
 
-    @router.post("/v1/messages", openapi_extra=documented(MessagesBody))
+    @router.post("/v1/messages")
     @answered_once(service)
     async def create_message(request: Request) -> Response:
         body = await service.reader.read(request, MessagesBody)
@@ -54,7 +53,7 @@ def messages_router(service: Service) -> APIRouter:
         grammar = await service.constraints.resolve(chat, partial(service.dialect.grammar, chat, prompt[0]))
         return await _MessageCall(service, request, chat, prompt, grammar, max_tokens=body.max_tokens).answer()
 
-    @router.post("/v1/messages/count_tokens", openapi_extra=documented(CountBody))
+    @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
         body = await service.reader.read(request, CountBody)
         service.check_model(body.model)

@@ -15,8 +15,8 @@ def operations_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health", response_class=Response)
-    @router.get("/ping", response_class=Response)
-    @router.post("/ping", response_class=Response)
+    @router.get("/ping", name="ping", response_class=Response)
+    @router.post("/ping", name="post_ping", response_class=Response)
     async def health() -> Response:
         service.engine.check_health()
         return Response(status_code=200)

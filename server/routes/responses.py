@@ -23,7 +23,6 @@ from shoal.server.responses.store import Kept
 from shoal.server.routes.answer import encode, event, whole
 from shoal.server.routes.call import Call
 from shoal.server.routes.pieces import in_pieces
-from shoal.server.routes.schema import documented
 from shoal.server.routes.streams import answered_once, deliver, hold, idempotency_key, is_held, only_event
 from shoal.server.service import Service, new_id, unix_time
 from shoal.server.streams import Answer
@@ -79,7 +78,7 @@ def responses_router(service: Service) -> APIRouter:
     """What generates."""
     router = APIRouter()
 
-    @router.post("/v1/responses", openapi_extra=documented(ResponsesBody))
+    @router.post("/v1/responses")
     @answered_once(service)
     async def create_response(request: Request) -> Response:
         body = await service.reader.read(request, ResponsesBody)
@@ -100,7 +99,7 @@ def kept_responses_router(service: Service) -> APIRouter:
     def find(request: Request, response_id: str) -> Kept:
         return service.responses.find(response_id, known_key(request, service.api_keys))
 
-    @router.post("/v1/responses/input_tokens", openapi_extra=documented(ResponsesBody))
+    @router.post("/v1/responses/input_tokens")
     async def count_input_tokens(request: Request) -> Response:
         body = await service.reader.read(request, ResponsesBody)
         with own_words():
@@ -196,7 +195,7 @@ async def _fitted(service: Service, chat: ChatBody) -> tuple[str, list[int]]:
         at = (low + high) // 2
 
 
-def _page(items: list[Item], query: ItemsQuery) -> Page:
+def _page(items: list[Item], query: ItemsQuery) -> Page[Item]:
     """A part of a list of items.
 
     Raises:

@@ -8,7 +8,6 @@ from starlette.responses import Response
 from shoal.server.logprobs import token_text
 from shoal.server.routes.answer import whole
 from shoal.server.routes.pieces import HOLE, encode_entries, filled, in_pieces
-from shoal.server.routes.schema import documented
 from shoal.server.sampling import check_token_ids
 from shoal.server.service import Service
 from shoal.server.wire.requests import DetokenizeBody, TokenizeBody
@@ -18,7 +17,7 @@ from shoal.server.wire.responses import DetokenizeResult, TokenizeResult
 def tokenize_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/tokenize", openapi_extra=documented(TokenizeBody))
+    @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = await service.reader.read(request, TokenizeBody)
         service.check_model(body.model)
@@ -34,7 +33,7 @@ def tokenize_router(service: Service) -> APIRouter:
             entries.append(await encode_entries([token_text(service.tokenizer, one) for one in tokens]))
         return in_pieces(filled(result, entries))
 
-    @router.post("/detokenize", openapi_extra=documented(DetokenizeBody))
+    @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await service.reader.read(request, DetokenizeBody)
         service.check_model(body.model)

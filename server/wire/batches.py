@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 from msgspec import Meta, Raw, Struct, field
 
@@ -14,7 +14,9 @@ MAX_FILE_BYTES = 200 * 2**20
 MAX_LINES = 50_000
 MAX_NAME_CHARS = 255
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_WINDOW = "[1-9][0-9]{0,3}[smhd]"
 
+Item = TypeVar("Item")
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 Metadata = Annotated[
@@ -30,7 +32,7 @@ class BatchBody(Body, kw_only=True):
 
     input_file_id: str
     endpoint: Endpoint
-    completion_window: str
+    completion_window: Annotated[str, Meta(extra_json_schema={"pattern": f"^{_WINDOW}$"})]
     metadata: Metadata | None = None
 
     @property
@@ -39,7 +41,7 @@ class BatchBody(Body, kw_only=True):
         return int(self.completion_window[:-1]) * _SECONDS[self.completion_window[-1]]
 
     def check(self) -> None:
-        if not re.fullmatch(r"[1-9][0-9]{0,3}[smhd]", self.completion_window):
+        if not re.fullmatch(_WINDOW, self.completion_window):
             raise InvalidRequestError("completion_window: expected a time such as '24h'", param="completion_window")
 
 
@@ -133,10 +135,10 @@ class Batch(Struct, kw_only=True):
     metadata: dict[str, str] | None = None
 
 
-class Page(Struct):
+class Page(Struct, Generic[Item]):
     """A part of a list; `after` its `last_id` comes the next."""
 
-    data: list[Any]
+    data: list[Item]
     has_more: bool
     first_id: str | None
     last_id: str | None

@@ -100,7 +100,7 @@ class SamplingBody(ConstrainedBody):
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_ENTRIES)] | None = (
         None
     )
-    seed: Annotated[int, Meta(ge=-(2**63))] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), extra_json_schema={"maximum": MAX_SEED})] | None = None
     stop: (
         Annotated[str, Meta(max_length=MAX_STOP_STRING_CHARS)]
         | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]

@@ -88,7 +88,7 @@ class Completion(msgspec.Struct):
     system_fingerprint: str
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
-    object: str = "text_completion"
+    object: Literal["text_completion"] = "text_completion"
     timing: Timing | msgspec.UnsetType = msgspec.UNSET
     receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
@@ -124,14 +124,14 @@ class FunctionCall(msgspec.Struct):
 class ToolCall(msgspec.Struct):
     id: str
     function: FunctionCall
-    type: str = "function"
+    type: Literal["function"] = "function"
 
 
 class ChatMessage(msgspec.Struct):
     """What the model says; calls and reasoning are left out where there are none."""
 
     content: str | None
-    role: str = "assistant"
+    role: Literal["assistant"] = "assistant"
     refusal: None = None
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
     function_call: FunctionCall | msgspec.UnsetType = msgspec.UNSET
@@ -156,7 +156,7 @@ class ChatCompletion(msgspec.Struct):
     seed: int
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
-    object: str = "chat.completion"
+    object: Literal["chat.completion"] = "chat.completion"
     timing: Timing | msgspec.UnsetType = msgspec.UNSET
     receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
@@ -200,7 +200,7 @@ class ChatCompletionChunk(msgspec.Struct):
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-    object: str = "chat.completion.chunk"
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     timing: Timing | msgspec.UnsetType = msgspec.UNSET
     receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
@@ -237,7 +237,7 @@ class ModelCard(msgspec.Struct):
     created_at: str  # RFC 3339
     object: Literal["model"] = "model"
     type: Literal["model"] = "model"
-    owned_by: str = "shoal"
+    owned_by: Literal["shoal"] = "shoal"
 
 
 class ModelList(msgspec.Struct):

@@ -61,6 +61,14 @@ def test_a_head_has_limits(server: Server, sent: bytes, status: int, code: str) 
     assert "Traceback" not in server.log
 
 
+@pytest.mark.parametrize("chunks", [b"zz\r\nabc\r\n", b'5\r\n{"pro\r\nzz\r\n'], ids=["first", "second"])
+def test_a_body_that_is_not_http_has_its_answer(server: Server, chunks: bytes) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    answer = exchange(server, head + chunks)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "malformed_request"
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", HEAD, POST % 100, POST % 100 + b"{"])
 def test_half_a_request_is_not_waited_for_without_end(server: Server, sent: bytes) -> None:
     assert exchange(server, sent) == b""

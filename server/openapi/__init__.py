@@ -1,0 +1,1 @@
+"""The OpenAPI document, made of the types that read requests and write answers."""

@@ -1,0 +1,112 @@
+"""What the fields of requests mean, in the words of docs/api.md; types, limits and defaults are those of the types.
+
+A name may have the type before it where fields of one name differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+FIELDS: Mapping[str, str] = {
+    # completions and chats
+    "model": "one of the names of the served model; another one is a 404, unless `any_model` is set",
+    "n": "choices for each prompt; choice i samples with `seed` + i",
+    "max_tokens": "most tokens of a choice; 0 computes the prompt only, -1 is as many as fit",
+    "temperature": "0 takes the most probable token",
+    "top_p": "keeps the smallest set of most probable tokens whose probability reaches this",
+    "top_k": "keeps the k most probable tokens; 0 and -1 keep all",
+    "min_p": "drops tokens that are less probable than this share of the most probable one",
+    "repetition_penalty": "over prompt and output tokens; 1 is none",
+    "presence_penalty": "OpenAI's, over output tokens",
+    "frequency_penalty": "OpenAI's, over output tokens",
+    "logit_bias": "is added to the logits of these tokens",
+    "seed": "the same request with the same seed gives the same tokens; taken modulo 2^64",
+    "stop": "the text ends before the first of them",
+    "stop_token_ids": "the text ends before the first of them",
+    "ignore_eos": "the model's own end-of-text tokens do not end the text",
+    "min_tokens": "no end-of-text or stop token is chosen before this many tokens; stop strings may still end the text",
+    "allowed_token_ids": "no others are chosen",
+    "bad_words": "the text does not have these words: the last token of one is not chosen behind its others",
+    "include_stop_str_in_output": "whether the stop string or token that ends a text stands in it",
+    "skip_special_tokens": "whether special tokens are left out of the text",
+    "truncate_prompt_tokens": "a longer prompt keeps its last tokens, this many; -1: as many as the context leaves",
+    "add_special_tokens": "whether a text gets the model's begin-of-text token; one that it begins with is not doubled",
+    "return_token_ids": "choices have `token_ids`, and the answer `prompt_token_ids` (of completions the choices)",
+    "return_tokens_as_token_ids": "log-probabilities name tokens as `token_id:5`",
+    "prompt_logprobs": "log-probabilities of the prompt's tokens, in vLLM's form; not in streams",
+    "request_id": "stands in the header `x-request-id` of the answer",
+    "stream": "send tokens as they come",
+    "stream_options": 'only with `stream`; `{"include_usage": true}` adds the usage to the stream, '
+    '`"continuous_usage_stats": true` to each chunk',
+    "user": "the client, for the policy `fair`, where the server asks for no key",
+    "priority": "for the policy `priority`: lower goes first",
+    "timeout": "seconds in which the request must be finished",
+    "cache_salt": "the prefix cache is shared only among requests with the same salt, and the same API key",
+    "ttft_slo_ms": "for the policy `deadline`: wanted time to the first token",
+    "tpot_slo_ms": "for the policy `deadline`: wanted time for each further token",
+    "speculation": '`"off"` does without; another method than the server\'s is refused',
+    "end_after": "for load tests: the model chooses end-of-text as exactly this output token",
+    # completions
+    "CompletionBody.prompt": "one or more prompts, none of them empty; tokens are taken as they are, and text gets the "
+    "model's begin-of-text token",
+    "CompletionBody.echo": "each text begins with its prompt; with `logprobs` the prompt is scored too",
+    "CompletionBody.logprobs": "log-probabilities of each token, and of this many most probable tokens in its place",
+    "best_of": "any other number is refused",
+    "suffix": "what follows the text: the model fills in the middle, where its vocabulary has the tokens for it (Qwen Coder, "
+    "StarCoder, DeepSeek Coder, ...), else a text is refused; not beside `echo`, `prompt_logprobs` and "
+    "`truncate_prompt_tokens`",
+    # chats
+    "messages": "the conversation, which the model's chat template turns into a prompt",
+    "ChatBody.parse_special": "whether special tokens that messages spell (`<|end|>`) become those tokens; else they "
+    "are text, so that no message can forge a turn",
+    "max_completion_tokens": "another name for `max_tokens`; it wins if both are given",
+    "ChatBody.logprobs": "log-probabilities of each token",
+    "top_logprobs": "log-probabilities of this many most probable tokens too; needs `logprobs`",
+    "ChatBody.tools": "functions that the model may call",
+    "tool_choice": "whether the model may call tools, has to, has to call this one, or may or has to call some of them",
+    "parallel_tool_calls": "whether an answer may have several calls",
+    "reasoning_effort": 'is passed on to the chat template; `"none"` sets `enable_thinking` to false too',
+    "ChatBody.chat_template_kwargs": "further variables of the chat template, such as `enable_thinking`",
+    "include_reasoning": "false leaves thoughts out of the answer",
+    "documents": "are given to the chat template",
+    "chat_template": "a Jinja template in place of the model's; it runs where that one runs",
+    "add_generation_prompt": "whether the prompt ends with what opens the assistant's message",
+    "continue_final_message": "the answer goes on with the last message, which is the assistant's; "
+    "`add_generation_prompt` has to be false",
+    "ChatBody.echo": "an answer that goes on with a message of the assistant begins with it",
+    "modalities": "any other one is refused",
+    # messages of chats, and tools
+    "Message.role": "`developer` is passed on as `system`, `function` as `tool`",
+    "Message.content": "several parts are joined without anything between them",
+    "Message.name": "is passed on to the chat template",
+    "Message.tool_calls": "what the assistant called",
+    "Message.tool_call_id": "of the role `tool`: the `id` of the call whose result this is",
+    "Message.reasoning_content": "is passed on to the chat template as `reasoning_content`",
+    "Message.reasoning": "is passed on to the chat template as `reasoning_content`",
+    "Message.function_call": "a call as it was before `tool_calls`",
+    "FunctionDefinition.name": "no two tools have the same",
+    "FunctionDefinition.description": "is shown to the model",
+    "FunctionDefinition.parameters": "of the arguments",
+    "FunctionDefinition.strict": 'with `"auto"`: if the model calls this tool, its arguments match the schema',
+    # grammars
+    "grammar": "as llama.cpp has it",
+    "json_schema": "as llama.cpp has it",
+    "regex": "as SGLang has it",
+    "ebnf": "as SGLang has it",
+    "structured_outputs": "as vLLM has it",
+    # batches
+    "input_file_id": "an uploaded file",
+    "endpoint": "what each line asks",
+    "completion_window": "the batch expires so long after it was made",
+    "BatchBody.metadata": "comes back with the batch",
+    # tokens
+    "TokenizeBody.prompt": "the text; give either this or `messages`",
+    "TokenizeBody.messages": "a conversation",
+    "TokenizeBody.add_special_tokens": "whether the text gets the begin-of-text token",
+    "DetokenizeBody.tokens": "special tokens are written out",
+}
+
+
+def meaning(kind: str, name: str) -> str | None:
+    """What a field of a type means, if that is said."""
+    return FIELDS.get(f"{kind}.{name}", FIELDS.get(name))

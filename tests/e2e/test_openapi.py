@@ -1,0 +1,131 @@
+"""The server keeps to its OpenAPI document: schemathesis makes requests of it, as it allows them and otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.schemas import APIOperation
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from schemathesis.specs.openapi.schemas import OpenApiSchema
+
+from tests.e2e.harness import Server
+
+MOST_TOKENS = 4  # that a request is answered with: what is generated is tested elsewhere
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+class Asking:
+    """Makes requests of the document of a server, and checks the answers by it."""
+
+    def __init__(self, server: Server) -> None:
+        self.document: dict[str, Any] = server.get("/openapi.json").json()
+        self.schema: OpenApiSchema = schemathesis.openapi.from_dict(self.document)
+        self.schema.config.update(base_url=server.url)
+        self.session = requests.Session()
+
+    def operations(self) -> Iterator[APIOperation[Any, Any, Any, Any]]:
+        for found in self.schema.get_all_operations():
+            yield found.ok()
+
+    def ask(self, method: str, path: str, status: int = 200, **parts: Any) -> Any:
+        """One request; the answer has this status, and is as the document says."""
+        case = self.schema[path][method].Case(**parts)
+        answer = case.call_and_validate(session=self.session, checks=CHECKS)
+        assert answer.status_code == status, answer.text
+        return answer
+
+    def ask_anything(self, operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode, count: int) -> None:
+        """This many requests that the document allows, or that it does not."""
+
+        @settings(
+            max_examples=count,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(operation.as_strategy(generation_mode=mode))
+        def ask(case: schemathesis.Case) -> None:
+            if isinstance(case.body, dict) and _asks_for_much(case.body):
+                case.body["max_tokens"] = MOST_TOKENS
+            if case.headers and operation.method == "POST":
+                case.headers.pop("Last-Event-ID", None)  # nothing else would be looked at
+            case.call_and_validate(session=self.session, checks=CHECKS)
+
+        ask()
+
+
+def _asks_for_much(body: Mapping[str, Any]) -> bool:
+    wanted = body.get("max_tokens")
+    is_text = "prompt" in body or "messages" in body
+    return is_text and (wanted is None or (isinstance(wanted, int) and not 0 <= wanted <= MOST_TOKENS))
+
+
+@pytest.fixture(scope="module")
+def asking(tiny: Server) -> Iterator[Asking]:
+    asking = Asking(tiny)
+    with asking.session:
+        yield asking
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=["allowed", "not allowed"])
+def test_every_answer_is_one_of_the_document(asking: Asking, mode: GenerationMode, count: int) -> None:
+    for operation in asking.operations():
+        asking.ask_anything(operation, mode, count)
+
+
+def test_every_example_is_answered(asking: Asking) -> None:
+    for path, methods in asking.document["paths"].items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        for example in content.get("application/json", {}).get("examples", {}).values():
+            is_batch = "input_file_id" in example["value"]
+            asking.ask("POST", path, status=404 if is_batch else 200, body=example["value"])
+
+
+def test_what_was_made_is_as_the_document_says(asking: Asking) -> None:
+    """Names that nobody can guess."""
+    asking.ask("GET", "/v1/models/{name}", path_parameters={"name": "tiny"})
+    line = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 1}}'
+    file = {"file_id": asking.ask("POST", "/v1/files", body={"file": line, "purpose": "batch"}).json()["id"]}
+    asking.ask("GET", "/v1/files/{file_id}", path_parameters=file)
+    asking.ask("GET", "/v1/files/{file_id}/content", path_parameters=file)
+    body = {"input_file_id": file["file_id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch = {"batch_id": asking.ask("POST", "/v1/batches", body=body).json()["id"]}
+    asking.ask("GET", "/v1/batches/{batch_id}", path_parameters=batch)
+    asking.ask("GET", "/v1/batches", query={"limit": 1})
+    asking.ask("DELETE", "/v1/files/{file_id}", path_parameters=file)
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_held_answer_is_as_the_document_says(asking: Asking, is_stream: bool) -> None:
+    headers = {"Idempotency-Key": f"held {is_stream}"}
+    body = {"prompt": "the cat", "max_tokens": 2, "stream": is_stream}
+    answer = asking.ask("POST", "/v1/completions", body=body, headers=headers)
+    stream = {"stream_id": answer.headers["x-request-id"][0]}
+    asking.ask("GET", "/v1/streams/{stream_id}", path_parameters=stream)
+    if is_stream:
+        last = {"Last-Event-ID": answer.text.rpartition("id: ")[2].partition("\n")[0]}
+        asking.ask("GET", "/v1/streams/{stream_id}", 204, path_parameters=stream, headers=last)
+    other = asking.ask("POST", "/v1/completions", 422, body=body | {"max_tokens": 1}, headers=headers)
+    assert other.json()["error"]["code"] == "idempotency_key_reuse"
+    asking.ask("DELETE", "/v1/streams/{stream_id}", 204, path_parameters=stream)
