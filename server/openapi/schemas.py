@@ -112,7 +112,7 @@ def _described(schema: Schema, description: str | None) -> Schema:
 def _or_null(schema: Schema) -> Schema:
     if schema.keys() <= {"description", "default"} or _NULL in schema.get("anyOf", ()):
         return schema
-    around = {key: schema[key] for key in ("description", "default") if key in schema}
+    around: Schema = {key: schema[key] for key in ("description", "default") if key in schema}
     inner = {key: value for key, value in schema.items() if key not in around}
     either: Schema = {"anyOf": [*inner.get("anyOf", [inner]), _NULL]}
     return either | around
