@@ -83,6 +83,7 @@ class SamplingOptions(TypedDict, total=False):
     min_tokens: int
     stop_token_ids: list[int]
     ignore_eos: bool
+    logprob_token_ids: list[int]
 
     structured_outputs: StructuredOutputs
     grammar: str

@@ -55,7 +55,8 @@ class SamplingParams:
         seed: 64-bit seed of the sampling noise, always set: the server draws one where the request gives none.
         stop_token_ids: generation ends when one of these is chosen (end-of-text included, unless ignored).
         num_logprobs: log-probabilities of the chosen token and this many alternatives are returned; None for none.
-        num_prompt_logprobs: the same for every prompt token but the first.
+        logprob_token_ids: instead of alternatives, these are returned, whatever `num_logprobs` says; None for those.
+        num_prompt_logprobs: log-probabilities of every prompt token but the first, and of this many alternatives.
         grammar: that the generated text keeps to, as llguidance takes it; empty for none.
         allowed_token_ids: no others may be chosen; empty for all.
         bad_words: tokens in a row of which the last one may not be chosen after the others.
@@ -79,6 +80,7 @@ class SamplingParams:
     seed: int
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | None = None
     num_prompt_logprobs: int | None = None
     grammar: str = ""
     allowed_token_ids: tuple[int, ...] = ()
@@ -112,7 +114,7 @@ class TokenLogprobs:
     Attributes:
         logprob: of the token that stands there.
         rank: 1 for the most probable token.
-        top_token_ids, top_logprobs: the most probable alternatives, best first.
+        top_token_ids, top_logprobs: the most probable alternatives, best first, or the tokens that were asked for.
     """
 
     logprob: float

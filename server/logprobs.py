@@ -22,13 +22,13 @@ MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token th
 Name = Callable[[Tokenizer, int], str]  # how a token is written
 
 
-def completion_logprobs(tokenizer: Tokenizer, scored: Sequence[Scored], count: int, name: Name) -> CompletionLogprobs:
-    """The shape of /v1/completions: parallel lists.  The best `count` tokens have the chosen one beside them."""
+def completion_logprobs(tokenizer: Tokenizer, scored: Sequence[Scored], name: Name) -> CompletionLogprobs:
+    """The shape of /v1/completions: parallel lists.  Alternatives have the chosen token beside them."""
 
     def top(one: Scored) -> dict[str, float] | None:
         if one.logprobs is None:
             return None
-        best = _best(one.token_id, one.logprobs, count)
+        best = _best(one.token_id, one.logprobs)
         return {name(tokenizer, token_id): value for token_id, (value, _) in best.items()}
 
     return CompletionLogprobs(
@@ -94,8 +94,8 @@ def id_text(_: Tokenizer, token_id: int) -> str:
     return f"token_id:{token_id}"
 
 
-def _best(token_id: int, logprobs: TokenLogprobs, count: int) -> dict[int, tuple[float, int]]:
-    """Log-probability and rank of the most probable tokens, best first, and of the one that stands there."""
+def _best(token_id: int, logprobs: TokenLogprobs, count: int | None = None) -> dict[int, tuple[float, int]]:
+    """Log-probability and rank of the first `count` alternatives, or of all, and of the token that stands there."""
     top = zip(logprobs.top_token_ids[:count], logprobs.top_logprobs, strict=False)
     found = {one: (_finite(value), rank) for rank, (one, value) in enumerate(top, 1)}
     found.setdefault(token_id, (_finite(logprobs.logprob), logprobs.rank))

@@ -16,7 +16,7 @@ from shoal.server.wire.requests import ChatBody, CompletionBody, GenerationBody
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 # Parameters that a body has under the same names.  A checkpoint's defaults have some of them, too.
-_RESOLVED = ("grammar", "allowed_token_ids", "bad_words")
+_RESOLVED = ("grammar", "allowed_token_ids", "bad_words", "logprob_token_ids")
 _BY_NAME = [
     field.name
     for field in fields(SamplingParams)
@@ -79,6 +79,7 @@ def resolve_sampling(
         "seed": seed,
         "stop_token_ids": stop_token_ids,
         "num_logprobs": num_logprobs,
+        "logprob_token_ids": _named_token_ids(body, num_logprobs, vocab_size),
         "num_prompt_logprobs": _most(num_logprobs if scores_prompt else None, body.prompt_logprobs),
         "grammar": grammar,
         "allowed_token_ids": tuple(body.allowed_token_ids or ()),
@@ -149,6 +150,22 @@ def _num_logprobs(body: CompletionBody | ChatBody) -> int | None:
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _named_token_ids(
+    body: CompletionBody | ChatBody, num_logprobs: int | None, vocab_size: int
+) -> tuple[int, ...] | None:
+    """The tokens that are reported in place of the most probable ones, each once."""
+    if body.logprob_token_ids is None:
+        return None
+    if num_logprobs is None:
+        raise InvalidRequestError("logprob_token_ids: needs logprobs to be set", param="logprob_token_ids")
+    if body.max_tokens == 0:
+        raise InvalidRequestError(
+            "logprob_token_ids: are reported of generated tokens, but max_tokens is 0", param="logprob_token_ids"
+        )
+    check_token_ids("logprob_token_ids", body.logprob_token_ids, vocab_size)
+    return tuple(dict.fromkeys(body.logprob_token_ids))
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -189,12 +189,18 @@ class Choice:
         if self.journal.request.params.num_prompt_logprobs is not None:
             detokenizer, offset = IncrementalDetokenizer(self._tokenizer, skip_special_tokens=False), 0
             logprobs = [None, *self.journal.prompt_logprobs]
+            count = self.journal.request.params.num_logprobs
             for token_id, entry in zip(self.journal.request.prompt_token_ids, logprobs, strict=True):
                 if len(delta.scored) == MAX_SCORED:
                     yield delta
                     delta = Delta(self.index, "")
-                delta.scored.append(Scored(token_id, offset, entry))
+                delta.scored.append(Scored(token_id, offset, entry and _first(entry, count)))
                 text = detokenizer.push([token_id])
                 if not self._tokenizer.is_special(token_id) or prompt.startswith(text, offset):
                     offset += len(text)  # else it was added, and does not stand in the prompt
         yield delta
+
+
+def _first(logprobs: TokenLogprobs, count: int | None) -> TokenLogprobs:
+    """The log-probabilities with the first `count` alternatives: `prompt_logprobs` may have asked for more."""
+    return replace(logprobs, top_token_ids=logprobs.top_token_ids[:count], top_logprobs=logprobs.top_logprobs[:count])

@@ -106,6 +106,8 @@ class FakeBackend:
         logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         own = logprobs[np.arange(len(chosen)), chosen]
         best = np.argsort(-logprobs, axis=1, kind="stable")[:, :width]
+        for row, named in enumerate(sampling.rows["logprob_token_ids"]):
+            best[row, : (named >= 0).sum()] = named[named >= 0]
         return SamplerOutput(
             chosen,
             own.astype(np.float32),

@@ -147,4 +147,5 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _fields_of_rows() -> str:
     """SAMPLING_ROW as `shoal_sampling_row` describes it.  Offsets follow: both sides align fields alike."""
-    return "".join(f"{SAMPLING_ROW[name].name} {name};" for name in SAMPLING_ROW.names or ())
+    kinds = [(name, SAMPLING_ROW[name]) for name in SAMPLING_ROW.names or ()]
+    return "".join(f"{kind.base.name} {name}{list(kind.shape) or ''};" for name, kind in kinds)

@@ -28,7 +28,7 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
     adjusted = _adjusted(logits, sampling)
     greatest, greedy = adjusted.max(dim=-1)
     token_ids = greedy.to(torch.int32).cpu().numpy()
-    forced, num_logprobs = sampling.rows["forced_token_id"], sampling.rows["num_logprobs"]
+    forced = sampling.rows["forced_token_id"]
     rows_at_once = max(1, _MAX_ELEMENTS[logits.device.type] // logits.shape[1])
     for draw, group in _groups(sampling.rows):
         for start in range(0, len(group), rows_at_once):
@@ -38,10 +38,8 @@ def sample(logits: Tensor, sampling: SamplingBatch) -> SamplerOutput:
             token_ids[turn] = draw(stays, _Draws.of(rows, logits.device)).cpu().numpy()
     token_ids = np.where(forced >= 0, forced, token_ids)
     token_ids = np.where(torch.isfinite(greatest).cpu().numpy(), token_ids, np.int32(-1))
-    asked = np.flatnonzero(num_logprobs >= 0)
-    if not asked.size:
-        return SamplerOutput(token_ids)
-    return _with_logprobs(token_ids, logits, asked, int(num_logprobs.max()))
+    asked = np.flatnonzero(sampling.rows["num_logprobs"] >= 0)
+    return _with_logprobs(token_ids, logits, asked, sampling.rows[asked]) if asked.size else SamplerOutput(token_ids)
 
 
 def _adjusted(logits: Tensor, sampling: SamplingBatch) -> Tensor:
@@ -254,12 +252,16 @@ def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >= 1 << 63 else constant
 
 
-def _with_logprobs(token_ids: Int32, logits: Tensor, rows: NDArray[np.intp], num_top: int) -> SamplerOutput:
-    """Add log-probabilities at `rows`; elsewhere they are 0."""
+def _with_logprobs(token_ids: Int32, logits: Tensor, rows: NDArray[np.intp], asking: Records) -> SamplerOutput:
+    """Add log-probabilities at `rows`, as these ask; elsewhere they are 0."""
     asked = logits[_index(rows, logits.device)]
     logprobs = asked.log_softmax(dim=-1)
     chosen = _index(np.maximum(token_ids[rows], 0), logits.device)[:, None]
-    top = _greatest(asked, num_top)[1]
+    top = _greatest(asked, int(asking["num_logprobs"].max()))[1]
+    named = asking["logprob_token_ids"][:, : top.shape[1]]
+    if (named >= 0).any():
+        ids, places = _index(named, logits.device), top[:, : named.shape[1]]
+        places.copy_(torch.where(ids >= 0, ids, places))
     return SamplerOutput(
         token_ids=token_ids,
         logprobs=_spread(logprobs.gather(-1, chosen)[:, 0], rows, len(token_ids)),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -11,22 +12,23 @@
 #include "weights.h"
 
 // How to choose at one row: SAMPLING_ROW in model/step/sampling.py.  Python compares the two when it loads the library.
-#define SHOAL_SAMPLING_ROW(FIELD)      \
-    FIELD(uint64, seed)                \
-    FIELD(int64, position)             \
-    FIELD(int32, forced_token_id)      \
-    FIELD(int32, mask)                 \
-    FIELD(int32, num_logprobs)         \
-    FIELD(float32, temperature)        \
-    FIELD(float32, top_n_sigma)        \
-    FIELD(int32, top_k)                \
-    FIELD(float32, typical_p)          \
-    FIELD(float32, top_p)              \
-    FIELD(float32, min_p)              \
-    FIELD(float32, xtc_probability)    \
-    FIELD(float32, xtc_threshold)      \
-    FIELD(float32, presence_penalty)   \
-    FIELD(float32, frequency_penalty)  \
+#define SHOAL_SAMPLING_ROW(FIELD)        \
+    FIELD(uint64, seed)                  \
+    FIELD(int64, position)               \
+    FIELD(int32, forced_token_id)        \
+    FIELD(int32, mask)                   \
+    FIELD(int32, num_logprobs)           \
+    FIELD(int32, logprob_token_ids[20])  \
+    FIELD(float32, temperature)          \
+    FIELD(float32, top_n_sigma)          \
+    FIELD(int32, top_k)                  \
+    FIELD(float32, typical_p)            \
+    FIELD(float32, top_p)                \
+    FIELD(float32, min_p)                \
+    FIELD(float32, xtc_probability)      \
+    FIELD(float32, xtc_threshold)        \
+    FIELD(float32, presence_penalty)     \
+    FIELD(float32, frequency_penalty)    \
     FIELD(float32, repetition_penalty)
 
 struct ShoalSamplingRow {
@@ -173,24 +175,35 @@ int32_t choose(const float* logits, int vocab_size, const uint32_t* mask, const 
     return draw_truncated(allowed, first, vocab_size, how, position, buffers);
 }
 
-// Writes the log-probabilities of the chosen token and of the most probable tokens, and the rank of the chosen one.
-void report_logprobs(const float* logits, int vocab_size, int32_t token_id, const ShoalChosen& chosen, int64_t row,
+// How many tokens the row names for their log-probabilities; 0 where it asks for those of the most probable ones.
+int64_t num_named(const Row& how) {
+    const int32_t* ids = how.logprob_token_ids;
+    return std::find(ids, ids + std::size(how.logprob_token_ids), -1) - ids;
+}
+
+// Writes the log-probabilities of the chosen token and of the named or most probable ones, and the chosen one's rank.
+void report_logprobs(const float* logits, int vocab_size, const Row& how, const ShoalChosen& chosen, int64_t row,
                      CandidateBuffer& buffer) {
     const double greatest = find_greatest(logits, vocab_size).token.logit;
     const double log_sum = std::log(sum_of_weights(logits, vocab_size, 1, greatest));
     const auto logprob = [&](float logit) { return static_cast<float>((logit - greatest) - log_sum); };
-    const float logit = logits[token_id];
+    const float logit = logits[chosen.token_ids[row]];
     chosen.logprobs[row] = logprob(logit);
     int32_t num_greater = 0;
     for (int i = 0; i < vocab_size; ++i) num_greater += logits[i] > logit;
     chosen.ranks[row] = 1 + num_greater;
     if (chosen.num_top == 0) return;
-    const Candidates all{logits, nullptr, vocab_size};
     int64_t place = row * chosen.num_top;
-    for (const Token& token : in_order(keep_first(all, static_cast<int>(chosen.num_top), buffer))) {
-        chosen.top_token_ids[place] = token.id;
-        chosen.top_logprobs[place++] = logprob(token.logit);
+    const auto report = [&](int32_t id) {
+        chosen.top_token_ids[place] = id;
+        chosen.top_logprobs[place++] = logprob(logits[id]);
+    };
+    if (const int64_t count = std::min(num_named(how), chosen.num_top)) {
+        std::for_each(how.logprob_token_ids, how.logprob_token_ids + count, report);
+        return;
     }
+    const Candidates all{logits, nullptr, vocab_size};
+    for (const Token& token : in_order(keep_first(all, static_cast<int>(chosen.num_top), buffer))) report(token.id);
 }
 
 void sample_row(float* logits, int vocab_size, const ShoalSampling& sampling, int64_t row, const ShoalChosen& chosen,
@@ -204,7 +217,7 @@ void sample_row(float* logits, int vocab_size, const ShoalSampling& sampling, in
     }
     const bool has_answer = chosen.token_ids[row] >= 0;
     if (has_answer && how.num_logprobs >= 0 && chosen.num_top >= 0) {
-        report_logprobs(logits, vocab_size, chosen.token_ids[row], chosen, row, buffers.kept);
+        report_logprobs(logits, vocab_size, how, chosen, row, buffers.kept);
     }
 }
 
@@ -225,6 +238,9 @@ const char* find_fault(const ShoalSampling& sampling, int64_t vocab_size) {
     for (const Row* row = sampling.rows; row != sampling.rows + sampling.num_rows; ++row) {
         if (row->forced_token_id >= vocab_size) return "forced_token_id beyond the vocabulary";
         if (row->mask >= sampling.num_masks) return "a mask that is not there";
+        const int32_t* ids = row->logprob_token_ids;
+        const auto is_known = [&](int32_t id) { return id >= 0 && id < vocab_size; };
+        if (!std::all_of(ids, ids + num_named(*row), is_known)) return "logprob_token_ids beyond the vocabulary";
     }
     const char* fault =
         find_fault_in_entries(sampling.penalties, sampling.num_penalties, sampling.num_rows, vocab_size);

@@ -11,8 +11,9 @@ from shoal.model.speculation.length import LengthRule
 from shoal.model.speculation.proposer import NO_PROPOSAL, Candidate, Proposal, Proposer
 from shoal.model.step.batch import Backend, Float32, ForwardBatch, SamplerOutput, SamplingBatch
 from shoal.model.step.layout import StepLayout
+from shoal.model.step.reference import describe
 from shoal.model.step.rows import BatchRows
-from shoal.model.step.sampling import describe, probabilities, sample_reference
+from shoal.model.step.sampling import probabilities, sample_reference
 from shoal.scheduler.output import ScheduledRequest, StepResult
 
 NOTHING: Mapping[int, list[int]] = {}
@@ -98,7 +99,7 @@ class Speculation:
                 seed, first = int(how["seed"]), int(how["position"])
                 verified = rejection.verify(proposal, target[entries], token_ids[entries].tolist(), seed, first)
                 token_ids[entries.start : entries.start + len(verified)] = verified
-        return describe(token_ids, logits, sampling)
+        return describe(token_ids, logits, sampling.rows)
 
     def propose(
         self, scheduled: list[ScheduledRequest], result: StepResult, known: Mapping[int, list[int]] = NOTHING

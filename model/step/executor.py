@@ -131,15 +131,14 @@ class ModelExecutor:
     def _add_logprobs(
         self, result: StepResult, share: ScheduledRequest, chosen: SamplerOutput, prompt: slice, output: slice
     ) -> None:
-        row = share.row
-        num_logprobs, num_prompt_logprobs = self.rows.num_logprobs[row], self.rows.num_prompt_logprobs[row]
+        row, num_logprobs = share.row, self.rows.num_logprobs[share.row]
         if num_logprobs >= 0 and output.stop > output.start:
             result.logprobs[share.request_id] = _read_logprobs(chosen, output, num_logprobs)
         # The logits of the prompt's last token choose the first output token, and score nothing.
         num_scored = self.rows.num_prompt_tokens[row] - 1 - share.num_computed_tokens
         scored = slice(prompt.start, min(prompt.stop, prompt.start + num_scored))
-        if num_prompt_logprobs >= 0 and scored.stop > scored.start:
-            result.prompt_logprobs[share.request_id] = _read_logprobs(chosen, scored, num_prompt_logprobs)
+        if row in self.rows.scored and scored.stop > scored.start:
+            result.prompt_logprobs[share.request_id] = _read_logprobs(chosen, scored, self.rows.scored[row])
 
 
 def _verify(spec_token_ids: list[int], chosen: list[int]) -> list[int]:

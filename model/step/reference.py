@@ -1,11 +1,11 @@
-"""Parts of the reference in `sampling.py` that are functions of arrays, and know no parameters of requests."""
+"""Parts of the reference in `sampling.py` that are functions of arrays, and know no requests."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.model.step.batch import Float32, Int32, SamplerOutput
+from shoal.model.step.batch import Float32, Int32, Records, SamplerOutput
 from shoal.model.step.noise import Float64, Int64
 
 
@@ -45,14 +45,19 @@ def within_share(weights: Float64, share: float) -> NDArray[np.bool_]:
     return keep
 
 
-def with_logprobs(token_ids: Int32, logits: Float32, num_top: int) -> SamplerOutput:
-    """The output with log-probabilities of the chosen and of the `num_top` most probable tokens, of raw logits."""
+def describe(token_ids: Int32, logits: Float32, rows: Records) -> SamplerOutput:
+    """The output for tokens that were chosen at the rows of `logits`, with log-probabilities if any row asks."""
+    num_top = int(rows["num_logprobs"].max(initial=-1))
+    if num_top < 0:
+        return SamplerOutput(token_ids)
     wide = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):  # NaN and inf stay within their rows
         shifted = wide - wide.max(axis=-1, keepdims=True)
     logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     chosen = np.maximum(token_ids, 0)[:, None]  # a row without an answer has no meaningful log-probabilities
     top = np.argsort(-logits, axis=-1, kind="stable")[:, :num_top]
+    named = rows["logprob_token_ids"][:, : top.shape[1]]
+    np.copyto(top[:, : named.shape[1]], named, where=named >= 0)
     return SamplerOutput(
         token_ids=token_ids,
         logprobs=np.take_along_axis(logprobs, chosen, axis=-1)[:, 0].astype(np.float32),

@@ -25,8 +25,8 @@ class BatchRows:
         max_num_seqs, block_size: as given.
         token_ids: [max_num_seqs, max_model_len + 1] int32, known tokens and then drafted or freshly chosen ones.
         block_tables: [max_num_seqs, max_blocks] int32.
-        num_prompt_tokens, num_logprobs, num_prompt_logprobs: [max_num_seqs] int32; -1 for no log-probabilities.
-        scored: rows whose prompt's log-probabilities are asked for.
+        num_prompt_tokens, num_logprobs: [max_num_seqs] int32; -1 for no log-probabilities.
+        scored: by row, `num_prompt_logprobs` of those whose prompt's log-probabilities are asked for.
         pools: by row, of the prompts that become vectors.
     """
 
@@ -36,11 +36,10 @@ class BatchRows:
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
-        self.num_prompt_logprobs = np.zeros(max_num_seqs, np.int32)
         self._sampling = np.zeros(max_num_seqs, SAMPLING_ROW)
         self.num_logprobs: Int32 = self._sampling["num_logprobs"]
         self._gathered: dict[tuple[bytes, bool], Records] = {}
-        self.scored: set[int] = set()
+        self.scored: dict[int, int] = {}
         self.pools: dict[int, Pool] = {}
         self._penalised: dict[int, Int32] = {}  # row -> prompt tokens that count as seen
         self._biased: dict[int, _Bias] = {}
@@ -60,7 +59,7 @@ class BatchRows:
 
     def leave(self, row: int) -> None:
         """Forget the request in a row, if there is one."""
-        self.scored.discard(row)
+        self.scored.pop(row, None)
         self.pools.pop(row, None)
         self._penalised.pop(row, None)
         self._biased.pop(row, None)
@@ -76,7 +75,8 @@ class BatchRows:
             gathered = gathered.copy()
             known = np.flatnonzero(~chooses)
             gathered["forced_token_id"][known] = self.token_ids[rows[known], positions[known]]
-            gathered["num_logprobs"][known] = self.num_prompt_logprobs[rows[known]]
+            gathered["num_logprobs"][known] = [self.scored.get(row, -1) for row in rows[known].tolist()]
+            gathered["logprob_token_ids"][known] = -1
         gathered["position"] = positions
         penalties = self._penalties(rows, positions, chooses) if self._penalised else NO_PENALTIES
         biases = self._biases(rows, positions, chooses) if self._biased else NO_BIASES
@@ -105,9 +105,8 @@ class BatchRows:
         self.token_ids[row, : len(new.token_ids)] = new.token_ids
         self.num_prompt_tokens[row] = new.num_prompt_tokens
         self._sampling[row] = sampling_row(params)
-        self.num_prompt_logprobs[row] = -1 if params.num_prompt_logprobs is None else params.num_prompt_logprobs
         if params.num_prompt_logprobs is not None:
-            self.scored.add(row)
+            self.scored[row] = params.num_prompt_logprobs
         if params.pooling is not None:
             self.pools[row] = Pool(params.pooling, new.num_prompt_tokens)
         if penalises_output(params):

@@ -66,7 +66,8 @@ exp, log and sums are as exact as those of the standard library, and sums may be
 they decide a choice only where it depends on the last bits of a float64.
 
 Log-probabilities are those of softmax(logits) before step 1, within 1e-5.  A token's rank is 1 + the number
-of tokens whose logit is strictly greater; alternatives are ordered by logit descending, then id ascending.
+of tokens whose logit is strictly greater; alternatives are ordered by logit descending, then id ascending.  A row with
+`logprob_token_ids` has these tokens in place of alternatives, in their order.
 
 A new parameter is spelt in six files: its step here and in `SAMPLING_ROW`, `model/backends/torch_sampler.py` and
 `model/native/sampler.cpp`, which compute it, `scheduler/output.py` (`SamplingParams`), and the two ends of the wire,
@@ -80,14 +81,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.model.step.batch import Float32, Int32, Records, SamplerOutput, SamplingBatch
+from shoal.model.step.batch import Float32, Records, SamplerOutput, SamplingBatch
 from shoal.model.step.noise import Float64, Int64, chances, gumbel_noise
-from shoal.model.step.reference import keep_typical, with_logprobs, within_share, within_sigmas
+from shoal.model.step.reference import describe, keep_typical, within_share, within_sigmas
 from shoal.scheduler.output import SamplingParams
 
 # How to choose at one row of logits.  All fields but three have the names and meanings of those of `SamplingParams`,
 # with -1 for None.  `position` is the index in the sequence of the token to be chosen.  `forced_token_id` is -1, or a
-# known token that is only scored.  `mask` is the number of the row's mask in `SamplingBatch.masks`, or -1.
+# known token that is only scored.  `mask` is the number of the row's mask in `SamplingBatch.masks`, or -1.  Behind the
+# `logprob_token_ids`, which `num_logprobs` counts, stands -1.
+MAX_NAMED_TOKENS = 20
 SAMPLING_ROW = np.dtype(
     [
         ("seed", np.uint64),
@@ -95,6 +98,7 @@ SAMPLING_ROW = np.dtype(
         ("forced_token_id", np.int32),
         ("mask", np.int32),
         ("num_logprobs", np.int32),
+        ("logprob_token_ids", np.int32, MAX_NAMED_TOKENS),
         ("temperature", np.float32),
         ("top_n_sigma", np.float32),
         ("top_k", np.int32),
@@ -111,9 +115,12 @@ SAMPLING_ROW = np.dtype(
 )
 
 
-def sampling_row(params: SamplingParams) -> tuple[float, ...]:
+def sampling_row(params: SamplingParams) -> tuple[Any, ...]:
     """The values of a request's SAMPLING_ROW, with position 0, no forced token and no mask."""
-    others = {"position": 0, "forced_token_id": -1, "mask": -1}
+    others: dict[str, Any] = {"position": 0, "forced_token_id": -1, "mask": -1}
+    if named := params.logprob_token_ids:
+        others["num_logprobs"] = len(named)
+        others["logprob_token_ids"] = named + (-1,) * (MAX_NAMED_TOKENS - len(named))
     values = [others[name] if name in others else getattr(params, name) for name in SAMPLING_ROW.names or ()]
     return tuple(-1 if value is None else value for value in values)
 
@@ -144,13 +151,7 @@ def sample_reference(logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
     """Choose a token at each row of `logits` [num_logits, vocab_size], as this module specifies, row by row."""
     adjusted = _adjusted(logits, sampling)
     token_ids = np.array([_choose(*both) for both in zip(adjusted, sampling.rows, strict=True)], np.int32)
-    return describe(token_ids, logits, sampling)
-
-
-def describe(token_ids: Int32, logits: Float32, sampling: SamplingBatch) -> SamplerOutput:
-    """The output for tokens that were chosen at the rows of `logits`, with log-probabilities if any row asks."""
-    num_top = int(sampling.rows["num_logprobs"].max(initial=-1))
-    return SamplerOutput(token_ids) if num_top < 0 else with_logprobs(token_ids, logits, num_top)
+    return describe(token_ids, logits, sampling.rows)
 
 
 def excludes_top(rows: Records) -> NDArray[np.bool_]:

@@ -49,7 +49,7 @@ class _CompletionCall(OpenAICall[CompletionBody]):
         if self.body.logprobs is None:
             return None
         name = id_text if self.body.return_tokens_as_token_ids else token_text
-        return completion_logprobs(self.service.tokenizer, scored, self.body.logprobs, name)
+        return completion_logprobs(self.service.tokenizer, scored, name)
 
     async def chunks(self) -> AsyncGenerator[list[bytes], None]:
         seed: int | Unset = self.seed

@@ -302,6 +302,8 @@ class ResponsesBody(Extensions, kw_only=True):  # type: ignore[misc, call-arg]
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             _refuse("stream_options", "is only allowed when stream is true")
+        if self.logprob_token_ids is not None and not self.wants_logprobs:
+            _refuse("logprob_token_ids", f"needs include to name {LOGPROBS!r}")
         if self.background and not self.store:
             _refuse("background", "needs store to be true, for the answer is found by its id later")
         for number, tool in enumerate(self.tools or ()):

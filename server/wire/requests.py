@@ -78,7 +78,6 @@ REFUSED = {
     "lora_path": Refusal("this server has no adapters"),
     "lora_request": Refusal("this server has no adapters"),
     "logits_processors": Refusal("this server runs no code of requests"),
-    "logprob_token_ids": Refusal("log-probabilities are those of the chosen and of the most probable tokens"),
 }
 
 
@@ -120,6 +119,9 @@ class SamplingBody(ConstrainedBody):
     ignore_eos: bool = False
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
     bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] = field(default_factory=list)
+
+    # what is told of the tokens: log-probabilities of these in place of the most probable ones
+    logprob_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_LOGPROBS)] | None = None
 
     # what the text shows
     skip_special_tokens: bool = True

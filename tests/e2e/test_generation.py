@@ -249,6 +249,51 @@ def test_logprobs_of_a_chat_are_those_of_transformers(tiny: Server, oracle: Any)
     assert all(entry["top_logprobs"] == [] for entry in without["choices"][0]["logprobs"]["content"])
 
 
+def test_logprobs_of_named_tokens_are_those_of_transformers(tiny: Server, oracle: Any) -> None:
+    """Their ids say which they are.  In completions the chosen one stands beside them; the prompt has its best ones."""
+    body: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "seed": 3, "return_tokens_as_token_ids": True}
+    named = [VOCAB_SIZE - 1, 5, 0]
+    body |= {"logprob_token_ids": named}
+
+    prompt = tiny.tokens(PROMPT)
+    asked = body | {"logprobs": 1, "echo": True}
+    logprobs = tiny.complete(prompt, **asked, prompt_logprobs=4)["choices"][0]["logprobs"]
+    token_ids = [id_of(token) for token in logprobs["tokens"]]
+    expected = log_softmax(oracle, token_ids)
+    for i, token_id in enumerate(token_ids[1:], start=1):
+        row = expected[i - 1]
+        wanted = named if i >= len(prompt) else row.topk(1).indices.tolist()
+        wanted = list(dict.fromkeys([*wanted, token_id]))
+        assert [id_of(token) for token in logprobs["top_logprobs"][i]] == wanted
+        assert list(logprobs["top_logprobs"][i].values()) == pytest.approx(row[wanted].tolist(), abs=1e-3)
+    parts = [chunk["choices"][0]["logprobs"] for chunk in tiny.stream("/v1/completions", prompt=prompt, **asked)]
+    assert [list(top or ()) for part in parts for top in part["top_logprobs"]] == [
+        list(top or ()) for top in logprobs["top_logprobs"]
+    ]
+
+    messages = [{"role": "user", "content": "hi 👍"}]
+    prompt = tiny.post("/tokenize", messages=messages).json()["tokens"]
+    asked = body | {"messages": messages, "logprobs": True, "top_logprobs": 7}
+    content = tiny.post("/v1/chat/completions", **asked).json()["choices"][0]["logprobs"]["content"]
+    chosen = [id_of(entry["token"]) for entry in content]
+    assert len(chosen) == 8
+    for entry, row in zip(content, log_softmax(oracle, prompt + chosen)[len(prompt) - 1 :], strict=False):
+        assert [id_of(top["token"]) for top in entry["top_logprobs"]] == named
+        assert [top["logprob"] for top in entry["top_logprobs"]] == pytest.approx(row[named].tolist(), abs=1e-3)
+
+    asked = {"input": "hi 👍", "include": ["message.output_text.logprobs"], "logprob_token_ids": named}
+    asked |= {"max_output_tokens": 8, "ignore_eos": True, "seed": 3}
+    (item,) = tiny.post("/v1/responses", **asked).json()["output"]
+    entries = item["content"][0]["logprobs"]
+    assert [[top["bytes"] for top in entry["top_logprobs"]] for entry in entries] == [
+        [top["bytes"] for top in entry["top_logprobs"]] for entry in content
+    ]
+
+
+def id_of(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
+
+
 def test_a_banned_token_has_a_finite_logprob(tiny: Server) -> None:
     logprobs = tiny.complete(PROMPT, **GREEDY, max_tokens=3, logprobs=20)["choices"][0]["logprobs"]
     assert all(math.isfinite(value) for top in logprobs["top_logprobs"] for value in top.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,21 @@ def paged() -> type[Paged]:
 
 
 def _sampling_batch(
-    num_rows: int, *, penalties: Iterable[Any] = (), biases: Iterable[Any] = (), **fields: Any
+    num_rows: int,
+    *,
+    penalties: Iterable[Any] = (),
+    biases: Iterable[Any] = (),
+    named: Mapping[int, Sequence[int]] | None = None,
+    **fields: Any,
 ) -> SamplingBatch:
-    """Greedy rows without any option, except for the given fields; entries are tuples in the order of their fields."""
+    """Greedy rows without any option, except for the given fields; entries are tuples in the order of their fields.
+
+    `named` are the `logprob_token_ids` of rows.
+    """
     rows = sampling_rows(num_rows, **{"temperature": 0.0} | fields)
+    for row, token_ids in (named or {}).items():
+        rows["num_logprobs"][row] = len(token_ids)
+        rows["logprob_token_ids"][row, : len(token_ids)] = token_ids
     return SamplingBatch(rows, np.array(list(penalties), PENALTY), np.array(list(biases), BIAS))
 
 

@@ -128,9 +128,9 @@ def test_a_step_that_samples_nothing_needs_no_logits() -> None:
 def test_a_step_that_only_releases_does_not_reach_the_backend() -> None:
     executor, backend = make_executor()
     executor.execute(SchedulerOutput([share("a", 0, 1, [0], new([1], num_prompt_logprobs=1))], []))
-    assert executor.rows.scored == {0}
+    assert executor.rows.scored.keys() == {0}
     assert executor.execute(SchedulerOutput([], [0])) == StepResult([])
-    assert executor.rows.scored == set()
+    assert not executor.rows.scored
     assert len(backend.batches) == 1
 
 
@@ -182,6 +182,20 @@ def test_log_probabilities_and_alternatives_of_each_request_as_many_as_it_asks()
     assert_entry(backend, result.logprobs["a"][0], [1, 2, 3], result.token_ids[0][0], 2)
     assert_entry(backend, result.logprobs["b"][0], [4, 5], result.token_ids[1][0], 0)
     assert_entry(backend, result.prompt_logprobs["b"][0], [4], 5, 3)
+
+
+def test_tokens_that_a_request_names_stand_in_the_place_of_alternatives_but_not_in_its_prompt() -> None:
+    executor, backend = make_executor()
+    asked = new([1, 2, 3], num_logprobs=1, num_prompt_logprobs=2, logprob_token_ids=(9, 0, 4))
+    result = executor.execute(SchedulerOutput([share("a", 0, 3, [0], asked), share("b", 0, 1, [1], new([5]))], []))
+    (entry,) = result.logprobs["a"]
+    logits = backend.logits([1, 2, 3], 0)
+    logprobs = logits - np.log(np.exp(logits).sum())
+    assert entry.top_token_ids == [9, 0, 4]
+    assert entry.top_logprobs == pytest.approx(logprobs[[9, 0, 4]], abs=1e-6)
+    assert entry.logprob == pytest.approx(logprobs[result.token_ids[0][0]], abs=1e-6)
+    for place, scored in enumerate(result.prompt_logprobs["a"]):
+        assert_entry(backend, scored, [1, 2, 3][: place + 1], place + 2, 2)
 
 
 def assert_entry(backend: FakeBackend, entry: TokenLogprobs, context: list[int], token_id: int, count: int) -> None:
@@ -289,6 +303,7 @@ SAMPLING = st.fixed_dictionaries(
         "stop_token_ids": st.frozensets(TOKENS, max_size=2),
         "min_tokens": st.integers(0, 3),
         "num_logprobs": st.sampled_from([None, 0, 3]),
+        "logprob_token_ids": st.sampled_from([None, None, (15, 0, 7, 3)]),
         "num_prompt_logprobs": st.sampled_from([None, None, 2]),
         "logit_bias": st.dictionaries(TOKENS, st.sampled_from([-2.0, 1.5]), max_size=2),
         "frequency_penalty": st.sampled_from([0.0, 0.0, 0.5]),
@@ -335,11 +350,14 @@ def test_every_request_gets_what_it_gets_alone(
     for request_id, (prompt, _) in asked.items():
         harness.add(request_id, prompt, **requests[int(request_id[1:])][2])  # type: ignore[arg-type]
     harness.drain()
-    assert model.rows.scored == set()
+    assert not model.rows.scored
     for request_id, (prompt, sampling) in asked.items():
         tokens, logprobs = truth[request_id]
         assert harness.token_ids[request_id] == tokens
-        if sampling.num_logprobs is not None:
+        if sampling.num_logprobs is not None or sampling.logprob_token_ids:
             assert [entry.logprob for entry in harness.logprobs[request_id]] == pytest.approx(logprobs, abs=1e-5)
+        if sampling.logprob_token_ids:
+            named = [entry.top_token_ids for entry in harness.logprobs[request_id]]
+            assert named == [list(sampling.logprob_token_ids)] * len(tokens)
         scored = prompt_oracle(backend, prompt, sampling) if sampling.num_prompt_logprobs is not None else []
         assert [entry.logprob for entry in harness.prompt_logprobs[request_id]] == pytest.approx(scored, abs=1e-5)

@@ -47,7 +47,12 @@ def make_requests(block_size: int, temperature: float) -> list[Request]:
     prompts.insert(2, [*prompts[1][: 5 * block_size + 1], 7, 7])
     params = [
         SamplingParams(
-            max_tokens=3 + 7 * i % 22, seed=i, num_logprobs=2, stop_token_ids=frozenset([2]), temperature=temperature
+            max_tokens=3 + 7 * i % 22,
+            seed=i,
+            num_logprobs=2,
+            logprob_token_ids=(95, i) if i % 2 else None,
+            stop_token_ids=frozenset([2]),
+            temperature=temperature,
         )
         for i in range(len(prompts))
     ]
@@ -97,15 +102,24 @@ def run(
 def test_greedy_texts_are_those_of_transformers(shape: str, backend: str, tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint(shape.partition("-")[0], **SHAPES[shape])
     requests = make_requests(BACKENDS[backend][-1], 0.0)
-    stats, _ = run(folder, backend, requests, num_blocks=NUM_BLOCKS)
+    stats, news = run(folder, backend, requests, num_blocks=NUM_BLOCKS)
     assert stats.num_preemptions > 0, "the pool was meant to be too small"
     assert stats.num_prefix_hits > 0, "two prompts were meant to begin alike"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for request in requests:
         prompt = torch.tensor([request.token_ids[: request.num_prompt_tokens]])
         settings = GenerationConfig(max_new_tokens=request.params.max_tokens, do_sample=False, pad_token_id=0)
-        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-        assert request.token_ids == expected[0].tolist()
+        settings.update(return_dict_in_generate=True, output_logits=True)
+        expected: Any = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+        assert request.token_ids == expected.sequences[0].tolist()
+        entries = [entry for one in news if one.request_id == request.request_id for entry in one.logprobs or ()]
+        logprobs = torch.stack(expected.logits)[:, 0].log_softmax(-1).numpy()
+        top = np.argsort(-logprobs)[:, :2]
+        named = np.broadcast_to(request.params.logprob_token_ids or [0, 0], top.shape)
+        wanted = named if request.params.logprob_token_ids else top
+        assert [entry.top_token_ids for entry in entries] == wanted.tolist()
+        found = np.array([entry.top_logprobs for entry in entries])
+        np.testing.assert_allclose(found, np.take_along_axis(logprobs, wanted, axis=1), atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["torch", NATIVE, NATIVE_INT8])

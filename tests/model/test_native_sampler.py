@@ -97,6 +97,10 @@ def check(logits: np.ndarray, batch: SamplingBatch) -> None:
     with np.errstate(invalid="ignore"):  # a banned token whose logit is inf
         expected = sample_reference(logits, batch)
     asked = (batch.rows["num_logprobs"] >= 0) & (expected.token_ids >= 0)
+    for top in (expected.top_token_ids, expected.top_logprobs):
+        if top is not None:  # nothing stands behind the tokens that a row names
+            named = batch.rows["logprob_token_ids"][:, :1] >= 0
+            top[named & (np.arange(top.shape[1]) >= batch.rows["num_logprobs"][:, None])] = 0
     outputs = []
     for native in natives():
         passed = logits.copy()
@@ -140,6 +144,7 @@ rows_of_options = st.lists(
             "seed": st.integers(0, 2**64 - 1),
             "forced": st.sampled_from([False, False, False, True]),
             "num_logprobs": st.sampled_from([-1, -1, 0, 1, 5, 60]),
+            "num_named": st.sampled_from([0, 0, 0, 1, 4, 20]),
         }
     ),
     min_size=1,
@@ -160,7 +165,12 @@ def test_chooses_as_the_reference(
     logits = np.stack([random_logits(rng, kind, vocab_size) for kind in columns.pop("kind")])
     forced = [rng.integers(vocab_size) if is_forced else -1 for is_forced in columns.pop("forced")]
     positions = rng.integers(0, 2**31, len(rows))
-    batch = sampling_batch(len(rows), position=positions, forced_token_id=forced, **columns)
+    named = {
+        row: rng.choice(vocab_size, min(count, vocab_size), replace=False)
+        for row, count in enumerate(columns.pop("num_named"))
+        if count
+    }
+    batch = sampling_batch(len(rows), position=positions, forced_token_id=forced, named=named, **columns)
     batch = with_entries(batch, rng, vocab_size, entries_per_row)
     check(logits, batch)
     check(logits, with_masks(batch, rng, vocab_size))
@@ -317,6 +327,8 @@ def test_arguments_serve_one_batch_after_the_other(sampling_batch: Batches) -> N
     ("wrong", "message"),
     [
         ({"forced_token_id": [-1, -1, 40]}, "forced_token_id beyond the vocabulary"),
+        ({"named": {2: [39, 40]}}, "logprob_token_ids beyond the vocabulary"),
+        ({"named": {0: [0, -2]}}, "logprob_token_ids beyond the vocabulary"),
         ({"penalties": [(0, 40, 1)]}, "entries beyond the vocabulary"),
         ({"penalties": [(0, -1, 1)]}, "entries beyond the vocabulary"),
         ({"biases": [(3, 0, 1.0)]}, "entries of a row that is not there"),

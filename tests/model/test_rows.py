@@ -51,7 +51,7 @@ def test_a_request_that_is_placed_twice_is_there_once() -> None:
     rows = BatchRows(2, 16, 4)
     asked = params(num_prompt_logprobs=0)
     assert [rows.place(joining(prompt, asked, row=1)) for prompt in ([1, 2], [3])] == [1, 1]
-    assert (rows.token_ids[1, 0], rows.num_prompt_tokens.tolist(), rows.scored) == (3, [0, 1], {1})
+    assert (rows.token_ids[1, 0], rows.num_prompt_tokens.tolist(), rows.scored) == (3, [0, 1], {1: 0})
 
 
 def test_a_block_table_grows_where_the_share_says() -> None:
@@ -74,7 +74,7 @@ def test_each_row_is_sampled_as_its_own_request_asks() -> None:
     asked = [
         params(temperature=0.5, top_p=0.25, min_p=0.125, top_k=7, seed=2**64 - 1, num_logprobs=3, xtc_threshold=0.25),
         params(presence_penalty=0.5, frequency_penalty=-1.0, repetition_penalty=1.5, seed=0, xtc_threshold=0.5),
-        params(temperature=0.0, top_n_sigma=1.5, typical_p=0.75, xtc_probability=0.25, xtc_threshold=0.125),
+        params(top_n_sigma=1.5, typical_p=0.75, xtc_probability=0.25, xtc_threshold=0.125, logprob_token_ids=(7, 0)),
     ]
     for index, sampling in enumerate(asked):
         rows.place(joining([index], sampling, row=index))
@@ -83,7 +83,8 @@ def test_each_row_is_sampled_as_its_own_request_asks() -> None:
     assert batch.rows.dtype == SAMPLING_ROW
     expected = {name: [getattr(asked[index], name, None) for index in order] for name in batch.rows.dtype.names or ()}
     expected |= {
-        "num_logprobs": [-1, 3, -1, 3],
+        "num_logprobs": [2, 3, -1, 3],
+        "logprob_token_ids": [[7, 0] + [-1] * 18] + [[-1] * 20] * 3,
         "position": [6, 4, 5, 4],
         "forced_token_id": [-1] * 4,
         "mask": [-1] * 4,
@@ -102,12 +103,13 @@ def test_a_row_that_another_request_takes_is_gathered_again() -> None:
 
 def test_known_tokens_are_forced_where_a_prompt_is_scored() -> None:
     rows = BatchRows(2, 16, 4)
-    scored = rows.place(joining([5, 6, 7], params(num_prompt_logprobs=2, num_logprobs=0)))
+    scored = rows.place(joining([5, 6, 7], params(num_prompt_logprobs=2, logprob_token_ids=(9,))))
     other = rows.place(joining([8, 9], row=1))
     row = np.array([scored, scored, scored, other], np.int32)
     batch = rows.sampling_batch(row, np.array([1, 2, 3, 2], np.int32), np.array([False, False, True, True]))
     assert batch.rows["forced_token_id"].tolist() == [6, 7, -1, -1]
-    assert batch.rows["num_logprobs"].tolist() == [2, 2, 0, -1]
+    assert batch.rows["num_logprobs"].tolist() == [2, 2, 1, -1]
+    assert batch.rows["logprob_token_ids"][:, 0].tolist() == [-1, -1, 9, -1]
     rows.leave(0)
     assert not rows.scored
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from shoal.model.step.masks import Masks
 from shoal.model.step.noise import gumbel_noise
 from shoal.model.step.sampling import SAMPLING_ROW, sample_reference
 from shoal.scheduler.output import SamplingParams
-from shoal.server.wire.requests import GenerationBody
+from shoal.server.wire.requests import MAX_LOGPROBS, GenerationBody
 from tests.model import native_sample
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -98,6 +99,7 @@ def mixed(sampling_batch: Batches, seed: int, num_rows: int, vocab_size: int) ->
         num_logprobs=some(-1, [0, 1, 5]),
         penalties=zip(*divmod(pairs, vocab_size), rng.integers(0, 4, num_entries), strict=True),
         biases=zip(*divmod(biased, vocab_size), rng.choice([-np.inf, -100.0, -1.0, 2.5, 100.0], num_rows), strict=True),
+        named={row: rng.choice(vocab_size, 1 + row % 20, replace=False) for row in range(0, num_rows, 7)},
     )
 
 
@@ -477,6 +479,30 @@ def test_logprobs_and_ranks_are_of_the_raw_logits(sampler: Sampler, sampling_bat
         order = np.argsort(-expected[row])[:count]
         assert out.top_token_ids[row, :count].tolist() == order.tolist()
         np.testing.assert_allclose(out.top_logprobs[row, :count], expected[row, order], atol=1e-5)
+
+
+def test_named_tokens_have_their_logprobs_in_the_place_of_alternatives(
+    sampler: Sampler, sampling_batch: Batches
+) -> None:
+    logits = random_logits(5, 6, 23)
+    named = {0: [7, 3, 22], 1: [*range(20)], 4: [4], 5: [11, 0]}
+    how: dict[str, Any] = {"temperature": [0, 1, 1, 0, 1, 1], "num_logprobs": [0, 0, -1, 23, 0, 0]}
+    how |= {"forced_token_id": [-1, -1, -1, -1, 4, -1], "biases": [(0, 9, 100.0)]}
+    plain, out = (sampler(logits, sampling_batch(6, **how, named=asked)) for asked in ({}, named))
+    for name in ("token_ids", "logprobs", "ranks"):
+        np.testing.assert_array_equal(getattr(out, name), getattr(plain, name))
+    assert out.top_token_ids is not None and out.top_logprobs is not None
+    assert plain.top_token_ids is not None and plain.top_logprobs is not None
+    np.testing.assert_array_equal(out.top_token_ids[2:4], plain.top_token_ids[2:4])
+    np.testing.assert_array_equal(out.top_logprobs[2:4], plain.top_logprobs[2:4])
+    expected = torch.from_numpy(logits).double().log_softmax(-1).numpy()
+    for row, token_ids in named.items():
+        assert out.top_token_ids[row, : len(token_ids)].tolist() == list(token_ids)
+        np.testing.assert_allclose(out.top_logprobs[row, : len(token_ids)], expected[row, token_ids], atol=1e-5)
+
+
+def test_as_many_tokens_may_be_named_as_a_request_may_name() -> None:
+    assert SAMPLING_ROW["logprob_token_ids"].shape == (MAX_LOGPROBS,)
 
 
 def test_no_logprobs_unless_asked(sampler: Sampler, sampling_batch: Batches) -> None:

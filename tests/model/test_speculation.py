@@ -118,7 +118,7 @@ def mixed_requests(count: int) -> list[tuple[list[int], dict[str, Any]]]:
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.8, "num_logprobs": 2},
-        {"temperature": 1.0, "top_p": 0.9, "top_k": 20},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "logprob_token_ids": (5, 63, 0)},
         {"temperature": 0.3, "min_p": 0.1, "logit_bias": {3: 2.0}, "min_tokens": 8, "stop_token_ids": frozenset({3})},
         {"temperature": 0.7, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": -0.2},
         {"temperature": 0.2, "num_prompt_logprobs": 1, "num_logprobs": 0, "stop_token_ids": frozenset(range(0, 64, 9))},

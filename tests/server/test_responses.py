@@ -498,6 +498,7 @@ def text_format(**fields: Any) -> dict[str, Any]:
         ({"background": True, "store": False}, "background", "store"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options", "stream is true"),
         ({"include": ["everything"]}, "include", "include[0]"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids", "needs include to name 'message.output_text.logprobs'"),
         ({"max_output_tokens": 0}, "max_output_tokens", ">= 1"),
         ({"max_output_tokens": 9000}, "max_output_tokens", "max_output_tokens can be at most"),
         ({"input": []}, "input", "no message"),

@@ -114,6 +114,13 @@ def test_logprobs() -> None:
     assert resolve(chat(logprobs=False, top_logprobs=None)).num_logprobs is None
 
 
+def test_tokens_whose_logprobs_are_asked_for_stand_once_in_their_order() -> None:
+    for body in (completion(logprobs=0, logprob_token_ids=[7, 0, 7]), chat(logprobs=True, logprob_token_ids=[7, 0])):
+        params = resolve(body)
+        assert (params.num_logprobs, params.logprob_token_ids) == (0, (7, 0))
+    assert resolve(completion(logprobs=3)).logprob_token_ids is None
+
+
 def test_logit_bias() -> None:
     assert resolve(completion(logit_bias={"3": -100.0, "049": 1.5})).logit_bias == {3: -100.0, 49: 1.5}
 
@@ -138,6 +145,10 @@ def test_logit_bias() -> None:
         (completion(end_after=2, logprobs=0), "end_after", "end_after and logprobs contradict each other"),
         (chat(end_after=2, logprobs=True), "end_after", "end_after and logprobs contradict each other"),
         (chat(top_logprobs=1), "top_logprobs", "needs logprobs"),
+        (chat(logprob_token_ids=[1]), "logprob_token_ids", "needs logprobs"),
+        (completion(logprob_token_ids=[1]), "logprob_token_ids", "needs logprobs"),
+        (completion(logprobs=0, logprob_token_ids=[1, 50]), "logprob_token_ids", "token id 50 is outside"),
+        (completion(logprobs=0, logprob_token_ids=[1], max_tokens=0), "logprob_token_ids", "but max_tokens is 0"),
     ],
 )
 def test_what_is_refused(body: CompletionBody | ChatBody, param: str, message: str) -> None:
