@@ -26,7 +26,7 @@ from shoal.server.errors import (
 from shoal.server.headers import MAX_ID_CHARS
 from shoal.server.openapi.operations import OPERATIONS, TAGS, Events, Operation
 from shoal.server.openapi.schemas import Schema, Schemas, types_of
-from shoal.server.routes.answer import event
+from shoal.server.routes.answer import encode, event
 from shoal.server.routes.streams import MAX_KEY_CHARS
 from shoal.server.service import Service
 from shoal.server.wire.requests import MAX_TIMEOUT_SECONDS
@@ -64,6 +64,8 @@ HEADERS: Mapping[str, tuple[str, Schema]] = {
         "seconds, as the field `timeout`",
         {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_SECONDS},
     ),
+    "X-Shoal-Timing": ("`true`: as the field `timing`", {"enum": ["true", "false"]}),
+    "request-id": ("what `request_id` of an error says; the `id` of the message where there is one", _TEXT),
     "x-request-id": ("the `id` of the answer, or of the request", _TEXT),
     "x-ignored-fields": ("fields that the server does not know", _TEXT),
     "x-seed": ("the `seed` of the answer", _COUNT),
@@ -84,6 +86,7 @@ SECURITY: Mapping[str, Schema] = {
 _PATHS = {
     "name": "one of the names of the served model",
     "stream_id": "the `id` of the answer",
+    "response_id": "the `id` of the response",
     "file_id": "the `id` of the file",
     "batch_id": "the `id` of the batch",
 }
@@ -140,8 +143,9 @@ def _types(operations: Iterable[Operation]) -> Iterable[Any]:
     for one in operations:
         yield from types_of(one.body) + types_of(one.query) + types_of(one.answer)
         yield _error_type(one.shape)
-        for kind in one.events.types.values() if one.events else ():
-            yield from types_of(kind)
+        if one.events is not None:
+            yield from (kind for kinds in one.events.types.values() for kind in types_of(kinds))
+            yield from map(_error_type, one.events.shapes)
 
 
 def _operation(operation: Operation, schemas: Schemas, is_guarded: bool) -> Schema:
@@ -172,13 +176,13 @@ def _answers(operation: Operation, schemas: Schemas) -> Schema:
     if operation.answer is not None:
         content["application/json"] = {"schema": schemas.of(operation.answer)}
         if operation.example is not None:
-            content["application/json"]["example"] = msgspec.to_builtins(operation.example)
+            content["application/json"]["example"] = msgspec.json.decode(encode(operation.example))
     if operation.events is not None:
         content["text/event-stream"] = {
-            "schema": _event_schema(operation.events, operation.shape, schemas),
-            "example": _stream_example(operation.events, operation.shape),
+            "schema": _event_schema(operation.events, schemas),
+            "example": _stream_example(operation.events),
         }
-    names = ["x-request-id", *(name for name in operation.headers if name.islower())]
+    names = ["x-request-id", *operation.shape.headers, *(name for name in operation.headers if name.islower())]
     names += ["x-ignored-fields"] if operation.body is not None else []
     headers = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
     answers: Schema = {}
@@ -192,7 +196,7 @@ def _answers(operation: Operation, schemas: Schemas) -> Schema:
     return answers
 
 
-def _event_schema(events: Events, shape: ErrorShape, schemas: Schemas) -> Schema:
+def _event_schema(events: Events, schemas: Schemas) -> Schema:
     """The schema of an event, as tools expect it of OpenAPI 3.1: it has an id, maybe a name, and data."""
 
     def one_event(name: str, data: Schema) -> Schema:
@@ -207,17 +211,17 @@ def _event_schema(events: Events, shape: ErrorShape, schemas: Schemas) -> Schema
         return one_event(name, {"type": "string", "contentMediaType": "application/json", "contentSchema": schema})
 
     kinds = [with_json(name, schemas.of(kind)) for name, kind in events.types.items()]
-    kinds.append(with_json(shape.event, schemas.of(_error_type(shape))))
-    if shape.done:
-        kinds.append(one_event("", {"const": shape.done.decode().removeprefix("data: ").strip()}))
+    for shape in events.shapes:
+        kinds.append(with_json(shape.event, schemas.of(_error_type(shape))))
+        if shape.done:
+            kinds.append(one_event("", {"const": shape.done.decode().removeprefix("data: ").strip()}))
     return {"anyOf": kinds}
 
 
-def _stream_example(events: Events, shape: ErrorShape) -> str:
-    parts = [event(data, name).decode() for name, data in events.example]
-    parts += [shape.done.decode()] if shape.done else []
-    stream_id = getattr(events.example[0][1], "id", "stream")
-    return "".join(f"id: {stream_id}:{number}\n{part}" for number, part in enumerate(parts, 1))
+def _stream_example(events: Events) -> str:
+    done = events.shapes[0].done.decode()
+    parts = [*(event(data, name).decode() for name, data in events.example), *([done] if done else [])]
+    return "".join(f"id: {events.example_id}:{number}\n{part}" for number, part in enumerate(parts, 1))
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -233,22 +237,29 @@ def _error_answers(operation: Operation, schemas: Schemas, is_guarded: bool) -> 
 
 def _error_answer(shape: ErrorShape, kinds: list[type[ShoalError]], schemas: Schemas) -> Schema:
     rows = [http_error(kind("")) for kind in kinds]
-    schema = schemas.of(_error_type(shape))
-    if shape is OPENAI:
-        of_status = {
-            "type": {"enum": sorted({row.type for row in rows})},
-            "code": {"enum": sorted({row.code or "" for row in rows})},
-        }
-        schema = {"allOf": [schema, {"properties": {"error": {"properties": of_status}}}]}
-    example = msgspec.to_builtins(shape.body(kinds[-1]("what is wrong, the limit, and what would be right")))
-    names = ["x-request-id"]
+    by_type: dict[Any, list[dict[str, Any]]] = {}
+    described = []
+    for kind in kinds:
+        told_in = OPENAI if issubclass(kind, MalformedRequestError) else shape  # whose path nobody could read
+        example = msgspec.to_builtins(told_in.body(kind("what is wrong, the limit, and what would be right")))
+        told = example["error"]
+        by_type.setdefault(_error_type(told_in), []).append(told)
+        described.append(f"`{told.get('code', told['type'])}`: {kind.__doc__}")
+    names = ["x-request-id", *shape.headers]
     names += ["retry-after"] if any(row.retry_after is not None for row in rows) else []
     names += ["www-authenticate"] if AuthenticationError in kinds else []
+    schema = {"anyOf": [{"allOf": [schemas.of(kind), _told_apart(some)]} for kind, some in by_type.items()]}
     return {
-        "description": "\n\n".join(f"`{row.code}`: {kind.__doc__}" for kind, row in zip(kinds, rows, strict=True)),
-        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
+        "description": "\n\n".join(described),
+        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in dict.fromkeys(names)},
         "content": {"application/json": {"schema": schema, "example": example}},
     }
+
+
+def _told_apart(some: list[dict[str, Any]]) -> Schema:
+    """What the errors of a status have in the fields by which errors are told apart."""
+    fields = {name: {"enum": sorted({one[name] for one in some})} for name in ("type", "code") if name in some[0]}
+    return {"properties": {"error": {"properties": fields}}}
 
 
 def _error_type(shape: ErrorShape) -> Any:

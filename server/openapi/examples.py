@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from shoal.scheduler.config import SchedulerConfig
+from shoal.server.wire import item_events, message_answers
 from shoal.server.wire.batches import Batch, Deleted, FileObject, Page, RequestCounts
+from shoal.server.wire.embeddings import Embedding, Embeddings, EmbeddingsUsage
+from shoal.server.wire.items import (
+    NO_LOGPROBS,
+    IncompleteDetails,
+    InputText,
+    InputTokensDetails,
+    ItemPage,
+    MessageItem,
+    OutputText,
+    OutputTokensDetails,
+    ReasoningConfig,
+    ResponseObject,
+    ResponseUsage,
+    TextConfig,
+    TextFormat,
+)
+from shoal.server.wire.message_answers import MessageAnswer, TextBlock
 from shoal.server.wire.responses import (
     Capabilities,
     ChatChoice,
@@ -25,7 +45,9 @@ from shoal.server.wire.responses import (
     ModelList,
     PromptTokensDetails,
     ServerInfo,
+    SpecialToken,
     TokenizeResult,
+    TokenizerInfo,
     ToolCall,
     Usage,
 )
@@ -35,7 +57,7 @@ Bodies = Mapping[str, Mapping[str, Any]]
 _MODEL, _CREATED, _FINGERPRINT, _SEED = "shoal-moe", 1795874638, "fp_9f3c6a1e5b20d784", 7
 _USAGE = Usage(9, 8, 17, PromptTokensDetails(0), CompletionTokensDetails(0, 0))
 _QUESTION = {"role": "user", "content": "Write a function that reverses a string."}
-_WEATHER = {
+_WEATHER: Any = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -50,6 +72,7 @@ COMPLETION_BODIES: Bodies = {
     "text": {"prompt": "def add(a, b):\n", "max_tokens": 8, "temperature": 0},
     "stream": {"prompt": "import os\n", "max_tokens": 8, "seed": 7, "stream": True},
     "several choices": {"prompt": ["import os\n", "import sys\n"], "max_tokens": 4, "n": 2, "logprobs": 2},
+    "how it was served": {"prompt": "import os\n", "max_tokens": 8, "timing": True, "receipt": True},
     "one of some texts": {"prompt": "The colour is ", "structured_outputs": {"choice": ["red", "green"]}},
 }
 
@@ -115,6 +138,133 @@ CHAT_EVENTS = [
     _chunk(None, usage=_USAGE),
 ]
 
+# -- Anthropic's messages ----------------------------------------------------------------------------------------------
+
+_SAID = {"model": _MODEL, "messages": [_QUESTION]}
+MESSAGE_BODIES: Bodies = {
+    "question": {**_SAID, "max_tokens": 32},
+    "stream": {**_SAID, "max_tokens": 32, "stream": True},
+    "tool": {
+        "model": _MODEL,
+        "max_tokens": 64,
+        "system": "You call tools.",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "How is the weather in Paris?"}]}],
+        "tools": [{"name": "weather", "input_schema": _WEATHER["function"]["parameters"]}],
+        "tool_choice": {"type": "any"},
+    },
+}
+COUNT_BODIES: Bodies = {"question": _SAID}
+
+
+def _message(text: str, num_tokens: int, **fields: Any) -> MessageAnswer:
+    content: list[message_answers.ContentBlock] = [TextBlock(text)] if text else []
+    usage = message_answers.Usage(14, num_tokens, 0)
+    return MessageAnswer("msg_819226eae447575697207ecc", _MODEL, content, usage, **fields)
+
+
+MESSAGE = _message("```python\ndef reverse(text):", 8, stop_reason="max_tokens")
+MESSAGE_EVENTS = [
+    (one.type, one)
+    for one in (
+        message_answers.MessageStart(_message("", 0)),
+        message_answers.Ping(),
+        message_answers.BlockStart(0, TextBlock()),
+        message_answers.BlockDelta(0, message_answers.TextDelta("```python\n")),
+        message_answers.BlockDelta(0, message_answers.TextDelta("def reverse(text):")),
+        message_answers.BlockStop(0),
+        message_answers.MessageDelta(message_answers.Stop("max_tokens", None), MESSAGE.usage),
+        message_answers.MessageStop(),
+    )
+]
+
+# -- responses ---------------------------------------------------------------------------------------------------------
+
+INPUT_BODIES: Bodies = {"question": {"instructions": "Be brief.", "input": _QUESTION["content"]}}
+RESPONSE_BODIES: Bodies = {
+    "question": {**INPUT_BODIES["question"], "max_output_tokens": 32},
+    "stream": {"input": [_QUESTION], "max_output_tokens": 32, "seed": 7, "stream": True},
+    "in the background": {"input": [_QUESTION], "max_output_tokens": 32, "background": True},
+    "tool": {
+        "input": "How is the weather in Paris?",
+        "tools": [{"type": "function", **_WEATHER["function"]}],
+        "tool_choice": "required",
+        "max_output_tokens": 64,
+    },
+}
+_TEXT = "def reverse(text):"
+_ITEM_ID = "msg_5d8c3a7e91f04b26c8d1e7a2"
+
+
+def _item(text: str, status: Literal["in_progress", "incomplete"]) -> MessageItem:
+    return MessageItem(id=_ITEM_ID, status=status, content=[OutputText(text)] if text else [])
+
+
+def _response(**fields: Any) -> ResponseObject:
+    return ResponseObject(
+        id="resp_0b6e2f4a8c1d3e5f7a9b0c2d",
+        created_at=_CREATED,
+        background=False,
+        instructions="Be brief.",
+        max_output_tokens=4,
+        max_tool_calls=None,
+        model=_MODEL,
+        parallel_tool_calls=True,
+        previous_response_id=None,
+        prompt_cache_key=None,
+        reasoning=ReasoningConfig(),
+        safety_identifier=None,
+        store=True,
+        temperature=0.7,
+        text=TextConfig(format=TextFormat(type="text")),
+        tool_choice="auto",
+        tools=[],
+        top_logprobs=0,
+        top_p=0.9,
+        truncation="disabled",
+        user=None,
+        metadata={},
+        seed=_SEED,
+        **fields,
+    )
+
+
+RESPONSE = _response(
+    status="incomplete",
+    incomplete_details=IncompleteDetails("max_output_tokens"),
+    output=[_item(_TEXT, "incomplete")],
+    usage=ResponseUsage(20, InputTokensDetails(0), 4, OutputTokensDetails(0), 24),
+)
+_BEGUN = _response(status="in_progress", output=[])
+_PLACE = {"item_id": _ITEM_ID, "output_index": 0}
+RESPONSE_EVENTS = [
+    (one.kind, replace(one, sequence_number=number))
+    for number, one in enumerate(
+        (
+            item_events.Created(response=_BEGUN),
+            item_events.InProgress(response=_BEGUN),
+            item_events.ItemAdded(output_index=0, item=_item("", "in_progress")),
+            item_events.PartAdded(**_PLACE, part=OutputText()),
+            item_events.TextDelta(**_PLACE, delta=_TEXT, logprobs=NO_LOGPROBS),
+            item_events.TextDone(**_PLACE, text=_TEXT, logprobs=NO_LOGPROBS),
+            item_events.PartDone(**_PLACE, part=OutputText(_TEXT)),
+            item_events.ItemDone(output_index=0, item=_item(_TEXT, "incomplete")),
+            item_events.Incomplete(response=RESPONSE),
+        )
+    )
+]
+_ASKED = MessageItem(
+    id="msg_c1a7e05b93d24f68a0b3d9e4", role="user", status="completed", content=[InputText(_QUESTION["content"])]
+)
+ITEMS = ItemPage([_ASKED], has_more=False, first_id=_ASKED.id, last_id=_ASKED.id)
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+EMBEDDING_BODIES: Bodies = {
+    "text": {"input": "import os", "dimensions": 3},
+    "base64": {"input": ["import os", "import sys"], "encoding_format": "base64"},
+}
+EMBEDDINGS = Embeddings([Embedding(0, [0.422, -0.557, 0.715])], _MODEL, EmbeddingsUsage(3, 3))
+
 # -- models and tokens -------------------------------------------------------------------------------------------------
 
 MODEL = ModelCard(
@@ -135,6 +285,16 @@ SERVER_INFO = ServerInfo(
     402_653_184,
     SchedulerConfig(num_blocks=4096, max_model_len=1024),
     {"model": _MODEL, "server": {"host": "127.0.0.1", "port": 8000}},
+)
+TOKENIZER_INFO = TokenizerInfo(
+    tokenizer_class="PreTrainedTokenizerFast",
+    vocab_size=4096,
+    model_max_length=1024,
+    is_byte_level=True,
+    special_tokens={"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    added_tokens_decoder={0: SpecialToken("<|endoftext|>")},
+    chat_template="{% for message in messages %}...{% endfor %}",
+    chat_templates={"default": "{% for message in messages %}...{% endfor %}"},
 )
 TOKENIZE_BODIES: Bodies = {"text": {"prompt": "import os"}, "conversation": {"messages": [_QUESTION]}}
 TOKENIZED = TokenizeResult(3, 1024, [0, 703, 982])

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from shoal.scheduler.errors import ContextLengthError, EngineError, InvalidRequestError, QueueFullError, ShoalError
 from shoal.server.errors import (
     OPENAI,
@@ -23,6 +25,9 @@ from shoal.server.errors import (
     StreamExpiredError,
 )
 from shoal.server.openapi import examples
+from shoal.server.routes.responses import STREAM_SHAPE
+from shoal.server.shapes import anthropic
+from shoal.server.wire import item_events, message_answers
 from shoal.server.wire.batches import (
     MAX_FILE_BYTES,
     MAX_NAME_CHARS,
@@ -35,6 +40,18 @@ from shoal.server.wire.batches import (
     Page,
 )
 from shoal.server.wire.body import Body
+from shoal.server.wire.embeddings import Embeddings, EmbeddingsBody
+from shoal.server.wire.items import (
+    DeletedResponse,
+    InputTokens,
+    ItemPage,
+    ItemsQuery,
+    ResponseObject,
+    ResponseQuery,
+    ResponsesBody,
+)
+from shoal.server.wire.message_answers import MessageAnswer, TokenCount
+from shoal.server.wire.messages import CountBody, MessagesBody
 from shoal.server.wire.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from shoal.server.wire.responses import (
     ChatCompletion,
@@ -45,6 +62,7 @@ from shoal.server.wire.responses import (
     ModelList,
     ServerInfo,
     TokenizeResult,
+    TokenizerInfo,
 )
 
 
@@ -55,10 +73,14 @@ class Events:
     Attributes:
         types: of the data of its events, one or several, by their names; streams of OpenAI's first API have no names.
         example: the data of a whole stream, each with its event's name.
+        example_id: the `id` of the answer that it is of.
+        shapes: of errors and of the end, one for each API whose stream it may be; the example is of the first.
     """
 
     types: Mapping[str, Any]
     example: Sequence[tuple[str, object]]
+    example_id: str
+    shapes: Sequence[ErrorShape] = (OPENAI,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +98,7 @@ class Operation:
         events: of the stream that the answer is, or may be.
         is_empty: whether an answer may be 204.
         errors: what may go wrong, beside what may with any request.
-        shape: of errors.
+        shape: of errors, but for those in streams.
     """
 
     tag: str
@@ -96,13 +118,8 @@ class Operation:
     shape: ErrorShape = OPENAI
 
 
-GENERATION_HEADERS = (
-    "Idempotency-Key",
-    "Last-Event-ID",
-    "X-Stream-Resume",
+_TERMS_HEADERS = (
     "X-Request-Timeout",
-    "x-seed",
-    "x-stream-resume",
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
@@ -110,24 +127,90 @@ GENERATION_HEADERS = (
     "x-ratelimit-remaining-tokens",
     "x-ratelimit-reset-tokens",
 )
+GENERATION_HEADERS = (
+    "Idempotency-Key",
+    "Last-Event-ID",
+    "X-Stream-Resume",
+    "x-seed",
+    "x-stream-resume",
+    *_TERMS_HEADERS,
+)
+COMPLETION_HEADERS = ("X-Shoal-Timing", *GENERATION_HEADERS)
 BODY_ERRORS = (InvalidRequestError, BodyTooLargeError)
-GENERATION_ERRORS = (
+_WORK_ERRORS = (
     *BODY_ERRORS,
     ContextLengthError,
     ModelNotFoundError,
     RequestTimeoutError,
-    StreamExpiredError,
-    IdempotencyKeyReuseError,
     QueueFullError,
     RateLimitError,
     EngineError,
 )
+GENERATION_ERRORS = (*_WORK_ERRORS, StreamExpiredError, IdempotencyKeyReuseError)
 _FILE_ERRORS = (NotFoundError, BatchesUnavailableError)
 _UPLOAD = f"at most {MAX_FILE_BYTES // 2**20} MiB, with a name of at most {MAX_NAME_CHARS} characters"
 _NO_CONTENT = "The answer has no content: its status says all."
 
+ANTHROPIC = anthropic("req_1e1b503751b2087400d56cf8")
+
+
+def _by_tag(*kinds: type[Struct]) -> Mapping[str, type[Struct]]:
+    """Types of events by the names of their events."""
+    return {str(kind.__struct_config__.tag): kind for kind in kinds}
+
+
+COMPLETION_EVENTS = Events(
+    types={"": Completion}, example=examples.COMPLETION_EVENTS, example_id=examples.COMPLETION.id
+)
+CHAT_EVENTS = Events(types={"": ChatCompletionChunk}, example=examples.CHAT_EVENTS, example_id=examples.CHAT.id)
+MESSAGE_EVENTS = Events(
+    types=_by_tag(
+        message_answers.MessageStart,
+        message_answers.BlockStart,
+        message_answers.BlockDelta,
+        message_answers.BlockStop,
+        message_answers.MessageDelta,
+        message_answers.MessageStop,
+        message_answers.Ping,
+    ),
+    example=examples.MESSAGE_EVENTS,
+    example_id=examples.MESSAGE.id,
+    shapes=(ANTHROPIC,),
+)
+RESPONSE_EVENTS = Events(
+    types=_by_tag(
+        item_events.Created,
+        item_events.Queued,
+        item_events.InProgress,
+        item_events.ItemAdded,
+        item_events.PartAdded,
+        item_events.TextDelta,
+        item_events.TextDone,
+        item_events.ReasoningDelta,
+        item_events.ReasoningDone,
+        item_events.ArgumentsDelta,
+        item_events.ArgumentsDone,
+        item_events.PartDone,
+        item_events.ItemDone,
+        item_events.Completed,
+        item_events.Incomplete,
+        item_events.Failed,
+    ),
+    example=examples.RESPONSE_EVENTS,
+    example_id=examples.RESPONSE.id,
+    shapes=(STREAM_SHAPE,),
+)
+ALL_EVENTS = Events(
+    types={**MESSAGE_EVENTS.types, **RESPONSE_EVENTS.types, "": (Completion, ChatCompletionChunk)},
+    example=examples.CHAT_EVENTS,
+    example_id=examples.CHAT.id,
+    shapes=(OPENAI, ANTHROPIC, STREAM_SHAPE),
+)
+
 TAGS = {
     "Generation": "Text from a prompt or a conversation, whole or as a stream of server-sent events.",
+    "Responses": "Responses that are kept.",
+    "Embeddings": "Vectors of texts.",
     "Streams": "Streams that outlive their connection.",
     "Models": "What is served, and how.",
     "Tokens": "Text to tokens, tokens to text.",
@@ -141,10 +224,10 @@ OPERATIONS: Mapping[str, Operation] = {
         summary="Continue a prompt",
         body=CompletionBody,
         bodies=examples.COMPLETION_BODIES,
-        headers=GENERATION_HEADERS,
+        headers=COMPLETION_HEADERS,
         answer=Completion,
         example=examples.COMPLETION,
-        events=Events(types={"": Completion}, example=examples.COMPLETION_EVENTS),
+        events=COMPLETION_EVENTS,
         is_empty=True,
         errors=GENERATION_ERRORS,
     ),
@@ -153,12 +236,101 @@ OPERATIONS: Mapping[str, Operation] = {
         summary="Answer a conversation",
         body=ChatBody,
         bodies=examples.CHAT_BODIES,
-        headers=GENERATION_HEADERS,
+        headers=COMPLETION_HEADERS,
         answer=ChatCompletion,
         example=examples.CHAT,
-        events=Events(types={"": ChatCompletionChunk}, example=examples.CHAT_EVENTS),
+        events=CHAT_EVENTS,
         is_empty=True,
         errors=GENERATION_ERRORS,
+    ),
+    "POST /v1/messages": Operation(
+        tag="Generation",
+        summary="Answer a conversation, as Anthropic's API does",
+        body=MessagesBody,
+        bodies=examples.MESSAGE_BODIES,
+        headers=GENERATION_HEADERS,
+        answer=MessageAnswer,
+        example=examples.MESSAGE,
+        events=MESSAGE_EVENTS,
+        is_empty=True,
+        errors=GENERATION_ERRORS,
+        shape=ANTHROPIC,
+    ),
+    "POST /v1/messages/count_tokens": Operation(
+        tag="Tokens",
+        summary="Count the tokens of the prompt that a message would have",
+        body=CountBody,
+        bodies=examples.COUNT_BODIES,
+        answer=TokenCount,
+        example=TokenCount(14),
+        errors=(*BODY_ERRORS, ModelNotFoundError),
+        shape=ANTHROPIC,
+    ),
+    "POST /v1/responses": Operation(
+        tag="Generation",
+        summary="Answer a conversation in items",
+        description="With `background` the answer comes at once, and the response is made meanwhile.",
+        body=ResponsesBody,
+        bodies=examples.RESPONSE_BODIES,
+        headers=GENERATION_HEADERS,
+        answer=ResponseObject,
+        example=examples.RESPONSE,
+        events=RESPONSE_EVENTS,
+        is_empty=True,
+        errors=(*GENERATION_ERRORS, NotFoundError),
+    ),
+    "POST /v1/responses/input_tokens": Operation(
+        tag="Tokens",
+        summary="Count the tokens of the prompt that a response would have",
+        body=ResponsesBody,
+        bodies=examples.INPUT_BODIES,
+        answer=InputTokens,
+        example=InputTokens(14),
+        errors=(*BODY_ERRORS, ContextLengthError, NotFoundError, ModelNotFoundError),
+    ),
+    "GET /v1/responses/{response_id}": Operation(
+        tag="Responses",
+        summary="Get a response as it is so far",
+        description="With `stream` the answer is the events of a response in the background from number "
+        "`starting_after` + 1 on, as they come.",
+        query=ResponseQuery,
+        headers=("x-seed",),
+        answer=ResponseObject,
+        example=examples.RESPONSE,
+        events=RESPONSE_EVENTS,
+        errors=(InvalidRequestError, NotFoundError, StreamExpiredError),
+    ),
+    "DELETE /v1/responses/{response_id}": Operation(
+        tag="Responses",
+        summary="Forget a response",
+        answer=DeletedResponse,
+        example=DeletedResponse(examples.RESPONSE.id),
+        errors=(NotFoundError,),
+    ),
+    "GET /v1/responses/{response_id}/input_items": Operation(
+        tag="Responses",
+        summary="List the conversation that was answered, the newest item first",
+        query=ItemsQuery,
+        answer=ItemPage,
+        example=examples.ITEMS,
+        errors=(InvalidRequestError, NotFoundError),
+    ),
+    "POST /v1/responses/{response_id}/cancel": Operation(
+        tag="Responses",
+        summary="End a response that is made in the background",
+        answer=ResponseObject,
+        example=examples.RESPONSE,
+        errors=(InvalidRequestError, NotFoundError),
+    ),
+    "POST /v1/embeddings": Operation(
+        tag="Embeddings",
+        summary="Make vectors of texts",
+        body=EmbeddingsBody,
+        bodies=examples.EMBEDDING_BODIES,
+        headers=_TERMS_HEADERS,
+        answer=Embeddings,
+        example=examples.EMBEDDINGS,
+        errors=_WORK_ERRORS,
     ),
     "GET /v1/streams/{stream_id}": Operation(
         tag="Streams",
@@ -166,9 +338,9 @@ OPERATIONS: Mapping[str, Operation] = {
         description="Gives what follows the event that `Last-Event-ID` names, and then what comes.  It takes over: a "
         "connection on which the stream is still sent ends.  After the last event the answer is 204.",
         headers=("Last-Event-ID", "x-seed", "x-stream-resume"),
-        answer=(Completion, ChatCompletion),
+        answer=(Completion, ChatCompletion, MessageAnswer, ResponseObject),
         example=examples.CHAT,
-        events=Events(types={"": (Completion, ChatCompletionChunk)}, example=examples.CHAT_EVENTS),
+        events=ALL_EVENTS,
         is_empty=True,
         errors=(InvalidRequestError, NotFoundError, RequestTimeoutError, StreamExpiredError, EngineError),
     ),
@@ -191,6 +363,12 @@ OPERATIONS: Mapping[str, Operation] = {
         summary="Get the limits and settings of the server",
         answer=ServerInfo,
         example=examples.SERVER_INFO,
+    ),
+    "GET /tokenizer_info": Operation(
+        tag="Tokens",
+        summary="Get the chat template and the special tokens",
+        answer=TokenizerInfo,
+        example=examples.TOKENIZER_INFO,
     ),
     "POST /tokenize": Operation(
         tag="Tokens",
@@ -276,6 +454,9 @@ OPERATIONS: Mapping[str, Operation] = {
         answer=Batch,
         example=examples.BATCH,
         errors=(InvalidRequestError, *_FILE_ERRORS),
+    ),
+    "POST /reset_prefix_cache": Operation(
+        tag="Operations", summary="Have later requests find no prefix of earlier ones", description=_NO_CONTENT
     ),
     "GET /health": Operation(
         tag="Operations", summary="Tell whether steps complete, or nothing is asked", description=_NO_CONTENT

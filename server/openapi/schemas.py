@@ -87,7 +87,8 @@ def _component(schema: Schema, kind: StructType | DataclassType, closed: bool) -
         if not closed:
             made.pop("additionalProperties", None)
     else:
-        made["required"] = [field.encode_name for field in kind.fields if _is_always_there(kind, field)]
+        tag = [kind.tag_field] if isinstance(kind, StructType) and kind.tag_field else []
+        made["required"] = tag + [field.encode_name for field in kind.fields if _is_always_there(kind, field)]
     if dataclasses.is_dataclass(kind.cls):
         helps = {field.name: field.metadata.get("help") for field in dataclasses.fields(kind.cls)}
         made["properties"] = {name: _described(one, helps[name]) for name, one in made["properties"].items()}
@@ -96,9 +97,9 @@ def _component(schema: Schema, kind: StructType | DataclassType, closed: bool) -
 
 def _fields_of_request(schema: Schema, kind: type[Body]) -> dict[str, Schema]:
     """The fields with their meanings and their other names; null is as if a field was left out."""
-    properties = {}
+    kinds, properties = [one.__name__ for one in kind.__mro__], {}
     for name, field in schema["properties"].items():
-        known = _described(field, meaning(kind.__name__, name))
+        known = _described(field, meaning(kinds, name))
         properties[name] = known if name in schema["required"] else _or_null(known)
     for alias, name in kind.aliases.items():
         properties[alias] = _described(properties[name], f"another name for `{name}`")

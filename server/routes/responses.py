@@ -28,7 +28,6 @@ from shoal.server.service import Service, new_id, unix_time
 from shoal.server.streams import Answer
 from shoal.server.text import Delta, Scored
 from shoal.server.tools.answer import ChatAnswer
-from shoal.server.wire.batches import Page
 from shoal.server.wire.item_events import (
     Completed,
     Created,
@@ -45,6 +44,7 @@ from shoal.server.wire.items import (
     InputTokens,
     InputTokensDetails,
     Item,
+    ItemPage,
     ItemsQuery,
     OutputTokensDetails,
     ReasoningConfig,
@@ -195,7 +195,7 @@ async def _fitted(service: Service, chat: ChatBody) -> tuple[str, list[int]]:
         at = (low + high) // 2
 
 
-def _page(items: list[Item], query: ItemsQuery) -> Page[Item]:
+def _page(items: list[Item], query: ItemsQuery) -> ItemPage:
     """A part of a list of items.
 
     Raises:
@@ -209,12 +209,15 @@ def _page(items: list[Item], query: ItemsQuery) -> Page[Item]:
             raise NotFoundError(f"after: there is no item {query.after[:100]!r}", param="after")
     data = ordered[begin : begin + query.limit]
     has_more = begin + len(data) < len(ordered)
-    return Page(data, has_more, data[0].id if data else None, data[-1].id if data else None)
+    return ItemPage(data, has_more, data[0].id if data else None, data[-1].id if data else None)
 
 
 def _stream_error(error: ShoalError) -> ErrorEvent:
     told = error_body(in_own_words(error) if isinstance(error, InvalidRequestError) else error).error
     return ErrorEvent(code=told.code, message=told.message, param=told.param, error=told)
+
+
+STREAM_SHAPE = ErrorShape(_stream_error, "error", b"")
 
 
 class _ResponsesCall(Call[ChatBody]):
@@ -225,7 +228,7 @@ class _ResponsesCall(Call[ChatBody]):
     """
 
     id_prefix = "resp_"
-    shape = ErrorShape(_stream_error, "error", b"")
+    shape = STREAM_SHAPE
 
     def __init__(self, service: Service, request: Request, turn: _Turn, grammar: str) -> None:
         super().__init__(service, request, turn.chat, [turn.prompt], grammar)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from msgspec import Raw, Struct
+from msgspec import Struct
 
 from shoal.server.errors import ErrorObject
-from shoal.server.wire.items import CallItem, MessageItem, OutputText, ReasoningItem, ReasoningText, ResponseObject
+from shoal.server.wire.items import (
+    CallItem,
+    Logprobs,
+    MessageItem,
+    OutputText,
+    ReasoningItem,
+    ReasoningText,
+    ResponseObject,
+)
 
 
 class ItemEvent(Struct, kw_only=True, tag_field="type"):
@@ -74,12 +82,12 @@ class PartDone(_OfPart, kw_only=True, tag="response.content_part.done"):
 
 class TextDelta(_OfPart, kw_only=True, tag="response.output_text.delta"):
     delta: str
-    logprobs: Raw
+    logprobs: Logprobs
 
 
 class TextDone(_OfPart, kw_only=True, tag="response.output_text.done"):
     text: str
-    logprobs: Raw
+    logprobs: Logprobs
 
 
 class ReasoningDelta(_OfPart, kw_only=True, tag="response.reasoning_text.delta"):

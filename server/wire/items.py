@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from msgspec import Meta, Raw, Struct, defstruct, field
+from msgspec.structs import fields
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.server.wire.batches import Metadata
+from shoal.server.wire.batches import Metadata, Page
 from shoal.server.wire.body import Body, Refusal
 from shoal.server.wire.conversations import MAX_ID_CHARS, MAX_MESSAGES, MAX_TOOLS, ToolMode, ToolName
-from shoal.server.wire.requests import MAX_INT, REFUSED, NumLogprobs, SamplingBody
+from shoal.server.wire.requests import MAX_INT, REFUSED, ChatBody, NumLogprobs, SamplingBody
 
 LOGPROBS = "message.output_text.logprobs"
 # Of these only log-probabilities and what is never there are asked of a server without tools of its own.
@@ -32,6 +33,7 @@ Includable = Literal[
 ItemId = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Role = Literal["user", "assistant", "system", "developer"]
+Logprobs = Annotated[Raw, Meta(extra_json_schema={"type": "array", "items": {"type": "object"}})]  # as chats have them
 NO_LOGPROBS = Raw(b"[]")
 _NEEDED = {
     "message": "role and content",
@@ -55,7 +57,7 @@ class InputText(Struct, tag_field="type", tag="input_text"):
 class OutputText(Struct, tag_field="type", tag="output_text"):
     text: str = ""
     annotations: list[Any] = field(default_factory=list)
-    logprobs: Raw = NO_LOGPROBS
+    logprobs: Logprobs = field(default_factory=lambda: NO_LOGPROBS)
 
 
 class ReasoningText(Struct, tag_field="type", tag="reasoning_text"):
@@ -239,7 +241,7 @@ class ObfuscationOptions(Body):
     include_obfuscation: bool | None = None  # accepted and ignored: no event is padded
 
 
-# What chats know beside OpenAI's fields, under the same names: `ChatBody` says what they may be.
+# What chats know beside OpenAI's fields, under the same names.
 EXTENSIONS = tuple(
     name
     for name in (
@@ -250,7 +252,10 @@ EXTENSIONS = tuple(
     )
     if name not in ("n", "max_tokens", "temperature", "top_p", "response_format")
 )
-Extensions: Any = defstruct("Extensions", [(name, Any, None) for name in EXTENSIONS], bases=(Body,), kw_only=True)
+_TYPES = {one.name: one.type for one in fields(ChatBody)}
+Extensions: Any = defstruct(
+    "Extensions", [(name, _TYPES[name] | None, None) for name in EXTENSIONS], bases=(Body,), kw_only=True
+)
 
 
 class ResponsesBody(Extensions, kw_only=True):  # type: ignore[misc, call-arg]
@@ -414,6 +419,10 @@ class ResponseObject(Struct, kw_only=True):
     @property
     def is_ended(self) -> bool:
         return self.status not in ("queued", "in_progress")
+
+
+class ItemPage(Page[Item]):
+    """A part of a conversation."""
 
 
 class InputTokens(Struct):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +23,12 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from tests.e2e.harness import Server
 
 MOST_TOKENS = 4  # that a request is answered with: what is generated is tested elsewhere
+LIMITS = {
+    "/v1/completions": "max_tokens",
+    "/v1/chat/completions": "max_tokens",
+    "/v1/messages": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -65,8 +71,9 @@ class Asking:
         )
         @given(operation.as_strategy(generation_mode=mode))
         def ask(case: schemathesis.Case) -> None:
-            if isinstance(case.body, dict) and _asks_for_much(case.body):
-                case.body["max_tokens"] = MOST_TOKENS
+            limit = LIMITS.get(operation.path)
+            if limit and isinstance(case.body, dict) and _is_much(case.body.get(limit)):
+                case.body[limit] = MOST_TOKENS
             if case.headers and operation.method == "POST":
                 case.headers.pop("Last-Event-ID", None)  # nothing else would be looked at
             case.call_and_validate(session=self.session, checks=CHECKS)
@@ -74,10 +81,8 @@ class Asking:
         ask()
 
 
-def _asks_for_much(body: Mapping[str, Any]) -> bool:
-    wanted = body.get("max_tokens")
-    is_text = "prompt" in body or "messages" in body
-    return is_text and (wanted is None or (isinstance(wanted, int) and not 0 <= wanted <= MOST_TOKENS))
+def _is_much(wanted: object) -> bool:
+    return wanted is None or (isinstance(wanted, int) and not 0 <= wanted <= MOST_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +103,10 @@ def test_every_example_is_answered(asking: Asking) -> None:
     for path, methods in asking.document["paths"].items():
         content = methods.get("post", {}).get("requestBody", {}).get("content", {})
         for example in content.get("application/json", {}).get("examples", {}).values():
-            is_batch = "input_file_id" in example["value"]
-            asking.ask("POST", path, status=404 if is_batch else 200, body=example["value"])
+            body, is_batch = dict(example["value"]), "input_file_id" in example["value"]
+            if "model" in body:
+                body["model"] = "tiny"
+            asking.ask("POST", path, status=404 if is_batch else 200, body=body)
 
 
 def test_what_was_made_is_as_the_document_says(asking: Asking) -> None:
@@ -114,6 +121,29 @@ def test_what_was_made_is_as_the_document_says(asking: Asking) -> None:
     asking.ask("GET", "/v1/batches/{batch_id}", path_parameters=batch)
     asking.ask("GET", "/v1/batches", query={"limit": 1})
     asking.ask("DELETE", "/v1/files/{file_id}", path_parameters=file)
+
+
+def test_a_response_is_as_the_document_says(asking: Asking) -> None:
+    body = {"input": "the cat", "max_output_tokens": 2, "include": ["message.output_text.logprobs"]}
+    answer = asking.ask("POST", "/v1/responses", body=body).json()
+    kept = {"response_id": answer["id"]}
+    asking.ask("GET", "/v1/responses/{response_id}", path_parameters=kept)
+    asking.ask("GET", "/v1/responses/{response_id}", 400, path_parameters=kept, query={"stream": "true"})
+    asking.ask("GET", "/v1/responses/{response_id}/input_items", path_parameters=kept, query={"limit": 1})
+    asking.ask("POST", "/v1/responses/{response_id}/cancel", 400, path_parameters=kept)
+    asking.ask("DELETE", "/v1/responses/{response_id}", path_parameters=kept)
+    made = asking.ask("POST", "/v1/responses", body=body | {"background": True}).json()
+    kept = {"response_id": made["id"]}
+    asking.ask("GET", "/v1/responses/{response_id}", path_parameters=kept, query={"stream": "true"})
+    asking.ask("POST", "/v1/responses/{response_id}/cancel", path_parameters=kept)
+
+
+def test_a_message_is_as_the_document_says(asking: Asking) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "the cat"}], "max_tokens": 2}
+    answer = asking.ask("POST", "/v1/messages", body=body)
+    assert answer.headers["request-id"] == [answer.json()["id"]]
+    asking.ask("POST", "/v1/messages", 404, body=body | {"model": "another"})
+    asking.ask("POST", "/v1/messages", 400, body=body | {"max_tokens": -1})
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
