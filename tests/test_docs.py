@@ -113,7 +113,7 @@ def test_every_limit_is_named() -> None:
     for row in (
         f"| `n` | {requests.MAX_CHOICES} |",
         f"| stop strings, characters of each | {requests.MAX_STOP_STRINGS}, {requests.MAX_STOP_STRING_CHARS} |",
-        f"| `logprobs`, `top_logprobs` | {requests.MAX_LOGPROBS} |",
+        f"| `logprobs`, `top_logprobs`, `logprob_token_ids` | {requests.MAX_LOGPROBS} |",
         f"| tools of a request, characters of a tool's name | {conversations.MAX_TOOLS}, "
         f"{conversations.MAX_TOOL_NAME_CHARS} |",
         f"in `chat_template_kwargs` | {conversations.MAX_DEPTH} |",
