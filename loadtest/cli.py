@@ -295,9 +295,9 @@ def _show(cells: Any, complaints: Sequence[str], *, as_json: bool, **further: st
 
 
 @contextmanager
-def _exit_codes(command: str, needed: Sequence[str] = NEEDED) -> Iterator[None]:
+def _exit_codes(command: str, needed: Sequence[str] | None = None) -> Iterator[None]:
     """Exit with 2 and one line on stderr after an error, with 130 after Ctrl-C; SIGTERM leaves no server behind."""
-    if missing := [name for name in needed if find_spec(name) is None]:
+    if missing := [name for name in (NEEDED if needed is None else needed) if find_spec(name) is None]:
         raise CommandError(command, f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`")
     from shoal.clients.errors import ClientError
     from shoal.scheduler.errors import ShoalError

@@ -69,9 +69,10 @@ Log-probabilities are those of softmax(logits) before step 1, within 1e-5.  A to
 of tokens whose logit is strictly greater; alternatives are ordered by logit descending, then id ascending.  A row with
 `logprob_token_ids` has these tokens in place of alternatives, in their order.
 
-A new parameter is spelt in six files: its step here and in `SAMPLING_ROW`, `model/backends/torch_sampler.py` and
-`model/native/sampler.cpp`, which compute it, `scheduler/output.py` (`SamplingParams`), and the two ends of the wire,
-`server/wire/requests.py` and `clients/types.py`.  The code between these files copies fields by their names.
+A new parameter is spelt in seven files: its step here and in `SAMPLING_ROW`, `model/backends/torch_sampler.py` and
+`model/native/sampler.cpp`, which compute it, `scheduler/output.py` (`SamplingParams`), the two ends of the wire,
+`server/wire/requests.py` and `clients/types.py`, and what is said of it, `server/openapi/fields.py`.  The code between
+these files copies fields by their names.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ FOR_COMPLETIONS: list[tuple[str, Any, str]] = [
     ("logprobs", 21, "<= 20"),
     ("logprobs", True, "integer"),
     ("best_of", 2, "1"),
-    ("suffix", "x", "''"),
+    ("suffix", "x", "fill in the middle"),
     ("echo", 1, "true or false"),
     ("messages", [], "unrecognized"),
 ]
