@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
+from inspect import getdoc
 from typing import Any, get_type_hints
 
 import msgspec
@@ -244,7 +245,8 @@ def _error_answer(shape: ErrorShape, kinds: list[type[ShoalError]], schemas: Sch
         example = msgspec.to_builtins(told_in.body(kind("what is wrong, the limit, and what would be right")))
         told = example["error"]
         by_type.setdefault(_error_type(told_in), []).append(told)
-        described.append(f"`{told.get('code', told['type'])}`: {kind.__doc__}")
+        meaning = (getdoc(kind) or "").partition("\n\n")[0]
+        described.append(f"`{told.get('code', told['type'])}`: {meaning}")
     names = ["x-request-id", *shape.headers]
     names += ["retry-after"] if any(row.retry_after is not None for row in rows) else []
     names += ["www-authenticate"] if AuthenticationError in kinds else []

@@ -235,7 +235,7 @@ RESPONSE = _response(
     usage=ResponseUsage(20, InputTokensDetails(0), 4, OutputTokensDetails(0), 24),
 )
 _BEGUN = _response(status="in_progress", output=[])
-_PLACE = {"item_id": _ITEM_ID, "output_index": 0}
+_PLACE: Any = {"item_id": _ITEM_ID, "output_index": 0}
 RESPONSE_EVENTS = [
     (one.kind, replace(one, sequence_number=number))
     for number, one in enumerate(
