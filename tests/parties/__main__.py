@@ -21,6 +21,7 @@ import click
 
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.testing import ServerProcess
+from shoal.testing.server import free_port
 from tests.parties.environments import NotInstallableError, command, make_environment
 from tests.parties.table import FOLDER, PARTIES, Party
 
@@ -49,8 +50,10 @@ class Ended(NamedTuple):
 @click.argument("names", nargs=-1, type=click.Choice([party.name for party in PARTIES]))
 def main(names: Sequence[str]) -> None:
     """Run the scripts of the clients with these NAMES, or of all."""
-    with tempfile.TemporaryDirectory() as temp, server(Path(temp)) as started:
-        ended = [try_out(party, started, Path(temp)) for party in PARTIES if not names or party.name in names]
+    page = f"http://127.0.0.1:{free_port()}"
+    with tempfile.TemporaryDirectory() as temp, server(Path(temp), page) as started:
+        variables = environment(started, Path(temp), page)
+        ended = [try_out(party, started, variables) for party in PARTIES if not names or party.name in names]
     rows = [("client", "version", "", "seconds")]
     rows += [(one.party.name, one.party.version, one.how, f"{one.seconds:.1f}") for one in ended]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -61,8 +64,13 @@ def main(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[ServerProcess]:
-    """A server with the bundled model, whose context is longer than the model has learnt to use."""
+def server(folder: Path, page: str) -> Iterator[ServerProcess]:
+    """A server with the bundled model, whose context is longer than the model has learnt to use.
+
+    Args:
+        folder: an empty one.
+        page: the origin of pages that may use the server.
+    """
     model = folder / "model"
     model.mkdir()
     for file in resolve_checkpoint(MODEL).iterdir():
@@ -72,12 +80,13 @@ def server(folder: Path) -> Iterator[ServerProcess]:
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
     (folder / "empty.toml").touch()
     options = [f"--model={model}", f"--served-model-name={MODEL}", f"--config={folder / 'empty.toml'}"]
+    options += ["--max-queue-seconds=0", f"--cors-origins={page}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SHOAL_")}
-    with ServerProcess([*options, "--max-queue-seconds=0"], folder / "log", environment=environment) as started:
+    with ServerProcess(options, folder / "log", environment=environment) as started:
         yield started
 
 
-def try_out(party: Party, started: ServerProcess, home: Path) -> Ended:
+def try_out(party: Party, started: ServerProcess, variables: dict[str, str]) -> Ended:
     """Run the script of a client, and print what it printed if it failed."""
     try:
         words = command(party, make_environment(party))
@@ -85,7 +94,7 @@ def try_out(party: Party, started: ServerProcess, home: Path) -> Ended:
         print(f"{party.name}: cannot be installed: {error}", flush=True)
         return Ended(party, "not installable", 0.0)
     begun = time.monotonic()
-    code, printed = run(words, environment(started, home))
+    code, printed = run(words, variables)
     how = "failed" if code else "passed"
     print(f"{party.name}: {how}", flush=True)
     if code:
@@ -93,7 +102,7 @@ def try_out(party: Party, started: ServerProcess, home: Path) -> Ended:
     return Ended(party, how, time.monotonic() - begun)
 
 
-def environment(started: ServerProcess, home: Path) -> dict[str, str]:
+def environment(started: ServerProcess, home: Path, page: str) -> dict[str, str]:
     """The variables of a script's process: the server is where clients look, and all else is nowhere."""
     return QUIET | {
         "PATH": os.environ["PATH"],
@@ -104,6 +113,8 @@ def environment(started: ServerProcess, home: Path) -> dict[str, str]:
         "ANTHROPIC_BASE_URL": started.url,
         "ANTHROPIC_API_KEY": "unused",
         "SHOAL_MODEL": MODEL,
+        "SHOAL_MODEL_FOLDER": str(home / "model"),
+        "SHOAL_PAGE": page,
         "HTTP_PROXY": OUTSIDE,
         "HTTPS_PROXY": OUTSIDE,
         "NO_PROXY": "127.0.0.1,localhost",

@@ -21,8 +21,10 @@ def make_environment(party: Party) -> Path:
     """The folder with what the client needs; nothing is done if it is there.
 
     Raises:
-        NotInstallableError: npm is missing, or what is installed from does not have it.
+        NotInstallableError: npm or a program is missing, or what is installed from does not have it.
     """
+    if party.program and shutil.which(party.program) is None:
+        raise NotInstallableError(f"there is no {party.program} on the path")
     folder = FOLDER / party.name
     installed = folder / "installed"
     wanted = "\n".join(party.requirements)
@@ -33,7 +35,7 @@ def make_environment(party: Party) -> Path:
         if party.is_node:
             _run("npm", "install", "--no-audit", "--no-fund", "--prefix", folder, *party.requirements)
         else:
-            _run(sys.executable, "-m", "venv", folder)
+            _run(party.program or sys.executable, "-m", "venv", folder)
             _run(folder / "bin/python", "-m", "pip", "install", "-q", *party.requirements)
         installed.write_text(wanted)
     return folder

@@ -12,12 +12,16 @@ class Party(NamedTuple):
     """A client.
 
     Attributes:
-        name: of its script and of its environment.
+        name: of its environment.
         requirements: exact ones, for pip or for npm, of which the first is the client itself.
+        script_name: of the script beside this file; the client's name if not given.
+        program: of the machine that is needed too: another Python, which then runs the client, or a browser.
     """
 
     name: str
     requirements: tuple[str, ...]
+    script_name: str = ""
+    program: str = ""
 
     @property
     def is_node(self) -> bool:
@@ -25,7 +29,7 @@ class Party(NamedTuple):
 
     @property
     def script(self) -> Path:
-        return FOLDER / (f"{self.name}.mjs" if self.is_node else f"{self.name}.py")
+        return FOLDER / f"{self.script_name or self.name}{'.mjs' if self.is_node else '.py'}"
 
     @property
     def version(self) -> str:
@@ -34,6 +38,9 @@ class Party(NamedTuple):
 
 OPENAI, PYDANTIC = "openai==3.57.0", "pydantic==2.14.4"
 PARTIES = (
+    Party("openai_1", ("openai==1.109.1", PYDANTIC), "openai"),
+    Party("openai_2", ("openai==2.54.0", PYDANTIC), "openai"),
+    Party("openai_3", (OPENAI, PYDANTIC), "openai"),
     Party("litellm", ("litellm==1.110.2", OPENAI, PYDANTIC)),
     Party("litellm_anthropic", ("litellm==1.110.2", PYDANTIC)),
     Party("langchain", ("langchain==1.5.2", "langchain-openai==1.7.4", "langgraph==1.2.24", OPENAI, PYDANTIC)),

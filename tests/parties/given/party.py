@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 BASE_URL = os.environ["OPENAI_BASE_URL"]
 API_KEY = os.environ["OPENAI_API_KEY"]
 MODEL = os.environ["SHOAL_MODEL"]
+MODEL_FOLDER = os.environ["SHOAL_MODEL_FOLDER"]  # of the checkpoint with its tokenizer, for clients that count tokens
 
 Check = Callable[[], Coroutine[Any, Any, None] | None]
 _checks: list[Check] = []
@@ -21,6 +24,24 @@ def check(function: Check) -> Check:
     """Let `run` run this function."""
     _checks.append(function)
     return function
+
+
+def program(name: str, *words: str, **variables: str) -> str:
+    """Run a program that the client has installed, and return what it printed.
+
+    Raises:
+        AssertionError: it failed; the message is what it printed.
+    """
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / name), *words],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{name} exited with {done.returncode}: {done.stdout}"
+    return done.stdout
 
 
 def run() -> None:
