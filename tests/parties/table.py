@@ -63,6 +63,7 @@ PARTIES = (
     Party("strands", ("strands-agents[openai]==1.62.0", "openai==2.54.0", PYDANTIC)),
     Party("magentic", ("magentic==0.41.1", OPENAI, PYDANTIC)),
     Party("node_openai", ("openai@6.49.0", "zod@4.6.7")),
+    Party("node_browser", ("openai@6.49.0",), program="chromium"),
     Party("node_anthropic", ("@anthropic-ai/sdk@1.14.0", "zod@4.6.7")),
     Party("node_ai_anthropic", ("ai@7.0.173", "@ai-sdk/anthropic@4.0.105", "zod@4.6.7")),
     Party("node_ai", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7")),

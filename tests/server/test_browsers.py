@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from shoal.server.browsers import BrowserGuard
 from shoal.server.settings import ServerConfig
+from tests.server.test_embeddings import serving
 
 JSON = {"content-type": "application/json"}
 
@@ -60,3 +62,23 @@ def test_headers_that_are_no_addresses_are_refused(headers: dict[str, str]) -> N
 
 def test_what_is_no_browser_may_leave_all_that_out() -> None:
     assert status("POST", {"content-type": "application/x-www-form-urlencoded"}) == 200
+
+
+def test_a_page_may_send_and_read_all_headers(tmp_path: Path) -> None:
+    page, path = "http://127.0.0.1:3000", "/v1/chat/completions"
+    asked = "authorization, content-type, x-stainless-lang"
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": asked}
+
+    async def scene() -> None:
+        async with serving(tmp_path, cors_origins=(page,)) as (_, client):
+            allowed = await client.options(path, headers={"origin": page, **preflight})
+            assert allowed.status_code == 200
+            assert allowed.headers["access-control-allow-origin"] == page
+            assert allowed.headers["access-control-allow-headers"] == asked
+            refused = await client.post(path, json={"model": "other"}, headers={"origin": page})
+            assert refused.status_code in (400, 404) and refused.headers["x-request-id"]
+            assert refused.headers["access-control-expose-headers"] == "*"
+            stranger = await client.options(path, headers={"origin": "http://127.0.0.1:3001", **preflight})
+            assert stranger.status_code == 403 and "access-control-allow-origin" not in stranger.headers
+
+    asyncio.run(scene())
