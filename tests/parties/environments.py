@@ -36,7 +36,7 @@ def make_environment(party: Party) -> Path:
             _run("npm", "install", "--no-audit", "--no-fund", "--prefix", folder, *party.requirements)
         else:
             _run(party.program or sys.executable, "-m", "venv", folder)
-            _run(folder / "bin/python", "-m", "pip", "install", "-q", *party.requirements)
+            _run(folder / "bin/python", "-m", "pip", "install", "-q", "--no-compile", *party.requirements)
         installed.write_text(wanted)
     return folder
 

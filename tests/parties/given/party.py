@@ -26,15 +26,20 @@ def check(function: Check) -> Check:
     return function
 
 
-def program(name: str, *words: str, **variables: str) -> str:
+def program(name: str, *words: str, folder: Path | None = None) -> str:
     """Run a program that the client has installed, and return what it printed.
+
+    Args:
+        name: of the program.
+        words: its command line.
+        folder: where it runs.
 
     Raises:
         AssertionError: it failed; the message is what it printed.
     """
     done = subprocess.run(
         [str(Path(sys.executable).parent / name), *words],
-        env=os.environ | variables,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
