@@ -32,6 +32,7 @@ OUTSIDE = "http://127.0.0.1:9"  # where nobody listens: what is not asked of the
 QUIET = {
     "AGNO_TELEMETRY": "false",
     "HAYSTACK_TELEMETRY_ENABLED": "False",
+    "HF_HUB_OFFLINE": "1",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "OPENAI_AGENTS_DISABLE_TRACING": "1",
     "OTEL_SDK_DISABLED": "true",

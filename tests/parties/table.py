@@ -62,6 +62,7 @@ PARTIES = (
     Party("agno", ("agno==3.1.10", OPENAI, PYDANTIC)),
     Party("strands", ("strands-agents[openai]==1.62.0", "openai==2.54.0", PYDANTIC)),
     Party("magentic", ("magentic==0.41.1", OPENAI, PYDANTIC)),
+    Party("dspy", ("dspy==3.4.1", "numpy==2.4.6", PYDANTIC)),
     Party("llm", ("llm==0.36", OPENAI, PYDANTIC)),
     Party("node_openai", ("openai@6.49.0", "zod@4.6.7")),
     Party("node_browser", ("openai@6.49.0",), program="chromium"),
