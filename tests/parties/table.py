@@ -64,6 +64,7 @@ PARTIES = (
     Party("magentic", ("magentic==0.41.1", OPENAI, PYDANTIC)),
     Party("dspy", ("dspy==3.4.1", "numpy==2.4.6", PYDANTIC)),
     Party("llm", ("llm==0.36", OPENAI, PYDANTIC)),
+    Party("guidellm", ("guidellm==0.8.1", "torch==2.13.0")),
     Party("node_openai", ("openai@6.49.0", "zod@4.6.7")),
     Party("node_browser", ("openai@6.49.0",), program="chromium"),
     Party("node_anthropic", ("@anthropic-ai/sdk@1.14.0", "zod@4.6.7")),
