@@ -34,6 +34,8 @@ FIELDS: Mapping[str, str] = {
     "min_tokens": "no end-of-text or stop token is chosen before this many tokens; stop strings may still end the text",
     "allowed_token_ids": "no others are chosen",
     "bad_words": "the text does not have these words: the last token of one is not chosen behind its others",
+    "logprob_token_ids": "with `logprobs`: these tokens stand in the place of the most probable ones, in this order, "
+    "beside each generated token",
     "include_stop_str_in_output": "whether the stop string or token that ends a text stands in it",
     "skip_special_tokens": "whether special tokens are left out of the text",
     "truncate_prompt_tokens": "a longer prompt keeps its last tokens, this many; -1: as many as the context leaves",
