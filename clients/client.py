@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any, Self, TypeVar, Unpack, overload
+from typing import Any, Generic, Self, TypeVar, Unpack, overload
 
 import httpx
 from httpx_sse import EventSource
 
 from shoal.clients import wire
+from shoal.clients.batches import (
+    Batch,
+    BatchLine,
+    BatchResult,
+    File,
+    FileListOptions,
+    ListOptions,
+    OrderedListOptions,
+    Page,
+)
+from shoal.clients.conversations import (
+    Item,
+    MessageAnswer,
+    MessageEvent,
+    MessageOptions,
+    MessagePrompt,
+    Response,
+    ResponseEvent,
+    ResponseInput,
+    ResponseOptions,
+)
 from shoal.clients.errors import ClientError, StatusError
 from shoal.clients.formats import JsonModel, ResponseFormat
 from shoal.clients.transport import (
@@ -32,32 +53,38 @@ from shoal.clients.types import (
     Message,
     Model,
     Prompt,
+    ServerInfo,
     Tokenization,
+    TokenizationOptions,
+    TokenizerInfo,
 )
-from shoal.clients.whole import GrowingAnswer
+from shoal.clients.whole import Growing, GrowingAnswer, GrowingMessage, GrowingResponse
 
 T = TypeVar("T")
+Event = TypeVar("Event")
+Whole = TypeVar("Whole")
 Asked = TypeVar("Asked", bound=JsonModel)
 
 
-class Stream(Iterator[Chunk]):
-    """The chunks of one streamed answer, as they arrive.
+class Stream(Iterator[Event], Generic[Event, Whole]):
+    """The events of one streamed answer, as they arrive.
 
     The request is sent when the first chunk is asked for.  If the connection breaks in the middle, another one goes on
     where it stopped, if the server holds streams (Shoal does).  Closing the stream before its end (as leaving its
-    `with` block or dropping it does) closes the connection, and the server aborts the request.
+    `with` block or dropping it does) closes the connection, and the server aborts the request, unless it is a response
+    in the background.
     """
 
-    def __init__(self, chunks: Generator[Chunk, None, None], response_format: ResponseFormat | None) -> None:
-        self._chunks = chunks
-        self._answer = GrowingAnswer(response_format)
+    def __init__(self, events: Generator[Event, None, None], answer: Growing[Event, Whole]) -> None:
+        self._events = events
+        self._answer = answer
 
-    def __next__(self) -> Chunk:
-        chunk = next(self._chunks)
-        self._answer.add(chunk)
-        return chunk
+    def __next__(self) -> Event:
+        event = next(self._events)
+        self._answer.add(event)
+        return event
 
-    def whole(self) -> Completion[Any]:
+    def whole(self) -> Whole:
         """Read what is still to come, and give the whole answer, as if it had not been streamed.
 
         Raises:
@@ -65,10 +92,10 @@ class Stream(Iterator[Chunk]):
         """
         for _ in self:
             pass
-        return self._answer.completion()
+        return self._answer.whole()
 
     def close(self) -> None:
-        self._chunks.close()
+        self._events.close()
 
     def __enter__(self) -> Self:
         return self
@@ -108,10 +135,10 @@ class ShoalClient(BaseClient[httpx.Client]):
 
     def stream_complete(
         self, prompt: Prompt, *, response_format: ResponseFormat | None = None, **options: Unpack[CompletionOptions]
-    ) -> Stream:
+    ) -> Stream[Chunk, Completion[Any]]:
         """Continue a text, and give what is generated as it arrives."""
         call = wire.stream_complete(prompt, options, response_format)
-        return Stream(self._events(call), response_format)
+        return Stream(self._events(call), GrowingAnswer(response_format))
 
     @overload
     def chat(
@@ -148,10 +175,137 @@ class ShoalClient(BaseClient[httpx.Client]):
         *,
         response_format: ResponseFormat | None = None,
         **options: Unpack[ChatOptions],
-    ) -> Stream:
+    ) -> Stream[Chunk, Completion[Any]]:
         """Answer the last message of a conversation, and give the answer as it arrives."""
         call = wire.stream_chat(messages, options, response_format)
-        return Stream(self._events(call), response_format)
+        return Stream(self._events(call), GrowingAnswer(response_format))
+
+    def respond(
+        self,
+        input: ResponseInput,
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[ResponseOptions],
+    ) -> Response:
+        """Answer in items, as OpenAI's Responses API does."""
+        return self._call(wire.respond(input, options, response_format))
+
+    def stream_respond(
+        self,
+        input: ResponseInput,
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[ResponseOptions],
+    ) -> Stream[ResponseEvent, Response]:
+        """Answer in items, and give the events as they arrive."""
+        return Stream(self._events(wire.stream_respond(input, options, response_format)), GrowingResponse())
+
+    def response(self, response_id: str) -> Response:
+        """A response that the server keeps."""
+        return self._call(wire.response(response_id))
+
+    def stream_response(
+        self, response_id: str, *, starting_after: int | None = None
+    ) -> Stream[ResponseEvent, Response]:
+        """The events of a response in the background, as they come.
+
+        Args:
+            starting_after: `sequence_number` of the event behind which they begin.
+        """
+        return Stream(self._events(wire.stream_response(response_id, starting_after)), GrowingResponse())
+
+    def cancel_response(self, response_id: str) -> Response:
+        """End a response in the background; what it has said is kept."""
+        return self._call(wire.cancel_response(response_id))
+
+    def delete_response(self, response_id: str) -> None:
+        """Have the server forget a response."""
+        self._call(wire.delete_response(response_id))
+
+    def input_items(self, response_id: str, **options: Unpack[OrderedListOptions]) -> Page[Item]:
+        """The conversation that a response answers."""
+        return self._call(wire.input_items(response_id, options))
+
+    def count_input_tokens(self, input: ResponseInput, **options: Unpack[ResponseOptions]) -> int:
+        """How many tokens the prompt of a response would have."""
+        return self._call(wire.count_input_tokens(input, options))
+
+    def message(
+        self,
+        messages: Sequence[Message],
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[MessageOptions],
+    ) -> MessageAnswer:
+        """Answer in blocks, as Anthropic's Messages API does, which wants `model` and `max_tokens` in each request."""
+        return self._call(wire.message(messages, options, response_format))
+
+    def stream_message(
+        self,
+        messages: Sequence[Message],
+        *,
+        response_format: ResponseFormat | None = None,
+        **options: Unpack[MessageOptions],
+    ) -> Stream[MessageEvent, MessageAnswer]:
+        """Answer in blocks, and give the events as they arrive."""
+        call = wire.stream_message(messages, options, response_format)
+        return Stream(self._events(call), GrowingMessage(response_format))
+
+    def count_tokens(self, messages: Sequence[Message], **options: Unpack[MessagePrompt]) -> int:
+        """How many tokens the prompt of a message would have."""
+        return self._call(wire.count_tokens(messages, options))
+
+    def upload(self, lines: bytes | Sequence[BatchLine], *, filename: str = "lines.jsonl") -> File:
+        """Have the server keep the lines of a batch: requests, or a file of them."""
+        return self._call(wire.upload(lines, filename))
+
+    def files(self, **options: Unpack[FileListOptions]) -> Page[File]:
+        """The files that the server keeps, those of answers too."""
+        return self._call(wire.files(options))
+
+    def file(self, file_id: str) -> File:
+        """One of them."""
+        return self._call(wire.file(file_id))
+
+    def file_content(self, file_id: str) -> bytes:
+        """What is in it."""
+        return self._call(wire.file_content(file_id))
+
+    def delete_file(self, file_id: str) -> None:
+        """Have the server forget a file."""
+        self._call(wire.delete_file(file_id))
+
+    def create_batch(
+        self,
+        input_file_id: str,
+        endpoint: str = "/v1/chat/completions",
+        *,
+        completion_window: str = "24h",
+        metadata: dict[str, str] | None = None,
+    ) -> Batch:
+        """Have the server run the lines of a file when it has room; all of them go to the endpoint.
+
+        Args:
+            completion_window: when it gives up, as a number and "s", "m", "h" or "d".
+        """
+        return self._call(wire.create_batch(input_file_id, endpoint, completion_window, metadata))
+
+    def batches(self, **options: Unpack[ListOptions]) -> Page[Batch]:
+        """The batches that the server keeps."""
+        return self._call(wire.batches(options))
+
+    def batch(self, batch_id: str) -> Batch:
+        """One of them, as far as it has come."""
+        return self._call(wire.batch(batch_id))
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        """End a batch; the answers that are there are kept."""
+        return self._call(wire.cancel_batch(batch_id))
+
+    def batch_results(self, batch: Batch) -> tuple[BatchResult, ...]:
+        """What became of each line of a batch that has ended: answers first, then errors."""
+        files = [self._call(wire.batch_results(file_id)) for file_id in batch.result_file_ids]
+        return tuple(one for results in files for one in results)
 
     def embed(self, inputs: Prompt, **options: Unpack[EmbeddingOptions]) -> Embeddings:
         """Vectors of texts, or of lists of token ids."""
@@ -161,24 +315,37 @@ class ShoalClient(BaseClient[httpx.Client]):
         """The models that the server serves."""
         return self._call(wire.models())
 
-    def tokenize(self, prompt: str | list[Message]) -> Tokenization:
+    def tokenize(self, prompt: str | list[Message], **options: Unpack[TokenizationOptions]) -> Tokenization:
         """Token ids of a text, or of a conversation under the model's chat template."""
-        return self._call(wire.tokenize(prompt))
+        return self._call(wire.tokenize(prompt, options))
 
     def detokenize(self, token_ids: list[int]) -> str:
         """The text that token ids stand for."""
         return self._call(wire.detokenize(token_ids))
 
+    def server_info(self) -> ServerInfo:
+        """What the server computes with."""
+        return self._call(wire.server_info())
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """The tokenizer and the chat templates of the model."""
+        return self._call(wire.tokenizer_info())
+
+    def reset_prefix_cache(self) -> None:
+        """Have later requests find no prefix of earlier ones."""
+        self._call(wire.reset_prefix_cache())
+
+    def load(self) -> int:
+        """How many HTTP requests the server is answering."""
+        return self._call(wire.load())
+
     def health(self) -> bool:
         """Whether the server takes requests (True), or is there but not ready (False).  Never tries twice."""
-        try:
-            with self._response(wire.health()) as response:
-                response.read()
-        except StatusError as error:
-            if error.status != 503:
-                raise
-            return False
-        return True
+        return self._succeeds(wire.health(), 503)
+
+    def ready(self) -> bool:
+        """As `health`, and False too while so much waits that a request would be refused."""
+        return self._succeeds(wire.ready(), 429, 503)
 
     def close(self) -> None:
         """Close all connections, those of unfinished streams included."""
@@ -192,7 +359,17 @@ class ShoalClient(BaseClient[httpx.Client]):
 
     def _call(self, call: wire.Call[T]) -> T:
         with self._response(call) as response:
-            return call.parse(response.read())
+            return call.parse(response.read(), response.headers)
+
+    def _succeeds(self, call: wire.Call[None], *refusals: int) -> bool:
+        """Whether the server does not answer with one of these statuses."""
+        try:
+            self._call(call)
+        except StatusError as error:
+            if error.status not in refusals:
+                raise
+            return False
+        return True
 
     def _events(self, call: wire.Call[T]) -> Generator[T, None, None]:
         reader = StreamReader(call, self._max_retries)

@@ -5,8 +5,8 @@
     |-- TransportError               no whole answer came
     |   |-- UnreachableError         no connection could be made, so the server never saw the request
     |   |-- TimedOutError            the server was silent for longer than `read_timeout`
-    |   `-- BrokenConnectionError    the answer ended early; a stream that ends without [DONE] is one
-    |-- ProtocolError                an answer came that is not OpenAI's protocol (a proxy's page, malformed JSON)
+    |   `-- BrokenConnectionError    the answer ended early; a stream that ends without its last event is one
+    |-- ProtocolError                an answer came that is not in the protocol (a proxy's page, malformed JSON)
     |-- ParseError                   what the model wrote is not what was asked for, or is cut off
     `-- ApiError                     the server says what went wrong: `type`, `param`, `code`
         |-- StatusError              in place of an answer: `status`, `retry_after`
@@ -47,7 +47,7 @@ class BrokenConnectionError(TransportError):
 
 
 class ProtocolError(ClientError):
-    """What came is not an answer in OpenAI's protocol."""
+    """What came is not an answer in the protocol that was asked for."""
 
 
 class ParseError(ClientError):

@@ -44,6 +44,25 @@ def wire_format(asked: ResponseFormat) -> dict[str, Any]:
     return _of_schema(asked.__name__, asked.model_json_schema())
 
 
+def response_text(asked: ResponseFormat) -> dict[str, Any]:
+    """The format in `text` that the Responses API takes: the fields of a schema stand beside its type."""
+    made = wire_format(asked)
+    schema: dict[str, Any] = made.pop("json_schema", {})
+    return made | schema
+
+
+def message_format(asked: ResponseFormat) -> dict[str, Any]:
+    """The format in `output_config` that the Messages API takes.
+
+    Raises:
+        UnsendableError: it is no schema, and the API has no other format.
+    """
+    made = wire_format(asked)
+    if made["type"] != "json_schema":
+        raise UnsendableError(f"response_format of a message must be a schema or a class, not {made['type']!r}")
+    return {"type": "json_schema", "schema": made["json_schema"]["schema"]}
+
+
 def read_text(text: str, asked: ResponseFormat | None) -> Any:
     """What a text stands for: an object of the class that was asked for, else decoded JSON; None if it is any text.
 

@@ -1,4 +1,4 @@
-"""Tools as a user's program has them, and as OpenAI's API takes them."""
+"""Tools as a user's program has them, and as the APIs of OpenAI and Anthropic take them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,31 @@ def wire_choice(choice: ToolChoice) -> str | dict[str, Any]:
     if isinstance(choice, str):
         return choice
     return dict(choice) if isinstance(choice, Mapping) else {"type": "function", "function": {"name": _name(choice)}}
+
+
+def response_tool(tool: Tool) -> dict[str, Any]:
+    """The object that the Responses API takes; what is no function is passed on."""
+    return dict(tool) if isinstance(tool, Mapping) else {"type": "function", **wire_tool(tool)["function"]}
+
+
+def response_choice(choice: ToolChoice) -> str | dict[str, Any]:
+    """The value that the Responses API takes."""
+    return wire_choice(choice) if isinstance(choice, str | Mapping) else {"type": "function", "name": _name(choice)}
+
+
+def message_tool(tool: Tool) -> dict[str, Any]:
+    """The object that the Messages API takes; what is no function is passed on."""
+    if isinstance(tool, Mapping):
+        return dict(tool)
+    function = wire_tool(tool)["function"]
+    return {"input_schema": function.pop("parameters"), **function}
+
+
+def message_choice(choice: ToolChoice) -> dict[str, Any]:
+    """The object that the Messages API takes, which calls "any" what OpenAI's calls "required"."""
+    if isinstance(choice, str):
+        return {"type": "any" if choice == "required" else choice}
+    return dict(choice) if isinstance(choice, Mapping) else {"type": "tool", "name": _name(choice)}
 
 
 def _name(function: Callable[..., Any]) -> str:

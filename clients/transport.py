@@ -145,11 +145,13 @@ class StreamReader(wire.EventReader[T]):
         self.call = replace(call, more_headers={"X-Stream-Resume": "true"}) if max_retries else call
         self._max_retries = max_retries
         self._num_tries = 0
-        self._stream_id = self._last_id = ""
+        self._last_id = call.last_event_id
+        self._stream_id = self._last_id.rpartition(":")[0]
         self._break: ClientError | None = None
 
     def begin(self, response: httpx.Response) -> None:
         """A connection has its head; it says of a stream that is held which one it is."""
+        self.headers = self.headers or response.headers
         if "x-stream-resume" in response.headers:
             self._stream_id = self._stream_id or response.headers.get("x-request-id", "")
 
@@ -181,8 +183,9 @@ class StreamReader(wire.EventReader[T]):
 
     @property
     def left_path(self) -> str | None:
-        """Path of a stream that is left before its end although the server holds it; else None."""
-        return self._path if self._stream_id and self._max_retries and not self.is_done else None
+        """Path of a stream that is left before its end and that the server would hold for its reader; else None."""
+        is_held = self._stream_id and self._max_retries and not self.call.in_background
+        return self._path if is_held and not self.is_done else None
 
     @property
     def _path(self) -> str:

@@ -1,13 +1,14 @@
 """What the client takes and gives.
 
 A completion and a chat answer are the same thing once they have arrived, text and why it ended, so they share
-their types; only the requests differ.
+their types; only the requests differ.  Responses and messages are in `conversations.py`, files and batches in
+`batches.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, Required, TypedDict, TypeVar
@@ -29,7 +30,7 @@ class Message(TypedDict, total=False):
     """
 
     role: Required[str]
-    content: str | list[dict[str, Any]] | None
+    content: str | Sequence[Mapping[str, Any]] | None
     name: str
     tool_calls: list[dict[str, Any]]
     tool_call_id: str
@@ -50,23 +51,48 @@ class StructuredOutputs(TypedDict, total=False):
     disable_any_whitespace: bool
 
 
-class SamplingOptions(TypedDict, total=False):
-    """Optional fields of every generation request.  What is not given is left to the server.
+class CallOptions(TypedDict, total=False):
+    """Optional fields of every request that the engine serves.  What is not given is left to the server.
 
-    The second group are extensions of OpenAI's API, under the names that vLLM gave them.  The third group has the text
-    keep to a grammar, in the words of vLLM and of llama.cpp; `response_format`, a parameter of its own, does it in
-    OpenAI's.  The fourth group tells the scheduling policy who sends the request and how urgent it is; it changes when
-    tokens come, and never which.
-    `speculation` "off" turns drafted tokens off for the request; the text stays the same.  `end_after` is for load
-    tests: the output has exactly that number of tokens.  `timing` and `receipt` have the answer tell how it was served,
-    and how to have it again.
+    The second group tells the scheduling policy who sends the request and how urgent it is; it changes when tokens
+    come, and never which.  `timeout` is the seconds in which the server must have finished.  Prefixes are found in its
+    cache by requests with the same `cache_salt` only.
     """
 
     model: str
-    max_tokens: int
+
+    user: str
+    priority: int
+    ttft_slo_ms: float
+    tpot_slo_ms: float
+
+    timeout: float
+    cache_salt: str
+
+
+class EmbeddingOptions(CallOptions, total=False):
+    """Optional fields of a request for vectors; `dimensions` is how many numbers each of them has.
+
+    With `truncate_prompt_tokens` only so many of an input's first tokens are read; -1 is as many as the context holds.
+    """
+
+    dimensions: int
+    truncate_prompt_tokens: int
+
+
+class TokenOptions(CallOptions, total=False):
+    """Optional fields that say which tokens are generated, and where a text ends.
+
+    The second group are extensions of OpenAI's API, under the names that vLLM gave them.  The third group says what the
+    text shows, and what the prompt is made of; of a prompt that is too long `truncate_prompt_tokens` are kept, the
+    last.  The fourth group has the text keep to a grammar, in the words of vLLM and of llama.cpp; `response_format`, a
+    parameter of its own, does it in OpenAI's.  `request_id` stands in the answer.  `speculation` "off" turns drafted
+    tokens off for the request; the text stays the same.  `end_after` is for load tests: the output has exactly that
+    number of tokens.
+    """
+
     temperature: float
     top_p: float
-    n: int
     seed: int
     stop: str | list[str]
     presence_penalty: float
@@ -83,36 +109,69 @@ class SamplingOptions(TypedDict, total=False):
     min_tokens: int
     stop_token_ids: list[int]
     ignore_eos: bool
-    logprob_token_ids: list[int]
+    allowed_token_ids: list[int]
+    bad_words: list[str]
+
+    skip_special_tokens: bool
+    include_stop_str_in_output: bool
+    add_special_tokens: bool
+    truncate_prompt_tokens: int
 
     structured_outputs: StructuredOutputs
     grammar: str
     json_schema: dict[str, Any] | str
 
-    user: str
-    priority: int
-    ttft_slo_ms: float
-    tpot_slo_ms: float
-
+    request_id: str
     speculation: str
-
     end_after: int
 
+
+class TemplateOptions(TypedDict, total=False):
+    """What a conversation is rendered with; with `parse_special` messages may spell special tokens."""
+
+    chat_template: str
+    chat_template_kwargs: dict[str, Any]
+    documents: list[dict[str, Any]]
+    parse_special: bool
+
+
+class SamplingOptions(TokenOptions, total=False):
+    """Optional fields of both kinds of completion.
+
+    `prompt_logprobs` is the number of alternatives to report for each token of the prompt, and `logprob_token_ids` are
+    tokens that are reported wherever log-probabilities are.  `return_token_ids` has choices tell the tokens beside the
+    text, and `return_tokens_as_token_ids` names them by their ids in log-probabilities.  `timing` and `receipt` have
+    the answer tell how it was served, and how to have it again.
+    """
+
+    max_tokens: int
+    n: int
+
+    prompt_logprobs: int
+    logprob_token_ids: list[int]
+    return_token_ids: bool
+    return_tokens_as_token_ids: bool
     timing: bool
     receipt: bool
 
 
 class CompletionOptions(SamplingOptions, total=False):
-    """Optional fields of a completion request; `logprobs` is the number of alternatives to report for each token."""
+    """Optional fields of a completion request; `logprobs` is the number of alternatives to report for each token.
+
+    `suffix` is what follows the text, where the model can fill in the middle.
+    """
 
     echo: bool
     logprobs: int
+    suffix: str
 
 
-class ChatOptions(SamplingOptions, total=False):
+class ChatOptions(SamplingOptions, TemplateOptions, total=False):
     """Optional fields of a chat request; `top_logprobs` is the number of alternatives to report for each token.
 
-    Tools are functions with type hints, whose docstrings say what they do, or objects as in OpenAI's API.
+    Tools are functions with type hints, whose docstrings say what they do, or objects as in OpenAI's API.  With
+    `continue_final_message`, and `add_generation_prompt` false, the answer goes on with the last message, which `echo`
+    has it begin with.  `include_reasoning` false leaves thoughts out.
     """
 
     logprobs: bool
@@ -123,21 +182,34 @@ class ChatOptions(SamplingOptions, total=False):
     parallel_tool_calls: bool
 
     reasoning_effort: str
-    chat_template_kwargs: dict[str, Any]
+    include_reasoning: bool
+    add_generation_prompt: bool
+    continue_final_message: bool
+    echo: bool
 
 
-class EmbeddingOptions(TypedDict, total=False):
-    """Optional fields of a request for vectors; `dimensions` is how many numbers each of them has.
-
-    With `truncate_prompt_tokens` only so many of an input's first tokens are read; -1 is as many as the context holds.
-    """
+class TokenizationOptions(TemplateOptions, total=False):
+    """Optional fields of a request for tokens; `return_token_strs` has them told as the vocabulary writes them, too."""
 
     model: str
-    dimensions: int
-    truncate_prompt_tokens: int
+    tools: Sequence[Tool]
+    add_special_tokens: bool
+    add_generation_prompt: bool
+    continue_final_message: bool
+    return_token_strs: bool
 
-    user: str
-    priority: int
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the headers of an answer tell.
+
+    Attributes:
+        request_id: by which the server's log knows the request.
+        ignored_fields: of the request, which the server does not know.
+    """
+
+    request_id: str | None = None
+    ignored_fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +219,7 @@ class Usage:
     Attributes:
         num_cached_tokens: of the prompt's, those found in the prefix cache.
         num_accepted_tokens, num_rejected_tokens: drafted tokens that verification kept, and not.
+        num_reasoning_tokens: of the output's, those of thoughts.
     """
 
     num_prompt_tokens: int
@@ -154,6 +227,7 @@ class Usage:
     num_cached_tokens: int = 0
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
+    num_reasoning_tokens: int = 0
 
 
 class Timing(TypedDict):
@@ -213,6 +287,18 @@ class TokenLogprob:
     top: tuple[tuple[str, float], ...] = ()
 
 
+class PromptLogprob(TypedDict):
+    """Natural log-probability of a token in a place of the prompt; the most probable one has `rank` 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = tuple[dict[int, PromptLogprob] | None, ...]
+"""For each token of the prompt, by token id; None for the first."""
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A function that the model wants to be called.
@@ -246,11 +332,21 @@ class ToolCall:
         Raises:
             UnsendableError: the value cannot be written as JSON.
         """
+        return Message(role="tool", tool_call_id=self.id, content=self._written(value))
+
+    def result_item(self, value: object) -> dict[str, Any]:
+        """`result` as an item of the input of `respond`."""
+        return {"type": "function_call_output", "call_id": self.id, "output": self._written(value)}
+
+    def result_block(self, value: object) -> dict[str, Any]:
+        """`result` as a block of a message of the user, for `message`."""
+        return {"type": "tool_result", "tool_use_id": self.id, "content": self._written(value)}
+
+    def _written(self, value: object) -> str:
         try:
-            content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError) as error:
             raise UnsendableError(f"the result of {self.name} cannot be written as JSON: {error}") from error
-        return Message(role="tool", tool_call_id=self.id, content=content)
 
 
 @dataclass(frozen=True)
@@ -260,6 +356,7 @@ class Choice(Generic[Parsed]):
     Attributes:
         tool_calls: what the model wants to be called; `text` is often empty then.
         reasoning: what the model thought before it answered, if the server tells it apart from the text.
+        token_ids, prompt_token_ids, prompt_logprobs: if the request asked for them.
         response_format: what the request asked for.
     """
 
@@ -269,6 +366,9 @@ class Choice(Generic[Parsed]):
     logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning: str = ""
+    token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     response_format: ResponseFormat | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -297,12 +397,13 @@ class Choice(Generic[Parsed]):
 
 
 @dataclass(frozen=True, slots=True)
-class Completion(Generic[Parsed]):
+class Completion(Answer, Generic[Parsed]):
     """A whole answer.  What belongs to a choice is that of the first choice here.
 
     Attributes:
         created: seconds since the epoch.
         seed: what the server sampled with, if it tells; sent with the same request, it gives the same answer.
+        system_fingerprint: of the model that answered, if the server tells.
         timing: how each choice was served, if the request asked.
         receipt: how to have the answer again, if the request asked.
     """
@@ -313,6 +414,7 @@ class Completion(Generic[Parsed]):
     choices: tuple[Choice[Parsed], ...]
     usage: Usage
     seed: int | None = None
+    system_fingerprint: str | None = None
     timing: tuple[Timing, ...] | None = None
     receipt: Receipt | None = None
 
@@ -336,6 +438,18 @@ class Completion(Generic[Parsed]):
     def message(self) -> Message:
         return self.choices[0].message
 
+    @property
+    def token_ids(self) -> tuple[int, ...] | None:
+        return self.choices[0].token_ids
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...] | None:
+        return self.choices[0].prompt_token_ids
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        return self.choices[0].prompt_logprobs
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
@@ -354,7 +468,11 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What one choice gained; `finish_reason` is set in its last delta."""
+    """What one choice gained; `finish_reason` is set in its last delta.
+
+    Attributes:
+        prompt_token_ids: in its first delta, if the request asked; in a chat in that of the first choice alone.
+    """
 
     index: int
     text: str
@@ -362,10 +480,12 @@ class ChoiceDelta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCallDelta, ...] = ()
     reasoning: str = ""
+    token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Answer):
     """One event of a streamed answer; the last has the `usage` and no choices, and what `timing` and `receipt` ask for.
 
     What belongs to a choice is joined here; in a stream of several choices, look at each delta's `index` instead.
@@ -377,6 +497,7 @@ class Chunk:
     choices: tuple[ChoiceDelta, ...]
     usage: Usage | None = None
     seed: int | None = None
+    system_fingerprint: str | None = None
     timing: tuple[Timing, ...] | None = None
     receipt: Receipt | None = None
 
@@ -397,26 +518,79 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a model can be asked for; `fill_in_middle` is `suffix` of a completion."""
+
+    chat: bool
+    tools: bool
+    reasoning: bool
+    fill_in_middle: bool
+    embeddings: bool
+    completions: bool
+    structured_output: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
-    """A model that the server serves."""
+    """A model that the server serves; other servers than Shoal may not tell its `capabilities`."""
 
     id: str
     created: int
     max_model_len: int | None = None
+    capabilities: Capabilities | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenization:
+class Tokenization(Answer):
     """Token ids of a text or conversation, and the most that a request may have (`max_model_len`)."""
 
     token_ids: tuple[int, ...]
     max_model_len: int
+    token_strs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Embeddings:
+class Embeddings(Answer):
     """Vectors of length 1, in the order of the inputs."""
 
     model: str
     vectors: tuple[tuple[float, ...], ...]
     usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the server computes with (docs/api.md).
+
+    Attributes:
+        limits: what its scheduler keeps to, such as `max_num_seqs`.
+        settings: by section, as in `shoal.toml`.
+    """
+
+    version: str
+    model: str
+    num_parameters: int
+    backend: str
+    warning: str | None
+    kv_cache_bytes: int
+    limits: dict[str, Any]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """The tokenizer, with the names that `tokenizer_config.json` has.
+
+    Attributes:
+        added_tokens_decoder: special tokens by id, which is written as a text.
+        chat_templates: by name; `chat_template` is the usual one.
+    """
+
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    is_byte_level: bool
+    special_tokens: dict[str, Any]
+    added_tokens_decoder: dict[str, dict[str, Any]]
+    chat_template: str | None
+    chat_templates: dict[str, str]

@@ -147,6 +147,7 @@ class RequestRecord(Struct, kw_only=True, tag="request", tag_field="kind"):
     num_cached_tokens: int = 0
     num_accepted_tokens: int = 0
     num_rejected_tokens: int = 0
+    num_reasoning_tokens: int = 0
     text_hash: str = ""
     error: str | None = None
 

@@ -116,7 +116,7 @@ def _completion(path: Path, parts: list[dict[str, Any]]) -> Completion[Any]:
         answer = GrowingAnswer(None)
         for part in parts:
             answer.add(wire.stream_chat([], {}).parse(json.dumps(part)))
-        return answer.completion()
+        return answer.whole()
     except ClientError as error:
         raise LoadTestError(f"{path} is no whole answer: {str(error)[:200]}") from error
 

@@ -24,7 +24,7 @@ def read(events: list[dict[str, Any]]) -> Completion[Any]:
     answer = GrowingAnswer(None)
     for event in events:
         answer.add(CALL.build(event))
-    return answer.completion()
+    return answer.whole()
 
 
 # -- the law -----------------------------------------------------------------------------------------------------------
