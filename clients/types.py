@@ -188,11 +188,14 @@ class ChatOptions(SamplingOptions, TemplateOptions, total=False):
     echo: bool
 
 
-class TokenizationOptions(TemplateOptions, total=False):
+class TokenizationOptions(TypedDict, total=False):
     """Optional fields of a request for tokens; `return_token_strs` has them told as the vocabulary writes them, too."""
 
     model: str
     tools: Sequence[Tool]
+    chat_template: str
+    chat_template_kwargs: dict[str, Any]
+    parse_special: bool
     add_special_tokens: bool
     add_generation_prompt: bool
     continue_final_message: bool

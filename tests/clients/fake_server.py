@@ -120,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve(None)
 
     def do_POST(self) -> None:
-        self._serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        is_json = self.headers["Content-Type"] == "application/json"
+        self._serve(json.loads(body) if is_json else body or None)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
