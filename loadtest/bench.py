@@ -11,11 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from random import Random
+from typing import Any
 
 import click
 from msgspec import Struct
 
-from shoal.clients import AsyncShoalClient, ClientError, Message, StatusError, Usage
+from shoal.clients import AsyncShoalClient, Chunk, ClientError, Message, StatusError, Usage
 from shoal.clients.async_client import AsyncStream
 from shoal.loadtest.metrics import WORDS, Figures, of_requests
 from shoal.loadtest.records import RequestRecord
@@ -183,7 +184,7 @@ class _Bench:
             record.num_prompt_tokens, record.num_output_tokens = usage.num_prompt_tokens, usage.num_output_tokens
         self._advance()
 
-    def _stream(self, prompt: str, max_tokens: int) -> AsyncStream:
+    def _stream(self, prompt: str, max_tokens: int) -> AsyncStream[Chunk, Any]:
         if self._asked.endpoint == "completions":
             return self.client.stream_complete(prompt, model=self._model, max_tokens=max_tokens)
         messages = [Message(role="user", content=prompt)]
