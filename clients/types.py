@@ -83,12 +83,14 @@ class EmbeddingOptions(CallOptions, total=False):
 class TokenOptions(CallOptions, total=False):
     """Optional fields that say which tokens are generated, and where a text ends.
 
-    The second group are extensions of OpenAI's API, under the names that vLLM gave them.  The third group says what the
-    text shows, and what the prompt is made of; of a prompt that is too long `truncate_prompt_tokens` are kept, the
-    last.  The fourth group has the text keep to a grammar, in the words of vLLM and of llama.cpp; `response_format`, a
-    parameter of its own, does it in OpenAI's.  `request_id` stands in the answer.  `speculation` "off" turns drafted
-    tokens off for the request; the text stays the same.  `end_after` is for load tests: the output has exactly that
-    number of tokens.
+    The second group are extensions of OpenAI's API, under the names that vLLM gave them; `logprob_token_ids` are tokens
+    that are reported wherever log-probabilities are.  The third group says what the text shows, and what the prompt is
+    made of; of a prompt that is too long `truncate_prompt_tokens` are kept, the last.  The fourth group has the text
+    keep to a grammar, in the words of vLLM and of llama.cpp; `response_format`, a parameter of its own, does it in
+    OpenAI's.
+
+    `request_id` stands in the answer.  `speculation` "off" turns drafted tokens off for the request; the text stays the
+    same.  `end_after` is for load tests: the output has exactly that number of tokens.
     """
 
     temperature: float
@@ -111,6 +113,7 @@ class TokenOptions(CallOptions, total=False):
     ignore_eos: bool
     allowed_token_ids: list[int]
     bad_words: list[str]
+    logprob_token_ids: list[int]
 
     skip_special_tokens: bool
     include_stop_str_in_output: bool
@@ -138,17 +141,15 @@ class TemplateOptions(TypedDict, total=False):
 class SamplingOptions(TokenOptions, total=False):
     """Optional fields of both kinds of completion.
 
-    `prompt_logprobs` is the number of alternatives to report for each token of the prompt, and `logprob_token_ids` are
-    tokens that are reported wherever log-probabilities are.  `return_token_ids` has choices tell the tokens beside the
-    text, and `return_tokens_as_token_ids` names them by their ids in log-probabilities.  `timing` and `receipt` have
-    the answer tell how it was served, and how to have it again.
+    `prompt_logprobs` is the number of alternatives to report for each token of the prompt.  `return_token_ids` has
+    choices tell the tokens beside the text, and `return_tokens_as_token_ids` names them by their ids in
+    log-probabilities.  `timing` and `receipt` have the answer tell how it was served, and how to have it again.
     """
 
     max_tokens: int
     n: int
 
     prompt_logprobs: int
-    logprob_token_ids: list[int]
     return_token_ids: bool
     return_tokens_as_token_ids: bool
     timing: bool
