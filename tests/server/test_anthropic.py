@@ -13,7 +13,7 @@ import pytest
 from anthropic._streaming import SSEDecoder
 from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -24,7 +24,7 @@ from shoal.server.routes.answer import error_response, event
 from shoal.server.routes.messages import messages_router
 from shoal.server.shapes import anthropic, shape_of
 from shoal.server.tools.answer import ChatAnswer
-from shoal.server.tools.blocks import AnswerBlocks, content, read_input
+from shoal.server.tools.blocks import INVALID, AnswerBlocks, content, read_input
 from shoal.server.tools.formats import HERMES, TOOL_FORMATS
 from shoal.server.tools.reader import AnswerReader
 from shoal.server.wire.message_answers import MessageAnswer, MessageStart, Usage
@@ -168,7 +168,12 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 pieces = st.sampled_from((*TAGS, "Hm. ", "\n", "数", HEAD, INPUT, "}", '{"name": "other"}', WHOLE))
 
 
+# An input that is no JSON, which a grammar keeps models from: the client raises what the whole answer tells.
+NO_JSON = '<tool_call>{"name": "weather", "arguments": {"name": "weather", "arguments": <think>'
+
+
 @settings(max_examples=300, deadline=None)
+@example(NO_JSON, [], 78)
 @given(st.lists(pieces, max_size=8).map("".join), st.lists(st.integers(0, 200), max_size=12), st.integers(0, 300))
 def test_the_stream_is_together_what_the_whole_answer_has(text: str, cuts: list[int], length: int) -> None:
     text = text[:length]
@@ -180,11 +185,18 @@ def test_the_stream_is_together_what_the_whole_answer_has(text: str, cuts: list[
     opening = EVENTS.validate_json(event(MessageStart(message([])))[6:])
     streamed: Any = accumulate_event(event=opening, current_snapshot=None, json_bufs={})
     shaped, buffers, places = blocks(), dict[int, bytes](), sorted(cut for cut in cuts if cut < len(text))
-    for start, end in itertools.pairwise([0, *places, len(text)]):
-        for one in shaped.events(text[start:end], is_last=False):
+    told = [
+        one
+        for start, end in itertools.pairwise([0, *places, len(text)])
+        for one in shaped.events(text[start:end], is_last=False)
+    ]
+    for one in told + shaped.events("", is_last=True):
+        try:
             accumulate_event(event=EVENTS.validate_json(event(one)[6:]), current_snapshot=streamed, json_bufs=buffers)
-    for one in shaped.events("", is_last=True):
-        accumulate_event(event=EVENTS.validate_json(event(one)[6:]), current_snapshot=streamed, json_bufs=buffers)
+        except ValueError as error:
+            assert "Unable to parse tool parameter JSON" in str(error)
+            assert any(block.type == "tool_use" and INVALID in block.input for block in whole.content)
+            return
     assert shown(Message.model_validate(streamed.to_dict())) == shown(whole)
 
 
