@@ -30,10 +30,12 @@ SCHEMA = {
 }
 FUNCTION = {"name": "weather", "description": "The weather.", "parameters": SCHEMA, "strict": True}
 OTHER = {"name": "time", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
-# What two answers to the same request need not have in common (the second finds blocks of the first), or clients add.
+# What two answers to the same request need not have in common, or clients add: the second finds blocks of the first,
+# and what a grammar forces is drafted where it comes in time.
 DIFFERENT = {
     *("id", "call_id", "created", "created_at", "completed_at", "object"),
     *("prompt_tokens_details", "input_tokens_details", "cache_read_input_tokens"),
+    *("accepted_prediction_tokens", "rejected_prediction_tokens"),
     *("parsed", "parsed_arguments", "parsed_output", "index"),
 }
 STOPS = st.lists(st.sampled_from(["e", "th", " c", "}", "ö", "し", "\n"]), max_size=2, unique=True)
