@@ -54,7 +54,7 @@ from shoal.server.wire.responses import (
 
 Bodies = Mapping[str, Mapping[str, Any]]
 
-_MODEL, _CREATED, _FINGERPRINT, _SEED = "shoal-moe", 1795874638, "fp_9f3c6a1e5b20d784", 7
+_MODEL, _CREATED, _FINGERPRINT, _SEED = "shoal-moe", 1795874638, "fp_f37ff745824ee3f6", 7
 _USAGE = Usage(9, 8, 17, PromptTokensDetails(0), CompletionTokensDetails(0, 0))
 _QUESTION = {"role": "user", "content": "Write a function that reverses a string."}
 _WEATHER: Any = {
