@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -89,18 +90,20 @@ def test_every_answer_of_a_completion_says_what_is_left(server: Server) -> None:
 
 
 def test_a_key_may_have_so_many_unfinished(server: Server) -> None:
-    body = {**LONG, "n": 4, "stream": True}
     engine = psutil.Process(server.engine_pid())
-    with server.http.stream("POST", COMPLETIONS, json=body, **with_key(server, "four")) as stream:
-        next(stream.iter_lines())
+    with ThreadPoolExecutor() as pool:
         engine.suspend()  # so that nothing is finished, however long this takes
         try:
+            four = pool.submit(ask, server, "four", n=4)
+            left = "x-ratelimit-remaining-requests"
+            server.until("the key has four", lambda: ask(server, "four", temperature=9).headers[left] == "2")
             answer = ask(server, "four")
         finally:
             engine.resume()
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-        assert "key_max_requests" in answer.json()["error"]["message"]
-        assert server.metric("shoal:requests_refused_total", code="rate_limit_exceeded") >= 1
+    assert four.result().status_code == 200
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert "key_max_requests" in answer.json()["error"]["message"]
+    assert server.metric("shoal:requests_refused_total", code="rate_limit_exceeded") >= 1
     server.wait_idle()
     assert ask(server, "four").status_code == 200
 
