@@ -269,6 +269,7 @@ EMBEDDINGS = Embeddings([Embedding(0, [0.422, -0.557, 0.715])], _MODEL, Embeddin
 
 MODEL = ModelCard(
     _MODEL,
+    "/opt/models/shoal-moe",
     _CREATED,
     1024,
     Capabilities(chat=True, tools=True, reasoning=False, fill_in_middle=False, embeddings=True),

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.server.embeddings import METHODS
 from shoal.server.routes.answer import whole
 from shoal.server.service import Service
@@ -23,11 +24,13 @@ from shoal.server.wire.responses import (
 
 def models_router(service: Service) -> APIRouter:
     router = APIRouter()
+    root = str(resolve_checkpoint(service.settings.model))
 
     def card(name: str) -> ModelCard:
         has_template = bool(service.tokenizer.chat_template.sources)
         return ModelCard(
             id=name,
+            root=root,
             created=service.started,
             max_model_len=service.engine.ready.limits.max_model_len,
             capabilities=Capabilities(

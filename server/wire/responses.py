@@ -227,9 +227,14 @@ class Capabilities(msgspec.Struct):
 
 
 class ModelCard(msgspec.Struct):
-    """A model, as both OpenAI's and Anthropic's clients read it."""
+    """A model, as both OpenAI's and Anthropic's clients read it.
+
+    Attributes:
+        root: the checkpoint's folder or file, as vLLM tells it: a load generator on this machine finds the tokenizer.
+    """
 
     id: str
+    root: str
     created: int
     max_model_len: int
     capabilities: Capabilities

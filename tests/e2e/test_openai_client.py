@@ -122,7 +122,7 @@ def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "shoal")
     assert client.models.retrieve(MODEL) == model
-    assert extras(model) == {"max_model_len", "capabilities", "display_name", "created_at", "type"}
+    assert extras(model) == {"root", "max_model_len", "capabilities", "display_name", "created_at", "type"}
 
 
 def test_errors_are_of_the_clients_own_types(client: openai.OpenAI, strict: Server) -> None:

@@ -35,7 +35,7 @@ def without(main: Server) -> Callable[[int], Answers]:
 @pytest.mark.parametrize(
     ("k", "num_requests"),
     [
-        *((k, 100) for k in (None, 4)),
+        *((k, 40) for k in (None, 4)),
         *(pytest.param(k, 300, marks=pytest.mark.long) for k in (None, 4)),
         *(pytest.param(k, 100, marks=pytest.mark.long) for k in (1, 2, 3, 5, 6, 7, 8)),
     ],

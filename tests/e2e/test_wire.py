@@ -97,7 +97,7 @@ def test_nothing_is_generated_in_a_stream_of_no_tokens(tiny: Server) -> None:
 def test_the_rest(tiny: Server) -> None:
     models = tiny.get("/v1/models").json()
     assert models.keys() == {"object", "data"} | {"first_id", "last_id", "has_more"}
-    card = {"id", "object", "created", "owned_by", "max_model_len", "capabilities"}
+    card = {"id", "object", "created", "owned_by", "root", "max_model_len", "capabilities"}
     assert models["data"][0].keys() == card | {"type", "display_name", "created_at"}
     assert tiny.get("/v1/models/tiny").json() == models["data"][0]
     assert re.fullmatch(r"\d+\.\d+\.\d+", tiny.get("/version").json()["version"])
