@@ -121,5 +121,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_workload(tmp_path / "none.jsonl")
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"request_id": "\xff"}\n')
-    with pytest.raises(LoadTestError, match="line 1: .*(utf|UTF)-8"):
+    with pytest.raises(LoadTestError, match=r"line 1: .*(utf|UTF)-8"):
         read_workload(path)
