@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +29,7 @@ class AnswerHeaders:
         state = scope.setdefault("state", {})
         given = Headers(scope=scope).get(REQUEST_ID, "")
 
-        async def send_with_headers(message: Message) -> None:
+        def send_with_headers(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 if 0 < len(given) <= MAX_ID_CHARS:
@@ -40,6 +42,6 @@ class AnswerHeaders:
                     headers["x-ignored-fields"] = ", ".join(ignored)
                 if allowance := state.get("allowance"):
                     headers.update(allowance.headers())
-            await send(message)
+            return send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -20,6 +20,8 @@ def set_up_logs(config: ServerConfig) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if config.log_format == "json" else TextLines(colour=sys.stderr.isatty()))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
+        setattr(logging, name, False)  # no line says these, and finding them out takes time
     logging.getLogger("uvicorn.access").addFilter(is_news)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says of its start, the server says better
     logging.getLogger("uvicorn.error").addFilter(is_no_end)

@@ -46,7 +46,8 @@ class EngineProcess:
         self.hangs: Callable[[], bool] = lambda: False
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
         self._context = zmq.asyncio.Context()
-        self._commands, self._reports = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
+        self._commands = self._context.socket(zmq.PUSH)
+        self._reports: zmq.Socket[bytes] = zmq.Socket(self._context, zmq.PULL)
         self._outbox = Outbox()
         self._num_reports = 0
         self._process: Process | None = None
@@ -85,6 +86,8 @@ class EngineProcess:
                 self._process.kill()
             await self._process.wait()
             self.ended.cancel()
+            await asyncio.wait((self.ended,))
+        self._reports.close(linger=0)
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -109,10 +112,13 @@ class EngineProcess:
         Raises:
             ConfigError: it says that it cannot start.
         """
-        receiving, exited = asyncio.create_task(self._receive()), asyncio.create_task(process.wait())
-        delivering = asyncio.create_task(self._deliver())
+        loop = asyncio.get_running_loop()
+        receiving: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._reports.FD, self._receive, receiving)
+        delivering, exited = asyncio.create_task(self._deliver()), asyncio.create_task(process.wait())
         tasks = receiving, exited, delivering
         try:
+            self._receive(receiving)
             while not any(task.done() for task in tasks):
                 await asyncio.wait(tasks, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if self.hangs():
@@ -132,6 +138,7 @@ class EngineProcess:
             logger.exception("what goes between this process and an engine could not be sent or taken")
             return f"failed: {error}"
         finally:
+            loop.remove_reader(self._reports.FD)
             for task in tasks:
                 task.cancel()
 
@@ -140,16 +147,24 @@ class EngineProcess:
             await self._commands.send(msgspec.msgpack.encode(await self._outbox.get()))
             await asyncio.sleep(0)  # a socket with room for it does not wait
 
-    async def _receive(self) -> None:
-        while True:
-            report = _decoder.decode(await self._reports.recv())
-            self._num_reports += 1
-            match report:
-                case News() as news:
-                    self.take(news)
-                case Loading(what):
-                    logger.info("engine: %s", what)
-                case Ready() as ready:
-                    self.ready.set_result(ready)
-                case StartFailed(message, param):
-                    raise ConfigError(message, param=param)
+    def _receive(self, failed: asyncio.Future[None]) -> None:
+        """Take all reports that have come: of those left here the socket's descriptor would not tell again."""
+        try:
+            while not failed.done():
+                self._hear(_decoder.decode(self._reports.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            pass
+        except Exception as error:
+            failed.set_exception(error)
+
+    def _hear(self, report: Report) -> None:
+        self._num_reports += 1
+        match report:
+            case News() as news:
+                self.take(news)
+            case Loading(what):
+                logger.info("engine: %s", what)
+            case Ready() as ready:
+                self.ready.set_result(ready)
+            case StartFailed(message, param):
+                raise ConfigError(message, param=param)
