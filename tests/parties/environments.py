@@ -33,10 +33,14 @@ def make_environment(party: Party) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if party.is_node:
-            _run("npm", "install", "--no-audit", "--no-fund", "--prefix", folder, *party.requirements)
+            options = ("--no-audit", "--no-fund", *(("--omit=optional",) if party.is_bare else ()))
+            _run("npm", "install", *options, "--prefix", folder, *party.requirements)
         else:
             _run(party.program or sys.executable, "-m", "venv", folder)
-            _run(folder / "bin/python", "-m", "pip", "install", "-q", "--no-compile", *party.requirements)
+            install = (folder / "bin/python", "-m", "pip", "install", "-q", "--no-compile")
+            if party.is_bare:
+                _run(*install, "--no-deps", party.requirements[0])
+            _run(*install, *party.requirements[party.is_bare :])
         installed.write_text(wanted)
     return folder
 

@@ -1,7 +1,7 @@
 """The clients: a record for each, and its script beside this file.
 
-Not tried yet, because their installation took too long: AIPerf, inference-perf (it needs Python 3.12), and promptfoo
-(it needs Node 22).  `vllm bench serve` comes with vLLM alone: a wheel of 336 MB, 840 MB unpacked, and torch.
+Not tried yet, because their installation took too long: AIPerf, and inference-perf (it needs Python 3.12).
+`vllm bench serve` comes with vLLM alone: a wheel of 336 MB, 840 MB unpacked, and torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ class Party(NamedTuple):
         requirements: exact ones, for pip or for npm, of which the first is the client itself.
         script_name: of the script beside this file; the client's name if not given.
         program: of the machine that is needed too: another Python, which then runs the client, or a browser.
+        is_bare: it needs little of what it asks for: pip installs the client without its dependencies, and npm
+            leaves out optional ones; the other requirements are what it needs of them.
     """
 
     name: str
     requirements: tuple[str, ...]
     script_name: str = ""
     program: str = ""
+    is_bare: bool = False
 
     @property
     def is_node(self) -> bool:
@@ -77,4 +80,5 @@ PARTIES = (
     Party("node_ai_anthropic", ("ai@7.0.173", "@ai-sdk/anthropic@4.0.105", "zod@4.6.7")),
     Party("node_ai", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7")),
     Party("node_ai_openai", ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "zod@4.6.7")),
+    Party("node_promptfoo", ("promptfoo@0.123.1", "node@24.19.0", "@libsql/linux-x64-gnu@0.5.29"), is_bare=True),
 )
