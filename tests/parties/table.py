@@ -1,7 +1,6 @@
 """The clients: a record for each, and its script beside this file.
 
-Not tried yet, because its installation took too long: AIPerf.
-`vllm bench serve` comes with vLLM alone: a wheel of 336 MB, 840 MB unpacked, and torch.
+Not tried yet: `vllm bench serve`, which comes with vLLM alone: a wheel of 336 MB, 840 MB unpacked, and torch.
 """
 
 from __future__ import annotations
@@ -75,6 +74,7 @@ PARTIES = (
     Party("guidellm", ("guidellm==0.8.1", "torch==2.13.0")),
     Party("evalscope", ("evalscope[perf]==1.14.1",)),
     Party("inference_perf", ("inference-perf==0.7.0",), program="python3.12"),
+    Party("aiperf", ("aiperf==0.13.0",)),
     Party("node_openai", ("openai@6.49.0", "zod@4.6.7")),
     Party("node_browser", ("openai@6.49.0",), program="chromium"),
     Party("node_anthropic", ("@anthropic-ai/sdk@1.14.0", "zod@4.6.7")),
