@@ -152,15 +152,14 @@ class ErrorShape:
         body: the object of an error.
         event: name of the event that tells of one in a stream; streams of OpenAI's first API have no names.
         done: what stands at the end of each stream.
-        keep_alive: what a stream has while nothing comes.  A comment has no empty line behind it: OpenAI's client takes
-            such a line for the end of an event without data.
+        keep_alive: an event that a stream has while nothing comes; without one it has a comment.
         headers: of every answer to the request.
     """
 
     body: Callable[[ShoalError], object] = error_body
     event: str = ""
     done: bytes = b"data: [DONE]\n\n"
-    keep_alive: bytes = b": the stream goes on\n"
+    keep_alive: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -198,7 +198,7 @@ def _answers(operation: Operation, schemas: Schemas) -> Schema:
 
 
 def _event_schema(events: Events, schemas: Schemas) -> Schema:
-    """The schema of an event, as tools expect it of OpenAPI 3.1: it has an id, maybe a name, and data."""
+    """The schema of an event, as tools expect it of OpenAPI 3.1: it may have an id and a name, and has data."""
 
     def one_event(name: str, data: Schema) -> Schema:
         named = {"event": {"const": name}} if name else {}
@@ -222,7 +222,9 @@ def _event_schema(events: Events, schemas: Schemas) -> Schema:
 def _stream_example(events: Events) -> str:
     done = events.shapes[0].done.decode()
     parts = [*(event(data, name).decode() for name, data in events.example), *([done] if done else [])]
-    return "".join(f"id: {events.example_id}:{number}\n{part}" for number, part in enumerate(parts, 1))
+    if events.example_id:
+        parts = [f"id: {events.example_id}:{number}\n{part}" for number, part in enumerate(parts, 1)]
+    return "".join(parts)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

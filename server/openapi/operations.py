@@ -73,14 +73,14 @@ class Events:
     Attributes:
         types: of the data of its events, one or several, by their names; streams of OpenAI's first API have no names.
         example: the data of a whole stream, each with its event's name.
-        example_id: the `id` of the answer that it is of.
         shapes: of errors and of the end, one for each API whose stream it may be; the example is of the first.
+        example_id: the `id` of the answer that it is of, if it is one of a stream that can go on.
     """
 
     types: Mapping[str, Any]
     example: Sequence[tuple[str, object]]
-    example_id: str
     shapes: Sequence[ErrorShape] = (OPENAI,)
+    example_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +159,8 @@ def _by_tag(*kinds: type[Struct]) -> Mapping[str, type[Struct]]:
     return {str(kind.__struct_config__.tag): kind for kind in kinds}
 
 
-COMPLETION_EVENTS = Events(
-    types={"": Completion}, example=examples.COMPLETION_EVENTS, example_id=examples.COMPLETION.id
-)
-CHAT_EVENTS = Events(types={"": ChatCompletionChunk}, example=examples.CHAT_EVENTS, example_id=examples.CHAT.id)
+COMPLETION_EVENTS = Events(types={"": Completion}, example=examples.COMPLETION_EVENTS)
+CHAT_EVENTS = Events(types={"": ChatCompletionChunk}, example=examples.CHAT_EVENTS)
 MESSAGE_EVENTS = Events(
     types=_by_tag(
         message_answers.MessageStart,
@@ -174,7 +172,6 @@ MESSAGE_EVENTS = Events(
         message_answers.Ping,
     ),
     example=examples.MESSAGE_EVENTS,
-    example_id=examples.MESSAGE.id,
     shapes=(ANTHROPIC,),
 )
 RESPONSE_EVENTS = Events(
@@ -197,14 +194,13 @@ RESPONSE_EVENTS = Events(
         item_events.Failed,
     ),
     example=examples.RESPONSE_EVENTS,
-    example_id=examples.RESPONSE.id,
     shapes=(STREAM_SHAPE,),
 )
 ALL_EVENTS = Events(
     types={**MESSAGE_EVENTS.types, **RESPONSE_EVENTS.types, "": (Completion, ChatCompletionChunk)},
     example=examples.CHAT_EVENTS,
-    example_id=examples.CHAT.id,
     shapes=(OPENAI, ANTHROPIC, STREAM_SHAPE),
+    example_id=examples.CHAT.id,
 )
 
 TAGS = {

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
+from itertools import count, repeat
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,6 +21,7 @@ logger = logging.getLogger("shoal.api")
 Value = TypeVar("Value")
 _encoder = msgspec.json.Encoder(enc_hook=str)  # paths among settings
 KEEP_ALIVE_SECONDS = 15.0
+COMMENT = b": the stream goes on\n"
 
 
 def encode(body: object) -> bytes:
@@ -50,11 +52,12 @@ def error_response(error: ShoalError, shape: ErrorShape = OPENAI) -> Response:
 class EventStream(StreamingResponse):
     """A stream of server-sent events.  After the headers an error is an event too.
 
-    Each event has an id, `STREAM:NUMBER`, so that a client can say where it stopped.  When the client goes away, or the
-    server does, the events are closed at once, and with them what makes them.
+    When the client goes away, or the server does, the events are closed at once, and with them what makes them.
 
     Args:
         events: some at a time, without their ids.
+        stream_id: of a stream that can go on.  Each event has an id then, `STREAM:NUMBER`, so that a client can say
+            where it stopped.  Other streams have no ids: `vllm bench serve`, for one, cannot read them.
         after: number of the event before the first.
         shape: of errors and of the end.
     """
@@ -64,14 +67,16 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         events: AsyncGenerator[list[bytes], None],
-        stream_id: str,
         headers: Mapping[str, str],
         *,
+        stream_id: str = "",
         after: int = 0,
         shape: ErrorShape = OPENAI,
     ) -> None:
         self.events = _until_done(events, stream_id, after, shape)
-        self._keep_alive = shape.keep_alive
+        # `vllm bench serve` drops the event behind a comment without an empty line; behind an id, such a line is an
+        # event without data for OpenAI's client.
+        self._keep_alive = shape.keep_alive or (COMMENT if stream_id else COMMENT + b"\n")
         super().__init__(self.events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,18 +110,14 @@ class _KeepAlive:
 
 
 async def _until_done(
-    events: AsyncGenerator[list[bytes], None], stream_id: str, number: int, shape: ErrorShape
+    events: AsyncGenerator[list[bytes], None], stream_id: str, after: int, shape: ErrorShape
 ) -> AsyncGenerator[bytes, None]:
-    numbered = b"id: %b:%%d\n%%b" % stream_id.encode()
+    ids = (b"id: %b:%d\n" % (stream_id.encode(), number) for number in count(after + 1)) if stream_id else repeat(b"")
     last = [shape.done] if shape.done else []
     try:
         async with aclosing(events):
             async for some in events:
-                parts = []
-                for one in some:
-                    number += 1
-                    parts.append(numbered % (number, one))
-                yield b"".join(parts)
+                yield b"".join([next(ids) + one for one in some])
     except StreamExpiredError as error:  # the stream itself goes on, and has other events of these numbers
         yield event(shape.body(error), shape.event) + shape.done
         return
@@ -126,8 +127,7 @@ async def _until_done(
         logger.exception("a stream failed")
         last.insert(0, event(shape.body(ShoalError("internal error")), shape.event))
     for one in last:
-        number += 1
-        yield numbered % (number, one)
+        yield next(ids) + one
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Value]) -> Value | None:

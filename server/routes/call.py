@@ -60,7 +60,7 @@ class Call(ABC, Generic[Body]):
             is_stream, shape = self.body.stream, self.shape
             return await hold(self.service, self.request, self.id, headers, events, is_stream=is_stream, shape=shape)
         if self.body.stream:
-            return EventStream(self.chunks(), self.id, headers, shape=self.shape)
+            return EventStream(self.chunks(), headers, shape=self.shape)
         return in_pieces(await unless_disconnected(self.request.receive, self.complete()) or [], headers)
 
     async def complete(self) -> list[bytes | bytearray]:

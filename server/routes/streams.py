@@ -126,7 +126,7 @@ async def deliver(
     if after > answer.num_events:  # its end was read too, and a browser's EventSource comes back until it is told so
         return Response(status_code=204, headers=answer.headers)
     events = service.streams.read(answer, after, takes_over=takes_over)
-    return EventStream(events, answer.id, answer.headers, after=after, shape=answer.shape)
+    return EventStream(events, answer.headers, stream_id=answer.id, after=after, shape=answer.shape)
 
 
 async def _whole(service: Service, answer: Answer) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from openai._streaming import SSEDecoder
@@ -27,7 +28,7 @@ async def ten(*, pause: float = 0.0, error: Exception | None = None) -> AsyncGen
         raise error
 
 
-def sent(events: AsyncGenerator[list[bytes], None], shape: ErrorShape = OPENAI) -> list[str]:
+def sent(events: AsyncGenerator[list[bytes], None], shape: ErrorShape = OPENAI, **options: Any) -> list[str]:
     """The parts of the body, empty ones left out."""
     parts: list[Message] = []
 
@@ -38,34 +39,43 @@ def sent(events: AsyncGenerator[list[bytes], None], shape: ErrorShape = OPENAI) 
         return await asyncio.get_running_loop().create_future()
 
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-    asyncio.run(EventStream(events, "s", {}, shape=shape)(scope, receive, send))
+    asyncio.run(EventStream(events, {}, shape=shape, **options)(scope, receive, send))
     assert [part["type"] for part in parts[:2]] == ["http.response.start", "http.response.body"]
     assert [bool(part.get("more_body")) for part in parts[1:]] == [True] * (len(parts) - 2) + [False]
     return [part["body"].decode() for part in parts[1:] if part["body"]]
 
 
-def test_events_have_names_and_ids() -> None:
+def test_events_have_names() -> None:
     parts = sent(ten())
-    assert parts[:10] == [f'id: s:{n + 1}\nevent: counted\ndata: {{"number":{n}}}\n\n' for n in range(10)]
-    assert parts[10:] == ["id: s:11\ndata: [DONE]\n\n"]
+    assert parts[:10] == [f'event: counted\ndata: {{"number":{n}}}\n\n' for n in range(10)]
+    assert parts[10:] == ["data: [DONE]\n\n"]
+
+
+def test_events_of_a_stream_that_can_go_on_have_ids() -> None:
+    parts = sent(ten(), stream_id="s", after=5)
+    assert parts[:10] == [f'id: s:{n + 6}\nevent: counted\ndata: {{"number":{n}}}\n\n' for n in range(10)]
+    assert parts[10:] == ["id: s:16\ndata: [DONE]\n\n"]
 
 
 @pytest.mark.parametrize("error", [EngineError("no more"), ValueError("a secret")], ids=str)
 def test_an_error_has_the_shape_of_its_api(error: Exception) -> None:
     message = error.message if isinstance(error, ShoalError) else "internal error"
-    *_, last = sent(ten(error=error), NAMED)
+    *_, last = sent(ten(error=error), NAMED, stream_id="s")
     assert last == f'id: s:11\nevent: failed\ndata: {{"told":"{message}"}}\n\n'
     *_, told, done = sent(ten(error=error))
     assert json.loads(told.partition("data: ")[2])["error"]["message"] == message
-    assert done == "id: s:12\ndata: [DONE]\n\n"
+    assert done == "data: [DONE]\n\n"
 
 
-def test_a_silent_stream_is_kept_alive_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stream_id", "ending"), [("", "\n\n"), ("s", "\n")])
+def test_a_silent_stream_is_kept_alive_by_comments(
+    monkeypatch: pytest.MonkeyPatch, stream_id: str, ending: str
+) -> None:
     monkeypatch.setattr(answer, "KEEP_ALIVE_SECONDS", 0.02)
-    parts = sent(ten(pause=0.1), NAMED)
+    parts = sent(ten(pause=0.1), NAMED, stream_id=stream_id)
     comments = [part for part in parts if part.startswith(":")]
-    assert len(comments) >= 10 and all(comment.endswith("\n") and "\n" not in comment[:-1] for comment in comments)
-    assert len([part for part in parts if part.startswith("id: ")]) == 10
+    assert len(comments) >= 10 and set(comments) == {f": the stream goes on{ending}"}
+    assert len(parts) == len(comments) + 10
     told = SSEDecoder().iter_bytes(iter([part.encode() for part in parts]))
     assert [one.json() for one in told] == [{"number": number} for number in range(10)]
 
