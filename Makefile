@@ -41,7 +41,7 @@ test-all: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(call run_tests,-m '')
 
-# The scripts of real clients, each in an environment of its own (5 GB, once), against a real server: see tests/parties.
+# The scripts of real clients, each in an environment of its own (11 GB, once), against a real server: see tests/parties.
 test-clients: $(VENV)/.runtime
 	@$(BUILD_TO_SERVE)
 	$(BIN)/python -m tests.parties $(ARGS)

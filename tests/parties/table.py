@@ -1,6 +1,8 @@
 """The clients: a record for each, and its script beside this file.
 
-Not tried yet: `vllm bench serve`, which comes with vLLM alone: a wheel of 336 MB, 840 MB unpacked, and torch.
+None is left untried.  inference-perf needs `python3.12` (of pyenv's, `PYENV_VERSION` says which it is), and promptfoo
+Node 22, which npm has as a package.  `vllm bench serve` comes with vLLM alone, a wheel of 336 MB: its row has what it
+imports, with another torch than vLLM asks for, for processors only.
 """
 
 from __future__ import annotations
@@ -75,6 +77,19 @@ PARTIES = (
     Party("evalscope", ("evalscope[perf]==1.14.1",)),
     Party("inference_perf", ("inference-perf==0.7.0",), program="python3.12"),
     Party("aiperf", ("aiperf==0.13.0",)),
+    Party(
+        "vllm",
+        (
+            *("vllm==0.33.0", "torch==2.13.0", "transformers==5.16.1", OPENAI, PYDANTIC),
+            *("aiohttp==3.14.5", "blake3==1.0.11", "cachetools==8.0.2", "cbor2==6.3.0", "cloudpickle==3.1.3"),
+            *("einops==0.8.2", "fastapi==0.165.0", "llguidance==1.9.1", "msgspec==0.23.0", "orjson==3.13.0"),
+            *("oss-harmony==0.0.11", "partial-json-parser==0.2.1.1.post7", "pillow==13.0.0"),
+            *("prometheus_client==0.26.0", "psutil==7.2.2", "py-cpuinfo==9.0.0", "pybase64==1.5.1", "pyzmq==27.3.0"),
+            *("regex==2026.11.19", "requests==2.34.2", "uvicorn==0.54.0", "uvloop==0.23.0", "watchfiles==1.3.0"),
+            *("xgrammar==0.2.9",),
+        ),
+        is_bare=True,
+    ),
     Party("node_openai", ("openai@6.49.0", "zod@4.6.7")),
     Party("node_browser", ("openai@6.49.0",), program="chromium"),
     Party("node_anthropic", ("@anthropic-ai/sdk@1.14.0", "zod@4.6.7")),
