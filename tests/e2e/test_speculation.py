@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ def without(main: Server) -> Callable[[int], Answers]:
 
 @pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("k", "num_requests"),
+    ("method", "k", "num_requests"),
     [
-        *((k, 40) for k in (None, 4)),
-        *(pytest.param(k, 300, marks=pytest.mark.long) for k in (None, 4)),
-        *(pytest.param(k, 100, marks=pytest.mark.long) for k in (1, 2, 3, 5, 6, 7, 8)),
+        *(("draft", None, 40), ("self", None, 40), ("ngram", 4, 40), ("self", 4, 40)),
+        *(pytest.param(method, k, 300, marks=pytest.mark.long) for method, k in product(METHODS, (None, 4))),
+        *(
+            pytest.param(method, k, 100, marks=pytest.mark.long)
+            for method, k in product(METHODS, (1, 2, 3, 5, 6, 7, 8))
+        ),
     ],
 )
 def test_answers_are_those_without_speculation(

@@ -41,6 +41,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
 }
 
+LONG = pytest.mark.long
 each_model = pytest.mark.parametrize("model", MODELS)
 each_numbers = pytest.mark.parametrize("numbers", NUMBERS)
 
@@ -73,7 +74,7 @@ def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarra
 
 @each_model
 @each_numbers
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("chunk", [1, 64, pytest.param(7, marks=LONG)])
 def test_prefilled_in_chunks(model: str, numbers: str, chunk: int, pages: Any) -> None:
     backend = backend_of(model, numbers)
     texts = sequences(1, 290)
@@ -85,7 +86,7 @@ def test_prefilled_in_chunks(model: str, numbers: str, chunk: int, pages: Any) -
 
 @each_model
 @each_numbers
-@pytest.mark.parametrize("num_others", [1, 2, 5, 11, 31])
+@pytest.mark.parametrize("num_others", [2, 31, *(pytest.param(n, marks=LONG) for n in (1, 5, 11))])
 def test_prefilled_beside_others(model: str, numbers: str, num_others: int, pages: Any) -> None:
     """With logits of the last tokens alone, too."""
     backend = backend_of(model, numbers)
@@ -108,7 +109,7 @@ def test_decoded_in_batches_of_1_to_32_at_every_row(model: str, numbers: str, pa
     for name, text in texts.items():
         run_chunks(backend, pages, {name: text}, [{name: len(text)}])
     names = list(texts)
-    batches = [names[turn:] + names[:turn] for turn in range(32)]
+    batches = [names[turn:] + names[:turn] for turn in range(0, 32, 3)]
     batches += [rng.permutation(names)[:size].tolist() for size in range(1, 32)]
     for batch in batches:  # the same keys and values are written again and again
         logits = backend.forward(pages.batch([(name, texts[name][-1:], len(texts[name]) - 1) for name in batch]))
@@ -117,7 +118,7 @@ def test_decoded_in_batches_of_1_to_32_at_every_row(model: str, numbers: str, pa
 
 @each_model
 @each_numbers
-@pytest.mark.parametrize("num_threads", [1, 3, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_threads", [1, 3, pytest.param(2, marks=LONG)])
 def test_around_the_borders_of_stretches(model: str, numbers: str, num_threads: int, pages: Any) -> None:
     """One token, and five as with drafted tokens.
 
@@ -165,7 +166,7 @@ def test_number_of_threads(model: str, numbers: str, num_threads: int, pages: An
 @pytest.mark.parametrize("isa", supported_isas())
 def test_instruction_sets(model: str, numbers: str, isa: str, pages: Any) -> None:
     """Each of them keeps the promise, and all have the same bits.  The generic one is slow."""
-    texts = sequences(7, 10, 3, 18, 270 if model == "odd" else 1)
+    texts = sequences(7, 10, 3, 6, 270 if model == "odd" else 1)
     expected = all_alone(backend_of(model, numbers), pages, texts)
     backend = backend_of(model, numbers, isa=isa)
     assert_same_bits(run_chunks(backend, pages, texts, random_steps(7, texts)), expected)
