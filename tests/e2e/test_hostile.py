@@ -29,7 +29,7 @@ QUIET: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, cycle_folder: Path) -> Iterator[Server]:
-    options = ("--num-blocks", "2048", "--client-timeout-seconds", "20", "--max-model-len", "2048")
+    options = ("--num-blocks", "2048", "--client-timeout-seconds", "10", "--max-model-len", "2048")
     server = Server(tmp_path_factory.mktemp("server"), "--model", str(cycle_folder), "--api-keys", KEY, *options)
     server.http.headers["authorization"] = f"Bearer {KEY}"
     yield server.wait_ready()

@@ -54,7 +54,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
         run(
             *[sys.executable, "-m", "pip", "--python", python],
-            *["install", "--no-index", "--no-deps", wheel],
+            *["install", "--no-index", "--no-deps", "--no-compile", wheel],
             cwd=folder,
         )
         site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))

@@ -136,7 +136,7 @@ def mixed_requests(count: int) -> list[tuple[list[int], dict[str, Any]]]:
 
 @cache
 def truth(kind: str) -> Harness:
-    return run(None, FixedLength(1), kind=kind, num_blocks=64, requests=mixed_requests(24))
+    return run(None, FixedLength(1), kind=kind, num_blocks=64, requests=mixed_requests(16))
 
 
 def assert_same(actual: Harness, expected: Harness) -> None:
@@ -154,7 +154,7 @@ def assert_same(actual: Harness, expected: Harness) -> None:
 @pytest.mark.parametrize("k", [3, 8, pytest.param(1, marks=pytest.mark.long)])
 def test_texts_and_log_probabilities_are_those_without_it(method: str, kind: str, k: int) -> None:
     """With so few blocks that requests are often preempted."""
-    harness = run(method, FixedLength(k), kind=kind, requests=mixed_requests(24))
+    harness = run(method, FixedLength(k), kind=kind, requests=mixed_requests(16))
     stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_draft_tokens > sum(stats.num_accepted_tokens_per_pos) > 0
@@ -173,8 +173,8 @@ def test_lengths_that_change_at_random_change_no_text(method: str) -> None:
         def lengths(self, rows: list[int]) -> list[int]:
             return self._rng.integers(0, 9, len(rows)).tolist()
 
-    assert_same(run(method, Fickle(), kind="torch", requests=mixed_requests(24)), truth("torch"))
-    assert_same(run(method, AdaptiveLength(8), kind="torch", requests=mixed_requests(24)), truth("torch"))
+    assert_same(run(method, Fickle(), kind="torch", requests=mixed_requests(16)), truth("torch"))
+    assert_same(run(method, AdaptiveLength(8), kind="torch", requests=mixed_requests(16)), truth("torch"))
 
 
 def test_a_request_can_switch_speculation_off() -> None:
