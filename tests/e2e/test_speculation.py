@@ -35,7 +35,7 @@ def without(main: Server) -> Callable[[int], Answers]:
 @pytest.mark.parametrize(
     ("method", "k", "num_requests"),
     [
-        *(("draft", None, 40), ("ngram", 4, 40), ("self", 4, 40)),
+        *(("draft", None, 30), ("ngram", 4, 30), ("self", 4, 30)),
         *(pytest.param(*case, 300, marks=pytest.mark.long) for case in product(METHODS, (None, 4))),
         *(pytest.param(*case, 100, marks=pytest.mark.long) for case in product(METHODS, (1, 2, 3, 5, 6, 7, 8))),
     ],

@@ -44,8 +44,12 @@ NUMBERS: dict[str, dict[str, Any]] = {
 }
 
 LONG = pytest.mark.long
-each_model = pytest.mark.parametrize("model", MODELS)
-each_numbers = pytest.mark.parametrize("numbers", NUMBERS)
+# Each model and each way to keep numbers; the small model with all of them.
+SOME = [("bundled", "float32"), ("bundled", "int8"), ("smollm2", "float16-cache"), *product(["odd"], NUMBERS)]
+each_case = pytest.mark.parametrize(
+    ("model", "numbers"),
+    [case if case in SOME else pytest.param(*case, marks=LONG) for case in product(MODELS, NUMBERS)],
+)
 
 
 @cache
@@ -74,8 +78,7 @@ def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarra
         np.testing.assert_array_equal(found[name], logits)
 
 
-@each_model
-@each_numbers
+@each_case
 @pytest.mark.parametrize("chunk", [1, 64, pytest.param(7, marks=LONG)])
 def test_prefilled_in_chunks(model: str, numbers: str, chunk: int, pages: Any) -> None:
     backend = backend_of(model, numbers)
@@ -86,8 +89,7 @@ def test_prefilled_in_chunks(model: str, numbers: str, chunk: int, pages: Any) -
     assert_same_bits(run_chunks(backend, pages, texts, chunks), expected)
 
 
-@each_model
-@each_numbers
+@each_case
 @pytest.mark.parametrize("num_others", [2, 31, *(pytest.param(n, marks=LONG) for n in (1, 5, 11))])
 def test_prefilled_beside_others(model: str, numbers: str, num_others: int, pages: Any) -> None:
     """With logits of the last tokens alone, too."""
@@ -101,8 +103,7 @@ def test_prefilled_beside_others(model: str, numbers: str, num_others: int, page
     np.testing.assert_array_equal(last, [expected[name][-1] for name in order])
 
 
-@each_model
-@each_numbers
+@each_case
 def test_decoded_in_batches_of_1_to_32_at_every_row(model: str, numbers: str, pages: Any) -> None:
     backend = backend_of(model, numbers)
     rng = np.random.default_rng(3)
@@ -118,8 +119,7 @@ def test_decoded_in_batches_of_1_to_32_at_every_row(model: str, numbers: str, pa
         np.testing.assert_array_equal(logits, [expected[name][-1] for name in batch])
 
 
-@each_model
-@each_numbers
+@each_case
 @pytest.mark.parametrize("num_threads", [1, 3, pytest.param(2, marks=LONG)])
 def test_around_the_borders_of_stretches(model: str, numbers: str, num_threads: int, pages: Any) -> None:
     """One token, and five as with drafted tokens.
@@ -141,8 +141,8 @@ def test_around_the_borders_of_stretches(model: str, numbers: str, num_threads: 
             np.testing.assert_array_equal(together[10 : 10 + end - start], expected[start:end])
 
 
-@each_numbers
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("num_threads", [3, pytest.param(1, marks=LONG)])
 def test_smollm2_in_a_context_of_2000_tokens(numbers: str, num_threads: int, pages: Any) -> None:
     texts = sequences(5, 2011, 9, 300)
     long, short, middle = texts
@@ -153,8 +153,7 @@ def test_smollm2_in_a_context_of_2000_tokens(numbers: str, num_threads: int, pag
     assert_same_bits(found, expected)
 
 
-@each_model
-@each_numbers
+@each_case
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_number_of_threads(model: str, numbers: str, num_threads: int, pages: Any) -> None:
     texts = sequences(6, 270, 33, 1, 90)
@@ -163,14 +162,8 @@ def test_number_of_threads(model: str, numbers: str, num_threads: int, pages: An
     assert_same_bits(run_chunks(backend, pages, texts, random_steps(6, texts)), expected)
 
 
-@each_model
-@pytest.mark.parametrize(
-    ("numbers", "isa"),
-    [
-        pytest.param(numbers, isa, marks=[LONG] if (numbers, isa) == ("float16-cache", "generic") else [])
-        for numbers, isa in product(NUMBERS, supported_isas())
-    ],
-)
+@each_case
+@pytest.mark.parametrize("isa", supported_isas())
 def test_instruction_sets(model: str, numbers: str, isa: str, pages: Any) -> None:
     """Each of them keeps the promise, and all have the same bits.  The generic one is slow."""
     texts = sequences(7, 10, 3, 6, 270 if model == "odd" else 1)
@@ -179,8 +172,7 @@ def test_instruction_sets(model: str, numbers: str, isa: str, pages: Any) -> Non
     assert_same_bits(run_chunks(backend, pages, texts, random_steps(7, texts)), expected)
 
 
-@each_model
-@each_numbers
+@each_case
 def test_a_prefix_that_another_sequence_computed(model: str, numbers: str, pages: Any) -> None:
     """Shared blocks, as the prefix cache has them; and the same tokens in other blocks, as after a preemption."""
     backend = backend_of(model, numbers)
@@ -197,7 +189,7 @@ def test_a_prefix_that_another_sequence_computed(model: str, numbers: str, pages
 
 
 # `paged` is a class, which no example can leave in another state.
-@each_model
+@pytest.mark.parametrize("model", MODELS)
 @settings(
     max_examples=examples(20),
     derandomize=True,
