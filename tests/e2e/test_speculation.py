@@ -114,7 +114,11 @@ def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> N
             ["--speculation", "ngram", "--num-spec-tokens", "17"],
             "speculation.num_spec_tokens must be at most 16, not 17",
         ),
-        (["--speculation", "ngram", "--num-spec-tokens", "0"], "speculation.num_spec_tokens must be at least 1, not 0"),
+        pytest.param(
+            ["--speculation", "ngram", "--num-spec-tokens", "0"],
+            "speculation.num_spec_tokens must be at least 1, not 0",
+            marks=pytest.mark.long,
+        ),
         (["--speculation", "draft", "--draft-model", "nowhere"], "draft_model: 'nowhere' is neither"),
         (["--speculation", "self", "--draft-layers", "99"], "draft_layers 99 leaves nothing to verify with"),
     ],
@@ -137,7 +141,7 @@ def swapped_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("draft", ["cycle_folder", "swapped_folder"])
+@pytest.mark.parametrize("draft", ["swapped_folder", pytest.param("cycle_folder", marks=pytest.mark.long)])
 def test_a_draft_with_another_vocabulary_is_refused_at_the_start(
     draft: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
