@@ -36,7 +36,7 @@ test: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(call run_tests)
 
-# With the tests that are marked as long: more cases of what `make test` tests too.
+# With the tests that are marked as long, and all examples of hypothesis: more cases of what `make test` tests too.
 test-all: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(call run_tests,-m '')

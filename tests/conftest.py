@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
+import certifi
 import hypothesis
 import pytest
 
 from shoal.model.backends import native_library
 from shoal.model.native import build
+from tests import examples
 
 BEGAN = pytest.StashKey[float]()
 PR_SET_CHILD_SUBREAPER = 36  # of Linux's <sys/prctl.h>
-
-# How long an example takes depends on other programs, too.  The timeout of pytest ends one that never returns.
-hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,12 +33,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[BEGAN] = time.monotonic()
+    if not config.option.markexpr:
+        examples.share = 1
+    # How long an example takes depends on other programs, too.  The timeout of pytest ends one that never returns.
+    checks = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile(
+        "tests", max_examples=examples.examples(100), deadline=None, suppress_health_check=checks
+    )
+    hypothesis.settings.load_profile("tests")
     if config.getoption("--sanitized"):
         native_library.library_path = partial(build.library_path, sanitize=True)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a process that loses its parent becomes our child
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+
+
+def pytest_collection_finish() -> None:
+    """What lives now lives until the end: no collection of garbage need look at it again."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let clients know one public certificate authority: each of them would read 140, for longer than a test takes."""
+    file = tmp_path_factory.mktemp("authorities") / "one.pem"
+    first, end, _ = Path(certifi.where()).read_text("ascii").partition("-----END CERTIFICATE-----")
+    file.write_text(first + end + "\n", "ascii")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(certifi, "where", lambda: str(file))
+        monkeypatch.setenv("SSL_CERT_FILE", str(file))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where Python may not keep bytecode beside the sources, the processes of tests share it elsewhere."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if sys.dont_write_bytecode:
+            monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+            monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

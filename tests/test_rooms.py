@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,13 @@ ONLY_IN_TRAINING = frozenset({"click", "safetensors", "tqdm", "transformers"})
 READS_ENVIRONMENT = ("server/sources.py", "model/native/build.py", "model/backends/torch_layers.py")
 
 
-def imports(path: str, source: str) -> Iterator[str]:
+@cache
+def imports(path: str, source: str) -> tuple[str, ...]:
     """All modules that a file imports, wherever in it, with the names taken from them."""
+    return tuple(_imports(path, source))
+
+
+def _imports(path: str, source: str) -> Iterator[str]:
     package = ["shoal", *path.split("/")[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -156,7 +156,7 @@ def test_silence_between_tokens_times_out(server: FakeServer, driver: Driver) ->
     server.stream(first, done=False, ending="silence")
     came: list[Chunk] = []
     with pytest.raises(TimedOutError, match="read_timeout"):
-        driver.stream("stream_complete", "x", settings={"read_timeout": 2.0}, into=came)
+        driver.stream("stream_complete", "x", settings={"read_timeout": 0.5}, into=came)
     assert text_of(came) == "partial"
     assert server.disconnected.wait(PATIENCE)
 
@@ -281,7 +281,7 @@ def test_a_stream_that_breaks_goes_on_after_the_last_event(server: FakeServer, d
     server.stream(chunks[3], done=False, ending="silence", first=4)
     server.answer(Answer(content_type="text/event-stream", pieces=[b"id: cmpl-1:5\n" + half], ending="cut"))
     server.stream(*chunks[4:], first=5)
-    came = driver.stream("stream_complete", "x", settings={"read_timeout": 2.0})
+    came = driver.stream("stream_complete", "x", settings={"read_timeout": 0.5})
     assert text_of(came) == "abcdef" and came[-1].usage == Usage(5, 2, 4, 1, 3)
     path = "/v1/streams/cmpl-1"
     assert sent(server) == [

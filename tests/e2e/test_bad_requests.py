@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.e2e.harness import Server
+from tests.examples import examples
 
 COMPLETION: dict[str, Any] = {"prompt": "the cat", "max_tokens": 2, "seed": 1, "ignore_eos": True}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -283,7 +284,7 @@ chats = st.fixed_dictionaries(
 requests = st.tuples(st.just("/v1/completions"), completions) | st.tuples(st.just("/v1/chat/completions"), chats)
 
 
-@settings(max_examples=250, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(250), suppress_health_check=list(HealthCheck))
 @given(request=requests, spoilt=st.none() | st.tuples(st.sampled_from([*plausible, "prompt", "messages"]), anything))
 def test_every_request_is_answered_or_refused(
     tiny: Server, request: tuple[str, dict[str, Any]], spoilt: tuple[str, Any] | None
@@ -299,13 +300,13 @@ def test_every_request_is_answered_or_refused(
         assert refused(response)["type"] == "invalid_request_error"
 
 
-@settings(max_examples=80, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(80), suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]), raw=st.binary())
 def test_bytes_are_refused(tiny: Server, path: str, raw: bytes) -> None:
     refused(tiny.http.post(path, content=raw))
 
 
-@settings(max_examples=80, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(80), suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]), value=anything)
 def test_json_of_any_shape_is_refused(tiny: Server, path: str, value: Any) -> None:
     refused(tiny.http.post(path, content=json.dumps(value)))

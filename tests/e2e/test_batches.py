@@ -210,7 +210,7 @@ def test_a_batch_outlives_its_servers(
     options = ("--model", str(cycle_folder), "--num-blocks", "2048", "--max-num-seqs", "4")
     bodies = {
         f"line-{i}": {"prompt": "Z", "max_tokens": 120 + i, "ignore_eos": True, **({"temperature": 0} if i % 2 else {})}
-        for i in range(24)
+        for i in range(18)
     }
 
     def start(name: str) -> Server:

@@ -93,7 +93,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Serve
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("num_requests", [40, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_requests", [30, pytest.param(200, marks=pytest.mark.long)])
 def test_answers_are_those_of_each_request_alone(pair: tuple[Server, Server], num_requests: int) -> None:
     wide, narrow = pair
     requests = make_requests(num_requests)

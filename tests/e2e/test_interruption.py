@@ -32,7 +32,7 @@ def test_that_never_ends(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found by Linux's /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_ends_the_run_and_all_that_it_started(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "test_interrupted.py").write_text(INTERRUPTED)
     options = ["-c", ROOT / "pyproject.toml", "-p", "tests.conftest", "-p", "no:cacheprovider"]

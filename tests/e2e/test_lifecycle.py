@@ -45,14 +45,14 @@ def test_a_server_that_starts_refuses_and_one_that_drains_does_not_lose_its_stre
     server.wait_ready()
 
     # A terminal or a service manager may signal the whole process group: it must drain all the same.
-    with server.streaming(COMPLETIONS, **LONG, max_tokens=12_000) as stream:
+    with server.streaming(COMPLETIONS, **LONG, max_tokens=6000) as stream:
         chunks = [next(stream)]
         os.killpg(server.process.pid, signal.SIGTERM)
         server.until("new requests are refused", lambda: unavailable(server))
         assert server.get("/health").status_code == 503
         os.kill(server.engine_pid(), signal.SIGKILL)
         chunks += stream
-    assert joined(chunks) == cycle_text(12_000)
+    assert joined(chunks) == cycle_text(6000)
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert server.wait() == 0
     assert nothing_left(server)
@@ -60,7 +60,12 @@ def test_a_server_that_starts_refuses_and_one_that_drains_does_not_lose_its_stre
 
 @pytest.mark.parametrize(
     "signals",
-    [[signal.SIGINT], [signal.SIGINT] * 2, [signal.SIGTERM] * 2, [signal.SIGHUP, signal.SIGTERM]],
+    [
+        [signal.SIGINT],
+        pytest.param([signal.SIGINT] * 2, marks=pytest.mark.long),
+        [signal.SIGTERM] * 2,
+        [signal.SIGHUP, signal.SIGTERM],
+    ],
     ids=["time limit", "interrupts", "terminations", "hang-up"],
 )
 def test_a_drain_ends(start: StartServer, signals: list[signal.Signals]) -> None:
@@ -82,7 +87,7 @@ def test_a_drain_ends(start: StartServer, signals: list[signal.Signals]) -> None
     assert nothing_left(server)
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_client_that_never_reads_does_not_keep_a_server_from_its_end(start: StartServer, signals: int) -> None:
     server = start("--drain-seconds", "0.2" if signals == 1 else "280").wait_ready()
     asked = LONG | {"max_tokens": 4000, "stream": True, "logprobs": 20}
@@ -108,7 +113,7 @@ def test_a_client_that_never_reads_does_not_keep_a_server_from_its_end(start: St
     assert "shutdown exceeded" not in server.log
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.1, 0.2])
+@pytest.mark.parametrize("delay", [0.0, 0.2, pytest.param(0.1, marks=pytest.mark.long)])
 def test_a_server_may_be_stopped_at_any_moment_of_its_start(start: StartServer, delay: float) -> None:
     server = start()
     server.until("it answers", lambda: server.get("/health").status_code in (200, 503))
@@ -132,7 +137,7 @@ def test_an_engine_ends_with_its_server(start: StartServer) -> None:
     server.until("nothing is left", lambda: nothing_left(server))
 
 
-@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", pytest.param("<&-", marks=pytest.mark.long)])
 def test_a_server_may_be_started_without_standard_files(tmp_path: Path, closed: str) -> None:
     shell = ("sh", "-c", f'exec {SHOAL} serve "$@" {closed}', "sh")
     with ServerProcess([], tmp_path / "log", command=shell, environment=clean_environment()) as server:

@@ -19,7 +19,7 @@ from shoal.loadtest.traffic import read_results
 from shoal.loadtest.workload import WorkloadRequest, make_workload, read_workload, write_workload
 from tests.e2e.harness import PATIENCE, Server
 
-NUM_REQUESTS = 24
+NUM_REQUESTS = 12
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from tests.e2e.harness import Server, Waiting
 
 COMPLETIONS, RESTARTS = "/v1/completions", "shoal:engine_restarts_total"
 BODIES: list[dict[str, Any]] = [
-    {"prompt": "def add(a, b):\n", "max_tokens": 300, "temperature": 0, "logprobs": 3},
-    {"prompt": "import os\n", "max_tokens": 260, "n": 2, "logprobs": 0, "presence_penalty": 0.5},
-    {"prompt": "class Stack:\n" * 30, "max_tokens": 240, "echo": True, "logprobs": 2},
-    {"prompt": "for x in range(", "max_tokens": 300, "stop": ["zebra", "return x"], "repetition_penalty": 1.1},
-    {"prompt": ["if ", "while "], "max_tokens": 200, "min_tokens": 200, "logit_bias": {"40": 2}},
+    {"prompt": "def add(a, b):\n", "max_tokens": 150, "temperature": 0, "logprobs": 3},
+    {"prompt": "import os\n", "max_tokens": 130, "n": 2, "logprobs": 0, "presence_penalty": 0.5},
+    {"prompt": "class Stack:\n" * 30, "max_tokens": 120, "echo": True, "logprobs": 2},
+    {"prompt": "for x in range(", "max_tokens": 150, "stop": ["zebra", "return x"], "repetition_penalty": 1.1},
+    {"prompt": ["if ", "while "], "max_tokens": 100, "min_tokens": 100, "logit_bias": {"40": 2}},
 ]
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,12 @@ def without(main: Server) -> Callable[[int], Answers]:
 
 @pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("k", "num_requests"),
+    ("method", "k", "num_requests"),
     [
-        *((k, 40) for k in (None, 4)),
-        *(pytest.param(k, 300, marks=pytest.mark.long) for k in (None, 4)),
-        *(pytest.param(k, 100, marks=pytest.mark.long) for k in (1, 2, 3, 5, 6, 7, 8)),
+        *(("draft", None, 30), ("ngram", 4, 30), ("self", 4, 30)),
+        *(pytest.param(*case, 300, marks=pytest.mark.long) for case in product(METHODS, (None, 4))),
+        *(pytest.param(*case, 100, marks=pytest.mark.long) for case in product(METHODS, (1, 2, 3, 5, 6, 7, 8))),
     ],
 )
 def test_answers_are_those_without_speculation(
@@ -114,7 +114,11 @@ def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> N
             ["--speculation", "ngram", "--num-spec-tokens", "17"],
             "speculation.num_spec_tokens must be at most 16, not 17",
         ),
-        (["--speculation", "ngram", "--num-spec-tokens", "0"], "speculation.num_spec_tokens must be at least 1, not 0"),
+        pytest.param(
+            ["--speculation", "ngram", "--num-spec-tokens", "0"],
+            "speculation.num_spec_tokens must be at least 1, not 0",
+            marks=pytest.mark.long,
+        ),
         (["--speculation", "draft", "--draft-model", "nowhere"], "draft_model: 'nowhere' is neither"),
         (["--speculation", "self", "--draft-layers", "99"], "draft_layers 99 leaves nothing to verify with"),
     ],
@@ -137,7 +141,7 @@ def swapped_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("draft", ["cycle_folder", "swapped_folder"])
+@pytest.mark.parametrize("draft", ["swapped_folder", pytest.param("cycle_folder", marks=pytest.mark.long)])
 def test_a_draft_with_another_vocabulary_is_refused_at_the_start(
     draft: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -79,7 +79,9 @@ def test_what_only_a_start_can_tell(tmp_path: Path, tiny_folder: Path, args: lis
     assert re.search(said, refusal(tmp_path, "--model", str(tiny_folder), *args))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", pytest.param("tokenizer.json", marks=pytest.mark.long)]
+)
 def test_a_missing_file(tmp_path: Path, copy: Path, name: str) -> None:
     (copy / name).unlink()
     assert name in refusal(tmp_path, "--model", str(copy))
@@ -108,9 +110,13 @@ def change(name: str, **fields: Any) -> Callable[[Path], None]:
     ("damage", "said"),
     [
         (truncated, ["model.safetensors", "truncated"]),
-        (wrong_shape, ["model.safetensors", "model.norm.weight", "[64]", "[63]"]),
+        pytest.param(wrong_shape, ["model.safetensors", "model.norm.weight", "[64]", "[63]"], marks=pytest.mark.long),
         (change("config.json", architectures=["FalconForCausalLM"]), ["config.json", "FalconForCausalLM", "Mixtral"]),
-        (change("config.json", num_hidden_layers=3), ["model.safetensors", "model.layers.2."]),
+        pytest.param(
+            change("config.json", num_hidden_layers=3),
+            ["model.safetensors", "model.layers.2."],
+            marks=pytest.mark.long,
+        ),
         (change("tokenizer.json", model={"type": "other"}), ["tokenizer.json", "not a tokenizer"]),
         (change("tokenizer_config.json", chat_template="{% if %}"), ["chat template"]),
     ],

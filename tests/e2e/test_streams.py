@@ -118,14 +118,14 @@ def test_a_stream_goes_on_after_any_event(server: Server, path: str, body: dict[
 
 def test_a_stream_goes_on_while_engines_die(start: StartServer) -> None:
     server = start("--resume-grace-seconds", "3000").wait_ready()
-    events = begun(server, COMPLETIONS, LONG | {"max_tokens": 6000}, 3)
+    events = begun(server, COMPLETIONS, LONG | {"max_tokens": 3000}, 3)
     for number in (1, 2):
         os.kill(server.engine_pid(), signal.SIGKILL)
         server.until("another engine", lambda n=number: server.metric("shoal:engine_restarts_total") == n)
         with sending(server, "GET", f"/v1/streams/{events[0].id[:-2]}", last_event_id=events[-1].id) as (_, more):
             events += [next(more) for _ in range(20)]
     events += rest(server, events[-1])
-    assert "".join(chunk["choices"][0]["text"] for chunk in said(events)) == cycle_text(6000)
+    assert "".join(chunk["choices"][0]["text"] for chunk in said(events)) == cycle_text(3000)
     assert server.metric("request_success_total") == 1
 
 
@@ -212,7 +212,7 @@ def test_asking_twice_is_asking_once(server: Server, is_stream: bool) -> None:
 
 
 def test_who_left_before_the_answer_asks_again(server: Server) -> None:
-    body = LONG | {"stream": False, "max_tokens": 6000}
+    body = LONG | {"stream": False, "max_tokens": 3000}
     sent, before = json.dumps(body).encode(), num_aborted(server)
     server.wait_idle()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -220,7 +220,7 @@ def test_who_left_before_the_answer_asks_again(server: Server) -> None:
         connection.sendall(b"content-length: %d\r\n\r\n%b" % (len(sent), sent))
         server.until("it runs", lambda: server.metric("num_requests_running") == 1)
     answer = server.http.post(COMPLETIONS, content=sent, headers={"idempotency-key": "left"})
-    assert answer.json()["choices"][0]["text"] == cycle_text(6000)
+    assert answer.json()["choices"][0]["text"] == cycle_text(3000)
     assert num_aborted(server) == before
 
 

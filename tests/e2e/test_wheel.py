@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import harness
+from tests.e2e import harness, test_loadtest
 from tests.e2e.harness import Server, clean_environment
 
 ROOT = Path(__file__).parents[2]
+profile = test_loadtest.profile
 
 USER_PROGRAM = """\
 import sys
@@ -53,7 +54,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
         run(
             *[sys.executable, "-m", "pip", "--python", python],
-            *["install", "--no-index", "--no-deps", wheel],
+            *["install", "--no-index", "--no-deps", "--no-compile", wheel],
             cwd=folder,
         )
         site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
@@ -107,12 +108,13 @@ def test_pytest_finds_the_plug_in(installed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_it_measures_and_simulates(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_profiled", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_it_measures_and_simulates(is_profiled: bool, profile: Path, installed: Path, tmp_path: Path) -> None:
+    """With costs that are known, or with a profile that is taken first, for which six servers are started."""
     shoal, load = installed.with_name("shoal"), ["--policies", "fcfs", "--users", "2"]
-    asked = ["--workload", "chat", "--requests", "4", "--output", "out"]
+    asked = ["--workload", "chat", "--requests", "4", "--output", "out", *(["--costs", profile] if is_profiled else [])]
     run(shoal, "loadtest", *load, *asked, "--", "--threads", "1", cwd=tmp_path)
-    (profile,) = (tmp_path / "out").rglob("profile.json")
-    printed = run(
-        shoal, "simulate", *load, "--replay", "out/workload-chat.jsonl", "--costs", profile.parent, cwd=tmp_path
-    )
+    if not is_profiled:
+        profile = next((tmp_path / "out").rglob("profile.json")).parent
+    printed = run(shoal, "simulate", *load, "--replay", "out/workload-chat.jsonl", "--costs", profile, cwd=tmp_path)
     assert [result["setup"]["policy"] for result in json.loads(printed.splitlines()[-1])["results"]] == ["fcfs"]

@@ -97,9 +97,9 @@ def made(cells: Sequence[Cell], folder: Path, **changes: object) -> Page:
     return read(folder / "report.html")
 
 
-def a_quick_run(policy: str, *, repetition: int = 0) -> Run:
+def a_quick_run(policy: str, **how: int) -> Run:
     """One without a trace: fewer pictures."""
-    return replace(make_run(policy, repetition=repetition), steps=[])
+    return replace(make_run(policy, **how), steps=[])
 
 
 def measured_runs() -> list[Run]:
@@ -216,9 +216,9 @@ def test_pictures_show_the_load_that_is_compared_most(tmp_path: Path) -> None:
     def titles(*runs: Run) -> str:
         return made(collect(runs, (), SLO), tmp_path).text
 
-    few = make_run("fcfs", users=4, num_requests=4), make_run("static", users=4, num_requests=4)
-    assert "Throughput and goodput, 4 users" in titles(*few, make_run("fcfs", users=32))
-    many = make_run("fcfs", users=32), make_run("static", users=32)
+    few = [a_quick_run(policy, users=4, num_requests=4) for policy in ("fcfs", "static")]
+    assert "Throughput and goodput, 4 users" in titles(*few, a_quick_run("fcfs", users=32))
+    many = [a_quick_run(policy, users=32) for policy in ("fcfs", "static")]
     assert "Throughput and goodput, 32 users" in titles(*few, *many)
 
 
@@ -299,7 +299,7 @@ def test_no_run_at_all(tmp_path: Path) -> None:
 
 
 def test_one_policy_alone(tmp_path: Path) -> None:
-    page = made(collect([make_run("fcfs")], (), SLO), tmp_path)
+    page = made(collect([a_quick_run("fcfs")], (), SLO), tmp_path)
     for words in ("no static baseline", "twin was not asked"):
         assert words in page.text
 
@@ -375,7 +375,7 @@ def test_a_prediction_belongs_to_its_combination_whatever_the_seed() -> None:
 
 def test_closed_and_open_loops_have_curves_of_their_own(tmp_path: Path) -> None:
     loads = [Load(users=8), Load(users=4), Load(rate=5), Load(rate=9)]
-    run = replace(make_run("fcfs", num_requests=4), steps=[])
+    run = a_quick_run("fcfs", num_requests=4)
     page = made(collect([replace(run, load=load) for load in loads]), tmp_path)
     for words in ("from 4 users to 8 users", "from 5 requests/s to 9 requests/s"):
         assert f"Latency against load, {words}" in page.text

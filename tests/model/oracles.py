@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 from shoal.model.record import Attention, Experts, FeedForward, Layer, ModelConfig, ModelRecord, RopeConfig
 from shoal.model.step.batch import Backend
@@ -48,12 +46,6 @@ SMOLLM2 = {"hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64
 def sequences(seed: int, *lengths: int) -> dict[str, list[int]]:
     rng = np.random.default_rng(seed)
     return {f"sequence-{i}": rng.integers(0, 96, n).tolist() for i, n in enumerate(lengths)}
-
-
-@torch.no_grad()
-def expected_logits(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
-    return model(torch.tensor([tokens])).logits[0].float().numpy()
 
 
 def run_chunks(

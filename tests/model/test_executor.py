@@ -18,6 +18,7 @@ from shoal.scheduler.output import (
     StepResult,
     TokenLogprobs,
 )
+from tests.examples import examples
 from tests.fake_backend import FakeBackend
 from tests.fakes import Harness, InjectedError, params
 
@@ -313,7 +314,7 @@ SAMPLING = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, derandomize=True)
+@settings(max_examples=examples(120), derandomize=True)
 @given(
     requests=st.lists(st.tuples(st.integers(0, 9), st.lists(TOKENS, min_size=1, max_size=8), SAMPLING), max_size=6),
     block_size=st.integers(1, 8),

@@ -23,6 +23,7 @@ from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelRecord
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import CheckpointError
+from tests.examples import examples
 from tests.gguf_writer import write
 
 # A loader may take a few times what the file holds, dequantised, beside the buffers that it works in.
@@ -151,7 +152,7 @@ def load_record(path: Path) -> None:
         array.tobytes()
 
 
-FUZZ = settings(max_examples=250)
+FUZZ = settings(max_examples=examples(250))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

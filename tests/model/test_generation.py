@@ -98,7 +98,9 @@ def run(
 
 
 @pytest.mark.parametrize("backend", ["torch", NATIVE])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", ["llama", "mixtral", *(pytest.param(shape, marks=pytest.mark.long) for shape in SHAPES if "-" in shape)]
+)
 def test_greedy_texts_are_those_of_transformers(shape: str, backend: str, tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint(shape.partition("-")[0], **SHAPES[shape])
     requests = make_requests(BACKENDS[backend][-1], 0.0)

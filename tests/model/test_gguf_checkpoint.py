@@ -20,7 +20,8 @@ from shoal.model.checkpoint.pooling import load_pooling
 from shoal.model.record import RopeConfig
 from shoal.scheduler.errors import CheckpointError
 from tests.gguf_writer import write_gguf
-from tests.model.oracles import SHAPES, expected_logits, run_chunks, sequences
+from tests.model.oracles import SHAPES, run_chunks, sequences
+from tests.model.tiny import expected_logits
 
 Write = Callable[..., Path]
 

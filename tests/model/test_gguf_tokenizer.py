@@ -17,6 +17,7 @@ from shoal.model.checkpoint.gguf_file import read_gguf
 from shoal.model.checkpoint.gguf_tokenizer import read_gguf_tokenizer
 from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
+from tests.examples import examples
 from tests.gguf_writer import write
 
 CORPUS = [
@@ -128,7 +129,7 @@ def cut(pieces: list[str], pattern: str) -> list[str]:
 def test_pieces_are_those_of_llama_cpp(pre: str, tmp_path: Path) -> None:
     tokenizer = read_gguf_tokenizer(read_gguf(store(tmp_path, BYTE_LEVEL, pre=pre))).tokenizer
 
-    @settings(max_examples=300)
+    @settings(max_examples=examples(300))
     @given(text)
     def check(sample: str) -> None:
         expected = [sample]
@@ -169,7 +170,7 @@ def test_sentencepiece_ids_equal_transformers(tmp_path: Path) -> None:
     path = store(tmp_path, SENTENCEPIECE)
     ours, theirs = Tokenizer.load(path), transformers_tokenizer(path)
 
-    @settings(max_examples=300)
+    @settings(max_examples=examples(300))
     @given(text)
     def check(sample: str) -> None:
         if not sample.startswith((" ", "▁")):

@@ -29,13 +29,13 @@ from tests.model.oracles import (
     BUNDLED,
     SHAPES,
     SMOLLM2,
-    expected_logits,
     random_record,
     random_steps,
     run_chunks,
     run_whole,
     sequences,
 )
+from tests.model.tiny import expected_logits
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
 
@@ -300,10 +300,10 @@ def busy_cores() -> Iterator[None]:
 @pytest.mark.parametrize("num_threads", [2, 5])
 def test_steps_end_and_are_right_while_others_want_the_cores(num_threads: int, paged: Any) -> None:
     record = load_checkpoint(BUNDLED)
-    texts = sequences(6, 400, 30, 2)
+    texts = sequences(6, 200, 30, 2)
     lone, backend = make_backend(record), make_backend(record, num_threads=num_threads)
     expected = {name: run_whole(lone, paged(**POOL), text) for name, text in texts.items()}
-    steps = [{name: 1 for name, text in texts.items() if step < len(text)} for step in range(400)]
+    steps = [{name: 1 for name, text in texts.items() if step < len(text)} for step in range(200)]
     found = run_chunks(backend, paged(**POOL), texts, steps)
     for name in texts:
         np.testing.assert_array_equal(found[name], expected[name])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelRecord
+from tests.examples import examples
 from tests.model.oracles import BUNDLED, SMOLLM2, random_record, random_steps, run_chunks, run_whole, sequences
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
@@ -41,8 +43,13 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
 }
 
-each_model = pytest.mark.parametrize("model", MODELS)
-each_numbers = pytest.mark.parametrize("numbers", NUMBERS)
+LONG = pytest.mark.long
+# Each model and each way to keep numbers; the small model with all of them.
+SOME = [("bundled", "float32"), ("bundled", "int8"), ("smollm2", "float16-cache"), *product(["odd"], NUMBERS)]
+each_case = pytest.mark.parametrize(
+    ("model", "numbers"),
+    [case if case in SOME else pytest.param(*case, marks=LONG) for case in product(MODELS, NUMBERS)],
+)
 
 
 @cache
@@ -71,9 +78,8 @@ def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarra
         np.testing.assert_array_equal(found[name], logits)
 
 
-@each_model
-@each_numbers
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@each_case
+@pytest.mark.parametrize("chunk", [1, 64, pytest.param(7, marks=LONG)])
 def test_prefilled_in_chunks(model: str, numbers: str, chunk: int, pages: Any) -> None:
     backend = backend_of(model, numbers)
     texts = sequences(1, 290)
@@ -83,9 +89,8 @@ def test_prefilled_in_chunks(model: str, numbers: str, chunk: int, pages: Any) -
     assert_same_bits(run_chunks(backend, pages, texts, chunks), expected)
 
 
-@each_model
-@each_numbers
-@pytest.mark.parametrize("num_others", [1, 2, 5, 11, 31])
+@each_case
+@pytest.mark.parametrize("num_others", [2, 31, *(pytest.param(n, marks=LONG) for n in (1, 5, 11))])
 def test_prefilled_beside_others(model: str, numbers: str, num_others: int, pages: Any) -> None:
     """With logits of the last tokens alone, too."""
     backend = backend_of(model, numbers)
@@ -98,8 +103,7 @@ def test_prefilled_beside_others(model: str, numbers: str, num_others: int, page
     np.testing.assert_array_equal(last, [expected[name][-1] for name in order])
 
 
-@each_model
-@each_numbers
+@each_case
 def test_decoded_in_batches_of_1_to_32_at_every_row(model: str, numbers: str, pages: Any) -> None:
     backend = backend_of(model, numbers)
     rng = np.random.default_rng(3)
@@ -108,16 +112,15 @@ def test_decoded_in_batches_of_1_to_32_at_every_row(model: str, numbers: str, pa
     for name, text in texts.items():
         run_chunks(backend, pages, {name: text}, [{name: len(text)}])
     names = list(texts)
-    batches = [names[turn:] + names[:turn] for turn in range(32)]
+    batches = [names[turn:] + names[:turn] for turn in range(0, 32, 3)]
     batches += [rng.permutation(names)[:size].tolist() for size in range(1, 32)]
     for batch in batches:  # the same keys and values are written again and again
         logits = backend.forward(pages.batch([(name, texts[name][-1:], len(texts[name]) - 1) for name in batch]))
         np.testing.assert_array_equal(logits, [expected[name][-1] for name in batch])
 
 
-@each_model
-@each_numbers
-@pytest.mark.parametrize("num_threads", [1, 3, pytest.param(2, marks=pytest.mark.long)])
+@each_case
+@pytest.mark.parametrize("num_threads", [1, 3, pytest.param(2, marks=LONG)])
 def test_around_the_borders_of_stretches(model: str, numbers: str, num_threads: int, pages: Any) -> None:
     """One token, and five as with drafted tokens.
 
@@ -138,8 +141,8 @@ def test_around_the_borders_of_stretches(model: str, numbers: str, num_threads: 
             np.testing.assert_array_equal(together[10 : 10 + end - start], expected[start:end])
 
 
-@each_numbers
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("num_threads", [3, pytest.param(1, marks=LONG)])
 def test_smollm2_in_a_context_of_2000_tokens(numbers: str, num_threads: int, pages: Any) -> None:
     texts = sequences(5, 2011, 9, 300)
     long, short, middle = texts
@@ -150,8 +153,7 @@ def test_smollm2_in_a_context_of_2000_tokens(numbers: str, num_threads: int, pag
     assert_same_bits(found, expected)
 
 
-@each_model
-@each_numbers
+@each_case
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_number_of_threads(model: str, numbers: str, num_threads: int, pages: Any) -> None:
     texts = sequences(6, 270, 33, 1, 90)
@@ -160,19 +162,17 @@ def test_number_of_threads(model: str, numbers: str, num_threads: int, pages: An
     assert_same_bits(run_chunks(backend, pages, texts, random_steps(6, texts)), expected)
 
 
-@each_model
-@each_numbers
+@each_case
 @pytest.mark.parametrize("isa", supported_isas())
 def test_instruction_sets(model: str, numbers: str, isa: str, pages: Any) -> None:
     """Each of them keeps the promise, and all have the same bits.  The generic one is slow."""
-    texts = sequences(7, 10, 3, 18, 270 if model == "odd" else 1)
+    texts = sequences(7, 10, 3, 6, 270 if model == "odd" else 1)
     expected = all_alone(backend_of(model, numbers), pages, texts)
     backend = backend_of(model, numbers, isa=isa)
     assert_same_bits(run_chunks(backend, pages, texts, random_steps(7, texts)), expected)
 
 
-@each_model
-@each_numbers
+@each_case
 def test_a_prefix_that_another_sequence_computed(model: str, numbers: str, pages: Any) -> None:
     """Shared blocks, as the prefix cache has them; and the same tokens in other blocks, as after a preemption."""
     backend = backend_of(model, numbers)
@@ -189,9 +189,11 @@ def test_a_prefix_that_another_sequence_computed(model: str, numbers: str, pages
 
 
 # `paged` is a class, which no example can leave in another state.
-@each_model
+@pytest.mark.parametrize("model", MODELS)
 @settings(
-    max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=examples(20),
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     numbers=st.sampled_from(list(NUMBERS)),

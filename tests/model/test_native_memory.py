@@ -19,19 +19,19 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from shoal.model.backends.native_backend import NativeBackend
-from tests.model.conftest import Paged, _sampling_batch
+from tests.model.batches import Paged, sampling_batch
 from tests.model.oracles import random_record
 
 case, num_threads = sys.argv[1], int(sys.argv[2])
 if case == "arrays":
-    shape, prompts, how = {"hidden_size": 1024}, [[7] * 1500], {}
+    shape, prompts, how = {"hidden_size": 512}, [[7] * 600], {}
 else:
     shape, prompts = {"hidden_size": 16, "vocab_size": 100_000}, [[token] for token in range(8)]
     how = {"temperature": 1.0, "top_k": 50, "num_logprobs": 3}
 record = random_record(**shape)
 parts = [(str(at), prompt, 0) for at, prompt in enumerate(prompts)]
 batch = Paged(num_blocks=128, block_size=16).batch(parts, all_logits=False)
-sampling, greedy = _sampling_batch(len(prompts), **how), _sampling_batch(len(prompts))
+sampling, greedy = sampling_batch(len(prompts), **how), sampling_batch(len(prompts))
 
 def backend():
     return NativeBackend(record, num_blocks=128, block_size=16, num_threads=num_threads)

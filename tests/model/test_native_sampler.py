@@ -18,6 +18,7 @@ from shoal.model.backends.native_sampling import SamplerArguments
 from shoal.model.step.batch import BIAS, PENALTY, SamplerOutput, SamplingBatch
 from shoal.model.step.masks import Masks
 from shoal.model.step.sampling import sample_reference
+from tests.examples import examples
 from tests.model.native_sample import sample
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
@@ -153,7 +154,7 @@ rows_of_options = st.lists(
 vocab_sizes = st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 1023, 1024, 1025, 2000]))
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(vocab_sizes, rows_of_options, st.sampled_from([0, 0, 1, 3, 40]), st.integers(0, 2**32))
 def test_chooses_as_the_reference(
     sampling_batch: Batches, vocab_size: int, options: list[dict[str, Any]], entries_per_row: int, seed: int
@@ -176,7 +177,13 @@ def test_chooses_as_the_reference(
     check(logits, with_masks(batch, rng, vocab_size))
 
 
-@pytest.mark.parametrize("kind", HEALTHY)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("realistic", "ties", "banned") else pytest.param(kind, marks=pytest.mark.long)
+        for kind in HEALTHY
+    ],
+)
 def test_a_large_vocabulary(kind: str, sampling_batch: Batches) -> None:
     """Every truncation alone and together with others, at several temperatures."""
     rng = np.random.default_rng(len(kind))

@@ -187,7 +187,7 @@ def test_the_finalizer_is_that_of_splitmix64() -> None:
     ids=str,
 )
 def test_draws_follow_the_warped_softmax(params: dict[str, float], sampler: Sampler, sampling_batch: Batches) -> None:
-    num_rows = 10_000
+    num_rows = 4000
     logits = random_logits(5, 1, 24, scale=1.5)
     batch = sampling_batch(num_rows, seed=np.arange(num_rows) % 100, position=np.arange(num_rows) // 100, **params)
     chosen = sampler(np.repeat(logits, num_rows, axis=0), batch).token_ids

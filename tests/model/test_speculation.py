@@ -136,7 +136,7 @@ def mixed_requests(count: int) -> list[tuple[list[int], dict[str, Any]]]:
 
 @cache
 def truth(kind: str) -> Harness:
-    return run(None, FixedLength(1), kind=kind, num_blocks=64, requests=mixed_requests(24))
+    return run(None, FixedLength(1), kind=kind, num_blocks=64, requests=mixed_requests(16))
 
 
 def assert_same(actual: Harness, expected: Harness) -> None:
@@ -151,10 +151,10 @@ def assert_same(actual: Harness, expected: Harness) -> None:
 
 @pytest.mark.parametrize("kind", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("k", [3, 8, pytest.param(1, marks=pytest.mark.long)])
 def test_texts_and_log_probabilities_are_those_without_it(method: str, kind: str, k: int) -> None:
     """With so few blocks that requests are often preempted."""
-    harness = run(method, FixedLength(k), kind=kind, requests=mixed_requests(24))
+    harness = run(method, FixedLength(k), kind=kind, requests=mixed_requests(16))
     stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_draft_tokens > sum(stats.num_accepted_tokens_per_pos) > 0
@@ -173,8 +173,8 @@ def test_lengths_that_change_at_random_change_no_text(method: str) -> None:
         def lengths(self, rows: list[int]) -> list[int]:
             return self._rng.integers(0, 9, len(rows)).tolist()
 
-    assert_same(run(method, Fickle(), kind="torch", requests=mixed_requests(24)), truth("torch"))
-    assert_same(run(method, AdaptiveLength(8), kind="torch", requests=mixed_requests(24)), truth("torch"))
+    assert_same(run(method, Fickle(), kind="torch", requests=mixed_requests(16)), truth("torch"))
+    assert_same(run(method, AdaptiveLength(8), kind="torch", requests=mixed_requests(16)), truth("torch"))
 
 
 def test_a_request_can_switch_speculation_off() -> None:
@@ -213,7 +213,7 @@ def test_what_rejection_lets_through_has_the_targets_distribution(is_drawn: bool
     target, draft = np.stack([distribution(i) for i in range(4)]), np.stack([distribution(i + 10) for i in range(3)])
     counts = np.zeros((4, 6))
     num_accepted = 0
-    for seed in range(6000):
+    for seed in range(4000):
         rng = np.random.default_rng(seed)
         drafted = [int(rng.choice(6, p=row)) for row in draft] if is_drawn else [1, 2, 3]
         chosen = [int(rng.choice(6, p=row)) for row in target]
@@ -226,7 +226,7 @@ def test_what_rejection_lets_through_has_the_targets_distribution(is_drawn: bool
         assert counts[place].sum() > 100
         assert chisquare(counts[place], counts[place].sum() * target[place]).pvalue > 1e-3
     if is_drawn:  # the share that is accepted is what p and q have in common
-        assert counts[1].sum() / 6000 == pytest.approx(np.minimum(target[0], draft[0]).sum(), abs=0.03)
+        assert counts[1].sum() / 4000 == pytest.approx(np.minimum(target[0], draft[0]).sum(), abs=0.03)
 
 
 def test_a_drafted_token_that_no_token_can_follow_ends_the_proposal() -> None:
@@ -241,7 +241,7 @@ def test_the_whole_engine_by_rejection_draws_from_the_targets_distribution(how: 
     """One prompt, many seeds: the second token, given the most frequent first one, against the model's own figures."""
     prompt = [5, 6, 7, 8, 5, 6]
     params: dict[str, Any] = {"max_tokens": 3, "temperature": 1.0, **how}
-    requests = [(prompt, params | {"seed": seed}) for seed in range(400)]
+    requests = [(prompt, params | {"seed": seed}) for seed in range(200)]
     harness = run("draft", FixedLength(2), kind="torch", num_blocks=64, by_rejection=True, requests=requests)
     texts = list(harness.token_ids.values())
     first = max(range(64), key=[text[0] for text in texts].count)

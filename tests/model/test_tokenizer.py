@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
+from tests.examples import examples
 
 CORPUS = [
     "the cat sat on the mat, and the dog did not",
@@ -63,7 +64,7 @@ any_ids = st.lists(st.integers(-2, 350) | st.sampled_from([0, 1, 2, 229, 133, 17
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(ids=any_ids, cuts=st.lists(st.integers(0, 40)), skip=st.booleans())
 def test_pieces_of_any_ids_make_the_text_of_the_whole(kind: str, ids: list[int], cuts: list[int], skip: bool) -> None:
     detokenizer = IncrementalDetokenizer(TOKENIZERS[kind], skip_special_tokens=skip)
@@ -75,7 +76,7 @@ def test_pieces_of_any_ids_make_the_text_of_the_whole(kind: str, ids: list[int],
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma"])
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(text=st.text() | st.sampled_from(CORPUS))
 def test_any_text_comes_back_piece_by_piece_without_broken_characters(kind: str, text: str) -> None:
     tokenizer = TOKENIZERS[kind]
@@ -160,7 +161,7 @@ def test_encode_and_decode_as_transformers(kind: str, tmp_path: Path) -> None:
             assert ours.decode(ids, skip_special_tokens=skip) == theirs_text
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(text=st.text("ab é数\n", max_size=20), max_tokens=st.integers(1, 12))
 def test_the_start_of_a_text_as_transformers_cuts_it(text: str, max_tokens: int) -> None:
     """With tokens around it, which stay."""
@@ -196,7 +197,7 @@ SPELT = st.text(max_size=20) | st.sampled_from(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(contents=st.lists(st.lists(SPELT, max_size=4).map("".join), min_size=1, max_size=4))
 def test_no_message_can_spell_a_turn_of_the_conversation(contents: list[str]) -> None:
     tokenizer = bundled()

@@ -13,7 +13,8 @@ from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.step.batch import SamplingBatch
 from shoal.model.step.sampling import sample_reference
-from tests.model.oracles import SHAPES, expected_logits, random_steps, run_chunks, sequences
+from tests.model.oracles import SHAPES, random_steps, run_chunks, sequences
+from tests.model.tiny import expected_logits
 
 
 @pytest.mark.parametrize("shape", SHAPES)

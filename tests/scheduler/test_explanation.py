@@ -23,6 +23,7 @@ from shoal.scheduler.explanation import (
 )
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.step_record import ShareRecord, StepRecord
+from tests.examples import examples
 from tests.fakes import Harness, hashed
 
 STEP_MS = 3000.0  # of the engine below, which idles for a second between two steps
@@ -204,7 +205,7 @@ def test_the_clock_of_an_engine_that_takes_over_may_be_another() -> None:
     assert (found.queued_ms, found.total_ms, found.other_ms) == (500.0, 10_000.0, 7500.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     policy=st.sampled_from(sorted(POLICIES)),
     asked=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8), st.integers(0, 6)), min_size=1, max_size=6),

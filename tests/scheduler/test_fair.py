@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.scheduler.policies.fair import VirtualTokenCounter
 from shoal.scheduler.request import Request, RequestStatus
+from tests.examples import examples
 from tests.fakes import Harness, make_policy, scripted
 
 Sizes = Sequence[tuple[int, int]]  # of each request: tokens of the prompt, and of the output
@@ -315,7 +316,7 @@ def bound(max_num_seqs: int, sizes: Sizes) -> float:
 sizes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=8, max_size=20)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     first=sizes,
     second=sizes,

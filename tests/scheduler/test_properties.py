@@ -19,6 +19,7 @@ from shoal.scheduler.errors import ContextLengthError, QueueFullError
 from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.policies.fair import VirtualTokenCounter
+from tests.examples import examples
 from tests.fakes import Draft, Harness, InjectedError, digest, generate, hashed
 
 VOCAB_SIZE = 4  # so small that prompts share prefixes, stop tokens appear and drafted tokens are accepted
@@ -220,7 +221,7 @@ def test_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> No
     run_state_machine_as_test(
         type("Workload", (Workload,), {"policy": policy, "knobs": knobs}),
         settings=settings(
-            max_examples=100 if policy == "fcfs" else 30,
+            max_examples=examples(100 if policy == "fcfs" else 30),
             stateful_step_count=40,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
@@ -303,7 +304,7 @@ def run_busily(rng: random.Random, harness: Harness) -> int:
 def test_under_load_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> None:
     num_preemptions = num_padding = num_pauses = 0
 
-    @settings(max_examples=60, derandomize=True)
+    @settings(max_examples=examples(60), derandomize=True)
     @given(seed=st.integers(0, 2**32))
     def run(seed: int) -> None:
         nonlocal num_preemptions, num_padding, num_pauses
@@ -314,6 +315,6 @@ def test_under_load_every_request_gets_what_it_gets_alone(policy: str, knobs: Co
         num_pauses += harness.num_pauses
 
     run()
-    assert num_preemptions > 20, "blocks were meant to be few"
-    assert (num_padding > 200) == (policy == "static")
-    assert (num_pauses > 200) == (isinstance(knobs, VirtualTokenCounter.Knobs) and knobs.fair_lead <= 10)
+    assert num_preemptions > examples(20), "blocks were meant to be few"
+    assert (num_padding > examples(200)) == (policy == "static")
+    assert (num_pauses > examples(200)) == (isinstance(knobs, VirtualTokenCounter.Knobs) and knobs.fair_lead <= 10)

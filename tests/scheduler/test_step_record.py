@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shoal.loadtest.costs import StepShape
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.step_record import AskedRecord, ShareRecord, StepRecord
+from tests.examples import examples
 from tests.fakes import Choose, Harness, InjectedError, hashed
 
 
@@ -174,7 +175,7 @@ def draft(choose: Choose, request_id: str, context: list[int]) -> list[int]:
     return [first, second, 49 - choose(request_id, [*context, first, second])]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     workload=workloads,
     policy=st.sampled_from(sorted(POLICIES)),

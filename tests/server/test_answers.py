@@ -22,7 +22,7 @@ from shoal.server.setup import build_service
 from shoal.server.wire.responses import TokenizeResult
 from tests.e2e.checkpoints import cycle_checkpoint
 
-NUM_CHOICES, NUM_PROMPT_TOKENS, NUM_TOKENS, NUM_TOP = 64, 300, 20, 20
+NUM_CHOICES, NUM_PROMPT_TOKENS, NUM_TOKENS, NUM_TOP = 64, 120, 20, 20
 MAX_AT_ONCE = 3000  # tokens and alternatives that are made into JSON at once, in some milliseconds
 
 

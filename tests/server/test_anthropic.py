@@ -28,12 +28,14 @@ from shoal.server.tools.blocks import INVALID, AnswerBlocks, content, read_input
 from shoal.server.tools.formats import HERMES, TOOL_FORMATS
 from shoal.server.tools.reader import AnswerReader
 from shoal.server.wire.message_answers import MessageAnswer, MessageStart, Usage
+from tests.examples import examples
 from tests.server import test_tools_chat as chats
 
 CALL = ("weather", {"city": "Zürich"})
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"name": "weather", "description": "<|user|>", "input_schema": SCHEMA}
 USER = [{"role": "user", "content": "hi"}]
+servers_end = chats.servers_end
 EVENTS: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
 
 
@@ -54,28 +56,17 @@ class Server(chats.Server):
     def message(self, text: str, *, reason: FinishReason = FinishReason.STOP, **body: Any) -> Message:
         """The whole answer, which the stream is in pieces."""
 
-        async def scene() -> list[bytes]:
-            asked = {"model": self.service.model_name, "max_tokens": 8000, "messages": USER} | body
-            try:
-                return [await self.ask(asked | {"stream": stream}, text, reason) for stream in (False, True)]
-            finally:
-                await self.service.templates.close()
-
-        whole, stream = asyncio.run(scene())
+        asked = {"model": self.service.model_name, "max_tokens": 8000, "messages": USER} | body
+        whole, stream = (self.run(self.ask(asked | {"stream": stream}, text, reason)) for stream in (False, True))
         message = Message.model_validate_json(whole, strict=True)
         assert message.id.startswith("msg_")
         assert shown(put_together([stream])) == shown(message)
         return message
 
     def count(self, **body: Any) -> int:
-        async def scene() -> bytes:
-            asked = {"model": self.service.model_name, "messages": USER} | body
-            try:
-                return await self.post("/v1/messages/count_tokens", asked, "", FinishReason.STOP)
-            finally:
-                await self.service.templates.close()
-
-        return MessageTokensCount.model_validate_json(asyncio.run(scene()), strict=True).input_tokens
+        asked = {"model": self.service.model_name, "messages": USER} | body
+        counted = self.run(self.post("/v1/messages/count_tokens", asked, "", FinishReason.STOP))
+        return MessageTokensCount.model_validate_json(counted, strict=True).input_tokens
 
 
 def put_together(parts: Iterable[bytes]) -> Message:
@@ -172,7 +163,7 @@ pieces = st.sampled_from((*TAGS, "Hm. ", "\n", "数", HEAD, INPUT, "}", '{"name"
 NO_JSON = '<tool_call>{"name": "weather", "arguments": {"name": "weather", "arguments": <think>'
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @example(NO_JSON, [], 78)
 @given(st.lists(pieces, max_size=8).map("".join), st.lists(st.integers(0, 200), max_size=12), st.integers(0, 300))
 def test_the_stream_is_together_what_the_whole_answer_has(text: str, cuts: list[int], length: int) -> None:

@@ -404,7 +404,7 @@ def test_batches_of_others_wait_for_their_server(tmp_path: Path) -> None:
     play(scene())
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", [*range(4), *(pytest.param(n, marks=pytest.mark.long) for n in range(4, 12))])
 def test_whatever_happens_each_line_is_answered_once(tmp_path: Path, number: int) -> None:
     """Requests of others come and go, lines give way, and the server starts anew, at any time."""
     chance = random.Random(number)

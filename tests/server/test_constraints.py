@@ -22,9 +22,10 @@ from shoal.server.settings import resolve
 from shoal.server.wire.parsing import read_body
 from shoal.server.wire.requests import CompletionBody
 from tests.e2e.checkpoints import cycle_checkpoint
+from tests.examples import examples
 from tests.schemas import random_schema
 
-NUM_SCHEMAS = 300
+NUM_SCHEMAS = examples(300)
 FOLDER = object()  # stands for the checkpoint in parameters
 HOW: dict[str, Any] = {"num_blocks": 512, "threads": 1, "max_num_waiting": 1024}
 PROMPTS = ["Z", "the cat", "def add(a, b): return", "数é👍"]
@@ -61,7 +62,7 @@ def whole(output: Output) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def texts(llm: LLM) -> list[Output]:
-    """What 300 schemas gave, 32 at once, without drafts."""
+    """What many schemas gave, 32 at once, without drafts."""
     return llm.generate(*asked(range(NUM_SCHEMAS)))
 
 
@@ -93,7 +94,7 @@ def test_texts_do_not_depend_on_drafts_batch_or_preemption(
     how: dict[str, Any], folder: Path, texts: list[Output]
 ) -> None:
     how = {name: str(folder) if value is FOLDER else value for name, value in how.items()}
-    num_schemas = 60 if how["max_num_seqs"] == 1 else NUM_SCHEMAS
+    num_schemas = NUM_SCHEMAS // 3 if how["max_num_seqs"] == 1 else NUM_SCHEMAS
     with LLM(str(folder), **HOW | how) as other:
         found = other.generate(*asked(range(num_schemas)))
     for seed, (output, expected) in enumerate(zip(found, texts[:num_schemas], strict=True)):
@@ -104,7 +105,7 @@ def test_texts_of_the_torch_backend_do_not_depend_on_drafts_or_batch(folder: Pat
     found: list[list[Output]] = []
     for how in ({"method": "off", "max_num_seqs": 32}, {"method": "ngram", "max_num_seqs": 3}):
         with LLM(str(folder), **HOW, backend="torch", **how) as other:
-            found.append(other.generate(*asked(range(60))))
+            found.append(other.generate(*asked(range(NUM_SCHEMAS // 3))))
     for seed, (output, expected) in enumerate(zip(*found, strict=True)):
         assert whole(output) == whole(expected), f"seed {seed}"
         if output.finish_reason == "stop":

@@ -16,6 +16,7 @@ from shoal.scheduler.request import Request
 from shoal.server.engine.journal import Journal
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Report, Submit
+from tests.examples import examples
 from tests.fakes import Harness, InjectedError, generate, hashed, params
 
 CHOOSE = hashed(50)
@@ -76,7 +77,7 @@ def run(harness: Harness, commands: list[Command]) -> FakeWire:
     return sockets
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     asked=st.lists(
         st.tuples(

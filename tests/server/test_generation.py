@@ -14,6 +14,7 @@ from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, 
 from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.text import MAX_SCORED, Choice, Delta
+from tests.examples import examples
 
 EOS = 256
 
@@ -52,7 +53,7 @@ def feed(choice: Choice, token_ids: list[int], cuts: list[int], reason: FinishRe
     return deltas
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(
     text=texts, stop=st.lists(st.text("ab数👍", min_size=1, max_size=3), max_size=2), cuts=st.lists(st.integers(0, 50))
 )
@@ -66,7 +67,7 @@ def test_how_many_tokens_come_at_once_changes_nothing(text: str, stop: list[str]
     assert deltas[-1].finish_reason == "stop" and all(delta.finish_reason is None for delta in deltas[:-1])
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(text=texts, cuts=st.lists(st.integers(0, 50)), num_missing=st.integers(0, 3))
 def test_without_stop_strings_the_text_is_that_of_the_tokens(text: str, cuts: list[int], num_missing: int) -> None:
     """Characters are whole, unless the last one lacks some of its bytes."""

@@ -27,6 +27,7 @@ from shoal.server.settings import resolve
 from shoal.server.setup import build_service
 from shoal.server.tools.formats import TOOL_FORMATS
 from shoal.server.wire.items import ResponsesBody
+from tests.examples import examples
 from tests.server.test_tools_chat import HERMES, PLAIN, THINKS, checkpoint, request
 
 Value = TypeVar("Value")
@@ -240,7 +241,7 @@ def test_log_probabilities_are_those_of_the_message(engines: dict[str, Engine], 
 PIECES = ["Hello", " ", "\n", "<think>", "</think>", CALL, CALL[:20], "<tool_call>", "{", "ü€", "."]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     text=st.lists(st.sampled_from(PIECES), max_size=6).map("".join),
     how=st.fixed_dictionaries({"reason": st.sampled_from([STOP, LENGTH]), "step": st.integers(1, 7)}),

@@ -15,6 +15,7 @@ from shoal.scheduler.errors import EngineError, InvalidRequestError
 from shoal.server import streams
 from shoal.server.errors import IdempotencyKeyReuseError, NotFoundError, SlowClientError, StreamExpiredError
 from shoal.server.streams import ANSWER_BYTES, Answer, Events, StreamStore
+from tests.examples import examples
 
 Value = TypeVar("Value")
 GRACE = 10.0
@@ -107,7 +108,7 @@ portions = st.lists(st.tuples(waits, st.integers(1, 3)), max_size=8)
 visits = st.lists(st.tuples(st.sampled_from([0.01, 5.03, 9.07, 11.1, 25.3]), st.integers(1, 6)), max_size=6)
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(portions, visits)
 def test_whoever_comes_and_goes_reads_each_event_once(
     portions: list[tuple[float, int]], visits: list[tuple[float, int]]
@@ -141,7 +142,7 @@ def test_whoever_comes_and_goes_reads_each_event_once(
     run(play())
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(portions, visits, st.integers(1, 60))
 def test_what_is_too_much_is_dropped_when_read_and_else_ends_the_stream(
     portions: list[tuple[float, int]], visits: list[tuple[float, int]], room: int

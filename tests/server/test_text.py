@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.server.text import StopStrings
+from tests.examples import examples
 
 letters = st.text("ab数", max_size=30)
 stops = st.lists(st.text("ab数", min_size=1, max_size=4), max_size=4)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(text=letters, stop_strings=stops, cuts=st.lists(st.integers(0, 30)))
 def test_pieces_cut_anywhere_are_the_whole_text_up_to_the_first_stop_string(
     text: str, stop_strings: list[str], cuts: list[int]
@@ -40,7 +41,7 @@ def test_pieces_cut_anywhere_are_the_whole_text_up_to_the_first_stop_string(
         assert search.flush() == ""
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(text=letters, stop_strings=stops)
 def test_character_by_character_nothing_of_a_stop_string_is_shown(text: str, stop_strings: list[str]) -> None:
     search = StopStrings(stop_strings)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -62,9 +62,17 @@ def checkpoint(folder: Path, template: str) -> Path:
 
 
 class Server:
-    """The chat route, and an engine that says a text, some tokens at a time."""
+    """The chat route, and an engine that says a text, some tokens at a time.
+
+    Attributes:
+        opened: those that are to be closed.
+    """
+
+    opened: ClassVar[list[Self]] = []
 
     def __init__(self, folder: Path, **settings: Any) -> None:
+        self.opened.append(self)
+        self._runner = asyncio.Runner()
         self.service, self._client = build_service(resolve({"model": str(folder), "server": settings}))
         limits = SchedulerConfig(max_model_len=8192, num_blocks=4096, max_num_seqs=64, max_num_batched_tokens=512)
         self._client.connect(Ready(limits, 1, 1, "by hand", None), lambda command: None)
@@ -96,20 +104,20 @@ class Server:
         finally:
             playing.cancel()
 
+    def run(self, scene: Coroutine[Any, Any, bytes]) -> bytes:
+        """Run it in the loop that all of this server runs in: its templates are in one process."""
+        return self._runner.run(scene)
+
+    def close(self) -> None:
+        self._runner.run(self.service.templates.close())
+        self._runner.close()
+
     def chat(self, text: str, *, reason: FinishReason = FinishReason.STOP, **body: Any) -> ChatCompletion:
         """The whole answer, which the stream is in pieces."""
 
-        async def scene() -> tuple[bytes, bytes]:
-            try:
-                answers = [
-                    await self.ask({"messages": USER, "stream": stream} | body, text, reason)
-                    for stream in (False, True)
-                ]
-                return answers[0], answers[1]
-            finally:
-                await self.service.templates.close()
-
-        whole, stream = asyncio.run(scene())
+        whole, stream = (
+            self.run(self.ask({"messages": USER, "stream": stream} | body, text, reason)) for stream in (False, True)
+        )
         answer = ChatCompletion.model_validate_json(whole, strict=True)
         events = [event.partition(b"data: ")[2] for event in stream.split(b"\n\n")[:-1]]
         assert events.pop() == b"[DONE]"
@@ -117,6 +125,13 @@ class Server:
         for choice in answer.choices:
             assert put_together(chunks, choice.index) == shown(choice)
         return answer
+
+
+@pytest.fixture(autouse=True)
+def servers_end() -> Iterator[None]:
+    yield
+    while Server.opened:
+        Server.opened.pop().close()
 
 
 def shown(choice: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from shoal.server.tools.formats import TOOL_FORMATS, ToolFormat
 from shoal.server.tools.grammar import MAX_CALLS, Thought, tools_grammar
 from shoal.server.tools.reader import AnswerReader
 from shoal.server.wire.conversations import Tool
+from tests.examples import examples
 
 CITY = {
     "type": "object",
@@ -260,7 +261,7 @@ def is_valid(name: str, arguments: dict[str, Any]) -> bool:
     return LEAST.keys() <= arguments.keys() and all(checks[key](value) for key, value in arguments.items())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(name=st.sampled_from(FORMATS), seed=st.integers(0, 2**32), has_special=st.booleans(), parallel=st.booleans())
 def test_what_is_demanded_is_read_as_calls_that_match(name: str, seed: int, has_special: bool, parallel: bool) -> None:
     asked = grammar(name, special=SPECIAL if has_special else {}, parallel=parallel)
@@ -271,7 +272,7 @@ def test_what_is_demanded_is_read_as_calls_that_match(name: str, seed: int, has_
     assert all(is_valid(*call) for call in calls)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(name=st.sampled_from(FORMATS), seed=st.integers(0, 2**32))
 def test_what_begins_in_a_free_answer_is_read_as_a_call_that_matches(name: str, seed: int) -> None:
     one, judge = TOOL_FORMATS[name], matcher(grammar(name, "auto", tools=TOOLS[:1]))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from shoal.server.tools.brackets import Brackets
 from shoal.server.tools.formats import TOOL_FORMATS
 from shoal.server.tools.reader import MAX_HEAD_CHARS, AnswerReader, Said
+from tests.examples import examples
 
 WEATHER = {
     "type": "object",
@@ -253,7 +254,7 @@ FRAGMENTS = sorted(
 )
 
 
-@settings(max_examples=1500)
+@settings(max_examples=examples(1500))
 @given(
     tool_format=st.sampled_from(sorted(TOOL_FORMATS)),
     fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=12),
@@ -273,7 +274,7 @@ def test_streamed_is_whole(tool_format: str, fragments: list[str], cuts: list[in
 VALUES = st.none() | st.integers() | st.text('ab{}[]"\\ \n数', max_size=8) | st.lists(st.integers(), max_size=2)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     tool_format=st.sampled_from(sorted(set(TOOL_FORMATS) - {"qwen_xml"})),
     before=st.text("ab数 .,;\n]}`", max_size=10).map(str.strip),
@@ -296,7 +297,7 @@ def test_any_calls_behind_any_text(tool_format: str, before: str, calls: list[An
     assert answer.parsed == calls
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(value=VALUES | st.dictionaries(st.just('{"'), VALUES), cut=st.integers(0, 100))
 def test_brackets_find_the_end_of_a_value(value: Any, cut: int) -> None:
     written = json.dumps([value])

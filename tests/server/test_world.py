@@ -7,9 +7,10 @@ import pytest
 from tests.server import world
 
 NUM_HISTORIES, NUM_PARTS = 2000, 8
+PARTS = [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, NUM_PARTS))]
 
 
-@pytest.mark.parametrize("part", range(NUM_PARTS))
+@pytest.mark.parametrize("part", PARTS)
 def test_every_request_that_was_accepted_ends_exactly_once(part: int) -> None:
     num_histories = NUM_HISTORIES // NUM_PARTS
     counts = world.play(num_histories, part * num_histories)

@@ -7,7 +7,7 @@ import numpy as np
 from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.step.noise import gumbel_noise
 from shoal.model.training import echo
-from tests.model.conftest import Paged
+from tests.model.batches import Paged
 from tests.model.oracles import random_record
 
 
