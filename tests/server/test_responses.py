@@ -115,11 +115,11 @@ class Engine:
 
 
 def events_of(stream: str) -> list[Any]:
-    """The events of a stream, each as its own type of OpenAI's."""
+    """The events of a stream, each as its own type of OpenAI's; those of one that is held have ids."""
     events = []
     for number, lines in enumerate(stream.split("\n\n")[:-1]):
-        event_id, name, data = lines.split("\n")
-        assert event_id.endswith(f":{number + 1}")
+        *event_id, name, data = lines.split("\n")
+        assert all(one.endswith(f":{number + 1}") for one in event_id)
         kind = EVENTS[name.removeprefix("event: ")]
         one = kind.model_validate_json(data.removeprefix("data: "), strict=True)
         assert one.sequence_number == number
