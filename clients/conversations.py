@@ -9,7 +9,7 @@ from typing import Any, Required, TypedDict
 
 from shoal.clients.formats import ResponseFormat, read_text
 from shoal.clients.tools import Tool, ToolChoice
-from shoal.clients.types import Answer, Message, TemplateOptions, TokenOptions, ToolCall, Usage
+from shoal.clients.types import Answer, Explained, Message, TemplateOptions, TokenOptions, ToolCall, Usage
 
 # -- OpenAI's Responses --------------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class ResponseOptions(TokenOptions, TemplateOptions, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Response(Answer):
+class Response(Explained):
     """A response, finished or not.
 
     Attributes:
@@ -184,12 +184,15 @@ class MessageOptions(MessagePrompt, total=False):
 
     seed: int
     min_p: float
+    repetition_penalty: float
     priority: int
     timeout: float
+    timing: bool
+    receipt: bool
 
 
 @dataclass(frozen=True, slots=True)
-class MessageAnswer(Answer):
+class MessageAnswer(Explained):
     """A whole message of the model.
 
     Attributes:

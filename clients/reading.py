@@ -78,10 +78,13 @@ def chunk(event: Any) -> Chunk:
 
 def _origin(answer: Any) -> dict[str, Any]:
     """What an answer and each of its chunks say of where they come from, and their ends of how."""
+    told = {name: answer.get(name) for name in ("seed", "system_fingerprint")}
+    return told | _explained(answer) | {name: answer[name] for name in ("id", "created", "model")}
+
+
+def _explained(answer: Any) -> dict[str, Any]:
     timing = answer.get("timing")
-    told = {name: answer.get(name) for name in ("seed", "receipt", "system_fingerprint")}
-    told["timing"] = None if timing is None else tuple(timing["choices"])
-    return told | {name: answer[name] for name in ("id", "created", "model")}
+    return {"timing": None if timing is None else tuple(timing["choices"]), "receipt": answer.get("receipt")}
 
 
 def _what_is_said(choice: Any, chat_field: str) -> Any:
@@ -203,6 +206,7 @@ def response(response_format: ResponseFormat | None, answer: Any) -> Response:
         metadata=answer.get("metadata") or {},
         response_format=response_format,
         **told,
+        **_explained(answer),
     )
 
 
@@ -231,6 +235,7 @@ def message(response_format: ResponseFormat | None, answer: Any) -> MessageAnswe
         stop_sequence=answer.get("stop_sequence"),
         usage=_message_usage(answer["usage"]),
         response_format=response_format,
+        **_explained(answer),
     )
 
 
@@ -254,7 +259,7 @@ def message_of_events(response_format: ResponseFormat | None, events: Sequence[M
                 for name in data["delta"].keys() - {"type"}:
                     pieces[data["index"]].setdefault(name, []).append(data["delta"][name])
             case "message_delta":
-                answer |= data["delta"]
+                answer |= data["delta"] | {name: data[name] for name in ("timing", "receipt") if name in data}
                 answer["usage"] = {**answer["usage"], **data["usage"]}
     for block, gained in zip(answer["content"], pieces, strict=True):
         for name, parts in gained.items():

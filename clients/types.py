@@ -90,7 +90,8 @@ class TokenOptions(CallOptions, total=False):
     OpenAI's.
 
     `request_id` stands in the answer.  `speculation` "off" turns drafted tokens off for the request; the text stays the
-    same.  `end_after` is for load tests: the output has exactly that number of tokens.
+    same.  `end_after` is for load tests: the output has exactly that number of tokens.  `timing` and `receipt` have the
+    answer tell how it was served, and how to have it again.
     """
 
     temperature: float
@@ -127,6 +128,8 @@ class TokenOptions(CallOptions, total=False):
     request_id: str
     speculation: str
     end_after: int
+    timing: bool
+    receipt: bool
 
 
 class TemplateOptions(TypedDict, total=False):
@@ -143,7 +146,7 @@ class SamplingOptions(TokenOptions, total=False):
 
     `prompt_logprobs` is the number of alternatives to report for each token of the prompt.  `return_token_ids` has
     choices tell the tokens beside the text, and `return_tokens_as_token_ids` names them by their ids in
-    log-probabilities.  `timing` and `receipt` have the answer tell how it was served, and how to have it again.
+    log-probabilities.
     """
 
     max_tokens: int
@@ -152,8 +155,6 @@ class SamplingOptions(TokenOptions, total=False):
     prompt_logprobs: int
     return_token_ids: bool
     return_tokens_as_token_ids: bool
-    timing: bool
-    receipt: bool
 
 
 class CompletionOptions(SamplingOptions, total=False):
@@ -214,6 +215,19 @@ class Answer:
 
     request_id: str | None = None
     ignored_fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explained(Answer):
+    """What an answer tells at its end.
+
+    Attributes:
+        timing: how each choice was served, if the request asked.
+        receipt: how to have the answer again, if the request asked.
+    """
+
+    timing: tuple[Timing, ...] | None = None
+    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,15 +415,13 @@ class Choice(Generic[Parsed]):
 
 
 @dataclass(frozen=True, slots=True)
-class Completion(Answer, Generic[Parsed]):
+class Completion(Explained, Generic[Parsed]):
     """A whole answer.  What belongs to a choice is that of the first choice here.
 
     Attributes:
         created: seconds since the epoch.
         seed: what the server sampled with, if it tells; sent with the same request, it gives the same answer.
         system_fingerprint: of the model that answered, if the server tells.
-        timing: how each choice was served, if the request asked.
-        receipt: how to have the answer again, if the request asked.
     """
 
     id: str
@@ -419,8 +431,6 @@ class Completion(Answer, Generic[Parsed]):
     usage: Usage
     seed: int | None = None
     system_fingerprint: str | None = None
-    timing: tuple[Timing, ...] | None = None
-    receipt: Receipt | None = None
 
     @property
     def text(self) -> str:
@@ -489,7 +499,7 @@ class ChoiceDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk(Answer):
+class Chunk(Explained):
     """One event of a streamed answer; the last has the `usage` and no choices, and what `timing` and `receipt` ask for.
 
     What belongs to a choice is joined here; in a stream of several choices, look at each delta's `index` instead.
@@ -502,8 +512,6 @@ class Chunk(Answer):
     usage: Usage | None = None
     seed: int | None = None
     system_fingerprint: str | None = None
-    timing: tuple[Timing, ...] | None = None
-    receipt: Receipt | None = None
 
     @property
     def text(self) -> str:

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from shoal.clients import Completion, ShoalClient, wire
+from shoal.clients import Choice, Completion, MessageAnswer, MessageOptions, Response, ShoalClient, wire
 from shoal.clients.errors import ClientError
-from shoal.clients.whole import GrowingAnswer
+from shoal.clients.whole import Growing, GrowingAnswer, GrowingMessage
 from shoal.loadtest.records import LoadTestError
 from shoal.receipts import VERSION, Receipt, ReceiptOutput, receipt_sha256, tokens_sha256
 
 MAX_FILE_BYTES = 256 * 2**20
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 # Fields of a request that change no token, or that say how its answer travels.
 _DROPPED = {
-    "keep_alive", "metadata", "model", "priority", "request_id", "service_tier", "speculation", "store", "stream",
-    "stream_options", "timeout", "timing", "tpot_slo_ms", "ttft_slo_ms", "user",
+    "background", "keep_alive", "metadata", "model", "priority", "request_id", "service_tier", "speculation", "store",
+    "stream", "stream_options", "timeout", "timing", "tpot_slo_ms", "ttft_slo_ms", "user",
 }  # fmt: skip
 # Settings that a receipt may name; they become options of a server.
 _SETTINGS = ("backend", "device", "dtype", "quantization", "kv_cache_dtype")
+
+# A request that nobody sends, whose answer is read.
+_LEAST: MessageOptions = {"model": "", "max_tokens": 0}
+
+Answer = Completion[Any] | Response | MessageAnswer
+Event = TypeVar("Event")
+Whole = TypeVar("Whole")
 
 
 class Stored(Struct, frozen=True):
     """An answer as it was kept.
 
     Attributes:
-        completion: what it says, as clients read it; no choices if only the last chunk of a stream was kept.
+        answer: what it says, as clients read it; None if only the end of a stream was kept that says nothing of it.
     """
 
-    completion: Completion[Any]
+    answer: Answer | None
     receipt: Receipt
 
 
@@ -71,23 +79,28 @@ def read_answer(path: Path) -> Stored:
     told = next((part["receipt"] for part in reversed(parts) if part.get("receipt") is not None), None)
     if told is None:
         raise LoadTestError(f'{path} has no receipt: ask for one with "receipt": true, and keep the end of a stream')
-    return Stored(_completion(path, parts), _receipt(path, told))
+    receipt = _receipt(path, told)
+    try:
+        return Stored(_answer(receipt.endpoint, parts), receipt)
+    except ClientError as error:
+        raise LoadTestError(f"{path} is no whole answer: {str(error)[:200]}") from error
 
 
 def _parts(path: Path, text: str) -> list[dict[str, Any]]:
-    """The objects of the file: one, or the chunks of a stream."""
+    """The objects of the file: one, or the chunks of a stream; events of a response are what they say of all of it."""
     try:
         if text.lstrip().startswith(("{", "[")):
             value = json.loads(text)
             parts = value if isinstance(value, list) else [value]
         else:
-            events = [line.removeprefix("data:").strip() for line in text.splitlines() if line.startswith("data:")]
+            events = [line.removeprefix("data:").strip() for line in text.split("\n") if line.startswith("data:")]
             parts = [json.loads(event) for event in events if event != "[DONE]"]
     except (ValueError, RecursionError) as error:
         raise LoadTestError(f"{path} is neither JSON nor a stream of events: {str(error)[:200]}") from error
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise LoadTestError(f"{path} is no answer: expected a JSON object, or the events of a stream")
-    return parts
+    responses = [part["response"] for part in parts if isinstance(part.get("response"), dict)]
+    return responses or parts
 
 
 def _receipt(path: Path, told: Any) -> Receipt:
@@ -103,22 +116,29 @@ def _receipt(path: Path, told: Any) -> Receipt:
     for number, output in enumerate(receipt.outputs):
         if output.sha256 != tokens_sha256(output.token_ids) or output.num_tokens != len(output.token_ids):
             raise LoadTestError(f"{path}: the tokens of choice {number} were changed: their sha256 is another")
-    if receipt.endpoint not in (COMPLETIONS, CHAT):
+    if receipt.endpoint not in (COMPLETIONS, CHAT, MESSAGES, RESPONSES):
         raise LoadTestError(f"{path}: answers of {receipt.endpoint[:64]!r} cannot be replayed")
     return receipt
 
 
-def _completion(path: Path, parts: list[dict[str, Any]]) -> Completion[Any]:
+def _answer(endpoint: str, parts: list[dict[str, Any]]) -> Answer | None:
     """What the parts say together."""
-    try:
-        if len(parts) == 1 and parts[0].get("choices"):
-            return wire.chat([], {}).parse(json.dumps(parts[0]))
-        answer = GrowingAnswer(None)
-        for part in parts:
-            answer.add(wire.stream_chat([], {}).parse(json.dumps(part)))
-        return answer.whole()
-    except ClientError as error:
-        raise LoadTestError(f"{path} is no whole answer: {str(error)[:200]}") from error
+    only = parts[0] if len(parts) == 1 else {}
+    if endpoint == RESPONSES:
+        return wire.respond("", {}).parse(json.dumps(parts[-1]))
+    if endpoint == MESSAGES:
+        if only.get("type") == "message":
+            return wire.message([], _LEAST).parse(json.dumps(only))
+        return None if only else _grown(GrowingMessage(None), wire.stream_message([], _LEAST), parts)
+    if only.get("choices"):
+        return wire.chat([], {}).parse(json.dumps(only))
+    return _grown(GrowingAnswer(None), wire.stream_chat([], {}), parts)
+
+
+def _grown(answer: Growing[Event, Whole], call: wire.Call[Event], parts: list[dict[str, Any]]) -> Whole:
+    for part in parts:
+        answer.add(call.parse(json.dumps(part)))
+    return answer.whole()
 
 
 def server_settings(receipt: Receipt) -> Mapping[str, Any]:
@@ -141,7 +161,7 @@ def replay(stored: Stored, client: ShoalClient) -> Replayed:
     differences = [*_outputs(before.outputs, after.outputs)]
     is_same = not differences
     if is_same:
-        differences = [*_texts(stored.completion, answer)]
+        differences = [*_texts(stored.answer, answer)]
     return Replayed(
         is_same=is_same and not differences,
         num_tokens=sum(output.num_tokens for output in before.outputs),
@@ -151,10 +171,19 @@ def replay(stored: Stored, client: ShoalClient) -> Replayed:
     )
 
 
-def _ask_again(receipt: Receipt, client: ShoalClient) -> Completion[Any]:
+def _ask_again(receipt: Receipt, client: ShoalClient) -> Answer:
     """The request of the receipt, with what the server resolved then."""
     fields = {name: value for name, value in receipt.request.items() if name not in _DROPPED and value is not None}
     fields |= receipt.sampling | {"receipt": True}
+    if receipt.endpoint == RESPONSES:
+        fields |= {"max_output_tokens": fields.pop("max_tokens"), "store": False}
+        return client.respond(fields.pop("input"), **fields)
+    if receipt.endpoint == MESSAGES:
+        messages, fields["model"] = fields.pop("messages"), client.models()[0].id
+        if not receipt.request.get("stream"):
+            return client.message(messages, **fields)
+        with client.stream_message(messages, **fields) as stream:  # an input that was cut off reads otherwise
+            return stream.whole()
     if receipt.endpoint == CHAT:
         if "max_completion_tokens" in fields:
             del fields["max_tokens"]
@@ -179,15 +208,25 @@ def _outputs(before: list[ReceiptOutput], after: list[ReceiptOutput]) -> Iterato
             yield f"choice {number}: token {place} of {then.num_tokens} was {old}, and now it is {new}"
 
 
-def _texts(stored: Completion[Any], answer: Completion[Any]) -> Iterator[str]:
+def _texts(stored: Answer | None, answer: Answer) -> Iterator[str]:
     """Where what was kept is not what the same tokens say."""
-    if stored.choices and len(stored.choices) != len(answer.choices):
-        yield f"{len(stored.choices)} choices were kept, but the receipt has {len(answer.choices)}: they were changed"
+    before, after = _said(stored) if stored else [], _said(answer)
+    if before and len(before) != len(after):
+        yield f"{len(before)} choices were kept, but the receipt has {len(after)}: they were changed"
         return
-    for then, now in zip(stored.choices, answer.choices, strict=False):
-        calls = [[(call.name, call.arguments_json) for call in choice.tool_calls] for choice in (then, now)]
-        if (then.text, then.reasoning, calls[0]) != (now.text, now.reasoning, calls[1]):
-            yield f"choice {now.index}: the tokens are the same, but what was kept is not what they say: it was changed"
+    for number, (then, now) in enumerate(zip(before, after, strict=False)):
+        if then != now:
+            yield f"choice {number}: the tokens are the same, but what was kept is not what they say: it was changed"
+
+
+def _said(answer: Answer) -> list[tuple[Any, ...]]:
+    """What each choice says; ids are drawn anew each time."""
+    choices: Sequence[Choice[Any] | Response | MessageAnswer]
+    choices = answer.choices if isinstance(answer, Completion) else [answer]
+    return [
+        (choice.text, choice.reasoning, [(call.name, call.arguments_json) for call in choice.tool_calls])
+        for choice in choices
+    ]
 
 
 def _notes(before: Receipt, after: Receipt) -> Iterator[str]:

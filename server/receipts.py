@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,12 +31,14 @@ class Answered:
     Attributes:
         endpoint: that answered.
         body: as it was sent.
+        instead: fields that stand in the receipt in place of those of the body.
         params: of each prompt.
         prompts, outputs: token ids, of each prompt and each choice.
     """
 
     endpoint: str
     body: bytes
+    instead: Mapping[str, Any]
     params: Sequence[SamplingParams]
     prompts: list[list[int]]
     outputs: list[list[int]]
@@ -93,7 +95,7 @@ def _write(answered: Answered, model: ReceiptModel) -> Receipt:
         server=version("shoal"),
         endpoint=answered.endpoint,
         model=model,
-        request=request,
+        request=request | dict(answered.instead),
         sampling=sampling | {"max_tokens": max(one.max_tokens for one in answered.params)},
         prompts=answered.prompts,
         outputs=[ReceiptOutput(len(one), tokens_sha256(one), one) for one in answered.outputs],

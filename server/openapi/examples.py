@@ -144,6 +144,7 @@ _SAID = {"model": _MODEL, "messages": [_QUESTION]}
 MESSAGE_BODIES: Bodies = {
     "question": {**_SAID, "max_tokens": 32},
     "stream": {**_SAID, "max_tokens": 32, "stream": True},
+    "how it was served": {**_SAID, "max_tokens": 32, "timing": True, "receipt": True},
     "tool": {
         "model": _MODEL,
         "max_tokens": 64,
@@ -184,6 +185,7 @@ RESPONSE_BODIES: Bodies = {
     "question": {**INPUT_BODIES["question"], "max_output_tokens": 32},
     "stream": {"input": [_QUESTION], "max_output_tokens": 32, "seed": 7, "stream": True},
     "in the background": {"input": [_QUESTION], "max_output_tokens": 32, "background": True},
+    "how it was served": {"input": [_QUESTION], "max_output_tokens": 32, "timing": True, "receipt": True},
     "tool": {
         "input": "How is the weather in Paris?",
         "tools": [{"type": "function", **_WEATHER["function"]}],

@@ -128,6 +128,7 @@ _TERMS_HEADERS = (
     "x-ratelimit-reset-tokens",
 )
 GENERATION_HEADERS = (
+    "X-Shoal-Timing",
     "Idempotency-Key",
     "Last-Event-ID",
     "X-Stream-Resume",
@@ -135,7 +136,6 @@ GENERATION_HEADERS = (
     "x-stream-resume",
     *_TERMS_HEADERS,
 )
-COMPLETION_HEADERS = ("X-Shoal-Timing", *GENERATION_HEADERS)
 BODY_ERRORS = (InvalidRequestError, BodyTooLargeError)
 _WORK_ERRORS = (
     *BODY_ERRORS,
@@ -220,7 +220,7 @@ OPERATIONS: Mapping[str, Operation] = {
         summary="Continue a prompt",
         body=CompletionBody,
         bodies=examples.COMPLETION_BODIES,
-        headers=COMPLETION_HEADERS,
+        headers=GENERATION_HEADERS,
         answer=Completion,
         example=examples.COMPLETION,
         events=COMPLETION_EVENTS,
@@ -232,7 +232,7 @@ OPERATIONS: Mapping[str, Operation] = {
         summary="Answer a conversation",
         body=ChatBody,
         bodies=examples.CHAT_BODIES,
-        headers=COMPLETION_HEADERS,
+        headers=GENERATION_HEADERS,
         answer=ChatCompletion,
         example=examples.CHAT,
         events=CHAT_EVENTS,

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from shoal.server.errors import OPENAI, ErrorShape
 from shoal.server.generation import Generation
 from shoal.server.routes.answer import EventStream, unless_disconnected
+from shoal.server.routes.extras import Extras
 from shoal.server.routes.pieces import Entries, filled, in_pieces
 from shoal.server.routes.streams import hold, is_held, only_event
 from shoal.server.sampling import resolve_seed
@@ -20,6 +21,7 @@ from shoal.server.service import Service, new_id, unix_time
 from shoal.server.terms import resolve_terms
 from shoal.server.text import Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody
+from shoal.server.wire.responses import Told
 
 Body = TypeVar("Body", CompletionBody, ChatBody)
 
@@ -31,6 +33,7 @@ class Call(ABC, Generic[Body]):
         InvalidRequestError, RateLimitError, QueueFullError, EngineUnavailableError: it is refused.
     """
 
+    endpoint: ClassVar[str]
     id_prefix: ClassVar[str]
     shape: ErrorShape = OPENAI
 
@@ -45,6 +48,7 @@ class Call(ABC, Generic[Body]):
         self.seed = resolve_seed(body)
         if body.request_id is not None:
             request.state.request_id = body.request_id
+        self.extras = Extras(service, request, body, self.endpoint)
         terms = resolve_terms(service, request, body)
         self.generation = Generation(service, body, prompts, grammar, api_id=self.id, seed=self.seed, terms=terms)
 
@@ -79,16 +83,16 @@ class Call(ABC, Generic[Body]):
         """The entries of long lists that stand behind a choice's log-probabilities in the answer."""
         return []
 
-    async def completed(self, answer: msgspec.Struct) -> msgspec.Struct:
+    async def completed(self, answer: Told) -> Told:
         """A whole answer with what it is to tell at its end."""
-        return answer
+        return await self.extras.add(answer, self.generation)
 
     @abstractmethod
     def logprobs(self, scored: list[Scored]) -> msgspec.Struct | None:
         """The shape of log-probabilities, if they were asked for."""
 
     @abstractmethod
-    def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> msgspec.Struct:
+    def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> Told:
         """The whole answer of all choices and the shapes of their log-probabilities."""
 
     @abstractmethod

@@ -33,7 +33,7 @@ from shoal.server.wire.responses import (
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post(_ChatCall.endpoint)
     @answered_once(service)
     async def create_chat_completion(request: Request) -> Response:
         body = await service.reader.read(request, ChatBody)
@@ -47,6 +47,7 @@ def chat_router(service: Service) -> APIRouter:
 
 
 class _ChatCall(OpenAICall[ChatBody]):
+    endpoint = "/v1/chat/completions"
     id_prefix = "chatcmpl"
     scores_prompt_in_choices = False
 

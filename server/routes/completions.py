@@ -23,7 +23,7 @@ from shoal.server.wire.responses import Completion, CompletionChoice, Completion
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post(_CompletionCall.endpoint)
     @answered_once(service)
     async def create_completion(request: Request) -> Response:
         body = await service.reader.read(request, CompletionBody)
@@ -36,6 +36,7 @@ def completions_router(service: Service) -> APIRouter:
 
 
 class _CompletionCall(OpenAICall[CompletionBody]):
+    endpoint = "/v1/completions"
     id_prefix = "cmpl"
 
     def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> Completion:

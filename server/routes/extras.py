@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import msgspec
 from fastapi import Request
 
 from shoal.scheduler.errors import InvalidRequestError
@@ -12,9 +11,9 @@ from shoal.server.generation import Generation
 from shoal.server.receipts import Answered
 from shoal.server.service import Service
 from shoal.server.wire.requests import ChatBody, CompletionBody
-from shoal.server.wire.responses import ChatCompletion, ChatCompletionChunk, Completion, Timing
+from shoal.server.wire.responses import Timing, Told
 
-Answer = TypeVar("Answer", bound=msgspec.Struct)
+Answer = TypeVar("Answer", bound=Told)
 
 TIMING_HEADER = "x-shoal-timing"
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
@@ -25,15 +24,18 @@ class Extras:
 
     Attributes:
         are_asked: whether there is anything to tell.
+        instead: fields that a receipt gives back in place of what was sent, where that does not say all.
 
     Raises:
         InvalidRequestError: the header makes no sense.
     """
 
-    def __init__(self, service: Service, request: Request, body: CompletionBody | ChatBody) -> None:
+    def __init__(self, service: Service, request: Request, body: CompletionBody | ChatBody, endpoint: str) -> None:
         self._service = service
         self._request = request
         self._body = body
+        self._endpoint = endpoint
+        self.instead: dict[str, Any] = {}
         header = request.headers.get(TIMING_HEADER, "false")
         if header not in _WORDS:
             raise InvalidRequestError(
@@ -43,13 +45,11 @@ class Extras:
         self.are_asked = body.timing or body.receipt
 
     async def add(self, answer: Answer, generation: Generation) -> Answer:
-        """Add to a whole answer, or to the last chunk of a stream, what it is to tell; other protocols have no place.
+        """Add what it is to tell to a whole answer, or to the part of a stream's end that has a place for it.
 
         Raises:
             InvalidRequestError: the body cannot be given back in a receipt.
         """
-        if not isinstance(answer, Completion | ChatCompletion | ChatCompletionChunk):
-            return answer
         journals = [choice.journal for choice in generation.choices]
         if self._body.timing:
             histories = [journal.history for journal in journals]
@@ -57,8 +57,9 @@ class Extras:
         if self._body.receipt:
             firsts = [journal.request for journal in journals[:: self._body.n]]
             answered = Answered(
-                "/v1/chat/completions" if isinstance(self._body, ChatBody) else "/v1/completions",
+                self._endpoint,
                 await self._request.body(),
+                self.instead,
                 [first.params for first in firsts],
                 [first.prompt_token_ids for first in firsts],
                 [choice.journal.output_token_ids[: choice.num_tokens] for choice in generation.choices],

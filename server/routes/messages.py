@@ -40,7 +40,7 @@ def messages_router(service: Service) -> APIRouter:
     async def prompt_of(chat: ChatBody) -> tuple[str, list[int]]:
         return await service.prompts.of_chat(chat, service.dialect.of_chat(chat))
 
-    @router.post("/v1/messages")
+    @router.post(_MessageCall.endpoint)
     @answered_once(service)
     async def create_message(request: Request) -> Response:
         body = await service.reader.read(request, MessagesBody)
@@ -70,6 +70,7 @@ class _MessageCall(Call[ChatBody]):
         max_tokens: that the request asks for, which may be more than the context holds.
     """
 
+    endpoint = "/v1/messages"
     id_prefix = "msg_"
 
     def __init__(
@@ -99,16 +100,16 @@ class _MessageCall(Call[ChatBody]):
         return answer
 
     async def chunks(self) -> AsyncGenerator[list[bytes], None]:
-        is_begun = False
+        is_begun, last = False, Delta(0, "")
         async with aclosing(self.generation.deltas()) as steps:
             async for deltas in steps:
                 events: list[Tagged] = [] if is_begun else [MessageStart(self._message([])), Ping()]
                 is_begun = True
-                for delta in deltas:
-                    events += self._blocks.events(delta.text, is_last=delta.finish_reason is not None)
-                    if delta.finish_reason is not None:
-                        events += [MessageDelta(self._stop(delta), self._usage), MessageStop()]
+                for last in deltas:
+                    events += self._blocks.events(last.text, is_last=last.finish_reason is not None)
                 yield [event(one, one.type) for one in events]
+        end = await self.extras.add(MessageDelta(self._stop(last), self._usage), self.generation)
+        yield [event(one, one.type) for one in (end, MessageStop())]
 
     def _message(self, blocks: list[ContentBlock]) -> MessageAnswer:
         return MessageAnswer(self.id, self.service.model_name, blocks, self._usage)

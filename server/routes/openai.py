@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
-from fastapi import Request
 
 from shoal.server.logprobs import prompt_logprobs
 from shoal.server.routes.call import Body, Call
-from shoal.server.routes.extras import Extras
 from shoal.server.routes.pieces import HOLE, encode_parts
-from shoal.server.service import Service
 from shoal.server.text import Delta
 from shoal.server.wire.requests import StreamOptions
 from shoal.server.wire.responses import Usage
@@ -29,12 +25,6 @@ class OpenAICall(Call[Body]):
     """
 
     scores_prompt_in_choices: ClassVar[bool] = True
-
-    def __init__(
-        self, service: Service, request: Request, body: Body, prompts: Sequence[tuple[str, list[int]]], grammar: str
-    ) -> None:
-        self.extras = Extras(service, request, body)
-        super().__init__(service, request, body, prompts, grammar)  # type: ignore[arg-type]  # each kind has its own
 
     @property
     def stream_options(self) -> StreamOptions:
@@ -70,6 +60,3 @@ class OpenAICall(Call[Body]):
             return []
         scored = self.generation.prompt_of(index)
         return [await encode_parts(prompt_logprobs(self.service.tokenizer, *scored, self.body.prompt_logprobs))]
-
-    async def completed(self, answer: msgspec.Struct) -> msgspec.Struct:
-        return await self.extras.add(answer, self.generation)

@@ -58,6 +58,7 @@ from shoal.server.wire.items import (
 )
 from shoal.server.wire.parsing import read_body
 from shoal.server.wire.requests import ChatBody
+from shoal.server.wire.responses import Told
 
 logger = logging.getLogger("shoal.api")
 
@@ -78,7 +79,7 @@ def responses_router(service: Service) -> APIRouter:
     """What generates."""
     router = APIRouter()
 
-    @router.post("/v1/responses")
+    @router.post(_ResponsesCall.endpoint)
     @answered_once(service)
     async def create_response(request: Request) -> Response:
         body = await service.reader.read(request, ResponsesBody)
@@ -227,6 +228,7 @@ class _ResponsesCall(Call[ChatBody]):
         response: as it is so far.
     """
 
+    endpoint = "/v1/responses"
     id_prefix = "resp_"
     shape = STREAM_SHAPE
 
@@ -234,10 +236,13 @@ class _ResponsesCall(Call[ChatBody]):
         super().__init__(service, request, turn.chat, [turn.prompt], grammar)
         reading = service.dialect.reading(turn.chat, turn.prompt[0])
         self._asked = turn.asked
+        if not turn.asked.is_whole:
+            self.extras.instead = {"input": turn.items, "previous_response_id": None}
         self._scores = Scores(service.tokenizer)
         self._answer = ChatAnswer(reading.reader(), reading.counter())
         self._output = Output(self._answer, self._scores)
         self._num_events = 0
+        self._is_cut = False
         self._owner = known_key(request, service.api_keys)
         self.response = self._opening()
         self._kept = Kept(self._owner, self.response, turn.items)
@@ -268,6 +273,12 @@ class _ResponsesCall(Call[ChatBody]):
         self._take(deltas[0])
         return self.response
 
+    async def completed(self, answer: Told) -> Told:
+        """The response has ended, and is kept with what it tells at its end."""
+        await super().completed(answer)
+        self._end("incomplete" if self._is_cut else "completed")
+        return answer
+
     async def chunks(self) -> AsyncGenerator[list[bytes], None]:
         try:
             yield self._sent([Created(response=self.response), self._state()])
@@ -282,6 +293,8 @@ class _ResponsesCall(Call[ChatBody]):
                         self.response.status = "in_progress"
                         yield self._sent([self._state()])
                     yield self._sent([one for delta in deltas for one in self._take(delta)])
+            await self.completed(self.response)
+            yield self._sent([self._state()])
         except Exception as error:
             if not isinstance(error, ShoalError):
                 logger.exception("a stream failed")
@@ -294,11 +307,8 @@ class _ResponsesCall(Call[ChatBody]):
     def _take(self, delta: Delta) -> list[ItemEvent]:
         """Add what is new; returns the events that tell of it."""
         self._scores.add(delta.scored)
-        events = self._output.feed(delta.text, delta.token_ids, delta.finish_reason)
-        if delta.finish_reason is not None:
-            self._end("incomplete" if delta.finish_reason == "length" else "completed")
-            events.append(self._state())
-        return events
+        self._is_cut = delta.finish_reason == "length"
+        return self._output.feed(delta.text, delta.token_ids, delta.finish_reason)
 
     def _fail(self, error: ShoalError) -> list[ItemEvent]:
         told, status = _stream_error(error), http_error(error).status

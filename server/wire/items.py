@@ -17,6 +17,7 @@ from shoal.server.wire.batches import Metadata, Page
 from shoal.server.wire.body import Body, Refusal
 from shoal.server.wire.conversations import MAX_ID_CHARS, MAX_MESSAGES, MAX_TOOLS, ToolMode, ToolName
 from shoal.server.wire.requests import MAX_INT, REFUSED, ChatBody, NumLogprobs, SamplingBody
+from shoal.server.wire.responses import Told
 
 LOGPROBS = "message.output_text.logprobs"
 # Of these only log-probabilities and what is never there are asked of a server without tools of its own.
@@ -248,7 +249,7 @@ EXTENSIONS = tuple(
         *SamplingBody.__struct_fields__,
         *("parse_special", "chat_template_kwargs", "chat_template", "documents", "add_special_tokens"),
         *("priority", "ttft_slo_ms", "tpot_slo_ms", "timeout", "cache_salt", "request_id", "truncate_prompt_tokens"),
-        *("speculation", "end_after"),
+        *("speculation", "end_after", "timing", "receipt"),
     )
     if name not in ("n", "max_tokens", "temperature", "top_p", "response_format")
 )
@@ -303,6 +304,12 @@ class ResponsesBody(Extensions, kw_only=True):  # type: ignore[misc, call-arg]
     @property
     def wants_logprobs(self) -> bool:
         return LOGPROBS in (self.include or ())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all of its conversation, and refers to no response that is kept."""
+        items = () if isinstance(self.input, str) else self.input
+        return self.previous_response_id is None and all(item.type != "item_reference" for item in items)
 
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -381,7 +388,7 @@ class IncompleteDetails(Struct):
     reason: Literal["max_output_tokens"]
 
 
-class ResponseObject(Struct, kw_only=True):
+class ResponseObject(Told, kw_only=True):
     """The answer, finished or not, with what was asked."""
 
     id: str

@@ -1,10 +1,12 @@
-"""Answers of Anthropic's Messages API, whole and as events, exactly as it defines them."""
+"""Answers of Anthropic's Messages API, whole and as events, exactly as it defines them, but for what is `Told`."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from msgspec import Struct, field
+
+from shoal.server.wire.responses import Told
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
@@ -46,7 +48,7 @@ class ToolUseBlock(Tagged, tag="tool_use"):
 ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
-class MessageAnswer(Tagged, tag="message"):
+class MessageAnswer(Tagged, Told, tag="message"):
     """The whole answer; where it opens a stream it has no content yet."""
 
     id: str
@@ -104,7 +106,7 @@ class Stop(Struct):
     stop_sequence: str | None
 
 
-class MessageDelta(Tagged, tag="message_delta"):
+class MessageDelta(Tagged, Told, tag="message_delta"):
     delta: Stop
     usage: Usage
 

@@ -29,11 +29,24 @@ from shoal.server.wire.conversations import (
     ToolName,
     Variables,
 )
-from shoal.server.wire.requests import MAX_PRIORITY, MAX_STOP_STRINGS, ChatBody, Count, Seconds, Share, StopString
+from shoal.server.wire.requests import (
+    MAX_PRIORITY,
+    MAX_STOP_STRINGS,
+    ChatBody,
+    Count,
+    RepetitionPenalty,
+    Seconds,
+    Share,
+    StopString,
+)
 
 # What Claude Code puts before its system prompt: it differs in each request, so that no prefix would be found again.
 BILLING_HEADER = "x-anthropic-billing-header"
 TYPE_CHARS = 64  # of a type that is refused
+_AS_IN_CHATS = (
+    *("max_tokens", "stream", "temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty"),
+    *("priority", "timeout", "timing", "receipt"),
+)
 KEEPS_ALL = "this server takes nothing out of conversations"
 
 Value = TypeVar("Value")
@@ -210,8 +223,11 @@ class MessagesBody(CountBody, kw_only=True):
     # extensions, as in chats
     seed: Annotated[int, Meta(ge=-(2**63))] | None = None
     min_p: Share | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     timeout: Seconds | None = None
+    timing: bool = False
+    receipt: bool = False
 
     # accepted and ignored
     service_tier: str | None = None
@@ -220,7 +236,7 @@ class MessagesBody(CountBody, kw_only=True):
 
     def _asked(self) -> ChatBody:
         chat = super()._asked()
-        for name in ("max_tokens", "stream", "temperature", "top_p", "top_k", "seed", "min_p", "priority", "timeout"):
+        for name in _AS_IN_CHATS:
             setattr(chat, name, getattr(self, name))
         chat.stop = self.stop_sequences
         chat.user = self.metadata.user_id if self.metadata else None

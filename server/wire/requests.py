@@ -55,6 +55,7 @@ MaxTokens = Annotated[int, Meta(ge=-1, le=MAX_INT)]  # -1 is as many as fit, as 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=10)]
 Milliseconds = Annotated[float, Meta(gt=0, le=MAX_SLO_MS)]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
@@ -113,7 +114,7 @@ class SamplingBody(ConstrainedBody):
     typical_p: Share = 1.0
     xtc_probability: Share = 0.0
     xtc_threshold: Share = 0.1
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     min_tokens: Count = 0
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ENTRIES)] = field(default_factory=list)
     ignore_eos: bool = False

@@ -42,6 +42,13 @@ class Timing(msgspec.Struct):
     choices: list[Explanation | None]
 
 
+class Told(msgspec.Struct, kw_only=True):
+    """What an answer of any API tells at its end if it is asked."""
+
+    timing: Timing | msgspec.UnsetType = msgspec.UNSET
+    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
+
+
 # -- /v1/completions ---------------------------------------------------------------------------------------------
 
 
@@ -78,7 +85,7 @@ class CompletionChoice(msgspec.Struct):
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
-class Completion(msgspec.Struct):
+class Completion(Told):
     """The answer, or a chunk of a stream; `usage` is left out of the chunks unless the client asked for it."""
 
     id: str
@@ -89,8 +96,6 @@ class Completion(msgspec.Struct):
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     seed: int | msgspec.UnsetType = msgspec.UNSET
     object: Literal["text_completion"] = "text_completion"
-    timing: Timing | msgspec.UnsetType = msgspec.UNSET
-    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
 
 # -- /v1/chat/completions ----------------------------------------------------------------------------------------
@@ -146,7 +151,7 @@ class ChatChoice(msgspec.Struct):
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
-class ChatCompletion(msgspec.Struct):
+class ChatCompletion(Told):
     id: str
     created: int
     model: str
@@ -157,8 +162,6 @@ class ChatCompletion(msgspec.Struct):
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     object: Literal["chat.completion"] = "chat.completion"
-    timing: Timing | msgspec.UnsetType = msgspec.UNSET
-    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
 
 class FunctionDelta(msgspec.Struct, omit_defaults=True):
@@ -191,7 +194,7 @@ class ChatChunkChoice(msgspec.Struct):
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
-class ChatCompletionChunk(msgspec.Struct):
+class ChatCompletionChunk(Told):
     id: str
     created: int
     model: str
@@ -201,8 +204,6 @@ class ChatCompletionChunk(msgspec.Struct):
     seed: int | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    timing: Timing | msgspec.UnsetType = msgspec.UNSET
-    receipt: Receipt | msgspec.UnsetType = msgspec.UNSET
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------

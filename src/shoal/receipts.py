@@ -48,7 +48,7 @@ class Receipt(Struct, frozen=True, kw_only=True):
     Attributes:
         version: of this shape.
         server: version of Shoal.
-        request: the body as it was sent.
+        request: the body as it was sent, with all of its conversation where that referred to a response before.
         sampling: parameters that the server resolved, under their names in a body.
         prompts: the token ids of each prompt.
         outputs: of each choice.

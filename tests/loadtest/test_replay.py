@@ -40,6 +40,9 @@ def answer(told: dict[str, Any], *texts: str) -> dict[str, Any]:
     return {"id": "cmpl-1", "created": 1, "model": "m", "choices": choices, "usage": usage, "receipt": told}
 
 
+END_OF_MESSAGE = {"type": "message_delta", "receipt": receipt(endpoint="/v1/messages")}
+
+
 class FakeClient:
     """Answers with what it was given, and notes what it was asked."""
 
@@ -120,8 +123,14 @@ def test_a_stream_is_read_as_it_came_or_as_a_list_or_by_its_last_chunk_alone(kep
     kept.write_text(texts[shape])
     stored = read_answer(kept)
     assert stored.receipt.outputs[0].token_ids == [5, 6, 7]
-    assert [choice.text for choice in stored.completion.choices] == ([] if shape == "last" else ["xyz"])
+    assert isinstance(stored.answer, Completion)
+    assert [choice.text for choice in stored.answer.choices] == ([] if shape == "last" else ["xyz"])
     assert replay(stored, cast(ShoalClient, FakeClient(answer(receipt())))).is_same
+
+
+def test_the_end_of_a_message_alone_says_nothing_of_it(kept: Path) -> None:
+    kept.write_text(json.dumps(END_OF_MESSAGE))
+    assert read_answer(kept).answer is None
 
 
 def changed(told: dict[str, Any], *path: Any, to: Any) -> dict[str, Any]:
@@ -160,6 +169,9 @@ def with_own_hash(told: dict[str, Any]) -> dict[str, Any]:
         (json.dumps(answer(with_own_hash(changed(receipt(), "endpoint", to="/x")))), "'/x' cannot be replayed"),
         (json.dumps(answer(with_own_hash(changed(receipt(), "prompts", to="a")))), "malformed: .*prompts"),
         (json.dumps(answer(receipt()) | {"choices": [{"index": 0}]}), "no whole answer"),
+        (json.dumps({"type": "message", "receipt": receipt(endpoint="/v1/messages")}), "no whole answer"),
+        (json.dumps([{"type": "ping"}, END_OF_MESSAGE]), "no whole answer"),
+        (json.dumps({"response": {"receipt": receipt(endpoint="/v1/responses")}}), "no whole answer"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(kept: Path, text: str, message: str) -> None:

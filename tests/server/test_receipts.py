@@ -20,7 +20,7 @@ PARAMS = SamplingParams(max_tokens=3, temperature=0.5, seed=7)
 
 
 def answered(body: bytes = b'{"prompt": "a", "top_p": 1.0}') -> Answered:
-    return Answered("/v1/completions", body, [PARAMS, PARAMS], [[1], [2]], [[5, 6], []])
+    return Answered("/v1/completions", body, {"top_p": 0.5}, [PARAMS, PARAMS], [[1], [2]], [[5, 6], []])
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def receipts(settings: Settings) -> Receipts:
 
 def test_a_receipt_is_whole_and_its_hashes_are_right(settings: Settings) -> None:
     receipt = asyncio.run(receipts(settings).write(answered()))
-    assert (receipt.request, receipt.prompts) == ({"prompt": "a", "top_p": 1.0}, [[1], [2]])
+    assert (receipt.request, receipt.prompts) == ({"prompt": "a", "top_p": 0.5}, [[1], [2]])
     assert receipt.sampling["temperature"] == 0.5
     assert (receipt.sampling["seed"], receipt.sampling["max_tokens"]) == (7, 3)
     assert [(one.num_tokens, one.sha256) for one in receipt.outputs] == [
