@@ -125,7 +125,8 @@ def _within_sigmas(logits: Tensor, rows: Records) -> Tensor:
     count = takes_part.sum(dim=-1, keepdim=True)
     mean = _total(wide.masked_fill(~takes_part, 0)) / count
     deviations = (wide - mean).masked_fill_(~takes_part, 0)
-    sigma = (_total(deviations * deviations) / count).sqrt_()
+    variance = (_total(deviations * deviations) / count).cpu().numpy()
+    sigma = torch.from_numpy(np.sqrt(variance)).to(logits.device)  # torch's, by MKL, is not exact on every processor
     least = wide.amax(dim=-1, keepdim=True) - top_n_sigma * sigma
     return logits.masked_fill((wide < least) & (top_n_sigma > 0), -torch.inf)
 
