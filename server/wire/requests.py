@@ -40,6 +40,7 @@ MAX_LOGPROBS = 20
 MAX_SIGMAS = 1000
 MAX_SALT_CHARS = 256
 MAX_ID_CHARS = 256
+HEADER_TEXT = r"^[ -~]+(?!\n)$"  # what may stand in a header of the answer
 MAX_TEMPLATE_CHARS = 65_536
 MAX_DOCUMENTS = 128
 MAX_TOKENIZED_CHARS = 2_097_152
@@ -173,7 +174,7 @@ class GenerationBody(SamplingBody):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     prompt_logprobs: NumLogprobs | None = None
-    request_id: Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)] | None = None
+    request_id: Annotated[str, Meta(pattern=HEADER_TEXT, max_length=MAX_ID_CHARS)] | None = None
 
     # what the answer tells at its end: how it was served, and how to have it again
     timing: bool = False

@@ -159,6 +159,7 @@ REFUSED: list[dict[str, Any]] = [
     {"logprob_token_ids": [], "logprobs": True},
     {"logprob_token_ids": [*range(21)], "logprobs": True},
     {"logprob_token_ids": [1_000_000], "logprobs": True},
+    *({"request_id": bad} for bad in ("", "a\r\nx-other: b", "a\n", "\U000e3826", "\xe9")),
     {"thinking_token_budget": 5},
     {"repetition_detection": {"max_pattern_size": 3}},
     {"lora_path": "a"},
