@@ -352,7 +352,7 @@ OPERATIONS: Mapping[str, Operation] = {
         summary="Get a model",
         answer=ModelCard,
         example=examples.MODEL,
-        errors=(ModelNotFoundError,),
+        errors=(ModelNotFoundError, NotFoundError),  # no path holds a name with a line break
     ),
     "GET /server_info": Operation(
         tag="Models",
