@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
-from bench import constraints, engine, peers, roofline, server, speculation
+from bench import constraints, engine, latent, peers, roofline, server, speculation
 from shoal.model.checkpoint.find import resolve_checkpoint
 
 BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
     "engine": engine.run,
     "roofline": roofline.run,
+    "latent": latent.run,
     "server": server.run,
     "constraints": constraints.run,
     "peers": peers.run,

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from bench.timing import in_turns, seconds
+from shoal.model.architecture import ModelConfig
 from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.checkpoint.load import load_checkpoint
-from shoal.model.record import ModelConfig, ModelRecord
+from shoal.model.record import ModelRecord
 from shoal.model.step.batch import ForwardBatch, SamplingBatch
 from shoal.model.step.sampling import sampling_rows
 from shoal.terminal import show
@@ -78,7 +79,7 @@ def _step(shape: str, vocab_size: int) -> tuple[ForwardBatch, SamplingBatch]:
     batch = ForwardBatch(
         token_ids=np.random.default_rng(0).integers(0, vocab_size, num_tokens, np.int32),
         positions=np.tile(positions, num_seqs),
-        slot_mapping=slots.flatten(),
+        slot_mapping=slots.reshape(1, -1),
         query_start_loc=np.arange(0, num_tokens + 1, each, dtype=np.int32),
         context_lens=np.full(num_seqs, context, np.int32),
         block_tables=tables,
@@ -100,11 +101,12 @@ def _row(
     num_tokens = num_seqs * each
     without_experts = record.num_parameters - _expert_weights(config, inf)
     weights = without_experts + _expert_weights(config, num_tokens)
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * num_seqs * context
+    kv = sum(layout.num_elements for layout in config.kv_layouts) * num_seqs * context
     num_bytes = weights * weight_bytes + kv * kv_bytes
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * num_tokens * (context - (each - 1) / 2)
-    per_token = without_experts + _expert_weights(config, 1) - record.head.size
-    flops = 2 * (per_token * num_tokens + record.head.size * num_logits) + attention
+    widths = sum(layout.key_width + layout.value_width for layout in config.kv_layouts)
+    attention = 2 * widths * config.num_heads * num_tokens * (context - (each - 1) / 2)
+    head = record.head.weight.size
+    flops = 2 * ((without_experts + _expert_weights(config, 1) - head) * num_tokens + head * num_logits) + attention
     limit = max(num_bytes / bandwidth, flops / rate if weight_bytes == 4 else 0.0)
     return {
         "precision": precision,
@@ -119,7 +121,9 @@ def _row(
 
 def _expert_weights(config: ModelConfig, num_tokens: float) -> float:
     """Return the number of expert weights that a step of `num_tokens` tokens reads if the router chooses evenly."""
-    if not config.num_experts:
-        return 0.0
-    touched: float = config.num_experts * (1 - (1 - config.num_experts_per_tok / config.num_experts) ** num_tokens)
-    return config.num_layers * touched * 3 * config.intermediate_size * config.hidden_size
+    total = 0.0
+    for mixture in (layer.mixture for layer in config.layers if layer.mixture):
+        untouched: float = (1 - mixture.num_experts_per_tok / mixture.num_experts) ** num_tokens
+        matrices = (3 if config.gated else 2) * mixture.intermediate_size * config.hidden_size
+        total += mixture.num_experts * (1 - untouched) * matrices
+    return total

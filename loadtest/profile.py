@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentError, ArgumentParser, BooleanOptionalAction
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,17 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             LoadTestError: an option is malformed, or changes the costs of steps and was not profiled with.
         """
         before, scheduling = self.server.limits, self.server.settings["scheduler"]
-        known = scheduling | asdict(before)
+        known = scheduling | {name: value for name, value in vars(before).items() if name != "cache_groups"}
         given, others = _parse(options, known)
         if others not in ([], _parse(self.options, known)[1]):
             raise LoadTestError(f"how {' '.join(others)} changes the costs is unknown: profile a server with it")
         if "max_num_seqs" in given and not given.get("num_blocks", self.server.settings["cache"].get("num_blocks")):
             # As the server does: blocks for `max_num_seqs` requests of any length, or as many as the memory holds.
-            per_request = -(-before.max_model_len // before.block_size)
+            per_request = before.most_blocks(before.max_model_len)
             wanted = given["max_num_seqs"] * per_request
             is_tight = before.num_blocks < before.max_num_seqs * per_request
             given["num_blocks"] = min(wanted, before.num_blocks) if is_tight else wanted
-        limits = SchedulerConfig(**{name: given.get(name, value) for name, value in asdict(before).items()})
+        limits = SchedulerConfig.select(vars(before) | given)
         scheduling = {name: given.get(name, value) for name, value in scheduling.items()}
         return replace(self.server, limits=limits, settings=self.server.settings | {"scheduler": scheduling})
 

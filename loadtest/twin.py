@@ -22,6 +22,7 @@ from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler import output
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.policies import Policy, find_policy
 from shoal.scheduler.policies.predictor import Oracle
 from shoal.scheduler.policies.sjf import ShortestJobFirst
@@ -101,7 +102,7 @@ class Simulation:
         """Simulate until all requests are answered."""
         while self._sent or self._scheduler.num_unfinished:
             self._turn()
-        self._scheduler.check_invariants()
+        check_invariants(self._scheduler)
 
     def _turn(self) -> None:
         """`EngineLoop.turn`: wait for something to do, take the commands that have come, run one step, report."""

@@ -1,133 +1,140 @@
-"""The model as data: a plain record of the architecture over numpy arrays, which any backend can execute.
+"""The model as data: a plain record of its arrays, beside its architecture, which any backend can execute.
 
-Arrays are C-contiguous in their last two dimensions, may be read-only views of a mapped file, and hold float32,
-float16, or the bits of bfloat16 as uint16 (numpy has no bfloat16; nothing else here is uint16).  A linear layer's
-weight is [out, in], as in the checkpoint.
+Arrays are C-contiguous in their last dimension, may be read-only views of a mapped file, and hold float32, float16,
+or the bits of bfloat16 as uint16 (numpy has no bfloat16; nothing else here is uint16).  A linear layer's weight is
+[out, in], as in most checkpoints.  What a family does not have is None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any
 
 from numpy.typing import NDArray
 
+from shoal.model.architecture import ModelConfig
+
 Array = NDArray[Any]
-RopeScaling = Literal["none", "linear", "llama3", "factors"]
-DType = Literal["float32", "bfloat16", "float16"]
-
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021): pair i of a head turns by position * theta ** (-2 i / head_dim).
+class Linear:
+    """x @ weight.T + bias.
 
     Attributes:
-        scaling: "none"; "linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" divides those with
-            a wavelength above original_max_position_embeddings / low_freq_factor, keeps those below
-            original_max_position_embeddings / high_freq_factor, and blends between; "factors" divides frequency i
-            by factors[i], of which there are head_dim / 2 (GGUF files give the scaling in this form).
+        weight: [out, in].
+        bias: [out].
     """
 
-    theta: float
-    scaling: RopeScaling = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    factors: tuple[float, ...] = ()
+    weight: Array
+    bias: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The architecture of a decoder-only transformer.
+class Norm:
+    """RMSNorm or LayerNorm; the architecture says which.
 
     Attributes:
-        architecture: the name in the checkpoint, such as "MixtralForCausalLM".
-        intermediate_size: width of the feed-forward block, or of each expert.
-        num_experts: 0 for a dense model.
-        num_experts_per_tok: experts a token is routed to; 0 for a dense model.
-        max_position_embeddings: the most tokens that a sequence may have.
-        dtype: of the checkpoint's tensors, as the file states it.
-        bos_token_id, eos_token_ids: None and empty where the file names none.
+        gain, bias: [width]; width is that of all heads together for norms of queries and keys.
     """
 
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    num_experts_per_tok: int
-    rms_norm_eps: float
-    rope: RopeConfig
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    dtype: DType
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    gain: Array | None = None
+    bias: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention.
+    """Grouped-query attention (Ainslie et al. 2023); with num_heads KV heads it is multi-head, with one multi-query.
 
     Attributes:
-        q_proj: [num_heads * head_dim, hidden_size].
-        k_proj, v_proj: [num_kv_heads * head_dim, hidden_size].
-        o_proj: [hidden_size, num_heads * head_dim].
+        q_proj: to num_heads * head_dim.
+        k_proj, v_proj: to num_kv_heads * head_dim.
+        o_proj: from num_heads * head_dim to hidden_size.
+        q_norm, k_norm: of queries and keys.
+        sinks: [num_heads], a logit for each head that takes a share of the softmax and adds nothing (GPT-OSS).
     """
 
-    q_proj: Array
-    k_proj: Array
-    v_proj: Array
-    o_proj: Array
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    sinks: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention: see `LatentConfig`.
+
+    Attributes:
+        q_down, q_down_norm: from hidden_size to query_rank, and the RMSNorm of that; None if query_rank is 0.
+        q_proj: from query_rank, or hidden_size, to num_heads * (nope_dim + rope_dim).
+        kv_down: from hidden_size to rank + rope_dim; the last rope_dim elements are the key part with RoPE.
+        kv_norm: RMSNorm of the latent, [rank].
+        k_up: [num_heads, nope_dim, rank], from the latent to each head's key part without RoPE.
+        v_up: [num_heads, value_dim, rank], from the latent to each head's value.
+        o_proj: from num_heads * value_dim to hidden_size.
+    """
+
+    q_down: Linear | None
+    q_down_norm: Norm | None
+    q_proj: Linear
+    kv_down: Linear
+    kv_norm: Norm
+    k_up: Array
+    v_up: Array
+    o_proj: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)).
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where there is no gate.
 
     Attributes:
-        gate_proj, up_proj: [intermediate_size, hidden_size].
-        down_proj: [hidden_size, intermediate_size].
+        gate_proj, up_proj: from hidden_size to the block's width.
+        down_proj: back.
     """
 
-    gate_proj: Array
-    up_proj: Array
-    down_proj: Array
+    gate_proj: Linear | None
+    up_proj: Linear
+    down_proj: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts (Jiang et al. 2024): each token goes to the experts with the highest router scores.
+    """A mixture of experts: see `MixtureConfig`.
 
     Attributes:
-        router: [num_experts, hidden_size].
-        experts: num_experts feed-forward blocks.
+        router: from hidden_size to num_experts.
+        correction: [num_experts], added to the scores for the choice of experts alone (DeepSeek-V3).
+        experts: num_experts blocks.
+        shared: the expert that every token goes to (DeepSeekMoE, Dai et al. 2024).
+        shared_gate: to one number, whose sigmoid multiplies the shared expert's output (Qwen2-MoE).
     """
 
-    router: Array
+    router: Linear
     experts: tuple[FeedForward, ...]
+    correction: Array | None = None
+    shared: FeedForward | None = None
+    shared_gate: Linear | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: x += attention(input_norm(x)); x += feed_forward(post_attention_norm(x)).
+    """One layer: x += output_norm(block(norm(x))), first with attention, then with the feed-forward block.
 
-    Attributes:
-        input_norm, post_attention_norm: [hidden_size], gains of the RMSNorms.
+    A norm that a family does not have is None.  `ModelConfig` says what else there is: blocks in parallel, norms after
+    the sums (which are then `attention_output_norm` and `feed_forward_output_norm`).
     """
 
-    input_norm: Array
-    attention: Attention
-    post_attention_norm: Array
+    input_norm: Norm | None
+    attention: Attention | LatentAttention
+    feed_forward_norm: Norm | None
     feed_forward: FeedForward | Experts
+    attention_output_norm: Norm | None = None
+    feed_forward_output_norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +143,19 @@ class ModelRecord:
 
     Attributes:
         embedding: [vocab_size, hidden_size].
-        norm: [hidden_size], gain of the last RMSNorm.
-        head: [vocab_size, hidden_size]; the embedding itself where they are tied.
+        head: to vocab_size; its weight is the embedding itself where they are tied.
+        positions: [max_position_embeddings, hidden_size], added to the embedding: learned (GPT-2), or sines (XGLM).
+        embedding_norm: of the embedding (BLOOM).
+        norm: the last one.
     """
 
     config: ModelConfig
     embedding: Array
     layers: tuple[Layer, ...]
-    norm: Array
-    head: Array
+    norm: Norm | None
+    head: Linear
+    positions: Array | None = None
+    embedding_norm: Norm | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -152,25 +163,32 @@ class ModelRecord:
         return sum(array.size for *_, array in self.tensors())
 
     def tensors(self) -> Iterator[tuple[str, int, int, Array]]:
-        """All weights, tied ones once, as the head: the field's name, the layer, the expert and the array."""
-        if self.head is not self.embedding:
+        """All arrays, tied ones once, as the head: the field's name, the layer, the expert and the array.
+
+        A bias is named after its owner, such as "q_proj.bias".  The shared expert counts as the one after the last.
+        """
+        if self.head.weight is not self.embedding:
             yield "embedding", 0, 0, self.embedding
-        yield "head", 0, 0, self.head
-        yield "norm", 0, 0, self.norm
+        for name in ("head", "positions", "embedding_norm", "norm"):
+            yield from _arrays(name, 0, 0, getattr(self, name))
         for index, layer in enumerate(self.layers):
-            yield "input_norm", index, 0, layer.input_norm
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                yield name, index, 0, getattr(layer.attention, name)
-            yield "post_attention_norm", index, 0, layer.post_attention_norm
-            block = layer.feed_forward
-            if isinstance(block, Experts):
-                yield "router", index, 0, block.router
-            for expert, weights in enumerate(block.experts if isinstance(block, Experts) else (block,)):
-                for name in ("gate_proj", "up_proj", "down_proj"):
-                    yield name, index, expert, getattr(weights, name)
+            for part in (layer, layer.attention, layer.feed_forward):
+                for field in fields(part):
+                    yield from _arrays(field.name, index, 0, getattr(part, field.name))
+            if isinstance(layer.feed_forward, Experts):
+                shared = layer.feed_forward.shared
+                for expert, block in enumerate((*layer.feed_forward.experts, *([shared] if shared else []))):
+                    for field in fields(block):
+                        yield from _arrays(field.name, index, expert, getattr(block, field.name))
 
 
-def bytes_per_block(config: ModelConfig, dtype: str, block_size: int) -> int:
-    """Bytes of KV cache that one block of `block_size` tokens takes, over all layers, with elements of `dtype`."""
-    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size
-    return elements * DTYPE_BYTES[dtype]
+def _arrays(name: str, layer: int, expert: int, part: Any) -> Iterator[tuple[str, int, int, Array]]:
+    """The arrays of a linear layer, of a norm, or the one array that the part is; of anything else none."""
+    if isinstance(part, Linear):
+        yield name, layer, expert, part.weight
+    elif isinstance(part, Norm) and part.gain is not None:
+        yield name, layer, expert, part.gain
+    elif hasattr(part, "dtype"):
+        yield name, layer, expert, part
+    if isinstance(part, Linear | Norm) and part.bias is not None:
+        yield f"{name}.bias", layer, expert, part.bias

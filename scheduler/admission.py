@@ -28,9 +28,9 @@ def check_request(config: SchedulerConfig, num_prompt_tokens: int, max_tokens: i
             f"{config.max_model_len - num_prompt_tokens}",
             param="max_tokens",
         )
-    capacity = config.num_blocks * config.block_size
     # The last token that is chosen is never computed, so it needs no slot.
-    if num_prompt_tokens + max(max_tokens - 1, 0) > capacity:
+    if config.most_blocks(num_prompt_tokens + max(max_tokens - 1, 0)) > config.num_blocks:
+        capacity = config.capacity
         raise ContextLengthError(
             f"prompt ({num_prompt_tokens} tokens) and max_tokens ({max_tokens}) need more than the whole KV cache, "
             f"which holds {capacity} tokens ({config.num_blocks} blocks of {config.block_size})",

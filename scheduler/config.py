@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import isfinite
@@ -100,12 +101,48 @@ class SchedulerLimits(Config):
             )
 
 
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers that see the same positions, so that one block table serves them all.
+
+    Attributes:
+        window: positions that a query sees, its own included; 0 for all before it.
+        chunk: a query sees its own run of this number of positions only, counted from the start; 0 for all.
+    """
+
+    window: int = 0
+    chunk: int = 0
+
+    @property
+    def sees_all(self) -> bool:
+        return not (self.window or self.chunk)
+
+    def first_seen(self, position: int) -> int:
+        """The first position that a query at `position` sees; later queries see none before it."""
+        run = position // self.chunk * self.chunk if self.chunk else 0
+        return max(run, position - self.window + 1) if self.window else run
+
+    def num_unseen(self, num_computed_tokens: int, block_size: int) -> int:
+        """Leading blocks that no query sees any more; the last computed token may be computed again, as padding."""
+        return self.first_seen(max(num_computed_tokens - 1, 0)) // block_size
+
+    def most_blocks(self, num_tokens: int, block_size: int, max_chunk_tokens: int) -> int:
+        """Most blocks that a request of `num_tokens` tokens owns at once, if unseen ones are given back."""
+        num_blocks = -(-num_tokens // block_size)
+        if self.sees_all:
+            return num_blocks
+        # A step computes a chunk, whose first query sees a window that may begin anywhere in a block.
+        span = min(size for size in (self.window, self.chunk) if size) + max_chunk_tokens
+        return min(num_blocks, -(-(span - 1) // block_size) + 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig(SchedulerLimits):
     """All limits that the scheduler keeps: those that a user sets, and those of the model and of its memory."""
 
     num_blocks: int = setting(at_least=1, help="Blocks of the KV cache.")
     block_size: int = setting(16, at_least=1, help="Tokens per block.")
+    cache_groups: tuple[CacheGroup, ...] = setting((CacheGroup(),), help="What the layers of each block table see.")
     max_model_len: int = setting(at_least=1, help="Most tokens of a request, prompt and output together.")
     enable_prefix_caching: bool = setting(True, help="Whether prompts that start alike share their blocks.")
     num_lookahead_tokens: int = setting(
@@ -113,3 +150,19 @@ class SchedulerConfig(SchedulerLimits):
         at_least=0,
         help="How far a block table reaches beyond the known tokens if there are blocks, for a draft model.",
     )
+
+    def most_blocks(self, num_tokens: int, num_computed_tokens: int = 0) -> int:
+        """Most blocks that a request owns at once, from that number of computed tokens on to `num_tokens`."""
+        size, num_blocks = self.block_size, -(-num_tokens // self.block_size)
+        return sum(
+            min(
+                num_blocks - group.num_unseen(num_computed_tokens, size),
+                group.most_blocks(num_tokens, size, self.max_chunk_tokens),
+            )
+            for group in self.cache_groups
+        )
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that a request may have computed in the whole KV cache, and in its context."""
+        return bisect_right(range(self.max_model_len + 1), self.num_blocks, key=self.most_blocks) - 1

@@ -1,95 +1,109 @@
-"""The KV cache as requests use it: block tables that grow, and prefixes that are found again."""
+"""The KV cache as requests use it: block tables that grow, and give back what no query sees any more."""
 
 from __future__ import annotations
 
-from array import array
-from hashlib import blake2b
-
 from shoal.scheduler.block_pool import BlockPool
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.prefix_cache import UNSEEN, PrefixCache
 from shoal.scheduler.request import Request
 
 
 class KVCache:
-    """Block tables over a `BlockPool`, with a content-hashed prefix cache.
+    """Block tables over a `BlockPool`, with a prefix cache.
 
-    The hash of a full block covers its tokens and the hash of the block before it, hence the whole prefix, and the
-    request's salt; 128 bits of BLAKE2b, so that no two prefixes meet by accident or by intent.
+    A request has a block table for each cache group, all of one length, in one list: block i of group g stands at
+    i * num_groups + g.  Where the layers of a group see a window, its blocks go back when the window has passed.
+
+    Attributes:
+        num_promised: available blocks that requests need until their known tokens are computed.  Nobody else gets
+            them, so that no two half-computed prompts can block each other.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
-        self.pool = BlockPool(num_blocks)
-        self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.pool = BlockPool(config.num_blocks)
+        self.num_promised = 0
+        self._config, self._prefixes = config, PrefixCache(self.pool, config)
+        self._block_size, self._num_groups = config.block_size, len(config.cache_groups)
+        self._windows = [(number, group) for number, group in enumerate(config.cache_groups) if not group.sees_all]
+        # Tables that give blocks back reach as far as the next step; others, as far as the tokens known.
+        self._reach = config.max_chunk_tokens if self._windows else config.max_model_len
 
     def reserve(self, request: Request) -> list[int] | None:
-        """Extend the block table to hold all tokens known of the request, drafted ones included.
+        """Extend the block tables to hold all tokens of the next step, drafted ones included.
 
         A request without blocks takes what the prefix cache holds of it first, and `num_computed_tokens` counts the
-        tokens found.  Room for the whole prompt is taken at once, so that no two half-computed prompts can block
-        each other.
+        tokens found.  Room for the whole prompt is taken at once, or promised.
 
         Returns:
-            The blocks gained, often none; None if too few are available, and then nothing has changed.
+            The entries gained, often none; None if too few blocks are available, and then nothing has changed.
         """
-        num_missing = -(-request.num_tokens_with_spec // self.block_size) - len(request.block_ids)
-        if num_missing <= 0:
+        if self._num_missing(request, request.num_computed_tokens) <= 0:
             return []
-        hits = [] if request.block_ids else self._find_prefix(request)
-        num_new = num_missing - len(hits)
-        if num_new > self.pool.num_available - sum(map(self.pool.is_evictable, hits)):
+        hits = [] if request.block_ids else self._prefixes.find(request)
+        num_computed = request.num_computed_tokens + len(hits) // self._num_groups * self._block_size
+        num_new = self._num_missing(request, num_computed) - len(hits)
+        shared = [block_id for block_id in hits if block_id != UNSEEN]
+        promise = self._needs(request, num_computed, len(shared) + num_new)
+        num_taken = num_new + sum(map(self.pool.is_evictable, shared))
+        if num_taken + promise > self.pool.num_available - self.num_promised + request.num_promised:
             return None
-        self.pool.share(hits)
+        self.pool.share(shared)
         gained = hits + self.pool.allocate(num_new)
         request.block_ids += gained
-        request.num_computed_tokens += len(hits) * self.block_size
+        request.num_computed_tokens = num_computed
+        self._promise(request, promise)
         return gained
 
     def reserve_ahead(self, request: Request, num_tokens: int) -> list[int]:
-        """Extend the block table to reach up to `num_tokens` tokens beyond the known ones; returns the blocks gained.
+        """Extend the block tables to reach up to `num_tokens` tokens beyond the known ones; returns the blocks gained.
 
-        It reaches no further than blocks are available, and no further than the request can become long.
+        They reach no further than blocks are available, and no further than the request can become long.
         """
         most = min(request.num_tokens_with_spec + num_tokens, request.max_num_tokens)
-        num_missing = -(-most // self.block_size) - len(request.block_ids)
-        if num_missing <= 0:
-            return []
-        gained = self.pool.allocate(min(num_missing, self.pool.num_available))
+        num_missing = -(-most // self._block_size) - len(request.block_ids) // self._num_groups
+        num_rows = min(num_missing, (self.pool.num_available - self.num_promised) // self._num_groups)
+        gained = self.pool.allocate(max(num_rows, 0) * self._num_groups)
         request.block_ids += gained
         return gained
 
-    def publish(self, request: Request, num_computed_before: int) -> None:
-        """Let other requests find the blocks that were filled since `num_computed_tokens` was `num_computed_before`."""
-        first, last = num_computed_before // self.block_size, request.num_computed_tokens // self.block_size
-        if first < last and self.enable_prefix_caching:
-            self._hash_blocks(request, last)
-            for index in range(first, last):
-                self.pool.publish(request.block_ids[index], request.block_hashes[index])
+    def advance(self, request: Request, num_computed_before: int) -> None:
+        """Take note that `num_computed_tokens` was `num_computed_before`.
+
+        Blocks that were filled can be found by others, and blocks that no query sees any more go back.
+        """
+        if num_computed_before // self._block_size < request.num_computed_tokens // self._block_size:
+            self._prefixes.publish(request, num_computed_before)
+        for number, group in self._windows:
+            counts = num_computed_before, request.num_computed_tokens
+            first, last = (group.num_unseen(count, self._block_size) for count in counts)
+            if first < last:
+                passed = slice(first * self._num_groups + number, last * self._num_groups + number, self._num_groups)
+                self._release(request.block_ids[passed])
+                request.block_ids[passed] = [UNSEEN] * (last - first)
+                self._promise(request, self._needs(request, request.num_computed_tokens))
 
     def release(self, request: Request) -> None:
         """Take the request's blocks back.  Their content can be found until it is evicted."""
-        self.pool.release(reversed(request.block_ids))
+        self._release(request.block_ids)
+        self._promise(request, 0)
         request.block_ids = []
         request.num_computed_tokens = 0
 
-    def _find_prefix(self, request: Request) -> list[int]:
-        """The longest run of cached blocks that the request starts with; at least one token is left to compute."""
-        params = request.params
-        reads_all = params.num_prompt_logprobs is not None or (params.pooling and params.pooling.method != "last")
-        if reads_all or not self.enable_prefix_caching:
-            return []
-        num_full = (request.num_tokens - 1) // self.block_size
-        self._hash_blocks(request, num_full)
-        hits: list[int] = []
-        for content_hash in request.block_hashes[:num_full]:
-            block_id = self.pool.find(content_hash)
-            if block_id is None:
-                break
-            hits.append(block_id)
-        return hits
+    def _num_missing(self, request: Request, num_computed: int) -> int:
+        """Entries that the block tables lack for the step after `num_computed` tokens."""
+        num_tokens = min(request.num_tokens_with_spec, num_computed + self._reach)
+        return -(-num_tokens // self._block_size) * self._num_groups - len(request.block_ids)
 
-    def _hash_blocks(self, request: Request, count: int) -> None:
-        hashes, size = request.block_hashes, self.block_size
-        for index in range(len(hashes), count):
-            tokens = array("q", request.token_ids[index * size : (index + 1) * size]).tobytes()
-            parent = hashes[-1] if hashes else request.scheduling.cache_salt.encode()
-            hashes.append(blake2b(parent + tokens, digest_size=16).digest())
+    def _needs(self, request: Request, num_computed: int, num_gained: int = 0) -> int:
+        """Blocks that the request needs beyond those it has and gains, until its known tokens are computed."""
+        if not self._windows:
+            return 0
+        num_owned = len(request.block_ids) - request.block_ids.count(UNSEEN) + num_gained
+        return max(0, self._config.most_blocks(request.num_tokens_with_spec, num_computed) - num_owned)
+
+    def _promise(self, request: Request, num_blocks: int) -> None:
+        self.num_promised += num_blocks - request.num_promised
+        request.num_promised = num_blocks
+
+    def _release(self, block_ids: list[int]) -> None:
+        self.pool.release(block_id for block_id in reversed(block_ids) if block_id != UNSEEN)

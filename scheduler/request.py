@@ -27,7 +27,8 @@ class Request:
         spec_token_ids: drafted tokens that may follow `token_ids`; the next step verifies them.
         num_computed_tokens: tokens whose keys and values stand in the KV cache.
         row: of the batch; -1 while the request is not in it.
-        block_ids: the block table.
+        block_ids: the block tables; `KVCache` says how.
+        num_promised: blocks that nobody else gets, so that its known tokens can be computed.
         block_hashes: content hashes of the leading full blocks, as far as they were needed.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         num_scored_tokens: prompt tokens whose log-probabilities were delivered; survives a preemption.
@@ -51,6 +52,7 @@ class Request:
     num_computed_tokens: int = 0
     row: int = -1
     block_ids: list[int] = field(default_factory=list)
+    num_promised: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_scored_tokens: int = 1  # nothing predicts the first token

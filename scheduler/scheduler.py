@@ -52,6 +52,7 @@ class Scheduler:
 
     Attributes:
         waiting, running: all unfinished requests, by id.
+        free_rows: of the batch, a heap.
         padding: requests that have ended and been answered, but whose rows the policy keeps in the batch.  Each gets a
             share of one token, which recomputes its last position in place.  They give way first.
     """
@@ -59,11 +60,11 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
         self.config = config
         self.policy = policy
-        self.kv_cache = KVCache(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.kv_cache = KVCache(config)
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: dict[str, Request] = {}
         self.padding: dict[str, Request] = {}
-        self._free_rows = list(range(config.max_num_seqs))  # a heap
+        self.free_rows = list(range(config.max_num_seqs))
         self._released: list[int] = []
         self._counts = SchedulerStats(0, 0, 0.0, 0, 0, 0)  # but for what `stats` adds
 
@@ -157,28 +158,6 @@ class Scheduler:
             num_accepted_tokens_per_pos=list(self._counts.num_accepted_tokens_per_pos),
         )
 
-    def check_invariants(self) -> None:
-        """Assert that every block and row is accounted for and every request is where its status says."""
-        batch = [*self.running.values(), *self.padding.values()]
-        self.kv_cache.pool.check(request.block_ids for request in batch)
-        rows = [*self._free_rows, *(request.row for request in batch)]
-        assert sorted(rows) == list(range(self.config.max_num_seqs)), "a row leaked, or has two requests"
-        assert not self.running.keys() & self.waiting.keys()
-        assert not self.padding.keys() & (self.running.keys() | self.waiting.keys())
-        for request in self.waiting.values():
-            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-            assert not request.block_ids
-            assert request.row == -1
-            assert request.num_computed_tokens == 0
-        for request in self.running.values():
-            assert request.status is RequestStatus.RUNNING
-            assert request.num_computed_tokens < request.num_tokens_with_spec
-            assert request.num_computed_tokens <= len(request.block_ids) * self.config.block_size
-        for request in self.padding.values():
-            assert request.status is RequestStatus.FINISHED
-            assert 0 < request.num_computed_tokens <= len(request.block_ids) * self.config.block_size
-        assert self.num_unfinished or not self.padding, "padding rows outlived their batch"
-
     # -- the parts of a step -------------------------------------------------------------------------------------
 
     def _pad(self, step: _Step) -> None:
@@ -216,7 +195,7 @@ class Scheduler:
         if not self.policy.admits(request, self.running.values(), now):
             self._counts.num_deferred += 1
             return False
-        if self._free_rows:
+        if self.free_rows:
             step.is_closed = step.budget == len(step.behind)
         else:
             step.is_closed = not self._make_room(request, step, now)
@@ -257,7 +236,7 @@ class Scheduler:
         """Move a request from waiting to running, into the lowest free row."""
         del self.waiting[request.request_id]
         self.running[request.request_id] = request
-        request.row = heappop(self._free_rows)
+        request.row = heappop(self.free_rows)
         request.status = RequestStatus.RUNNING
         self._counts.num_prefix_queries += request.num_tokens
         self._counts.num_prefix_hits += request.num_computed_tokens
@@ -312,7 +291,7 @@ class Scheduler:
         request.num_computed_tokens = min(computed, request.num_tokens)  # less, if it ended inside accepted tokens
         if request.params.max_tokens == 0 and computed == request.num_tokens:
             finish_reason = FinishReason.LENGTH
-        self.kv_cache.publish(request, before)
+        self.kv_cache.advance(request, before)
 
         scored = result.prompt_logprobs.get(share.request_id)
         prompt_logprobs = self._unreported(request, share, scored) if scored else None
@@ -375,7 +354,7 @@ class Scheduler:
         """Take a request out of the batch or the queue, and its row and its blocks back."""
         if self.running.pop(request.request_id, None) or self.padding.pop(request.request_id, None):
             self._released.append(request.row)
-            heappush(self._free_rows, request.row)
+            heappush(self.free_rows, request.row)
             request.row = -1
             self.kv_cache.release(request)
         self.waiting.pop(request.request_id, None)

@@ -54,7 +54,8 @@ class StepRecord:
         num_preemptions: in this step.  A request that also joined in this step is not in `preempted`.
         num_blocks: of the KV cache.
         num_used_blocks: blocks that requests own while the step is executed.
-        num_kv_tokens: tokens whose keys and values stand in those blocks after the execution, shared ones counted once.
+        num_kv_tokens: tokens whose keys and values stand in those blocks after the execution, shared ones counted once,
+            and each for every cache group that holds it.
     """
 
     number: int
@@ -151,13 +152,13 @@ class StepRecorder:
 
     def _num_empty_slots(self, output: SchedulerOutput) -> int:
         """Slots at the ends of the block tables that hold nothing after the step.  Only full blocks are shared."""
-        block_size = self._scheduler.config.block_size
+        block_size, num_groups = self._scheduler.config.block_size, len(self._scheduler.config.cache_groups)
         served = {share.request_id for share in output.scheduled}
         return sum(
-            share.num_blocks * block_size - share.num_computed_tokens - share.num_scheduled_tokens
+            share.num_blocks * block_size - (share.num_computed_tokens + share.num_scheduled_tokens) * num_groups
             for share in output.scheduled
         ) + sum(
-            len(request.block_ids) * block_size - request.num_computed_tokens
+            len(request.block_ids) * block_size - request.num_computed_tokens * num_groups
             for request_id, request in self._scheduler.running.items()
             if request_id not in served
         )

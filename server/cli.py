@@ -1,4 +1,4 @@
-"""The commands `shoal serve`, `shoal models` and `shoal policies`."""
+"""The commands `shoal serve`, `shoal models`, `shoal inspect` and `shoal policies`."""
 
 from __future__ import annotations
 
@@ -79,6 +79,27 @@ def models(folders: Sequence[Path], as_json: bool) -> None:
         else:
             click.echo(f"\n{place}: none")
     click.echo("\nTo serve one: shoal serve --model MODEL")
+
+
+@click.command()
+@click.argument("model")
+@json_option
+def inspect(model: str, as_json: bool) -> None:
+    """Show what MODEL is, as far as its headers say it, and what will serve it.
+
+    MODEL is what `shoal serve --model` takes.  The settings are those of `shoal serve`, by file and environment.
+    """
+    from shoal.server.inspection import inspect_model  # noqa: PLC0415
+
+    try:
+        inspection = inspect_model(load_settings(["--model", model]))
+    except ShoalError as error:
+        raise CommandError("inspect", error.message) from error
+    if as_json:
+        echo_json(inspection.as_json())
+        return
+    for title, rows in inspection.tables():
+        show(title, rows)
 
 
 @click.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -15,8 +15,9 @@ from shoal.model.checkpoint.config import load_config
 from shoal.model.checkpoint.find import BUNDLED, PACKAGED, resolve_checkpoint
 from shoal.model.checkpoint.format import CheckpointFormat, is_checkpoint, is_gguf, open_checkpoint
 from shoal.model.checkpoint.gguf_file import read_gguf
-from shoal.model.checkpoint.hf_folder import CONFIG, TOKENIZER, HuggingFaceFolder, read_json
+from shoal.model.checkpoint.hf_folder import CONFIG, TOKENIZER, TOKENIZERS, HuggingFaceFolder, read_json
 from shoal.scheduler.errors import CheckpointError
+from shoal.terminal import in_words
 
 MAX_DEPTH, MAX_FOLDERS = 4, 10_000
 MAX_REASON_CHARS = 300
@@ -51,10 +52,10 @@ class FoundModel:
         return {
             "model": self.model,
             "family": self.family,
-            "parameters": _in_words(self.num_parameters),
+            "parameters": in_words(self.num_parameters),
             "context": self.max_model_len,
             "precision": self.precision,
-            "size": _in_words(self.num_bytes, "B"),
+            "size": in_words(self.num_bytes, "B"),
             "can be served": "yes" if self.reason is None else f"no: {self.reason}",
         }
 
@@ -149,7 +150,7 @@ def _check_weights(opened: CheckpointFormat) -> dict[str, Any]:
     """Raise CheckpointError if the headers of the weights say that they cannot be loaded; return what else they say."""
     if isinstance(opened, HuggingFaceFolder):
         opened.weights()
-        if not (opened.path / TOKENIZER).is_file():
+        if not any((opened.path / name).is_file() for name in TOKENIZERS):
             raise CheckpointError(f"{TOKENIZER} is missing", param=TOKENIZER)
         return {}
     # The package that it loads takes 0.1 s.
@@ -171,12 +172,3 @@ def _count(value: object) -> int | None:
 
 def _one_line(message: str) -> str:
     return " ".join(message.split())[:MAX_REASON_CHARS]
-
-
-def _in_words(number: int | None, unit: str = "") -> str | None:
-    """A number with three digits and a prefix for thousands."""
-    if number is None:
-        return None
-    prefixes: Sequence[tuple[float, str]] = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-    size, prefix = next((each for each in prefixes if number >= each[0]), (1.0, ""))
-    return f"{number / size:.3g} {prefix}{unit}"

@@ -103,7 +103,7 @@ def _max_tokens(body: CompletionBody | ChatBody, num_prompt_tokens: int, limits:
     asked = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         asked = body.max_completion_tokens
-    capacity = limits.num_blocks * limits.block_size + 1  # the last token chosen needs no slot
+    capacity = limits.capacity + 1  # the last token chosen needs no slot
     room = max(min(limits.max_model_len, capacity) - num_prompt_tokens, 1)
     if asked == -1:
         return room

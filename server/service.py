@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from shoal.model.architecture import ModelConfig
 from shoal.model.checkpoint.config import GenerationDefaults
-from shoal.model.record import ModelConfig
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import Batches

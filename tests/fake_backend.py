@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from shoal.model.step.batch import BIAS, PENALTY, ForwardBatch, SamplerOutput, SamplingBatch
 from shoal.model.step.sampling import SAMPLING_ROW
-from tests.fakes import digest
+from shoal.scheduler.config import CacheGroup
+from tests.fakes import ALL, digest, seen
 
 
 class FakeBackend:
-    """A backend whose logits at a token are a hash of the seed and of all tokens up to it, which it reads back from a
-    paged fake KV cache.
+    """A backend whose logits at a token are a hash of the seed and of all tokens that its cache groups see there, which
+    it reads back from a paged fake KV cache.
 
     Attributes:
         batches, samplings: what was asked for, in order; calls that fail are there too.
         fail: called with each batch before anything is written; raises to make the step fail.
-        poison: called with each context; true makes its logits not finite.
+        poison: called with what is seen of each context; true makes its logits not finite.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 16) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, vocab_size: int = 16, groups: Sequence[CacheGroup] = ALL
+    ) -> None:
         self.vocab_size = vocab_size
         self.block_size = block_size
-        self.kv = np.full((num_blocks * block_size, 2), -1)  # token id and position, by slot
+        self.groups = groups
+        self.kv = np.full((num_blocks * block_size, 3), -1)  # token id, position and group, by slot
         self.batches: list[ForwardBatch] = []
         self.samplings: list[SamplingBatch] = []
         self.fail: Callable[[ForwardBatch], None] = lambda _: None
         self.poison: Callable[[list[int]], bool] = lambda _: False
 
     def logits(self, context: list[int], seed: int) -> np.ndarray:
-        """[vocab_size] float64."""
+        """[vocab_size] float64, after a context of which the groups see their parts."""
+        return self._logits(seen(context, self.groups), seed)
+
+    def _logits(self, context: list[int], seed: int) -> np.ndarray:
         if self.poison(context):
             return np.full(self.vocab_size, np.nan)
         return np.random.default_rng(digest(context, seed)).normal(size=self.vocab_size)
@@ -41,12 +48,12 @@ class FakeBackend:
         self.samplings.append(sampling)
         self._check(batch, sampling)
         self.fail(batch)
-        self.kv[batch.slot_mapping, 0] = batch.token_ids
-        self.kv[batch.slot_mapping, 1] = batch.positions
+        for group, slots in enumerate(batch.slot_mapping):
+            self.kv[slots] = np.stack((batch.token_ids, batch.positions, np.full(len(slots), group)), axis=1)
         contexts = [self._context(batch, index) for index in batch.logits_indices.tolist()]
         logits = np.empty((len(contexts), self.vocab_size))
         for row, (context, seed) in enumerate(zip(contexts, sampling.rows["seed"].tolist(), strict=True)):
-            logits[row] = self.logits(context, seed)
+            logits[row] = self._logits(context, seed)
         return self._choose(logits, sampling)
 
     def forward(self, batch: ForwardBatch) -> np.ndarray:
@@ -58,9 +65,14 @@ class FakeBackend:
         assert batch.query_start_loc[0] == 0
         assert batch.query_start_loc[-1] == num_tokens
         assert len(batch.query_start_loc) == num_seqs + 1
-        assert batch.block_tables.shape[0] == num_seqs
+        num_groups = len(self.groups)
+        max_blocks = (batch.context_lens.max() - 1) // self.block_size + 1
+        assert batch.block_tables.shape == (num_seqs, max_blocks * num_groups)
+        assert batch.slot_mapping.shape == (num_groups, num_tokens)
+        assert batch.slot_mapping.min() >= 0, "a token without a slot"
         assert (np.diff(batch.logits_indices) > 0).all()
-        assert len(set(batch.slot_mapping.tolist())) == num_tokens, "two tokens of a step want the same slot"
+        num_slots = len(np.unique(batch.slot_mapping))
+        assert num_slots == num_groups * num_tokens, "two tokens of a step want the same slot"
         assert batch.hidden is None, "nobody asks for hidden states"
         for name in set(ForwardBatch.__slots__) - {"hidden"}:
             array = getattr(batch, name)
@@ -77,14 +89,20 @@ class FakeBackend:
         assert (sampling.rows["position"] == batch.positions[batch.logits_indices] + 1).all()
 
     def _context(self, batch: ForwardBatch, index: int) -> list[int]:
-        """The tokens up to the batch's token `index`, as a kernel would find them."""
+        """What each group sees at the batch's token `index`, as a kernel would find it."""
         seq = int(np.searchsorted(batch.query_start_loc, index, side="right")) - 1
-        positions = np.arange(batch.positions[index] + 1)
-        assert positions[-1] < batch.context_lens[seq]
-        blocks = batch.block_tables[seq, positions // self.block_size]
-        entries = self.kv[blocks * self.block_size + positions % self.block_size]
-        assert (entries[:, 1] == positions).all(), "the block table leads to other positions"
-        return [int(token_id) for token_id in entries[:, 0]]
+        position = int(batch.positions[index])
+        assert position < batch.context_lens[seq]
+        context: list[int] = []
+        for number, group in enumerate(self.groups):
+            positions = np.arange(group.first_seen(position), position + 1)
+            blocks = batch.block_tables[seq, positions // self.block_size * len(self.groups) + number]
+            assert (blocks >= 0).all(), "a block that the query sees was given back"
+            entries = self.kv[blocks * self.block_size + positions % self.block_size]
+            assert (entries[:, 1] == positions).all(), "the block table leads to other positions"
+            assert (entries[:, 2] == number).all(), "the block is another group's"
+            context += entries[:, 0].tolist()
+        return context
 
     def _choose(self, logits: np.ndarray, sampling: SamplingBatch) -> SamplerOutput:
         """The greedy choice under biases and penalties, and log-probabilities of the logits as they were."""

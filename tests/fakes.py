@@ -1,20 +1,21 @@
 """Scripted executors that record what they are asked for and fail on command.
 
 They keep token ids where a model keeps keys and values, and choose the next token from what they read back
-through the block table.  So a wrong slot, block table, position, preemption or prefix-cache hit shows as a wrong
-token, and most of them as a failed assertion before.
+through the block tables, as far as queries see it.  So a wrong slot, block table, position, preemption or prefix-cache
+hit shows as a wrong token, and most of them as a failed assertion before.
 """
 
 from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from shoal.scheduler.config import Config, SchedulerConfig
+from shoal.scheduler.config import CacheGroup, Config, SchedulerConfig
 from shoal.scheduler.engine import EngineCore, Executor
+from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.output import (
     FinishReason,
     NewRequest,
@@ -34,6 +35,7 @@ Choose = Callable[[str, list[int]], int]  # request id, context -> the token aft
 Draft = Callable[[str, list[int]], list[int]]  # request id, context -> drafted tokens after it
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 LIMITS = SchedulerConfig(num_blocks=1, max_model_len=16)  # for policies that read none of them
+ALL = (CacheGroup(),)  # one cache group that sees all
 
 
 def params(max_tokens: int = 4, **others: object) -> SamplingParams:
@@ -53,6 +55,11 @@ def named_policy(name: str, limits: SchedulerConfig, values: Mapping[str, Any]) 
 def digest(context: list[int], seed: int = 0) -> int:
     """32 bits that depend on every token of the context and on its order."""
     return zlib.crc32(array("q", context).tobytes(), seed & 0xFFFFFFFF)
+
+
+def seen(context: list[int], groups: Sequence[CacheGroup]) -> list[int]:
+    """What the last token of the context sees in each group, one after the other."""
+    return [token for group in groups for token in context[group.first_seen(len(context) - 1) :]]
 
 
 def hashed(vocab_size: int) -> Choose:
@@ -116,8 +123,11 @@ class FakeExecutor:
         error: called with each share; a message makes that request fail alone.
     """
 
-    def __init__(self, block_size: int, choose: Choose, draft: Draft | None = None) -> None:
+    def __init__(
+        self, block_size: int, choose: Choose, draft: Draft | None = None, groups: Sequence[CacheGroup] = ALL
+    ) -> None:
         self.block_size = block_size
+        self.groups = groups
         self.choose = choose
         self.draft = draft
         self.steps: list[list[Share]] = []
@@ -125,7 +135,7 @@ class FakeExecutor:
         self.fail: Callable[[SchedulerOutput], None] = lambda _: None
         self.error: Callable[[ScheduledRequest], str | None] = lambda _: None
         self.sequences: dict[int, _Sequence] = {}
-        self.kv: dict[int, int] = {}  # slot -> token id
+        self.kv: dict[int, tuple[int, int, int]] = {}  # slot -> cache group, position, token id
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         for row in output.released:
@@ -162,7 +172,8 @@ class FakeExecutor:
         assert share.num_computed_tokens == sequence.num_computed_tokens
         assert share.num_scheduled_tokens > 0
         assert end == num_tokens + len(share.spec_token_ids) if share.spec_token_ids else end <= num_tokens
-        assert end <= share.num_blocks * self.block_size
+        assert share.num_blocks % len(self.groups) == 0
+        assert end <= share.num_blocks // len(self.groups) * self.block_size
         assert share.samples == (end >= num_tokens and sequence.params.max_tokens > 0)
         return Share(share.request_id, share.num_computed_tokens, share.num_scheduled_tokens, table)
 
@@ -172,17 +183,21 @@ class FakeExecutor:
             sequence = self.sequences[share.row]
             tokens = sequence.token_ids + share.spec_token_ids
             for position in range(share.num_computed_tokens, share.num_computed_tokens + share.num_scheduled_tokens):
-                slot = self._slot(sequence, position)
-                assert slot not in written, "two tokens of a step want the same slot"
-                written.add(slot)
-                self.kv[slot] = tokens[position]
+                for group in range(len(self.groups)):
+                    slot = self._slot(sequence, position, group)
+                    assert slot not in written, "two tokens of a step want the same slot"
+                    written.add(slot)
+                    self.kv[slot] = group, position, tokens[position]
 
     def _read(self, share: ScheduledRequest, result: StepResult) -> None:
         """Read the context back, choose after it, verify drafted tokens, propose the next ones."""
         sequence = self.sequences[share.row]
         end = share.num_computed_tokens + share.num_scheduled_tokens
-        context = [self.kv[self._slot(sequence, position)] for position in range(end)]
-        assert context == (sequence.token_ids + share.spec_token_ids)[:end], "the KV cache holds other tokens"
+        context = (sequence.token_ids + share.spec_token_ids)[:end]
+        for number, group in enumerate(self.groups):
+            for position in range(group.first_seen(share.num_computed_tokens), end):
+                held = self.kv[self._slot(sequence, position, number)]
+                assert held == (number, position, context[position]), "the KV cache holds another token"
         chosen: list[int] = []
         if share.samples:
             known = end - len(share.spec_token_ids)
@@ -219,8 +234,10 @@ class FakeExecutor:
                 TokenLogprobs(-sequence.token_ids[position], position, [], []) for position in scored
             ]
 
-    def _slot(self, sequence: _Sequence, position: int) -> int:
-        return sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, sequence: _Sequence, position: int, group: int) -> int:
+        block_id = sequence.block_table[position // self.block_size * len(self.groups) + group]
+        assert block_id >= 0, "a block that a query sees went back"
+        return block_id * self.block_size + position % self.block_size
 
 
 class Harness:
@@ -245,11 +262,14 @@ class Harness:
         draft: Draft | None = None,
         policy: Policy | str = "fcfs",
         knobs: Config | None = None,
+        *,
         executor: Executor | None = None,
+        groups: Sequence[CacheGroup] = ALL,
         **limits: int,
     ) -> None:
         defaults = {"num_blocks": 64, "block_size": 4, "max_model_len": 128, "max_num_seqs": 8}
-        self.config = SchedulerConfig(**(defaults | {"max_num_batched_tokens": 64} | limits))  # type: ignore[arg-type]
+        values = defaults | {"max_num_batched_tokens": 64} | limits
+        self.config = SchedulerConfig(cache_groups=tuple(groups), **values)  # type: ignore[arg-type]
         if isinstance(policy, str):
             kind = find_policy(policy)
             policy = kind(self.config, knobs or kind.Knobs())
@@ -257,7 +277,7 @@ class Harness:
         self._pauses, policy.pauses = policy.pauses, self._note_pause  # type: ignore[method-assign]
         self._paused: set[Request] = set()  # requests that were to pause
         self.num_pauses = 0
-        self.executor = FakeExecutor(self.config.block_size, choose or hashed(50), draft)
+        self.executor = FakeExecutor(self.config.block_size, choose or hashed(50), draft, groups)
         self.now = 0.0
         self.engine = EngineCore(self.scheduler, executor or self.executor, lambda: self.now)
         self.token_ids: dict[str, list[int]] = {}
@@ -283,7 +303,7 @@ class Harness:
         self.now += 1
         for output in news:
             self.take(output)
-        self.scheduler.check_invariants()
+        check_invariants(self.scheduler)
         for shares in self.executor.steps[num_calls:]:
             assert sum(share.num_tokens for share in shares) <= self.config.max_num_batched_tokens
             assert all(share.num_tokens <= self.config.max_chunk_tokens for share in shares)
@@ -331,6 +351,7 @@ class Harness:
         self.step()  # lets the executor forget the last ones
         assert self.finish_reasons.keys() == self.token_ids.keys(), "a request was not answered to the end"
         assert self.free_blocks == self.config.num_blocks
+        assert self.scheduler.kv_cache.num_promised == 0
         assert not self.executor.sequences, "the executor still holds requests"
 
     @property

@@ -7,13 +7,16 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 from typing import get_args
 
 import pytest
 
+from shoal.model.architecture import bytes_per_block
 from shoal.model.checkpoint.config import load_config
+from shoal.model.checkpoint.families import FAMILIES
+from shoal.model.checkpoint.families.refused import REFUSED
 from shoal.model.checkpoint.find import resolve_checkpoint
-from shoal.model.record import bytes_per_block
 from shoal.model.speculation.config import MOST_SPEC_TOKENS
 from shoal.scheduler import policies
 from shoal.scheduler.errors import ShoalError
@@ -36,8 +39,9 @@ from tests.fakes import Harness
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-API, OPERATIONS, ADD_A_POLICY, FAULTS_PAGE = (
-    (ROOT / "docs" / name).read_text("utf-8") for name in ("api.md", "operations.md", "policies.md", "faults.md")
+API, OPERATIONS, ADD_A_POLICY, FAULTS_PAGE, MODELS = (
+    (ROOT / "docs" / name).read_text("utf-8")
+    for name in ("api.md", "operations.md", "policies.md", "faults.md", "models.md")
 )
 
 
@@ -60,6 +64,25 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# -- models.md ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_is_in_the_tables() -> None:
+    served, refused = (
+        {name for row in re.findall(r"^\| (`.+?) \|", part, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+        for part in MODELS.split("## What is refused")
+    )
+    assert served - {"model_type"} == FAMILIES.keys()
+    assert refused - {"model_type"} == REFUSED.keys()
+
+
+def test_the_examples_of_a_family_are_in_the_table() -> None:
+    table = (ROOT / "model/checkpoint/families/dense.py").read_text("utf-8")
+    cases = (ROOT / "tests/model/families.py").read_text("utf-8")
+    for example, source in zip(re.findall(r"```python\n(.*?)```", MODELS, re.DOTALL), (table, cases), strict=True):
+        assert indent(example, "    ") in source
 
 
 # -- operations.md -----------------------------------------------------------------------------------------------------

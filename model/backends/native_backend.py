@@ -7,26 +7,17 @@ not imported on this path.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from ctypes import byref, c_void_p
+from dataclasses import fields
 from typing import Literal
 
 import numpy as np
 
-from shoal.model.backends.native_library import (
-    MAX_EXPERTS,
-    MAX_HEAD_DIM,
-    NO_MEMORY,
-    TENSORS,
-    Batch,
-    Draft,
-    Options,
-    Shape,
-    address,
-    load_library,
-)
+from shoal.model.backends.native_library import NO_MEMORY, TENSORS, Batch, Draft, Options, address, load_library
 from shoal.model.backends.native_sampling import SamplerArguments
-from shoal.model.backends.rope import rope_tables
-from shoal.model.record import ModelConfig, ModelRecord
+from shoal.model.backends.native_shape import NativeShape, find_obstacle
+from shoal.model.record import Array, ModelRecord, Norm
 from shoal.model.step.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 from shoal.scheduler.errors import CheckpointError, ConfigError
 
@@ -52,7 +43,7 @@ class NativeBackend:
         sibling: a backend of the same instruction set whose threads are shared; the two compute in turns.
 
     Raises:
-        CheckpointError: the model's shape exceeds a limit of the native code.
+        CheckpointError: the native code is not made for the model.
         ConfigError: there is not enough memory.
         LookupError: there is no library for `isa`.
         OSError: the library does not load, or was built from other sources.
@@ -73,33 +64,34 @@ class NativeBackend:
     ) -> None:
         assert block_size % SLOTS == 0
         config = record.config
-        _check_shape(config)
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_threads: int = sibling.num_threads if sibling else num_threads or num_cores
+        if obstacle := find_obstacle(config):
+            raise CheckpointError(obstacle[1], param=obstacle[0])
+        self.num_threads: int = sibling.num_threads if sibling else num_threads or num_cores()
         self._config = config
         self._block_size = block_size
         self._library = load_library(isa)
         self._sampler = SamplerArguments(config.vocab_size)
         self._drafts = SamplerArguments(config.vocab_size)  # of proposals, which come between the steps
-        num_positions = min(config.max_position_embeddings, num_blocks * block_size)
-        cos, sin = rope_tables(config.rope, config.head_dim, num_positions)
+        num_positions = config.most_positions(num_blocks * block_size)
+        shape = NativeShape(config, num_positions, record.head.weight is record.embedding)
         options = Options(
             num_blocks=num_blocks,
             block_size=block_size,
             num_threads=self.num_threads,
-            pin_threads=pin_threads if pin_threads is not None else self.num_threads < num_cores,
+            pin_threads=pin_threads if pin_threads is not None else self.num_threads < num_cores(),
             quantize_int8=quantization == "int8",
             half_kv_cache=kv_cache_dtype == "float16",
         )
-        self._model: int | None = self._library.shoal_create(
-            _shape(record, cos, sin), options, sibling._model if sibling else None
-        )
+        self._model: int | None = self._library.shoal_create(shape.shape, options, sibling._model if sibling else None)
+        no_memory = ConfigError("there is not enough memory for the model and its KV cache", param="memory_mib")
         if not self._model:
-            raise ConfigError("there is not enough memory for the model and its KV cache", param="memory_mib")
-        for name, layer, expert, array in record.tensors():
+            raise no_memory
+        for name, layer, expert, array in _tensors(record):
             whole = np.ascontiguousarray(array)
-            place = TENSORS.index(name), layer, expert
-            self._library.shoal_load(self._model, *place, whole.ctypes.data, _TYPES[whole.dtype])
+            owner, _, bias = name.partition(".")
+            place = TENSORS.index(owner), bool(bias), layer, expert
+            if self._library.shoal_load(self._model, *place, whole.ctypes.data, _TYPES[whole.dtype]):
+                raise no_memory
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):
@@ -138,6 +130,7 @@ class NativeBackend:
         columns = batch.starts, batch.ends, batch.num_wanted, sampling.rows
         assert all(len(column) == num_seqs for column in columns), "arrays of unequal lengths"
         assert batch.block_size == self._block_size, "blocks of another size"
+        assert batch.num_groups == len(self._config.cache_groups), "block tables for each group"
         token_ids = np.full((num_seqs, batch.num_wanted[0]), -1, np.int32)
         arrays = Draft(
             num_layers=num_layers or self._config.num_layers,
@@ -158,14 +151,22 @@ class NativeBackend:
 
     def _arrays(self, batch: ForwardBatch) -> Batch:
         num_tokens, num_seqs = len(batch.token_ids), len(batch.context_lens)
-        assert len(batch.positions) == len(batch.slot_mapping) == num_tokens, "arrays of unequal lengths"
+        num_groups = len(self._config.cache_groups)
+        assert len(batch.positions) == num_tokens, "arrays of unequal lengths"
+        assert batch.slot_mapping.size == num_groups * num_tokens, "slots for each group"
         assert len(batch.query_start_loc) - 1 == len(batch.block_tables) == num_seqs, "arrays of unequal lengths"
-        sizes = num_tokens, num_seqs, len(batch.logits_indices), batch.block_tables.shape[1]
+        assert batch.block_tables.shape[1] % num_groups == 0, "block tables for each group"
+        sizes = num_tokens, num_seqs, len(batch.logits_indices), batch.block_tables.shape[1] // num_groups
         hidden = None
         if batch.hidden is not None:
             assert batch.hidden.shape == (len(batch.logits_indices), self.hidden_size), "as many states as logits"
             hidden = address(batch.hidden, _FLOAT32)
         return Batch(*sizes, *[address(getattr(batch, name)) for name in _ARRAYS], hidden)
+
+
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(fault: bytes | None) -> None:
@@ -179,17 +180,15 @@ def _check(fault: bytes | None) -> None:
     assert fault is None, fault.decode()
 
 
-def _check_shape(config: ModelConfig) -> None:
-    for name, value, limit in (
-        ("head_dim", config.head_dim, MAX_HEAD_DIM),
-        ("num_experts", config.num_experts, MAX_EXPERTS),
-    ):
-        if value > limit:
-            raise CheckpointError(f"{name} {value} exceeds the {limit} that the native backend is made for", param=name)
-
-
-def _shape(record: ModelRecord, cos: Float32, sin: Float32) -> Shape:
-    tables = {"num_positions": len(cos), "cos": cos.ctypes.data, "sin": sin.ctypes.data}
-    fields = {"tie_word_embeddings": record.head is record.embedding, **tables}
-    names = [name for name, *_ in Shape._fields_ if name not in fields]
-    return Shape(**{name: getattr(record.config, name) for name in names}, **fields)
+def _tensors(record: ModelRecord) -> Iterator[tuple[str, int, int, Array]]:
+    """The tensors of the record, and ones for norms that have no gain: the native code finds a norm by its gain."""
+    yield from record.tensors()
+    config, latent = record.config, record.config.latent
+    sizes = {"q_norm": config.num_heads * config.head_dim, "k_norm": config.num_kv_heads * config.head_dim}
+    if latent:
+        sizes |= {"q_down_norm": latent.query_rank, "kv_norm": latent.rank}
+    for index, owner in [(0, record), *((i, part) for i, x in enumerate(record.layers) for part in (x, x.attention))]:
+        for part in fields(owner):
+            norm = getattr(owner, part.name)
+            if isinstance(norm, Norm) and norm.gain is None:
+                yield part.name, index, 0, np.ones(sizes.get(part.name, config.hidden_size), np.float32)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.model.architecture import Activation, NormKind, RouterScore
 from shoal.model.step.sampling import SAMPLING_ROW
 
 FOLDER = Path(__file__).resolve().parent.parent / "native"
@@ -23,33 +24,66 @@ _INT32 = np.dtype(np.int32)
 # As in shoal.h.
 MAX_HEAD_DIM = 512
 MAX_EXPERTS = 512
+MAX_LATENT = 4096
 NO_MEMORY = b"there is not enough memory"
 TENSORS = (
-    "embedding",
-    "head",
-    "norm",
-    "input_norm",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "post_attention_norm",
-    "router",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
+    *("embedding", "head", "positions", "embedding_norm", "norm", "input_norm"),
+    *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "sinks"),
+    *("q_down", "q_down_norm", "kv_down", "kv_norm", "k_up", "v_up"),
+    *("attention_output_norm", "feed_forward_norm", "feed_forward_output_norm"),
+    *("router", "correction", "shared_gate", "gate_proj", "up_proj", "down_proj"),
 )
+# The names that fields of the architecture may have, in the order of shoal.h.
+NORMS: tuple[NormKind, ...] = ("rms", "layer")
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu")
+HEAD_NORMS = ("none", "head", "whole")
+SCORES: tuple[RouterScore, ...] = ("softmax", "sigmoid")
+
+
+class Rope(Structure):
+    _fields_ = [("dim", c_int32), ("cos", c_void_p), ("sin", c_void_p)]
+
+
+class Mixture(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("num_experts", "num_experts_per_tok", "intermediate_size", "shared_size")),
+        *((name, c_int32) for name in ("score", "renormalise")),
+        ("scale", c_float),
+        *((name, c_int32) for name in ("num_groups", "num_chosen_groups", "sums_top2", "share_on_input")),
+    ]
+
+
+class Layer(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("rope", "temperatures", "window", "chunk", "cache_group", "cache_place")),
+        ("intermediate_size", c_int32),
+        ("mixture", Mixture),
+    ]
+
+
+class Latent(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("rank", "rope_dim", "nope_dim", "value_dim", "query_rank")),
+        ("norm_eps", c_float),
+    ]
 
 
 class Shape(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")),
-        *((name, c_int32) for name in ("num_kv_heads", "head_dim", "num_experts", "num_experts_per_tok")),
-        ("tie_word_embeddings", c_int32),
-        ("rms_norm_eps", c_float),
-        ("num_positions", c_int32),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
+        *((name, c_int32) for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")),
+        *((name, c_int32) for name in ("head_dim", "num_groups", "num_places", "tie_word_embeddings", "norm")),
+        ("norm_eps", c_float),
+        *((name, c_int32) for name in ("parallel", "norm_after_sum", "activation", "gated", "qk_norm", "qk_norm_kind")),
+        ("qk_norm_eps", c_float),
+        ("qk_norm_after_rope", c_int32),
+        ("latent", Latent),
+        *((name, c_float) for name in ("attention_scale", "attention_softcap", "logit_softcap")),
+        *((name, c_float) for name in ("embedding_multiplier", "residual_multiplier", "logits_multiplier")),
+        *((name, c_int32) for name in ("num_positions", "num_ropes", "num_temperatures")),
+        ("layers", POINTER(Layer)),
+        ("ropes", POINTER(Rope)),
+        ("temperatures", c_void_p),
+        ("alibi_slopes", c_void_p),
     ]
 
 
@@ -130,7 +164,7 @@ def _load(path: Path) -> ctypes.CDLL:
     library.shoal_create.restype = c_void_p
     library.shoal_destroy.argtypes = [c_void_p]
     library.shoal_destroy.restype = None
-    library.shoal_load.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32]
+    library.shoal_load.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p, c_int32]
     library.shoal_load.restype = c_char_p
     library.shoal_step.argtypes = [c_void_p, POINTER(Batch), c_int32, c_void_p, c_void_p, c_void_p]
     library.shoal_step.restype = c_char_p

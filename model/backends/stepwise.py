@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shoal.model.step.batch import DraftBatch, ForwardBatch, Int32, SamplingBatch
+from shoal.model.step.batch import DraftBatch, ForwardBatch, Int32, SamplingBatch, find_slots
 
 
 def draft_stepwise(
@@ -36,11 +36,10 @@ def _step(batch: DraftBatch, starts: Int32, ends: Int32) -> ForwardBatch:
     np.cumsum(counts, out=query_start_loc[1:])
     positions = np.arange(query_start_loc[-1], dtype=np.int32) + np.repeat(starts - query_start_loc[:-1], counts)
     rows = np.repeat(batch.rows[: len(counts)], counts)
-    block_index, offset = np.divmod(positions, batch.block_size)
     return ForwardBatch(
         token_ids=batch.token_ids[rows, positions],
         positions=positions,
-        slot_mapping=batch.block_tables[rows, block_index] * batch.block_size + offset,
+        slot_mapping=find_slots(batch.block_tables, rows, positions, batch.block_size, batch.num_groups),
         query_start_loc=query_start_loc,
         context_lens=ends,
         block_tables=batch.block_tables[batch.rows[: len(counts)]],

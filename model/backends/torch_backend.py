@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.model.backends.rope import rope_tables
 from shoal.model.backends.stepwise import draft_stepwise
-from shoal.model.backends.torch_attention import CacheLayout, attend, clear_fresh_blocks, plan_attention
-from shoal.model.backends.torch_layers import (
-    ExpertWeights,
-    FeedForwardWeights,
-    LayerWeights,
-    feed_forward,
-    linear,
-    rms_norm,
-    rotate_,
-)
+from shoal.model.backends.torch_attention import AttentionWeights, attention
+from shoal.model.backends.torch_experts import ExpertWeights, mixture_of_experts
+from shoal.model.backends.torch_latent import LatentAttentionWeights, latent_attention
+from shoal.model.backends.torch_layers import FeedForwardWeights, NormWeights, feed_forward, linear, norm
+from shoal.model.backends.torch_plan import CacheLayout, LayerStep, View, clear_fresh_blocks, plan_attention
+from shoal.model.backends.torch_positions import PositionFactors
 from shoal.model.backends.torch_sampler import sample
-from shoal.model.record import Array, Experts, FeedForward, Layer, ModelRecord
+from shoal.model.backends.torch_weights import Loader
+from shoal.model.record import ModelRecord
 from shoal.model.step.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 
 
@@ -47,24 +42,26 @@ class TorchBackend:
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        config = record.config
-        self._config = config
+        config = self._config = record.config
         self._device = torch.device(device)
-        self._dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-        self._embedding = self._load(record.embedding)
-        self._layers = [self._load_layer(layer) for layer in record.layers]
-        self._norm = self._load(record.norm)
-        self._head = self._embedding if record.head is record.embedding else self._load(record.head)
-        self._layout = CacheLayout(config, num_blocks, block_size, self._device, self._dtype)
-        self._kv_cache = torch.zeros(
-            (config.num_layers, 2 * config.num_kv_heads * num_blocks, block_size, config.head_dim),
-            dtype=self._dtype,
-            device=self._device,
-        )
-        num_positions = min(config.max_position_embeddings, num_blocks * block_size)
-        cos, sin = rope_tables(config.rope, config.head_dim, num_positions)
-        self._cos = self._load(np.stack((cos, cos), axis=1)[:, None])
-        self._sin = self._load(np.stack((-sin, sin), axis=1)[:, None])
+        dtype_ = torch.float32 if dtype == "float32" else torch.bfloat16
+        loader = Loader(config, self._device, dtype_)
+        self._embedding = loader.array(record.embedding)
+        self._layers = [loader.layer(*pair) for pair in zip(record.layers, config.layers, strict=True)]
+        self._norm = loader.norm(record.norm)
+        self._head = loader.linear(record.head)
+        if record.head.weight is record.embedding:
+            self._head = self._head._replace(weight=self._embedding)
+        self._embedding_norm = loader.norm(record.embedding_norm)
+        num_positions = config.most_positions(num_blocks * block_size)
+        self._positions = None if record.positions is None else loader.array(record.positions[:num_positions])
+        self._factors = PositionFactors.of_all(config, num_positions, self._device, dtype_)
+        self._layout = CacheLayout(config, num_blocks, block_size, self._device, dtype_)
+        self._kv_cache = torch.zeros((config.num_places, *self._layout.shape), dtype=dtype_, device=self._device)
+        self._views = [
+            View(group, layer.window, layer.chunk)
+            for (group, _), layer in zip(config.cache_places, config.layers, strict=True)
+        ]
 
     @property
     def vocab_size(self) -> int:
@@ -92,54 +89,76 @@ class TorchBackend:
 
     def _logits(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """[num_logits, vocab_size] float32."""
+        config = self._config
         x = self._hidden(batch, num_layers).index_select(0, self._index(batch.logits_indices))
-        x = rms_norm(x, self._norm, self._config.rms_norm_eps)
+        x = norm(x, self._norm)
         if batch.hidden is not None:
             batch.hidden[:] = x.float().cpu().numpy()
-        return linear(x, self._head).float()
+        logits = _scaled(linear(x, self._head).float(), config.logits_multiplier)
+        cap = config.logit_softcap
+        return (logits / cap).tanh_().mul_(cap) if cap else logits
 
     def _hidden(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """Run the first `num_layers` layers, or all; hidden states [num_tokens, hidden_size] before the last norm."""
-        eps, num_heads, num_kv_heads = self._config.rms_norm_eps, self._config.num_heads, self._config.num_kv_heads
-        plan = plan_attention(batch, self._layout)
-        clear_fresh_blocks(self._kv_cache, plan)
+        clear_fresh_blocks(self._kv_cache, batch, self._layout)
         positions = self._index(batch.positions)
-        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-        x = self._embedding.index_select(0, self._index(batch.token_ids))
-        for layer, kv_cache in zip(self._layers[:num_layers], self._kv_cache, strict=False):
-            heads = linear(rms_norm(x, layer.input_norm, eps), layer.qkv)
-            heads = heads.view(len(x), num_heads + 2 * num_kv_heads, -1)
-            rotate_(heads[:, : num_heads + num_kv_heads], cos, sin)
-            attended = attend(heads[:, :num_heads], heads[:, num_heads:], kv_cache, plan)
-            x = x + linear(attended, layer.output)
-            x = x + feed_forward(rms_norm(x, layer.post_attention_norm, eps), layer.feed_forward)
+        x = self._embed(batch, positions)
+        for layer, step in zip(self._layers, self._steps(batch, positions, num_layers), strict=False):
+            normed = norm(x, layer.input_norm)
+            after = self._add(x, _attention(normed, layer.attention, step), layer.attention_output_norm)
+            if not self._config.parallel:
+                normed = norm(after, layer.feed_forward_norm)
+            elif layer.feed_forward_norm:
+                normed = norm(x, layer.feed_forward_norm)
+            x = self._add(after, _feed_forward(normed, layer.feed_forward), layer.feed_forward_output_norm)
         return x
+
+    def _steps(self, batch: ForwardBatch, positions: Tensor, num_layers: int | None) -> list[LayerStep]:
+        """What the first `num_layers` layers, or all, need of the step."""
+        config, factors = self._config, self._factors.at(positions)
+        plans = {view: plan_attention(batch, self._layout, view) for view in dict.fromkeys(self._views[:num_layers])}
+        return [
+            LayerStep(
+                config,
+                self._kv_cache[place],
+                plans[view],
+                factors.ropes.get(layer.rope),
+                factors.temperatures.get(layer.temperature),
+            )
+            for layer, view, (_, place) in zip(
+                config.layers[:num_layers], self._views, config.cache_places, strict=False
+            )
+        ]
+
+    def _embed(self, batch: ForwardBatch, positions: Tensor) -> Tensor:
+        x = self._embedding.index_select(0, self._index(batch.token_ids))
+        x = _scaled(x, self._config.embedding_multiplier)
+        if self._positions is not None:
+            x = x + self._positions.index_select(0, positions)
+        return norm(x, self._embedding_norm)
+
+    def _add(self, x: Tensor, output: Tensor, output_norm: NormWeights | None) -> Tensor:
+        """Add the output of a block to the hidden states; both are [num_tokens, hidden_size]."""
+        multiplier = self._config.residual_multiplier
+        if self._config.norm_after_sum:
+            return norm(x + _scaled(output, multiplier), output_norm)
+        return x + _scaled(norm(output, output_norm), multiplier)
 
     def _index(self, array: Int32) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _load(self, *arrays: Array) -> Tensor:
-        """The arrays, one below the other, in the backend's dtype and on its device."""
-        tensors = [torch.from_numpy(np.array(array)) for array in arrays]
-        tensors = [t.view(torch.bfloat16) if t.dtype == torch.uint16 else t for t in tensors]
-        return torch.cat([t.to(self._device, self._dtype) for t in tensors])
 
-    def _load_layer(self, layer: Layer) -> LayerWeights:
-        attention = layer.attention
-        return LayerWeights(
-            input_norm=self._load(layer.input_norm),
-            qkv=self._load(attention.q_proj, attention.k_proj, attention.v_proj),
-            output=self._load(attention.o_proj),
-            post_attention_norm=self._load(layer.post_attention_norm),
-            feed_forward=self._load_feed_forward(layer.feed_forward),
-        )
+def _scaled(x: Tensor, multiplier: float) -> Tensor:
+    return x if multiplier == 1 else x * multiplier
 
-    def _load_feed_forward(self, weights: FeedForward | Experts) -> FeedForwardWeights | ExpertWeights:
-        if isinstance(weights, FeedForward):
-            return FeedForwardWeights(self._load(weights.gate_proj, weights.up_proj), self._load(weights.down_proj))
-        return ExpertWeights(
-            router=self._load(weights.router),
-            gate_up=torch.stack([self._load(e.gate_proj, e.up_proj) for e in weights.experts]),
-            down=torch.stack([self._load(e.down_proj) for e in weights.experts]),
-            num_experts_per_tok=self._config.num_experts_per_tok,
-        )
+
+def _attention(x: Tensor, weights: AttentionWeights | LatentAttentionWeights, step: LayerStep) -> Tensor:
+    if isinstance(weights, AttentionWeights):
+        return attention(x, weights, step)
+    return latent_attention(x, weights, step)
+
+
+def _feed_forward(x: Tensor, weights: FeedForwardWeights | ExpertWeights) -> Tensor:
+    if isinstance(weights, FeedForwardWeights):
+        return feed_forward(x, weights)
+    return mixture_of_experts(x, weights)

@@ -12,8 +12,10 @@ CheckpointFormat = GgufCheckpoint | HuggingFaceFolder
 
 `path` is the folder or file.  `config` and `generation_config` give the fields of the JSON files of these names (none
 if nothing is recommended), `pooling` those of sentence-transformers' `1_Pooling/config.json`, `tokenizer` and `weights`
-the rest.  Every method raises CheckpointError, naming the file and the field, key or tensor that is missing, malformed
-or not supported.
+the rest.  `outline` gives the weights as zeros, and `holds` the number of tensors in each number format and their
+bytes; both read headers alone.  `own_tensors` takes how folders of the model's family store its tensors, and gives how
+this format does.  Every method raises CheckpointError, naming the file and the field, key or tensor that is missing,
+malformed or not supported.
 """
 
 

@@ -1,63 +1,80 @@
 """A GGUF file as a checkpoint: its metadata under the names of a Hugging Face folder.
 
-Only the architecture llama is supported; with experts it is Mixtral.  Keys that would change the numbers and
-that no backend implements are refused by name.
+`gguf_architectures.py` says which family an architecture of llama.cpp is.  Keys that would change the numbers and that
+its row does not know are refused by name.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from shoal.model.checkpoint.families import FAMILIES, Family, Tensors
+from shoal.model.checkpoint.gguf_architectures import ARCHITECTURES, Architecture, Key
 from shoal.model.checkpoint.gguf_file import BF16, F16, F32, ArrayValue, GgufFile, read_gguf
+from shoal.model.checkpoint.gguf_metadata import Metadata
+from shoal.model.checkpoint.gguf_names import stored_names
+from shoal.model.checkpoint.gguf_special import special_token_ids
 from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
 
-_ARCHITECTURE = "llama"
-# The fields of config.json, by the keys that hold them.
-_KEYS = {
+# The fields of config.json of all architectures, and the keys that hold them.
+_FIELDS: dict[str, Any] = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+}
+_ROPE_FIELDS = {
+    "rope_type": "rope.scaling.type",
+    "rope_theta": "rope.freq_base",
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "partial_rotary_factor": "rope.dimension_count",
+    "attention_factor": "rope.scaling.yarn_attn_factor",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+    "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
+    "mscale": "rope.scaling.yarn_log_multiplier",
+    "llama_4_scaling_beta": "attention.temperature_scale",
+}
+_LOCAL_ROPE_FIELDS = {"rope_theta": "rope.freq_base_swa", "partial_rotary_factor": "rope.dimension_count"}
+# Fields that are computed of keys, and the key that an error about them names.
+_COMPUTED_FIELDS = {
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "block_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "qk_nope_head_dim": "attention.key_length_mla",
+    "v_head_dim": "attention.value_length_mla",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "scoring_func": "expert_gating_func",
+    "rope_parameters": "rope.scaling.type",
+    **{f"rope_parameters.{name}": key for name, key in _ROPE_FIELDS.items()},
+    **{f"rope_parameters.full_attention.{name}": key for name, key in _ROPE_FIELDS.items()},
+    **{f"rope_parameters.sliding_attention.{name}": key for name, key in _LOCAL_ROPE_FIELDS.items()},
+}
+_YARN = {
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "attention_factor": "rope.scaling.yarn_attn_factor",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+_LONGROPE = {
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "attention_factor": "rope.scaling.attn_factor",
+}
+_FACTORS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+_ROOT_KEYS = {
     "architectures": "general.architecture",
-    "vocab_size": "llama.vocab_size",
-    "hidden_size": "llama.embedding_length",
-    "intermediate_size": "llama.feed_forward_length",
-    "num_hidden_layers": "llama.block_count",
-    "num_attention_heads": "llama.attention.head_count",
-    "num_key_value_heads": "llama.attention.head_count_kv",
-    "head_dim": "llama.attention.key_length",
-    "num_local_experts": "llama.expert_count",
-    "num_experts_per_tok": "llama.expert_used_count",
-    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "llama.context_length",
-    "sliding_window": "llama.attention.sliding_window",
+    "model_type": "general.architecture",
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "rope_parameters": "llama.rope.scaling.type",
-    "rope_parameters.rope_theta": "llama.rope.freq_base",
-    "rope_parameters.factor": "llama.rope.scaling.factor",
-    "rope_parameters.factors": "tensor rope_freqs.weight",
-}
-# Keys, without `llama.`, that may change the numbers, with the values that do not.
-_HARMLESS: dict[str, tuple[float, ...]] = {
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.scale": (0,),
-    "attn_logit_softcapping": (0,),
-    "embedding_scale": (0, 1),
-    "expert_gating_func": (0, 1),  # 1 is softmax
-    "expert_shared_count": (0,),
-    "expert_weights_norm": (True,),
-    "expert_weights_scale": (0, 1),
-    "final_logit_softcapping": (0,),
-    "interleave_moe_layer_step": (0, 1),
-    "leading_dense_block_count": (0,),
-    "logit_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "rope.scaling.attn_factor": (0, 1),
-    "router_logit_softcapping": (0,),
-    "use_parallel_residual": (False,),
+    "rope_parameters.factors": f"tensor {_FACTORS}",
+    "rope_parameters.long_factor": f"tensor {_LONG}",
+    "rope_parameters.short_factor": f"tensor {_SHORT}",
 }
 _SAMPLING = {
     "temperature": "general.sampling.temp",
@@ -66,7 +83,6 @@ _SAMPLING = {
     "min_p": "general.sampling.min_p",
     "repetition_penalty": "general.sampling.penalty_repeat",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
 _POOLING = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}  # 0 is none
 
 
@@ -80,33 +96,49 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = read_gguf(path)
-        self._own = self._file.section("llama.")
         _check_is_model(self._file)
+        self._architecture = str(self._file.metadata["general.architecture"])
+        self._row = ARCHITECTURES[self._architecture]
 
     def config(self) -> Fields:
-        file, own = self._file, self._own
-        _refuse_unsupported(own)
-        ids = file.special_token_ids()
-        values: dict[str, Any] = {name: file.metadata.get(key) for name, key in _KEYS.items()}
-        values |= {
-            "architectures": ["MixtralForCausalLM" if self._num_experts else "LlamaForCausalLM"],
-            "vocab_size": _vocab_size(file),
-            "sliding_window": own.get("attention.sliding_window") or None,
-            "rope_parameters": _rope(file, own),
+        file, row, metadata = self._file, self._row, Metadata(self._file)
+        family = row.family if isinstance(row.family, str) else row.family(metadata)
+        ids = special_token_ids(file)
+        values: dict[str, Any] = {
+            "model_type": family,
+            "architectures": [self._architecture],
+            "vocab_size": _vocab_size(file, metadata),
+            "num_hidden_layers": metadata.num_layers,
+            "num_key_value_heads": metadata.get("attention.head_count_kv") or metadata.get("attention.head_count"),
+            "head_dim": metadata.head_dim,
+            "rms_norm_eps": _eps(metadata),
             "tie_word_embeddings": "output.weight" not in file.tensors,
             "dtype": _dtype(file),
             "bos_token_id": ids.get("bos"),
             "eos_token_id": _end_ids(ids),
         }
-        return Fields(file.path, values, names=_KEYS)
+        sources = {**_FIELDS, **row.fields}
+        values |= {name: metadata.resolve(source) for name, source in sources.items()}
+        if FAMILIES[family].rotates:
+            values["rope_parameters"] = _rope(metadata, row, FAMILIES[family])
+        _check_widths(metadata, FAMILIES[family])
+        metadata.refuse_unread()
+        return Fields(file.path, values, names=self._own_keys(sources))
+
+    def _own_keys(self, sources: Mapping[str, Any]) -> dict[str, str]:
+        """The file's keys by the names of the fields that they give."""
+        given = {name: source.key if isinstance(source, Key) else source for name, source in sources.items()}
+        keys = _COMPUTED_FIELDS | {name: key for name, key in given.items() if isinstance(key, str)}
+        return {name: f"{self._architecture}.{key}" for name, key in keys.items()} | _ROOT_KEYS
 
     def generation_config(self) -> Fields:
         values: dict[str, Any] = {name: self._file.metadata.get(key) for name, key in _SAMPLING.items()}
-        values["eos_token_id"] = _end_ids(self._file.special_token_ids())
-        return Fields(self._file.path, values, names=_KEYS | _SAMPLING)
+        values["eos_token_id"] = _end_ids(special_token_ids(self._file))
+        return Fields(self._file.path, values, names=_ROOT_KEYS | _SAMPLING)
 
     def pooling(self) -> Fields:
-        kind = self._own.integer("pooling_type", minimum=0, default=0)
+        fields = self._file.section(f"{self._architecture}.")
+        kind = fields.integer("pooling_type", minimum=0, default=0)
         return Fields(self._file.path, {"pooling_mode": _POOLING.get(kind, str(kind))} if kind else {})
 
     def tokenizer(self) -> TokenizerParts:
@@ -115,26 +147,34 @@ class GgufCheckpoint:
 
         return read_gguf_tokenizer(self._file)
 
+    def own_tensors(self, tensors: Tensors) -> Tensors:
+        return stored_names(self._file.tensors, self._row, tensors)
+
     def weights(self) -> Weights:
         # The gguf package takes 0.1 s to load, and the API process does not need it.
         from shoal.model.checkpoint.gguf_weights import read_gguf_weights  # noqa: PLC0415
 
-        num_heads = self._own.integer("attention.head_count", minimum=1)
-        return read_gguf_weights(
-            self._file,
-            num_heads=num_heads,
-            num_kv_heads=self._own.integer("attention.head_count_kv", minimum=1, default=num_heads),
-            num_experts=self._num_experts,
-        )
+        return read_gguf_weights(self._file, Metadata(self._file).num_layers)
 
-    @property
-    def _num_experts(self) -> int:
-        return self._own.integer("expert_count", minimum=0, default=0)
+    def outline(self) -> Weights:
+        from shoal.model.checkpoint.gguf_weights import read_gguf_weights  # noqa: PLC0415
+
+        return read_gguf_weights(self._file, Metadata(self._file).num_layers, outline=True)
+
+    def holds(self) -> dict[str, tuple[int, int]]:
+        from shoal.model.checkpoint.gguf_weights import stored_tensors  # noqa: PLC0415
+
+        counts, sizes = Counter[str](), Counter[str]()
+        for tensor in stored_tensors(self._file):
+            counts[tensor.type.name] += 1
+            sizes[tensor.type.name] += tensor.rows.nbytes
+        return {name: (count, sizes[name]) for name, count in counts.most_common()}
 
 
 def _check_is_model(file: GgufFile) -> None:
+    named = f"docs/gguf.md lists the {len(ARCHITECTURES)} that are"
     for key, supported, advice in (
-        ("general.architecture", (_ARCHITECTURE,), f"supported: {_ARCHITECTURE}"),
+        ("general.architecture", tuple(ARCHITECTURES), named),
         ("general.type", (None, "model"), "only a model can be served"),
         ("split.count", (None, 0, 1), "join the parts with `llama-gguf-split --merge`"),
     ):
@@ -143,55 +183,69 @@ def _check_is_model(file: GgufFile) -> None:
             raise file.error(key, "missing" if value is None else f"{value!r} is not supported; {advice}")
 
 
-def _refuse_unsupported(own: Fields) -> None:
-    for name, harmless in _HARMLESS.items():
-        value = own.get(name)
-        if value is not None and value not in harmless:
-            raise own.error(name, f"{value!r} is not supported")
-    num_heads = own.integer("attention.head_count", minimum=1)
-    head_dim = own.integer(
-        "attention.key_length", minimum=1, default=own.integer("embedding_length", minimum=1) // num_heads
-    )
-    for name in ("attention.value_length", "rope.dimension_count"):
-        value = own.integer(name, minimum=0, default=head_dim)
-        if value != head_dim:
-            raise own.error(name, f"{value} differs from the {head_dim} of a head, which is not supported")
+def _eps(metadata: Metadata) -> Any:
+    value = metadata.get("attention.layer_norm_rms_epsilon")
+    return metadata.get("attention.layer_norm_epsilon") if value is None else value
 
 
-def _vocab_size(file: GgufFile) -> Any:
+def _check_widths(metadata: Metadata, family: Family) -> None:
+    """Refuse values of another width than keys, but in latent attention."""
+    width = metadata.get("attention.value_length")
+    if not family.latent and width is not None and width != metadata.head_dim:
+        message = f"{width} differs from the {metadata.head_dim} of a head, which is not supported"
+        raise metadata.error("attention.value_length", message)
+
+
+def _vocab_size(file: GgufFile, metadata: Metadata) -> Any:
     """The size that the file states, else the number of its tokens."""
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     num_tokens = tokens.count if isinstance(tokens, ArrayValue) else None
-    claimed = file.metadata.get("llama.vocab_size", num_tokens)
+    claimed = metadata.get("vocab_size")
+    if claimed is None:
+        return num_tokens
     if isinstance(claimed, int) and num_tokens is not None and num_tokens > claimed:
-        raise file.error("tokenizer.ggml.tokens", f"{num_tokens} tokens exceed llama.vocab_size {claimed}")
+        key = f"{metadata.architecture}.vocab_size"
+        raise file.error("tokenizer.ggml.tokens", f"{num_tokens} tokens exceed {key} {claimed}")
     return claimed
 
 
-def _rope(file: GgufFile, own: Fields) -> dict[str, Any]:
-    """The `rope_parameters` of config.json.  llama.cpp's default type is linear; without a factor it does not scale."""
-    theta = own.get("rope.freq_base")
-    rope: dict[str, Any] = {"rope_theta": 10_000.0 if theta is None else theta}
-    factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear")
-    kind = own.get("rope.scaling.type") or "linear"
-    if kind == "none" or (kind == "linear" and not factor):
-        rope["rope_type"] = "default"
-    else:
-        rope |= {"rope_type": kind, "factor": factor}
-    if _ROPE_FACTORS in file.tensors:
-        if rope["rope_type"] != "default":
-            raise own.error("rope.scaling.type", f"{kind!r} beside the tensor {_ROPE_FACTORS} is not supported")
-        rope |= {"rope_type": "factors", "factors": _rope_factors(file)}
+def _rope(metadata: Metadata, row: Architecture, family: Family) -> dict[str, Any]:
+    """The `rope_parameters` of config.json."""
+    theta = metadata.number("rope.freq_base", default=10_000.0)
+    local_theta = metadata.number("rope.freq_base_swa", default=row.local_theta or theta)
+    common = {"partial_rotary_factor": 1.0 if family.latent else _turning_share(metadata)}
+    rope = {**common, "rope_theta": theta, **_scaling(metadata, row)}
+    if family.local_rope:
+        return {"full_attention": rope, "sliding_attention": {**common, "rope_theta": local_theta}}
+    if local_theta != theta:
+        raise metadata.error("rope.freq_base_swa", f"{local_theta} is not supported for this architecture")
     return rope
 
 
-def _rope_factors(file: GgufFile) -> list[float]:
-    """The divisor of each frequency; llama.cpp writes the scaling of Llama 3 in this form."""
-    info = file.tensors[_ROPE_FACTORS]
-    if info.type != F32 or len(info.shape) != 1 or info.start + 4 * info.shape[0] > len(file.data):
-        raise file.error(f"tensor {_ROPE_FACTORS}", "expected one dimension of float32, within the file")
-    factors: list[float] = np.frombuffer(file.data, "<f4", info.shape[0], info.start).tolist()
-    return factors
+def _turning_share(metadata: Metadata) -> float:
+    """The share of a head that turns, rounded up, so that its product with the width is never below the number."""
+    head_dim = metadata.head_dim
+    return math.nextafter(metadata.integer("rope.dimension_count", default=head_dim) / head_dim, math.inf)
+
+
+def _scaling(metadata: Metadata, row: Architecture) -> dict[str, Any]:
+    """How the frequencies are scaled.  llama.cpp's default type is linear; without a factor it does not scale."""
+    factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear")
+    kind = metadata.get("rope.scaling.type") or "linear"
+    if (long := metadata.vector(_LONG)) is not None:
+        kinds = {"rope_type": "longrope", "long_factor": long, "short_factor": metadata.vector(_SHORT)}
+        return kinds | {name: metadata.get(key) for name, key in _LONGROPE.items()}
+    if kind == "none" or (kind == "linear" and not factor):
+        if (factors := metadata.vector(_FACTORS)) is not None:
+            return {"rope_type": "factors", "factors": factors}
+        return {"rope_type": "default"}
+    if _FACTORS in metadata.tensors:
+        raise metadata.error("rope.scaling.type", f"{kind!r} beside the tensor {_FACTORS} is not supported")
+    scaling = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling |= {name: metadata.get(key) for name, key in _YARN.items()}
+        scaling |= {name: metadata.resolve(source) for name, source in row.rope.items()}
+    return scaling
 
 
 def _dtype(file: GgufFile) -> str:

@@ -26,17 +26,6 @@ from shoal.scheduler.errors import CheckpointError
 # The types of tensors that are plain numbers; all others are blocks of quantised ones.
 F32, F16, BF16 = 0, 1, 30
 
-# The metadata keys, after `tokenizer.ggml.`, of the special tokens' ids.
-SPECIAL_TOKEN_KEYS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "unk": "unknown_token_id",
-    "pad": "padding_token_id",
-    "eot": "eot_token_id",
-    "eom": "eom_token_id",
-}
-_SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file names none
-
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
@@ -134,16 +123,31 @@ class GgufFile:
         numbers: NDArray[Any] = np.frombuffer(self.data, _NUMBERS[array.type], array.count, array.start)
         return numbers
 
-    def special_token_ids(self) -> dict[str, int]:
-        """Ids of the special tokens that the file has: bos, eos, unk, pad, eot (end of turn), eom (end of message).
+    def flags(self, key: str) -> list[bool]:
+        """The array of flags.
 
         Raises:
-            CheckpointError: naming the key that holds no id.
+            CheckpointError: the key is missing or of another type.
         """
-        fields = self.section("tokenizer.ggml.")
-        ids = {name: fields.optional_integer(key) for name, key in SPECIAL_TOKEN_KEYS.items()}
-        defaults = _SENTENCEPIECE_IDS if fields.get("model") == "llama" else {}
-        return defaults | {name: token_id for name, token_id in ids.items() if token_id is not None}
+        array = self._array(key)
+        if array.type != _BOOL:
+            raise self.error(key, "expected an array of flags")
+        return [byte != 0 for byte in self.data[array.start : array.start + array.count]]
+
+    def index(self, key: str, text: str) -> int | None:
+        """The place of the string in the array of strings; None if it is not there."""
+        array, data = self._array(key), self.data
+        stored = _LENGTH.pack(len(text.encode())) + text.encode()
+        end = min((tensor.start for tensor in self.tensors.values()), default=len(data))
+        at = data.find(stored, array.start, end)
+        if at < 0 or array.type != _STRING:
+            return None
+        position = array.start
+        for index in range(array.count):  # whether it is one of the strings, and which
+            if position >= at:
+                return index if position == at else None
+            position += 8 + int(_LENGTH.unpack_from(data, position)[0])
+        return None
 
     def _array(self, key: str) -> ArrayValue:
         value = self.metadata.get(key)

@@ -1,78 +1,42 @@
 """The tokenizer of a GGUF file, in the form that Hugging Face gives it.
 
-The file names one of llama.cpp's tokenizers and holds its vocabulary.  Two are supported.  `gpt2` is byte-level BPE;
-`tokenizer.ggml.pre` names how it splits a text before merging.  `llama` is SentencePiece's BPE: it prefers the merge
-whose result has the highest score, and text without a token becomes bytes.
+The file names one of llama.cpp's tokenizers and holds its vocabulary.  `gpt2` is byte-level BPE; `tokenizer.ggml.pre`
+names how it cuts a text before merging.  `llama` is SentencePiece's BPE, `t5` its unigram model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
-from shoal.model.checkpoint.gguf_file import SPECIAL_TOKEN_KEYS, GgufFile
+from shoal.model.checkpoint.gguf_file import GgufFile
+from shoal.model.checkpoint.gguf_special import SPECIAL_TOKEN_KEYS, special_token_ids
 from shoal.model.checkpoint.parts import TokenizerParts
+from shoal.model.checkpoint.pre_tokenizers import CUTS, DEFAULT
+from shoal.model.checkpoint.vocabulary import (
+    Kind,
+    Pieces,
+    add_tokens,
+    byte_level,
+    sentencepiece_bpe,
+    sentencepiece_unigram,
+    surround,
+)
+from shoal.scheduler.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
-# Types of tokens; normal, unused and byte-valued ones need nothing.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_SPACE = "▁"  # SentencePiece's letter for a space
-_MAX_PIECE_LETTERS = 256  # every way to split a piece in two is looked up
-
-
-def _split(regex: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Split(Regex(regex), behavior="isolated")
-
-
-_LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # a letter for each byte
-_GPT2_LETTERS = pre_tokenizers.ByteLevel(add_prefix_space=False)  # the same, after a split as in GPT-2
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """How a byte-level tokenizer splits a text into pieces, within which it merges.
-
-    Attributes:
-        steps: pre-tokenizers, in order.
-        normalizer: runs before the steps, such as a Unicode normal form.
-        whole_tokens: whether a piece that is a token skips the merges.
-        add_bos: whether a text begins with bos if the file does not say.
-    """
-
-    steps: tuple[pre_tokenizers.PreTokenizer, ...]
-    normalizer: normalizers.Normalizer | None = None
-    whole_tokens: bool = False
-    add_bos: bool = False
-
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
-_LLAMA3 = _Cut((_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), _LETTERS), whole_tokens=True, add_bos=True)
-_DEFAULT = "default"  # what llama.cpp uses for files that name none
-_CUTS = {
-    _DEFAULT: _Cut((*map(_split, (_PUNCTUATION, _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")), _LETTERS)),
-    "gpt-2": _Cut((_GPT2_LETTERS,)),
-    "llama-bpe": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama3": _LLAMA3,
-    "qwen2": _Cut((_split(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"), _LETTERS), normalizers.NFC()),
-    "smollm": _Cut((pre_tokenizers.Digits(individual_digits=True), _GPT2_LETTERS)),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """Tokens by id, with the type of each, and the ids of the special ones by name."""
+    """Tokens by id, with the kind of each, and the ids of the special ones by name."""
 
     tokens: list[str]
-    types: list[int]
+    kinds: list[int]
     special_ids: Mapping[str, int]
 
     def special(self, name: str) -> str:
@@ -87,13 +51,16 @@ def read_gguf_tokenizer(file: GgufFile) -> TokenizerParts:
         CheckpointError: naming the key that is missing, malformed, inconsistent, or of an unsupported kind.
     """
     vocabulary = _read_vocabulary(file)
-    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = file.metadata.get(f"{_PREFIX}model")
-    if kind not in kinds:
-        message = "missing" if kind is None else f"{kind!r} is not supported; supported: {', '.join(kinds)}"
+    if kind not in _KINDS:
+        message = "missing" if kind is None else f"{kind!r} is not supported; supported: {', '.join(_KINDS)}"
         raise file.error(f"{_PREFIX}model", message)
-    tokenizer = kinds[str(kind)](file, vocabulary)
-    tokenizer.add_tokens(_added_tokens(vocabulary))
+    make, add_bos, add_eos = _KINDS[str(kind)]
+    tokenizer = make(file, vocabulary)
+    if kind == "gpt2":
+        add_bos = CUTS[_pre(file)].add_bos
+    surround(tokenizer, _added(file, vocabulary, "bos", add_bos), _added(file, vocabulary, "eos", add_eos))
+    add_tokens(tokenizer, vocabulary.tokens, vocabulary.kinds)
     return TokenizerParts(
         tokenizer=tokenizer,
         special_tokens={f"{name}_token": vocabulary.special(name) for name in vocabulary.special_ids},
@@ -103,98 +70,71 @@ def read_gguf_tokenizer(file: GgufFile) -> TokenizerParts:
 
 def _read_vocabulary(file: GgufFile) -> _Vocabulary:
     tokens = file.strings(f"{_PREFIX}tokens")
-    types = [_NORMAL] * len(tokens)
+    kinds: list[int] = [Kind.NORMAL] * len(tokens)
     if f"{_PREFIX}token_type" in file.metadata:
-        types = _one_each(file, "token_type", len(tokens))
+        kinds = _one_each(file, "token_type", len(tokens))
     if len(set(tokens)) < len(tokens):
         raise file.error(f"{_PREFIX}tokens", "a token appears twice")
-    special_ids = file.special_token_ids()
+    special_ids = special_token_ids(file)
     for name, token_id in special_ids.items():
         if token_id >= len(tokens):
             raise file.error(_PREFIX + SPECIAL_TOKEN_KEYS[name], f"{token_id} is not one of {len(tokens)} tokens")
-    return _Vocabulary(tokens, types, special_ids)
-
-
-def _added_tokens(vocabulary: _Vocabulary) -> list[AddedToken]:
-    """Tokens that are found in a text before it is split, and never merged."""
-    return [
-        AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
-        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
-    ]
+    return _Vocabulary(tokens, kinds, special_ids)
 
 
 def _byte_level(file: GgufFile, vocabulary: _Vocabulary) -> Tokenizer:
-    name = file.metadata.get(f"{_PREFIX}pre", _DEFAULT)
-    cut = _CUTS.get(str(name))
-    if cut is None:
-        raise file.error(f"{_PREFIX}pre", f"{name!r} is not supported; supported: {', '.join(_CUTS)}")
-    merges = [tuple(merge.split(" ")) for merge in file.strings(f"{_PREFIX}merges")]
-    tokenizer = _bpe(file, vocabulary, merges, add_bos=cut.add_bos, ignore_merges=cut.whole_tokens)
-    tokenizer.normalizer = cut.normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cut.steps])
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    return byte_level(ids, file.strings(f"{_PREFIX}merges"), CUTS[_pre(file)], _refusal(file))
+
+
+def _pre(file: GgufFile) -> str:
+    name = file.metadata.get(f"{_PREFIX}pre", DEFAULT)
+    if name not in CUTS:
+        raise file.error(f"{_PREFIX}pre", f"{name!r} is not supported; docs/gguf.md lists the {len(CUTS)} that are")
+    return str(name)
 
 
 def _sentencepiece(file: GgufFile, vocabulary: _Vocabulary) -> Tokenizer:
-    """The form that Llama 2 has on Hugging Face: a space is put before a text, and after each special token."""
-    merges, unknown = _merges_by_score(file, vocabulary), vocabulary.special("unk")
-    tokenizer = _bpe(file, vocabulary, merges, add_bos=True, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    add_space = file.section(_PREFIX).flag("add_space_prefix", default=True)
-    before = [normalizers.Prepend(_SPACE)] if add_space else []
-    after = [decoders.Strip(" ", 1, 0)] if add_space else []
-    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
-    )
-    return tokenizer
+    return sentencepiece_bpe(_pieces(file, vocabulary), _refusal(file))
 
 
-def _bpe(file: GgufFile, vocabulary: _Vocabulary, merges: list[Any], *, add_bos: bool, **options: Any) -> Tokenizer:
-    """The tokenizer with its model, and with what it adds at both ends of a text."""
-    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
-    try:
-        tokenizer = Tokenizer(models.BPE(ids, merges, **options))
-    except Exception as error:  # the library raises nothing narrower
-        raise file.error(f"{_PREFIX}merges", f"not those of a tokenizer: {error}") from error
+def _unigram(file: GgufFile, vocabulary: _Vocabulary) -> Tokenizer:
+    return sentencepiece_unigram(_pieces(file, vocabulary), _refusal(file))
+
+
+# By name: what makes it, and whether a text begins with bos and ends with eos if the file does not say.
+_KINDS: dict[str, tuple[Callable[[GgufFile, _Vocabulary], Tokenizer], bool, bool]] = {
+    "gpt2": (_byte_level, False, False),
+    "llama": (_sentencepiece, True, False),
+    "t5": (_unigram, False, True),
+}
+
+
+def _pieces(file: GgufFile, vocabulary: _Vocabulary) -> Pieces:
     fields = file.section(_PREFIX)
-    defaults = {"bos": add_bos, "eos": False}
-    added = [name for name, default in defaults.items() if fields.flag(f"add_{name}_token", default=default)]
-    for name in added:
-        if name not in vocabulary.special_ids:
-            raise fields.error(SPECIAL_TOKEN_KEYS[name], f"missing, though a text is to begin or end with {name}")
-    if added:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[part for part in ("bos", "$A", "eos") if part == "$A" or part in added],
-            special_tokens=[
-                {"id": name, "ids": [vocabulary.special_ids[name]], "tokens": [vocabulary.special(name)]}
-                for name in added
-            ],
-        )
-    return tokenizer
+    if "unk" not in vocabulary.special_ids:
+        raise fields.error(SPECIAL_TOKEN_KEYS["unk"], "missing")
+    charsmap = fields.get("precompiled_charsmap")
+    return Pieces(
+        tokens=vocabulary.tokens,
+        kinds=vocabulary.kinds,
+        scores=_one_each(file, "scores", len(vocabulary.tokens)),
+        unknown_id=vocabulary.special_ids["unk"],
+        byte_fallback=Kind.BYTE in vocabulary.kinds,
+        prefix=fields.flag("add_space_prefix", default=True),
+        squeezes=fields.flag("remove_extra_whitespaces", default=False),
+        charsmap=b"" if charsmap is None else file.numbers(f"{_PREFIX}precompiled_charsmap").tobytes(),
+    )
 
 
-def _merges_by_score(file: GgufFile, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, in descending order of the token's score.
-
-    SentencePiece merges by the score of the result and has no list of merges; this list has the same effect.
-    """
-    scores = _one_each(file, "scores", len(vocabulary.tokens))
-    pieces = {
-        token: score
-        for token, kind, score in zip(vocabulary.tokens, vocabulary.types, scores, strict=True)
-        if kind not in (_UNKNOWN, _CONTROL, _BYTE)
-    }
-    merges = []
-    for piece in sorted(pieces, key=pieces.__getitem__, reverse=True):
-        if len(piece) > _MAX_PIECE_LETTERS:
-            message = f"a token of {len(piece)} letters; at most {_MAX_PIECE_LETTERS} are supported"
-            raise file.error(f"{_PREFIX}tokens", message)
-        # Of several pairs that make one piece, Hugging Face tries the one with the longest left part first.
-        cuts = ((piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1))
-        merges += [(left, right) for left, right in cuts if left in pieces and right in pieces]
-    return merges
+def _added(file: GgufFile, vocabulary: _Vocabulary, name: str, default: bool) -> tuple[str, int] | None:
+    """The special token that a text begins or ends with, if the file says so."""
+    fields = file.section(_PREFIX)
+    if not fields.flag(f"add_{name}_token", default=default):
+        return None
+    if name not in vocabulary.special_ids:
+        raise fields.error(SPECIAL_TOKEN_KEYS[name], f"missing, though a text is to begin or end with {name}")
+    return vocabulary.special(name), vocabulary.special_ids[name]
 
 
 def _chat_templates(file: GgufFile) -> dict[str, str]:
@@ -214,3 +154,7 @@ def _one_each(file: GgufFile, name: str, count: int) -> list[Any]:
     if len(numbers) != count:
         raise file.error(_PREFIX + name, f"{len(numbers)} values for {count} tokens")
     return numbers
+
+
+def _refusal(file: GgufFile) -> Callable[[str, str], CheckpointError]:
+    return lambda name, message: file.error(_PREFIX + name, message)

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file of architecture llama, dequantised, with rows in the order of `model/record.py`."""
+"""The tensors of a GGUF file, dequantised."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -15,76 +16,63 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
+from shoal.model.checkpoint.families.transform import in_float32
 from shoal.model.checkpoint.gguf_file import BF16, F16, F32, GgufFile, TensorInfo
-from shoal.model.checkpoint.parts import Weights
+from shoal.model.checkpoint.parts import Weights, zeros
 from shoal.scheduler.errors import CheckpointError
 
 Array = NDArray[Any]
 
 _PLAIN: dict[int, np.dtype[Any]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2")}
 _NAMES = {kind.value: kind.name for kind in GGMLQuantizationType}
-_SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 # Buffers that the metadata determines, or that are part of the config.
-_NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
-_STACKED = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
-_ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
+_NOT_WEIGHTS = re.compile(r"rope_(?:freqs|factors_long|factors_short)\.weight|blk\.\d+\.attn_rot_embd\.weight")
+_OF_LAYER = re.compile(r"blk\.(\d+)\.")
 # Numbers that one call dequantises: 1 MB of float32, so that its intermediate arrays stay in the cache.
 _NUMBERS_AT_ONCE = 2**18
 
-_HUGGING_FACE_NAME = re.compile(r"(?:model\.layers\.(\d+)\.)?(?:block_sparse_moe\.experts\.(\d+)\.)?(.+)\.weight")
-_OWN_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "block_sparse_moe.gate": "ffn_gate_inp",
-    "w1": "ffn_gate",
-    "w3": "ffn_up",
-    "w2": "ffn_down",
-}
 
+def read_gguf_weights(file: GgufFile, num_layers: int, *, outline: bool = False) -> Weights:
+    """All weights of the layers that generate: quantised tensors as float32, others in their own format.
 
-def own_name(name: str) -> str:
-    """llama.cpp's name for the tensor with a Hugging Face name; `name` itself where it has none.
-
-    Experts are named one by one, `blk.0.ffn_gate.7.weight`, as in older files, which do not stack them.
-    """
-    match = _HUGGING_FACE_NAME.fullmatch(name)
-    if match is None:
-        return name
-    layer, expert, part = match.groups()
-    prefix = "" if layer is None else f"blk.{layer}."
-    suffix = ".weight" if expert is None else f".{expert}.weight"
-    return prefix + _OWN_NAMES.get(part, part) + suffix
-
-
-def read_gguf_weights(file: GgufFile, *, num_heads: int, num_kv_heads: int, num_experts: int) -> Weights:
-    """All weights: quantised tensors as float32, others in their own format.
+    For an outline all are zeros.
 
     If any tensor is quantised, the others are copied, so that the file's pages can be released; else arrays are
     read-only views of the file.
 
     Raises:
-        CheckpointError: naming the tensor: of an unsupported type, of a shape that does not fit its type or the
-            numbers of heads and experts, truncated, or overlapping another one.
+        CheckpointError: naming the tensor: of an unsupported type, of a shape that does not fit its type, truncated, or
+            overlapping another one.
     """
-    stored = stored_tensors(file)
-    heads = {"q": num_heads, "k": num_kv_heads}
-    for tensor in stored:
-        if rotated := _ROTATED.fullmatch(tensor.info.name):
-            tensor.rows = _by_halves(file, tensor, heads[rotated[1]])
-    tensors: dict[str, Array] = {}
-    for name, array in _arrays(stored).items():
-        tensors |= _one_by_one(file, name, array, num_experts)
-    return Weights(file.path, tensors, own_name)
+    stored = [tensor for tensor in stored_tensors(file) if _layer(tensor.info.name) < num_layers]
+    tensors = _outline(stored) if outline else _arrays(stored)
+    for name in [name for name in tensors if name.endswith("attn_k_b.weight")]:
+        _join_latent(file, tensors, name)
+    for name, array in tensors.items():
+        if name.endswith("ffn_gate_inp_shexp.weight") and array.ndim == 1:
+            tensors[name] = array[None]
+    return Weights(file.path, tensors, own_name=str)
+
+
+def _layer(name: str) -> int:
+    """The layer that the tensor belongs to; -1 for none."""
+    match = _OF_LAYER.match(name)
+    return int(match[1]) if match else -1
+
+
+def _join_latent(file: GgufFile, tensors: dict[str, Array], key_name: str) -> None:
+    """Make one matrix, as in older files, of what gives keys and what gives values of the latent.
+
+    They are [heads, rank, key width] and [heads, value width, rank].
+    """
+    value_name = key_name.replace("attn_k_b", "attn_v_b")
+    key, value = tensors.pop(key_name), tensors.pop(value_name, None)
+    if value is None or key.ndim != 3 or value.ndim != 3 or (len(key), key.shape[1]) != (len(value), value.shape[2]):
+        raise file.error(f"tensor {key_name}", f"expected {value_name} beside it, of the same heads and rank")
+    if key.dtype != value.dtype:
+        key, value = in_float32(key), in_float32(value)
+    joined = np.concatenate((key.swapaxes(1, 2), value), axis=1)
+    tensors[key_name.replace("attn_k_b", "attn_kv_b")] = joined.reshape(-1, joined.shape[-1])
 
 
 def stored_tensors(file: GgufFile) -> list[StoredTensor]:
@@ -115,8 +103,9 @@ class StoredTensor:
 
 def _stored(file: GgufFile, info: TensorInfo) -> StoredTensor:
     name = _NAMES.get(info.type, str(info.type))
-    if name not in _SUPPORTED:
-        raise _error(file, info, f"type {name} is not supported; supported: {', '.join(_SUPPORTED)}")
+    if not is_supported(info.type):
+        supported = ", ".join(name for number, name in _NAMES.items() if is_supported(number))
+        raise _error(file, info, f"type {name} is not supported; supported: {supported}")
     kind = GGMLQuantizationType(info.type)
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
     row = info.shape[-1]
@@ -131,20 +120,28 @@ def _stored(file: GgufFile, info: TensorInfo) -> StoredTensor:
     return StoredTensor(info, kind, data.reshape(num_rows, row_bytes))
 
 
+@cache
+def is_supported(number: int) -> bool:
+    """Whether numbers of the type are plain, or the library can dequantise them."""
+    if number not in _NAMES:
+        return False
+    kind = GGMLQuantizationType(number)
+    try:
+        _dequantise(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), np.zeros(GGML_QUANT_SIZES[kind][0]), kind)
+    except NotImplementedError:
+        return number in _PLAIN
+    return True
+
+
 def _check_apart(file: GgufFile, stored: list[StoredTensor]) -> None:
     for one, other in pairwise(sorted(stored, key=lambda tensor: tensor.info.start)):
         if one.info.start + one.rows.size > other.info.start:
             raise _error(file, other.info, f"its data overlaps that of {one.info.name}")
 
 
-def _by_halves(file: GgufFile, tensor: StoredTensor, num_heads: int) -> Array:
-    """The rows of a query or key projection in the record's order: llama.cpp turns rows 2 i and 2 i + 1 of a head
-    together, the record rows i and i + head_dim / 2."""
-    num_rows, row_bytes = tensor.rows.shape
-    if num_rows % (2 * num_heads):
-        raise _error(file, tensor.info, f"{num_rows} rows are not pairs of rows for each of {num_heads} heads")
-    pairs = tensor.rows.reshape(num_heads, -1, 2, row_bytes)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(num_rows, row_bytes)
+def _outline(stored: list[StoredTensor]) -> dict[str, Array]:
+    infos = [tensor.info for tensor in stored]
+    return {info.name: zeros(tuple(info.shape), _PLAIN.get(info.type, _PLAIN[F32])) for info in infos}
 
 
 def _arrays(stored: list[StoredTensor]) -> dict[str, Array]:
@@ -185,17 +182,6 @@ def _dequantise(blocks: Array, numbers: Array, kind: GGMLQuantizationType) -> No
     # As one long row: the library takes 16 rows at a time, and 16 rows of a matrix are too little work for a call.
     with np.errstate(all="ignore"):
         numbers[:] = quants.dequantize(blocks.reshape(1, -1), kind).reshape(numbers.shape)
-
-
-def _one_by_one(file: GgufFile, name: str, array: Array, num_experts: int) -> dict[str, Array]:
-    """The tensor by name, or the experts that are stacked in it, each by its own name."""
-    stacked = _STACKED.fullmatch(name)
-    if stacked is None:
-        return {name: array}
-    if array.ndim != 3 or len(array) != num_experts:
-        message = f"expected a matrix for each of {num_experts} experts, found shape {list(array.shape)}"
-        raise file.error(f"tensor {name}", message)
-    return {f"{stacked[1]}.{expert}.weight": matrix for expert, matrix in enumerate(array)}
 
 
 def _error(file: GgufFile, info: TensorInfo, message: str) -> CheckpointError:

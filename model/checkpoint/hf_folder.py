@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights
+from shoal.model.checkpoint.families import Tensors
+from shoal.model.checkpoint.parts import Fields, TokenizerParts, Weights, zeros
 from shoal.model.checkpoint.safetensors_file import read_safetensors
 from shoal.scheduler.errors import CheckpointError
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+# Files that a tokenizer can be made of.
+TOKENIZERS = (TOKENIZER, "tokenizer.model", "vocab.json")
 
 _GENERATION_CONFIG = "generation_config.json"
 _POOLING = "1_Pooling/config.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Buffers in some files, which the config determines.
@@ -45,26 +49,30 @@ class HuggingFaceFolder:
         return Fields(path, read_json(path) if path.exists() else {})
 
     def tokenizer(self) -> TokenizerParts:
-        import tokenizers  # noqa: PLC0415  (the engine process does not need it, and it takes time to load)
+        # The engine process does not need the tokenizers package, which takes time to load.
+        from shoal.model.checkpoint.hf_tokenizer import read_hf_tokenizer  # noqa: PLC0415
 
-        path = self.path / TOKENIZER
-        config_path = self.path / _TOKENIZER_CONFIG
-        config = read_json(config_path) if config_path.exists() else {}
-        read_json(path)  # for its messages: the library's do not name the file
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{path}: not a tokenizer: {error}", param=path.name) from error
-        return TokenizerParts(
-            tokenizer=tokenizer,
-            special_tokens=_special_tokens(config),
-            chat_templates=_chat_templates(self.path, config),
-        )
+        return read_hf_tokenizer(self.path)
+
+    def own_tensors(self, tensors: Tensors) -> Tensors:
+        return tensors
 
     def weights(self) -> Weights:
         path, tensors = self._tensors()
         kept = {name: tensor for name, tensor in tensors.items() if not _NOT_WEIGHTS.fullmatch(name)}
         return Weights(path, kept, own_name=str)
+
+    def outline(self) -> Weights:
+        weights = self.weights()
+        return replace(weights, tensors={name: zeros(own.shape, own.dtype) for name, own in weights.tensors.items()})
+
+    def holds(self) -> dict[str, tuple[int, int]]:
+        counts, sizes = Counter[str](), Counter[str]()
+        for tensor in self._tensors()[1].values():
+            name = "bfloat16" if tensor.dtype == np.uint16 else tensor.dtype.name
+            counts[name] += 1
+            sizes[name] += tensor.nbytes
+        return {name: (count, sizes[name]) for name, count in counts.most_common()}
 
     def _tensors(self) -> tuple[Path, dict[str, NDArray[Any]]]:
         """The file that errors name (the single file, or the index of the shards), and the tensors by name."""
@@ -95,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file, if it cannot be read or holds something else.
     """
-    text = _read_text(path)
+    text = read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -105,34 +113,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of the file.
+
+    Raises:
+        CheckpointError: naming the file, if it cannot be read or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}", param=path.name) from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8: {error}", param=path.name) from error
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens of a tokenizer_config.json by name; each is written as text or as an object with `content`."""
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name: from their own file, else from the config, which holds one or a list of named ones."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return {"default": _read_text(path)}
-    template = config.get("chat_template")
-    if template is None:
-        return {}
-    if isinstance(template, str):
-        return {"default": template}
-    try:
-        return {entry["name"]: entry["template"] for entry in template}
-    except (TypeError, KeyError) as error:
-        message = f"{folder / _TOKENIZER_CONFIG}: chat_template: expected a template or a list of {{name, template}}"
-        raise CheckpointError(message, param=_TOKENIZER_CONFIG) from error

@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from shoal.scheduler.errors import CheckpointError
 
 if TYPE_CHECKING:  # it takes time to load, and the engine process does not need it
     from tokenizers import Tokenizer
+
+
+# Of a message: a file may hold anything where a number should be.
+_MOST_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +38,14 @@ class Fields:
     prefix: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
 
-    def error(self, name: str, message: str) -> CheckpointError:
+    def own_name(self, name: str) -> str:
+        """What the file calls the field."""
         name = self.prefix + name
-        return CheckpointError(f"{self.path}: {self.names.get(name, name)}: {message}", param=self.path.name)
+        return self.names.get(name, name)
+
+    def error(self, name: str, message: str) -> CheckpointError:
+        message = message if len(message) <= _MOST_CHARS else f"{message[:_MOST_CHARS]}..."
+        return CheckpointError(f"{self.path}: {self.own_name(name)}: {message}", param=self.path.name)
 
     def section(self, name: str, values: Mapping[str, Any]) -> Fields:
         """The fields of an object that is itself the field `name`."""
@@ -98,6 +108,11 @@ class TokenizerParts:
     tokenizer: Tokenizer
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str]
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of zeros that takes no memory, and that nobody may write to."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,10 @@ ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options, c
 
 void shoal_destroy(ShoalModel* model) { delete model; }
 
-const char* shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data,
-                       int32_t type) {
+const char* shoal_load(ShoalModel* model, int32_t tensor, int32_t is_bias, int32_t layer, int32_t expert,
+                       const void* data, int32_t type) {
     return within_memory([&]() -> const char* {
-        model->model.load_tensor(static_cast<ShoalTensor>(tensor), layer, expert,
+        model->model.load_tensor(static_cast<ShoalTensor>(tensor), is_bias != 0, layer, expert,
                                  {data, static_cast<shoal::Source::Type>(type)});
         return nullptr;
     });

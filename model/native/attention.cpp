@@ -1,32 +1,13 @@
 #include "attention.h"
 
-#include <limits>
+#include "activations.h"
+#include "softmax.h"
 
 namespace shoal {
 
 namespace {
 
-// Replaces scores by weights e**(score - greatest); gives the greatest score and the sum of the weights.
-void exponentiate(float* scores, int count, float* greatest, float* sum) {
-    const int full = count / kLanes * kLanes;
-    Vec greatest_lanes = broadcast(-std::numeric_limits<float>::infinity());
-    for (int i = 0; i < full; i += kLanes) greatest_lanes = max(load(scores + i), greatest_lanes);
-    float most = max_lanes(greatest_lanes);
-    for (int i = full; i < count; ++i) most = scores[i] > most ? scores[i] : most;
-    Vec sums = broadcast(0.0F);
-    for (int i = 0; i < full; i += kLanes) {
-        const Vec weights = exp(load(scores + i) - broadcast(most));
-        store(scores + i, weights);
-        sums = sums + weights;
-    }
-    if (full < count) {
-        store(scores + full, exp(load(scores + full) - broadcast(most)));
-        for (int i = count; i < full + kLanes; ++i) scores[i] = 0;
-        sums = sums + load(scores + full);
-    }
-    *greatest = most;
-    *sum = sum_lanes(sums);
-}
+constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Fetches `count` elements that are needed soon: the hardware cannot predict where the next block lies.
 template <class Element>
@@ -45,12 +26,18 @@ __attribute__((noinline)) void weigh(const float* weights, ptrdiff_t stride,
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) sums[r][p] = load(to + r * to_stride + (panel + p) * kLanes);
     }
-    for (int at = begin; at < end; at += kLanes) {
+    const auto add = [&](int at, int lane, int count) {
         const typename Format::Weight* panels[kPanels];
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) panels[p] = values[at / kLanes] + (panel + p) * kLanes * kLanes;
-        multiply<Format, kRows, kPanels>(weights + at, stride, panels, std::min(kLanes, end - at), sums);
+        for (int p = 0; p < kPanels; ++p) panels[p] = values[at / kLanes] + ((panel + p) * kLanes + lane) * kLanes;
+        multiply<Format, kRows, kPanels>(weights + at, stride, panels, count, sums);
+    };
+    int at = begin;
+    if (at % kLanes > 0) {
+        at = std::min(round_up(begin, kLanes), end);
+        add(begin, begin % kLanes, at - begin);
     }
+    for (; at < end; at += kLanes) add(at, 0, std::min(kLanes, end - at));
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -60,155 +47,142 @@ __attribute__((noinline)) void weigh(const float* weights, ptrdiff_t stride,
 
 }  // namespace
 
-Attention::Attention(int num_heads, int num_kv_heads, int head_dim, int block_size, int num_threads)
-    : num_kv_heads_(num_kv_heads),
-      head_dim_(head_dim),
-      padded_dim_(round_up(head_dim, kLanes)),
-      group_(num_heads / num_kv_heads),
-      block_size_(block_size),
-      scale_(1.0F / std::sqrt(static_cast<float>(head_dim))) {
-    const size_t rows = rows_per_tile();
-    for (int thread = 0; thread < num_threads; ++thread) {
-        scratch_.push_back({Array<float>(rows * padded_dim_), Array<float>(rows * kStretch),
-                            Array<float>(state_size(rows)), Array<float>(state_size(rows))});
-    }
-}
-
-void Attention::plan(const ShoalBatch& batch, int num_threads) {
-    tiles_.clear();
-    pieces_.clear();
-    split_tiles_.clear();
-    const int height = rows_per_tile() / group_;
-    for (int64_t s = 0; s < batch.num_seqs; ++s) {
-        for (int token = batch.query_start_loc[s]; token < batch.query_start_loc[s + 1]; token += height) {
-            const int num_queries = std::min(height, batch.query_start_loc[s + 1] - token);
-            tiles_.push_back({token, num_queries, batch.positions[token], batch.block_tables + s * batch.max_blocks,
-                              false, 0});
-        }
-    }
-    // Where there are few tiles, long ones are split, so that no thread is idle.
-    const bool few = static_cast<int>(tiles_.size()) * num_kv_heads_ < 8 * num_threads;
-    size_t num_partials = 0;
-    for (int index = 0; index < static_cast<int>(tiles_.size()); ++index) {
-        QueryTile& tile = tiles_[index];
-        const int stretches = tile.num_stretches();
-        tile.split = few && stretches > 1;
-        if (tile.split) {
-            tile.first_partial = num_partials;
-            num_partials += num_kv_heads_ * stretches * state_size(tile.num_queries * group_);
-            split_tiles_.push_back(index);
-        }
-        const int step = tile.split ? 1 : stretches;
-        for (int head = 0; head < num_kv_heads_; ++head) {
-            for (int begin = 0; begin < stretches; begin += step) pieces_.push_back({index, head, begin, begin + step});
-        }
-    }
-    partials_.reserve(num_partials);
-    // The longest first: the pieces that end last are then short.
-    std::stable_sort(pieces_.begin(), pieces_.end(),
-                     [](const Piece& a, const Piece& b) { return a.end - a.begin > b.end - b.begin; });
-}
-
-void Attention::run(Pool& pool, const KVCache& cache, int layer, const RotaryTables& rotary, const float* heads,
+void Attention::run(Pool& pool, const KVCache& cache, const AttentionLayer& layer, const float* heads,
                     ptrdiff_t stride, Rows& attended) {
     if (cache.is_half()) {
-        run_as<HalfFormat>(pool, cache, layer, rotary, heads, stride, attended);
+        run_as<HalfFormat>(pool, cache, layer, heads, stride, attended);
     } else {
-        run_as<FloatFormat>(pool, cache, layer, rotary, heads, stride, attended);
+        run_as<FloatFormat>(pool, cache, layer, heads, stride, attended);
     }
 }
 
 template <class Format>
-void Attention::run_as(Pool& pool, const KVCache& cache, int layer, const RotaryTables& rotary, const float* heads,
+void Attention::run_as(Pool& pool, const KVCache& cache, const AttentionLayer& layer, const float* heads,
                        ptrdiff_t stride, Rows& attended) {
-    const auto partial = [&](const QueryTile& tile, int head, int stretch) {
+    const Plan& plan = plans_[layer.view];
+    const View& view = plan.view;
+    const auto partial = [this](const QueryTile& tile, int head, int stretch) {
         const int num_rows = tile.num_queries * group_;
-        const size_t index = head * tile.num_stretches() + stretch;
+        const size_t index = head * (tile.end - tile.begin) + stretch - tile.begin;
         return state_at(partials_.data() + tile.first_partial + index * state_size(num_rows), num_rows);
     };
-    pool.run(static_cast<int>(pieces_.size()), [&](int index, int thread) {
-        const Piece& piece = pieces_[index];
-        const QueryTile& tile = tiles_[piece.tile];
+    pool.run(static_cast<int>(plan.pieces.size()), [&](int index, int thread) {
+        const Piece& piece = plan.pieces[index];
+        const QueryTile& tile = plan.tiles[piece.tile];
         Scratch& scratch = scratch_[thread];
-        load_queries(tile, piece.head, rotary, heads, stride, scratch);
+        load_queries(layer, tile, piece.head, heads, stride, scratch);
         if (tile.split) {
-            attend_to_stretch<Format>(cache, layer, tile, piece.head, piece.begin, scratch,
+            attend_to_stretch<Format>(cache, layer.place, view, tile, piece.head, piece.begin, scratch,
                                       partial(tile, piece.head, piece.begin));
             return;
         }
         const State next = state_at(scratch.stretch.data(), tile.num_queries * group_);
         const State all = state_at(scratch.all.data(), tile.num_queries * group_);
         for (int stretch = piece.begin; stretch < piece.end; ++stretch) {
-            attend_to_stretch<Format>(cache, layer, tile, piece.head, stretch, scratch, next);
-            join(tile, stretch, next, all);
+            attend_to_stretch<Format>(cache, layer.place, view, tile, piece.head, stretch, scratch, next);
+            join(view, tile, stretch, next, all);
         }
-        write(tile, piece.head, all, attended);
+        write(tile, piece.head, layer.sinks, all, attended);
     });
-    pool.run(static_cast<int>(split_tiles_.size()) * num_kv_heads_, [&](int index, int thread) {
-        const QueryTile& tile = tiles_[split_tiles_[index / num_kv_heads_]];
+    pool.run(static_cast<int>(plan.split_tiles.size()) * num_kv_heads_, [&](int index, int thread) {
+        const QueryTile& tile = plan.tiles[plan.split_tiles[index / num_kv_heads_]];
         const int head = index % num_kv_heads_;
         const State all = state_at(scratch_[thread].all.data(), tile.num_queries * group_);
-        for (int stretch = 0; stretch < tile.num_stretches(); ++stretch) {
-            join(tile, stretch, partial(tile, head, stretch), all);
+        for (int stretch = tile.begin; stretch < tile.end; ++stretch) {
+            join(view, tile, stretch, partial(tile, head, stretch), all);
         }
-        write(tile, head, all, attended);
+        write(tile, head, layer.sinks, all, attended);
     });
 }
 
-void Attention::load_queries(const QueryTile& tile, int head, const RotaryTables& rotary, const float* heads,
+void Attention::load_queries(const AttentionLayer& layer, const QueryTile& tile, int head, const float* heads,
                              ptrdiff_t stride, Scratch& scratch) const {
     for (int i = 0; i < tile.num_queries; ++i) {
         const float* queries = heads + (tile.first_token + i) * stride + head * group_ * head_dim_;
+        const int position = tile.first_position + i;
+        const float scale = layer.temperatures ? scale_ * layer.temperatures[position] : scale_;
         for (int g = 0; g < group_; ++g) {
-            rotary.rotate(queries + g * head_dim_, tile.first_position + i, scale_,
-                          scratch.queries.data() + (i * group_ + g) * padded_dim_);
+            place_head(layer.rotary, queries + g * head_dim_, head_dim_, position, scale,
+                       scratch.queries.data() + (i * group_ + g) * padded_dim_);
         }
     }
 }
 
 template <class Format>
-void Attention::attend_to_stretch(const KVCache& cache, int layer, const QueryTile& tile, int head, int stretch,
-                                  Scratch& scratch, const State& to) const {
+void Attention::attend_to_stretch(const KVCache& cache, int place, const View& view, const QueryTile& tile, int head,
+                                  int stretch, Scratch& scratch, const State& to) const {
     using Element = typename Format::Weight;
     const Element* keys[kStretch / kLanes];
     const Element* values[kStretch / kLanes];
-    const int start = stretch * kStretch;
-    const auto num_seen = [&](int query) {  // positions of this stretch that the query sees
-        return std::clamp(tile.first_position + query + 1 - start, 0, kStretch);
-    };
-    const int num_keys = (num_seen(tile.num_queries - 1) + kLanes - 1) / kLanes;
-    for (int i = 0; i < num_keys; ++i) {
-        const int position = start + i * kLanes;
-        const int64_t block = tile.block_table[position / block_size_];
+    int first = 0, last = tile.num_queries;  // the queries that see any position of this stretch
+    while (seen(view, tile, first, stretch).is_empty()) ++first;
+    while (seen(view, tile, last - 1, stretch).is_empty()) --last;
+    // What is seen first and what is seen last move on with the query.
+    const Range least = seen(view, tile, first, stretch), most = seen(view, tile, last - 1, stretch);
+    const int first_key = least.begin / kLanes, num_keys = (most.end + kLanes - 1) / kLanes;
+    for (int i = first_key; i < num_keys; ++i) {
+        const int position = stretch * kStretch + i * kLanes;
+        const int64_t block = tile.block_table[static_cast<int64_t>(position / block_size_) * num_tables_];
         const int64_t at = (block * block_size_ + position % block_size_) / kLanes;
-        keys[i] = cache.keys<Element>(layer, at, head);
-        values[i] = cache.values<Element>(layer, at, head);
+        keys[i] = cache.keys<Element>(place, at, head);
+        values[i] = cache.values<Element>(place, at, head);
     }
-    score<Format>(keys, values, num_keys, tile.num_queries * group_, scratch);
-    int first = 0;  // the first query that sees a position of this stretch
-    while (num_seen(first) == 0) ++first;
-    for (int row = first * group_; row < tile.num_queries * group_; ++row) {
-        exponentiate(scratch.scores.data() + row * kStretch, num_seen(row / group_), to.greatest + row, to.sum + row);
-        std::memset(to.values + static_cast<size_t>(row) * padded_dim_, 0, padded_dim_ * sizeof(float));
+    score<Format>(keys, values, first_key, num_keys, tile.num_queries * group_, scratch);
+    for (int query = first; query < last; ++query) {
+        const Range range = seen(view, tile, query, stretch);
+        if (softcap_ > 0 || slopes_.size() > 0) change_scores(tile, query, head, stretch, range, scratch);
+        for (int row = query * group_; row < (query + 1) * group_; ++row) {
+            exponentiate(scratch.scores.data() + row * kStretch, range.begin, range.end, to.greatest + row,
+                         to.sum + row);
+            std::memset(to.values + static_cast<size_t>(row) * padded_dim_, 0, padded_dim_ * sizeof(float));
+        }
     }
     // Positions that all queries see are added for all queries at once.  The others are added for each query alone,
     // because a position with weight zero must not be read: zero times NaN is NaN.
-    const int common = num_seen(first) / kLanes * kLanes;
-    add_values<Format>(values, 0, common, first * group_, (tile.num_queries - first) * group_, scratch, to.values);
-    for (int query = first; query < tile.num_queries; ++query) {
-        add_values<Format>(values, common, num_seen(query), query * group_, group_, scratch, to.values);
+    const int begin = round_up(most.begin, kLanes), end = std::max(begin, least.end / kLanes * kLanes);
+    const auto add_alone = [&](int query, int from, int to_end) {
+        add_values<Format>(values, from, to_end, query * group_, group_, scratch, to.values);
+    };
+    for (int query = first; most.begin > 0 && query < last; ++query) {
+        const Range range = seen(view, tile, query, stretch);
+        add_alone(query, range.begin, std::min(begin, range.end));
+    }
+    add_values<Format>(values, begin, end, first * group_, (last - first) * group_, scratch, to.values);
+    for (int query = first; query < last; ++query) {
+        const Range range = seen(view, tile, query, stretch);
+        add_alone(query, std::max(end, range.begin), range.end);
     }
 }
 
-// Computes scores[row][position] for all rows and num_keys * 16 positions.
+// Caps the scores of a query, and adds what depends on how far away a position is (ALiBi, Press et al. 2022).  Adding
+// slope * position would give the same softmax, and round more.
+void Attention::change_scores(const QueryTile& tile, int query, int head, int stretch, Range range,
+                              Scratch& scratch) const {
+    const Vec lanes = load(kLaneNumbers);
+    for (int g = 0; g < group_; ++g) {
+        float* scores = scratch.scores.data() + (query * group_ + g) * kStretch;
+        for (int i = range.begin / kLanes * kLanes; i < range.end; i += kLanes) {
+            Vec changed = load(scores + i);
+            if (softcap_ > 0) changed = soft_cap(changed, softcap_);
+            if (slopes_.size() > 0) {
+                const int distance = stretch * kStretch + i - tile.first_position - query;
+                const Vec distances = broadcast(static_cast<float>(distance)) + lanes;
+                changed = fma(broadcast(slopes_[head * group_ + g]), distances, changed);
+            }
+            store(scores + i, changed);
+        }
+    }
+}
+
+// Computes scores[row][position] for all rows and the vectors of 16 positions from first_key to num_keys.
 template <class Format>
 void Attention::score(const typename Format::Weight* const* keys, const typename Format::Weight* const* values,
-                      int num_keys, int num_rows, Scratch& scratch) const {
+                      int first_key, int num_keys, int num_rows, Scratch& scratch) const {
     Vec sums[kMaxRows * kMaxPanels];
     for (int row = 0; row < num_rows; row += kMaxRows) {
         const int rows = std::min(kMaxRows, num_rows - row);
         int count;
-        for (int key = 0; key < num_keys; key += count) {
+        for (int key = first_key; key < num_keys; key += count) {
             for (count = panels_at_once(rows); count > num_keys - key;) count /= 2;
             for (int p = 0; num_rows <= kMaxRows && p < count; ++p) {
                 if (key + count + p < num_keys) prefetch(keys[key + count + p], head_dim_ * kLanes);
@@ -246,34 +220,30 @@ void Attention::add_values(const typename Format::Weight* const* values, int beg
 }
 
 // Joins the next stretch to the ones before it.
-void Attention::join(const QueryTile& tile, int stretch, const State& next, const State& state) const {
+void Attention::join(const View& view, const QueryTile& tile, int stretch, const State& next, const State& state) const {
     for (int row = 0; row < tile.num_queries * group_; ++row) {
-        if (tile.first_position + row / group_ < stretch * kStretch) continue;  // the row sees nothing of this stretch
+        const int position = tile.first_position + row / group_, first_seen = view.first_seen(position);
+        if (position < stretch * kStretch || first_seen / kStretch > stretch) continue;  // the row sees nothing of it
         float* values = state.values + static_cast<size_t>(row) * padded_dim_;
         const float* added = next.values + static_cast<size_t>(row) * padded_dim_;
-        if (stretch == 0) {
+        if (first_seen / kStretch == stretch) {
             state.greatest[row] = next.greatest[row];
             state.sum[row] = next.sum[row];
             std::memcpy(values, added, padded_dim_ * sizeof(float));
             continue;
         }
-        const float greatest = std::max(state.greatest[row], next.greatest[row]);
-        float lanes[kLanes] = {state.greatest[row] - greatest, next.greatest[row] - greatest};
-        store(lanes, exp(load(lanes)));
-        const float kept = lanes[0], share = lanes[1];
-        state.greatest[row] = greatest;
-        state.sum[row] = state.sum[row] * kept + next.sum[row] * share;
-        for (int i = 0; i < padded_dim_; ++i) values[i] = values[i] * kept + added[i] * share;
+        join_row(state.greatest[row], state.sum[row], values, next.greatest[row], next.sum[row], added, padded_dim_);
     }
 }
 
-void Attention::write(const QueryTile& tile, int head, const State& state, Rows& attended) const {
+void Attention::write(const QueryTile& tile, int head, const float* sinks, const State& state, Rows& attended) const {
     for (int i = 0; i < tile.num_queries; ++i) {
         for (int g = 0; g < group_; ++g) {
             const int row = i * group_ + g;
             const float* values = state.values + static_cast<size_t>(row) * padded_dim_;
             float* to = attended[tile.first_token + i] + (head * group_ + g) * head_dim_;
-            const float inverse = 1 / state.sum[row];
+            const float inverse =
+                sinks ? with_sink(state.greatest[row], state.sum[row], sinks[head * group_ + g]) : 1 / state.sum[row];
             for (int k = 0; k < head_dim_; ++k) to[k] = values[k] * inverse;
         }
     }

@@ -1,7 +1,10 @@
 // Checks of what a caller passes: a wrong array is a bug of ours, and must not lead to reads or writes out of bounds.
 #pragma once
 
+#include <vector>
+
 #include "shoal.h"
+#include "view.h"
 
 namespace shoal {
 
@@ -11,6 +14,8 @@ struct Limits {
     int64_t num_positions;
     int64_t num_blocks;
     int64_t block_size;
+    int64_t num_groups;
+    std::vector<View> views;  // of all layers
 };
 
 // What is wrong; null if nothing is.

@@ -10,24 +10,25 @@ namespace {
 
 // The arrays of a step: first over the tokens [start, end) of each sequence, and then over one more token of each.
 struct DraftStep {
-    DraftStep(const ShoalDraft& draft, int block_size) : block_size_(block_size), ends{0} {
+    DraftStep(const ShoalDraft& draft, int block_size, int num_groups)
+        : block_size_(block_size), num_groups_(num_groups), ends{0} {
         const int num_seqs = static_cast<int>(draft.num_seqs);
         for (int s = 0; s < num_seqs; ++s) {
             max_blocks_ = std::max<int64_t>(max_blocks_, (draft.ends[s] + draft.num_wanted[s] - 2) / block_size + 1);
         }
-        tables.resize(num_seqs * max_blocks_);
+        tables.resize(num_seqs * max_blocks_ * num_groups);
         for (int s = 0; s < num_seqs; ++s) {
             const int32_t* row = draft.block_tables + draft.rows[s] * draft.blocks_stride;
             const int64_t used = (draft.ends[s] + draft.num_wanted[s] - 2) / block_size + 1;
-            std::copy(row, row + used, tables.begin() + s * max_blocks_);
+            std::copy(row, row + used * num_groups, tables.begin() + s * max_blocks_ * num_groups);
             for (int position = draft.starts[s]; position < draft.ends[s]; ++position) {
                 token_ids.push_back(draft.tokens[draft.rows[s] * draft.tokens_stride + position]);
                 positions.push_back(position);
-                slots.push_back(slot(s, position));
             }
             ends.push_back(static_cast<int32_t>(positions.size()));
             logits.push_back(ends.back() - 1);
         }
+        find_slots(num_seqs);
     }
 
     // Goes on to the next token of the first num_seqs sequences.
@@ -35,11 +36,11 @@ struct DraftStep {
         for (int s = 0; s < num_seqs; ++s) {
             // In the first step, the last position of a sequence is at the index of its logits; later it is at s.
             positions[s] = positions[logits[s]] + 1;
-            slots[s] = slot(s, positions[s]);
             token_ids[s] = std::max(chosen[s], 0);  // a row without an answer goes on with token 0
         }
         std::iota(ends.begin(), ends.end(), 0);
         std::iota(logits.begin(), logits.end(), 0);
+        find_slots(num_seqs);
     }
 
     ShoalBatch batch(int num_seqs) const {
@@ -48,11 +49,22 @@ struct DraftStep {
     }
 
 private:
-    int32_t slot(int s, int position) const {
-        return tables[s * max_blocks_ + position / block_size_] * block_size_ + position % block_size_;
+    // Group after group, the slots of the first num_seqs sequences' tokens.
+    void find_slots(int num_seqs) {
+        slots.clear();
+        for (int group = 0; group < num_groups_; ++group) {
+            for (int s = 0; s < num_seqs; ++s) {
+                for (int token = ends[s]; token < ends[s + 1]; ++token) {
+                    const int position = positions[token];
+                    const int64_t block = (s * max_blocks_ + position / block_size_) * num_groups_ + group;
+                    slots.push_back(tables[block] * block_size_ + position % block_size_);
+                }
+            }
+        }
     }
 
     int block_size_;
+    int num_groups_;
     int64_t max_blocks_ = 0;
     std::vector<int32_t> token_ids, positions, slots, ends, logits, tables;
 };
@@ -64,7 +76,7 @@ void Model::draft(const ShoalSampling& sampling, const ShoalDraft& draft) {
     const int width = draft.num_wanted[0];
     std::vector<int32_t> token_ids(num_seqs);
     const ShoalChosen chosen{token_ids.data(), -1, nullptr, nullptr, nullptr, nullptr};
-    DraftStep next(draft, block_size_);
+    DraftStep next(draft, block_size_, shape_.num_groups);
     ShoalSampling choice = sampling;
     for (int index = 0; index < width; ++index) {
         if (index > 0) {

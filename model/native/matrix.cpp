@@ -68,6 +68,14 @@ void Matrix::pack(Pool& pool, Source source, int num_rows, int first_column, int
     });
 }
 
+void Matrix::add_bias(Source source, int num_rows, int first_column, Arena& arena, int panel_step, int panel_offset) {
+    if (!bias_) bias_ = arena.take<float>(static_cast<size_t>(num_panels_) * kLanes);
+    for (int row = 0; row < num_rows; ++row) {
+        const int column = first_column + row, panel = column / kLanes * panel_step + panel_offset;
+        bias_[panel * kLanes + column % kLanes] = source[row];
+    }
+}
+
 void Matrix::set_column(int panel, int lane, const float* weights) {
     if (!quantized_) {
         float* to = weights_ + panel * panel_size_ + lane;

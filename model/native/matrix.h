@@ -23,8 +23,8 @@ struct Source {
         const uint16_t bits = static_cast<const uint16_t*>(data)[i];
         return type == kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
     }
-    void read(size_t first, int count, float* to) const {
-        for (int i = 0; i < count; ++i) to[i] = (*this)[first + i];
+    void read(size_t first, size_t count, float* to) const {
+        for (size_t i = 0; i < count; ++i) to[i] = (*this)[first + i];
     }
 };
 
@@ -36,12 +36,21 @@ public:
     Rows(int width, bool quantized)
         : width_(width), stride_(stride_for(width)), quantized_(quantized), limit_(limit_for(width)) {}
 
+    // Makes room for rows; the former ones are lost.
     void reserve(int num_rows) {
         const size_t size = static_cast<size_t>(num_rows) * stride_;
         values_.reserve(size);
         if (!quantized_) return;
         integers_.reserve(size);
         scales_.reserve(num_rows);
+    }
+
+    // The same with another width.
+    void reserve(int num_rows, int width) {
+        width_ = width;
+        stride_ = stride_for(width);
+        limit_ = limit_for(width);
+        reserve(num_rows);
     }
 
     int width() const { return width_; }
@@ -101,13 +110,34 @@ public:
     // turns (panel_step 2), a source fills every other panel, from panel_offset on.
     void pack(Pool& pool, Source source, int num_rows, int first_column, int panel_step = 1, int panel_offset = 0);
 
+    // Adds to the columns, placed as by `pack`, the numbers of a source; the other columns get zeroes.
+    void add_bias(Source source, int num_rows, int first_column, Arena& arena, int panel_step = 1, int panel_offset = 0);
+
     // The weights of one column, with the values that products use.
     void read_column(int column, float* to) const;
 
-    // Multiplies num_rows rows of x, from row `first` on, with the panels from begin to end.  Calls take(row, panel,
-    // values of 16 outputs) for each, rows counted from 0; the panels of a row ascend.
+    // Multiplies num_rows rows of x, from row `first` on, with the panels from begin to end, and adds the bias.  Calls
+    // take(row, panel, values of 16 outputs) for each, rows counted from 0; the panels of a row ascend.
     template <class Take>
     void multiply(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
+        if (!bias_) return multiply_alone(x, first, num_rows, begin, end, take);
+        multiply_alone(x, first, num_rows, begin, end, [&](int row, int panel, const Vec& values) {
+            take(row, panel, values + load(bias_ + panel * kLanes));
+        });
+    }
+
+    // The same for float32 weights without a bias, and rows that are `stride` apart.
+    template <class Take>
+    void multiply_floats(const float* x, ptrdiff_t stride, int num_rows, int begin, int end, const Take& take) const {
+        multiply_as<FloatFormat>(x, stride, weights_, num_rows, begin, end, take);
+    }
+
+    // How many of `num_panels` panels make a good piece of work.
+    static int panels_per_tile(int num_panels) { return std::max(2, num_panels / 32 / 2 * 2); }
+
+private:
+    template <class Take>
+    void multiply_alone(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
         if (!quantized_) {
             multiply_as<FloatFormat>(x[first], x.stride(), weights_, num_rows, begin, end, take);
             return;
@@ -117,11 +147,6 @@ public:
         };
         multiply_as<Int8Format>(x.integers(first), x.stride(), integers_, num_rows, begin, end, scale);
     }
-
-    // How many of `num_panels` panels make a good piece of work.
-    static int panels_per_tile(int num_panels) { return std::max(2, num_panels / 32 / 2 * 2); }
-
-private:
     template <class Format, class Take>
     void multiply_as(const typename Format::Input* x, ptrdiff_t row_stride, const typename Format::Weight* weights,
                      int num_rows, int begin, int end, const Take& take) const;
@@ -136,6 +161,7 @@ private:
     float* weights_ = nullptr;    // [panel][depth][16]
     int8_t* integers_ = nullptr;  // [panel][depth / 2][16][2]
     float* scales_ = nullptr;     // [panel][16]
+    float* bias_ = nullptr;       // [panel][16]; null for none
 };
 
 template <class Format>

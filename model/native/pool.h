@@ -1,6 +1,7 @@
 // A pool of threads that computes numbered tiles.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -34,6 +35,16 @@ public:
         call_ = [](const void* context, int tile, int thread) { (*static_cast<const Body*>(context))(tile, thread); };
         context_ = &body;
         run_all(num_tiles);
+    }
+
+    // Calls body(row) for each row.  A few rows stay on one thread, because handing them over takes longer.
+    template <class Body>
+    void for_rows(int num_rows, const Body& body) {
+        constexpr int kAtLeast = 4;
+        const int step = std::max(kAtLeast, num_rows / (4 * num_threads()));
+        run((num_rows + step - 1) / step, [&](int tile, int) {
+            for (int row = tile * step; row < std::min(num_rows, (tile + 1) * step); ++row) body(row);
+        });
     }
 
 private:

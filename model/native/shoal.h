@@ -8,24 +8,94 @@
 #define SHOAL_API extern "C" __attribute__((visibility("default")))
 
 // Limits of a model's shape.
-enum { kMaxHeadDim = 512, kMaxExperts = 512 };
+enum { kMaxHeadDim = 512, kMaxExperts = 512, kMaxLatent = 4096 };
 
-// The shape of a model; see ModelConfig in model/record.py.
+// The fields of an architecture that are one of several names: see ModelConfig and MixtureConfig in
+// model/architecture.py.
+enum ShoalNorm : int32_t { kRmsNorm, kLayerNorm };
+enum ShoalActivation : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kClampedSilu };
+enum ShoalHeadNorm : int32_t { kNoHeadNorm, kNormOfEachHead, kNormOfAllHeads };
+enum ShoalScore : int32_t { kSoftmax, kSigmoid };
+
+// The angles of positions, for the first `dim` elements of a head.
+struct ShoalRope {
+    int32_t dim;
+    const float* cos;  // [num_positions, dim / 2]
+    const float* sin;
+};
+
+// See MixtureConfig.
+struct ShoalMixture {
+    int32_t num_experts;  // 0 for a dense layer
+    int32_t num_experts_per_tok;
+    int32_t intermediate_size;
+    int32_t shared_size;  // 0 where there is no shared expert
+    ShoalScore score;
+    int32_t renormalise;
+    float scale;
+    int32_t num_groups;
+    int32_t num_chosen_groups;
+    int32_t sums_top2;  // whether a group's score is the sum of its two best, and not its best
+    int32_t share_on_input;
+};
+
+// See LayerConfig, and cache_places of ModelConfig.
+struct ShoalLayer {
+    int32_t rope;          // among the shape's; -1 for none
+    int32_t temperatures;  // likewise
+    int32_t window;        // 0 for all positions
+    int32_t chunk;         // likewise
+    int32_t cache_group;
+    int32_t cache_place;
+    int32_t intermediate_size;  // of a dense layer
+    ShoalMixture mixture;
+};
+
+// See LatentConfig.
+struct ShoalLatent {
+    int32_t rank;  // 0 where there is no latent attention
+    int32_t rope_dim;
+    int32_t nope_dim;
+    int32_t value_dim;
+    int32_t query_rank;  // 0 for none
+    float norm_eps;
+};
+
+// The shape of a model; see ModelConfig.
 struct ShoalShape {
     int32_t vocab_size;
     int32_t hidden_size;
-    int32_t intermediate_size;
     int32_t num_layers;
     int32_t num_heads;
     int32_t num_kv_heads;
     int32_t head_dim;
-    int32_t num_experts;  // 0 for a dense model
-    int32_t num_experts_per_tok;
+    int32_t num_groups;  // of layers, each with block tables of its own
+    int32_t num_places;  // layers of the KV cache
     int32_t tie_word_embeddings;
-    float rms_norm_eps;
-    int32_t num_positions;  // rows of the rotary tables
-    const float* cos;       // [num_positions, head_dim / 2]
-    const float* sin;
+    ShoalNorm norm;
+    float norm_eps;
+    int32_t parallel;
+    int32_t norm_after_sum;
+    ShoalActivation activation;
+    int32_t gated;
+    ShoalHeadNorm qk_norm;
+    ShoalNorm qk_norm_kind;
+    float qk_norm_eps;
+    int32_t qk_norm_after_rope;
+    ShoalLatent latent;
+    float attention_scale;
+    float attention_softcap;  // 0 for none
+    float logit_softcap;      // likewise
+    float embedding_multiplier;
+    float residual_multiplier;
+    float logits_multiplier;
+    int32_t num_positions;  // of the tables
+    int32_t num_ropes;
+    int32_t num_temperatures;
+    const ShoalLayer* layers;   // [num_layers]
+    const ShoalRope* ropes;     // [num_ropes]
+    const float* temperatures;  // [num_temperatures, num_positions], factors of the queries
+    const float* alibi_slopes;  // [num_heads]; may be null
 };
 
 struct ShoalOptions {
@@ -37,18 +107,33 @@ struct ShoalOptions {
     int32_t half_kv_cache;  // float16
 };
 
-// The weights of a model; each array is [out, in] as in model/record.py, or [size].
+// The parts of a model that have weights, each also with a bias; see model/record.py.
 enum ShoalTensor : int32_t {
     kEmbedding,
     kHead,
+    kPositions,
+    kEmbeddingNorm,
     kNorm,
     kInputNorm,
     kQueryProj,
     kKeyProj,
     kValueProj,
     kOutputProj,
-    kPostAttentionNorm,
+    kQueryNorm,
+    kKeyNorm,
+    kSinks,
+    kQueryDown,
+    kQueryDownNorm,
+    kKeyValueDown,
+    kKeyValueNorm,
+    kKeyUp,
+    kValueUp,
+    kAttentionOutputNorm,
+    kFeedForwardNorm,
+    kFeedForwardOutputNorm,
     kRouter,
+    kCorrection,
+    kSharedGate,
     kGateProj,
     kUpProj,
     kDownProj,
@@ -59,13 +144,13 @@ struct ShoalBatch {
     int64_t num_tokens;
     int64_t num_seqs;
     int64_t num_logits;
-    int64_t max_blocks;
+    int64_t max_blocks;  // of one group
     const int32_t* token_ids;        // [num_tokens]
     const int32_t* positions;        // [num_tokens], consecutive within a sequence
-    const int32_t* slot_mapping;     // [num_tokens]
+    const int32_t* slot_mapping;     // [num_groups, num_tokens]
     const int32_t* query_start_loc;  // [num_seqs + 1]
     const int32_t* context_lens;     // [num_seqs], only to check that positions end there
-    const int32_t* block_tables;     // [num_seqs, max_blocks]
+    const int32_t* block_tables;     // [num_seqs, max_blocks, num_groups]; -1 where no query sees a block
     const int32_t* logits_indices;   // [num_logits]
     float* hidden;                   // [num_logits, hidden_size], after the last norm; may be null
 };
@@ -117,7 +202,7 @@ struct ShoalDraft {
     int64_t tokens_stride;
     const int32_t* tokens;  // known tokens, a row for each request
     int64_t blocks_stride;
-    const int32_t* block_tables;  // have blocks for all tokens of a proposal but the last
+    const int32_t* block_tables;  // of all groups, with blocks for all tokens of a proposal but the last
     int32_t* token_ids;           // [num_seqs, num_wanted[0]]; -1 once the logits are not finite
 };
 
@@ -131,10 +216,11 @@ static const char kNoMemory[] = "there is not enough memory";
 SHOAL_API ShoalModel* shoal_create(const ShoalShape* shape, const ShoalOptions* options, const ShoalModel* sibling);
 SHOAL_API void shoal_destroy(ShoalModel* model);
 
-// Packs one tensor's weights; type as Source::Type: 0 float32, 1 float16, 2 the bits of bfloat16.  Layer and expert are
-// 0 where there is none.  Returns kNoMemory, or null.
-SHOAL_API const char* shoal_load(ShoalModel* model, int32_t tensor, int32_t layer, int32_t expert, const void* data,
-                                 int32_t type);
+// Packs one tensor's weights, or its bias; type as Source::Type: 0 float32, 1 float16, 2 the bits of bfloat16.  Layer
+// and expert are 0 where there is none; the shared expert comes after the others.  A norm is computed where it has
+// weights.  Returns kNoMemory, or null.
+SHOAL_API const char* shoal_load(ShoalModel* model, int32_t tensor, int32_t is_bias, int32_t layer, int32_t expert,
+                                 const void* data, int32_t type);
 
 // Computes a step with the first num_layers layers, then the norm and the head.  Where `sampling` is given, chooses a
 // token at each row of logits_indices; where `logits` is, writes them there, [num_logits, vocab_size]; where the batch

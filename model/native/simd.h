@@ -67,18 +67,21 @@ SHOAL_INLINE Ints broadcast(int32_t value) {
     return each_part<Ints>([&](int) { return splat(value); });
 }
 
+SHOAL_INLINE FloatPart load_part(const float* from) {
+    FloatPart part;
+    std::memcpy(&part, from, sizeof part);
+    return part;
+}
+SHOAL_INLINE void store_part(float* to, FloatPart part) { std::memcpy(to, &part, sizeof part); }
+
 // Copies part by part: the compiler keeps a structure that is copied as a whole in memory, and not in registers.
 SHOAL_INLINE Vec load(const float* from) {
-    return each_part<Vec>([&](int i) {
-        FloatPart part;
-        std::memcpy(&part, from + i * kPartLanes, sizeof part);
-        return part;
-    });
+    return each_part<Vec>([&](int i) { return load_part(from + i * kPartLanes); });
 }
 
 SHOAL_INLINE void store(float* to, const Vec& value) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) std::memcpy(to + i * kPartLanes, &value.part[i], sizeof value.part[i]);
+    for (int i = 0; i < kParts; ++i) store_part(to + i * kPartLanes, value.part[i]);
 }
 
 SHOAL_INLINE Vec operator+(const Vec& a, const Vec& b) {
@@ -129,18 +132,19 @@ SHOAL_INLINE FloatPart fused_multiply_add(FloatPart a, FloatPart b, FloatPart c)
 #endif
 
 // a * b + c, rounded once.
-SHOAL_INLINE Vec fma(const Vec& a, const Vec& b, const Vec& c) {
-    return each_part<Vec>([&](int i) {
+SHOAL_INLINE FloatPart fma(FloatPart a, FloatPart b, FloatPart c) {
 #if defined(__AVX512F__)
-        return static_cast<FloatPart>(_mm512_fmadd_ps(a.part[i], b.part[i], c.part[i]));
+    return static_cast<FloatPart>(_mm512_fmadd_ps(a, b, c));
 #elif defined(__FMA__)
-        return static_cast<FloatPart>(_mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]));
+    return static_cast<FloatPart>(_mm256_fmadd_ps(a, b, c));
 #elif defined(__aarch64__)
-        return static_cast<FloatPart>(vfmaq_f32(c.part[i], a.part[i], b.part[i]));
+    return static_cast<FloatPart>(vfmaq_f32(c, a, b));
 #else
-        return fused_multiply_add(a.part[i], b.part[i], c.part[i]);
+    return fused_multiply_add(a, b, c);
 #endif
-    });
+}
+SHOAL_INLINE Vec fma(const Vec& a, const Vec& b, const Vec& c) {
+    return each_part<Vec>([&](int i) { return fma(a.part[i], b.part[i], c.part[i]); });
 }
 
 // Sum of the lanes, always in the order of a binary tree.

@@ -24,7 +24,7 @@ class DraftModelProposer(Drafter):
 
     Args:
         backend: the draft model's, with the target's number and size of blocks.
-        rows: the batch.
+        rows: the batch; its block tables have one cache group, of which nothing is given back early.
         num_blocks: number of blocks of each KV cache.
         max_catch_up: most tokens to catch up with in one step, so that long prompts do not delay other requests.
         draws_apart: see `Drafter`.

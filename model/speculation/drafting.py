@@ -64,7 +64,8 @@ class Drafter(Proposer):
         """Each part is a row, the start and the end of the tokens to compute, and the number of tokens to guess."""
         rows, starts, ends, num_wanted = np.array([*zip(*parts, strict=True)], np.int32)
         table = self._rows
-        return DraftBatch(rows, starts, ends, num_wanted, table.token_ids, table.block_tables, table.block_size)
+        tables = table.token_ids, table.block_tables, table.block_size, table.num_groups
+        return DraftBatch(rows, starts, ends, num_wanted, *tables)
 
 
 def _valid(token_ids: list[int]) -> list[int]:

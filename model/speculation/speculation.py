@@ -148,7 +148,8 @@ class Speculation:
             num_tokens = end - len(share.spec_token_ids) + len(chosen)
             room = self._most_tokens[row] - num_tokens - 1
             if self._needs_slots:  # the last drafted token is never read, and needs no slot
-                room = min(room, share.num_blocks * self._rows.block_size - num_tokens + 1)
+                num_slots = share.num_blocks // self._rows.num_groups * self._rows.block_size
+                room = min(room, num_slots - num_tokens + 1)
             if room > 0:
                 able.append(Candidate(row, num_tokens, room))
         lengths = self._lengths.lengths([one.row for one in able]) if able else []

@@ -28,10 +28,12 @@ class ForwardBatch:
     Attributes:
         token_ids: [num_tokens], sequence after sequence.
         positions: [num_tokens], index of each token in its sequence.
-        slot_mapping: [num_tokens], slot of each token's key and value: block_id * block_size + offset.
+        slot_mapping: [num_groups, num_tokens], slot of each token's keys and values in each cache group:
+            block_id * block_size + offset.
         query_start_loc: [num_seqs + 1], sequence s owns tokens query_start_loc[s] to query_start_loc[s + 1].
         context_lens: [num_seqs], tokens of the sequence in the KV cache after this step.
-        block_tables: [num_seqs, max_blocks], block ids; entries beyond the context are valid ids and never read.
+        block_tables: [num_seqs, max_blocks * num_groups], block ids; block i of group g stands at i * num_groups + g.
+            What no query of the step sees is never read: there an entry is any block's id, or -1.
         logits_indices: [num_logits], tokens whose logits are needed, ascending.
         hidden: [num_logits, hidden_size], where the hidden states of these tokens, after the last norm, are written to;
             None if nobody asks for them.
@@ -100,6 +102,7 @@ class DraftBatch:
         token_ids: [num_rows, any], known tokens.
         block_tables: [num_rows, any], with blocks for all guessed tokens but the last.
         block_size: tokens per block.
+        num_groups: cache groups in the block tables.
     """
 
     rows: Int32
@@ -109,6 +112,16 @@ class DraftBatch:
     token_ids: Int32
     block_tables: Int32
     block_size: int
+    num_groups: int = 1
+
+
+def find_slots(block_tables: Int32, rows: NDArray[Any], positions: Int32, block_size: int, num_groups: int) -> Int32:
+    """The `slot_mapping` of tokens at `positions` of the sequences in these rows of block tables, both [num_tokens]."""
+    block_index, offset = np.divmod(positions, block_size)
+    if num_groups > 1:
+        block_index = block_index * num_groups + np.arange(num_groups, dtype=np.int32)[:, None]
+    slots: Int32 = block_tables[rows, block_index] * block_size + offset
+    return slots.reshape(num_groups, -1)
 
 
 class Backend(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from shoal.model.speculation.drafts import Drafts
-from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput
+from shoal.model.step.batch import Backend, ForwardBatch, SamplerOutput, find_slots
 from shoal.model.step.layout import StepLayout
 from shoal.model.step.pooling import pool_all
 from shoal.model.step.rows import BatchRows
@@ -25,6 +25,7 @@ class ModelExecutor:
     Args:
         max_num_seqs, max_model_len: the scheduler's limits.
         block_size: tokens per block of the KV cache.
+        num_groups: cache groups of the model, each with a block table of its own.
         speculate: makes what proposes tokens for the requests in the rows; None for nothing.
     """
 
@@ -35,11 +36,11 @@ class ModelExecutor:
         max_num_seqs: int,
         max_model_len: int,
         block_size: int,
+        num_groups: int = 1,
         speculate: Callable[[BatchRows], Drafts] | None = None,
     ) -> None:
         self.backend = backend
-        self.block_size = block_size
-        self.rows = BatchRows(max_num_seqs, max_model_len, block_size)
+        self.rows = BatchRows(max_num_seqs, max_model_len, block_size, num_groups)
         self._speculation = speculate(self.rows) if speculate else None
         # A batch that only decodes has the same layout in every step; with speculation it has one of a few.
         self._layouts: deque[tuple[tuple[list[int], ...], StepLayout]] = deque(maxlen=4)
@@ -81,15 +82,15 @@ class ModelExecutor:
         starts = np.array([share.num_computed_tokens for share in scheduled], np.int32)
         context_lens = starts + layout.counts
         positions = starts[layout.sequences] + layout.offsets
-        block_index, offset = np.divmod(positions, self.block_size)
-        block_tables = self.rows.block_tables
+        block_tables, block_size, num_groups = self.rows.block_tables, self.rows.block_size, self.rows.num_groups
+        max_blocks = (context_lens.max() - 1) // block_size + 1
         batch = ForwardBatch(
             token_ids=self.rows.token_ids[layout.token_rows, positions],
             positions=positions,
-            slot_mapping=block_tables[layout.token_rows, block_index] * self.block_size + offset,
+            slot_mapping=find_slots(block_tables, layout.token_rows, positions, block_size, num_groups),
             query_start_loc=layout.query_start_loc,
             context_lens=context_lens,
-            block_tables=block_tables[layout.rows, : (context_lens.max() - 1) // self.block_size + 1],
+            block_tables=block_tables[layout.rows, : max_blocks * num_groups],
             logits_indices=layout.logits_indices,
         )
         if self.rows.pools:

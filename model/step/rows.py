@@ -22,19 +22,19 @@ class BatchRows:
     """A table with a row for each request that is running; the scheduler says which.
 
     Attributes:
-        max_num_seqs, block_size: as given.
+        max_num_seqs, block_size, num_groups: as given.
         token_ids: [max_num_seqs, max_model_len + 1] int32, known tokens and then drafted or freshly chosen ones.
-        block_tables: [max_num_seqs, max_blocks] int32.
+        block_tables: [max_num_seqs, max_blocks * num_groups] int32; see `ForwardBatch`.
         num_prompt_tokens, num_logprobs: [max_num_seqs] int32; -1 for no log-probabilities.
         scored: by row, `num_prompt_logprobs` of those whose prompt's log-probabilities are asked for.
         pools: by row, of the prompts that become vectors.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int = 1) -> None:
         max_blocks = -(-max_model_len // block_size)
-        self.max_num_seqs, self.block_size = max_num_seqs, block_size
+        self.max_num_seqs, self.block_size, self.num_groups = max_num_seqs, block_size, num_groups
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
-        self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self.block_tables = np.zeros((max_num_seqs, max_blocks * num_groups), np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._sampling = np.zeros(max_num_seqs, SAMPLING_ROW)
         self.num_logprobs: Int32 = self._sampling["num_logprobs"]

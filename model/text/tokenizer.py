@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizer.json` of a checkpoint."""
+"""Text to token ids and back, by the tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -82,8 +82,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, checkpoint: Path | CheckpointFormat) -> Tokenizer:
-        """Read a folder's `tokenizer.json`, and `tokenizer_config.json` and `chat_template.jinja` where they exist, or
-        the vocabulary of a GGUF file.
+        """Read the tokenizer and the chat templates of a folder (see `hf_tokenizer.py`), or those of a GGUF file.
 
         Raises:
             CheckpointError: naming the file that is missing, malformed or unsupported.

@@ -52,7 +52,7 @@ def _one_token(context: int) -> ForwardBatch:
     return ForwardBatch(
         token_ids=row(1),
         positions=row(context),
-        slot_mapping=row(context),
+        slot_mapping=row(context)[None],
         query_start_loc=row(0, 1),
         context_lens=row(context + 1),
         block_tables=np.arange(context // _BLOCK_SIZE + 1, dtype=np.int32)[None],

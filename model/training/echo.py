@@ -79,7 +79,7 @@ def _step(texts: Int32, begin: int, end: int) -> ForwardBatch:
     return ForwardBatch(
         token_ids=texts[:, begin:end].flatten(),
         positions=np.tile(positions, num_rows),
-        slot_mapping=(np.arange(num_rows, dtype=np.int32)[:, None] * np.int32(length) + positions).flatten(),
+        slot_mapping=(np.arange(num_rows, dtype=np.int32)[:, None] * np.int32(length) + positions).reshape(1, -1),
         query_start_loc=ends,
         context_lens=np.full(num_rows, end, np.int32),
         block_tables=np.arange(num_rows * length // BLOCK_SIZE, dtype=np.int32).reshape(num_rows, -1),

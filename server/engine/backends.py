@@ -10,10 +10,12 @@ from importlib.util import find_spec
 from typing import Literal
 
 from shoal.extras import install_command
+from shoal.model.architecture import DTYPE_BYTES, ModelConfig
 from shoal.model.backends.config import BackendConfig, CacheConfig
-from shoal.model.backends.native_backend import SLOTS, NativeBackend
-from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
-from shoal.model.record import ModelConfig, ModelRecord
+from shoal.model.backends.native_backend import SLOTS, NativeBackend, num_cores
+from shoal.model.backends.native_library import supported_isas
+from shoal.model.backends.native_shape import find_obstacle
+from shoal.model.record import ModelRecord
 from shoal.model.step.batch import Backend
 from shoal.scheduler.errors import ConfigError
 
@@ -51,14 +53,19 @@ class NativePlan:
             sibling=sibling,
         )
 
-    def describe(self, backend: Backend) -> str:
+    def describe(self) -> str:
         """What a backend of this plan is, for people."""
-        assert isinstance(backend, NativeBackend)
         config = self.config
         weights = "float32" if config.quantization == "none" else f"{config.quantization} weights"
         cache = "" if self.kv_cache_dtype == "float32" else f", {self.kv_cache_dtype} KV cache"
-        threads = f"{backend.num_threads} thread{'' if backend.num_threads == 1 else 's'}"
+        num_threads = config.threads or num_cores()
+        threads = f"{num_threads} thread{'' if num_threads == 1 else 's'}"
         return f"{weights}{cache}, native ({self.isa}, {threads})"
+
+    def weight_bytes(self, record: ModelRecord) -> int:
+        """What the weights take, nearly: int8 makes a byte of each number of a matrix, and scales come on top."""
+        is_small = self.config.quantization == "int8"
+        return sum(array.size * (1 if is_small and array.ndim == 2 else 4) for *_, array in record.tensors())
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,13 @@ class TorchPlan:
             num_threads=self.config.threads,
         )
 
-    def describe(self, backend: Backend) -> str:
+    def describe(self) -> str:
         """What a backend of this plan is, for people."""
         return f"{self.kv_cache_dtype}, torch on {self.config.device}"
+
+    def weight_bytes(self, record: ModelRecord) -> int:
+        """What the weights take."""
+        return DTYPE_BYTES[self.kv_cache_dtype] * record.num_parameters
 
 
 def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) -> NativePlan | TorchPlan:
@@ -121,9 +132,8 @@ def _native_obstacle(config: BackendConfig, cache: CacheConfig, model: ModelConf
     if cache.block_size % SLOTS:
         needed = f"which needs a multiple of {SLOTS}"
         return f"block_size {cache.block_size} is not for the native backend, {needed}", "block_size"
-    for name, limit in (("head_dim", MAX_HEAD_DIM), ("num_experts", MAX_EXPERTS)):
-        if (value := getattr(model, name)) > limit:
-            return f"the model's {name} {value} exceeds the {limit} that the native backend is made for", "backend"
+    if obstacle := find_obstacle(model):
+        return obstacle[1], "backend"
     try:
         is_built = bool(supported_isas())
     except OSError as error:  # a library that was built elsewhere

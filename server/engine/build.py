@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from shoal.model.checkpoint.config import load_generation_defaults
@@ -23,7 +23,7 @@ from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.backends import plan_backend
 from shoal.server.engine.chrome_trace import ChromeTrace
-from shoal.server.engine.memory import free_memory, plan_kv_cache
+from shoal.server.engine.memory import free_memory, plan_kv_cache, scheduled_groups
 from shoal.server.engine.messages import Ready
 from shoal.server.engine.speculation import plan_speculation
 from shoal.server.settings import Settings
@@ -55,9 +55,14 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
     max_model_len = settings.engine.max_model_len or limit
     if max_model_len > limit:
         raise ConfigError(f"max_model_len {max_model_len} exceeds the model's {limit} positions", param="max_model_len")
+    record = replace(record, config=record.config.within(max_model_len))
     plan = plan_backend(settings.engine, settings.cache, record.config)
     speculation = plan_speculation(settings.speculation, record, max_model_len)
-    models = [record.config, *([speculation.draft.config] if speculation and speculation.draft else [])]
+    models = [record.config]
+    if speculation and speculation.draft:
+        # One block table serves both models.
+        record = replace(record, config=replace(record.config, keeps_all=True))
+        models = [record.config, speculation.draft.config]
     free = free_memory(settings.engine.device)
     num_blocks, num_bytes = plan_kv_cache(
         settings, *models, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=free
@@ -66,6 +71,7 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         **{name: getattr(settings.scheduler, name) for name in SchedulerLimits.__dataclass_fields__},
         num_blocks=num_blocks,
         block_size=settings.cache.block_size,
+        cache_groups=scheduled_groups(record.config),
         max_model_len=max_model_len,
         enable_prefix_caching=settings.cache.enable_prefix_caching,
         num_lookahead_tokens=speculation.num_lookahead_tokens if speculation else 0,
@@ -81,6 +87,7 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         max_num_seqs=limits.max_num_seqs,
         max_model_len=max_model_len,
         block_size=limits.block_size,
+        num_groups=len(limits.cache_groups),
         speculate=lambda rows: grammars.beside(
             speculation.create(plan, backend, limits, rows) if speculation else None
         ),
@@ -89,7 +96,7 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         limits,
         record.num_parameters,
         num_bytes,
-        plan.describe(backend),
+        plan.describe(),
         plan.warning,
         plan.kv_cache_dtype,
         os.getpid(),

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.output import FinishReason, RequestOutput, SchedulerStats
 from shoal.scheduler.request import Request
 from shoal.server.engine.endings import Endings
@@ -76,7 +77,7 @@ class EngineLoop:
             self.wire.send(News(outputs, stats, step))
             self._reported, self._reported_at = stats, now
         if self.core.scheduler.num_unfinished == 0:
-            self.core.scheduler.check_invariants()
+            check_invariants(self.core.scheduler)
         return True
 
     def _add(self, sent: EngineRequest) -> RequestOutput | None:

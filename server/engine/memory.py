@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal.model.record import ModelConfig, bytes_per_block
+from shoal.model.architecture import ModelConfig, bytes_per_block
+from shoal.scheduler.config import CacheGroup
 from shoal.scheduler.errors import ConfigError
 from shoal.server.settings import Settings
 
@@ -32,7 +33,9 @@ def plan_kv_cache(
     elif cache.memory_mib is not None:
         num_blocks, param = cache.memory_mib * MIB // per_block, "memory_mib"
     else:
-        wanted = settings.scheduler.max_num_seqs * -(-max_model_len // cache.block_size)
+        chunk, groups = settings.scheduler.max_chunk_tokens, scheduled_groups(models[0])
+        per_request = sum(group.most_blocks(max_model_len, cache.block_size, chunk) for group in groups)
+        wanted = settings.scheduler.max_num_seqs * per_request
         num_blocks, param = min(wanted, free // 4 // per_block), "memory_mib"
     if num_blocks < 1:
         raise ConfigError(f"the KV cache holds not even one block of {per_block} bytes", param=param)
@@ -44,6 +47,11 @@ def plan_kv_cache(
             param=param,
         )
     return num_blocks, num_blocks * per_block
+
+
+def scheduled_groups(model: ModelConfig) -> tuple[CacheGroup, ...]:
+    """The model's cache groups as the scheduler knows them."""
+    return tuple(CacheGroup(group.window, group.chunk) for group in model.cache_groups)
 
 
 def free_memory(device: str) -> int:

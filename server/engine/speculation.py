@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.model.checkpoint.find import find_draft
@@ -27,7 +27,7 @@ class SpeculationPlan:
     """How tokens will be drafted.
 
     Attributes:
-        draft: the draft model, if there is one.
+        draft: the draft model, if there is one.  Its cache keeps all, because it uses the target's block tables.
         num_layers: layers of the target that draft, for self-speculation.
     """
 
@@ -109,4 +109,4 @@ def _load_draft(path: Path, target: ModelRecord, max_model_len: int) -> ModelRec
             f"fewer than max_model_len {max_model_len}",
             param="draft_model",
         )
-    return draft
+    return replace(draft, config=replace(draft.config.within(max_model_len), keeps_all=True))

@@ -15,6 +15,7 @@ _COMMANDS = {
     "complete": ("shoal.clients.cli", "complete"),
     "completion": ("shoal.cli", "completion"),
     "explain": ("shoal.loadtest.cli", "explain"),
+    "inspect": ("shoal.server.cli", "inspect"),
     "loadtest": ("shoal.loadtest.cli", "loadtest"),
     "models": ("shoal.server.cli", "models"),
     "policies": ("shoal.server.cli", "policies"),

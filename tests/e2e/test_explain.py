@@ -208,16 +208,17 @@ def test_the_end_of_a_stream_tells_what_the_whole_answer_tells(
 
 def test_the_last_chunk_of_a_stream_tells_it_all(tiny: Server, client: ShoalClient) -> None:
     for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, HELLO)):
-        *others, last = tiny.stream(path, **body, max_tokens=3, timing=True, receipt=True)
+        *others, last = tiny.stream(path, **body, max_tokens=3, ignore_eos=True, timing=True, receipt=True)
         assert last["choices"] == []
         assert last["usage"]["completion_tokens"] == last["timing"]["choices"][0]["num_output_tokens"] == 3
         assert not any({"timing", "receipt"} & chunk.keys() for chunk in others)
-    with client.stream_complete("a", max_tokens=3, n=2, timing=True, receipt=True) as stream:
+    how: dict[str, Any] = {"max_tokens": 3, "n": 2, "ignore_eos": True, "receipt": True}
+    with client.stream_complete("a", **how, timing=True) as stream:
         streamed = stream.whole()
     assert streamed.timing is not None
     assert streamed.receipt is not None
     assert [one["num_output_tokens"] for one in streamed.timing] == [3, 3]
-    whole = client.complete("a", max_tokens=3, n=2, seed=streamed.seed or 0, receipt=True)
+    whole = client.complete("a", **how, seed=streamed.seed or 0)
     assert whole.receipt is not None
     assert whole.receipt["outputs"] == streamed.receipt["outputs"]
 

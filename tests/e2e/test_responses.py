@@ -162,6 +162,8 @@ def test_faults_name_the_field(client: openai.OpenAI) -> None:
 def test_a_stream_that_fails_raises(client: openai.OpenAI) -> None:
     with (
         pytest.raises(openai.APIError, match=r"not finished|timeout|time"),
-        client.responses.create(**LONG | {"background": False}, stream=True, extra_body={"timeout": 0.05}) as stream,
+        client.responses.create(
+            **LONG | {"background": False}, stream=True, extra_body={"timeout": 0.05, "ignore_eos": True}
+        ) as stream,
     ):
         list(stream)

@@ -18,6 +18,7 @@ class Paged:
 
     num_blocks: int
     block_size: int
+    num_groups: int = 1
     free: list[int] = field(default_factory=list)
     tables: dict[str, list[int]] = field(default_factory=dict)
 
@@ -31,13 +32,17 @@ class Paged:
         """Each part is (sequence, tokens to compute, position of the first); logits of all tokens or the last ones."""
         for name, tokens, start in parts:
             table = self.tables.setdefault(name, [])
-            while len(table) * self.block_size < start + len(tokens):
-                table.append(self.free.pop())
+            while len(table) // self.num_groups * self.block_size < start + len(tokens):
+                table += [self.free.pop() for _ in range(self.num_groups)]
         positions = [start + i for _, tokens, start in parts for i in range(len(tokens))]
         slots = [
-            self.tables[name][(start + i) // self.block_size] * self.block_size + (start + i) % self.block_size
-            for name, tokens, start in parts
-            for i in range(len(tokens))
+            [
+                self.tables[name][position // self.block_size * self.num_groups + group] * self.block_size
+                + position % self.block_size
+                for name, tokens, start in parts
+                for position in range(start, start + len(tokens))
+            ]
+            for group in range(self.num_groups)
         ]
         ends = np.cumsum([len(tokens) for _, tokens, _ in parts])
         tables = np.zeros((len(parts), max(len(self.tables[name]) for name, _, _ in parts)), np.int32)

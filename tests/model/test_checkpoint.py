@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.load import load_checkpoint
-from shoal.model.record import Array, Experts, FeedForward
+from shoal.model.record import Array, Attention, FeedForward, Linear
 from shoal.scheduler.errors import CheckpointError
 
 Write = Callable[..., Path]
@@ -33,14 +33,14 @@ def test_every_tensor_lands_in_its_place(tiny_checkpoint: Write) -> None:
     folder = tiny_checkpoint("llama")
     record, tensors = load_checkpoint(folder), load_file(folder / "model.safetensors")
     assert equal(record.embedding, tensors["model.embed_tokens.weight"])
-    assert equal(record.head, tensors["lm_head.weight"])
-    assert equal(record.norm, tensors["model.norm.weight"])
+    assert equal(record.head.weight, tensors["lm_head.weight"])
+    assert record.norm and record.norm.gain is not None and equal(record.norm.gain, tensors["model.norm.weight"])
     for i, layer in enumerate(record.layers):
         prefix = f"model.layers.{i}."
-        assert isinstance(layer.feed_forward, FeedForward)
-        for array, name in [
+        assert isinstance(layer.feed_forward, FeedForward) and isinstance(layer.attention, Attention)
+        for part, name in [
             (layer.input_norm, "input_layernorm"),
-            (layer.post_attention_norm, "post_attention_layernorm"),
+            (layer.feed_forward_norm, "post_attention_layernorm"),
             (layer.attention.q_proj, "self_attn.q_proj"),
             (layer.attention.k_proj, "self_attn.k_proj"),
             (layer.attention.v_proj, "self_attn.v_proj"),
@@ -49,12 +49,13 @@ def test_every_tensor_lands_in_its_place(tiny_checkpoint: Write) -> None:
             (layer.feed_forward.up_proj, "mlp.up_proj"),
             (layer.feed_forward.down_proj, "mlp.down_proj"),
         ]:
-            assert equal(array, tensors[f"{prefix}{name}.weight"])
+            array = part.weight if isinstance(part, Linear) else part and part.gain
+            assert array is not None and equal(array, tensors[f"{prefix}{name}.weight"])
 
 
 def test_tied_embeddings_are_one_array(tiny_checkpoint: Write) -> None:
     record = load_checkpoint(tiny_checkpoint("llama", tie_word_embeddings=True))
-    assert record.head is record.embedding
+    assert record.head.weight is record.embedding
 
 
 def test_a_head_beside_tied_embeddings_must_repeat_them(tiny_checkpoint: Write) -> None:
@@ -64,24 +65,6 @@ def test_a_head_beside_tied_embeddings_must_repeat_them(tiny_checkpoint: Write) 
     change(folder, lambda t: t["lm_head.weight"].add_(1))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs from the embedding"):
         load_checkpoint(folder)
-
-
-def test_both_spellings_of_experts_are_the_same_model(
-    tiny_checkpoint: Write, tiny_model: Callable[..., object]
-) -> None:
-    folder = tiny_checkpoint("mixtral")
-    classic = load_checkpoint(folder)
-    model = tiny_model("mixtral")
-    assert isinstance(model, torch.nn.Module)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert "model.layers.0.mlp.experts.gate_up_proj" in state
-    save_file(state, folder / "model.safetensors")
-    fused = load_checkpoint(folder)
-    for ours, theirs in zip(fused.layers, classic.layers, strict=True):
-        assert isinstance(ours.feed_forward, Experts) and isinstance(theirs.feed_forward, Experts)
-        assert np.array_equal(ours.feed_forward.router, theirs.feed_forward.router)
-        for a, b in zip(ours.feed_forward.experts, theirs.feed_forward.experts, strict=True):
-            assert all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("gate_proj", "up_proj", "down_proj"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -99,8 +82,8 @@ def test_a_sharded_checkpoint_is_the_same_model(tiny_model: Callable[..., object
     model.save_pretrained(tmp_path / "many", max_shard_size="40KB")  # type: ignore[attr-defined]
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     one, many = load_checkpoint(tmp_path / "one"), load_checkpoint(tmp_path / "many")
-    assert np.array_equal(one.head, many.head)
-    assert np.array_equal(one.layers[1].attention.o_proj, many.layers[1].attention.o_proj)
+    assert np.array_equal(one.head.weight, many.head.weight)
+    assert np.array_equal(one.layers[1].attention.o_proj.weight, many.layers[1].attention.o_proj.weight)
 
 
 def test_arrays_are_mapped_and_read_only(tiny_checkpoint: Write) -> None:

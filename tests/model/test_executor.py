@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.model.step.batch import ForwardBatch
 from shoal.model.step.executor import ModelExecutor
+from shoal.scheduler.config import CacheGroup
 from shoal.scheduler.output import (
     FinishReason,
     NewRequest,
@@ -20,14 +23,17 @@ from shoal.scheduler.output import (
 )
 from tests.examples import examples
 from tests.fake_backend import FakeBackend
-from tests.fakes import Harness, InjectedError, params
+from tests.fakes import ALL, Harness, InjectedError, params
 
 NUM_BLOCKS, BLOCK_SIZE = 32, 4
 
 
-def make_executor(num_blocks: int = NUM_BLOCKS, block_size: int = BLOCK_SIZE) -> tuple[ModelExecutor, FakeBackend]:
-    backend = FakeBackend(num_blocks, block_size)
-    return ModelExecutor(backend, max_num_seqs=8, max_model_len=128, block_size=block_size), backend
+def make_executor(
+    num_blocks: int = NUM_BLOCKS, block_size: int = BLOCK_SIZE, groups: Sequence[CacheGroup] = ALL
+) -> tuple[ModelExecutor, FakeBackend]:
+    backend = FakeBackend(num_blocks, block_size, groups=groups)
+    limits = {"max_num_seqs": 8, "max_model_len": 128, "block_size": block_size, "num_groups": len(groups)}
+    return ModelExecutor(backend, **limits), backend
 
 
 def share(
@@ -109,7 +115,7 @@ def test_the_arrays_of_a_mixed_step() -> None:
     batch, sampling = backend.batches[-1], backend.samplings[-1]
     assert batch.token_ids.tolist() == [first, 10, 11, 6, 7, 9]
     assert batch.positions.tolist() == [3, 4, 5, 2, 3, 0]
-    assert batch.slot_mapping.tolist() == [23, 36, 37, 30, 31, 0]
+    assert batch.slot_mapping.tolist() == [[23, 36, 37, 30, 31, 0]]
     assert batch.query_start_loc.tolist() == [0, 3, 5, 6]
     assert batch.context_lens.tolist() == [6, 4, 1]
     assert batch.block_tables[0].tolist() == [5, 9]
@@ -117,6 +123,23 @@ def test_the_arrays_of_a_mixed_step() -> None:
     assert batch.block_tables[2, 0] == 0
     assert batch.logits_indices.tolist() == [0, 1, 2, 5]
     assert sampling.rows["position"].tolist() == [4, 5, 6, 1]
+
+
+def test_the_arrays_of_a_step_with_two_cache_groups() -> None:
+    """A prompt, and a request whose first block of the second group was given back before it joined."""
+    executor, backend = make_executor(groups=[CacheGroup(), CacheGroup(window=1)])
+    executor.execute(SchedulerOutput([share("a", 0, 5, [5, 9, 7, 2], new([1, 2, 3, 4, 5]))], []))
+    executor.execute(
+        SchedulerOutput(
+            [share("a", 5, 1, [], num_blocks=4), share("b", 4, 1, [5, -1, 3, 4], new([1, 2, 3, 4, 6]))],
+            [],
+        )
+    )
+    first, second = backend.batches
+    assert first.slot_mapping.tolist() == [[20, 21, 22, 23, 28], [36, 37, 38, 39, 8]]
+    assert first.block_tables.tolist() == [[5, 9, 7, 2]]
+    assert second.slot_mapping.tolist() == [[29, 12], [9, 16]]
+    assert second.block_tables.tolist() == [[5, 9, 7, 2], [5, -1, 3, 4]]
 
 
 def test_a_step_that_samples_nothing_needs_no_logits() -> None:
@@ -319,6 +342,7 @@ SAMPLING = st.fixed_dictionaries(
     requests=st.lists(st.tuples(st.integers(0, 9), st.lists(TOKENS, min_size=1, max_size=8), SAMPLING), max_size=6),
     block_size=st.integers(1, 8),
     spare_blocks=st.integers(0, 6),
+    groups=st.sampled_from([ALL, ALL, (CacheGroup(window=5),), (CacheGroup(window=3), *ALL, CacheGroup(chunk=6))]),
     max_chunk_tokens=st.sampled_from([1, 3, 100]),
     enable_prefix_caching=st.booleans(),
     speculates=st.booleans(),
@@ -328,12 +352,14 @@ def test_every_request_gets_what_it_gets_alone(
     requests: list[tuple[int, list[int], dict[str, object]]],
     block_size: int,
     spare_blocks: int,
+    groups: Sequence[CacheGroup],
     max_chunk_tokens: int,
     enable_prefix_caching: bool,
     speculates: bool,
 ) -> None:
-    num_blocks = -(-26 // block_size) + spare_blocks  # the longest request just fits: preempts all the time
-    model, backend = make_executor(num_blocks, block_size)
+    # The longest request just fits: preempts all the time.
+    num_blocks = sum(group.most_blocks(26, block_size, max_chunk_tokens) for group in groups) + spare_blocks
+    model, backend = make_executor(num_blocks, block_size, groups)
     asked = {
         f"r{index}": ([7, 7, 1, 2, 3, 4, 5, 6, 0][:shared] + own, params(**others))  # type: ignore[arg-type]
         for index, (shared, own, others) in enumerate(requests)
@@ -342,6 +368,7 @@ def test_every_request_gets_what_it_gets_alone(
     texts = {request_id: asked[request_id][0] + tokens for request_id, (tokens, _) in truth.items()}
     harness = Harness(
         executor=Proposing(model, texts) if speculates else model,
+        groups=groups,
         num_blocks=num_blocks,
         block_size=block_size,
         max_chunk_tokens=max_chunk_tokens,

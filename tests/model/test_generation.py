@@ -18,6 +18,7 @@ from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.step.executor import ModelExecutor
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.request import Request
@@ -92,7 +93,7 @@ def run(
         if to_come and step % 2 == 0:
             core.scheduler.add(to_come.pop(0))
         news += core.step()
-        core.scheduler.check_invariants()
+        check_invariants(core.scheduler)
         step += 1
     return core.scheduler.stats(), news
 

@@ -98,6 +98,7 @@ def test_arrays_of_the_wrong_kind_are_named(every_kind: Path) -> None:
         (file.strings, "array.integers", "expected an array of strings"),
         (file.numbers, "array.texts", "expected an array of numbers"),
         (file.numbers, "array.flags", "expected an array of numbers"),
+        (file.flags, "array.integers", "expected an array of flags"),
         (file.strings, "value.text", "expected an array, found 'grö"),
         (file.strings, "absent", "missing"),
     ]:

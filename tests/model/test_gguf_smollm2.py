@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from shoal.model.architecture import RopeConfig
 from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.checkpoint.config import load_config, load_generation_defaults
 from shoal.model.checkpoint.find import resolve_checkpoint
@@ -62,7 +63,7 @@ def test_config(path: Path) -> None:
     config = load_config(path)
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (49152, 576, 30)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
-    assert config.tie_word_embeddings and config.rope.theta == 100_000
+    assert config.tie_word_embeddings and config.layers[0].rope == RopeConfig(100_000, 64)
     assert load_generation_defaults(path).eos_token_ids == (2,)
 
 
@@ -73,12 +74,12 @@ def test_weights_are_those_of_the_library_and_know_the_capital_of_france(
     data, tensors = np.memmap(path, np.uint8, "r"), read_gguf(path).tensors
     for name, array, kind, row_bytes in (
         ("token_embd", record.embedding, Type.Q8_0, 34 * 18),
-        ("blk.7.attn_v", record.layers[7].attention.v_proj, Type.Q4_1, 20 * 18),
+        ("blk.7.attn_v", record.layers[7].attention.v_proj.weight, Type.Q4_1, 20 * 18),
     ):
         start = tensors[f"{name}.weight"].start
         rows = np.array(data[start : start + 99 * row_bytes]).reshape(99, row_bytes)
         np.testing.assert_array_equal(array[:99], gguf.dequantize(rows, kind))
-    assert record.head is record.embedding
+    assert record.head.weight is record.embedding
     backend = TorchBackend(record, num_blocks=16, block_size=16)
     ids = tokenizer.encode("The capital of France is")
     logits = backend.forward(paged(16, 16).batch([("a", ids, 0)]))

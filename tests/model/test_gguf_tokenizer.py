@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from shoal.model.checkpoint.gguf_file import read_gguf
 from shoal.model.checkpoint.gguf_tokenizer import read_gguf_tokenizer
+from shoal.model.checkpoint.pre_tokenizers import CUTS
 from shoal.model.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from shoal.scheduler.errors import CheckpointError, InvalidRequestError
 from tests.examples import examples
@@ -110,13 +111,55 @@ def test_byte_level_ids_equal_transformers(pre: str, tmp_path: Path) -> None:
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 SHARED = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CJK = "[一-龥ࠀ-一가-퟿]+"
+PRE_V3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # How llama.cpp cuts: every pattern in turn, each cutting the pieces that the ones before have left.
 LLAMA_CPP = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
+    "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"],
     "llama-bpe": [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + SHARED],
     "qwen2": [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + SHARED],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"],
+    "deepseek-v3": [r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", PRE_V3],
+    "bloom": [r" ?[^(\s|.,!?…。，、।۔،)]+"],  # noqa: RUF001
+    "viking": [r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}"],  # noqa: RUF001
+    "tekken": [TEKKEN],
+    "gpt-4o": [GPT4O],
+    "seed-coder": [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}"
+        r"| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    "bailingmoe": [
+        r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    ],
+}
+# Pieces of one text under the cuts whose patterns no other engine reads.
+TEXT = "Ab12345 cdE'll 数学ひら\u3000$9.5  x"
+PIECES = {
+    "deepseek-llm": "Ab|12345| cdE|'|ll| |数学ひら|\u3000|$|9|.|5| | x",
+    "kimi-k2": "Ab|123|45| cd|E'll| |数学|ひら|\u3000|$|9|.|5| | x",
+    "chameleon": "Ab|1|2|3|4|5| cdE|'|ll| 数学ひら|\u3000|$|9|.|5|  |x",
+    "superbpe": "Ab|12|345| cdE'll 数学ひら\u3000$|9|.|5|  x",
+    "tiny_aya": "Ab|12|345| cd|E'll| 数学ひら|\u3000|$|9|.|5| | x",
+    "jais-2": "Ab|123|45| cdE|'ll| 数学ひら|\u3000|$|9|.|5| | x",
+    "exaone-moe": "Ab|1|2|3|4|5| cdE|'ll| 数学ひら|\u3000|$|9|.|5| | x",
+    "command-r": "Ab|1|2|3|4|5| cdE|'ll| 数学ひら|\u3000|$|9|.|5| | x",
 }
 
 
@@ -137,6 +180,27 @@ def test_pieces_are_those_of_llama_cpp(pre: str, tmp_path: Path) -> None:
             expected = cut(expected, pattern)
         found = [sample[a:b] for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(sample)]
         assert found == expected
+
+    check()
+
+
+@pytest.mark.parametrize("pre", PIECES)
+def test_pieces_of_a_text(pre: str, tmp_path: Path) -> None:
+    tokenizer = read_gguf_tokenizer(read_gguf(store(tmp_path, BYTE_LEVEL, pre=pre))).tokenizer
+    found = [TEXT[a:b] for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)]
+    assert "|".join(found) == PIECES[pre]
+
+
+def test_every_name_cuts_without_loss() -> None:
+    """No cut leaves anything out, takes anything twice, or breaks within a character."""
+    cuts = [cut.pre_tokenizer() for cut in CUTS.values()]
+
+    @settings(max_examples=examples(100))
+    @given(text)
+    def check(sample: str) -> None:
+        for pre_tokenizer in cuts:
+            places = [place for _, place in pre_tokenizer.pre_tokenize_str(sample)]
+            assert "".join(sample[a:b] for a, b in places) == sample
 
     check()
 
@@ -214,6 +278,27 @@ def test_texts_come_back_piece_by_piece(base: dict[str, Any], tmp_path: Path) ->
         assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush() == sample
 
 
+# -- unigram -----------------------------------------------------------------------------------------------------------
+
+
+def test_unigram_takes_the_tokens_of_the_greatest_sum(tmp_path: Path) -> None:
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -3.0, "a": -2.0, "b": -2.0, "ab": -5.0, "▁ba": -4.0}
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": [*pieces],
+        "tokenizer.ggml.scores": [*pieces.values()],
+        "tokenizer.ggml.token_type": [3, 3, 2, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.remove_extra_whitespaces": True,
+    }
+    tokenizer = load(tmp_path, metadata)
+    assert tokenizer.encode("ab") == [3, 4, 5, 1]  # -7 and not the -8 of the token ab
+    assert tokenizer.encode("  ba   ba ") == [7, 7, 1]
+    assert tokenizer.encode("xa", add_special_tokens=False) == [3, 2, 4]
+    assert tokenizer.eos_token_id == 1 and tokenizer.bos_token_id is None
+    assert tokenizer.decode(tokenizer.encode("ba ab")) == "ba ab"
+
+
 # -- special tokens and templates --------------------------------------------------------------------------------------
 
 
@@ -273,7 +358,11 @@ TOKENS = BYTE_LEVEL["tokenizer.ggml.tokens"]
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (BYTE_LEVEL, {"model": "bert"}, "ggml.model: 'bert' is not supported; supported: gpt2, llama"),
     (BYTE_LEVEL, {"model": None}, "ggml.model: missing"),
-    (BYTE_LEVEL, {"pre": "deepseek-llm"}, "ggml.pre: 'deepseek-llm' is not supported; supported: default, gpt-2, ll"),
+    (
+        BYTE_LEVEL,
+        {"pre": "none-such"},
+        "ggml.pre: 'none-such' is not supported; docs/gguf.md lists the 67",
+    ),
     (BYTE_LEVEL, {"tokens": None}, "ggml.tokens: missing"),
     (BYTE_LEVEL, {"tokens": "a"}, "ggml.tokens: expected an array"),
     (BYTE_LEVEL, {"merges": None}, "ggml.merges: missing"),

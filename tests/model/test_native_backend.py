@@ -22,7 +22,7 @@ from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
 from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.checkpoint.load import load_checkpoint
-from shoal.model.record import ModelRecord
+from shoal.model.record import Linear, ModelRecord, Norm
 from shoal.model.step.batch import SamplingBatch
 from shoal.model.step.sampling import sample_reference
 from tests.model.oracles import (
@@ -164,17 +164,17 @@ def test_int8_products_are_those_of_exact_integers(depth: int, isa: str, paged: 
     weights = np.concatenate([make(rng, 127, (5, depth)) for make in INTEGERS.values()]).astype(np.int64)
     inputs[:, -1], weights[:, -1] = most, 127  # every row and column has its greatest
     shape = {"hidden_size": depth, "vocab_size": len(weights), "intermediate_size": 1, "num_heads": 1}
-    record = random_record(**shape, num_kv_heads=1, num_layers=1, tie_word_embeddings=False, rms_norm_eps=0.0)
+    record = random_record(**shape, num_kv_heads=1, num_layers=1, tie_word_embeddings=False, norm_eps=0.0)
     (layer,) = record.layers
     silent = replace(
         layer,
-        attention=replace(layer.attention, o_proj=np.zeros_like(layer.attention.o_proj)),
-        feed_forward=replace(layer.feed_forward, down_proj=np.zeros_like(layer.feed_forward.down_proj)),
+        attention=replace(layer.attention, o_proj=Linear(np.zeros_like(layer.attention.o_proj.weight))),
+        feed_forward=replace(layer.feed_forward, down_proj=Linear(np.zeros_like(layer.feed_forward.down_proj.weight))),
     )
     ones = np.ones_like(record.embedding)
-    head = (weights * 2.0**-9).astype(np.float32)
+    head = Linear((weights * 2.0**-9).astype(np.float32))
     for row in inputs:  # the norm of a row of ones gives its gain
-        gain = (row * 2.0**-4).astype(np.float32)
+        gain = Norm((row * 2.0**-4).astype(np.float32))
         backend = make_backend(
             replace(record, embedding=ones, layers=(silent,), norm=gain, head=head), "int8", num_blocks=1, isa=isa
         )
@@ -273,9 +273,9 @@ def test_weights_that_are_not_finite_are_not_rounded_away(
     record = random_record(num_layers=1)
     (layer,) = record.layers
     owner: Any = getattr(layer, part) if part else record
-    weights = np.array(getattr(owner, name))
+    weights = np.array(getattr(owner, name).weight)
     weights[3, 1] = value
-    changed = replace(owner, **{name: weights})
+    changed = replace(owner, **{name: Linear(weights)})
     if part:
         changed = replace(record, layers=(replace(layer, **{part: changed}),))
     logits = run_whole(make_backend(changed, numbers), paged(**POOL), [4, 5, 6])

@@ -208,10 +208,10 @@ def test_a_prefix_that_the_draft_has_read_is_not_read_again() -> None:
 # -- drafting with a real model ----------------------------------------------------------------------------------
 
 
-def make_backend(kind: str, record: ModelRecord) -> Backend:
+def make_backend(kind: str, record: ModelRecord, num_blocks: int = 32) -> Backend:
     if kind == "torch":
-        return TorchBackend(record, num_blocks=32, block_size=BLOCK_SIZE)
-    return NativeBackend(record, num_blocks=32, block_size=BLOCK_SIZE, num_threads=2)
+        return TorchBackend(record, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+    return NativeBackend(record, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_threads=2)
 
 
 BACKENDS = [
@@ -222,14 +222,22 @@ BACKENDS = [
 
 @pytest.mark.parametrize("kind", BACKENDS)
 @pytest.mark.parametrize("num_layers", [None, 2])
+@pytest.mark.parametrize("window", [0, [20, 0, 0]])
 def test_drafted_tokens_are_what_the_backend_chooses_token_by_token(
-    kind: str, num_layers: int | None, paged: Any, sampling_batch: Callable[..., SamplingBatch]
+    kind: str,
+    num_layers: int | None,
+    window: Any,
+    paged: Any,
+    sampling_batch: Callable[..., SamplingBatch],
 ) -> None:
-    record = random_record(3, num_layers=3)
-    one, other = make_backend(kind, record), make_backend(kind, record)
+    record = random_record(3, num_layers=3, window=window)
+    num_groups = len(record.config.cache_groups)
+    assert num_groups == (3 if window else 1)
+    num_blocks = 24 * num_groups
+    one, other = make_backend(kind, record, num_blocks), make_backend(kind, record, num_blocks)
     texts = list(sequences(5, 40, 14, 1).values())
     tokens = np.zeros((6, 64), np.int32)
-    tables = np.random.default_rng(2).permutation(24).astype(np.int32).reshape(6, 4)
+    tables = np.random.default_rng(2).permutation(num_blocks).astype(np.int32).reshape(6, 4 * num_groups)
     for row, text in zip((4, 0, 2), texts, strict=True):
         tokens[row, : len(text)] = text
     lengths = np.array([len(text) for text in texts], np.int32)
@@ -241,6 +249,7 @@ def test_drafted_tokens_are_what_the_backend_chooses_token_by_token(
         token_ids=tokens,
         block_tables=tables,
         block_size=BLOCK_SIZE,
+        num_groups=num_groups,
     )
     sampling = sampling_batch(
         3,
@@ -255,7 +264,7 @@ def test_drafted_tokens_are_what_the_backend_chooses_token_by_token(
         """Choose each token from the logits of the whole text before it."""
         chosen: list[int] = []
         for index in range(count):
-            whole = paged(32, BLOCK_SIZE).batch([("a", text + chosen, 0)], all_logits=False)
+            whole = paged(num_blocks, BLOCK_SIZE, num_groups).batch([("a", text + chosen, 0)], all_logits=False)
             how = sampling_batch(
                 1,
                 temperature=[0.0, 1.0, 0.7][row],
@@ -275,7 +284,7 @@ def test_drafted_tokens_are_what_the_backend_chooses_token_by_token(
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_the_first_two_layers_compute_as_a_model_of_two_layers(kind: str, paged: Any) -> None:
     record = random_record(3, num_layers=3)
-    shorter = replace(record, layers=record.layers[:2], config=replace(record.config, num_layers=2))
+    shorter = replace(record, layers=record.layers[:2], config=replace(record.config, layers=record.config.layers[:2]))
     batch = paged(32, BLOCK_SIZE).batch([("a", text, 0) for text in sequences(5, 20).values()])
     whole, part = make_backend(kind, record), make_backend(kind, shorter)
     np.testing.assert_array_equal(whole.forward(batch, 2), part.forward(batch))

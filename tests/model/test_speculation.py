@@ -33,7 +33,7 @@ from tests.model.oracles import random_record
 BLOCK_SIZE = 16
 RECORD = random_record(3, num_layers=3, vocab_size=64)
 # Similar to the target: some of the tokens that it drafts are accepted.
-DRAFT = replace(RECORD, layers=RECORD.layers[:2], config=replace(RECORD.config, num_layers=2))
+DRAFT = replace(RECORD, layers=RECORD.layers[:2], config=replace(RECORD.config, layers=RECORD.config.layers[:2]))
 METHODS = ["draft", "self", "ngram"]
 BACKENDS = [
     "torch",

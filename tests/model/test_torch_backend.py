@@ -82,7 +82,7 @@ def test_small_limits_change_nothing(
     texts = sequences(6, 150, 40, 40, 9)
     steps = [{name: len(tokens) - 1 for name, tokens in texts.items()}, dict.fromkeys(texts, 1)]
     expected = run_chunks(backend, paged(128, 4), texts, steps)
-    monkeypatch.setattr("shoal.model.backends.torch_attention._MAX_ELEMENTS", {"cpu": 5_000})
+    monkeypatch.setattr("shoal.model.backends.torch_plan._MAX_ELEMENTS", {"cpu": 5_000})
     found = run_chunks(backend, paged(128, 4), texts, steps)
     for name in texts:
         np.testing.assert_array_equal(found[name], expected[name])
@@ -139,4 +139,4 @@ def test_a_step_that_wants_no_logits(
 
 def test_tied_embeddings_are_held_once(tiny_checkpoint: Callable[..., Path]) -> None:
     tied = TorchBackend(load_checkpoint(tiny_checkpoint(tie_word_embeddings=True)), num_blocks=4, block_size=4)
-    assert tied._head is tied._embedding
+    assert tied._head.weight is tied._embedding

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from shoal.model.backends.torch_activations import activation
 from shoal.model.backends.torch_attention import weighted_sum
 from shoal.model.backends.torch_backend import TorchBackend
-from shoal.model.backends.torch_layers import linear
+from shoal.model.backends.torch_layers import LinearWeights, linear
 from tests.model.oracles import random_record, random_steps, run_chunks, sequences
 
 HEAD_DIMS = (4, 16, 20, 24, 64)
@@ -54,27 +55,32 @@ def test_weighted_sum(head_dim: int, context: int, threads: int) -> None:
 @pytest.mark.parametrize("width", [20, 72])
 def test_linear(out: int, width: int, threads: int) -> None:
     own, weight = torch.randn(width), torch.randn(out, width)
-    expected = linear(own[None], weight)[0]
+    weights = LinearWeights(weight)
+    expected = linear(own[None], weights)[0]
     for n in (2, 5, 12, 20, 100):
         x = torch.randn(n, width)
         for row in {0, n // 2, n - 1}:
             x[row] = own
-            assert torch.equal(linear(x, weight)[row], expected), (n, row)
+            assert torch.equal(linear(x, weights)[row], expected), (n, row)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "shape",
     [
         *({"head_dim": head_dim, "hidden_size": 40} for head_dim in HEAD_DIMS),
         {"hidden_size": 72, "num_heads": 3, "num_kv_heads": 1, "head_dim": 24},
+        {"hidden_size": 72, "num_heads": 7, "num_kv_heads": 1, "head_dim": 10, "vocab_size": 1003},
+        {"num_experts": 3, "num_experts_per_tok": 1, "intermediate_size": 37, "hidden_size": 70},
         {"num_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 20},
-        {"num_experts": 16, "num_experts_per_tok": 2},
+        {"num_experts": 16, "num_experts_per_tok": 4},
     ],
     ids=lambda shape: "-".join(map(str, shape.values())),
 )
-def test_chunks_and_neighbours(shape: dict[str, Any], threads: int, paged: Any) -> None:
+def test_chunks_and_neighbours(shape: dict[str, Any], dtype: Any, threads: int, paged: Any) -> None:
     """Alone and whole, or in any chunks beside others, whose contexts are as short or much longer."""
-    backend = TorchBackend(random_record(num_layers=1, **shape), num_blocks=512, block_size=4)
+    record = random_record(num_layers=1, tie_word_embeddings=False, **shape)
+    backend = TorchBackend(record, dtype=dtype, num_blocks=512, block_size=4)
     texts = sequences(7, 12, 9, 15, 3, 150)
     alone = {name: run_chunks(backend, paged(512, 4), {name: t}, [{name: len(t)}])[name] for name, t in texts.items()}
     short = {name: tokens for name, tokens in texts.items() if len(tokens) < 16}
@@ -82,6 +88,19 @@ def test_chunks_and_neighbours(shape: dict[str, Any], threads: int, paged: Any) 
         together = run_chunks(backend, paged(512, 4), others, random_steps(seed, others))
         for name in others:
             np.testing.assert_array_equal(together[name], alone[name])
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "clamped_silu"])
+@pytest.mark.parametrize("width", [37, 1000])
+def test_activations(kind: Any, width: int, threads: int) -> None:
+    """Also of a row of which one thread computes a part, and another one the rest."""
+    own, activate = torch.randn(2 * width), activation(kind, gated=True)
+    expected = activate(own[None])[0]
+    for n in (3, 303, 1001):
+        x = torch.randn(n, 2 * width)
+        for row in {0, n // 2, n - 1}:
+            x[row] = own
+            assert torch.equal(activate(x)[row], expected), (n, row)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a library is preloaded as the linker of Linux does")

@@ -7,6 +7,7 @@ harness checks invariants and limits after every step.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -14,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from shoal.scheduler.config import Config
+from shoal.scheduler.config import CacheGroup, Config
 from shoal.scheduler.errors import ContextLengthError, QueueFullError
+from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.policies.fair import VirtualTokenCounter
 from tests.examples import examples
-from tests.fakes import Draft, Harness, InjectedError, digest, generate, hashed
+from tests.fakes import ALL, Draft, Harness, InjectedError, digest, generate, hashed
 
 VOCAB_SIZE = 4  # so small that prompts share prefixes, stop tokens appear and drafted tokens are accepted
 CHOOSE = hashed(VOCAB_SIZE)
@@ -37,6 +39,12 @@ CASES = [
     *(pytest.param(name, policy.Knobs.select(KNOBS), id=name) for name, policy in POLICIES.items()),
     *(pytest.param("fair", VirtualTokenCounter.Knobs(fair_lead=lead), id=f"fair-{lead}") for lead in (1, 10)),
 ]
+# A third of them see all; windows and chunks are shorter than most texts, in the blocks' sizes and across them.
+CACHE_GROUPS = st.one_of(
+    st.just(CacheGroup()),
+    st.builds(CacheGroup, window=st.integers(1, 20)),
+    st.builds(CacheGroup, chunk=st.integers(1, 20)),
+)
 
 
 @dataclass
@@ -87,6 +95,7 @@ class Workload(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.integers(1, 12),
+        groups=st.just(ALL) | st.lists(CACHE_GROUPS, min_size=1, max_size=3),
         block_size=st.integers(1, 16),
         max_num_seqs=st.integers(1, 5),
         spare_budget=st.integers(0, 20),
@@ -96,7 +105,17 @@ class Workload(RuleBasedStateMachine):
         longest_draft=st.integers(0, 4),
         salt=st.integers(0, 99),
     )
-    def start(self, longest_draft: int, salt: int, spare_budget: int, max_num_seqs: int, **limits: int) -> None:
+    def start(
+        self,
+        *,
+        num_blocks: int,
+        groups: Sequence[CacheGroup],
+        longest_draft: int,
+        salt: int,
+        spare_budget: int,
+        max_num_seqs: int,
+        **limits: int,
+    ) -> None:
         self.harness = Harness(
             CHOOSE,
             noisy_drafts(longest_draft, salt) if longest_draft else None,
@@ -105,7 +124,9 @@ class Workload(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + spare_budget,
             policy=self.policy,
             knobs=self.knobs,
-            **limits,  # type: ignore[arg-type]  # only limits are left
+            groups=groups,
+            num_blocks=num_blocks * len(groups),
+            **limits,
         )
         self.asked: dict[str, Asked] = {}
         self.broken: set[str] = set()  # requests whose every step fails
@@ -146,7 +167,11 @@ class Workload(RuleBasedStateMachine):
         request_id = f"r{len(self.asked)}"
         config, num_unfinished = self.harness.config, self.harness.scheduler.num_unfinished
         num_tokens = len(prompt) + max_tokens
-        fits = num_tokens <= 40 and num_tokens - (max_tokens > 0) <= config.num_blocks * config.block_size
+        num_computed = num_tokens - (max_tokens > 0)
+        fits = num_tokens <= 40 and config.most_blocks(num_computed) <= config.num_blocks
+        if all(group.sees_all for group in config.cache_groups):
+            num_slots = config.num_blocks // len(config.cache_groups) * config.block_size
+            assert fits == (num_tokens <= 40 and num_computed <= num_slots)
         has_room = num_unfinished < config.max_num_seqs + config.max_num_waiting
         try:
             request = self.harness.add(request_id, prompt, max_tokens, **others)
@@ -178,7 +203,7 @@ class Workload(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         self.harness.abort(data.draw(st.sampled_from(self.unfinished)))
-        self.harness.scheduler.check_invariants()
+        check_invariants(self.harness.scheduler)
 
     @precondition(lambda self: self.unfinished)
     @rule(data=st.data())
@@ -189,7 +214,7 @@ class Workload(RuleBasedStateMachine):
         def abort_and_pass(output: SchedulerOutput) -> None:
             executor.fail = self._fail
             self.harness.abort(request_id)
-            scheduler.check_invariants()
+            check_invariants(scheduler)
             self._fail(output)
 
         executor.fail = abort_and_pass
@@ -235,17 +260,21 @@ def test_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> No
 def busy_harness(rng: random.Random, policy: str, knobs: Config) -> Harness:
     """Few rows and few blocks, hardly more than the largest request needs."""
     block_size, max_num_seqs = rng.randint(1, 4), rng.randint(1, 4)
+    groups = rng.choice([[CacheGroup()], [CacheGroup(), CacheGroup(window=rng.randint(1, 9))], [CacheGroup(chunk=6)]])
+    max_chunk_tokens = rng.randint(2, 12)
+    largest = sum(group.most_blocks(24, block_size, max_chunk_tokens) for group in groups)
     return Harness(
         CHOOSE,
         noisy_drafts(rng.randint(1, 4), rng.randint(0, 99)) if rng.random() < 0.5 else None,
         policy=policy,
         knobs=knobs,
-        num_blocks=-(-rng.choice([24, 30, 60]) // block_size),
+        groups=groups,
+        num_blocks=int(largest * rng.choice([1, 1.25, 2.5])),
         block_size=block_size,
         max_model_len=24,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + rng.randint(0, 12),
-        max_chunk_tokens=rng.randint(2, 12),
+        max_chunk_tokens=max_chunk_tokens,
         enable_prefix_caching=rng.random() < 0.5,
     )
 
@@ -287,7 +316,7 @@ def run_busily(rng: random.Random, harness: Harness) -> int:
         unfinished = sorted(asked.keys() - harness.finish_reasons.keys())
         if unfinished and rng.random() < 0.1:
             harness.abort(rng.choice(unfinished))
-            harness.scheduler.check_invariants()
+            check_invariants(harness.scheduler)
         elif unfinished and rng.random() < 0.05:
             at_fault.add(rng.choice(unfinished))
         spoilt |= {request_id for request_id in harness.scheduler.padding if rng.random() < 0.02}

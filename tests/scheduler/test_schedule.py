@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.output import FinishReason
 from tests.fakes import Harness, generate, hashed, params, scripted
 
@@ -171,7 +172,7 @@ def test_abort_between_schedule_and_update_is_passed_over() -> None:
     harness.abort("a")
     for news in harness.scheduler.update(output, result, harness.now):
         harness.take(news)
-    harness.scheduler.check_invariants()
+    check_invariants(harness.scheduler)
     assert len(harness.token_ids["b"]) == 1
     harness.drain()
     assert harness.finish_reasons == {"a": FinishReason.ABORT, "b": FinishReason.LENGTH}

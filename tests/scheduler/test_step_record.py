@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from shoal.loadtest.costs import StepShape
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.step_record import AskedRecord, ShareRecord, StepRecord
 from tests.examples import examples
-from tests.fakes import Choose, Harness, InjectedError, hashed
+from tests.fakes import ALL, Choose, Harness, InjectedError, hashed
 
 
 def observed(harness: Harness) -> list[StepRecord]:
@@ -180,11 +181,18 @@ def draft(choose: Choose, request_id: str, context: list[int]) -> list[int]:
     workload=workloads,
     policy=st.sampled_from(sorted(POLICIES)),
     num_blocks=st.integers(9, 20),
+    num_groups=st.integers(1, 2),
     speculates=st.booleans(),
     lookahead=st.integers(0, 3),
 )
 def test_what_it_says_of_memory_and_work_is_what_was_done(
-    workload: list[tuple[list[int], int, int]], policy: str, num_blocks: int, speculates: bool, lookahead: int
+    *,
+    workload: list[tuple[list[int], int, int]],
+    policy: str,
+    num_blocks: int,
+    num_groups: int,
+    speculates: bool,
+    lookahead: int,
 ) -> None:
     """Compared with slots, pairs and keys that are counted one by one."""
     choose = hashed(50)
@@ -193,7 +201,8 @@ def test_what_it_says_of_memory_and_work_is_what_was_done(
         (lambda request_id, context: draft(choose, request_id, context)) if speculates else None,
         policy=policy,
         knobs=POLICIES[policy].Knobs.select({"fair_lead": 2}),
-        num_blocks=num_blocks,
+        groups=ALL * num_groups,
+        num_blocks=num_blocks * num_groups,
         max_num_seqs=4,
         max_chunk_tokens=7,
         num_lookahead_tokens=lookahead,
@@ -218,19 +227,19 @@ def test_what_it_says_of_memory_and_work_is_what_was_done(
 
 def check(record: StepRecord, harness: Harness) -> None:
     """Count what the executor was asked for and what others keep, block by block and position by position."""
-    size = harness.config.block_size
+    size, num_groups = harness.config.block_size, len(harness.config.cache_groups)
     shares = harness.executor.steps[-1]
-    slots = {
-        share.blocks[position // size] * size + position % size
-        for share in shares
-        for position in range(share.start + share.num_tokens)
-    }
+
+    def filled(block_ids: Sequence[int], count: int) -> set[int]:
+        places = itertools.product(range(count), range(num_groups))
+        return {block_ids[at // size * num_groups + group] * size + at % size for at, group in places}
+
+    slots = set[int]().union(*(filled(share.blocks, share.start + share.num_tokens) for share in shares))
     blocks = {block for share in shares for block in share.blocks}
     served = {share.request_id for share in shares}
     for request in harness.scheduler.running.values():
         if request.request_id not in served:
-            filled = range(request.num_computed_tokens)
-            slots |= {request.block_ids[position // size] * size + position % size for position in filled}
+            slots |= filled(request.block_ids, request.num_computed_tokens)
             blocks.update(request.block_ids)
     assert record.num_kv_tokens == len(slots)
     assert record.num_used_blocks == len(blocks)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from shoal.extras import install_command
+from shoal.model.architecture import ModelConfig, bytes_per_block
 from shoal.model.backends import native_library
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.checkpoint.config import load_config
-from shoal.model.record import ModelConfig, bytes_per_block
 from shoal.scheduler.errors import ConfigError
 from shoal.server.engine import backends
 from shoal.server.engine.backends import NativePlan, TorchPlan, plan_backend
@@ -147,7 +147,7 @@ def test_a_torch_that_is_not_installed(
 
 @pytest.mark.parametrize("checkpoint_dtype", ["float32", "bfloat16", "float16"])
 def test_on_a_gpu_the_checkpoint_decides(model: ModelConfig, checkpoint_dtype: str) -> None:
-    model = ModelConfig(**{name: getattr(model, name) for name in model.__slots__} | {"dtype": checkpoint_dtype})
+    model = replace(model, dtype=checkpoint_dtype)  # type: ignore[arg-type]  # one of its choices
     assert plan(model, "--device", "cuda").kv_cache_dtype == (
         "float32" if checkpoint_dtype == "float32" else "bfloat16"
     )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.request import Request
@@ -71,7 +72,7 @@ def run(harness: Harness, commands: list[Command]) -> FakeWire:
     loop.turn()
     while harness.scheduler.num_unfinished:
         loop.turn()
-        harness.scheduler.check_invariants()
+        check_invariants(harness.scheduler)
     loop.turn()
     assert not loop._endings._ends and not loop._endings._deaths, "an end that was reached is still expected"
     return sockets

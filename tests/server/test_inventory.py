@@ -57,7 +57,7 @@ def test_a_package_that_is_missing_says_how_to_install_it(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: change(path, architectures=["FalconForCausalLM"]), "config.json: architectures: 'Falcon"),
+        (lambda path: change(path, model_type="mamba"), "config.json: model_type: 'mamba' is not supported"),
         (lambda path: change(path, quantization_config={"quant_method": "gptq"}), "quantized checkpoints"),
         (lambda path: (path / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda path: (path / "config.json").write_text("[]"), "config.json: expected a JSON object"),

@@ -1,0 +1,169 @@
+#include "latent_block.h"
+
+#include "vectors.h"
+
+namespace shoal {
+
+namespace {
+
+// Stores the values that belong to a panel: the last one may have less than 16.
+SHOAL_INLINE void store_panel(float* to, int panel, int width, const Vec& values) {
+    const int count = width - panel * kLanes;
+    if (count >= kLanes) {
+        store(to + panel * kLanes, values);
+    } else {
+        store_first(to + panel * kLanes, values, count);
+    }
+}
+
+}  // namespace
+
+LatentBlock::LatentBlock(const ShoalShape& shape, const ShoalOptions& options, Pool& pool, Arena& arena)
+    : shape_(shape.latent),
+      hidden_size_(shape.hidden_size),
+      num_heads_(shape.num_heads),
+      scale_(shape.attention_scale),
+      quantized_(options.quantize_int8 != 0),
+      pool_(pool),
+      arena_(arena),
+      cache_(shape.num_places, shape_.rank + shape_.rope_dim, options.num_blocks * options.block_size,
+             options.half_kv_cache != 0),
+      attention_(num_heads_, shape_.rank, options.block_size, pool.num_threads()),
+      down_stride_(Rows::stride_for(first_width() + shape_.rank + shape_.rope_dim)),
+      query_latents_(std::max(1, shape_.query_rank), quantized_),
+      query_stride_(Rows::stride_for(query_width())) {}
+
+LatentLayer LatentBlock::make_layer(int place, const RotaryTables* rotary, const float* temperatures) const {
+    LatentLayer layer{place,
+                      rotary,
+                      temperatures,
+                      Matrix(first_width() + shape_.rank + shape_.rope_dim, hidden_size_, quantized_, arena_),
+                      {kRmsNorm, shape_.norm_eps},
+                      {},
+                      {kRmsNorm, shape_.norm_eps},
+                      {},
+                      {}};
+    if (shape_.query_rank > 0) layer.query.emplace(query_width(), shape_.query_rank, quantized_, arena_);
+    for (int head = 0; head < num_heads_; ++head) {
+        layer.key_up.emplace_back(shape_.rank, shape_.nope_dim, false, arena_);
+        layer.value_up.emplace_back(shape_.value_dim, shape_.rank, false, arena_);
+    }
+    return layer;
+}
+
+void LatentBlock::load_tensor(LatentLayer& layer, ShoalTensor tensor, bool is_bias, Source source) const {
+    const int rank = shape_.rank, nope_dim = shape_.nope_dim, value_dim = shape_.value_dim;
+    const auto load_rows = [&](Matrix& matrix, int num_rows, int first_column) {
+        if (is_bias) {
+            matrix.add_bias(source, num_rows, first_column, arena_);
+        } else {
+            matrix.pack(pool_, source, num_rows, first_column);
+        }
+    };
+    const auto load_gain = [&](Norm& norm, int width) {
+        norm.gain = Array<float>(width);
+        source.read(0, width, norm.gain.data());
+    };
+    switch (tensor) {
+        case kQueryDown: load_rows(layer.down, shape_.query_rank, 0); break;
+        case kQueryDownNorm: load_gain(layer.query_norm, shape_.query_rank); break;
+        case kQueryProj: load_rows(layer.query ? *layer.query : layer.down, query_width(), 0); break;
+        case kKeyValueDown: load_rows(layer.down, rank + shape_.rope_dim, first_width()); break;
+        case kKeyValueNorm: load_gain(layer.latent_norm, rank); break;
+        case kKeyUp:  // queries are multiplied with it from the other side
+            for (int head = 0; head < num_heads_; ++head) {
+                Array<float> turned(static_cast<size_t>(rank) * nope_dim);
+                for (int k = 0; k < nope_dim; ++k) {
+                    const size_t first = (size_t{1} * head * nope_dim + k) * rank;
+                    for (int r = 0; r < rank; ++r) turned[static_cast<size_t>(r) * nope_dim + k] = source[first + r];
+                }
+                layer.key_up[head].pack(pool_, {turned.data(), Source::kFloat32}, rank, 0);
+            }
+            break;
+        case kValueUp:
+            for (int head = 0; head < num_heads_; ++head) {
+                const size_t size = static_cast<size_t>(value_dim) * rank;
+                Array<float> weights(size);
+                source.read(head * size, size, weights.data());
+                layer.value_up[head].pack(pool_, {weights.data(), Source::kFloat32}, value_dim, 0);
+            }
+            break;
+        default: break;
+    }
+}
+
+void LatentBlock::plan(const ShoalBatch& batch) {
+    const int num_tokens = static_cast<int>(batch.num_tokens);
+    down_.reserve(num_tokens * down_stride_);
+    rows_.reserve(size_t{1} * num_tokens * num_heads_ * cache_.stride());
+    if (shape_.query_rank > 0) {
+        query_latents_.reserve(num_tokens);
+        queries_.reserve(num_tokens * query_stride_);
+    }
+    attention_.plan(batch, pool_.num_threads());
+}
+
+void LatentBlock::attend(const LatentLayer& layer, const ShoalBatch& batch, const Rows& normalized, Rows& attended) {
+    const int num_tokens = static_cast<int>(batch.num_tokens);
+    multiply_all(pool_, layer.down, normalized, 0, num_tokens, [&](int token, int panel, const Vec& values) {
+        store(down_.data() + token * down_stride_ + panel * kLanes, values);
+    });
+    pool_.for_rows(num_tokens, [&](int token) {
+        float* down = down_.data() + token * down_stride_;
+        write_latent(layer, batch.positions[token], batch.slot_mapping[token], down + first_width());
+        if (!layer.query) return;
+        layer.query_norm.apply(down, shape_.query_rank, query_latents_[token]);
+        query_latents_.finish(token);
+    });
+    if (layer.query) {
+        multiply_all(pool_, *layer.query, query_latents_, 0, num_tokens, [&](int token, int panel, const Vec& values) {
+            store(queries_.data() + token * query_stride_ + panel * kLanes, values);
+        });
+    }
+    const float* queries = layer.query ? queries_.data() : down_.data();
+    const ptrdiff_t stride = layer.query ? query_stride_ : down_stride_;
+    const auto scale = [&](int token) {
+        return layer.temperatures ? scale_ * layer.temperatures[batch.positions[token]] : scale_;
+    };
+    multiply_heads(layer.key_up, queries, head_dim(), stride, num_tokens,
+                   [&](int token, int head, int panel, const Vec& values) {
+                       store_panel(row(token, head), panel, shape_.rank, values * broadcast(scale(token)));
+                   });
+    pool_.for_rows(num_tokens, [&](int token) {
+        for (int head = 0; head < num_heads_; ++head) {
+            const float* turning = queries + token * stride + head * head_dim() + shape_.nope_dim;
+            place_head(layer.rotary, turning, shape_.rope_dim, batch.positions[token], scale(token),
+                       row(token, head) + shape_.rank);
+        }
+    });
+    attention_.run(pool_, cache_, layer.place, rows_.data());
+    multiply_heads(layer.value_up, rows_.data(), cache_.stride(), num_heads_ * ptrdiff_t{1} * cache_.stride(),
+                   num_tokens, [&](int token, int head, int panel, const Vec& values) {
+                       store_panel(attended[token] + head * shape_.value_dim, panel, shape_.value_dim, values);
+                   });
+}
+
+// Writes a token's normed latent and its turned part to the cache.
+void LatentBlock::write_latent(const LatentLayer& layer, int position, int64_t slot, const float* from) {
+    float row[kMaxLatent];
+    layer.latent_norm.apply(from, shape_.rank, row);
+    place_head(layer.rotary, from + shape_.rank, shape_.rope_dim, position, 1.0F, row + shape_.rank);
+    cache_.write(layer.place, slot, row);
+}
+
+// Multiplies, for each head, the rows of x that begin at head * head_stride with its own matrix.  Calls take(token, head,
+// panel, values of 16 outputs).
+template <class Take>
+void LatentBlock::multiply_heads(const std::vector<Matrix>& matrices, const float* x, ptrdiff_t head_stride,
+                                 ptrdiff_t token_stride, int num_tokens, const Take& take) {
+    const int num_panels = matrices[0].num_panels();
+    const int step = Matrix::panels_per_tile(num_panels * num_heads_), tiles = (num_panels + step - 1) / step;
+    pool_.run(tiles * num_heads_, [&](int tile, int) {
+        const int head = tile / tiles, begin = tile % tiles * step;
+        matrices[head].multiply_floats(
+            x + head * head_stride, token_stride, num_tokens, begin, std::min(begin + step, num_panels),
+            [&](int token, int panel, const Vec& values) { take(token, head, panel, values); });
+    });
+}
+
+}  // namespace shoal

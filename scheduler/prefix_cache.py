@@ -1,0 +1,75 @@
+"""Prefixes that are found again: full blocks by the hash of their content."""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+from operator import le
+
+from shoal.scheduler.block_pool import BlockPool
+from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.request import Request
+
+UNSEEN = -1  # stands in a block table where no query sees a block any more
+
+
+class PrefixCache:
+    """Publishes the full blocks of requests in a `BlockPool`, and finds them for others.
+
+    The hash of a block covers its tokens and the hash of the block before it, hence the whole prefix, the request's
+    salt, and the cache group; 128 bits of BLAKE2b, so that no two prefixes meet by accident or by intent.
+    """
+
+    def __init__(self, pool: BlockPool, config: SchedulerConfig) -> None:
+        self._pool, self._groups, self._block_size = pool, config.cache_groups, config.block_size
+        self._is_enabled = config.enable_prefix_caching
+
+    def publish(self, request: Request, num_computed_before: int) -> None:
+        """Let other requests find the blocks that were filled since `num_computed_tokens` was `num_computed_before`."""
+        first, last = num_computed_before // self._block_size, request.num_computed_tokens // self._block_size
+        if self._is_enabled:
+            self._hash_blocks(request, last)
+            for index in range(first, last):
+                for group in range(len(self._groups)):
+                    block_id = request.block_ids[index * len(self._groups) + group]
+                    self._pool.publish(block_id, _key(request.block_hashes[index], group))
+
+    def find(self, request: Request) -> list[int]:
+        """The block tables of the longest prefix of which all is cached that the query after it sees.
+
+        At least one token is left to compute.
+        """
+        params = request.params
+        reads_all = params.num_prompt_logprobs is not None or (params.pooling and params.pooling.method != "last")
+        if reads_all or not self._is_enabled:
+            return []
+        num_full = (request.num_tokens - 1) // self._block_size
+        self._hash_blocks(request, num_full)
+        entries: list[int] = []
+        gaps = [0] * len(self._groups)  # by group: leading blocks, up to the last one that is not cached
+        longest, unseen = 0, gaps
+        for count, content_hash in enumerate(request.block_hashes[:num_full], 1):
+            for number in range(len(self._groups)):
+                block_id = self._pool.find(_key(content_hash, number))
+                entries.append(UNSEEN if block_id is None else block_id)
+                gaps[number] = count if block_id is None else gaps[number]
+            firsts = [group.first_seen(count * self._block_size) // self._block_size for group in self._groups]
+            if all(map(le, gaps, firsts)):
+                longest, unseen = count, firsts
+            elif any(gap and group.sees_all for gap, group in zip(gaps, self._groups, strict=True)):
+                break
+        return [
+            entry if index // len(self._groups) >= unseen[index % len(self._groups)] else UNSEEN
+            for index, entry in enumerate(entries[: longest * len(self._groups)])
+        ]
+
+    def _hash_blocks(self, request: Request, count: int) -> None:
+        hashes, size = request.block_hashes, self._block_size
+        for index in range(len(hashes), count):
+            tokens = array("q", request.token_ids[index * size : (index + 1) * size]).tobytes()
+            parent = hashes[-1] if hashes else request.scheduling.cache_salt.encode()
+            hashes.append(blake2b(parent + tokens, digest_size=16).digest())
+
+
+def _key(content_hash: bytes, group: int) -> bytes:
+    return content_hash + group.to_bytes(2)
