@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bench import constraints, engine, latent, peers, roofline, server, speculation
+from bench import constraints, engine, latent, peers, roofline, scheduling, server, speculation
 from shoal.model.checkpoint.find import resolve_checkpoint
 
 BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
     "latent": latent.run,
     "server": server.run,
     "constraints": constraints.run,
+    "scheduling": scheduling.run,
     "peers": peers.run,
     "speculation": speculation.run,
 }

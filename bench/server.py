@@ -62,7 +62,7 @@ def _serve_over_http(checkpoint: Path, max_tokens: int, in_process: float) -> di
     explain if nothing ran beside it.
     """
     vocab_size = load_checkpoint(checkpoint).config.vocab_size
-    prompts = [make_request(f"s{i}", NUM_PROMPT_TOKENS, 1, vocab_size).token_ids for i in range(NUM_STREAMS)]
+    prompts = [make_request(f"s{i}", NUM_PROMPT_TOKENS, 1, vocab_size).token_ids.tolist() for i in range(NUM_STREAMS)]
     num_tokens = NUM_STREAMS * max_tokens
     started_at = time.perf_counter()
     with (

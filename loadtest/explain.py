@@ -249,4 +249,4 @@ def _around(request_ids: Sequence[str], request_id: str) -> Sequence[str]:
 
 
 def _prompt_token(request_id: str, place: int) -> int:
-    return crc32(f"{request_id} prompt {place}".encode())
+    return crc32(f"{request_id} prompt {place}".encode()) >> 1

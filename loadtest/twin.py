@@ -173,7 +173,7 @@ class Simulation:
 
 def output_token(request_id: str, place: int) -> int:
     """The token that a request's text has in this place, unless it ends there."""
-    return crc32(f"{request_id} {place}".encode())
+    return crc32(f"{request_id} {place}".encode()) >> 1
 
 
 def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:

@@ -47,7 +47,7 @@ class WorkloadRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     session: Name
     client: str = ""
     prompt: Name
-    prompt_token_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(min_length=1)]
+    prompt_token_ids: Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
     num_output_tokens: Count
     max_tokens: Count
     temperature: NotNegative = 0.0

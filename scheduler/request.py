@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from enum import Enum
 
@@ -20,7 +22,7 @@ class Request:
     """One request.  It has no phase: `num_computed_tokens` chases `num_tokens_with_spec`.
 
     Attributes:
-        token_ids: the prompt's tokens, then the generated ones.
+        token_ids: the prompt's tokens, then the generated ones; packed, since thousands of requests may wait.
         max_num_tokens: prompt and `max_tokens` together, the length at which the request ends.
         scheduling: what policies may know of the request beside its tokens.
         speculates: whether tokens may be drafted for it.
@@ -36,15 +38,15 @@ class Request:
     """
 
     request_id: str
-    prompt_token_ids: InitVar[list[int]]
+    prompt_token_ids: InitVar[Iterable[int]]
     params: SamplingParams
     arrival_time: float
-    output_token_ids: InitVar[list[int] | None] = None
+    output_token_ids: InitVar[Iterable[int]] = ()
     _: KW_ONLY
     scheduling: SchedulingParams = field(default_factory=SchedulingParams)
     speculates: bool = True
 
-    token_ids: list[int] = field(init=False)
+    token_ids: array[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
     max_num_tokens: int = field(init=False)
     status: RequestStatus = RequestStatus.WAITING
@@ -59,9 +61,10 @@ class Request:
     num_preemptions: int = 0
     scheduled_time: float | None = None
 
-    def __post_init__(self, prompt_token_ids: list[int], output_token_ids: list[int] | None) -> None:
-        self.token_ids = prompt_token_ids + (output_token_ids or [])
-        self.num_prompt_tokens = len(prompt_token_ids)
+    def __post_init__(self, prompt_token_ids: Iterable[int], output_token_ids: Iterable[int]) -> None:
+        self.token_ids = array("i", prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids.extend(output_token_ids)
         self.max_num_tokens = self.num_prompt_tokens + self.params.max_tokens
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
@@ -22,6 +21,7 @@ from shoal.scheduler.output import (
 )
 from shoal.scheduler.policies import Policy
 from shoal.scheduler.request import Request, RequestStatus
+from shoal.scheduler.waiting import WaitingQueue
 
 
 @dataclass(slots=True)
@@ -32,14 +32,15 @@ class _Step:
         budget: tokens that are left to give out.
         behind: running requests whose turn is still to come; each of them is sure of one token unless it pauses.
         shares: the shares that were given out, by request id.
-        victims: ids of the requests that were preempted, and of those for which they were.
+        victims: the requests that were preempted, and the ids of those for which they were.  They begin to wait when
+            the step is scheduled, so that the queue does not grow while it is read.
         is_closed: whether admission is over.
     """
 
     budget: int
     behind: set[Request]
     shares: dict[str, ScheduledRequest] = field(default_factory=dict)
-    victims: dict[str, str] = field(default_factory=dict)
+    victims: dict[Request, str] = field(default_factory=dict)
     is_closed: bool = False
 
 
@@ -51,7 +52,7 @@ class Scheduler:
     recompute and speculation all follow from that.  No clock is read here: the time is an argument.
 
     Attributes:
-        waiting, running: all unfinished requests, by id.
+        waiting, running: all unfinished requests, by id; the waiting ones in the order of the policy's keys.
         free_rows: of the batch, a heap.
         padding: requests that have ended and been answered, but whose rows the policy keeps in the batch.  Each gets a
             share of one token, which recomputes its last position in place.  They give way first.
@@ -61,7 +62,7 @@ class Scheduler:
         self.config = config
         self.policy = policy
         self.kv_cache = KVCache(config)
-        self.waiting: OrderedDict[str, Request] = OrderedDict()
+        self.waiting = WaitingQueue(policy.key)
         self.running: dict[str, Request] = {}
         self.padding: dict[str, Request] = {}
         self.free_rows = list(range(config.max_num_seqs))
@@ -81,8 +82,8 @@ class Scheduler:
         check_queue(self.config, self.num_unfinished)
         for requests in (self.running, self.waiting, self.padding):
             assert request.request_id not in requests, "a request id is used twice"
-        self.waiting[request.request_id] = request
         self.policy.on_arrival(request)
+        self.waiting.add(request)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request; its row and its blocks are free at once.  Returns None if no such request is unfinished."""
@@ -97,7 +98,7 @@ class Scheduler:
         """The time at which there is something to schedule; None if there is nothing until a request comes."""
         if self.running:
             return now
-        return max(now, self.policy.wake_time(now)) if self.waiting else None
+        return max(now, self.policy.wake_time(self.waiting.values(), now)) if self.waiting else None
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -108,16 +109,20 @@ class Scheduler:
         policy, rows and blocks allow.
         """
         step = _Step(self.config.max_num_batched_tokens, set(self.running.values()))
-        self._counts.num_deferred = 0
         self._pad(step)
         for request in self._candidates(step, now):
             self._place(request, step, now)
+        self._counts.num_deferred = 0 if step.is_closed else len(self.waiting)
         while self.running and self.running.keys().isdisjoint(step.shares):  # all would pause
             self._place(next(iter(self.running.values())), step, now)
+        for victim in step.victims:
+            self.waiting.add(victim)
+            self.policy.on_preemption(victim)
         released, self._released = self._released, []
         self._counts.num_steps += bool(step.shares)
         self._counts.num_step_tokens += self.config.max_num_batched_tokens - step.budget
-        return SchedulerOutput(list(step.shares.values()), released, step.victims)
+        preempted = {victim.request_id: by for victim, by in step.victims.items()}
+        return SchedulerOutput(list(step.shares.values()), released, preempted)
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in the result of a step; returns the news of each request that has any.
@@ -173,27 +178,23 @@ class Scheduler:
     def _candidates(self, step: _Step, now: float) -> Iterator[Request]:
         """The requests that may have a share, in the policy's order.
 
-        These are the running requests that neither pause nor were preempted for an earlier one, and the waiting ones
-        that find a row.  The order is read lazily, so that it depends on the admissions so far.
+        These are those of the order that were not preempted for an earlier one and have a row, or find one.  The order
+        is read lazily, so that it depends on the admissions so far.
         """
-        for request in self.policy.order((*self.running.values(), *self.waiting.values()), now):
+        for request in self.policy.order(tuple(self.running.values()), self.waiting.values(), now):
             if step.is_closed and not step.behind:
                 return
-            if request.request_id in step.victims:
+            if request in step.victims:
                 continue
             if request.status is RequestStatus.RUNNING:
                 step.behind.remove(request)
-                if not self.policy.pauses(request, now):
-                    yield request
+                yield request
             elif self._is_admissible(request, step, now):
                 yield request
 
     def _is_admissible(self, request: Request, step: _Step, now: float) -> bool:
         """Whether a waiting request may join the batch; if the batch is full, another request leaves it first."""
         if step.is_closed:
-            return False
-        if not self.policy.admits(request, self.running.values(), now):
-            self._counts.num_deferred += 1
             return False
         if self.free_rows:
             step.is_closed = step.budget == len(step.behind)
@@ -218,7 +219,7 @@ class Scheduler:
             block_ids += self.kv_cache.reserve_ahead(request, self.config.num_lookahead_tokens)
         new = None
         if request.status is not RequestStatus.RUNNING:
-            new = NewRequest(list(request.token_ids), request.num_prompt_tokens, request.params, request.speculates)
+            new = NewRequest(request.token_ids.tolist(), request.num_prompt_tokens, request.params, request.speculates)
             self._join(request, now)
         start, num_tokens = request.num_computed_tokens, request.num_tokens
         wanted = num_tokens + len(request.spec_token_ids) - start
@@ -234,7 +235,7 @@ class Scheduler:
 
     def _join(self, request: Request, now: float) -> None:
         """Move a request from waiting to running, into the lowest free row."""
-        del self.waiting[request.request_id]
+        self.waiting.discard(request.request_id)
         self.running[request.request_id] = request
         request.row = heappop(self.free_rows)
         request.status = RequestStatus.RUNNING
@@ -267,13 +268,11 @@ class Scheduler:
         """Take a running request's row, blocks and share; it will be computed again."""
         self._withdraw(victim, step)
         step.behind.discard(victim)
-        step.victims[victim.request_id] = request.request_id
+        step.victims[victim] = request.request_id
         self._counts.num_preemptions += 1
         victim.num_preemptions += 1
         victim.spec_token_ids = []
         self._leave(victim, RequestStatus.PREEMPTED)
-        self.waiting[victim.request_id] = victim
-        self.waiting.move_to_end(victim.request_id, last=False)
 
     def _settle(
         self, request: Request, share: ScheduledRequest, token_ids: list[int], result: StepResult
@@ -357,5 +356,5 @@ class Scheduler:
             heappush(self.free_rows, request.row)
             request.row = -1
             self.kv_cache.release(request)
-        self.waiting.pop(request.request_id, None)
+        self.waiting.discard(request.request_id)
         request.status = status

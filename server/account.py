@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from shoal.server.engine.journal import Journal
+from shoal.server.engine.packing import TokenIds
 from shoal.server.service import Service
 from shoal.server.terms import Terms
 from shoal.server.text import Choice
@@ -41,7 +42,7 @@ class Account:
             self._tracer.record(self._api_id, self._operation, prompts, self._context, failure)
 
 
-def usage_of(prompts: Sequence[tuple[str, list[int]]], choices: Sequence[Choice]) -> Usage:
+def usage_of(prompts: Sequence[tuple[str, TokenIds]], choices: Sequence[Choice]) -> Usage:
     """Tokens so far; a prompt counts once, however many choices it has."""
     num_prompt = sum(len(token_ids) for _, token_ids in prompts)
     num_output = sum(choice.num_tokens for choice in choices)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.engine.messages import EngineRequest
-from shoal.server.sampling import resolve_sampling
+from shoal.server.engine.packing import TokenIds
+from shoal.server.sampling import choice_seed, resolve_sampling
 from shoal.server.service import Service
 from shoal.server.terms import Terms
 from shoal.server.wire.requests import ChatBody, CompletionBody
@@ -16,7 +17,7 @@ from shoal.server.wire.requests import ChatBody, CompletionBody
 def engine_requests(
     service: Service,
     body: CompletionBody | ChatBody,
-    prompts: Sequence[tuple[str, list[int]]],
+    prompts: Sequence[tuple[str, TokenIds]],
     grammar: str,
     *,
     api_id: str,
@@ -44,7 +45,7 @@ def engine_requests(
         EngineRequest(
             f"{api_id}-{index}-{i}",
             token_ids,
-            replace(params, seed=(seed + i) % 2**64) if i else params,
+            replace(params, seed=choice_seed(seed, i)),
             scheduling=terms.scheduling,
             speculates=speculates,
             end_after=body.end_after,

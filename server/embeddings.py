@@ -16,6 +16,7 @@ from shoal.scheduler.errors import InvalidRequestError, QueueFullError
 from shoal.scheduler.output import Pooling, SamplingParams
 from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import EngineRequest
+from shoal.server.engine.packing import TokenIds
 from shoal.server.errors import RequestTimeoutError
 from shoal.server.service import Service
 from shoal.server.terms import Terms
@@ -67,7 +68,7 @@ class EmbeddingCall:
     """
 
     def __init__(
-        self, service: Service, inputs: Sequence[list[int]], pooling: Pooling, *, api_id: str, terms: Terms
+        self, service: Service, inputs: Sequence[TokenIds], pooling: Pooling, *, api_id: str, terms: Terms
     ) -> None:
         self._engine = service.engine
         self._metrics = service.metrics

@@ -11,6 +11,7 @@ from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import RequestOutput, TokenLogprobs
 from shoal.server.account import Account, usage_of
 from shoal.server.choices import engine_requests
+from shoal.server.engine.packing import TokenIds
 from shoal.server.service import Service
 from shoal.server.terms import Terms
 from shoal.server.text import MAX_SCORED, Choice, Delta, Scored
@@ -25,7 +26,7 @@ class Generation:
         prompts: text and token ids of each.
         grammar: that the texts keep to; empty for none.
         api_id: id of the API call, from which the ids of the engine's requests are made.
-        seed: choice i of a prompt samples with seed + i.
+        seed: of the call; see `choice_seed`.
         terms: on which they are served.
 
     Raises:
@@ -36,7 +37,7 @@ class Generation:
         self,
         service: Service,
         body: CompletionBody | ChatBody,
-        prompts: Sequence[tuple[str, list[int]]],
+        prompts: Sequence[tuple[str, TokenIds]],
         grammar: str,
         *,
         api_id: str,
@@ -65,7 +66,7 @@ class Generation:
     def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs]]:
         """The tokens of a choice's prompt, and the log-probabilities of all but the first, if they were asked for."""
         journal = self.choices[index].journal
-        return journal.request.prompt_token_ids, journal.prompt_logprobs
+        return list(journal.request.prompt_token_ids), journal.prompt_logprobs
 
     @property
     def choices(self) -> list[Choice]:

@@ -10,6 +10,7 @@ from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.admission import check_request
 from shoal.scheduler.errors import ContextLengthError, InvalidRequestError
 from shoal.server.engine.engine import Engine
+from shoal.server.engine.packing import TokenIds, pack
 from shoal.server.rendering import Conversation
 from shoal.server.sampling import check_token_ids
 from shoal.server.templates import TemplateRenderer
@@ -49,7 +50,7 @@ class Prompts:
             )
         self._engine.check_room()
 
-    async def of_completion(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
+    async def of_completion(self, body: CompletionBody) -> list[tuple[str, TokenIds]]:
         """The prompts of a body, of any of the four kinds, as text and tokens.
 
         Raises:
@@ -57,10 +58,12 @@ class Prompts:
         """
         texts, lists = _texts_or_lists("prompt", body.prompt)
         if body.suffix:
-            return await self._around(body, texts, lists)
-        return await self._encoded(body, texts) if texts else await self._decoded(body, lists)
+            prompts = await self._around(body, texts, lists)
+        else:
+            prompts = await (self._encoded(body, texts) if texts else self._decoded(body, lists))
+        return [(text, pack(token_ids)) for text, token_ids in prompts]
 
-    async def of_embeddings(self, body: EmbeddingsBody) -> list[list[int]]:
+    async def of_embeddings(self, body: EmbeddingsBody) -> list[TokenIds]:
         """The tokens of each input, or the first of them if the body says how many.
 
         Raises:
@@ -84,9 +87,9 @@ class Prompts:
             with _about_input(index, len(lists)):
                 check_request(limits, min(len(token_ids), most or len(token_ids)), 0)
                 check_token_ids("prompt", token_ids, self._vocab_size)
-        return [token_ids[:most] for token_ids in lists]
+        return [pack(token_ids[:most]) for token_ids in lists]
 
-    async def of_chat(self, body: ChatBody, conversation: Conversation) -> tuple[str, list[int]]:
+    async def of_chat(self, body: ChatBody, conversation: Conversation) -> tuple[str, TokenIds]:
         """Apply the chat template; the text and its tokens.  See `Tokenizer.encode_chat`.
 
         Raises:
@@ -97,8 +100,8 @@ class Prompts:
         text, token_ids = await self._templates.encode(conversation, parses_special=body.parse_special)
         if body.add_special_tokens and (begin := self._tokenizer.begin_token_ids) != token_ids[: len(begin)]:
             token_ids = begin + token_ids
-        (prompt,) = await self._cut(body, [(text, token_ids)])
-        return prompt
+        ((text, kept),) = await self._cut(body, [(text, token_ids)])
+        return text, pack(kept)
 
     async def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, max_tokens: int | None = None

@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
+from hashlib import blake2b
 
 from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.scheduler.config import SchedulerConfig
@@ -27,6 +28,17 @@ _BY_NAME = [
 def resolve_seed(body: GenerationBody) -> int:
     """The request's seed as an unsigned 64-bit number; drawn if there is none, below 2^53 so that JSON can carry it."""
     return secrets.randbits(53) if body.seed is None else body.seed % 2**64
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of a choice: the first one has that of the call, the others a hash of it and their index.
+
+    The hash is 64 bits of BLAKE2b over both numbers in 8 bytes each; all three are little-endian.
+    """
+    if index == 0:
+        return seed
+    both = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
+    return int.from_bytes(blake2b(both, digest_size=8).digest(), "little")
 
 
 def resolve_sampling(

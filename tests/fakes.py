@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -245,8 +245,8 @@ class Harness:
     its end.
 
     Args:
-        policy: one that is made already, or the name of one.
-        knobs: of one that is named.
+        policy: one that is made already, or the name or the type of one.
+        knobs: of one that is not made yet.
 
     Attributes:
         now: the time that the engine sees; each step takes one second.
@@ -260,7 +260,7 @@ class Harness:
         self,
         choose: Choose | None = None,
         draft: Draft | None = None,
-        policy: Policy | str = "fcfs",
+        policy: Policy | type[Policy] | str = "fcfs",
         knobs: Config | None = None,
         *,
         executor: Executor | None = None,
@@ -270,12 +270,12 @@ class Harness:
         defaults = {"num_blocks": 64, "block_size": 4, "max_model_len": 128, "max_num_seqs": 8}
         values = defaults | {"max_num_batched_tokens": 64} | limits
         self.config = SchedulerConfig(cache_groups=tuple(groups), **values)  # type: ignore[arg-type]
-        if isinstance(policy, str):
-            kind = find_policy(policy)
+        if not isinstance(policy, Policy):
+            kind = find_policy(policy) if isinstance(policy, str) else policy
             policy = kind(self.config, knobs or kind.Knobs())
         self.scheduler = Scheduler(self.config, policy)
-        self._pauses, policy.pauses = policy.pauses, self._note_pause  # type: ignore[method-assign]
-        self._paused: set[Request] = set()  # requests that were to pause
+        self._order, policy.order = policy.order, self._note_order  # type: ignore[method-assign]
+        self._paused: set[Request] = set()  # requests that the policy left out of its order
         self.num_pauses = 0
         self.executor = FakeExecutor(self.config.block_size, choose or hashed(50), draft, groups)
         self.now = 0.0
@@ -318,10 +318,11 @@ class Harness:
             assert not kept or served - self.scheduler.padding.keys(), "all stood still"
         return news
 
-    def _note_pause(self, request: Request, now: float) -> bool:
-        if pauses := self._pauses(request, now):
-            self._paused.add(request)
-        return pauses
+    def _note_order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterator[Request]:
+        self._paused.update(running)
+        for request in self._order(running, waiting, now):
+            self._paused.discard(request)
+            yield request
 
     def take(self, output: RequestOutput | None) -> None:
         """Take delivery of a request's news."""

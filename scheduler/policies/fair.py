@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from bisect import bisect_left, insort
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from heapq import heapify, heappop, heapreplace
+from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
+from itertools import count
 
 from shoal.scheduler.config import Config, SchedulerConfig, setting
 from shoal.scheduler.output import FinishReason
@@ -15,19 +17,29 @@ from shoal.scheduler.request import Request, RequestStatus
 _MAX_IDLE_CLIENTS = 1024  # remembered before those that may be forgotten are looked for
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Client:
     """What is known of a client.
 
     Attributes:
-        counter: the service that the client was given, in weighted tokens.
-        num_waiting: its requests that were never admitted.
-        num_unfinished: its requests, those included.
+        counter: the service that the client was given, in weighted tokens; it never sinks.
+        waiting: its waiting requests, the first to be admitted first, each with a number that grows in that order
+            over all clients.
+        num_new: of them, those that were never admitted.
+        num_rows: its running requests.
+        turn: its place among the clients that wait and have no rows; None if it is not one of them.
+        has_level: whether it is among those of which the level may be the least counter.
     """
 
-    counter: float = 0.0
-    num_waiting: int = 0
-    num_unfinished: int = 0
+    counter: float
+    waiting: OrderedDict[Request, int] = field(default_factory=OrderedDict)
+    num_new: int = 0
+    num_rows: int = 0
+    turn: _Turn | None = None
+    has_level: bool = False
+
+
+_Turn = tuple[float, int, int, _Client]  # counter, rows, and a number that decides between clients with the same
 
 
 class VirtualTokenCounter(Policy):
@@ -80,38 +92,41 @@ class VirtualTokenCounter(Policy):
     def __init__(self, config: SchedulerConfig, knobs: Knobs) -> None:
         super().__init__(config, knobs)
         self._clients: dict[str, _Client] = {}
+        self._numbers = count(1)
+        self._without_rows: list[_Turn] = []  # of the clients that wait and have no rows, sorted
+        self._levels: list[tuple[float, int, _Client]] = []  # a heap; its counters lag behind
         self._level = 0.0
         self._last_to_leave: _Client | None = None
-        self._least_served: float | None = None  # counter of the first client that has requests in this step
         self._max_clients = _MAX_IDLE_CLIENTS
 
-    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
-        queues: defaultdict[str, deque[Request]] = defaultdict(deque)
-        rows: Counter[str] = Counter()
-        for request in requests:
-            queues[request.scheduling.client].append(request)
-            rows[request.scheduling.client] += request.status is RequestStatus.RUNNING
-        # Of clients that were served alike, the one with fewer rows comes first.
-        heap = [(self._clients[name].counter, rows[name], place, name) for place, name in enumerate(queues)]
-        heapify(heap)
-        self._least_served = None
-        while heap:
-            _, num_rows, place, name = heap[0]
-            request = queues[name].popleft()
-            yield request
-            counter = self._clients[name].counter  # more, if the request was admitted
-            if self._least_served is None and request.status is RequestStatus.RUNNING:
-                self._least_served = counter
-            if queues[name]:
-                heapreplace(heap, (counter, num_rows, place, name))
-            else:
-                heappop(heap)
-
-    def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-        return not self._is_ahead(request)
-
-    def pauses(self, request: Request, now: float) -> bool:
-        return self._is_ahead(request)
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        rows: dict[_Client, list[Request]] = {}
+        for request in running:
+            rows.setdefault(self._client(request), []).append(request)
+        turns = sorted((client.counter, len(own), place, client) for place, (client, own) in enumerate(rows.items()))
+        least_served: float | None = None  # counter of the first client that has requests in this step
+        admits = True
+        while True:
+            if admits and self._without_rows and not (turns and turns[0] < self._without_rows[0]):
+                insort(turns, self._without_rows[0])
+            if not turns:
+                return
+            counter, num_rows, place, client = turns[0]
+            if least_served is not None and counter > least_served + self.knobs.fair_lead:
+                return  # those who follow are as far ahead
+            for request in rows.pop(client, ()):
+                yield request
+                if least_served is None and request.status is RequestStatus.RUNNING:
+                    least_served = counter
+            del turns[0]
+            if admits and client.waiting:
+                request = next(iter(client.waiting))
+                yield request
+                admits = request.status is RequestStatus.RUNNING
+                if admits:
+                    insort(turns, (client.counter, num_rows, place, client))
+                    if least_served is None:
+                        least_served = client.counter
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
         if request.status is RequestStatus.RUNNING:
@@ -133,60 +148,91 @@ class VirtualTokenCounter(Policy):
         client = self._clients.get(request.scheduling.client)
         if client is None:
             client = self._clients[request.scheduling.client] = _Client(self._level)
-        elif not client.num_waiting:
+        elif not client.num_new:
             client.counter = max(client.counter, self._level - 2 * self.knobs.fair_lead)
-        client.num_waiting += 1
-        client.num_unfinished += 1
+        number = client.waiting[request] = next(self._numbers)
+        client.num_new += 1
+        if not client.has_level:
+            client.has_level = True
+            heappush(self._levels, (client.counter, number, client))
+        self._line_up(client)
 
     def on_admission(self, request: Request) -> None:
+        client = self._client(request)
+        del client.waiting[request]
+        client.num_rows += 1
         if not request.num_preemptions:
-            client = self._client(request)
             client.counter += self.knobs.prompt_weight * request.num_prompt_tokens
             self._leave(client)
+        self._line_up(client)
+
+    def on_preemption(self, request: Request) -> None:
+        client = self._client(request)
+        client.num_rows -= 1
+        client.waiting[request] = -next(self._numbers)
+        client.waiting.move_to_end(request, last=False)
+        self._line_up(client)
 
     def on_progress(self, request: Request, num_tokens: int) -> None:
         self._client(request).counter += self.knobs.output_weight * num_tokens
 
     def on_finish(self, request: Request, reason: FinishReason) -> None:
         client = self._client(request)
-        client.num_unfinished -= 1
+        if client.waiting.pop(request, None) is None:
+            client.num_rows -= 1
         if request.scheduled_time is None:
             self._leave(client)
+        self._line_up(client)
 
     def _client(self, request: Request) -> _Client:
         return self._clients[request.scheduling.client]
 
     def _leave(self, client: _Client) -> None:
         """One of the client's requests has been admitted, or has ended before."""
-        client.num_waiting -= 1
-        if not client.num_waiting:
+        client.num_new -= 1
+        if not client.num_new:
             self._last_to_leave = client
 
-    def _is_ahead(self, request: Request) -> bool:
-        """Whether the request's client is too far ahead of the first that has requests in this step."""
-        return (
-            self._least_served is not None and self._client(request).counter > self._least_served + self.knobs.fair_lead
-        )
+    def _line_up(self, client: _Client) -> None:
+        """Give a client that waits without rows its turn; take it from one that no longer does."""
+        turn: _Turn | None = None
+        if client.waiting and not client.num_rows:
+            turn = client.counter, 0, next(iter(client.waiting.values())), client
+        if turn != client.turn:
+            if client.turn is not None:
+                del self._without_rows[bisect_left(self._without_rows, client.turn)]
+            if turn is not None:
+                insort(self._without_rows, turn)
+            client.turn = turn
 
     def _most_served(self, running: Collection[Request]) -> Request:
         """The latest request of the client that was served most."""
         return max(reversed(tuple(running)), key=lambda request: self._client(request).counter)
 
     def _lift_level(self) -> None:
-        """Raise the level to the least counter of the clients with waiting requests.
+        """Raise the level to the least counter of the clients with requests that were never admitted.
 
         If there are none, it is the counter of the client that had one last.  The level never sinks: a client that
         catches up would take new clients down with it.
         """
-        waiting = [client.counter for client in self._clients.values() if client.num_waiting]
+        levels = self._levels
+        while levels:
+            counter, number, client = levels[0]
+            if not client.num_new:
+                client.has_level = False
+                heappop(levels)
+            elif client.counter > counter:
+                heapreplace(levels, (client.counter, number, client))
+            else:
+                break
         last = self._last_to_leave.counter if self._last_to_leave else 0.0
-        self._level = max(self._level, min(waiting, default=last))
+        self._level = max(self._level, levels[0][0] if levels else last)
 
     def _forget(self) -> None:
         """Forget clients that have no requests and are not above the level: they come back as new ones."""
         self._clients = {
             name: client
             for name, client in self._clients.items()
-            if client.num_unfinished or client.counter > self._level
+            if client.waiting or client.num_rows or client.counter > self._level
         }
         self._max_clients = 2 * len(self._clients) + _MAX_IDLE_CLIENTS

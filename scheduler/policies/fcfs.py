@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from itertools import chain
 
 from shoal.scheduler.policies.policy import Policy
 from shoal.scheduler.request import Request
@@ -13,8 +14,8 @@ class FirstComeFirstServed(Policy):
 
     name = "fcfs"
 
-    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
-        return requests
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        return chain(running, waiting)
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
         if request not in running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Collection, Iterable
 from typing import ClassVar
 
@@ -20,6 +21,9 @@ class Notices:
     def on_admission(self, request: Request) -> None:
         """The request joins the batch, for the first time or after a preemption."""
 
+    def on_preemption(self, request: Request) -> None:
+        """The request begins to wait again.  This is told at the end of the step's scheduling."""
+
     def on_progress(self, request: Request, num_tokens: int) -> None:
         """The request was given `num_tokens` output tokens; `request.num_output_tokens` counts them already."""
 
@@ -28,7 +32,7 @@ class Notices:
 
 
 class Policy(Notices, ABC):
-    """Orders requests, says which are admitted and which pause for a step, and names the victim of a preemption.
+    """Orders requests, leaves out those that do without a share, and names the victim of a preemption.
 
     It answers and never acts: token budget, blocks, rows and preemption belong to the scheduler.
 
@@ -48,26 +52,25 @@ class Policy(Notices, ABC):
         self.config = config
         self.knobs = knobs
 
+    def key(self, request: Request) -> float:
+        """The place in `WaitingQueue` of a request that begins to wait, the least first; it is asked for once."""
+        return 0.0
+
     @abstractmethod
-    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
-        """All requests, the first to be served first.
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        """The requests of the step, the first to be served first.
 
-        The result is read lazily, so that an iterator sees the admissions of the requests before the next one.
-        `requests` holds the running ones first, in the order of admission, and then the waiting ones, in the order of
-        arrival but preempted ones first.
+        A request that is left out gets no share: a running one pauses and keeps its row and blocks, a waiting one is
+        not admitted.  If all running requests paused, the scheduler would serve one of them nevertheless.
+
+        The result is read lazily, so that an iterator sees the admissions of the requests before the next one.  After
+        a waiting request that was not admitted no other one is, and what comes of `waiting` is passed over: an iterator
+        that ends there does not walk through a long queue.
+
+        Args:
+            running: in the order of admission.
+            waiting: in the order of `key`.
         """
-
-    def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-        """Whether this waiting request may join the batch now.  If not, the next waiting request is asked about."""
-        return True
-
-    def pauses(self, request: Request, now: float) -> bool:
-        """Whether this running request pauses for this step: it keeps its row and its blocks, and gets no share.
-
-        The question is asked when the request's turn comes in `order`.  If all running requests paused, the scheduler
-        would serve one of them nevertheless.
-        """
-        return False
 
     @abstractmethod
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
@@ -77,7 +80,7 @@ class Policy(Notices, ABC):
         a request that could not take the same back, or the two would preempt each other for ever.
         """
 
-    def wake_time(self, now: float) -> float:
+    def wake_time(self, waiting: Collection[Request], now: float) -> float:
         """While requests wait and none runs: when one of them may be admitted, if nothing happens before."""
         return now
 
@@ -92,26 +95,22 @@ class KeyedPolicy(Policy):
     It gives way to a waiting request too, if that one's key is less.  Among equal keys the first request comes first.
     """
 
-    def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
-        super().__init__(config, knobs)
-        self._waiting_keys: dict[Request, float] = {}
-
     @abstractmethod
     def key(self, request: Request) -> float:
-        """The request's place in the order.  It must not change while the request waits: it is computed once."""
+        """The request's place in the order.  It must not change while the request waits."""
 
-    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
-        known = self._waiting_keys
-        for request in requests:
-            if request not in known and request.status is not RequestStatus.RUNNING:
-                known[request] = self.key(request)
-        return sorted(requests, key=lambda request: known[request] if request in known else self.key(request))
-
-    def on_admission(self, request: Request) -> None:
-        self._waiting_keys.pop(request, None)
-
-    def on_finish(self, request: Request, reason: FinishReason) -> None:
-        self._waiting_keys.pop(request, None)
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        keys = {request: self.key(request) for request in running}
+        ordered = sorted(keys, key=keys.__getitem__)
+        start = 0
+        for request in waiting:
+            end = bisect_right(ordered, self.key(request), key=keys.__getitem__)
+            yield from ordered[start:end]
+            start = end
+            yield request
+            if request.status is not RequestStatus.RUNNING:
+                break
+        yield from ordered[start:]
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
         last = max(reversed(tuple(running)), key=self.key)  # of equals the one that was admitted last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import exp, log, sqrt
 from zlib import crc32
 
@@ -42,9 +42,10 @@ class Oracle(Predictor):
 
 
 _PRIOR_TOKENS = 128.0  # the prediction before anything is learned
-_NUM_SLOTS = 2**14
+_NUM_SLOTS = 2**14  # for words, and as many for all else
 _SLOWEST_RATE = 0.05  # the rate of learning does not fall below this
 _NUM_WORDS = 32  # tokens at either end of a prompt that are features one by one
+_RUNS = (4, 8, 16, 32)  # bytes of 1, 2, 4 and 8 tokens
 
 
 class LearnedLengths(Predictor):
@@ -65,8 +66,8 @@ class LearnedLengths(Predictor):
     def __init__(self) -> None:
         self._base = log(_PRIOR_TOKENS)
         self._num_learned = 0
-        self._weights = [0.0] * _NUM_SLOTS
-        self._num_seen = [0] * _NUM_SLOTS
+        self._weights = [0.0] * 2 * _NUM_SLOTS
+        self._num_seen = [0] * 2 * _NUM_SLOTS
 
     def predict(self, request: Request) -> float:
         most = log(max(request.params.max_tokens, 1))
@@ -75,40 +76,40 @@ class LearnedLengths(Predictor):
     def learn(self, request: Request) -> None:
         if not request.num_output_tokens:
             return
-        features = list(_features(request))
-        error = log(request.num_output_tokens) - self._expected(features)
-        part = error / (1 + sum(value * value for _, value in features))
+        groups = _features(request)
+        error = log(request.num_output_tokens) - self._expected(groups)
+        part = error / (1 + len(groups))
         self._num_learned += 1
         self._base += part * _rate(self._num_learned)
-        for slot, value in features:
-            self._num_seen[slot] += 1
-            self._weights[slot] += part * _rate(self._num_seen[slot]) * value
+        for slots in groups:
+            for slot in slots:
+                self._num_seen[slot] += 1
+                self._weights[slot] += part * _rate(self._num_seen[slot]) / sqrt(len(slots))
 
-    def _expected(self, features: Iterable[tuple[int, float]]) -> float:
-        """The logarithm of the length."""
-        return self._base + sum(self._weights[slot] * value for slot, value in features)
+    def _expected(self, groups: Iterable[Collection[int]]) -> float:
+        """The logarithm of the length.  The squares of the values of each group of features sum to 1."""
+        weight = self._weights.__getitem__
+        return self._base + sum([sum(map(weight, slots)) / sqrt(len(slots)) for slots in groups])
 
 
 def _rate(num_seen: int) -> float:
     return max(1 / sqrt(num_seen), _SLOWEST_RATE)
 
 
-def _features(request: Request) -> Iterator[tuple[int, float]]:
-    """Slots of the table and their values; the squares of the values of each group of features sum to 1."""
-    prompt = request.token_ids[: request.num_prompt_tokens]
-    groups = (
-        [f"client {request.scheduling.client}"],
-        [f"prompt {len(prompt).bit_length()}"],
-        [f"limit {request.params.max_tokens.bit_length()}"],
-        [f"begins {prompt[:count]}" for count in (1, 2, 4, 8)],
-        [f"ends {prompt[-count:]}" for count in (1, 2, 4, 8)],
-        [f"word {token_id}" for token_id in prompt[:_NUM_WORDS] + prompt[-_NUM_WORDS:]],
-    )
-    for group in groups:
-        features = dict.fromkeys(group)
-        value = 1 / sqrt(len(features))
-        for feature in features:
-            yield crc32(feature.encode()) % _NUM_SLOTS, value
+def _features(request: Request) -> list[Collection[int]]:
+    """Groups of features, as slots of the table: words in its first half, hashes counted from its end in the other."""
+    size = request.num_prompt_tokens
+    begin = request.token_ids[: min(size, _NUM_WORDS)]
+    end = request.token_ids[max(size - _NUM_WORDS, 0) : size]
+    first, last = begin[:8].tobytes(), end[-8:].tobytes()
+    return [
+        [crc32(request.scheduling.client.encode()) % _NUM_SLOTS - _NUM_SLOTS],
+        [crc32(b"prompt", size.bit_length()) % _NUM_SLOTS - _NUM_SLOTS],
+        [crc32(b"limit", request.params.max_tokens.bit_length()) % _NUM_SLOTS - _NUM_SLOTS],
+        {crc32(first[:length], 1) % _NUM_SLOTS - _NUM_SLOTS for length in _RUNS},
+        {crc32(last[-length:], 2) % _NUM_SLOTS - _NUM_SLOTS for length in _RUNS},
+        [token_id % _NUM_SLOTS for token_id in set(begin + end)],
+    ]
 
 
 PREDICTORS: dict[str, Callable[[], Predictor]] = {"max_tokens": MaxTokens, "learned": LearnedLengths}

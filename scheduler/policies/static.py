@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, takewhile
 
 from shoal.scheduler.config import Config, SchedulerConfig, setting
 from shoal.scheduler.output import FinishReason
@@ -35,27 +35,20 @@ class StaticWithoutPadding(FirstComeFirstServed):
 
     def __init__(self, config: SchedulerConfig, knobs: Knobs) -> None:
         super().__init__(config, knobs)
-        self._waiting: dict[Request, None] = {}
         self._batch: set[Request] = set()
 
-    def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-        if not self._batch and now >= self.wake_time(now):
-            self._batch = set(islice(self._waiting, self.config.max_num_seqs))
-            for member in self._batch:
-                del self._waiting[member]
-        return request in self._batch
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        if not self._batch and waiting and now >= self.wake_time(waiting, now):
+            self._batch = set(islice(waiting, self.config.max_num_seqs))
+        return chain(running, takewhile(self._batch.__contains__, waiting))  # preempted members wait before all others
 
-    def wake_time(self, now: float) -> float:
-        if self._batch or len(self._waiting) >= self.config.max_num_seqs:
+    def wake_time(self, waiting: Collection[Request], now: float) -> float:
+        if self._batch or len(waiting) >= self.config.max_num_seqs:
             return now
-        return next(iter(self._waiting)).arrival_time + self.knobs.static_timeout_seconds
-
-    def on_arrival(self, request: Request) -> None:
-        self._waiting[request] = None
+        return next(iter(waiting)).arrival_time + self.knobs.static_timeout_seconds
 
     def on_finish(self, request: Request, reason: FinishReason) -> None:
         self._batch.discard(request)
-        self._waiting.pop(request, None)
 
 
 class Static(StaticWithoutPadding):

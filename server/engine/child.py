@@ -19,6 +19,7 @@ import zmq.asyncio
 from shoal.scheduler.errors import ConfigError, EngineError
 from shoal.server.engine.messages import Abort, ForgetPrefixes, Loading, News, Ready, Report, StartFailed, Stop, Submit
 from shoal.server.engine.outbox import MAX_MESSAGES, Outbox
+from shoal.server.engine.packing import encode_hook
 from shoal.server.settings import Settings
 
 logger = logging.getLogger("shoal.engine")
@@ -144,7 +145,7 @@ class EngineProcess:
 
     async def _deliver(self) -> None:
         while True:
-            await self._commands.send(msgspec.msgpack.encode(await self._outbox.get()))
+            await self._commands.send(msgspec.msgpack.encode(await self._outbox.get(), enc_hook=encode_hook))
             await asyncio.sleep(0)  # a socket with room for it does not wait
 
     def _receive(self, failed: asyncio.Future[None]) -> None:

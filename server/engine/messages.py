@@ -10,6 +10,7 @@ import msgspec
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 from shoal.scheduler.step_record import StepRecord
+from shoal.server.engine.packing import TokenIds
 
 HEARTBEAT_SECONDS = 0.25
 
@@ -30,7 +31,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
     age: float = 0.0
     output_token_ids: list[int] = []

@@ -24,6 +24,7 @@ from shoal.server.engine.build import build_engine
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, Loading, Report, StartFailed
 from shoal.server.engine.outbox import MAX_MESSAGES
+from shoal.server.engine.packing import decode_hook
 from shoal.server.engine.preparing import Preparing
 from shoal.server.settings import resolve
 
@@ -59,7 +60,7 @@ class Sockets:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=decode_hook)
 
 
 def _end_with_parent(folder: Path) -> None:

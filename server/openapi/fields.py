@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 FIELDS: Mapping[str, str] = {
     # completions and chats
     "model": "one of the names of the served model; another one is a 404, unless `any_model` is set",
-    "n": "choices for each prompt; choice i samples with `seed` + i",
+    "n": "choices for each prompt; the first samples with `seed`, each other one with a hash of `seed` and its number",
     "max_tokens": "most tokens of a choice; 0 computes the prompt only, -1 is as many as fit",
     "temperature": "0 takes the most probable token",
     "top_p": "keeps the smallest set of most probable tokens whose probability reaches this",

@@ -10,6 +10,7 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
+from shoal.server.engine.packing import TokenIds
 from shoal.server.errors import OPENAI, ErrorShape
 from shoal.server.generation import Generation
 from shoal.server.routes.answer import EventStream, unless_disconnected
@@ -38,7 +39,7 @@ class Call(ABC, Generic[Body]):
     shape: ErrorShape = OPENAI
 
     def __init__(
-        self, service: Service, request: Request, body: Body, prompts: Sequence[tuple[str, list[int]]], grammar: str
+        self, service: Service, request: Request, body: Body, prompts: Sequence[tuple[str, TokenIds]], grammar: str
     ) -> None:
         self.service = service
         self.request = request

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from shoal.server.engine.packing import TokenIds
 from shoal.server.logprobs import chat_logprobs, id_text, plain_text
 from shoal.server.routes.answer import event
 from shoal.server.routes.openai import OpenAICall, Unset
@@ -52,7 +53,7 @@ class _ChatCall(OpenAICall[ChatBody]):
     scores_prompt_in_choices = False
 
     def __init__(
-        self, service: Service, request: Request, body: ChatBody, prompt: tuple[str, list[int]], grammar: str
+        self, service: Service, request: Request, body: ChatBody, prompt: tuple[str, TokenIds], grammar: str
     ) -> None:
         super().__init__(service, request, body, [prompt], grammar)
         reading, last = service.dialect.reading(body, prompt[0]), body.messages[-1]

@@ -61,7 +61,7 @@ class Extras:
                 await self._request.body(),
                 self.instead,
                 [first.params for first in firsts],
-                [first.prompt_token_ids for first in firsts],
+                [list(first.prompt_token_ids) for first in firsts],
                 [choice.journal.output_token_ids[: choice.num_tokens] for choice in generation.choices],
             )
             answer.receipt = await self._service.receipts.write(answered)

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from shoal.server.engine.packing import TokenIds
 from shoal.server.routes.answer import event, whole
 from shoal.server.routes.call import Call
 from shoal.server.routes.streams import answered_once
@@ -37,7 +38,7 @@ from shoal.server.wire.requests import ChatBody
 def messages_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    async def prompt_of(chat: ChatBody) -> tuple[str, list[int]]:
+    async def prompt_of(chat: ChatBody) -> tuple[str, TokenIds]:
         return await service.prompts.of_chat(chat, service.dialect.of_chat(chat))
 
     @router.post(_MessageCall.endpoint)
@@ -78,7 +79,7 @@ class _MessageCall(Call[ChatBody]):
         service: Service,
         request: Request,
         chat: ChatBody,
-        prompt: tuple[str, list[int]],
+        prompt: tuple[str, TokenIds],
         grammar: str,
         *,
         max_tokens: int,

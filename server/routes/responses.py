@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from shoal.scheduler.admission import check_request
 from shoal.scheduler.errors import ContextLengthError, InvalidRequestError, ShoalError
+from shoal.server.engine.packing import TokenIds
 from shoal.server.errors import ErrorShape, NotFoundError, error_body, http_error
 from shoal.server.keys import known_key
 from shoal.server.responses.conversation import chat_of, in_own_words, items_of, own_words
@@ -156,7 +157,7 @@ class _Turn(NamedTuple):
     asked: ResponsesBody
     items: list[Item]
     chat: ChatBody
-    prompt: tuple[str, list[int]]
+    prompt: tuple[str, TokenIds]
 
 
 async def _prepare(service: Service, request: Request, body: ResponsesBody) -> _Turn:
@@ -167,11 +168,11 @@ async def _prepare(service: Service, request: Request, body: ResponsesBody) -> _
     return _Turn(body, items, chat, prompt)
 
 
-async def _prompt(service: Service, chat: ChatBody) -> tuple[str, list[int]]:
+async def _prompt(service: Service, chat: ChatBody) -> tuple[str, TokenIds]:
     return await service.prompts.of_chat(chat, service.dialect.of_chat(chat))
 
 
-async def _fitted(service: Service, chat: ChatBody) -> tuple[str, list[int]]:
+async def _fitted(service: Service, chat: ChatBody) -> tuple[str, TokenIds]:
     """The prompt of a chat, without its first messages if it would be too long: it goes on with a user's message.
 
     Raises:

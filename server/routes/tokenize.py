@@ -22,7 +22,7 @@ def tokenize_router(service: Service) -> APIRouter:
         body = await service.reader.read(request, TokenizeBody)
         service.check_model(body.model)
         if body.messages is not None:
-            _, tokens = await service.prompts.of_chat(body.chat, service.dialect.of_chat(body.chat))
+            tokens = list((await service.prompts.of_chat(body.chat, service.dialect.of_chat(body.chat)))[1])
         else:
             adds_special = body.add_special_tokens is not False
             (tokens,) = await service.prompts.encode_all([body.prompt or ""], add_special_tokens=adds_special)

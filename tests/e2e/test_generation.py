@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+from shoal.server.sampling import choice_seed
 from tests.e2e.checkpoints import CYCLE, VOCAB_SIZE, cycle_text
 from tests.e2e.harness import Server, joined
 
@@ -34,15 +35,18 @@ def log_softmax(oracle: Any, token_ids: list[int]) -> torch.Tensor:
 # -- choices, prompts, seeds -------------------------------------------------------------------------------------------
 
 
-def test_choice_i_is_the_answer_to_seed_plus_i(tiny: Server) -> None:
+def test_a_choice_is_the_answer_to_a_seed_of_its_own(tiny: Server) -> None:
     many = tiny.complete(PROMPT, n=3, seed=2**64 - 2, **SAMPLED)["choices"]
-    alone = [tiny.text(PROMPT, seed=(2**64 - 2 + i) % 2**64, **SAMPLED) for i in range(3)]
+    alone = [tiny.text(PROMPT, seed=choice_seed(2**64 - 2, i), **SAMPLED) for i in range(3)]
     assert [choice["text"] for choice in many] == alone
     assert len(set(alone)) == 3
     chunks = tiny.stream("/v1/completions", prompt=PROMPT, n=3, seed=2**64 - 2, **SAMPLED)
     assert [joined(chunks, i) for i in range(3)] == alone
     chat = tiny.chat("hi", n=2, seed=7, **SAMPLED)["choices"]
-    assert chat[1]["message"]["content"] == tiny.chat("hi", seed=8, **SAMPLED)["choices"][0]["message"]["content"]
+    one = tiny.chat("hi", seed=choice_seed(7, 1), **SAMPLED)["choices"][0]
+    assert chat[1]["message"]["content"] == one["message"]["content"]
+    twice = tiny.complete([PROMPT, PROMPT], seed=7, **SAMPLED)["choices"]
+    assert twice[0]["text"] == twice[1]["text"], "equal prompts are requests with the same seed"
 
 
 def test_prompts_of_every_kind(tiny: Server) -> None:

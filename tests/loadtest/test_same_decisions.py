@@ -58,7 +58,7 @@ class ScriptedExecutor:
             request = self.workload[share.request_id]
             place = share.num_computed_tokens + share.num_scheduled_tokens - len(request.prompt_token_ids)
             is_last = place + 1 == request.num_output_tokens
-            text = random.Random(f"{share.request_id} {place}").randrange(10**12)
+            text = random.Random(f"{share.request_id} {place}").randrange(2**31)
             token_ids.append([STOP if is_last else text] if share.samples else [])
         return StepResult(token_ids)
 

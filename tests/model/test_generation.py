@@ -114,7 +114,7 @@ def test_greedy_texts_are_those_of_transformers(shape: str, backend: str, tiny_c
         settings = GenerationConfig(max_new_tokens=request.params.max_tokens, do_sample=False, pad_token_id=0)
         settings.update(return_dict_in_generate=True, output_logits=True)
         expected: Any = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-        assert request.token_ids == expected.sequences[0].tolist()
+        assert list(request.token_ids) == expected.sequences[0].tolist()
         entries = [entry for one in news if one.request_id == request.request_id for entry in one.logprobs or ()]
         logprobs = torch.stack(expected.logits)[:, 0].log_softmax(-1).numpy()
         top = np.argsort(-logprobs)[:, :2]

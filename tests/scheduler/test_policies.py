@@ -124,7 +124,7 @@ def test_a_policy_is_added_in_one_file_of_25_lines_with_its_knob() -> None:
 def test_fcfs_names_the_latest_arrival_and_never_preempts_for_a_newcomer() -> None:
     policy = make_policy(FirstComeFirstServed)
     first, second, third = (Request(name, [1], params(), 0.0) for name in "abc")
-    assert list(policy.order([first, second], 0.0)) == [first, second]
+    assert list(policy.order([first], [second], 0.0)) == [first, second]
     assert policy.victim(first, [first, second], 0.0) is second
     assert policy.victim(second, [first, second], 0.0) is None
     assert policy.victim(third, [first, second], 0.0) is None
@@ -145,8 +145,8 @@ class UrgentTakes(FirstComeFirstServed):
 class UrgentFirst(UrgentTakes):
     """They go first, too."""
 
-    def order(self, requests: Collection[Request], now: float) -> Iterable[Request]:
-        return sorted(requests, key=is_urgent, reverse=True)
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        return sorted([*running, *waiting], key=is_urgent, reverse=True)
 
 
 def test_a_policy_may_order_the_waiting() -> None:
@@ -262,10 +262,10 @@ def test_no_request_joins_with_the_tokens_that_running_requests_are_sure_of() ->
 
 
 class Rests(FirstComeFirstServed):
-    """Asks every running request to pause in every step."""
+    """Has every running request pause in every step."""
 
-    def pauses(self, request: Request, now: float) -> bool:
-        return True
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        return waiting
 
 
 @pytest.mark.parametrize("num_blocks", [64, 4])
@@ -301,6 +301,9 @@ class Notes(FirstComeFirstServed):
     def on_admission(self, request: Request) -> None:
         self.notes.append(f"{request.request_id} joins")
 
+    def on_preemption(self, request: Request) -> None:
+        self.notes.append(f"{request.request_id} is {request.status.value}")
+
     def on_progress(self, request: Request, num_tokens: int) -> None:
         self.notes.append(f"{request.request_id} +{num_tokens} = {request.num_output_tokens}")
 
@@ -328,13 +331,16 @@ def test_a_policy_is_told_of_each_event_of_a_request() -> None:
     ]
 
 
-def test_a_policy_is_told_of_preemptions_by_the_second_admission() -> None:
+def test_a_policy_is_told_of_preemptions() -> None:
     def act(harness: Harness) -> None:
         harness.add("a", [1, 2, 3], max_tokens=3)
         harness.add("b", [4, 5, 6], max_tokens=3)
 
     told = [note for note in notes(act, num_blocks=4, block_size=2, max_model_len=8) if note.startswith("b")]
-    assert told == ["b arrives", "b joins", "b +1 = 1", "b +1 = 2", "b joins", "b +1 = 3", "b ends by length"]
+    assert told == [
+        *("b arrives", "b joins", "b +1 = 1", "b +1 = 2", "b is preempted"),
+        *("b joins", "b +1 = 3", "b ends by length"),
+    ]
 
 
 def test_a_policy_is_told_of_every_end_once() -> None:
@@ -358,11 +364,11 @@ def test_a_policy_is_told_of_every_end_once() -> None:
 
 def test_the_scheduler_knows_when_there_is_something_to_do() -> None:
     class Later(FirstComeFirstServed):
-        def wake_time(self, now: float) -> float:
+        def wake_time(self, waiting: Collection[Request], now: float) -> float:
             return 5.0
 
-        def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-            return now >= 5.0
+        def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+            return [*running, *waiting] if now >= 5.0 else running
 
     harness = Harness(policy=make_policy(Later))
     assert harness.scheduler.wake_time(0.0) is None, "nothing without a request"
@@ -379,8 +385,8 @@ def test_the_scheduler_knows_when_there_is_something_to_do() -> None:
 class ShortestFirst(FirstComeFirstServed):
     """The least work left goes first; the request with the most of it gives way."""
 
-    def order(self, waiting: Collection[Request], now: float) -> Iterable[Request]:
-        return sorted(waiting, key=lambda request: request.max_num_tokens - request.num_tokens)
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        return sorted([*running, *waiting], key=lambda request: request.max_num_tokens - request.num_tokens)
 
 
 def test_a_policy_sees_what_the_requests_have_left_to_do() -> None:
@@ -408,8 +414,8 @@ def test_no_other_request_takes_the_blocks_that_a_preemption_freed_in_the_same_s
 class SkipsUntil(FirstComeFirstServed):
     """Passes over requests until the second that stands in their id."""
 
-    def admits(self, request: Request, running: Collection[Request], now: float) -> bool:
-        return now >= float(request.request_id)
+    def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
+        return [*running, *(request for request in waiting if now >= float(request.request_id))]
 
 
 def test_a_policy_gets_the_time_and_may_pass_over_a_request() -> None:
@@ -434,25 +440,18 @@ class Counting(KeyedPolicy):
 
     def key(self, request: Request) -> float:
         self.asked[request.request_id] += 1
-        return -request.arrival_time
+        return request.arrival_time
 
 
-def test_keys_are_computed_once_for_each_wait() -> None:
+def test_a_step_asks_for_no_keys_of_the_many_that_wait() -> None:
     policy = make_policy(Counting)
-    first, second = (Request(name, [1], params(), float(i)) for i, name in enumerate("ab"))
-    for _ in range(3):
-        assert list(policy.order([first, second], 0.0)) == [second, first]
-    assert policy.asked == {"a": 1, "b": 1}
-    policy.on_admission(second)
-    second.status = RequestStatus.RUNNING  # its key may change in each step
-    for _ in range(2):
-        policy.order([first, second], 0.0)
-    assert policy.asked == {"a": 1, "b": 3}
-    second.status = RequestStatus.PREEMPTED
-    for _ in range(2):
-        policy.order([first, second], 0.0)
-    assert policy.asked == {"a": 1, "b": 4}
-    for request in (first, second):
-        policy.on_finish(request, FinishReason.ABORT)
-    policy.order([first], 0.0)
-    assert policy.asked["a"] == 2, "the key of a finished request is dropped"
+    harness = Harness(max_num_seqs=1, policy=policy)
+    for index in range(5):
+        harness.add(f"{index}", [1], max_tokens=3)
+        harness.now += 1
+    assert policy.asked == dict.fromkeys("01234", 1)
+    harness.step()
+    harness.step()
+    assert policy.asked.total() < 20
+    assert [policy.asked[name] for name in "234"] == [1, 1, 1]
+    harness.drain()

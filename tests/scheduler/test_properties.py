@@ -18,11 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from shoal.scheduler.config import CacheGroup, Config
 from shoal.scheduler.errors import ContextLengthError, QueueFullError
 from shoal.scheduler.invariants import check_invariants
-from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput
-from shoal.scheduler.policies import POLICIES
+from shoal.scheduler.output import FinishReason, SamplingParams, SchedulerOutput, SchedulerStats
+from shoal.scheduler.policies import POLICIES, Policy
 from shoal.scheduler.policies.fair import VirtualTokenCounter
+from shoal.scheduler.step_record import StepRecord
 from tests.examples import examples
 from tests.fakes import ALL, Draft, Harness, InjectedError, digest, generate, hashed
+from tests.scheduler.made_anew import ANEW
 
 VOCAB_SIZE = 4  # so small that prompts share prefixes, stop tokens appear and drafted tokens are accepted
 CHOOSE = hashed(VOCAB_SIZE)
@@ -257,7 +259,7 @@ def test_every_request_gets_what_it_gets_alone(policy: str, knobs: Config) -> No
 # -- busy workloads --------------------------------------------------------------------------------------------------
 
 
-def busy_harness(rng: random.Random, policy: str, knobs: Config) -> Harness:
+def busy_harness(rng: random.Random, policy: str | type[Policy], knobs: Config) -> Harness:
     """Few rows and few blocks, hardly more than the largest request needs."""
     block_size, max_num_seqs = rng.randint(1, 4), rng.randint(1, 4)
     groups = rng.choice([[CacheGroup()], [CacheGroup(), CacheGroup(window=rng.randint(1, 9))], [CacheGroup(chunk=6)]])
@@ -283,7 +285,7 @@ def ask(rng: random.Random, harness: Harness, request_id: str) -> Asked:
     prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 12))]
     others: dict[str, object] = {
         "stop_token_ids": frozenset({rng.randrange(VOCAB_SIZE)} if rng.random() < 0.2 else ()),
-        "client": rng.choice("abc"),
+        "client": rng.choice("abcd"),
         "priority": rng.randint(-3, 3),
         "ttft_slo_ms": rng.choice([None, 100.0, 20_000.0]),
     }
@@ -347,3 +349,25 @@ def test_under_load_every_request_gets_what_it_gets_alone(policy: str, knobs: Co
     assert num_preemptions > examples(20), "blocks were meant to be few"
     assert (num_padding > examples(200)) == (policy == "static")
     assert (num_pauses > examples(200)) == (isinstance(knobs, VirtualTokenCounter.Knobs) and knobs.fair_lead <= 10)
+
+
+@pytest.mark.parametrize(("policy", "knobs"), CASES)
+def test_an_order_that_is_kept_is_the_one_made_anew(policy: str, knobs: Config) -> None:
+    """Ties and all: every step is the same, and as many requests are deferred."""
+
+    @settings(max_examples=examples(100), derandomize=True)
+    @given(seed=st.integers(0, 2**32))
+    def run(seed: int) -> None:
+        histories = []
+        for kind in (POLICIES[policy], ANEW[policy]):
+            rng = random.Random(seed)
+            harness = busy_harness(rng, kind, knobs)
+            steps: list[tuple[StepRecord, SchedulerStats]] = []
+            harness.engine.observers = [
+                lambda record, steps=steps, harness=harness: steps.append((record, harness.scheduler.stats()))
+            ]
+            run_busily(rng, harness)
+            histories.append((steps, harness.executor.steps))
+        assert histories[0] == histories[1]
+
+    run()

@@ -28,6 +28,7 @@ from shoal.server.engine.messages import (
     Stop,
     Submit,
 )
+from shoal.server.engine.packing import decode_hook
 
 ANSWER, SILENCE, DIE, DIE_AFTER_A_TOKEN, GARBAGE, FAIL, HANG_AFTER_A_TOKEN = range(1, 8)
 TOKENS = [11, 12, 13]
@@ -91,7 +92,7 @@ def main() -> None:
 
 def play(settings: Any, commands: Any, reports: Any, end: Callable[[int], None]) -> None:
     """Answer commands, for ever."""
-    decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+    decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=decode_hook)
     num_aborted = 0
 
     def send(report: Report) -> None:

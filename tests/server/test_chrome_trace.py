@@ -107,7 +107,9 @@ class Watched:
         self.rows.append({})
         for share in output.scheduled:
             tokens = batch[share.request_id].token_ids
-            (self.rows[-1][share.request_id],) = [n for n, row in enumerate(table) if row[: len(tokens)] == tokens]
+            (self.rows[-1][share.request_id],) = [
+                n for n, row in enumerate(table) if row[: len(tokens)] == list(tokens)
+            ]
         return result
 
 

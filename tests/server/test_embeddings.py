@@ -93,7 +93,7 @@ def test_inputs_are_cut_where_the_call_says_so(tmp_path: Path) -> None:
                     )
                     await until(lambda: world.engine.requests)
                     (request,) = world.engine.requests.values()
-                    assert request.prompt_token_ids == tokenizer.encode(text)[:length]
+                    assert list(request.prompt_token_ids) == tokenizer.encode(text)[:length]
                     answer(world.engine)
                     assert (await asking).json()["usage"]["prompt_tokens"] == length
 

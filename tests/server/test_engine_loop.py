@@ -3,16 +3,30 @@ virtual clock: waiting moves the clock on."""
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import zmq
 
 from shoal.scheduler.output import SamplingParams, SchedulingParams
+from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.policies.static import Static
+from shoal.server.engine.journal import Submission
 from shoal.server.engine.loop import EngineLoop
-from shoal.server.engine.messages import HEARTBEAT_SECONDS, Abort, Command, EngineRequest, News, Report, Stop, Submit
-from shoal.server.engine.process import Sockets, _encoder
+from shoal.server.engine.messages import (
+    HEARTBEAT_SECONDS,
+    Abort,
+    Command,
+    EngineRequest,
+    News,
+    Report,
+    Stop,
+    Submit,
+)
+from shoal.server.engine.packing import encode_hook, pack
+from shoal.server.engine.process import Sockets, _decoder, _encoder
 from tests.fakes import Harness
 
 TIMEOUT = 2.5
@@ -131,3 +145,41 @@ def test_the_sockets_give_up_waiting(seconds: float) -> None:
         assert sockets.receive(None) == [Abort(["a"]), Abort(["b"])]
     finally:
         context.destroy(linger=0)
+
+
+def encoded(request_id: str, prompt: list[int]) -> bytes:
+    request = EngineRequest(request_id, pack(prompt), SamplingParams(max_tokens=1, seed=0))
+    return msgspec.msgpack.encode(Submit([request]), enc_hook=encode_hook)
+
+
+def test_a_token_of_a_prompt_crosses_in_four_bytes() -> None:
+    prompt = list(range(0, 200_000, 200))
+    message = encoded("a", prompt)
+    assert len(message) < 4 * len(prompt) + 1000
+    command = _decoder.decode(message)
+    assert isinstance(command, Submit)
+    assert list(command.requests[0].prompt_token_ids) == prompt
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_waiting_request_of_512_tokens_takes_less_than_6_kilobytes_in_each_process(policy: str) -> None:
+    count = 100
+    harness = Harness(policy=policy, num_blocks=1000, max_model_len=1024)
+    loop = EngineLoop(harness.engine, FakeWire(harness, []))
+    messages = [encoded(f"{index}", list(range(index * 1000, index * 1000 + 512))) for index in range(count)]
+    tracemalloc.start()
+    for message in messages:
+        command = _decoder.decode(message)
+        assert isinstance(command, Submit)
+        assert loop._add(command.requests[0]) is None
+    engine = tracemalloc.get_traced_memory()[0]
+    del command
+    submissions = []
+    for index in range(count):
+        prompt = pack(range(index * 1000, index * 1000 + 512))
+        request = EngineRequest(f"{index}", prompt, SamplingParams(max_tokens=1, seed=0))
+        submissions.append(Submission([request], "0", 0.0))
+    both = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert engine < count * 6_000
+    assert both - engine < count * 6_000

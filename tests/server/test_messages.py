@@ -30,6 +30,7 @@ from shoal.server.engine.messages import (
     Stop,
     Submit,
 )
+from shoal.server.engine.packing import decode_hook, encode_hook, pack
 
 names = st.text(string.printable, max_size=12)
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=8)
@@ -50,7 +51,7 @@ scheduling = st.builds(
 requests = st.builds(
     EngineRequest,
     names,
-    token_ids,
+    token_ids.map(pack),
     params,
     age=floats,
     output_token_ids=token_ids,
@@ -88,7 +89,8 @@ reports = (
 
 @given(command=commands)
 def test_commands(command: Command) -> None:
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=Command) == command
+    sent = msgspec.msgpack.encode(command, enc_hook=encode_hook)
+    assert msgspec.msgpack.decode(sent, type=Command, dec_hook=decode_hook) == command
 
 
 @given(report=reports)

@@ -8,7 +8,7 @@ from shoal.model.checkpoint.config import GenerationDefaults
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import SamplingParams
-from shoal.server.sampling import check_token_ids, resolve_sampling, resolve_seed
+from shoal.server.sampling import check_token_ids, choice_seed, resolve_sampling, resolve_seed
 from shoal.server.wire.parsing import read_body
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
@@ -181,3 +181,13 @@ def test_min_tokens_needs_a_token_that_does_not_end_the_text() -> None:
     assert caught.value.param == "stop_token_ids"
     resolve(completion(stop_token_ids=[0, *every]))
     resolve(completion(stop_token_ids=every, min_tokens=1))
+
+
+def test_the_seeds_of_choices_are_pinned() -> None:
+    assert [choice_seed(7, index) for index in range(3)] == [7, 0xCDA7975F1322F3E0, 0x3E839419DA5EB9E3]
+
+
+def test_no_two_choices_of_neighbouring_seeds_share_a_seed() -> None:
+    seeds = [choice_seed(seed % 2**64, index) for seed in range(-20, 20) for index in range(128)]
+    assert len(set(seeds)) == 40 * 128
+    assert all(0 <= seed < 2**64 for seed in seeds)
