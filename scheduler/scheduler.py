@@ -90,6 +90,11 @@ class Scheduler:
         request = self.running.get(request_id) or self.waiting.get(request_id)
         return self._finish(request, FinishReason.ABORT) if request else None
 
+    def use(self, policy: Policy) -> None:
+        """Schedule by another policy from now on; no request may be unfinished."""
+        assert not self.num_unfinished
+        self.policy, self.waiting = policy, WaitingQueue(policy.key)
+
     @property
     def num_unfinished(self) -> int:
         return len(self.running) + len(self.waiting)

@@ -32,9 +32,11 @@ from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
 from shoal.server.routes.docs import docs_router
 from shoal.server.routes.embeddings import embeddings_router
+from shoal.server.routes.engine import engine_router
 from shoal.server.routes.messages import messages_router
 from shoal.server.routes.models import models_router
 from shoal.server.routes.operations import operations_router
+from shoal.server.routes.page import page_router
 from shoal.server.routes.responses import kept_responses_router, responses_router
 from shoal.server.routes.streams import streams_router
 from shoal.server.routes.tokenize import tokenize_router
@@ -66,6 +68,9 @@ def create_app(service: Service) -> FastAPI:
         include(router(service), limited)
     for router in (streams_router, kept_responses_router, models_router, tokenize_router, batches_router):
         include(router(service), guarded)
+    if service.settings.server.page:
+        include(engine_router(service), guarded)
+        include(page_router())
     include(operations_router(service))
     include(docs_router(service, served))
     config, faults = service.settings.server, service.settings.faults

@@ -150,6 +150,7 @@ class GracefulServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._runner.stop()
+        self._client.events.close()
         if self._client.num_unfinished:
             logger.info("draining %d unfinished requests", self._client.num_unfinished)
         draining = asyncio.create_task(self._client.drain(self._drain_seconds))

@@ -80,6 +80,12 @@ class ServerConfig(Config):
     data_folder: Path = setting(
         Path("shoal-data"), help="Folder for files and batches, made when the first of them comes."
     )
+    page: bool = setting(
+        True, help="Whether there is a page at /, and what it lives from: the engine's events and loads."
+    )
+    page_policies: bool = setting(
+        True, help="Whether a load that is started from the page may be run under another policy, while all else rests."
+    )
     max_body_bytes: int = setting(
         4 * 1024 * 1024, at_least=1, help="Largest request body that is read, uploaded files excepted."
     )

@@ -53,7 +53,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     metrics = Metrics(model_names[0], _num_spec_tokens(settings))
     client = EngineClient("0", metrics, hang_seconds=settings.engine.hang_seconds)
     client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
-    engine = SharedEngine(client)
+    engine = SharedEngine(client, client.events)
     api_keys = config.all_api_keys()
     client.names_all = not api_keys
     model, defaults = load_config(opened), load_generation_defaults(opened)

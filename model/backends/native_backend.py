@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shoal.model.backends.native_library import NO_MEMORY, TENSORS, Batch, Draft, Options, address, load_library
 from shoal.model.backends.native_sampling import SamplerArguments
@@ -148,6 +149,20 @@ class NativeBackend:
         )
         _check(self._library.shoal_draft(self._model, byref(self._drafts.sampling), arrays))
         return token_ids
+
+    def count_experts(self, *, are_counted: bool) -> NDArray[np.int64] | None:
+        """Begin to count the rows that each expert computes in each layer, or end that.
+
+        Returns:
+            The counts [num_layers, most experts of a layer], to which each step adds from now on; None without
+            experts, and in the end.
+        """
+        most = max(layer.mixture.num_experts if layer.mixture else 0 for layer in self._config.layers)
+        shape = self._config.num_layers, most
+        self._expert_counts = np.zeros(shape, np.int64) if are_counted and most else None
+        counts = self._expert_counts
+        self._library.shoal_count_experts(self._model, None if counts is None else counts.ctypes.data, most)
+        return counts
 
     def _arrays(self, batch: ForwardBatch) -> Batch:
         num_tokens, num_seqs = len(batch.token_ids), len(batch.context_lens)

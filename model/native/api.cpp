@@ -70,6 +70,10 @@ const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const 
     });
 }
 
+void shoal_count_experts(ShoalModel* model, int64_t* counts, int32_t stride) {
+    model->model.count_experts(counts, stride);
+}
+
 int32_t shoal_best_isa(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();

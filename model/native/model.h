@@ -47,6 +47,11 @@ public:
     // Ends a step that chose nothing; `step` does it itself where it has `sampling` or `logits`.
     void choose(int num_rows, const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
     void draft(const ShoalSampling& sampling, const ShoalDraft& draft);
+    // See shoal_count_experts.
+    void count_experts(int64_t* counts, int stride) {
+        expert_counts_ = counts;
+        counts_stride_ = stride;
+    }
     const Limits& limits() const { return limits_; }
 
 private:
@@ -124,6 +129,9 @@ private:
     Array<float> shared_shares_;  // of the shared expert
     ptrdiff_t logits_stride_;
     Array<float> logits_;
+
+    int64_t* expert_counts_ = nullptr;  // [num_layers][counts_stride_], while somebody wants them
+    ptrdiff_t counts_stride_ = 0;
 };
 
 }  // namespace shoal

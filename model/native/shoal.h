@@ -240,6 +240,10 @@ SHOAL_API const char* shoal_choose(ShoalModel* model, int64_t num_logits, const 
 // Returns what is wrong, as shoal_step.
 SHOAL_API const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft);
 
+// From now on, adds the rows that each expert computes in each layer to counts [num_layers, stride], which stays valid
+// and has room for all experts of a layer; null ends that.  A step that is counted costs a few additions more.
+SHOAL_API void shoal_count_experts(ShoalModel* model, int64_t* counts, int32_t stride);
+
 // The fields of ShoalSamplingRow in their order, "type name;" each, with numpy's names of types.
 SHOAL_API const char* shoal_sampling_row(void);
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from shoal.scheduler.errors import QueueFullError
 from shoal.server.engine.engine import Engine
+from shoal.server.engine.event_log import EventLog
 from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import EngineRequest, Ready
 
@@ -22,10 +23,14 @@ class SharedEngine:
 
     A line gives way to a request that would have to wait, and is run again later.  So nobody is refused, or waits,
     because of lines.
+
+    Attributes:
+        events: of the engine's steps, for those who watch.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, events: EventLog | None = None) -> None:
         self._engine = engine
+        self.events = events or EventLog()
         self._lines: dict[asyncio.Task[Any] | None, list[str]] = {}  # ids of requests by what runs the line, in order
 
     @property

@@ -17,7 +17,8 @@ import zmq
 import zmq.asyncio
 
 from shoal.scheduler.errors import ConfigError, EngineError
-from shoal.server.engine.messages import Abort, ForgetPrefixes, Loading, News, Ready, Report, StartFailed, Stop, Submit
+from shoal.server.engine.events import Seen, UsesPolicy
+from shoal.server.engine.messages import Loading, News, Ready, Report, Sendable, StartFailed, Stop
 from shoal.server.engine.outbox import MAX_MESSAGES, Outbox
 from shoal.server.engine.packing import encode_hook
 from shoal.server.settings import Settings
@@ -38,12 +39,14 @@ class EngineProcess:
         ready: what it said when it was ready.
         ended: how it ended, in words.
         take: is told of its news.
+        see: is told of its steps, if somebody watches.
         hangs: says whether to give it up.
     """
 
     def __init__(self) -> None:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.take: Callable[[News], None] = lambda news: None
+        self.see: Callable[[Seen | UsesPolicy], None] = lambda seen: None
         self.hangs: Callable[[], bool] = lambda: False
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
         self._context = zmq.asyncio.Context()
@@ -72,7 +75,7 @@ class EngineProcess:
             raise
         return engine
 
-    def send(self, command: Submit | Abort | ForgetPrefixes) -> None:
+    def send(self, command: Sendable) -> None:
         self._outbox.put(command)
 
     async def close(self, *, gently: bool) -> None:
@@ -163,6 +166,8 @@ class EngineProcess:
         match report:
             case News() as news:
                 self.take(news)
+            case Seen() | UsesPolicy() as seen:
+                self.see(seen)
             case Loading(what):
                 logger.info("engine: %s", what)
             case Ready() as ready:

@@ -11,9 +11,10 @@ from math import inf
 
 from shoal.scheduler.errors import EngineError, ShoalError
 from shoal.server.engine.admission import Admission
+from shoal.server.engine.event_log import EventLog
 from shoal.server.engine.explaining import tell_histories
 from shoal.server.engine.journal import Journal, Submission
-from shoal.server.engine.messages import Abort, EngineRequest, ForgetPrefixes, News, Ready, Submit
+from shoal.server.engine.messages import Abort, EngineRequest, ForgetPrefixes, News, Ready, Sendable, Submit
 from shoal.server.errors import EngineUnavailableError, RequestTimeoutError
 from shoal.server.metrics import Metrics
 
@@ -48,11 +49,12 @@ class EngineClient:
         self.state = EngineState.STARTING
         self.admission = Admission()  # another one has bounds
         self.names_all = True  # whether histories name the requests of other clients
+        self.events = EventLog()
         self._metrics = metrics
         self._hang_seconds = hang_seconds
         self._clock = clock
         self._ready: Ready | None = None
-        self._send: Callable[[Submit | Abort | ForgetPrefixes], None] | None = None
+        self._send: Callable[[Sendable], None] | None = None
         self._unfinished: dict[str, Submission] = {}
         self._held: dict[str, None] = {}  # ids of unfinished requests that no engine has, in order
         self._on_trial: str | None = None
@@ -132,7 +134,7 @@ class EngineClient:
         """Whether an engine that has work was not heard of for too long."""
         return self._num_in_engine > 0 and self._clock() - self._heard_at > self._hang_seconds
 
-    def connect(self, ready: Ready, send: Callable[[Submit | Abort | ForgetPrefixes], None]) -> None:
+    def connect(self, ready: Ready, send: Callable[[Sendable], None]) -> None:
         """The engine is ready, and takes commands through `send`."""
         self._heard_at = now = self._clock()
         if self._ready is not None:
@@ -140,6 +142,7 @@ class EngineClient:
         self._metrics.connected(self.name, ready)
         self._ready, self._send = ready, send
         self.admission.begin(ready.limits, now)
+        self.events.connect(ready, send)
         if self.state is EngineState.STARTING:
             self.state = EngineState.READY
         self._hand_over()
@@ -176,6 +179,7 @@ class EngineClient:
             self._forget(suspect)
         self._held = dict.fromkeys(self._unfinished)
         self._metrics.lost(self.name)
+        self.events.lose()
 
     def give_up(self, error: ShoalError) -> None:
         """No engine can be had: all requests end with this error, and no new ones are taken until one is connected."""

@@ -10,6 +10,7 @@ import msgspec
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 from shoal.scheduler.step_record import StepRecord
+from shoal.server.engine.events import Seen, UsePolicy, UsesPolicy, Watch
 from shoal.server.engine.packing import TokenIds
 
 HEARTBEAT_SECONDS = 0.25
@@ -105,5 +106,6 @@ class News(msgspec.Struct, tag=True):
     step: StepRecord | None = None
 
 
-Command = Submit | Abort | ForgetPrefixes | Stop
-Report = Loading | Ready | StartFailed | News
+Sendable = Submit | Abort | ForgetPrefixes | Watch | UsePolicy  # what an `Outbox` takes
+Command = Sendable | Stop
+Report = Loading | Ready | StartFailed | News | Seen | UsesPolicy

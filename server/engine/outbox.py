@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from shoal.server.engine.messages import Abort, Command, EngineRequest, ForgetPrefixes, Submit
+from shoal.server.engine.events import UsePolicy, Watch
+from shoal.server.engine.messages import Abort, Command, EngineRequest, ForgetPrefixes, Sendable, Submit
 
 MAX_MESSAGES = 32  # on the way to an engine, in each of the two processes; what follows waits in the outbox
 MAX_SIZE = 65536  # tokens and biases in one message, so that none takes long to encode
@@ -20,9 +21,10 @@ class Outbox:
         self._requests: dict[str, EngineRequest] = {}
         self._aborted: dict[str, None] = {}
         self._forgets_prefixes = False
+        self._latest: dict[type[Watch | UsePolicy], Watch | UsePolicy] = {}  # those before it count no more
         self._filled = asyncio.Event()
 
-    def put(self, command: Submit | Abort | ForgetPrefixes) -> None:
+    def put(self, command: Sendable) -> None:
         match command:
             case Submit(requests):
                 self._requests |= {request.request_id: request for request in requests}
@@ -32,13 +34,17 @@ class Outbox:
                         self._aborted[request_id] = None
             case ForgetPrefixes():
                 self._forgets_prefixes = True
+            case Watch() | UsePolicy():
+                self._latest[type(command)] = command
         self._filled.set()
 
     async def get(self) -> Command:
         """The next message.  Aborts go first: a request that is submitted after its abort comes from another trial."""
-        while not (self._requests or self._aborted or self._forgets_prefixes):
+        while not (self._requests or self._aborted or self._forgets_prefixes or self._latest):
             self._filled.clear()
             await self._filled.wait()
+        if self._latest:
+            return self._latest.pop(next(iter(self._latest)))
         if self._forgets_prefixes:
             self._forgets_prefixes = False
             return ForgetPrefixes()

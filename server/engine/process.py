@@ -26,6 +26,7 @@ from shoal.server.engine.messages import Command, Loading, Report, StartFailed
 from shoal.server.engine.outbox import MAX_MESSAGES
 from shoal.server.engine.packing import decode_hook
 from shoal.server.engine.preparing import Preparing
+from shoal.server.engine.watching import Watching
 from shoal.server.settings import resolve
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is loaded stays; no collection need look at it again
     sockets.send(engine.ready)
-    EngineLoop(engine.core, Preparing(sockets, engine.grammars)).run()
+    EngineLoop(engine.core, Watching(Preparing(sockets, engine.grammars), engine.core, settings.knobs)).run()
     engine.close()
 
 

@@ -89,7 +89,8 @@ class EngineSupervisor:
         is_alive = True
         try:
             ready = engine.ready.result()
-            engine.take, engine.hangs = self._client.take, lambda: self._client.hangs
+            engine.take, engine.see = self._client.take, self._client.events.take
+            engine.hangs = lambda: self._client.hangs
             self._client.connect(ready, engine.send)
             if self._first_start.done():
                 logger.info("the new engine is ready")

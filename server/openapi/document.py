@@ -90,6 +90,9 @@ _PATHS = {
     "response_id": "the `id` of the response",
     "file_id": "the `id` of the file",
     "batch_id": "the `id` of the batch",
+    "request_id": "id of the engine's request, as events have it",
+    "file_name": "a file of the page",
+    "load_id": "the `id` of the load",
 }
 
 

@@ -8,9 +8,12 @@ from typing import Any, Literal
 from msgspec.structs import replace
 
 from shoal.scheduler.config import SchedulerConfig
+from shoal.server.engine.event_log import Lost, SeenStep, Snapshot
+from shoal.server.engine.events import Parts, Row, StepEvent, Waiting
 from shoal.server.wire import item_events, message_answers
 from shoal.server.wire.batches import Batch, Deleted, FileObject, Page, RequestCounts
 from shoal.server.wire.embeddings import Embedding, Embeddings, EmbeddingsUsage
+from shoal.server.wire.engine import Load, Loads, RequestTokens, Times
 from shoal.server.wire.items import (
     NO_LOGPROBS,
     IncompleteDetails,
@@ -330,6 +333,63 @@ BATCH = Batch(
     request_counts=RequestCounts(total=2, completed=1),
 )
 BATCHES = Page([BATCH], has_more=False, first_id=BATCH.id, last_id=BATCH.id)
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+LOG_NAME = "5f1c20aa"
+_LIMITS = SchedulerConfig(num_blocks=4096, max_model_len=1024)
+_REQUEST = f"{CHAT.id}-0-0"
+ENGINE_EVENTS = (
+    ("snapshot", Snapshot(_CREATED, 1, _LIMITS)),
+    (
+        "step",
+        SeenStep(
+            _CREATED + 0.25,
+            1,
+            StepEvent(
+                number=7,
+                num_steps=1,
+                num_tokens=1,
+                policy="fcfs",
+                batch=[Row(0, _REQUEST, "decode", 14, 20, 46, 18, 1, 0, 0, 0, 0, 0.031)],
+                waiting=[Waiting(f"{COMPLETION.id}-0-0", "rows", 120, 8, 0, "", 0.002)],
+                num_waiting=1,
+                num_blocks=4,
+                num_owned_blocks=2,
+                blocks_per_cell=1,
+                blocks="00-.",
+                tables={_REQUEST: [0, 1]},
+                num_prefix_queries=0,
+                num_prefix_hits=0,
+                num_draft_tokens=0,
+                num_accepted_tokens_per_pos=[],
+                seconds=0.04,
+                num_output_tokens=1,
+                parts=Parts(0.00001, 0.00002, 0.0006, 0.00001, 0.00002, 0.00001),
+            ),
+        ),
+    ),
+    ("lost", Lost(_CREATED + 60)),
+)
+REQUEST_TOKENS = RequestTokens(_REQUEST, 2, ["import", " os", "\n"])
+LOAD = Load(
+    id="load-1b503751b2087400d56cf8aa",
+    state="finished",
+    workload="chat",
+    users=16,
+    seconds=1.0,
+    policy="fcfs",
+    started=_CREATED,
+    elapsed=1.0,
+    num_requests=21,
+    num_output_tokens=1300,
+    tokens_per_second=1300.0,
+    ttft=Times(9.5, 31.0),
+    itl=Times(2.1, 4.4),
+    e2e=Times(140.0, 320.5),
+    timeline=[640, 660],
+)
+LOADS = Loads([LOAD], ["fair", "fcfs", "static"])
 
 # -- operations --------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any
 from msgspec import Struct
 
 from shoal.scheduler.errors import ContextLengthError, EngineError, InvalidRequestError, QueueFullError, ShoalError
+from shoal.server.engine.event_log import Lost, SeenStep, Snapshot
 from shoal.server.errors import (
     OPENAI,
     BatchesUnavailableError,
@@ -25,6 +26,7 @@ from shoal.server.errors import (
     StreamExpiredError,
 )
 from shoal.server.openapi import examples
+from shoal.server.routes.engine import EVENTS_SHAPE
 from shoal.server.routes.responses import STREAM_SHAPE
 from shoal.server.shapes import anthropic
 from shoal.server.wire import item_events, message_answers
@@ -41,6 +43,7 @@ from shoal.server.wire.batches import (
 )
 from shoal.server.wire.body import Body
 from shoal.server.wire.embeddings import Embeddings, EmbeddingsBody
+from shoal.server.wire.engine import Load, LoadBody, Loads, RequestTokens, StepsBody
 from shoal.server.wire.items import (
     DeletedResponse,
     InputTokens,
@@ -211,6 +214,7 @@ TAGS = {
     "Models": "What is served, and how.",
     "Tokens": "Text to tokens, tokens to text.",
     "Batches": "Files with a request a line, which are answered while nobody else needs the engine.",
+    "Engine": "The engine's steps as they are made, for those who watch.",
     "Operations": "For those who run the server.",
 }
 
@@ -451,6 +455,52 @@ OPERATIONS: Mapping[str, Operation] = {
         example=examples.BATCH,
         errors=(InvalidRequestError, *_FILE_ERRORS),
     ),
+    "GET /v1/engine/events": Operation(
+        tag="Engine",
+        summary="Watch the engine",
+        description="A stream without an end: a snapshot, what is kept of the last minutes, and then each step, or "
+        "several together where an eye could not follow.  The engine tells nothing while nobody watches.  An "
+        "event's id as `Last-Event-ID` goes on behind it.",
+        headers=("Last-Event-ID",),
+        events=Events(
+            types={"snapshot": Snapshot, "lost": Lost, "step": SeenStep},
+            example=examples.ENGINE_EVENTS,
+            shapes=(EVENTS_SHAPE,),
+            example_id=examples.LOG_NAME,
+        ),
+    ),
+    "POST /v1/engine/steps": Operation(
+        tag="Engine",
+        summary="Have the next steps told of one by one",
+        description=_NO_CONTENT,
+        body=StepsBody,
+        bodies={"some": {"num_steps": 100}},
+        errors=BODY_ERRORS,
+    ),
+    "GET /v1/engine/requests/{request_id}": Operation(
+        tag="Engine",
+        summary="Get the tokens of an unfinished request",
+        description="Only of those that came with the same API key.",
+        answer=RequestTokens,
+        example=examples.REQUEST_TOKENS,
+        errors=(NotFoundError,),
+    ),
+    "GET /v1/engine/loads": Operation(
+        tag="Engine", summary="List the loads, the newest first", answer=Loads, example=examples.LOADS
+    ),
+    "POST /v1/engine/loads": Operation(
+        tag="Engine",
+        summary="Start a small load",
+        description="One at a time.  Another policy is used while it runs, if no other request is unfinished.",
+        body=LoadBody,
+        bodies={"chat": {"workload": "chat", "users": 4, "seconds": 1}},
+        answer=Load,
+        example=examples.LOAD,
+        errors=BODY_ERRORS,
+    ),
+    "DELETE /v1/engine/loads/{load_id}": Operation(
+        tag="Engine", summary="End a load", answer=Load, example=examples.LOAD, errors=(NotFoundError,)
+    ),
     "POST /reset_prefix_cache": Operation(
         tag="Operations", summary="Have later requests find no prefix of earlier ones", description=_NO_CONTENT
     ),
@@ -491,6 +541,18 @@ OPERATIONS: Mapping[str, Operation] = {
         tag="Operations",
         summary="Get this document",
         answer={"type": "object", "required": ["openapi", "info", "paths"]},
+    ),
+    "GET /": Operation(
+        tag="Operations",
+        summary="Talk with the model, and watch the engine",
+        description="A page; its files are at `/page/{file_name}`.",
+        texts={"text/html": "<!doctype html>..."},
+    ),
+    "GET /page/{file_name}": Operation(
+        tag="Operations",
+        summary="Get a file of the page",
+        texts={"text/javascript": "export ...", "text/css": "...", "text/html": "<!doctype html>..."},
+        errors=(NotFoundError,),
     ),
     "GET /docs": Operation(
         tag="Operations",

@@ -29,6 +29,8 @@ LIMITS = {
     "/v1/messages": "max_tokens",
     "/v1/responses": "max_output_tokens",
 }
+ENDLESS = "/v1/engine/events"  # an answer that never ends
+SHORT_LOAD = {"users": 1, "seconds": 1}
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -49,7 +51,8 @@ class Asking:
 
     def operations(self) -> Iterator[APIOperation[Any, Any, Any, Any]]:
         for found in self.schema.get_all_operations():
-            yield found.ok()
+            if found.ok().path != ENDLESS:
+                yield found.ok()
 
     def ask(self, method: str, path: str, status: int = 200, **parts: Any) -> Any:
         """One request; the answer has this status, and is as the document says."""
@@ -74,6 +77,8 @@ class Asking:
             limit = LIMITS.get(operation.path)
             if limit and isinstance(case.body, dict) and _is_much(case.body.get(limit)):
                 case.body[limit] = MOST_TOKENS
+            if operation.path == "/v1/engine/loads" and isinstance(case.body, dict):
+                case.body |= {name: most for name, most in SHORT_LOAD.items() if _is_more(case.body.get(name), most)}
             if case.headers and operation.method == "POST":
                 case.headers.pop("Last-Event-ID", None)  # nothing else would be looked at
             case.call_and_validate(session=self.session, checks=CHECKS)
@@ -83,6 +88,10 @@ class Asking:
 
 def _is_much(wanted: object) -> bool:
     return wanted is None or (isinstance(wanted, int) and not 0 <= wanted <= MOST_TOKENS)
+
+
+def _is_more(wanted: object, most: int) -> bool:
+    return wanted is None or (isinstance(wanted, int | float) and wanted > most)
 
 
 @pytest.fixture(scope="module")

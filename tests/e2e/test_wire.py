@@ -130,9 +130,9 @@ def test_head_and_options_on_all_paths(tiny: Server) -> None:
         head = tiny.http.head(asked)
         assert head.content == b""
         if "GET" in expected:
-            got = tiny.get(asked)
-            assert head.status_code == got.status_code
-            assert head.headers.get("content-type") == got.headers.get("content-type")
+            with tiny.http.stream("GET", asked) as got:  # an answer may have no end
+                assert head.status_code == got.status_code
+                assert head.headers.get("content-type") == got.headers.get("content-type")
         else:
             assert (head.status_code, head.headers["allow"]) == (405, options.headers["allow"])
     assert tiny.http.options("/nowhere").status_code == 404
