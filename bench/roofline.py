@@ -18,7 +18,8 @@ from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelRecord
 from shoal.model.step.batch import ForwardBatch, SamplingBatch
-from shoal.model.step.sampling import sampling_rows
+from shoal.server.planner.costs import Step
+from shoal.server.planner.measure import uniform_step
 from shoal.terminal import show
 
 CONTEXT = 256
@@ -42,7 +43,7 @@ def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
     """Time forward passes and what the machine can do in turns; print how much of it each step reaches."""
     record = load_checkpoint(checkpoint)
     names = [name for name, (_, _, context, _) in SHAPES.items() if context <= record.config.max_position_embeddings]
-    batches = [_step(name, record.config.vocab_size) for name in names]
+    batches = [_step(name, record.config) for name in names]
     num_blocks = max(batch.block_tables.size for batch, _ in batches)
     backends = [
         NativeBackend(record, num_blocks=num_blocks, block_size=BLOCK_SIZE, **arguments)
@@ -69,23 +70,9 @@ def run(checkpoint: Path, *, steps: int, **_: object) -> dict[str, object]:
     return {"machine": limits, "roofline": rows}
 
 
-def _step(shape: str, vocab_size: int) -> tuple[ForwardBatch, SamplingBatch]:
-    """Return a step with as many tokens of each sequence, each of which has its own blocks, and greedy choice."""
-    num_seqs, each, context, num_logits = SHAPES[shape]
-    num_tokens, blocks_per_seq = num_seqs * each, -(-context // BLOCK_SIZE)
-    positions = np.arange(context - each, context, dtype=np.int32)
-    tables = np.arange(num_seqs * blocks_per_seq, dtype=np.int32).reshape(num_seqs, blocks_per_seq)
-    slots = tables[:, positions // BLOCK_SIZE] * np.int32(BLOCK_SIZE) + positions % BLOCK_SIZE
-    batch = ForwardBatch(
-        token_ids=np.random.default_rng(0).integers(0, vocab_size, num_tokens, np.int32),
-        positions=np.tile(positions, num_seqs),
-        slot_mapping=slots.reshape(1, -1),
-        query_start_loc=np.arange(0, num_tokens + 1, each, dtype=np.int32),
-        context_lens=np.full(num_seqs, context, np.int32),
-        block_tables=tables,
-        logits_indices=np.arange(num_tokens - num_logits, num_tokens, dtype=np.int32),
-    )
-    return batch, SamplingBatch(sampling_rows(num_logits, temperature=0))
+def _step(name: str, config: ModelConfig) -> tuple[ForwardBatch, SamplingBatch]:
+    num_seqs, each, context, num_logits = SHAPES[name]
+    return uniform_step(config, Step(num_seqs, each, context, num_logits), BLOCK_SIZE)
 
 
 def _row(

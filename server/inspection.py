@@ -18,7 +18,7 @@ from shoal.model.architecture import (
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.checkpoint.load import outline_checkpoint
-from shoal.model.record import ModelRecord
+from shoal.model.record import Array, ModelRecord
 from shoal.scheduler.errors import ShoalError
 from shoal.server.engine.backends import plan_backend
 from shoal.server.settings import Settings
@@ -164,10 +164,10 @@ def inspect_model(settings: Settings) -> Inspection:
         precision=config.dtype,
         sizes={name: getattr(config, name) for name in _SIZES},
         differences=dict(_differences(record)),
-        parts=tuple(_parts(record)),
+        parts=tuple(count_parts(record)),
         held=opened.holds(),
         cache=_cache(config, DTYPE_BYTES[cache_dtype]),
-        cache_as=_cache_as(config),
+        cache_as=cache_as(config),
         num_weight_bytes=weight_bytes,
         served_by=served_by,
         obstacle=obstacle,
@@ -219,10 +219,10 @@ def _by_layers(values: list[Any]) -> Iterator[str]:
     kinds = list(dict.fromkeys(values))
     for kind in kinds:
         layers = [index for index, value in enumerate(values) if value == kind]
-        yield _in_words(kind) + (f" in layers {_ranges(layers)}" if len(kinds) > 1 else "")
+        yield _in_words(kind) + (f" in layers {in_ranges(layers)}" if len(kinds) > 1 else "")
 
 
-def _ranges(numbers: list[int]) -> str:
+def in_ranges(numbers: list[int]) -> str:
     """Ascending numbers in words: 0-2, 5."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -247,23 +247,31 @@ def _in_words(value: object) -> str:
     return str(value or "none")
 
 
-def _parts(record: ModelRecord) -> Iterator[Part]:
+def sort_arrays(record: ModelRecord) -> Iterator[tuple[str, str, int, Array, float]]:
+    """Each array of the model: the part that it belongs to, its name, its layer, itself, and the share of it that one
+    token is multiplied with."""
     config = record.config
-    totals: Counter[str] = Counter()
-    active: Counter[str] = Counter()
     for name, layer, expert, array in record.tensors():
         mixture = config.layers[layer].mixture
         owner = name.removesuffix(".bias")
         part = _PARTS.get(owner, "norms" if owner.endswith("norm") else "attention")
-        share = 1.0
+        share = 0.0 if part in ("embedding", "positions") else 1.0
         if part == "feed-forward" and mixture:
             is_shared = expert == mixture.num_experts
             part = "shared experts" if is_shared else "experts"
             share = 1.0 if is_shared else mixture.num_experts_per_tok / mixture.num_experts
         elif part == "head" and config.tie_word_embeddings:
             part = "embedding and head"
+        yield part, name, layer, array, share
+
+
+def count_parts(record: ModelRecord) -> Iterator[Part]:
+    """The parts of the model."""
+    totals: Counter[str] = Counter()
+    active: Counter[str] = Counter()
+    for part, _, _, array, share in sort_arrays(record):
         totals[part] += array.size
-        active[part] += 0 if part in ("embedding", "positions") else round(array.size * share)
+        active[part] += round(array.size * share)
     for part, total in totals.items():
         yield Part(part, total, active[part])
 
@@ -279,7 +287,7 @@ def _cache(config: ModelConfig, bytes_each: int) -> dict[str, int]:
     return {f"{counts[sees]} that see {sees}": size for sees, size in sizes.items()}
 
 
-def _cache_as(config: ModelConfig) -> dict[str, int]:
+def cache_as(config: ModelConfig) -> dict[str, int]:
     """Elements of a token's cache, as it is and with other attention of the same width.
 
     Multi-head attention keeps a key and a value for each head, multi-query attention for one, grouped-query attention

@@ -11,7 +11,9 @@ from textwrap import indent
 from typing import get_args
 
 import pytest
+from click.testing import CliRunner
 
+from shoal.cli import main
 from shoal.model.architecture import bytes_per_block
 from shoal.model.checkpoint.config import load_config
 from shoal.model.checkpoint.families import FAMILIES
@@ -259,6 +261,20 @@ def test_every_script_on_the_page_is_one() -> None:
     assert len(found) >= 7
     for script in found:
         Script(script)
+
+
+# -- planner.md --------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_on_the_page_is_the_one_that_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/planner.md").read_text("utf-8")
+    ((config, shown),) = re.findall(
+        r"```json\n(.*?)```\n\n```console\n\$ shoal plan config.json --machine h100\n(.*?)```", page, re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(config)
+    printed = CliRunner().invoke(main, ["plan", "config.json", "--machine", "h100"]).stdout
+    assert [line.rstrip() for line in printed.strip().splitlines()] == shown.splitlines()
 
 
 # -- policies.md -------------------------------------------------------------------------------------------------------

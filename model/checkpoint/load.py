@@ -10,10 +10,10 @@ import numpy as np
 from shoal.model.architecture import LayerConfig, MixtureConfig, ModelConfig
 from shoal.model.checkpoint.config import read_config
 from shoal.model.checkpoint.families import Tensors
-from shoal.model.checkpoint.families.transform import halves, in_float32, sinusoids
+from shoal.model.checkpoint.families.transform import by_parts, halves, in_float32, sinusoids
 from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 from shoal.model.checkpoint.parts import Weights
-from shoal.model.checkpoint.tensors import FileTensors
+from shoal.model.checkpoint.tensors import FileTensors, ImpliedTensors
 from shoal.model.record import (
     Array,
     Attention,
@@ -47,6 +47,18 @@ def outline_checkpoint(checkpoint: Path | CheckpointFormat) -> ModelRecord:
     """
     opened = open_checkpoint(checkpoint)
     return _load(opened, opened.outline())
+
+
+def imply_record(path: Path, config: ModelConfig, tensors: Tensors) -> ModelRecord:
+    """The record that a configuration implies, with zeros for all numbers; no file of weights need be there.
+
+    Shapes are those of the loaded model.  What a loader would put in another order, or make, is zeros as well.
+    """
+    tensors = replace(tensors, transposed=False, interleaved=False, experts_transposed=False, qkv=by_parts)
+    if tensors.sinusoidal:
+        tensors = replace(tensors, sinusoidal=False, names={**tensors.names, "positions": ("positions",)})
+    stored = np.dtype({"bfloat16": "uint16"}.get(config.dtype, config.dtype))
+    return _Builder(config, tensors, ImpliedTensors(path, tensors, stored)).record()
 
 
 def _load(opened: CheckpointFormat, weights: Weights) -> ModelRecord:

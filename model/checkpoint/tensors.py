@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from shoal.model.checkpoint.families import Tensors
-from shoal.model.checkpoint.parts import Weights
+from shoal.model.checkpoint.parts import Weights, zeros
 from shoal.model.record import Array
 from shoal.scheduler.errors import CheckpointError
 
@@ -86,3 +88,23 @@ class FileTensors:
 
     def _error(self, name: str, message: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: tensor {name}: {message}", param=self._path.name)
+
+
+class ImpliedTensors(FileTensors):
+    """The tensors that a configuration implies, where there is no file: zeros, which take no memory."""
+
+    def __init__(self, path: Path, tensors: Tensors, dtype: np.dtype[Any]) -> None:
+        super().__init__(Weights(path, {}, own_name=str), tensors)
+        self._dtype = dtype
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def take(self, name: str, *shape: int | None) -> Array:
+        return zeros(tuple(1 if size is None else size for size in shape), self._dtype)
+
+    def take_equal(self, name: str, other: Array) -> None:
+        pass
+
+    def _ndim(self, name: str) -> int:
+        return 1

@@ -18,6 +18,7 @@ _COMMANDS = {
     "inspect": ("shoal.server.cli", "inspect"),
     "loadtest": ("shoal.loadtest.cli", "loadtest"),
     "models": ("shoal.server.cli", "models"),
+    "plan": ("shoal.server.planner.cli", "plan"),
     "policies": ("shoal.server.cli", "policies"),
     "profile": ("shoal.loadtest.cli", "profile"),
     "replay": ("shoal.loadtest.cli", "replay"),

@@ -54,11 +54,11 @@ def _text(value: object) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def in_words(number: int | None, unit: str = "") -> str | None:
+def in_words(number: float | None, unit: str = "") -> str | None:
     """A number with three digits and a prefix for thousands."""
     if number is None:
         return None
-    prefixes: Sequence[tuple[float, str]] = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    prefixes: Sequence[tuple[float, str]] = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
     size, prefix = next((each for each in prefixes if number >= each[0]), (1.0, ""))
     return f"{number / size:.3g} {prefix}{unit}".rstrip()
 
