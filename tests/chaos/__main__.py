@@ -208,7 +208,7 @@ class Chaos:
                 b'{"prompt": "a", "stop": [' + b'"",' * 5000 + b'""]}',
                 b'{"prompt": [' + b"1," * 5000 + b"1]}",
                 b'{"prompt": "a", "n": 100000}',
-                b'{"prompt": "a", "nonsense": {"a": [' + b"[" * 400 + b"]" * 400 + b"]}}",
+                b'{"prompt": "a", "logit_bias": {"a": [' + b"[" * 400 + b"]" * 400 + b"]}}",
                 b"\xff\xfe",
             ]
         )
