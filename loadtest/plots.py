@@ -41,6 +41,7 @@ HUES = (("#8ec1e0", "#1b62a5"), ("#fbc07c", "#c8600a"), ("#a3d8a0", "#1e8449"), 
 NUM_DRAWN = 96  # requests of the baseline that a timeline shows: some batches
 MAX_POINTS = 400  # of a line or a scatter: more cannot be seen
 CURVES = ("ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e p99", "throughput", "goodput")
+TRADED = ("ttft p50", "ttft p99", "itl p50", "itl p99")
 RC: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -156,6 +157,21 @@ def curves(cells: Sequence[Cell]) -> Panels:
             elif axes.has_data():
                 log_seconds(axes, "y")
             axes.set_xlabel("users" if cells[0].load.users else "requests/s that arrive")
+    return panels
+
+
+def against_throughput(cells: Sequence[Cell]) -> Panels:
+    """Latencies against throughput: a point for each load, joined as the load grows, a line for each setup."""
+    panels = legend_of(cells)
+    for name in TRADED:
+        with panel(panels, words(name)) as axes:
+            for setup, own in by((cell for cell in cells if name in cell.measured.median), "setup").items():
+                points = [(cell.measured.median["throughput"], cell.measured.median[name]) for cell in own]
+                axes.plot(*zip(*points, strict=True), **style(setup))
+            if axes.has_data():
+                log_seconds(axes, "y")
+            axes.set_xlim(left=0)
+            axes.set_xlabel("output tokens/s")
     return panels
 
 

@@ -173,7 +173,9 @@ def _pictures(cells: Sequence[Cell], main: Sequence[Cell], costs: CostModel | No
     for is_closed in (True, False):
         own = [cell for cell in cells if bool(cell.load.users) == is_closed]
         if len(by(own, "load")) > 1:
-            yield Picture("load", f"Latency against load, from {own[0].load} to {own[-1].load}", plots.curves(own))
+            span = f"from {own[0].load} to {own[-1].load}"
+            yield Picture("load", f"Latency against load, {span}", plots.curves(own))
+            yield Picture("trade", f"Latency against throughput, {span}", plots.against_throughput(own))
     if traced:
         yield Picture("batch", f"Batch size and KV cache over time, {load}", plots.occupancy(traced))
     for own in by(cells, "load").values():

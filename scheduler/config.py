@@ -87,6 +87,12 @@ class SchedulerLimits(Config):
     max_chunk_tokens: int = setting(
         512, at_least=1, help="Most tokens of one request in one step, so that a long prompt does not delay the others."
     )
+    target_step_ms: float = setting(
+        150.0,
+        at_least=0,
+        help="Wanted length of steps in which requests decode: prompts beside them are cut so that it is kept; 0 for "
+        "as many tokens as the other limits allow.",
+    )
     max_num_waiting: int = setting(
         1024, at_least=0, help="Most unfinished requests beyond max_num_seqs; more are refused with HTTP 429."
     )

@@ -19,6 +19,7 @@ from shoal.scheduler.output import (
     StepResult,
     TokenLogprobs,
 )
+from shoal.scheduler.pacing import Pacing
 from shoal.scheduler.policies import Policy
 from shoal.scheduler.request import Request, RequestStatus
 from shoal.scheduler.waiting import WaitingQueue
@@ -67,6 +68,8 @@ class Scheduler:
         self.padding: dict[str, Request] = {}
         self.free_rows = list(range(config.max_num_seqs))
         self._released: list[int] = []
+        self._pacing = Pacing(config.target_step_ms / 1000, config.max_num_batched_tokens)
+        self._scheduled_at = 0.0
         self._counts = SchedulerStats(0, 0, 0.0, 0, 0, 0)  # but for what `stats` adds
 
     # -- requests come and go ------------------------------------------------------------------------------------
@@ -113,7 +116,9 @@ class Scheduler:
         All running requests that do not pause get a share of at least one token.  As many waiting requests join as
         policy, rows and blocks allow.
         """
-        step = _Step(self.config.max_num_batched_tokens, set(self.running.values()))
+        self._scheduled_at = now
+        budget = self._budget()
+        step = _Step(budget, set(self.running.values()))
         self._pad(step)
         for request in self._candidates(step, now):
             self._place(request, step, now)
@@ -125,7 +130,7 @@ class Scheduler:
             self.policy.on_preemption(victim)
         released, self._released = self._released, []
         self._counts.num_steps += bool(step.shares)
-        self._counts.num_step_tokens += self.config.max_num_batched_tokens - step.budget
+        self._counts.num_step_tokens += budget - step.budget
         preempted = {victim.request_id: by for victim, by in step.victims.items()}
         return SchedulerOutput(list(step.shares.values()), released, preempted)
 
@@ -134,6 +139,7 @@ class Scheduler:
 
         `output` may be a part of what `schedule` returned.  Requests that have ended in the meantime are skipped.
         """
+        self._learn(output, now)
         news: list[RequestOutput] = []
         proposals = result.spec_token_ids or [[]] * len(output.scheduled)
         for share, token_ids, spec_token_ids in zip(output.scheduled, result.token_ids, proposals, strict=True):
@@ -169,6 +175,20 @@ class Scheduler:
         )
 
     # -- the parts of a step -------------------------------------------------------------------------------------
+
+    def _budget(self) -> int:
+        """Tokens of a step: those of requests that decode, with what is drafted, and of prompts what pacing allows."""
+        most, running = self.config.max_num_batched_tokens, self.running.values()
+        if all(request.num_tokens - request.num_computed_tokens > 1 for request in running):
+            return most  # nobody waits for the end of the step
+        num_tokens = len(self.padding) + sum(1 + len(request.spec_token_ids) for request in running)
+        return min(most, num_tokens + self._pacing.num_prompt_tokens)
+
+    def _learn(self, output: SchedulerOutput, now: float) -> None:
+        """Tell the pacing what a step cost; a share of more tokens than one, and drafted ones, is a prompt's."""
+        counts = [share.num_scheduled_tokens - len(share.spec_token_ids) for share in output.scheduled]
+        num_decoding = counts.count(1)
+        self._pacing.learn(num_decoding, sum(counts) - num_decoding, now - self._scheduled_at)
 
     def _pad(self, step: _Step) -> None:
         """Give each padding row the token that it recomputes."""

@@ -142,7 +142,7 @@ def test_the_page_needs_nothing_else(page: Page, folder: Path) -> None:
 
 
 def test_sections_and_pictures_are_there_and_pictures_come_first(page: Page) -> None:
-    chat = ["throughput", "timeline", "latencies", "load", "batch", "costs"]
+    chat = ["throughput", "timeline", "latencies", "load", "trade", "batch", "costs"]
     tenants = ["throughput", "timeline", "latencies", "batch", "groups"]
     assert page.ids == [
         *("chat-1", *(f"chat-1-{place}-{name}" for place, name in enumerate(chat, 1))),
@@ -378,4 +378,5 @@ def test_closed_and_open_loops_have_curves_of_their_own(tmp_path: Path) -> None:
     run = a_quick_run("fcfs", num_requests=4)
     page = made(collect([replace(run, load=load) for load in loads]), tmp_path)
     for words in ("from 4 users to 8 users", "from 5 requests/s to 9 requests/s"):
-        assert f"Latency against load, {words}" in page.text
+        for axis in ("load", "throughput"):
+            assert f"Latency against {axis}, {words}" in page.text
