@@ -58,6 +58,7 @@ class EngineClient:
         self._unfinished: dict[str, Submission] = {}
         self._held: dict[str, None] = {}  # ids of unfinished requests that no engine has, in order
         self._on_trial: str | None = None
+        self._recalled = False  # whether the engine may still speak of one that was tried before
         self._heard_at = self._lost_at = clock()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -112,7 +113,7 @@ class EngineClient:
             self._forget(request_id)
         if sent and self._send is not None:
             self._send(Abort(sent))
-        self._end_trial()
+        self._end_trial(is_idle=False)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests; let the unfinished ones go on for a while, then end them with an error."""
@@ -164,15 +165,15 @@ class EngineClient:
                 submission.put(output)
                 if output.finish_reason is not None:
                     self._forget(output.request_id)
-        self._end_trial()
+        self._end_trial(is_idle=not (news.stats.num_running or news.stats.num_waiting))
 
     def lose(self) -> None:
         """The engine is gone: its requests wait for the next one."""
         self._send, self._lost_at = None, self._clock()
-        suspect, self._on_trial = self._on_trial, None
+        suspect, self._on_trial, self._recalled = self._on_trial, None, False
         for request_id in self._unfinished.keys() - self._held.keys():
             self._journal(request_id).num_deaths += 1
-        if suspect is not None:
+        if suspect in self._unfinished:
             num_tries = self._journal(suspect).num_deaths
             error = EngineError(f"the engine died each of {num_tries} times that it worked on this request")
             self._unfinished[suspect].fail(error)
@@ -210,20 +211,21 @@ class EngineClient:
             now = self._clock()
             self._send(Submit([self._journal(request_id).resumed(now) for request_id in going]))
 
-    def _end_trial(self) -> None:
+    def _end_trial(self, *, is_idle: bool) -> None:
         """If the request that is tried alone has got on, or is gone, go on with the others.
 
         While other suspects are left it leaves the engine for their trials.  It comes back after the news of the last
-        trial, before which all that the engine still said of it was dropped.
+        trial, or that the engine is idle, before which all that the engine still said of it was dropped.
         """
         suspect = self._on_trial
-        if suspect is None or (suspect in self._unfinished and self._journal(suspect).num_deaths):
+        is_gone = suspect not in self._unfinished
+        if suspect is None or (self._recalled and not is_idle if is_gone else self._journal(suspect).num_deaths):
             return
-        self._on_trial = None
+        self._on_trial, self._recalled = None, False
         others = any(self._journal(request_id).num_deaths >= MAX_DEATHS for request_id in self._held)
         if others and suspect in self._unfinished and self._send is not None:
             self._send(Abort([suspect]))
-            self._held[suspect] = None
+            self._held[suspect], self._recalled = None, True
         self._hand_over()
 
     def _expire(self, submission: Submission, timeout: float) -> None:

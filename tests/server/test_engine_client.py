@@ -351,6 +351,28 @@ def test_a_suspect_whose_client_leaves_ends_its_trial() -> None:
     play_out(scene)
 
 
+def test_one_that_was_tried_comes_back_when_the_engine_says_no_more_of_it() -> None:
+    """Though the one that is tried after it is aborted, so that nothing is heard of that one."""
+
+    async def scene() -> None:
+        hand = Hand()
+        submissions = {name: hand.submit(name) for name in "ab"}
+        for _ in range(2):
+            hand.restart()
+        assert hand.restart() == [["a"]]
+        hand.say("a")
+        assert hand.asked() == [["abort", "a"], ["b"]]
+        hand.client.abort(["b"])
+        assert hand.asked() == [["abort", "b"]]
+        hand.client.take(News([RequestOutput("a", [8])], SchedulerStats(1, 0, 0.1, 0, 0, 0)))
+        assert hand.asked() == []
+        hand.client.take(News([], SchedulerStats(0, 0, 0.0, 0, 0, 0)))
+        assert hand.asked() == [["a"]]
+        assert submissions["a"].journals["a"].output_token_ids == [7]
+
+    play_out(scene)
+
+
 def test_a_client_that_does_not_read_gets_an_error_after_all_that_was_kept() -> None:
     async def scene() -> None:
         hand = Hand()
