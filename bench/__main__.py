@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bench import constraints, engine, latent, peers, roofline, scheduling, server, speculation
+from bench import constraints, engine, latent, peers, roofline, router, scheduling, server, speculation
 from shoal.model.checkpoint.find import resolve_checkpoint
 
 BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
     "server": server.run,
     "constraints": constraints.run,
     "scheduling": scheduling.run,
+    "router": router.run,
     "peers": peers.run,
     "speculation": speculation.run,
 }

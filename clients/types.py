@@ -577,6 +577,7 @@ class ServerInfo:
     Attributes:
         limits: what its scheduler keeps to, such as `max_num_seqs`.
         settings: by section, as in `shoal.toml`.
+        engines: of each its name in metrics, whether it is ready, its process and the number of its requests.
     """
 
     version: str
@@ -587,6 +588,7 @@ class ServerInfo:
     kv_cache_bytes: int
     limits: dict[str, Any]
     settings: dict[str, Any]
+    engines: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

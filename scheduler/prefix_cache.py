@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from hashlib import blake2b
 from operator import le
 
 from shoal.scheduler.block_pool import BlockPool
 from shoal.scheduler.config import SchedulerConfig
+from shoal.scheduler.output import SamplingParams
 from shoal.scheduler.request import Request
 
 UNSEEN = -1  # stands in a block table where no query sees a block any more
@@ -39,9 +41,7 @@ class PrefixCache:
 
         At least one token is left to compute.
         """
-        params = request.params
-        reads_all = params.num_prompt_logprobs is not None or (params.pooling and params.pooling.method != "last")
-        if reads_all or not self._is_enabled:
+        if not (self._is_enabled and may_skip(request.params)):
             return []
         num_full = (request.num_tokens - 1) // self._block_size
         self._hash_blocks(request, num_full)
@@ -64,11 +64,21 @@ class PrefixCache:
         ]
 
     def _hash_blocks(self, request: Request, count: int) -> None:
-        hashes, size = request.block_hashes, self._block_size
-        for index in range(len(hashes), count):
-            tokens = array("q", request.token_ids[index * size : (index + 1) * size]).tobytes()
-            parent = hashes[-1] if hashes else request.scheduling.cache_salt.encode()
-            hashes.append(blake2b(parent + tokens, digest_size=16).digest())
+        salt = request.scheduling.cache_salt
+        extend_hashes(request.block_hashes, count, request.token_ids, salt, self._block_size)
+
+
+def may_skip(params: SamplingParams) -> bool:
+    """Whether tokens that are found in the cache need not be computed, since nothing that is asked for needs all."""
+    return params.num_prompt_logprobs is None and (params.pooling is None or params.pooling.method == "last")
+
+
+def extend_hashes(hashes: list[bytes], count: int, token_ids: Sequence[int], salt: str, block_size: int) -> None:
+    """Have the hashes of a text's leading blocks reach to so many of them."""
+    for index in range(len(hashes), count):
+        tokens = array("q", token_ids[index * block_size : (index + 1) * block_size]).tobytes()
+        parent = hashes[-1] if hashes else salt.encode()
+        hashes.append(blake2b(parent + tokens, digest_size=16).digest())
 
 
 def _key(content_hash: bytes, group: int) -> bytes:

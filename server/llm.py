@@ -174,8 +174,8 @@ class LLM:
     # -- in the event loop of this object ------------------------------------------------------------------------
 
     async def _start(self) -> tuple[Service, LocalEngine]:
-        service, client = build_service(self.settings)
-        engine = LocalEngine(self.settings, client)
+        service, _ = build_service(self.settings)
+        engine = LocalEngine(self.settings, service.clients[0])
         await engine.start()
         return service, engine
 
@@ -259,7 +259,10 @@ def _resolve(model: str, given: Mapping[str, Any]) -> Settings:
         if not homes:
             raise ConfigError(f"{name}: unknown setting", param=name)
         values.setdefault(homes[0], {})[name] = value
-    return resolve(values)
+    settings = resolve(values)
+    if settings.engine.engines != 1:
+        raise ConfigError("engines must be 1 for an LLM; `shoal serve` may have more", param="engines")
+    return settings
 
 
 def _bodies(

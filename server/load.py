@@ -61,7 +61,8 @@ class LoadRunner:
 
     def policies(self) -> list[str]:
         """Those under which a load may be run."""
-        return sorted(POLICIES) if self._service.settings.server.page_policies else []
+        settings = self._service.settings
+        return sorted(POLICIES) if settings.server.page_policies and settings.engine.engines == 1 else []
 
     def all(self) -> Loads:
         return Loads([run.report() for run in self._loads], self.policies())

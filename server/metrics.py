@@ -249,8 +249,13 @@ class Metrics:
     def restarted(self, engine: str, num_resumed: int, seconds: float) -> None:
         """Take in that an engine was replaced: how many requests went on in the new one, after how long a pause."""
         series = self._of(engine)
-        for name, value in zip(_RESTARTS, (1, num_resumed, seconds), strict=True):
-            series[name].inc(value)
+        series["engine_restarts"].inc()
+        series["engine_pause_seconds"].inc(seconds)
+        self.resumed(engine, num_resumed)
+
+    def resumed(self, engine: str, num_requests: int) -> None:
+        """Take in that requests of an engine that was lost go on in this one."""
+        self._of(engine)["requests_resumed"].inc(num_requests)
 
     def stats(self, engine: str, stats: SchedulerStats) -> None:
         """Take in the scheduler's snapshot after a step of this engine."""

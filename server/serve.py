@@ -25,6 +25,8 @@ from shoal.server.descriptors import descriptor_limit
 from shoal.server.engine.chrome_trace import begin_trace
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import Ready
+from shoal.server.engine.router import Router
+from shoal.server.engine.share import share
 from shoal.server.engine.supervisor import EngineSupervisor
 from shoal.server.metrics import Metrics
 from shoal.server.service import Service
@@ -52,24 +54,26 @@ async def serve(settings: Settings) -> None:
             milliseconds = 1000 * settings.server.client_timeout_seconds
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
-        service, client = build_service(settings)
+        service, engine = build_service(settings)
+        shares = [share(settings, number) for number in range(settings.engine.engines)]
         warn_of_strangers(settings.server.host, service.api_keys)
         gc.collect()
         gc.freeze()  # what is loaded stays; no collection need look at it again
-        if settings.engine.trace is not None:
-            begin_trace(settings.engine.trace)
-        supervisor = EngineSupervisor(settings, client)
+        for own in shares:
+            if own.engine.trace is not None:
+                begin_trace(own.engine.trace)
+        supervisors = [EngineSupervisor(own, client) for own, client in zip(shares, service.clients, strict=True)]
         runner = BatchRunner(service)
-        server = GracefulServer(service, client, runner)
+        server = GracefulServer(service, engine, runner)
         serving = asyncio.create_task(server.serve([listener]))
-        starting = asyncio.create_task(supervisor.start())
+        starting = asyncio.gather(*(supervisor.start() for supervisor in supervisors))
         runner.start()
         preparing = asyncio.create_task(asyncio.to_thread(service.constraints.prepare))
         statistics = asyncio.create_task(log_statistics(service.metrics, STATISTICS_SECONDS))
         try:
             await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
-                ready = starting.result()
+                ready, *_ = starting.result()
                 if not server.should_exit:  # else it is closing already
                     _announce(service, ready, listener, time.monotonic() - began)
             await serving
@@ -78,7 +82,7 @@ async def serve(settings: Settings) -> None:
             statistics.cancel()
             starting.cancel()
             await runner.stop()
-            await supervisor.stop()
+            await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
             await service.templates.close()
             await asyncio.gather(serving, starting, preparing, statistics, return_exceptions=True)
             await service.batches.close()
@@ -131,7 +135,7 @@ def _limited(config: ServerConfig) -> type[Connection]:
 class GracefulServer(uvicorn.Server):
     """Lets unfinished requests go on for a while after a signal, and answers the rest with a typed error."""
 
-    def __init__(self, service: Service, client: EngineClient, runner: BatchRunner) -> None:
+    def __init__(self, service: Service, engine: EngineClient | Router, runner: BatchRunner) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -144,20 +148,22 @@ class GracefulServer(uvicorn.Server):
                 ssl_keyfile=service.settings.server.ssl_keyfile,
             )
         )
-        self._client = client
+        self._engine = engine
+        self._logs = service.engine.logs
         self._runner = runner
         self._drain_seconds = service.settings.server.drain_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._runner.stop()
-        self._client.events.close()
-        if self._client.num_unfinished:
-            logger.info("draining %d unfinished requests", self._client.num_unfinished)
-        draining = asyncio.create_task(self._client.drain(self._drain_seconds))
+        for log in self._logs:
+            log.close()
+        if self._engine.num_unfinished:
+            logger.info("draining %d unfinished requests", self._engine.num_unfinished)
+        draining = asyncio.create_task(self._engine.drain(self._drain_seconds))
         while not draining.done() and not self.force_exit:
             await asyncio.wait((draining,), timeout=0.1)
         draining.cancel()
-        self._client.close()
+        self._engine.close()
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=CLOSE_SECONDS)
         for connection in list(self.server_state.connections):
@@ -214,7 +220,11 @@ async def log_statistics(metrics: Metrics, seconds: float) -> None:
 def _announce(service: Service, ready: Ready, listener: socket.socket, seconds: float) -> None:
     host, port = listener.getsockname()[:2]
     limits = ready.limits
-    logger.info("model %s: %.1f M parameters, %s", service.model_name, ready.num_parameters / 1e6, ready.backend)
+    num_engines = len(service.clients)
+    each = "" if num_engines == 1 else f", on each of {num_engines} engines"
+    logger.info(
+        "model %s: %.1f M parameters, %s%s", service.model_name, ready.num_parameters / 1e6, ready.backend, each
+    )
     if ready.warning is not None:
         logger.warning("%s", ready.warning)
     logger.info(

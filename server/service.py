@@ -13,6 +13,7 @@ from shoal.model.text.tokenizer import Tokenizer
 from shoal.server.batches.sharing import SharedEngine
 from shoal.server.batches.store import Batches
 from shoal.server.constraints import Constraints
+from shoal.server.engine.client import EngineClient
 from shoal.server.errors import ModelNotFoundError
 from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
@@ -45,7 +46,8 @@ class Service:
     templates: TemplateRenderer
     prompts: Prompts
     dialect: Dialect
-    engine: SharedEngine
+    clients: Sequence[EngineClient]
+    engine: SharedEngine  # all of them
     metrics: Metrics
     tracer: Tracer | None
     batches: Batches

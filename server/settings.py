@@ -136,6 +136,12 @@ class EngineConfig(BackendConfig):
     max_model_len: int | None = setting(
         None, at_least=1, help="Most tokens of a request, prompt and output together; the model's own limit if not set."
     )
+    engines: int = setting(
+        1,
+        at_least=1,
+        help="Engine processes, which share the cores and of which each has the model and a KV cache; a request goes "
+        "to the one that knows its prefix, and on in another one if that dies.",
+    )
     standby: bool = setting(False, help="Whether a second engine stays loaded, to take over from one that dies.")
     hang_seconds: float = setting(
         60.0, at_least=0.5, help="An engine that completes no step for this long, though it has work, is replaced."
@@ -143,6 +149,11 @@ class EngineConfig(BackendConfig):
     trace: Path | None = setting(
         None, help="File, begun anew, for each step as a Chrome trace, which https://ui.perfetto.dev opens."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pin_threads and self.engines > 1:
+            raise ConfigError(f"pin_threads is for one engine, not for engines = {self.engines}", param="pin_threads")
 
 
 @dataclass(frozen=True, kw_only=True)

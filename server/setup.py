@@ -18,6 +18,7 @@ from shoal.server.batches.store import Batches
 from shoal.server.constraints import Constraints
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import EngineClient
+from shoal.server.engine.router import Router
 from shoal.server.fingerprint import fingerprint
 from shoal.server.limits import make_allowances
 from shoal.server.metrics import Metrics
@@ -33,11 +34,11 @@ from shoal.server.tools.dialect import find_dialect
 from shoal.server.tracing import make_tracer
 
 
-def build_service(settings: Settings) -> tuple[Service, EngineClient]:
+def build_service(settings: Settings) -> tuple[Service, EngineClient | Router]:
     """Read what the API needs of the checkpoint; the engine reads the rest.
 
     Returns:
-        The service, and the client in it that the owner of the engine connects.
+        The service, whose clients the owners of the engines connect, and all of these as one.
 
     Raises:
         CheckpointError: a file is missing or malformed.
@@ -51,11 +52,10 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
     config = settings.server
     model_names = config.served_model_name or (checkpoint_name(settings.model, checkpoint),)
     metrics = Metrics(model_names[0], _num_spec_tokens(settings))
-    client = EngineClient("0", metrics, hang_seconds=settings.engine.hang_seconds)
-    client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
-    engine = SharedEngine(client, client.events)
     api_keys = config.all_api_keys()
-    client.names_all = not api_keys
+    clients = [_client(number, settings, metrics, names_all=not api_keys) for number in range(settings.engine.engines)]
+    router = clients[0] if len(clients) == 1 else Router(clients, metrics)
+    engine = SharedEngine(router, [client.events for client in clients])
     model, defaults = load_config(opened), load_generation_defaults(opened)
     compiler = GrammarCompiler(lambda: tokenizer, model.vocab_size, defaults.eos_token_ids or model.eos_token_ids)
     templates = TemplateRenderer(tokenizer)
@@ -75,6 +75,7 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         templates=templates,
         prompts=Prompts(tokenizer, templates, engine, model.vocab_size),
         dialect=find_dialect(tokenizer, config.tool_format, config.reasoning_format),
+        clients=clients,
         engine=engine,
         metrics=metrics,
         tracer=make_tracer(config, model_names[0]),
@@ -84,7 +85,15 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient]:
         responses=ResponseStore(streams),
         pooling=load_pooling(opened),
     )
-    return service, client
+    return service, router
+
+
+def _client(number: int, settings: Settings, metrics: Metrics, *, names_all: bool) -> EngineClient:
+    config = settings.server
+    client = EngineClient(str(number), metrics, hang_seconds=settings.engine.hang_seconds)
+    client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
+    client.names_all = names_all
+    return client
 
 
 def _num_spec_tokens(settings: Settings) -> int:

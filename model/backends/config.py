@@ -23,7 +23,9 @@ class BackendConfig(Config):
     quantization: Literal["none", "int8"] = setting(
         "none", help="How weights are kept; int8, which only native has, takes a quarter of the memory."
     )
-    threads: int | None = setting(None, at_least=1, help="CPU threads that compute; one for each core if not set.")
+    threads: int | None = setting(
+        None, at_least=1, help="CPU threads that compute; if not set, one for each core that is an engine's."
+    )
     pin_threads: bool | None = setting(
         None, help="Whether each compute thread of native stays on one core; decided by itself if not set."
     )

@@ -133,7 +133,7 @@ class BatchRunner:
         self._is_crowded = self._is_crowded and bool(self._tasks)
         if self._is_full or self._is_crowded:
             return 0
-        return engine.ready.limits.max_num_seqs - len(engine.journals()) - max(engine.num_of_lines, len(self._tasks))
+        return engine.num_rows - len(engine.journals()) - max(engine.num_of_lines, len(self._tasks))
 
     async def _answer(self, batch: Batch, line: Line, api_key: str | None) -> None:
         """Have the endpoint answer a line, and keep the answer; what there was no room for is tried again."""

@@ -25,12 +25,12 @@ class SharedEngine:
     because of lines.
 
     Attributes:
-        events: of the engine's steps, for those who watch.
+        logs: of the steps of each engine that it is, for those who watch.
     """
 
-    def __init__(self, engine: Engine, events: EventLog | None = None) -> None:
+    def __init__(self, engine: Engine, logs: Sequence[EventLog]) -> None:
         self._engine = engine
-        self.events = events or EventLog()
+        self.logs = logs
         self._lines: dict[asyncio.Task[Any] | None, list[str]] = {}  # ids of requests by what runs the line, in order
 
     @property
@@ -39,6 +39,16 @@ class SharedEngine:
 
     def journals(self) -> list[Journal]:
         return [journal for journal in self._engine.journals() if not journal.gives_way]
+
+    @property
+    def num_rows(self) -> int:
+        """Requests that are computed at once."""
+        return self.ready.limits.max_num_seqs * len(self.logs)
+
+    @property
+    def events(self) -> EventLog:
+        """Of the first engine."""
+        return self.logs[0]
 
     @property
     def num_of_lines(self) -> int:
@@ -61,8 +71,7 @@ class SharedEngine:
                 journal.gives_way = True
                 request_ids.append(request_id)
             return submission
-        limit = self.ready.limits.max_num_seqs
-        while self.num_of_lines and len(self._engine.journals()) + len(requests) > limit:
+        while self.num_of_lines and len(self._engine.journals()) + len(requests) > self.num_rows:
             self.take_back()
         while True:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from math import inf
 
@@ -15,7 +15,7 @@ from shoal.server.engine.event_log import EventLog
 from shoal.server.engine.explaining import tell_histories
 from shoal.server.engine.journal import Journal, Submission
 from shoal.server.engine.messages import Abort, EngineRequest, ForgetPrefixes, News, Ready, Sendable, Submit
-from shoal.server.errors import EngineUnavailableError, RequestTimeoutError
+from shoal.server.errors import EngineUnavailableError
 from shoal.server.metrics import Metrics
 
 MAX_DEATHS = 3  # of engines with a request that makes no progress, before it is tried alone
@@ -50,6 +50,7 @@ class EngineClient:
         self.admission = Admission()  # another one has bounds
         self.names_all = True  # whether histories name the requests of other clients
         self.events = EventLog()
+        self.changed: Callable[[Ready | None], None] = lambda ready: None  # told when it is connected, lost, given up
         self._metrics = metrics
         self._hang_seconds = hang_seconds
         self._clock = clock
@@ -91,15 +92,9 @@ class EngineClient:
 
     def submit(self, requests: Sequence[EngineRequest], timeout: float = inf) -> Submission:
         self.check_room(requests, timeout)
-        submission = Submission(requests, self.name, self._clock())
-        if timeout < inf:
-            submission.timer = asyncio.get_running_loop().call_later(timeout, self._expire, submission, timeout)
-        if not self._num_in_engine:
-            self._heard_at = self._clock()  # an idle engine is silent
-        self._unfinished |= dict.fromkeys(submission.journals, submission)
-        self._held |= dict.fromkeys(submission.journals)
-        self._idle.clear()
-        self._hand_over()
+        submission = Submission(requests, self._clock())
+        submission.end_after(timeout, self.abort)
+        self.adopt(dict.fromkeys(submission.journals, submission))
         return submission
 
     def forget_prefixes(self) -> None:
@@ -128,6 +123,39 @@ class EngineClient:
         self.state = EngineState.STOPPED
         self._fail_all(EngineUnavailableError("the server is shutting down"))
 
+    # -- for a router: see `Router` --------------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        return self._send is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether what is adopted goes to an engine at once."""
+        return self.is_connected and self._on_trial is None
+
+    def adopt(self, requests: Mapping[str, Submission]) -> None:
+        """Have these requests served, whatever the bounds."""
+        if not self._num_in_engine:
+            self._heard_at = self._clock()  # an idle engine is silent
+        for request_id, submission in requests.items():
+            submission.journals[request_id].engine = self.name
+        self._unfinished |= requests
+        self._held |= dict.fromkeys(requests)
+        if requests:
+            self._idle.clear()
+        self._hand_over()
+
+    def let_go(self, *, of_suspects: bool = False) -> dict[str, Submission]:
+        """Forget the requests that no engine has.  Suspects stay to be tried alone, unless they are meant too."""
+        going = [one for one in self._held if of_suspects or self._journal(one).num_deaths < MAX_DEATHS]
+        for request_id in going:
+            del self._held[request_id]
+        requests = {request_id: self._unfinished.pop(request_id) for request_id in going}
+        if not self._unfinished:
+            self._idle.set()
+        return requests
+
     # -- for the owner of the engine ------------------------------------------------------------------------------
 
     @property
@@ -147,6 +175,7 @@ class EngineClient:
         if self.state is EngineState.STARTING:
             self.state = EngineState.READY
         self._hand_over()
+        self.changed(ready)
 
     def take(self, news: News) -> None:
         """Note what came of a step, and wake the calls that wait for it."""
@@ -181,12 +210,14 @@ class EngineClient:
         self._held = dict.fromkeys(self._unfinished)
         self._metrics.lost(self.name)
         self.events.lose()
+        self.changed(None)
 
     def give_up(self, error: ShoalError) -> None:
         """No engine can be had: all requests end with this error, and no new ones are taken until one is connected."""
         self._send = None
         if self.state is EngineState.READY:
             self.state = EngineState.STARTING
+        self.changed(None)
         self._fail_all(error)
 
     # -- the parts -----------------------------------------------------------------------------------------------
@@ -227,10 +258,6 @@ class EngineClient:
             self._send(Abort([suspect]))
             self._held[suspect], self._recalled = None, True
         self._hand_over()
-
-    def _expire(self, submission: Submission, timeout: float) -> None:
-        self.abort(submission.journals)
-        submission.fail(RequestTimeoutError(f"the request was not finished in its timeout of {timeout:g} s"))
 
     def _forget(self, request_id: str) -> None:
         self.admission.note_end(self._journal(request_id))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from msgspec.structs import replace
 
@@ -13,7 +14,7 @@ from shoal.scheduler.errors import EngineError, InvalidRequestError, ShoalError
 from shoal.scheduler.explanation import RequestHistory
 from shoal.scheduler.output import FinishReason, RequestOutput, TokenLogprobs
 from shoal.server.engine.messages import EngineRequest
-from shoal.server.errors import SlowClientError
+from shoal.server.errors import RequestTimeoutError, SlowClientError
 
 
 @dataclass(slots=True)
@@ -83,13 +84,23 @@ class Submission:
 
     max_backlog: float = MAX_BACKLOG  # whoever waits for all of it takes the limit away
 
-    def __init__(self, requests: Sequence[EngineRequest], engine: str, arrival_time: float) -> None:
-        self.journals = {request.request_id: Journal(request, engine, arrival_time) for request in requests}
+    def __init__(self, requests: Sequence[EngineRequest], arrival_time: float) -> None:
+        self.journals = {request.request_id: Journal(request, "", arrival_time) for request in requests}
         self._news: deque[RequestOutput] = deque()
         self._backlog = 0
         self._error: ShoalError | None = None
         self._arrived = asyncio.Event()
         self.timer: asyncio.TimerHandle | None = None  # ends the requests when their time has run out
+
+    def end_after(self, seconds: float, abort: Callable[[Iterable[str]], None]) -> None:
+        """Abort the requests after so many seconds, and end the stream with an error."""
+
+        def expire() -> None:
+            abort(self.journals)
+            self.fail(RequestTimeoutError(f"the request was not finished in its timeout of {seconds:g} s"))
+
+        if seconds < inf:
+            self.timer = asyncio.get_running_loop().call_later(seconds, expire)
 
     def put(self, output: RequestOutput) -> None:
         """Add an output, unless an error has ended the stream: after a gap nothing follows."""

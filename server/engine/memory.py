@@ -36,7 +36,7 @@ def plan_kv_cache(
         chunk, groups = settings.scheduler.max_chunk_tokens, scheduled_groups(models[0])
         per_request = sum(group.most_blocks(max_model_len, cache.block_size, chunk) for group in groups)
         wanted = settings.scheduler.max_num_seqs * per_request
-        num_blocks, param = min(wanted, free // 4 // per_block), "memory_mib"
+        num_blocks, param = min(wanted, free // 4 // settings.engine.engines // per_block), "memory_mib"
     if num_blocks < 1:
         raise ConfigError(f"the KV cache holds not even one block of {per_block} bytes", param=param)
     if num_blocks * per_block > free:

@@ -42,6 +42,7 @@ from shoal.server.wire.responses import (
     CompletionChoice,
     CompletionTokensDetails,
     DetokenizeResult,
+    EngineStatus,
     FinishReasonName,
     FunctionCall,
     ModelCard,
@@ -291,6 +292,7 @@ SERVER_INFO = ServerInfo(
     402_653_184,
     SchedulerConfig(num_blocks=4096, max_model_len=1024),
     {"model": _MODEL, "server": {"host": "127.0.0.1", "port": 8000}},
+    [EngineStatus("0", is_ready=True, pid=4711, num_unfinished=3)],
 )
 TOKENIZER_INFO = TokenizerInfo(
     tokenizer_class="PreTrainedTokenizerFast",

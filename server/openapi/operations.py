@@ -43,7 +43,7 @@ from shoal.server.wire.batches import (
 )
 from shoal.server.wire.body import Body
 from shoal.server.wire.embeddings import Embeddings, EmbeddingsBody
-from shoal.server.wire.engine import Load, LoadBody, Loads, RequestTokens, StepsBody
+from shoal.server.wire.engine import EngineQuery, Load, LoadBody, Loads, RequestTokens, StepsBody
 from shoal.server.wire.items import (
     DeletedResponse,
     InputTokens,
@@ -461,6 +461,7 @@ OPERATIONS: Mapping[str, Operation] = {
         description="A stream without an end: a snapshot, what is kept of the last minutes, and then each step, or "
         "several together where an eye could not follow.  The engine tells nothing while nobody watches.  An "
         "event's id as `Last-Event-ID` goes on behind it.",
+        query=EngineQuery,
         headers=("Last-Event-ID",),
         events=Events(
             types={"snapshot": Snapshot, "lost": Lost, "step": SeenStep},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.errors import ErrorShape, NotFoundError
 from shoal.server.keys import known_key
 from shoal.server.load import LoadRunner
@@ -12,7 +13,8 @@ from shoal.server.logprobs import token_text
 from shoal.server.routes.answer import EventStream, whole
 from shoal.server.scheduling import client_of
 from shoal.server.service import Service
-from shoal.server.wire.engine import LoadBody, RequestTokens, StepsBody
+from shoal.server.wire.engine import EngineQuery, LoadBody, RequestTokens, StepsBody
+from shoal.server.wire.parsing import read_body
 
 EVENTS_SHAPE = ErrorShape(done=b"")
 
@@ -23,13 +25,18 @@ def engine_router(service: Service) -> APIRouter:
 
     @router.get("/v1/engine/events")
     async def get_engine_events(request: Request) -> Response:
-        events = service.engine.events.follow(request.headers.get("last-event-id", ""))
+        engine = read_body(EngineQuery, dict(request.query_params), strict=False).engine
+        logs = service.engine.logs
+        if engine >= len(logs):
+            raise InvalidRequestError(f"engine: must be at most {len(logs) - 1}, not {engine}", param="engine")
+        events = logs[engine].follow(request.headers.get("last-event-id", ""))
         return EventStream(events, {}, shape=EVENTS_SHAPE)
 
     @router.post("/v1/engine/steps", response_class=Response)
     async def tell_steps_singly(request: Request) -> Response:
         body = await service.reader.read(request, StepsBody)
-        service.engine.events.tell_singly(body.num_steps)
+        for log in service.engine.logs:
+            log.tell_singly(body.num_steps)
         return Response(status_code=200)
 
     @router.get("/v1/engine/requests/{request_id}")

@@ -10,10 +10,12 @@ from starlette.responses import Response
 
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.server.embeddings import METHODS
+from shoal.server.engine.client import EngineClient
 from shoal.server.routes.answer import whole
 from shoal.server.service import Service
 from shoal.server.wire.responses import (
     Capabilities,
+    EngineStatus,
     ModelCard,
     ModelList,
     ServerInfo,
@@ -44,6 +46,10 @@ def models_router(service: Service) -> APIRouter:
             created_at=datetime.fromtimestamp(service.started, UTC).isoformat().replace("+00:00", "Z"),
         )
 
+    def status(client: EngineClient) -> EngineStatus:
+        pid = client.ready.pid if client.is_connected else None
+        return EngineStatus(client.name, client.is_connected, pid, client.num_unfinished)
+
     @router.get("/v1/models")
     async def list_models() -> Response:
         cards = [card(name) for name in service.model_names]
@@ -68,6 +74,7 @@ def models_router(service: Service) -> APIRouter:
                 ready.kv_cache_bytes,
                 ready.limits,
                 settings,
+                [status(client) for client in service.clients],
             )
         )
 

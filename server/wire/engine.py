@@ -15,6 +15,12 @@ WorkloadName = Literal["chat", "mixed", "shared", "long"]
 LoadState = Literal["running", "finished", "cancelled", "failed"]
 
 
+class EngineQuery(Body):
+    """GET /v1/engine/events: the number of the engine, where there are several."""
+
+    engine: Annotated[int, Meta(ge=0)] = 0
+
+
 class StepsBody(Body):
     """POST /v1/engine/steps."""
 

@@ -290,10 +290,27 @@ class DetokenizeResult(msgspec.Struct):
     prompt: str
 
 
-class ServerInfo(msgspec.Struct):
-    """What the server computes with: the limits of its engine, and all settings but secrets.
+class EngineStatus(msgspec.Struct):
+    """One engine.
 
     Attributes:
+        engine: its name in metrics.
+        is_ready: whether it takes requests; else another one takes its place.
+        pid: of its process, if it is ready.
+        num_unfinished: requests that it has, or that wait for the next one.
+    """
+
+    engine: str
+    is_ready: bool
+    pid: int | None
+    num_unfinished: int
+
+
+class ServerInfo(msgspec.Struct):
+    """What the server computes with: the limits of each of its engines, and all settings but secrets.
+
+    Attributes:
+        kv_cache_bytes: of each engine.
         settings: by section, as in `shoal.toml`; the knobs of every policy stand in `scheduler`.
     """
 
@@ -305,3 +322,4 @@ class ServerInfo(msgspec.Struct):
     kv_cache_bytes: int
     limits: SchedulerConfig
     settings: dict[str, Any]
+    engines: list[EngineStatus]

@@ -178,7 +178,7 @@ def test_a_waiting_request_of_512_tokens_takes_less_than_6_kilobytes_in_each_pro
     for index in range(count):
         prompt = pack(range(index * 1000, index * 1000 + 512))
         request = EngineRequest(f"{index}", prompt, SamplingParams(max_tokens=1, seed=0))
-        submissions.append(Submission([request], "0", 0.0))
+        submissions.append(Submission([request], 0.0))
     both = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert engine < count * 6_000

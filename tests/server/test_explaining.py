@@ -107,7 +107,7 @@ def test_other_observers_stay() -> None:
 def test_only_requests_of_the_same_client_are_named(names_all: bool) -> None:
     async def play() -> RequestHistory:
         requests = [asked("a", client="me"), asked("b", client="me"), asked("c", client="you", timing=False)]
-        submission = Submission(requests, "0", 0.0)
+        submission = Submission(requests, 0.0)
         unfinished = dict.fromkeys(submission.journals, submission)
         record = step(0.0, share("a"), share("b"), share("c"), share("gone"), joined={"a": 0.0, "b": 0.0})
         tell_histories(record, unfinished, names_all=names_all)

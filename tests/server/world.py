@@ -15,7 +15,7 @@ import selectors
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -39,6 +39,7 @@ from shoal.server.engine.client import MAX_DEATHS, EngineClient
 from shoal.server.engine.journal import Submission
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, EngineRequest, News, Ready
+from shoal.server.engine.router import Router
 from shoal.server.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor
 from shoal.server.errors import EngineUnavailableError, NotFoundError, RequestTimeoutError, SlowClientError
 from shoal.server.metrics import Metrics
@@ -123,12 +124,12 @@ class SimulatedEngine:
         self.ended = asyncio.create_task(self._run())
 
     @classmethod
-    async def start(cls, world: World) -> SimulatedEngine:
+    async def start(cls, world: World, number: int) -> SimulatedEngine:
         await asyncio.sleep(world.random.uniform(0.0, 2.0))
-        if world.random.random() < world.mishaps.failed_start:
-            world.num_failed_starts += 1
+        failed = world.random.random() < world.mishaps.failed_start
+        world.note_start(number, failed=failed)
+        if failed:
             raise EngineError("the engine died at its start")
-        world.num_failed_starts = 0
         return cls(world)
 
     async def close(self, *, gently: bool) -> None:
@@ -245,8 +246,7 @@ class World:
 
     Attributes:
         num_deaths: of engines so far.
-        num_failed_starts: in a row.
-        gave_up: whether so many starts failed that requests may have ended for it.
+        gave_up: whether so many starts failed, of all clients, that requests may have ended for it.
         asked: all requests that were accepted.
     """
 
@@ -264,21 +264,25 @@ class World:
         )
         self.ends_early = random.random() < 0.15
         self.max_backlog = random.choice([16, 65536, 65536])
-        self.num_deaths = self._num_failed_starts = self.num_refused = 0
+        self.num_deaths = self.num_refused = 0
         self.gave_up = self.is_over = False
         self.asked: list[Asked] = []
-        self.client = EngineClient("0", METRICS, hang_seconds=HANG_SECONDS, clock=self.clock)
+        self.clients = [self._client(number) for number in range(random.choice([1, 1, 2, 3]))]
+        several = len(self.clients) > 1
+        self.engine = Router(self.clients, METRICS, clock=self.clock) if several else self.clients[0]
+        self._num_failed_starts = [0] * len(self.clients)
         self.streams = StreamStore(GRACE_SECONDS)
-        self.client.admission = Admission(max_queue_seconds=random.choice([inf, 1.0]))
+        max_queue_seconds = random.choice([inf, 1.0])
+        for client in self.clients:
+            client.admission = Admission(max_queue_seconds)
 
-    @property
-    def num_failed_starts(self) -> int:
-        return self._num_failed_starts
+    def _client(self, number: int) -> EngineClient:
+        return EngineClient(str(number), METRICS, hang_seconds=HANG_SECONDS, clock=self.clock)
 
-    @num_failed_starts.setter
-    def num_failed_starts(self, number: int) -> None:
-        self._num_failed_starts = number
-        self.gave_up |= number >= MAX_FAILED_STARTS
+    def note_start(self, number: int, *, failed: bool) -> None:
+        """An engine of the client of this number has started, or has failed to."""
+        self._num_failed_starts[number] = self._num_failed_starts[number] + 1 if failed else 0
+        self.gave_up |= min(self._num_failed_starts) >= MAX_FAILED_STARTS
 
     def delay(self) -> float:
         return self.random.uniform(0.0, self.delay_seconds)
@@ -318,7 +322,7 @@ class World:
 
     @contextmanager
     def _replacing(self) -> Iterator[None]:
-        engines = mock.Mock(start=lambda settings: SimulatedEngine.start(self))
+        engines = mock.Mock(start=lambda settings: SimulatedEngine.start(self, int(settings.model)))
         with (
             mock.patch.object(supervisor_module, "EngineProcess", engines),
             mock.patch.object(Submission, "max_backlog", self.max_backlog),
@@ -326,22 +330,28 @@ class World:
             yield
 
     async def _play(self) -> None:
-        supervisor = EngineSupervisor(_settings(standby=self.random.random() < 0.3), self.client)
+        standby = self.random.random() < 0.3
+        settings = [_settings(number, standby=standby) for number in range(len(self.clients))]
+        supervisors = list(map(EngineSupervisor, settings, self.clients))
         try:
-            await supervisor.start()
+            await asyncio.gather(*(supervisor.start() for supervisor in supervisors))
         except EngineError:
+            await self._stop(supervisors)
             return  # the first start failed, and so did the server's
         clients = [asyncio.create_task(self._be_client(number)) for number in range(self.random.randint(1, 5))]
         if self.ends_early:
             await asyncio.sleep(self.random.uniform(0.0, 10.0))
             self.is_over = True
-            await self.client.drain(self.random.choice([0.0, 3.0]))
-            await supervisor.stop()
+            await self.engine.drain(self.random.choice([0.0, 3.0]))
+            await self._stop(supervisors)
         await asyncio.gather(*clients)
-        assert self.client.num_unfinished == 0
-        await supervisor.stop()
+        assert self.engine.num_unfinished == 0
+        await self._stop(supervisors)
         for asked in self.asked:
             asked.check(self)
+
+    async def _stop(self, supervisors: Iterable[EngineSupervisor]) -> None:
+        await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
 
     async def _be_client(self, number: int) -> None:
         """Ask for something, and read what comes: at once or slowly, to the end or not."""
@@ -350,7 +360,7 @@ class World:
         requests = [self._request(f"{number}-{index}") for index in range(random.randint(1, 3))]
         timeout = random.choice([inf] * 6 + [random.uniform(0.1, 20.0)])
         try:
-            submission = self.client.submit(requests, timeout)
+            submission = self.engine.submit(requests, timeout)
         except (QueueFullError, EngineUnavailableError):
             self.num_refused += 1
             return
@@ -380,7 +390,7 @@ class World:
                         unfinished.remove(output.request_id)  # once
                 yield [msgspec.msgpack.encode(output) for output in outputs]
         finally:
-            self.client.abort(submission.journals)
+            self.engine.abort(submission.journals)
             if submission.timer is not None:
                 submission.timer.cancel()
 
@@ -440,8 +450,8 @@ class World:
 
 
 @cache
-def _settings(*, standby: bool) -> Settings:
-    return resolve({"model": "simulated", "engine": {"standby": standby}})
+def _settings(number: int, *, standby: bool) -> Settings:
+    return resolve({"model": str(number), "engine": {"standby": standby}})
 
 
 def play(num_histories: int, first_seed: int = 0) -> dict[str, int]:
