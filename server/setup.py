@@ -34,8 +34,11 @@ from shoal.server.tools.dialect import find_dialect
 from shoal.server.tracing import make_tracer
 
 
-def build_service(settings: Settings) -> tuple[Service, EngineClient | Router]:
+def build_service(settings: Settings, num_engines: int | None = None) -> tuple[Service, EngineClient | Router]:
     """Read what the API needs of the checkpoint; the engine reads the rest.
+
+    Args:
+        num_engines: that are there from the start, if it is not for the settings to say; `make_client` makes others.
 
     Returns:
         The service, whose clients the owners of the engines connect, and all of these as one.
@@ -53,9 +56,11 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient | Router]:
     model_names = config.served_model_name or (checkpoint_name(settings.model, checkpoint),)
     metrics = Metrics(model_names[0], _num_spec_tokens(settings))
     api_keys = config.all_api_keys()
-    clients = [_client(number, settings, metrics, names_all=not api_keys) for number in range(settings.engine.engines)]
-    router = clients[0] if len(clients) == 1 else Router(clients, metrics)
-    engine = SharedEngine(router, [client.events for client in clients])
+    numbers = range(settings.engine.engines if num_engines is None else num_engines)
+    router = Router([make_client(number, settings, metrics) for number in numbers], metrics)
+    clients = router.clients
+    own: EngineClient | Router = clients[0] if len(clients) == 1 else router
+    engine = SharedEngine(own, clients)
     model, defaults = load_config(opened), load_generation_defaults(opened)
     compiler = GrammarCompiler(lambda: tokenizer, model.vocab_size, defaults.eos_token_ids or model.eos_token_ids)
     templates = TemplateRenderer(tokenizer)
@@ -85,14 +90,15 @@ def build_service(settings: Settings) -> tuple[Service, EngineClient | Router]:
         responses=ResponseStore(streams),
         pooling=load_pooling(opened),
     )
-    return service, router
+    return service, own
 
 
-def _client(number: int, settings: Settings, metrics: Metrics, *, names_all: bool) -> EngineClient:
+def make_client(number: int, settings: Settings, metrics: Metrics) -> EngineClient:
+    """A client of the engine that has this number."""
     config = settings.server
     client = EngineClient(str(number), metrics, hang_seconds=settings.engine.hang_seconds)
     client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
-    client.names_all = names_all
+    client.names_all = not (config.api_keys or config.api_keys_file)
     return client
 
 

@@ -10,6 +10,7 @@ from math import inf
 from typing import Any
 
 from shoal.scheduler.errors import QueueFullError
+from shoal.server.engine.client import EngineClient
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.event_log import EventLog
 from shoal.server.engine.journal import Journal, Submission
@@ -24,13 +25,13 @@ class SharedEngine:
     A line gives way to a request that would have to wait, and is run again later.  So nobody is refused, or waits,
     because of lines.
 
-    Attributes:
-        logs: of the steps of each engine that it is, for those who watch.
+    Args:
+        clients: of all engines that it is.
     """
 
-    def __init__(self, engine: Engine, logs: Sequence[EventLog]) -> None:
+    def __init__(self, engine: Engine, clients: Sequence[EngineClient]) -> None:
         self._engine = engine
-        self.logs = logs
+        self._clients = clients
         self._lines: dict[asyncio.Task[Any] | None, list[str]] = {}  # ids of requests by what runs the line, in order
 
     @property
@@ -43,7 +44,12 @@ class SharedEngine:
     @property
     def num_rows(self) -> int:
         """Requests that are computed at once."""
-        return self.ready.limits.max_num_seqs * len(self.logs)
+        return self.ready.limits.max_num_seqs * max(1, sum(client.is_connected for client in self._clients))
+
+    @property
+    def logs(self) -> list[EventLog]:
+        """Of the steps of each engine, for those who watch."""
+        return [client.events for client in self._clients]
 
     @property
     def events(self) -> EventLog:

@@ -59,6 +59,7 @@ class EngineClient:
         self._unfinished: dict[str, Submission] = {}
         self._held: dict[str, None] = {}  # ids of unfinished requests that no engine has, in order
         self._on_trial: str | None = None
+        self._num_reported = 0  # requests that the engine spoke of last
         self._recalled = False  # whether the engine may still speak of one that was tried before
         self._heard_at = self._lost_at = clock()
         self._idle = asyncio.Event()
@@ -126,6 +127,11 @@ class EngineClient:
     # -- for a router: see `Router` --------------------------------------------------------------------------------
 
     @property
+    def load(self) -> int:
+        """Unfinished requests, of others who share the engine too."""
+        return max(len(self._unfinished), self._num_reported)
+
+    @property
     def is_connected(self) -> bool:
         return self._send is not None
 
@@ -180,6 +186,7 @@ class EngineClient:
     def take(self, news: News) -> None:
         """Note what came of a step, and wake the calls that wait for it."""
         self._heard_at = now = self._clock()
+        self._num_reported = news.stats.num_running + news.stats.num_waiting
         self._metrics.stats(self.name, news.stats)
         num_tokens = sum(len(output.token_ids) or (output.embedding is not None) for output in news.outputs)
         self.admission.note(now, self._num_in_engine, num_tokens)
@@ -194,7 +201,7 @@ class EngineClient:
                 submission.put(output)
                 if output.finish_reason is not None:
                     self._forget(output.request_id)
-        self._end_trial(is_idle=not (news.stats.num_running or news.stats.num_waiting))
+        self._end_trial(is_idle=not self._num_reported)
 
     def lose(self) -> None:
         """The engine is gone: its requests wait for the next one."""
@@ -208,6 +215,7 @@ class EngineClient:
             self._unfinished[suspect].fail(error)
             self._forget(suspect)
         self._held = dict.fromkeys(self._unfinished)
+        self._num_reported = 0
         self._metrics.lost(self.name)
         self.events.lose()
         self.changed(None)

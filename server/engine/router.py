@@ -29,80 +29,92 @@ class Router:
     be what kills engines: the client then tries it alone.
 
     Args:
-        clients: at least one; their owners connect them.
+        clients: their owners connect them.
         clock: returns seconds.
+
+    Attributes:
+        clients: all that were ever added.
     """
 
     def __init__(
-        self, clients: Sequence[EngineClient], metrics: Metrics, *, clock: Callable[[], float] = time.monotonic
+        self, clients: Iterable[EngineClient], metrics: Metrics, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._clients = clients
+        self.clients: list[EngineClient] = []
         self._metrics = metrics
         self._clock = clock
         self._running: dict[int, Ready] = {}  # clients that have engines, by number
         self._routing = PrefixRouting()
-        for number, client in enumerate(clients):
-            client.changed = partial(self._take_change, number)
+        for client in clients:
+            self.add(client)
+
+    def add(self, client: EngineClient) -> None:
+        """Route requests to this one too, once it has an engine."""
+        client.changed = partial(self._take_change, len(self.clients))
+        self.clients.append(client)
 
     # -- for HTTP: see `Engine` ----------------------------------------------------------------------------------
 
     @property
     def ready(self) -> Ready:
-        return self._clients[min(self._taking(), default=0)].ready
+        taking = self._taking()
+        if not self.clients:
+            raise EngineUnavailableError("there is no engine; try again later")
+        return self.clients[taking[0] if taking else 0].ready
 
     @property
     def num_unfinished(self) -> int:
-        return sum(client.num_unfinished for client in self._clients)
+        return sum(client.num_unfinished for client in self.clients)
 
     def journals(self) -> list[Journal]:
-        each = chain.from_iterable(client.journals() for client in self._clients)
+        each = chain.from_iterable(client.journals() for client in self.clients)
         return sorted(each, key=attrgetter("arrival_time"))
 
     def check_health(self) -> None:
-        _any(client.check_health for client in self._clients)
+        self.ready  # noqa: B018 (raises)
+        _any(client.check_health for client in self.clients)
 
     def check_room(self) -> None:
         self.ready  # noqa: B018 (raises)
-        _any(self._clients[number].check_room for number in self._able())
+        _any(self.clients[number].check_room for number in self._able())
 
     def submit(self, requests: Sequence[EngineRequest], timeout: float = inf) -> Submission:
         shares = self._admit(requests, timeout)
         submission = Submission(requests, self._clock())
         submission.end_after(timeout, self.abort)
         for number, share in shares.items():
-            self._clients[number].adopt({request.request_id: submission for request in share})
+            self.clients[number].adopt({request.request_id: submission for request in share})
         return submission
 
     def forget_prefixes(self) -> None:
         self._routing.forget_prefixes()
-        for client in self._clients:
+        for client in self.clients:
             client.forget_prefixes()
 
     def abort(self, request_ids: Iterable[str]) -> None:
         aborted = list(request_ids)
-        for client in self._clients:
+        for client in self.clients:
             client.abort(aborted)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests; let the unfinished ones go on for a while, then end them with an error."""
         end = self._clock() + seconds
-        await asyncio.gather(*(client.drain(seconds) for client in self._clients))
+        await asyncio.gather(*(client.drain(seconds) for client in self.clients))
         while self.num_unfinished:  # they came to a client that had none left
-            await asyncio.gather(*(client.drain(max(end - self._clock(), 0.0)) for client in self._clients))
+            await asyncio.gather(*(client.drain(max(end - self._clock(), 0.0)) for client in self.clients))
 
     def close(self) -> None:
         """Refuse new requests, and end the unfinished ones with an error."""
-        for client in self._clients:
+        for client in self.clients:
             client.close()
 
     # -- the parts -----------------------------------------------------------------------------------------------
 
     def _taking(self) -> list[int]:
         """Clients that take requests, though some of them may wait for an engine."""
-        return [number for number, client in enumerate(self._clients) if client.state is EngineState.READY]
+        return [number for number, client in enumerate(self.clients) if client.state is EngineState.READY]
 
     def _open(self) -> list[int]:
-        return [number for number in self._running if self._clients[number].is_open]
+        return [number for number in self._running if self.clients[number].is_open]
 
     def _able(self) -> list[int]:
         return self._open() or self._taking()
@@ -125,7 +137,7 @@ class Router:
                 shares[self._route(request, able)].append(request)
             for number, share in shares.items():
                 try:
-                    self._clients[number].check_room(share, timeout)
+                    self.clients[number].check_room(share, timeout)
                 except QueueFullError as refusal:
                     refusals.append(refusal)
                     able.remove(number)
@@ -136,13 +148,13 @@ class Router:
 
     def _note_loads(self) -> None:
         for number in self._running:
-            self._routing.set_load(number, self._clients[number].num_unfinished)
+            self._routing.set_load(number, self.clients[number].load)
 
     def _route(self, request: EngineRequest, able: Sequence[int]) -> int:
         """One of these clients; one that has an engine, if any has."""
         without = [number for number in self._running if number not in able]
         if len(without) == len(self._running):
-            return min(able, key=lambda number: self._clients[number].num_unfinished)
+            return min(able, key=lambda number: self.clients[number].load)
         limits, hashes = next(iter(self._running.values())).limits, list[bytes]()
         if limits.enable_prefix_caching and may_skip(request.params):
             token_ids, size = request.prompt_token_ids, limits.block_size
@@ -156,7 +168,7 @@ class Router:
         if ready is not None:
             self._running[number] = ready
             self._routing.join(number, ready.limits.num_blocks)
-        for other, client in enumerate(self._clients):
+        for other, client in enumerate(self.clients):
             if other == number or other not in self._running:
                 self._move(client)
 
@@ -169,8 +181,8 @@ class Router:
         self._note_loads()
         for request_id, submission in client.let_go(of_suspects=gave_up).items():
             number = self._route(submission.journals[request_id].request, able)
-            self._clients[number].adopt({request_id: submission})
-            self._metrics.resumed(self._clients[number].name, 1)
+            self.clients[number].adopt({request_id: submission})
+            self._metrics.resumed(self.clients[number].name, 1)
 
 
 def _any(checks: Iterable[Callable[[], None]]) -> None:
