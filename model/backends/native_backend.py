@@ -13,11 +13,11 @@ from dataclasses import fields
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shoal.model.backends.native_library import NO_MEMORY, TENSORS, Batch, Draft, Options, address, load_library
 from shoal.model.backends.native_sampling import SamplerArguments
 from shoal.model.backends.native_shape import NativeShape, find_obstacle
+from shoal.model.backends.observed import Observed
 from shoal.model.record import Array, ModelRecord, Norm
 from shoal.model.step.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 from shoal.scheduler.errors import CheckpointError, ConfigError
@@ -150,19 +150,16 @@ class NativeBackend:
         _check(self._library.shoal_draft(self._model, byref(self._drafts.sampling), arrays))
         return token_ids
 
-    def count_experts(self, *, are_counted: bool) -> NDArray[np.int64] | None:
-        """Begin to count the rows that each expert computes in each layer, or end that.
-
-        Returns:
-            The counts [num_layers, most experts of a layer], to which each step adds from now on; None without
-            experts, and in the end.
-        """
-        most = max(layer.mixture.num_experts if layer.mixture else 0 for layer in self._config.layers)
-        shape = self._config.num_layers, most
-        self._expert_counts = np.zeros(shape, np.int64) if are_counted and most else None
-        counts = self._expert_counts
-        self._library.shoal_count_experts(self._model, None if counts is None else counts.ctypes.data, most)
-        return counts
+    def observe(self, *, is_observed: bool) -> Observed | None:
+        """Begin to add up what those who watch want to know of steps, or end that and return None."""
+        self._observed = observed = Observed.of(self._config) if is_observed else None
+        if observed is None:
+            self._library.shoal_observe(self._model, None, 0, None)
+        else:
+            rows = observed.expert_rows
+            places = (None, 0) if rows is None else (rows.ctypes.data, rows.shape[1])
+            self._library.shoal_observe(self._model, *places, observed.sample_seconds.ctypes.data)
+        return observed
 
     def _arrays(self, batch: ForwardBatch) -> Batch:
         num_tokens, num_seqs = len(batch.token_ids), len(batch.context_lens)

@@ -172,8 +172,8 @@ def _load(path: Path) -> ctypes.CDLL:
     library.shoal_choose.restype = c_char_p
     library.shoal_draft.argtypes = [c_void_p, c_void_p, POINTER(Draft)]
     library.shoal_draft.restype = c_char_p
-    library.shoal_count_experts.argtypes = [c_void_p, c_void_p, c_int32]
-    library.shoal_count_experts.restype = None
+    library.shoal_observe.argtypes = [c_void_p, c_void_p, c_int32, c_void_p]
+    library.shoal_observe.restype = None
     library.shoal_sample.restype = c_char_p
     library.shoal_sampling_row.restype = c_char_p
     if library.shoal_sampling_row().decode() != _fields_of_rows():

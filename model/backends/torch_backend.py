@@ -7,11 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from shoal.model.backends.observed import Observed
 from shoal.model.backends.stepwise import draft_stepwise
 from shoal.model.backends.torch_attention import AttentionWeights, attention
 from shoal.model.backends.torch_experts import ExpertWeights, mixture_of_experts
 from shoal.model.backends.torch_latent import LatentAttentionWeights, latent_attention
 from shoal.model.backends.torch_layers import FeedForwardWeights, NormWeights, feed_forward, linear, norm
+from shoal.model.backends.torch_observed import observed_layers, observed_on, sample_timed
 from shoal.model.backends.torch_plan import CacheLayout, LayerStep, View, clear_fresh_blocks, plan_attention
 from shoal.model.backends.torch_positions import PositionFactors
 from shoal.model.backends.torch_sampler import sample
@@ -58,6 +60,7 @@ class TorchBackend:
         self._factors = PositionFactors.of_all(config, num_positions, self._device, dtype_)
         self._layout = CacheLayout(config, num_blocks, block_size, self._device, dtype_)
         self._kv_cache = torch.zeros((config.num_places, *self._layout.shape), dtype=dtype_, device=self._device)
+        self._observed: Observed | None = None
         self._views = [
             View(group, layer.window, layer.chunk)
             for (group, _), layer in zip(config.cache_places, config.layers, strict=True)
@@ -73,7 +76,8 @@ class TorchBackend:
 
     @torch.inference_mode()
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> SamplerOutput:
-        return sample(self._logits(batch), sampling)
+        logits = self._logits(batch)
+        return sample_timed(logits, sampling, self._observed) if self._observed else sample(logits, sampling)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, num_layers: int | None = None) -> Float32:
@@ -86,6 +90,12 @@ class TorchBackend:
             return sample(self._logits(step, num_layers), how).token_ids
 
         return draft_stepwise(choose, batch, sampling)
+
+    def observe(self, *, is_observed: bool) -> Observed | None:
+        """Begin to add up what those who watch want to know of steps, or end that and return None."""
+        self._observed = observed_on(self._device, self._config) if is_observed else None
+        self._layers = observed_layers(self._layers, self._observed)
+        return self._observed
 
     def _logits(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """[num_logits, vocab_size] float32."""

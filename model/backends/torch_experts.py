@@ -22,6 +22,7 @@ class ExpertWeights(NamedTuple):
         up: [num_experts, 2 * width, depth], the gate's rows first, or [num_experts, width, depth] without a gate.
         down: [num_experts, depth, width].
         up_bias, down_bias: [num_experts, rows of `up` or `down`].
+        rows: [num_experts] int64, to which the rows that each expert computes are added while somebody watches.
     """
 
     config: MixtureConfig
@@ -34,6 +35,7 @@ class ExpertWeights(NamedTuple):
     activate: Callable[[Tensor], Tensor]
     shared: FeedForwardWeights | None
     shared_gate: LinearWeights | None
+    rows: Tensor | None = None
 
 
 def mixture_of_experts(x: Tensor, weights: ExpertWeights) -> Tensor:
@@ -42,6 +44,8 @@ def mixture_of_experts(x: Tensor, weights: ExpertWeights) -> Tensor:
     Tokens are placed in a buffer, expert after expert, so that all experts run as one grouped product.
     """
     shares, experts = route(x, weights)
+    if weights.rows is not None:
+        weights.rows.add_(experts.flatten().bincount(minlength=len(weights.rows)))
     copies = x.repeat_interleave(experts.shape[1], dim=0)
     if weights.config.share_on_input:
         copies *= shares.view(-1, 1)

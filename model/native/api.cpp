@@ -70,8 +70,8 @@ const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const 
     });
 }
 
-void shoal_count_experts(ShoalModel* model, int64_t* counts, int32_t stride) {
-    model->model.count_experts(counts, stride);
+void shoal_observe(ShoalModel* model, int64_t* expert_rows, int32_t stride, double* sample_seconds) {
+    model->model.observe(expert_rows, stride, sample_seconds);
 }
 
 int32_t shoal_best_isa(void) {

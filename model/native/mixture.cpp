@@ -23,9 +23,9 @@ void Model::mix_experts(const Layer& layer, int num_rows, const Sum& sum) {
     mixed_.reserve(num_choices * hidden_stride_);
     route(layer, num_rows);
     const auto& ranges = routing_.ranges();
-    if (expert_counts_ != nullptr) {
-        int64_t* counts = expert_counts_ + (&layer - layers_.data()) * counts_stride_;
-        for (const Routing::Range& range : ranges) counts[range.expert] += range.end - range.begin;
+    if (expert_rows_ != nullptr) {
+        int64_t* rows = expert_rows_ + (&layer - layers_.data()) * expert_rows_stride_;
+        for (const Routing::Range& range : ranges) rows[range.expert] += range.end - range.begin;
     }
     // For each expert that has rows, calls body(range, begin, end) for all panels of one of its matrices.
     const auto for_panels = [&](int num_panels, const auto& body) {

@@ -1,5 +1,7 @@
 #include "model.h"
 
+#include <chrono>
+
 #include "activations.h"
 #include "sampler.h"
 
@@ -179,9 +181,11 @@ void Model::choose(int num_rows, const ShoalSampling* sampling, const ShoalChose
             std::memcpy(logits + static_cast<size_t>(first + row) * shape_.vocab_size,
                         logits_.data() + row * logits_stride_, shape_.vocab_size * sizeof(float));
         }
-        if (sampling) {
-            sample(pool_, logits_.data(), logits_stride_, shape_.vocab_size, *sampling, first, count, *chosen);
-        }
+        if (!sampling) continue;
+        using Clock = std::chrono::steady_clock;
+        const Clock::time_point began = sample_seconds_ ? Clock::now() : Clock::time_point();
+        sample(pool_, logits_.data(), logits_stride_, shape_.vocab_size, *sampling, first, count, *chosen);
+        if (sample_seconds_) *sample_seconds_ += std::chrono::duration<double>(Clock::now() - began).count();
     }
 }
 

@@ -47,10 +47,11 @@ public:
     // Ends a step that chose nothing; `step` does it itself where it has `sampling` or `logits`.
     void choose(int num_rows, const ShoalSampling* sampling, const ShoalChosen* chosen, float* logits);
     void draft(const ShoalSampling& sampling, const ShoalDraft& draft);
-    // See shoal_count_experts.
-    void count_experts(int64_t* counts, int stride) {
-        expert_counts_ = counts;
-        counts_stride_ = stride;
+    // See shoal_observe.
+    void observe(int64_t* expert_rows, int stride, double* sample_seconds) {
+        expert_rows_ = expert_rows;
+        expert_rows_stride_ = stride;
+        sample_seconds_ = sample_seconds;
     }
     const Limits& limits() const { return limits_; }
 
@@ -130,8 +131,9 @@ private:
     ptrdiff_t logits_stride_;
     Array<float> logits_;
 
-    int64_t* expert_counts_ = nullptr;  // [num_layers][counts_stride_], while somebody wants them
-    ptrdiff_t counts_stride_ = 0;
+    int64_t* expert_rows_ = nullptr;  // [num_layers][expert_rows_stride_], while somebody observes
+    ptrdiff_t expert_rows_stride_ = 0;
+    double* sample_seconds_ = nullptr;  // likewise
 };
 
 }  // namespace shoal

@@ -240,9 +240,10 @@ SHOAL_API const char* shoal_choose(ShoalModel* model, int64_t num_logits, const 
 // Returns what is wrong, as shoal_step.
 SHOAL_API const char* shoal_draft(ShoalModel* model, const ShoalSampling* sampling, const ShoalDraft* draft);
 
-// From now on, adds the rows that each expert computes in each layer to counts [num_layers, stride], which stays valid
-// and has room for all experts of a layer; null ends that.  A step that is counted costs a few additions more.
-SHOAL_API void shoal_count_experts(ShoalModel* model, int64_t* counts, int32_t stride);
+// From now on, adds the rows that each expert computes in each layer to expert_rows [num_layers, stride], which has room
+// for all experts of a layer, and to *sample_seconds the time in which tokens are chosen.  Both stay valid until others
+// take their place, and either may be null, which ends that.  A step that is observed costs a few additions more.
+SHOAL_API void shoal_observe(ShoalModel* model, int64_t* expert_rows, int32_t stride, double* sample_seconds);
 
 // The fields of ShoalSamplingRow in their order, "type name;" each, with numpy's names of types.
 SHOAL_API const char* shoal_sampling_row(void);

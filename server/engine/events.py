@@ -97,13 +97,14 @@ class Waiting(msgspec.Struct, array_like=True):
 
 
 class Parts(msgspec.Struct):
-    """Seconds of the parts of one step: arrays are made in `build`, `forward` includes sampling, in `propose` results
-    are divided and drafts proposed, and news is sent in `send`.
+    """Seconds of the parts of one step: arrays are made in `build`, tokens chosen in `sample`, in `propose` results are
+    divided and drafts proposed, and news is sent in `send`.
     """
 
     schedule: float
     build: float
     forward: float
+    sample: float
     propose: float
     update: float
     send: float

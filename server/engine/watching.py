@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from shoal.model.backends.observed import Observed
 from shoal.scheduler.config import Config
 from shoal.scheduler.engine import EngineCore, Executor
 from shoal.scheduler.output import SchedulerOutput, StepResult
@@ -66,13 +67,12 @@ class Watching:
         self._since = _Since()
         self._present: set[str] = set()  # ids of requests that joined the batch and were not told to have left
         self._record: StepRecord | None = None
-        self._timed = _Timed(None)
+        self._timed = _Timed()
         self._execute_began = self._send_seconds = 0.0
         self._num_singly = 0  # steps that are still told of one by one
         self._is_observing = False
         self._is_told = True  # whether the last event tells how the engine stands
         self._told_at = self._due_at = self._slowly_at = self._received_at = 0.0
-        self._experts: Any = None
         self._next_policy = ""
 
     # -- the wire ------------------------------------------------------------------------------------------------
@@ -170,9 +170,10 @@ class Watching:
         event.joined, event.left = since.joined, self._take_gone()
         if is_slow:
             self._slowly_at = now + SLOW_SECONDS
-            if self._experts is not None:
-                event.experts = self._experts.tolist()
-                self._experts[:] = 0
+            rows = self._timed.observed.expert_rows if self._timed.observed else None
+            if rows is not None:
+                event.experts = rows.tolist()
+                rows[:] = 0
         self._wire.send(Seen(_encode(event)))
         self._is_told, self._told_at = True, now
         self._num_singly = max(self._num_singly - 1, 0)
@@ -191,11 +192,20 @@ class Watching:
         if record is None or not record.shares:
             return None
         timed = self._timed
-        build = forward = 0.0
+        build = computed = sample = 0.0
         if timed.ended > self._execute_began:
-            build, forward = timed.began - self._execute_began, timed.ended - timed.began
-        propose = max(record.execute_seconds - build - forward, 0.0)
-        return Parts(record.schedule_seconds, build, forward, propose, record.update_seconds, self._send_seconds)
+            build, computed = timed.began - self._execute_began, timed.ended - timed.began
+            sample = timed.sample_seconds
+        propose = max(record.execute_seconds - build - computed, 0.0)
+        return Parts(
+            schedule=record.schedule_seconds,
+            build=build,
+            forward=computed - sample,
+            sample=sample,
+            propose=propose,
+            update=record.update_seconds,
+            send=self._send_seconds,
+        )
 
     def _observe(self, is_observed: bool) -> None:
         """Observe the next step, or do not."""
@@ -210,9 +220,8 @@ class Watching:
     def _begin(self) -> None:
         self._around, self._core.executor = self._core.executor, self
         backend = getattr(self._innermost, "backend", None)
-        self._timed = _Timed(backend)
-        count = getattr(backend, "count_experts", None)
-        self._experts = count(are_counted=True) if count else None
+        observe = getattr(backend, "observe", None)
+        self._timed = _Timed(backend, observe(is_observed=True) if observe else None)
         self._picture.begin()
         self._since, self._record, self._is_told = _Since(), None, False
         self._present = set(self._core.scheduler.running)
@@ -222,24 +231,29 @@ class Watching:
         assert self._around is not None
         self._observe(False)
         self._core.executor, self._around = self._around, None
-        if self._experts is not None:
-            self._timed.backend.count_experts(are_counted=False)
-        self._experts, self._timed = None, _Timed(None)
+        if self._timed.observed is not None:
+            self._timed.backend.observe(is_observed=False)
+        self._timed = _Timed()
         self._picture.end()
 
 
 class _Timed:
-    """A backend around another that notes when a step's computation began and ended."""
+    """A backend around another that notes when a step's computation began and ended, and the part of sampling."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any = None, observed: Observed | None = None) -> None:
         self.backend = backend
-        self.began = self.ended = 0.0
+        self.observed = observed
+        self.began = self.ended = self.sample_seconds = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
     def execute(self, *arguments: Any) -> Any:
+        if self.observed:
+            self.observed.sample_seconds[:] = 0
         self.began = time.perf_counter()
         result = self.backend.execute(*arguments)
         self.ended = time.perf_counter()
+        if self.observed:
+            self.sample_seconds = float(self.observed.sample_seconds[0])
         return result

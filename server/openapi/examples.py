@@ -367,7 +367,7 @@ ENGINE_EVENTS = (
                 num_accepted_tokens_per_pos=[],
                 seconds=0.04,
                 num_output_tokens=1,
-                parts=Parts(0.00001, 0.00002, 0.0006, 0.00001, 0.00002, 0.00001),
+                parts=Parts(0.00001, 0.00002, 0.0006, 0.00004, 0.00001, 0.00002, 0.00001),
             ),
         ),
     ),

@@ -9,8 +9,8 @@ import { WAIT } from "./feed.js";
 import { LifeView } from "./life.js";
 import { PoolView } from "./pool.js";
 
-const PARTS = [["schedule", "schedule"], ["build", "build"], ["forward", "forward and sample"], ["propose", "divide and draft"], ["update", "update"], ["send", "send"]];
-const PART_COLOURS = ["pause", "prefill", "decode", "accepted", "rejected", "padding"];
+const PARTS = [["schedule", "schedule"], ["build", "build"], ["forward", "forward"], ["sample", "sample"], ["propose", "divide and draft"], ["update", "update"], ["send", "send"]];
+const PART_COLOURS = ["pause", "prefill", "decode", "shared", "accepted", "rejected", "padding"];
 const REASONS = { policy: "held back by the policy", rows: "all rows are taken", budget: "the step has no tokens left", behind: "behind the first" };
 const MEMORY_MS = 3000, MOST_QUEUED = 10;
 

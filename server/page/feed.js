@@ -121,7 +121,7 @@ export class Feed extends EventTarget {
       seconds: step.seconds,
       numTokens: step.num_tokens,
       numOutput: step.num_output_tokens,
-      parts: parts && Float32Array.of(parts.schedule, parts.build, parts.forward, parts.propose, parts.update, parts.send),
+      parts: parts && Float32Array.of(parts.schedule, parts.build, parts.forward, parts.sample, parts.propose, parts.update, parts.send),
       running: step.batch.length,
       waiting: step.num_waiting,
       owned: step.num_owned_blocks,
@@ -195,7 +195,7 @@ export class Feed extends EventTarget {
 
   /** Sums over the entries of the last seconds before the one that is looked at. */
   recent(seconds = 1) {
-    const sums = { seconds: 0, steps: 0, tokens: 0, output: 0, drafted: 0, accepted: 0, queries: 0, hits: 0, parts: new Float64Array(6), measured: 0, forward: 0 };
+    const sums = { seconds: 0, steps: 0, tokens: 0, output: 0, drafted: 0, accepted: 0, queries: 0, hits: 0, parts: new Float64Array(7), measured: 0 };
     const last = this.entries[this.at];
     for (let at = this.at; at >= 0 && this.entries[at].at > last.at - seconds; at -= 1) {
       const entry = this.entries[at];
