@@ -37,6 +37,7 @@ from shoal.server.routes.messages import messages_router
 from shoal.server.routes.models import models_router
 from shoal.server.routes.operations import operations_router
 from shoal.server.routes.page import page_router
+from shoal.server.routes.plan import plan_router
 from shoal.server.routes.responses import kept_responses_router, responses_router
 from shoal.server.routes.streams import streams_router
 from shoal.server.routes.tokenize import tokenize_router
@@ -70,6 +71,7 @@ def create_app(service: Service) -> FastAPI:
         include(router(service), guarded)
     if service.settings.server.page:
         include(engine_router(service), guarded)
+        include(plan_router(service), guarded)
         include(page_router())
     include(operations_router(service))
     include(docs_router(service, served))

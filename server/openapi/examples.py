@@ -13,7 +13,7 @@ from shoal.server.engine.events import Parts, Row, StepEvent, Waiting
 from shoal.server.wire import item_events, message_answers
 from shoal.server.wire.batches import Batch, Deleted, FileObject, Page, RequestCounts
 from shoal.server.wire.embeddings import Embedding, Embeddings, EmbeddingsUsage
-from shoal.server.wire.engine import Load, Loads, RequestTokens, Times
+from shoal.server.wire.engine import Load, Loads, Planned, PlanTable, RequestTokens, Times
 from shoal.server.wire.items import (
     NO_LOGPROBS,
     IncompleteDetails,
@@ -390,6 +390,10 @@ LOAD = Load(
     itl=Times(2.1, 4.4),
     e2e=Times(140.0, 320.5),
     timeline=[640, 660],
+)
+PLANNED = Planned(
+    plan={"model": _MODEL, "context": 512, "batch": 16, "pays": {"speculation": "from a batch of 1 on"}},
+    tables=[PlanTable("Where it pays", ["what", "pays"], [["speculation", "from a batch of 1 on"]])],
 )
 LOADS = Loads([LOAD], ["fair", "fcfs", "static"])
 

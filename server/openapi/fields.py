@@ -168,6 +168,14 @@ FIELDS: Mapping[str, str] = {
     "endpoint": "what each line asks",
     "completion_window": "the batch expires so long after it was made",
     "BatchBody.metadata": "comes back with the batch",
+    # plans
+    "PlanBody.config": "a model's `config.json`; that of the served model if not given",
+    "machine": "the chip that computes, by its data sheet; `auto` is this machine, which is measured for a second",
+    "context": "tokens of a sequence; 4096 if not given, or as many as the model can have",
+    "batch": "most sequences of a step",
+    "tp": "tensor-parallel ranks, which share each matrix",
+    "ep": "expert-parallel ranks, which share the experts",
+    "pp": "pipeline stages, each of which has layers of its own",
     # tokens
     "TokenizeBody.prompt": "the text; give either this or `messages`",
     "TokenizeBody.messages": "a conversation",

@@ -43,7 +43,7 @@ from shoal.server.wire.batches import (
 )
 from shoal.server.wire.body import Body
 from shoal.server.wire.embeddings import Embeddings, EmbeddingsBody
-from shoal.server.wire.engine import EngineQuery, Load, LoadBody, Loads, RequestTokens, StepsBody
+from shoal.server.wire.engine import EngineQuery, Load, LoadBody, Loads, PlanBody, Planned, RequestTokens, StepsBody
 from shoal.server.wire.items import (
     DeletedResponse,
     InputTokens,
@@ -501,6 +501,16 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "DELETE /v1/engine/loads/{load_id}": Operation(
         tag="Engine", summary="End a load", answer=Load, example=examples.LOAD, errors=(NotFoundError,)
+    ),
+    "POST /v1/engine/plan": Operation(
+        tag="Engine",
+        summary="Say what a model costs on a machine",
+        description="As `shoal plan`; one at a time, because this machine is measured.",
+        body=PlanBody,
+        bodies={"h100": {"machine": "h100", "context": 512, "batch": 16}},
+        answer=Planned,
+        example=examples.PLANNED,
+        errors=BODY_ERRORS,
     ),
     "POST /reset_prefix_cache": Operation(
         tag="Operations", summary="Have later requests find no prefix of earlier ones", description=_NO_CONTENT

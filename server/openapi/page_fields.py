@@ -1,11 +1,12 @@
-"""What the page must know of the parameters of requests: their ranges, defaults and meanings."""
+"""What the page must know of the parameters of its forms: their ranges, defaults and meanings."""
 
 from __future__ import annotations
 
 from shoal.server.openapi.schemas import Schema, Schemas
+from shoal.server.wire.engine import PlanBody
 from shoal.server.wire.requests import ChatBody, CompletionBody
 
-_KINDS = {"chat": ChatBody, "completion": CompletionBody}
+_KINDS = {"chat": ChatBody, "completion": CompletionBody, "plan": PlanBody}
 
 
 def describe_fields() -> dict[str, dict[str, Schema]]:

@@ -49,6 +49,24 @@ export function plural(count, one, many = `${one}s`) {
   return `${whole.format(count)} ${count === 1 ? one : many}`;
 }
 
+const PREFIXES = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+
+/** A number with a prefix for thousands. */
+export function prefixed(value, what = "") {
+  const [size, prefix] = PREFIXES.find(([least]) => value >= least) ?? [1, ""];
+  return `${number(value / size)} ${prefix}${what}`.trim();
+}
+
+const NUMBER = /^(?:[-+]?\d\S*(?: \w+)?|–|)$/;
+
+/** A table in a box of its own, which scrolls; columns of numbers stand on the right. */
+export function table(label, columns, rows) {
+  const classes = columns.map((_, place) => (rows.every((row) => NUMBER.test(row[place])) ? "right" : undefined));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, make("table", {},
+    make("thead", {}, make("tr", {}, ...columns.map((name, place) => (name ? make("th", { scope: "col", class: classes[place] }, name) : make("td"))))),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((text, place) => (place ? make("td", { class: classes[place] ?? "words" }, text) : make("th", { scope: "row", class: classes[place] }, text))))))));
+}
+
 /** A short name of a request: the ids of one call differ at their ends. */
 export function short(id) {
   const parts = id.match(/^([a-z]+)-([^-]+)-(\d+)-(\d+)$/);

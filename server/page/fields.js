@@ -11,7 +11,7 @@ let described = null, nextId = 0;
 
 /** By kind of request, the fields that the server describes. */
 export function descriptions() {
-  described ??= get("page/fields.json").catch(() => { described = null; return { chat: {}, completion: {} }; });
+  described ??= get("page/fields.json").catch(() => { described = null; return {}; });
   return described;
 }
 
@@ -22,15 +22,17 @@ function typeOf(schema) {
 
 function rangeOf(schema) {
   const type = typeOf(schema), parts = [];
+  const isLow = type.minimum > -(2 ** 31), isHigh = type.maximum < 2 ** 31 - 1;
   if (type.exclusiveMinimum !== undefined) parts.push(`above ${type.exclusiveMinimum}`);
-  if (type.minimum !== undefined && type.minimum > -(2 ** 31)) parts.push(`at least ${type.minimum}`);
-  if (type.maximum !== undefined && type.maximum < 2 ** 31 - 1) parts.push(`at most ${type.maximum}`);
+  if (isLow && isHigh) parts.push(`${type.minimum} to ${type.maximum}`);
+  else if (isLow) parts.push(`at least ${type.minimum}`);
+  else if (isHigh) parts.push(`at most ${type.maximum}`);
   if (schema.default !== undefined && schema.default !== null && !(Array.isArray(schema.default) && !schema.default.length)) parts.push(`default ${schema.default}`);
   return parts.join(", ");
 }
 
 /** A field of a form; `read` gives its value, undefined if it is left out. */
-class Field {
+export class Field {
   constructor(name, schema, changed) {
     this.name = name;
     const type = typeOf(schema), range = rangeOf(schema);

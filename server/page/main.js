@@ -6,11 +6,12 @@ import { EngineView } from "./engine.js";
 import { Feed } from "./feed.js";
 import { LoadView } from "./load.js";
 import { forget, isDark } from "./palette.js";
+import { PlanView } from "./plan.js";
 import { Playground } from "./playground.js";
 
 const $ = (id) => document.getElementById(id);
 const feed = new Feed();
-const views = { playground: new Playground($("playground")), engine: new EngineView($("engine"), feed), load: new LoadView($("load"), feed) };
+const views = { playground: new Playground($("playground")), engine: new EngineView($("engine"), feed), load: new LoadView($("load"), feed), plan: new PlanView($("plan")) };
 
 // -- views -------------------------------------------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ function show() {
     else link.removeAttribute("aria-current");
   }
   // The engine tells of its steps only while somebody looks.
-  feed.watch(name !== "playground" && !document.hidden);
+  feed.watch(["engine", "load"].includes(name) && !document.hidden);
 }
 
 addEventListener("hashchange", show);

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from shoal.scheduler.errors import ShoalError
+from shoal.server.wire.engine import MAX_BATCH, MAX_RANKS, MachineName
 from shoal.terminal import CommandError, echo_json, json_option, show
 
-MACHINES = ("auto", "a100", "h100", "h200", "b200", "mi300x", "l4", "l40s", "rtx3090", "rtx4090")
 _COUNT = click.IntRange(min=1)
-_RANKS = click.IntRange(1, 4096)
+_RANKS = click.IntRange(1, MAX_RANKS)
 
 
 @click.command()
 @click.argument("model")
-@click.option("--machine", type=click.Choice(MACHINES), default="auto", help="auto is this one, measured.")
+@click.option("--machine", type=click.Choice(get_args(MachineName)), default="auto", help="auto is this one, measured.")
 @click.option("--context", type=_COUNT, help="Tokens of a sequence; 4096, or as many as the model can have.")
-@click.option("--batch", type=click.IntRange(1, 1 << 16), default=64, help="Most sequences of a step; 64 if not given.")
+@click.option(
+    "--batch", type=click.IntRange(1, MAX_BATCH), default=64, help="Most sequences of a step; 64 if not given."
+)
 @click.option("--tp", type=_RANKS, default=1, help="Tensor-parallel ranks, which share each matrix.")
 @click.option("--ep", type=_RANKS, default=1, help="Expert-parallel ranks, which share the experts.")
 @click.option("--pp", type=_RANKS, default=1, help="Pipeline stages, each of which has layers of its own.")
@@ -46,13 +49,13 @@ def plan(
     from shoal.server.planner.measure import measure_steps  # noqa: PLC0415
     from shoal.server.planner.picture import draw  # noqa: PLC0415
     from shoal.server.planner.plan import make_plan  # noqa: PLC0415
-    from shoal.server.planner.subject import read_subject  # noqa: PLC0415
+    from shoal.server.planner.subject import place, read_shapes  # noqa: PLC0415
 
     if measures and machine != "auto":
         raise CommandError("plan", "--measure: only this machine can be measured, which is --machine auto")
     asked = Split(tp, ep, pp)
     try:
-        subject = read_subject(model, machine, context=context, asked=asked)
+        subject = place(read_shapes(model), machine, context=context, asked=asked)
         subject, timed = measure_steps(model, subject, batch) if measures else (subject, [])
         found = make_plan(model, subject, batch=batch, asked=asked, timed=timed)
         if picture:

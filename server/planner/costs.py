@@ -224,4 +224,4 @@ def check_split(costs: Costs, asked: Split) -> None:
     """
     for way, most in most_ranks(costs).items():
         if (ranks := getattr(asked, way)) > most:
-            raise ConfigError(f"--{way} {ranks}: the model can be split over at most {most} in this way", param=way)
+            raise ConfigError(f"{way} {ranks}: the model can be split over at most {most} in this way", param=way)

@@ -64,7 +64,8 @@ MACHINES = {
 def measure_machine(num_bytes: float, seconds: float) -> Machine:
     """This machine's CPU, in float32: the best of some products, and of some readings of `num_bytes`.
 
-    What a step reads may fit into the CPU's caches, so that the measurement reads as much as a step.
+    What a step reads may fit into the CPU's caches, so that the measurement reads as much as a step.  A product takes
+    each core about a millisecond, so that on a machine that others use some are not interrupted.
 
     Args:
         seconds: of each of the two measurements.
@@ -72,7 +73,7 @@ def measure_machine(num_bytes: float, seconds: float) -> Machine:
     threads = num_cores()
     size = int(min(max(num_bytes, _LEAST_BYTES), _MOST_BYTES))
     vectors = [np.ones(ceil(size / threads / 8), np.float32) for _ in range(2 * threads)]
-    left, right = np.ones((768, 768), np.float32), np.ones((768, 1536), np.float32)
+    left, right = np.ones((192 * threads, 384), np.float32), np.ones((384, 768), np.float32)
     with ThreadPoolExecutor(threads) as pool:
         reading = least_seconds(lambda: list(pool.map(np.dot, vectors[:threads], vectors[threads:])), seconds)
     multiplying = least_seconds(partial(np.matmul, left, right), seconds)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shoal.model.architecture import DTYPE_BYTES, ModelConfig
 from shoal.model.checkpoint.config import read_config
+from shoal.model.checkpoint.families import Tensors
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.checkpoint.hf_folder import read_json
@@ -21,7 +22,7 @@ _USUAL_CONTEXT = 4096
 _SECONDS = 0.6  # for the machine's products, and for its reading
 # Far beyond any model: such numbers are mistakes, and arrays of such shapes cannot be.
 _MOST = {"vocab_size": 1 << 26, "max_position_embeddings": 1 << 28}
-_MOST_WIDTH, _MOST_EXPERTS = 1 << 24, 1 << 14
+_MOST_WIDTH, _MOST_EXPERTS = 1 << 24, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,15 @@ class Subject:
     context: int
 
 
-def read_subject(model: str, machine: str, *, context: int | None, asked: Split) -> Subject:
-    """Read the model, and measure or look up the machine.
+def place(record: ModelRecord, machine: str, *, context: int | None, asked: Split) -> Subject:
+    """The model on a machine, which is measured or looked up.
 
     Raises:
-        CheckpointError: the model cannot be found or read, or its numbers are absurd.
-        ConfigError: an option asks for what the model does not have.
+        ConfigError: more is asked for than the model has.
     """
-    record = read_shapes(model)
     most = record.config.max_position_embeddings
     if context is not None and context > most:
-        raise ConfigError(f"--context {context}: the model can have at most {most} tokens", param="context")
+        raise ConfigError(f"context {context}: the model can have at most {most} tokens", param="context")
     length = min(_USUAL_CONTEXT, most) if context is None else context
     dtype = "float32" if machine == "auto" else record.config.dtype
     costs = Costs.of(record, dtype, DTYPE_BYTES[dtype])
@@ -71,12 +70,23 @@ def read_shapes(model: str) -> ModelRecord:
     """
     path = Path(model)
     if path.suffix == ".json" and path.is_file():
-        config, tensors = read_config(Fields(path, read_json(path)))
-    else:
-        opened = open_checkpoint(resolve_checkpoint(model))
-        path = opened.path
-        config, tensors = read_config(opened.config())
-        tensors = opened.own_tensors(tensors)
+        return imply_shapes(Fields(path, read_json(path)))
+    opened = open_checkpoint(resolve_checkpoint(model))
+    config, tensors = read_config(opened.config())
+    return _implied(opened.path, config, opened.own_tensors(tensors))
+
+
+def imply_shapes(fields: Fields) -> ModelRecord:
+    """The record of the fields of a `config.json`.
+
+    Raises:
+        CheckpointError: one is missing, unknown or absurd.
+    """
+    config, tensors = read_config(fields)
+    return _implied(fields.path, config, tensors)
+
+
+def _implied(path: Path, config: ModelConfig, tensors: Tensors) -> ModelRecord:
     _refuse_absurd(path, config)
     return imply_record(path, config, tensors)
 
@@ -88,10 +98,11 @@ def _refuse_absurd(path: Path, config: ModelConfig) -> None:
         sizes.append(("intermediate_size", layer.intermediate_size, _MOST_WIDTH))
         if layer.mixture:
             sizes += [
-                ("num_experts", layer.mixture.num_experts, _MOST_EXPERTS),
                 ("intermediate_size of experts", layer.mixture.intermediate_size, _MOST_WIDTH),
                 ("intermediate_size of shared experts", layer.mixture.shared_size, _MOST_WIDTH),
             ]
+    num_experts = sum(layer.mixture.num_experts for layer in config.layers if layer.mixture)
+    sizes.append(("num_experts of all layers", num_experts, _MOST_EXPERTS))
     if config.latent:
         widths = asdict(config.latent).items()
         sizes += [(f"latent attention's {name}", width, _MOST_WIDTH) for name, width in widths]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
@@ -13,6 +13,10 @@ MAX_USERS, MAX_LOAD_SECONDS = 128, 120
 
 WorkloadName = Literal["chat", "mixed", "shared", "long"]
 LoadState = Literal["running", "finished", "cancelled", "failed"]
+MachineName = Literal["auto", "a100", "h100", "h200", "b200", "mi300x", "l4", "l40s", "rtx3090", "rtx4090"]
+MAX_BATCH, MAX_RANKS = 1 << 16, 4096
+
+_Ranks = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
 
 
 class EngineQuery(Body):
@@ -35,6 +39,38 @@ class LoadBody(Body):
     seconds: Annotated[float, Meta(ge=1, le=MAX_LOAD_SECONDS)] = 15.0
     policy: str | None = None
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+
+
+class PlanBody(Body):
+    """POST /v1/engine/plan."""
+
+    config: dict[str, Any] | None = None
+    machine: MachineName = "auto"
+    context: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    batch: Annotated[int, Meta(ge=1, le=MAX_BATCH)] = 64
+    tp: _Ranks = 1
+    ep: _Ranks = 1
+    pp: _Ranks = 1
+
+
+class PlanTable(Struct):
+    """A table for people: the names of its columns, and the texts of its cells row by row."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Planned(Struct):
+    """What a model costs on a machine.
+
+    Attributes:
+        plan: all numbers, as `shoal plan --json` prints them.
+        tables: what `shoal plan` prints without it.
+    """
+
+    plan: dict[str, Any]
+    tables: list[PlanTable]
 
 
 class RequestTokens(Struct):

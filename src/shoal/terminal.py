@@ -35,7 +35,7 @@ def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     from rich.text import Text  # noqa: PLC0415
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    cells = [[_text(value) for value in row.values()] for row in rows]
+    cells = [[cell(value) for value in row.values()] for row in rows]
     for name, column in zip(rows[0], zip(*cells, strict=True), strict=True):
         is_number = all(map(_NUMBER.fullmatch, column))
         table.add_column(Text(name), justify="right" if is_number else "left")
@@ -46,7 +46,8 @@ def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     console.print(Text(f"\n{title}", style="bold"), table, sep="\n")
 
 
-def _text(value: object) -> str:
+def cell(value: object) -> str:
+    """The text of a value in a table: numbers with three digits, a dash for None."""
     if value is None:
         return NOTHING
     if not isinstance(value, float):

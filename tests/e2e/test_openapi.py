@@ -79,6 +79,8 @@ class Asking:
                 case.body[limit] = MOST_TOKENS
             if operation.path == "/v1/engine/loads" and isinstance(case.body, dict):
                 case.body |= {name: most for name, most in SHORT_LOAD.items() if _is_more(case.body.get(name), most)}
+            if operation.path == "/v1/engine/plan" and isinstance(case.body, dict):
+                case.body |= {"machine": "h100"} if case.body.get("machine", "auto") == "auto" else {}
             if case.headers and operation.method == "POST":
                 case.headers.pop("Last-Event-ID", None)  # nothing else would be looked at
             case.call_and_validate(session=self.session, checks=CHECKS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import API_KEYS, StartServer
-from tests.e2e.harness import PATIENCE, Server, Waiting
+from tests.e2e.harness import PATIENCE, SHOAL, Server, Waiting
 
 
 class Watcher(threading.Thread):
@@ -184,6 +185,56 @@ def test_a_load_can_be_ended(start: StartServer, tmp_path: Path) -> None:
     assert server.http.delete("/v1/engine/loads/none").status_code == 404
     unknown = server.post("/v1/engine/loads", policy="none")
     assert unknown.status_code == 400 and unknown.json()["error"]["param"] == "policy"
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "torch_dtype": "float16",
+}
+
+
+def test_a_plan_is_that_of_the_command(main: Server, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    options = ["--machine", "a100", "--context", "512", "--batch", "4", "--tp", "2"]
+    command = subprocess.run(
+        [SHOAL, "plan", str(tmp_path / "config.json"), *options, "--json"], capture_output=True, check=True
+    )
+    answer = main.post("/v1/engine/plan", config=LLAMA, machine="a100", context=512, batch=4, tp=2)
+    assert answer.status_code == 200, answer.text
+    told, expected = answer.json()["plan"], json.loads(command.stdout)
+    assert told.pop("model") == "this config.json" and expected.pop("model") == str(tmp_path / "config.json")
+    assert told == expected
+    (splitting,) = (table for table in answer.json()["tables"] if table["title"].startswith("Splitting"))
+    assert splitting["columns"][0] == "ranks" and [row[0] for row in splitting["rows"]] == ["tp 2"]
+    served = main.post("/v1/engine/plan", machine="l4").json()["plan"]
+    assert served["facts"]["num_parameters"] == main.get("/server_info").json()["num_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"config": LLAMA | {"hidden_size": None}}, "config", "config.json: hidden_size: missing"),
+        ({"config": LLAMA | {"vocab_size": 10**30}}, "config", "vocab_size: expected an integer of at most"),
+        ({"config": LLAMA | {"model_type": "<b>fish</b>"}}, "config", "<b>fish</b>"),
+        ({"config": LLAMA, "context": 4097}, "context", "the model can have at most 4096 tokens"),
+        ({"config": LLAMA, "pp": 33}, "pp", "the model can be split over at most 32"),
+        ({"machine": "abacus"}, "machine", "expected 'a100' or 'auto'"),
+        ({"batch": 0}, "batch", ">= 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(main: Server, body: dict[str, Any], param: str, words: str) -> None:
+    answer = main.post("/v1/engine/plan", **{"machine": "h100"} | body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert words in answer.json()["error"]["message"]
 
 
 def _refusal(server: Server, body: dict[str, Any]) -> dict[str, Any] | None:

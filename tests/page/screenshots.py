@@ -88,7 +88,15 @@ def show_load(page: Any, server: Server) -> None:
     page.wait_for_timeout(800)
 
 
-SHOWS = {"playground": show_playground, "load": show_load, "engine": show_engine}
+def show_plan(page: Any, server: Server) -> None:
+    page.locator("#plan .tile").first.wait_for()
+    page.get_by_text("Another model").click()
+    page.get_by_role("button", name="An 8-billion-parameter Llama").click()
+    wait_until(page, "document.querySelector('#plan .tile dd').textContent.startsWith('8.03 G')")
+    page.get_by_text("Another model").click()
+
+
+SHOWS = {"playground": show_playground, "load": show_load, "engine": show_engine, "plan": show_plan}
 
 
 def main(folder: Path) -> None:

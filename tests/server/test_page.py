@@ -95,6 +95,7 @@ def test_the_page_needs_no_key_and_what_it_lives_from_does() -> None:
         assert guarded.get(path).status_code == 401
     assert guarded.post("/v1/engine/loads", json={}).status_code == 401
     assert guarded.post("/v1/engine/steps", json={}).status_code == 401
+    assert guarded.post("/v1/engine/plan", json={}).status_code == 401
 
 
 def test_without_the_page_there_is_nothing_of_it() -> None:

@@ -6,15 +6,16 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner, Result
 
 from shoal.cli import main
 from shoal.model.checkpoint.load import load_checkpoint
-from shoal.server.planner import cli, machines, measure, subject
+from shoal.server.planner import machines, measure, subject
 from shoal.server.planner.costs import Split, Step
+from shoal.server.wire.engine import MachineName
 from tests.e2e.checkpoints import random_checkpoint
 from tests.gguf_writer import write_gguf
 from tests.model.families import write
@@ -113,7 +114,7 @@ def test_what_does_not_fit_is_said(llama: Path) -> None:
 
 def test_batching_pays_as_far_as_it_says(llama: Path) -> None:
     """From there on twice the sequences give less than 1.1 times the tokens/s."""
-    costs = subject.read_subject(str(llama), "a100", context=512, asked=Split()).costs
+    costs = subject.place(subject.read_shapes(str(llama)), "a100", context=512, asked=Split()).costs
     words = told(llama, "--machine", "a100", "--context", 512)["pays"]["batching"]
     (last,) = map(int, re.findall(r"up to (\d+) sequences", words))
     half, whole, twice = (
@@ -152,6 +153,10 @@ def test_measured_beside_the_bound(tmp_path: Path) -> None:
         ({"hidden_size": 2**40, "head_dim": 8}, "hidden_size: expected an integer of at most 16777216, found 1"),
         ({"intermediate_size": 10**400}, "intermediate_size: expected an integer of at most 16777216, found 1000"),
         ({"hidden_size": "big"}, "hidden_size: expected an integer of at least 1, found 'big'"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 2**14, "num_experts_per_tok": 1, "num_hidden_layers": 5},
+            "num_experts of all layers: expected an integer of at most 65536, found 81920",
+        ),
         ({"num_key_value_heads": 5}, "num_attention_heads: 32 is not a multiple of num_key_value_heads 5"),
         ({"max_position_embeddings": 0}, "max_position_embeddings: expected an integer of at least 1, found 0"),
     ],
@@ -166,9 +171,9 @@ def test_bad_configs_are_named(changes: dict[str, Any], words: str, llama: Path)
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--context", "4097"], "--context 4097: the model can have at most 4096 tokens"),
-        (["--tp", "33"], "--tp 33: the model can be split over at most 32 in this way"),
-        (["--ep", "2"], "--ep 2: the model can be split over at most 1 in this way"),
+        (["--context", "4097"], "context 4097: the model can have at most 4096 tokens"),
+        (["--tp", "33"], "tp 33: the model can be split over at most 32 in this way"),
+        (["--ep", "2"], "ep 2: the model can be split over at most 1 in this way"),
         (["--machine", "a100", "--measure"], "--measure: only this machine can be measured"),
         (["--measure"], "is neither a checkpoint folder, nor a .gguf file"),
         (["--picture", "nowhere/a.svg"], "nowhere/a.svg: No such file or directory"),
@@ -183,4 +188,4 @@ def test_options_that_cannot_be_are_named(args: list[str], words: str, llama: Pa
 
 
 def test_every_machine_can_be_named() -> None:
-    assert ("auto", *machines.MACHINES) == cli.MACHINES
+    assert ("auto", *machines.MACHINES) == get_args(MachineName)
