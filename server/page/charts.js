@@ -48,7 +48,7 @@ export function columns(canvas, values, { name = "accent", most, seconds }) {
   const [draw, width, height] = prepared(canvas), bottom = height - 14, wide = width / Math.max(seconds, 1);
   draw.fillStyle = colour(name);
   values.forEach((value, index) => {
-    const high = (value / Math.max(most, 1)) * (bottom - 4);
+    const high = (value / Math.max(most, 1)) * (bottom - 16);
     draw.fillRect(index * wide, bottom - high, Math.max(wide - 1, 1), high);
   });
   draw.fillStyle = colour("line");

@@ -17,6 +17,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE_MS = 60_000  # no test depends on speed
+HOSTILE = '<img src=x onerror="window.hacked = 1"><script>window.hacked = 2</script>{{7*7}}</textarea><b>bold</b>'
 
 
 def find_browser(playwright: Any) -> str | None:
