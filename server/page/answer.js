@@ -89,9 +89,10 @@ export class Answer {
     }
   }
 
-  addCall({ index, function: { name, arguments: piece } = {} }) {
-    this.calls[index] ??= { name: "", arguments: "", element: this.text.appendChild(make("pre")) };
+  addCall({ index, id, function: { name, arguments: piece } = {} }) {
+    this.calls[index] ??= { id: "", name: "", arguments: "", element: this.text.appendChild(make("pre")) };
     const call = this.calls[index];
+    call.id += id ?? "";
     call.name += name ?? "";
     call.arguments += piece ?? "";
     say(call.element, `${call.name}(${call.arguments})`);
@@ -115,7 +116,7 @@ export class Answer {
   hover(element, x, y) {
     const token = element.token;
     if (!token?.alternatives) return hideTip();
-    const rows = token.alternatives.map(([text, logprob]) => make("tr", { class: text === token.text ? "chosen" : undefined }, make("td", {}, JSON.stringify(text)), make("td", {}, `${number(100 * Math.exp(logprob))}%`), make("td", {}, logprob.toFixed(2))));
+    const rows = token.alternatives.map(([text, logprob]) => make("tr", { class: text === token.text ? "chosen" : undefined }, make("td", {}, JSON.stringify(text)), make("td", {}, `${number(100 * Math.exp(logprob))}%`), make("td", {}, logprob.toFixed(2)), make("td", {}, shareBar(Math.exp(logprob)))));
     const drafted = { kept: "drafted, and kept", fixed: "chosen in the place of a rejected draft" }[token.drafted];
     return showTip([make("div", {}, `${JSON.stringify(token.text)}: ${number(100 * Math.exp(token.logprob))}%${drafted ? `, ${drafted}` : ""}`), make("table", {}, make("tbody", {}, ...rows))], x, y);
   }
@@ -129,6 +130,12 @@ export class Answer {
       seen += text.length;
     }
   }
+}
+
+function shareBar(value) {
+  const bar = make("i", { class: "share" });
+  bar.style.width = `${6 * value}rem`;
+  return bar;
 }
 
 /** The log-probabilities of a completion in the shape of a chat's. */

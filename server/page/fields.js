@@ -89,9 +89,10 @@ export class Settings {
     this.patternRow = make("label", { hidden: true }, "Pattern or choices", this.pattern);
     this.systemRow = make("label", {}, "System prompt", this.system);
     this.toolsRow = make("label", {}, "Tools, as JSON", this.tools);
+    this.mustCall = make("input", { type: "checkbox", onchange: changed });
     this.element = make("div", { class: "settings panel" }, this.systemRow, this.first, make("label", {}, "Stop strings", this.stop),
       make("label", {}, "The answer is", this.format), this.schemaRow, this.patternRow,
-      make("details", {}, make("summary", {}, "Tools"), make("div", {}, this.toolsRow)),
+      make("details", {}, make("summary", {}, "Tools"), make("div", {}, this.toolsRow, make("label", { class: "check" }, this.mustCall, "The model has to call one"))),
       make("details", {}, make("summary", {}, "All parameters"), this.rest));
   }
 
@@ -130,7 +131,10 @@ export class Settings {
       case "choice": body.structured_outputs = { choice: this.pattern.value.split("\n").filter(Boolean) }; break;
       default:
     }
-    if (this.kind === "chat" && this.tools.value.trim()) body.tools = json(this.tools.value, "Tools");
+    if (this.kind === "chat" && this.tools.value.trim()) {
+      body.tools = json(this.tools.value, "Tools");
+      if (this.mustCall.checked) body.tool_choice = "required";
+    }
     return body;
   }
 
@@ -142,11 +146,12 @@ export class Settings {
   save() {
     const values = {};
     for (const [name, field] of this.fields) if (field.input.value) values[name] = field.input.value;
-    return { values, system: this.system.value, stop: this.stop.value, format: this.format.value, tools: this.tools.value };
+    return { values, system: this.system.value, stop: this.stop.value, format: this.format.value, schema: this.schema.value, pattern: this.pattern.value, tools: this.tools.value, mustCall: this.mustCall.checked };
   }
 
-  load({ values = {}, system = "", stop = "", format = "", tools = "" }) {
-    [this.system.value, this.stop.value, this.tools.value] = [system, stop, tools];
+  load({ values = {}, system = "", stop = "", format = "", schema = this.schema.value, pattern = "", tools = "", mustCall = false }) {
+    this.mustCall.checked = mustCall;
+    [this.system.value, this.stop.value, this.schema.value, this.pattern.value, this.tools.value] = [system, stop, schema, pattern, tools];
     this.format.value = format;
     this.format.dispatchEvent(new Event("change"));
     for (const [name, value] of Object.entries(values)) if (this.fields.has(name)) this.fields.get(name).input.value = value;

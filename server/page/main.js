@@ -11,16 +11,20 @@ import { Playground } from "./playground.js";
 
 const $ = (id) => document.getElementById(id);
 const feed = new Feed();
-const views = { playground: new Playground($("playground")), engine: new EngineView($("engine"), feed), load: new LoadView($("load"), feed), plan: new PlanView($("plan")) };
+const kinds = { playground: Playground, engine: EngineView, load: LoadView, plan: PlanView };
+const views = {}; // those that were looked at
+let info = null; // of the server
 
 // -- views -------------------------------------------------------------------------------------------------------------
 
 function show() {
-  const name = Object.hasOwn(views, location.hash.slice(1)) ? location.hash.slice(1) : "playground";
-  for (const [each, view] of Object.entries(views)) {
-    $(each).hidden = each !== name;
-    view.shown(each === name && !document.hidden);
+  const name = Object.hasOwn(kinds, location.hash.slice(1)) ? location.hash.slice(1) : "playground";
+  if (!views[name]) {
+    views[name] = new kinds[name]($(name), feed);
+    if (info) tell();
   }
+  for (const each of Object.keys(kinds)) $(each).hidden = each !== name;
+  for (const [each, view] of Object.entries(views)) view.shown(each === name && !document.hidden);
   for (const link of document.querySelectorAll("header nav a")) {
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -60,13 +64,17 @@ $("key-form").addEventListener("submit", (event) => {
 
 // -- the server ----------------------------------------------------------------------------------------------------------
 
+function tell() {
+  dispatchEvent(new CustomEvent("shoal-info", { detail: info }));
+}
+
 async function look() {
   const dot = $("state");
   try {
-    const info = await get("server_info");
+    info = await get("server_info");
     dot.className = "dot up";
     say($("status"), `${info.model} · ${number(info.num_parameters / 1e6)} M parameters · ${info.backend} · ${bytes(info.kv_cache_bytes)} of KV cache`);
-    dispatchEvent(new CustomEvent("shoal-info", { detail: info }));
+    tell();
     return true;
   } catch (error) {
     dot.className = "dot down";

@@ -1,93 +1,11 @@
 // To talk with the model: a conversation or a text to go on with, in one pane or in two that differ in their settings.
 
-import { Answer } from "./answer.js";
 import { asCurl, asJson, asPython } from "./code.js";
 import { copy, make, plural, say } from "./dom.js";
-import { Settings } from "./fields.js";
+import { Pane } from "./pane.js";
 
 const SAVED = "shoal-playground", MOST_TURNS = 100;
 const PROMPTS = { chat: "Write a function that reverses a string.", completion: "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n" };
-
-/** One conversation under one set of settings. */
-class Pane {
-  constructor(playground, name) {
-    this.playground = playground;
-    this.name = name;
-    this.settings = new Settings(() => playground.save());
-    this.turns = []; // { role, content, answer }
-    this.talk = make("div", { class: "talk" });
-    this.column = make("div", { class: "column" }, this.talk);
-    this.changes = make("span", { class: "faint" });
-    this.side = make("details", { class: "side" }, make("summary", {}, make("b", {}, `Settings of ${name}`), " ", this.changes), this.settings.element);
-    this.element = make("section", { class: "pane", "aria-label": `Pane ${name}` }, this.column, this.side);
-  }
-
-  get isChat() {
-    return this.playground.mode === "chat";
-  }
-
-  get path() {
-    return this.isChat ? "v1/chat/completions" : "v1/completions";
-  }
-
-  /** The request that would have the last turn answered. */
-  body(turns = this.turns) {
-    const settings = this.settings.read();
-    if (!this.isChat) return { prompt: turns.findLast(({ role }) => role === "user")?.content ?? "", ...settings };
-    const system = this.settings.system.value, messages = turns.map(({ role, content }) => ({ role, content }));
-    return { messages: system ? [{ role: "system", content: system }, ...messages] : messages, ...settings };
-  }
-
-  /** The settings that are not the default, in words. */
-  showChanges() {
-    const { values, system, stop, format } = this.settings.save();
-    const told = [...Object.entries(values).map(([name, value]) => `${name} ${value}`.replaceAll('"', "")), system && "system prompt", stop && "stop", format];
-    say(this.changes, told.filter(Boolean).join(", ") || "defaults");
-  }
-
-  show() {
-    this.showChanges();
-    const hint = this.isChat ? "Say something to the model. Two panes show what a setting changes, and what it does not." : "The model goes on with your text.";
-    this.talk.replaceChildren(...(this.turns.length ? this.turns.map((turn, index) => this.message(turn, index)) : [make("p", { class: "hint" }, hint)]));
-  }
-
-  message(turn, index) {
-    const tools = make("span", { class: "tools" });
-    const button = (text, does) => tools.append(make("button", { type: "button", class: "plain", onclick: (event) => does(event.currentTarget) }, text));
-    if (turn.role === "user") {
-      button("Edit", () => this.playground.edit(index));
-      return make("article", { class: "message user" }, make("div", { class: "who" }, this.isChat ? "You" : "Prompt", tools), make("div", { class: this.isChat ? "text" : "text code" }, turn.content));
-    }
-    if (index === this.turns.length - 1) button("Again", () => this.playground.again());
-    button("Copy", (self) => copy(self, turn.content));
-    const content = turn.answer ? turn.answer.element : make("div", { class: "text" }, turn.content);
-    return make("article", { class: "message assistant" }, make("div", { class: "who" }, this.isChat ? "Model" : "Text", tools), content);
-  }
-
-  /** Have the last turn answered. */
-  async answer(seed) {
-    const turn = { role: "assistant", content: "", answer: new Answer() };
-    let body;
-    try {
-      body = this.body();
-      if (seed !== undefined) body.seed ??= seed;
-      if (this.playground.model) body = { model: this.playground.model, ...body };
-    } catch (error) {
-      turn.answer.problem.hidden = false;
-      say(turn.answer.problem, error.message);
-    }
-    this.turns.push(turn);
-    this.show();
-    turn.answer.element.scrollIntoView({ block: "nearest" });
-    if (body) await turn.answer.run(this.path, body, { showsLogprobs: this.playground.logprobs.checked });
-    turn.content = turn.answer.content || turn.answer.calls.map((call) => `${call.name}(${call.arguments})`).join("\n");
-    this.show();
-  }
-
-  stop() {
-    this.turns.at(-1)?.answer?.stop();
-  }
-}
 
 export class Playground {
   constructor(root) {
@@ -101,9 +19,11 @@ export class Playground {
     this.compare = make("button", { type: "button", "aria-pressed": "false", onclick: () => { this.isTwo = !this.isTwo; this.lay(); this.save(); } }, "Compare");
     this.logprobs = make("input", { type: "checkbox", checked: true, onchange: () => this.save() });
     this.drafts = make("input", { type: "checkbox", checked: true, onchange: () => { this.lay(); this.save(); } });
+    this.draftTools = [make("label", { class: "check" }, this.drafts, "Colour drafted tokens"),
+      make("span", { class: "legend" }, make("span", {}, make("i", { class: "accepted" }), "drafted, kept"), make("span", {}, make("i", { class: "rejected" }), "draft rejected, corrected"))];
     this.grid = make("div", { class: "panes" });
     this.verdict = make("p", { class: "verdict", role: "status" });
-    this.input = make("textarea", { rows: 3, "aria-label": "Your text", placeholder: "Your text; Enter sends, Shift+Enter is a new line", onkeydown: (event) => {
+    this.input = make("textarea", { rows: 2, "aria-label": "Your text", placeholder: "Your text; Enter sends, Shift+Enter is a new line", onkeydown: (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing && this.mode === "chat") { event.preventDefault(); this.send(); }
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); this.send(); }
     } });
@@ -111,8 +31,7 @@ export class Playground {
     this.halt = make("button", { type: "button", disabled: true, onclick: () => this.panes.forEach((pane) => pane.stop()) }, "Stop");
     this.dialog = this.codeDialog();
     root.append(
-      make("div", { class: "bar" }, this.modes.chat, this.modes.completion, this.compare, make("label", { class: "check" }, this.logprobs, "Probabilities on hover"), make("label", { class: "check" }, this.drafts, "Colour drafted tokens"),
-        make("span", { class: "legend" }, make("span", {}, make("i", { class: "accepted" }), "drafted, kept"), make("span", {}, make("i", { class: "rejected" }), "draft rejected, corrected")),
+      make("div", { class: "bar" }, this.modes.chat, this.modes.completion, this.compare, make("label", { class: "check" }, this.logprobs, "Probabilities on hover"), ...this.draftTools,
         make("span", { class: "grow" }), make("button", { type: "button", onclick: () => this.showCode() }, "Code"), make("button", { type: "button", onclick: () => this.clear() }, "New")),
       this.verdict, this.grid,
       make("form", { class: "compose", onsubmit: (event) => { event.preventDefault(); this.send(); } }, this.input, make("div", { class: "bar" }, this.go, this.halt, make("span", { class: "grow" }), make("span", { class: "faint" }, "The history stays in this browser."))),
@@ -126,6 +45,7 @@ export class Playground {
   learn(info) {
     this.model = info.model;
     this.method = info.settings.speculation.method;
+    for (const tool of this.draftTools) tool.hidden = this.method === "off";
   }
 
   // -- talking -----------------------------------------------------------------------------------------------------
@@ -145,12 +65,12 @@ export class Playground {
     await this.answer();
   }
 
-  async answer() {
+  async answer(panes = this.open) {
     this.busy(true);
     this.judge();
     const watching = setInterval(() => this.judge(), 150);
     const seed = this.isTwo ? Math.floor(Math.random() * 2 ** 31) : undefined; // one for both, or they would differ for no reason
-    await Promise.all(this.open.map((pane) => pane.answer(seed)));
+    await Promise.all(panes.map((pane) => pane.answer(seed)));
     clearInterval(watching);
     this.busy(false);
     this.judge();
@@ -171,11 +91,13 @@ export class Playground {
   }
 
   /** A turn of the user goes back into the box, and all that followed it is gone. */
-  edit(index) {
+  edit(turns, index) {
     if (this.running) return;
-    this.input.value = this.panes[0].turns[index]?.content ?? "";
+    this.input.value = turns[index].content;
+    const place = turns.slice(0, index).filter(({ role }) => role === "user").length;
     for (const pane of this.open) {
-      pane.turns = pane.turns.slice(0, index);
+      const from = pane.turns.indexOf(pane.turns.filter(({ role }) => role === "user")[place]);
+      pane.turns = from < 0 ? pane.turns : pane.turns.slice(0, from);
       pane.show();
     }
     this.input.focus();
@@ -232,6 +154,7 @@ export class Playground {
     this.grid.replaceChildren(...this.open.map((pane) => pane.element));
     for (const pane of this.open) {
       pane.side.open = !this.isTwo && innerWidth > 960;
+      say(pane.title, this.isTwo ? `Settings of ${pane.name}` : "Settings");
       pane.show();
     }
     if (this.isTwo && this.method && this.method !== "off" && !this.panes.some((pane) => Object.keys(pane.settings.save().values).length)) this.panes[1].settings.set("speculation", "off");
@@ -258,7 +181,7 @@ export class Playground {
 
   save() {
     for (const pane of this.panes) pane.showChanges();
-    const turns = (pane) => pane.turns.slice(-MOST_TURNS).map(({ role, content }) => ({ role, content }));
+    const turns = (pane) => pane.turns.slice(-MOST_TURNS).map(({ role, content, calls, call }) => ({ role, content, calls, call }));
     const saved = { mode: this.mode, isTwo: this.isTwo, logprobs: this.logprobs.checked, drafts: this.drafts.checked, panes: this.panes.map((pane) => ({ turns: turns(pane), settings: pane.settings.save() })) };
     try { localStorage.setItem(SAVED, JSON.stringify(saved)); } catch { /* it is full, or not allowed */ }
   }

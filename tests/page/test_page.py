@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -145,6 +146,34 @@ def test_structured_output_and_tools(main: Server, window: OpenWindow) -> None:
     page.get_by_label("Your text").fill("again")
     page.get_by_role("button", name="Send").click()
     page.get_by_text("Schema: this is no JSON").wait_for()
+
+
+def test_a_tool_is_called_and_its_result_told(main: Server, window: OpenWindow) -> None:
+    page = window(main.url).open()
+    page.get_by_label("max_tokens").wait_for()
+    page.get_by_text("Tools", exact=True).click()
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"enum": ["Kiel"]}}}}
+    function["parameters"]["required"] = ["city"]
+    page.get_by_label("Tools, as JSON").fill(json.dumps([{"type": "function", "function": function}]))
+    page.get_by_label("The model has to call one").check()
+    talk(page, "How is it?", max_tokens=80)
+    assert re.sub(r"\s", "", page.locator(".assistant pre").text_content()) == 'weather({"city":"Kiel"})'
+    page.get_by_label("The model has to call one").uncheck()
+    page.get_by_label("Result of weather").fill(HOSTILE)
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.get_by_role("button", name="Tell the model").click()
+    ended(page)
+    *_, call, result = asked.value.post_data_json["messages"]
+    assert (call["role"], call["tool_calls"][0]["function"]["name"]) == ("assistant", "weather")
+    assert result == {"role": "tool", "content": HOSTILE, "tool_call_id": call["tool_calls"][0]["id"]}
+    assert page.locator(".message").count() == 4
+    page.reload()
+    page.locator(".assistant pre").wait_for()
+    assert page.locator(".message.user .text").all_text_contents() == ["How is it?", HOSTILE]
+    assert page.get_by_label("Tools, as JSON").input_value().startswith("[")
+    page.get_by_role("button", name="Edit").click()
+    assert page.locator(".message").count() == 0
+    assert page.evaluate("window.hacked") is None
 
 
 def test_what_the_server_refuses_is_told_in_its_words(main: Server, window: OpenWindow) -> None:
