@@ -8,7 +8,7 @@ const WAITS = {
   policy: "the policy held it back", rows: "all rows were taken", blocks: "there were too few blocks", budget: "the step had no tokens left",
   behind: "one before it had to wait",
 };
-const HIGH = 9, MOST_LINES = 28;
+const HIGH = 9, MOST_LINES = 28, AXIS = 14, LEAST_SECONDS = 0.5, MOST_SECONDS = 60;
 
 function stateWords({ state, blocks, by }) {
   const [kind, reason] = state.split("-");
@@ -46,8 +46,8 @@ export class LifeView {
     const chosen = feed.lives.all.get(selected);
     let shown = all.slice(-MOST_LINES);
     if (chosen && chosen.arrived <= now && !shown.includes(chosen)) shown = [chosen, ...shown.slice(1)];
-    const seconds = Math.min(Math.max(now - Math.min(...shown.map((life) => life.arrived), now - 2), 2), 60), from = now - seconds;
-    const [draw, width] = prepared(this.canvas, Math.max(shown.length, 6) * HIGH);
+    const seconds = Math.min(now - Math.min(...shown.map((life) => life.arrived), now - LEAST_SECONDS), MOST_SECONDS), from = now - seconds;
+    const [draw, width, height] = prepared(this.canvas, Math.max(shown.length, 6) * HIGH + AXIS);
     const x = (time) => Math.max(((time - from) / seconds) * width, 0);
     [this.shown, this.from, this.seconds] = [shown, from, seconds];
     shown.forEach((life, index) => {
@@ -70,6 +70,13 @@ export class LifeView {
         }
       }
     });
+    draw.fillStyle = colour("line");
+    draw.fillRect(0, height - AXIS, width, 1);
+    draw.fillStyle = colour("faint");
+    draw.font = "10px system-ui, sans-serif";
+    draw.fillText(`${duration(seconds)} before`, 0, height - 2);
+    draw.textAlign = "right";
+    draw.fillText(this.feed.paused ? "the step that is shown" : "now", width, height - 2);
     this.tell(chosen);
     const text = chosen ? "" : `the last ${plural(shown.length, "request")}, ${duration(seconds)}; choose one`;
     if (!chosen && this.title.textContent !== text) this.title.textContent = text;
@@ -85,7 +92,7 @@ export class LifeView {
     if (!life) return;
     const end = life.ended ?? life.segments.at(-1)?.to ?? life.arrived;
     this.title.textContent = `${life.id}: ${duration(end - life.arrived)}${life.ended ? "" : " so far"}, prompt of ${plural(life.prompt, "token")}${life.cached ? ` (${life.cached} cached)` : ""}, now ${life.tokens}`;
-    this.list.replaceChildren(...life.segments.map((segment) => make("li", {}, make("i", { class: colourName(segment.state) }), make("span", { class: "mono" }, duration(segment.to - segment.from)), stateWords(segment))));
+    this.list.replaceChildren(...life.segments.filter(({ from, to }) => to > from).map((segment) => make("li", {}, make("i", { class: colourName(segment.state) }), make("span", { class: "mono" }, duration(segment.to - segment.from)), stateWords(segment))));
   }
 
   lifeAt(event) {

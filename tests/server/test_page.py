@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -104,3 +106,47 @@ def test_without_the_page_there_is_nothing_of_it() -> None:
         assert off.get(path).status_code == 404
     assert off.get("/docs").status_code == 200
     assert "/v1/engine/events" not in off.get("/openapi.json").json()["paths"]
+
+
+# Colours that mean different things and have the same shape: in the batch, in lives of requests, in the block pool, and
+# in the parts of a step.
+TOGETHER = (
+    ("prefill", "decode", "accepted", "empty"),
+    ("rejected", "pause"),
+    ("wait", "prefill", "decode", "pause", "rejected"),
+    ("cached", "shared", "empty"),
+    ("pause", "prefill", "decode", "shared", "accepted", "rejected", "padding"),
+)
+# How colours look, in linear RGB, to who lacks one kind of cone (Machado et al. 2009, severity 1).
+SIGHTS = {
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+# Oklab (Ottosson 2020), in which equal distances look equal; two greys that differ by a twentieth of the way from
+# black to white are 0.05 apart.
+CONES = [[0.41222147, 0.53633254, 0.05144599], [0.2119035, 0.68069955, 0.10739696], [0.08830246, 0.28171884, 0.6299787]]
+OKLAB = [
+    [0.21045426, 0.79361779, -0.00407205],
+    [1.9779985, -2.42859221, 0.45059371],
+    [0.02590404, 0.78277177, -0.80867577],
+]
+LEAST_DISTANCE = 0.08
+
+
+def seen(colour: str, sight: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    bent = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(bent <= 0.04045, bent / 12.92, ((bent + 0.055) / 1.055) ** 2.4)
+    shown = np.clip(np.array(SIGHTS[sight]) @ linear, 0, 1)
+    return np.asarray(np.array(OKLAB) @ np.cbrt(np.array(CONES) @ shown))
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_colour_blind_people_tell_the_colours_apart(sight: str, theme: int) -> None:
+    style = (FOLDER / "style.css").read_text("utf-8")
+    colours = {name: both[theme] for name, *both in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)}
+    for names in TOGETHER:
+        for one, other in combinations(names, 2):
+            distance = np.linalg.norm(seen(colours[one], sight) - seen(colours[other], sight))
+            assert distance >= LEAST_DISTANCE, f"{one} and {other}: {distance:.3f}"
