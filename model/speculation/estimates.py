@@ -14,7 +14,9 @@ _WEIGHT_OF_ALL = 12.0
 # The time that a drafted token for each request adds to a plain step, relative to it, before it was measured.
 _UNKNOWN_COST = 0.3
 # A step counts as at most this many times as long as expected, for what made it longer is not the step's own work.
-_MOST_SURPRISE = 2.0
+_MOST_SURPRISE = 1.3
+# Catching up counts as needed by none of so many proposals before the first, which reads whole prompts.
+_NEEDED_NOTHING = 50.0
 
 
 class Mean:
@@ -94,6 +96,7 @@ class Costs:
         self._plain: defaultdict[int, Mean] = defaultdict(Mean)  # seconds, by number of requests
         self._verification: defaultdict[int, Cost] = defaultdict(_unknown_cost)  # by class of loads
         self._drafting: defaultdict[int, Cost] = defaultdict(Cost)  # seconds, by class of loads
+        self._catching_up: defaultdict[int, Mean] = defaultdict(_unneeded)  # seconds, by class of loads
 
     def step(self, num_requests: int, num_proposals: int, num_drafted: int, seconds: float) -> None:
         """Take in the time of a step in which `num_proposals` of the requests had `num_drafted` tokens in all."""
@@ -111,6 +114,10 @@ class Costs:
         """Take in the time of a proposal; `lengths` are at least one, each at least 1."""
         self._drafting[load_class(len(lengths))].add(1, max(lengths), seconds)
 
+    def caught_up(self, num_requests: int, seconds: float) -> None:
+        """Take in the time of what a proposal for all requests needed before it."""
+        self._catching_up[load_class(num_requests)].add(seconds, 1)
+
     def knows(self, num_requests: int) -> bool:
         """Return whether a plain step of `num_requests` was timed, which `plain` and `verification` need."""
         return num_requests in self._plain
@@ -124,6 +131,10 @@ class Costs:
         fixed, each = self._verification[load_class(num_requests)].parts()
         per_request = self.plain(num_requests) / num_requests
         return fixed * per_request, each * per_request
+
+    def catching_up(self, num_requests: int) -> float:
+        """Return the seconds of what a proposal for all requests needs before it."""
+        return self._catching_up[load_class(num_requests)].value()
 
     def drafting(self, num_requests: int) -> tuple[float, float]:
         """Return the seconds that drafting takes for this many requests, and those that each token adds.
@@ -140,3 +151,9 @@ def _unknown_cost() -> Cost:
     cost = Cost()
     cost.add(1, 1, _UNKNOWN_COST)
     return cost
+
+
+def _unneeded() -> Mean:
+    mean = Mean()
+    mean.add(0.0, _NEEDED_NOTHING)
+    return mean

@@ -70,8 +70,9 @@ class AdaptiveLength(LengthRule):
     probability a, and each further one with b if those before it are, the j-th of them adds a b^(j-1) tokens.
 
     Where drafting does not pay, it is tried for one request now and then, for texts change, and so do costs.  A small
-    share of the time pays for that: what drafting loses, catching up included, is a debt of its class of loads.  While
-    drafting does not pay, nothing is tried or begun before plain steps have paid the debt off.
+    share of the time pays for that: what drafting loses is a debt of its class of loads, and so is the catching up of
+    trials; that of all requests is one of the costs of drafting.  While drafting does not pay, nothing is tried or begun
+    before plain steps have paid the debt off.
 
     Args:
         max_num_seqs: number of rows of the batch.
@@ -129,7 +130,9 @@ class AdaptiveLength(LengthRule):
         return nothing
 
     def proposed(self, lengths: list[int], drafting: float, catching_up: float) -> None:
-        self._credit[load_class(self._num_requests)] -= drafting + catching_up
+        self._credit[load_class(self._num_requests)] -= drafting if self._pays else drafting + catching_up
+        if self._pays:
+            self._costs.caught_up(self._num_requests, catching_up)
         if lengths:
             self._costs.proposal(lengths, drafting)
 
@@ -142,6 +145,7 @@ class AdaptiveLength(LengthRule):
         chances = [first for first, _ in rates]  # of the next token of each request
         tokens, seconds = float(self._num_requests), self._costs.plain(self._num_requests)
         goodput, best = tokens / seconds, [0] * len(rows)
+        seconds += self._costs.catching_up(self._num_requests)
         if self._credit[load_class(self._num_requests)] > 0:
             goodput *= _NEAR
         lengths, growing = best.copy(), list(range(len(rows)))

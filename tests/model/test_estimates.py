@@ -144,3 +144,15 @@ def test_the_time_of_drafting_is_that_of_the_nearest_load() -> None:
     costs.proposal([1] * 32, 20.0)
     assert sum(costs.drafting(64)) == 20.0
     assert costs.drafting(1) == (0, 2.0)
+
+
+def test_catching_up_is_what_it_comes_to_in_the_long_run() -> None:
+    """The first proposal of all has whole prompts to read, and each further one what is new."""
+    costs = Costs()
+    assert costs.catching_up(8) == 0
+    costs.caught_up(8, 5.0)
+    assert costs.catching_up(8) < 0.2
+    for _ in range(300):
+        costs.caught_up(8, 0.5)
+    assert costs.catching_up(8) == pytest.approx(0.5, abs=0.02)
+    assert costs.catching_up(64) == 0
