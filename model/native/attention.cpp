@@ -188,8 +188,11 @@ void Attention::score(const typename Format::Weight* const* keys, const typename
                 if (key + count + p < num_keys) prefetch(keys[key + count + p], head_dim_ * kLanes);
                 prefetch(values[key + p], padded_dim_ * kLanes);
             }
-            find_tile<Format>(rows, count)(scratch.queries.data() + row * padded_dim_, padded_dim_, keys + key,
-                                           head_dim_, sums);
+            const void* panels[kMaxPanels];
+            for (int p = 0; p < count; ++p) panels[p] = keys[key + p];
+            for (int i = 0; i < rows * count; ++i) sums[i] = Format::zero();
+            find_tile<Format>(rows, count)(scratch.queries.data() + row * padded_dim_, padded_dim_, panels, head_dim_,
+                                           sums);
             for (int r = 0; r < rows; ++r) {
                 float* scores = scratch.scores.data() + (row + r) * kStretch + key * kLanes;
                 for (int p = 0; p < count; ++p) store(scores + p * kLanes, sums[r * count + p]);

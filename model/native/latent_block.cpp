@@ -52,10 +52,10 @@ LatentLayer LatentBlock::make_layer(int place, const RotaryTables* rotary, const
 }
 
 void LatentBlock::load_tensor(LatentLayer& layer, ShoalTensor tensor, bool is_bias, Source source) const {
-    const int rank = shape_.rank, nope_dim = shape_.nope_dim, value_dim = shape_.value_dim;
+    const int rank = shape_.rank, value_dim = shape_.value_dim;
     const auto load_rows = [&](Matrix& matrix, int num_rows, int first_column) {
         if (is_bias) {
-            matrix.add_bias(source, num_rows, first_column, arena_);
+            matrix.add_bias(source, num_rows, first_column);
         } else {
             matrix.pack(pool_, source, num_rows, first_column);
         }
@@ -71,24 +71,33 @@ void LatentBlock::load_tensor(LatentLayer& layer, ShoalTensor tensor, bool is_bi
         case kKeyValueDown: load_rows(layer.down, rank + shape_.rope_dim, first_width()); break;
         case kKeyValueNorm: load_gain(layer.latent_norm, rank); break;
         case kKeyUp:  // queries are multiplied with it from the other side
-            for (int head = 0; head < num_heads_; ++head) {
-                Array<float> turned(static_cast<size_t>(rank) * nope_dim);
-                for (int k = 0; k < nope_dim; ++k) {
-                    const size_t first = (size_t{1} * head * nope_dim + k) * rank;
-                    for (int r = 0; r < rank; ++r) turned[static_cast<size_t>(r) * nope_dim + k] = source[first + r];
-                }
-                layer.key_up[head].pack(pool_, {turned.data(), Source::kFloat32}, rank, 0);
+            if (source.type == Source::kFloat32) {
+                pack_turned<float>(layer.key_up, source);
+            } else {
+                pack_turned<uint16_t>(layer.key_up, source);
             }
             break;
         case kValueUp:
             for (int head = 0; head < num_heads_; ++head) {
-                const size_t size = static_cast<size_t>(value_dim) * rank;
-                Array<float> weights(size);
-                source.read(head * size, size, weights.data());
-                layer.value_up[head].pack(pool_, {weights.data(), Source::kFloat32}, value_dim, 0);
+                const size_t first = size_t{1} * head * value_dim * rank;
+                layer.value_up[head].pack(pool_, source.from(first), value_dim, 0);
             }
             break;
         default: break;
+    }
+}
+
+// Packs a matrix for each head, of which the source has the columns as rows.
+template <class Number>
+void LatentBlock::pack_turned(std::vector<Matrix>& matrices, Source source) const {
+    const int rank = shape_.rank, nope_dim = shape_.nope_dim;
+    const Number* from = static_cast<const Number*>(source.data);
+    for (Matrix& matrix : matrices) {
+        Array<Number> turned(static_cast<size_t>(rank) * nope_dim);
+        for (int k = 0; k < nope_dim; ++k) {
+            for (int r = 0; r < rank; ++r) turned[static_cast<size_t>(r) * nope_dim + k] = *from++;
+        }
+        matrix.pack(pool_, {turned.data(), source.type}, rank, 0);
     }
 }
 

@@ -19,7 +19,7 @@ struct LatentLayer {
     Norm query_norm;
     std::optional<Matrix> query;  // from the latent of queries, if there is one
     Norm latent_norm;
-    std::vector<Matrix> key_up;   // of each head, float32 always, as the two below
+    std::vector<Matrix> key_up;   // of each head, never int8, as the one below
     std::vector<Matrix> value_up;
 };
 
@@ -41,6 +41,8 @@ private:
     // Columns of `down` before the latent of keys and values.
     int first_width() const { return shape_.query_rank > 0 ? shape_.query_rank : query_width(); }
     float* row(int token, int head) { return rows_.data() + (size_t{1} * token * num_heads_ + head) * cache_.stride(); }
+    template <class Number>
+    void pack_turned(std::vector<Matrix>& matrices, Source source) const;
     template <class Take>
     void multiply_heads(const std::vector<Matrix>& matrices, const float* x, ptrdiff_t head_stride,
                         ptrdiff_t token_stride, int num_tokens, const Take& take);

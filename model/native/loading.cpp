@@ -52,9 +52,6 @@ Model::Model(const ShoalShape& shape, const ShoalOptions& options, const Model* 
       gathered_(shape.hidden_size, quantized_),
       activated_(1, quantized_),
       logits_stride_(round_up(shape.vocab_size, kLanes)) {
-    if (!shape.tie_word_embeddings) {
-        embedding_ = Array<float>(static_cast<size_t>(shape.vocab_size) * shape.hidden_size);
-    }
     if (shape.latent.rank > 0) latent_.emplace(shape, options, pool_, arena_);
     for (int i = 0; i < shape.num_ropes; ++i) ropes_.emplace_back(shape.ropes[i], shape.num_positions);
     for (int i = 0; i < shape.num_layers; ++i) layers_.push_back(make_layer(shape.layers[i]));
@@ -88,7 +85,7 @@ Layer Model::make_layer(const ShoalLayer& shape) {
                 norm(),
                 norm(),
                 Matrix(num_experts, hidden, false, arena_)};
-    if (latent_) layer.latent = latent_->make_layer(shape.cache_place, rotary, temperatures);
+    if (latent_) layer.latent.emplace(latent_->make_layer(shape.cache_place, rotary, temperatures));
     const int width = num_experts > 0 ? shape.mixture.intermediate_size : shape.intermediate_size;
     for (int e = 0; e < std::max(1, num_experts); ++e) layer.experts.emplace_back(shape_, width, quantized_, arena_);
     if (shape.mixture.shared_size > 0) {
@@ -104,7 +101,7 @@ void Model::load_tensor(ShoalTensor tensor, bool is_bias, int index, int expert,
     FeedForward& block = layer.experts[expert];
     const auto load_rows = [&](Matrix& matrix, int num_rows, int first_column, int step = 1, int offset = 0) {
         if (is_bias) {
-            matrix.add_bias(source, num_rows, first_column, arena_, step, offset);
+            matrix.add_bias(source, num_rows, first_column, step, offset);
         } else {
             matrix.pack(pool_, source, num_rows, first_column, step, offset);
         }
@@ -113,7 +110,11 @@ void Model::load_tensor(ShoalTensor tensor, bool is_bias, int index, int expert,
         (is_bias ? norm.bias : norm.gain) = read_floats(source, width);
     };
     switch (tensor) {
-        case kEmbedding: source.read(0, embedding_.size(), embedding_.data()); break;
+        case kEmbedding:
+            embedding_ = Array<char>(Source::size(source.type, static_cast<size_t>(shape_.vocab_size) * hidden));
+            embedding_type_ = source.type;
+            std::memcpy(embedding_.data(), source.data, embedding_.size());
+            break;
         case kHead: load_rows(head_, shape_.vocab_size, 0); break;
         case kPositions: positions_ = read_floats(source, static_cast<size_t>(shape_.num_positions) * hidden); break;
         case kEmbeddingNorm: load_norm(embedding_norm_, hidden); break;

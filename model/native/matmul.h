@@ -12,14 +12,15 @@ namespace shoal {
 
 // How the numbers of a product are stored and multiplied.
 //   Weight, Input: elements; Sum: 16 running sums.
-//   kUnit: depths per multiplication; kStep: weights of a panel per multiplication.
+//   kDepths: depths that are loaded at once; kUnit: depths per multiplication.
 struct FloatFormat {
     using Weight = float;
     using Input = float;
     using Sum = Vec;
-    static constexpr int kUnit = 1, kStep = kLanes;
+    static constexpr int kDepths = 1, kUnit = 1;
     static SHOAL_INLINE Sum zero() { return broadcast(0.0F); }
-    static SHOAL_INLINE Vec weights(const Weight* panel) { return load(panel); }
+    static SHOAL_INLINE Vec load_weights(const Weight* panel) { return load(panel); }
+    static SHOAL_INLINE Vec weights(const Vec& loaded, int) { return loaded; }
     static SHOAL_INLINE Vec input(const Input* x) { return broadcast(*x); }
     static SHOAL_INLINE Sum add(const Vec& x, const Vec& w, const Sum& sum) { return fma(x, w, sum); }
 };
@@ -27,7 +28,16 @@ struct FloatFormat {
 // Weights in float16, computed in float32.
 struct HalfFormat : FloatFormat {
     using Weight = uint16_t;
-    static SHOAL_INLINE Vec weights(const Weight* panel) { return load(panel); }
+    static SHOAL_INLINE Vec load_weights(const Weight* panel) { return load(panel); }
+};
+
+// Weights in bfloat16, computed in float32.  Depths go in pairs; the last one may be half empty.
+struct BFloatFormat : HalfFormat {
+    static constexpr int kDepths = 2;
+    static SHOAL_INLINE Ints load_weights(const Weight* panel) { return load_words(panel); }
+    static SHOAL_INLINE Vec weights(const Ints& loaded, int depth) {
+        return depth == 0 ? first_bfloats(loaded) : second_bfloats(loaded);
+    }
 };
 
 // Weights in int8 and inputs in int16.  Depths go in pairs, and sums in int32 are exact.
@@ -35,9 +45,10 @@ struct Int8Format {
     using Weight = int8_t;
     using Input = int16_t;
     using Sum = Ints;
-    static constexpr int kUnit = 2, kStep = 2 * kLanes;
+    static constexpr int kDepths = 2, kUnit = 2;
     static SHOAL_INLINE Sum zero() { return broadcast(int32_t{0}); }
-    static SHOAL_INLINE Ints weights(const Weight* panel) { return load_pairs(panel); }
+    static SHOAL_INLINE Ints load_weights(const Weight* panel) { return load_pairs(panel); }
+    static SHOAL_INLINE Ints weights(const Ints& loaded, int) { return loaded; }
     static SHOAL_INLINE Ints input(const Input* x) {
         int32_t pair;
         std::memcpy(&pair, x, sizeof pair);
@@ -67,39 +78,49 @@ template <class Format, int kRows, int kPanels>
 SHOAL_INLINE void multiply(const typename Format::Input* x, ptrdiff_t row_stride,
                            const typename Format::Weight* const (&panels)[kPanels], int depth,
                            typename Format::Sum (&sums)[kRows][kPanels]) {
-    for (int k = 0; k < depth; k += Format::kUnit) {
-        const ptrdiff_t at = static_cast<ptrdiff_t>(k / Format::kUnit) * Format::kStep;
-        decltype(Format::weights(panels[0])) weights[kPanels];
+    const typename Format::Input* inputs[kRows];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) inputs[r] = x + r * row_stride;
+    const auto step = [&](ptrdiff_t k, int end) __attribute__((always_inline)) {
+        decltype(Format::load_weights(panels[0])) loaded[kPanels];
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) {
-            weights[p] = Format::weights(panels[p] + at);
-            if (kPanels == 1) __builtin_prefetch(reinterpret_cast<const char*>(panels[p] + at) + kPrefetch);
+            loaded[p] = Format::load_weights(panels[p] + k * kLanes);
+            if (kPanels == 1) __builtin_prefetch(reinterpret_cast<const char*>(panels[p] + k * kLanes) + kPrefetch);
         }
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) {
-            const auto input = Format::input(x + r * row_stride + k);
+#pragma GCC unroll 2
+        for (int i = 0; i < end; i += Format::kUnit) {
+            decltype(Format::weights(loaded[0], 0)) weights[kPanels];
 #pragma GCC unroll 4
-            for (int p = 0; p < kPanels; ++p) sums[r][p] = Format::add(input, weights[p], sums[r][p]);
+            for (int p = 0; p < kPanels; ++p) weights[p] = Format::weights(loaded[p], i);
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) {
+                const auto input = Format::input(inputs[r] + k + i);
+#pragma GCC unroll 4
+                for (int p = 0; p < kPanels; ++p) sums[r][p] = Format::add(input, weights[p], sums[r][p]);
+            }
         }
-    }
+    };
+    ptrdiff_t k = 0;
+    for (; k + Format::kDepths <= depth; k += Format::kDepths) step(k, Format::kDepths);
+    if (k < depth) step(k, 1);
 }
 
-// A product whose shape is known to the compiler, with its sums [kRows][kPanels] in memory.
+// A product whose shape is known to the compiler, which is added to sums [kRows][kPanels] in memory.
 template <class Format>
-using Tile = void (*)(const typename Format::Input* x, ptrdiff_t row_stride,
-                      const typename Format::Weight* const* panels, int depth, typename Format::Sum* sums);
+using Tile = void (*)(const typename Format::Input* x, ptrdiff_t row_stride, const void* const* panels, int depth,
+                      typename Format::Sum* sums);
 
 template <class Format, int kRows, int kPanels>
-__attribute__((noinline)) void tile(const typename Format::Input* x, ptrdiff_t row_stride,
-                                    const typename Format::Weight* const* panels, int depth,
-                                    typename Format::Sum* to) {
+__attribute__((noinline)) void tile(const typename Format::Input* x, ptrdiff_t row_stride, const void* const* panels,
+                                    int depth, typename Format::Sum* to) {
     const typename Format::Weight* own_panels[kPanels];
     typename Format::Sum sums[kRows][kPanels];
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
-        own_panels[p] = panels[p];
+        own_panels[p] = static_cast<const typename Format::Weight*>(panels[p]);
 #pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) sums[r][p] = Format::zero();
+        for (int r = 0; r < kRows; ++r) sums[r][p] = to[r * kPanels + p];
     }
     multiply<Format, kRows, kPanels>(x, row_stride, own_panels, depth, sums);
 #pragma GCC unroll 12

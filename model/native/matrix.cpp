@@ -1,5 +1,7 @@
 #include "matrix.h"
 
+#include <utility>
+
 namespace shoal {
 
 namespace {
@@ -42,65 +44,126 @@ Matrix::Matrix(int width, int depth, bool quantized, Arena& arena)
     : width_(width),
       depth_(depth),
       num_panels_(round_up(width, kLanes) / kLanes),
-      panel_size_(static_cast<size_t>(quantized ? round_up(depth, 2) : depth) * kLanes),
-      quantized_(quantized) {
-    const size_t size = num_panels_ * panel_size_;
-    if (quantized) {
-        integers_ = arena.take<int8_t>(size);
-        scales_ = arena.take<float>(static_cast<size_t>(num_panels_) * kLanes);
-    } else {
-        weights_ = arena.take<float>(size);
-    }
+      quantized_(quantized),
+      arena_(arena),
+      panels_(num_panels_) {
+    if (!quantized) return;
+    scales_ = arena.take<float>(static_cast<size_t>(num_panels_) * kLanes);
+    for (Panel& panel : panels_) panel.data = arena.take<int8_t>(static_cast<size_t>(round_up(depth, 2)) * kLanes);
 }
 
 void Matrix::pack(Pool& pool, Source source, int num_rows, int first_column, int panel_step, int panel_offset) {
+    const int first = first_column / kLanes, count = (first_column + num_rows - 1) / kLanes - first + 1;
+    const auto place = [&](int tile) { return (first + tile) * panel_step + panel_offset; };
+    const auto columns_of = [&](int tile) {
+        const int begin = (first + tile) * kLanes;
+        return std::pair(std::max(begin, first_column), std::min(begin + kLanes, first_column + num_rows));
+    };
+    for (int tile = 0; tile < count && !quantized_; ++tile) {
+        Panel& panel = panels_[place(tile)];
+        if (panel.data) continue;
+        const auto [begin, end] = columns_of(tile);
+        const bool is_alone = begin % kLanes == 0 && (end % kLanes == 0 || place(tile) + panel_step >= num_panels_);
+        panel.storage = &Storage::of(is_alone ? source.type : Source::kFloat32);
+        panel.data = arena_.take<char>(panel.storage->size(depth_));
+    }
     // A tile is one panel, so that no two threads write to the same cache line.
-    const int first_panel = first_column / kLanes, last_panel = (first_column + num_rows - 1) / kLanes;
-    pool.run(last_panel - first_panel + 1, [&](int tile, int) {
-        const int panel = first_panel + tile;
-        const int begin = std::max(panel * kLanes, first_column);
-        const int end = std::min((panel + 1) * kLanes, first_column + num_rows);
+    pool.run(count, [&](int tile, int) {
+        const auto [begin, end] = columns_of(tile);
+        Panel& panel = panels_[place(tile)];
+        if (panel.storage == &Storage::of(source.type)) {
+            for (int column = begin; column < end; ++column) {
+                panel.storage->set_column(panel.data, column % kLanes, source, column - first_column, depth_);
+            }
+            return;
+        }
         Array<float> weights(depth_);
         for (int column = begin; column < end; ++column) {
             source.read(static_cast<size_t>(column - first_column) * depth_, depth_, weights.data());
-            set_column(panel * panel_step + panel_offset, column % kLanes, weights.data());
+            set_column(place(tile) * kLanes + column % kLanes, weights.data());
         }
     });
 }
 
-void Matrix::add_bias(Source source, int num_rows, int first_column, Arena& arena, int panel_step, int panel_offset) {
-    if (!bias_) bias_ = arena.take<float>(static_cast<size_t>(num_panels_) * kLanes);
+void Matrix::add_bias(Source source, int num_rows, int first_column, int panel_step, int panel_offset) {
+    if (!bias_) bias_ = arena_.take<float>(static_cast<size_t>(num_panels_) * kLanes);
     for (int row = 0; row < num_rows; ++row) {
         const int column = first_column + row, panel = column / kLanes * panel_step + panel_offset;
         bias_[panel * kLanes + column % kLanes] = source[row];
     }
 }
 
-void Matrix::set_column(int panel, int lane, const float* weights) {
-    if (!quantized_) {
-        float* to = weights_ + panel * panel_size_ + lane;
-        for (int k = 0; k < depth_; ++k) to[k * kLanes] = weights[k];
-        return;
-    }
+void Matrix::set_column(int column, const float* weights) {
+    const Panel& panel = panels_[column / kLanes];
+    const int lane = column % kLanes;
+    if (!quantized_) return panel.storage->set_column(panel.data, lane, {weights, Source::kFloat32}, 0, depth_);
     const float greatest = greatest_magnitude(weights, depth_);
     const float inverse = greatest > 0 ? 127 / greatest : 0;
-    scales_[panel * kLanes + lane] = greatest / 127;
-    int8_t* to = integers_ + panel * panel_size_ + lane * 2;
+    scales_[column] = greatest / 127;
+    int8_t* to = static_cast<int8_t*>(panel.data) + lane * 2;
     for (int k = 0; k < depth_; ++k) {
-        to[k / 2 * Int8Format::kStep + k % 2] = static_cast<int8_t>(round_to_int(weights[k] * inverse));
+        to[k / 2 * 2 * kLanes + k % 2] = static_cast<int8_t>(round_to_int(weights[k] * inverse));
     }
 }
 
 void Matrix::read_column(int column, float* to) const {
-    const int panel = column / kLanes, lane = column % kLanes;
+    const Panel& panel = panels_[column / kLanes];
+    const int lane = column % kLanes;
     if (!quantized_) {
-        const float* from = weights_ + panel * panel_size_ + lane;
-        for (int k = 0; k < depth_; ++k) to[k] = from[k * kLanes];
+        float weights[kSlice * kLanes];
+        for (int begin = 0; begin < depth_; begin += kSlice) {
+            const int end = std::min(begin + kSlice, depth_);
+            panel.storage->unpack(panel.data, begin, end, weights);
+            for (int k = begin; k < end; ++k) to[k] = weights[(k - begin) * kLanes + lane];
+        }
         return;
     }
-    const int8_t* from = integers_ + panel * panel_size_ + lane * 2;
+    const int8_t* from = static_cast<const int8_t*>(panel.data) + lane * 2;
     const float scale = scales_[column];
-    for (int k = 0; k < depth_; ++k) to[k] = static_cast<float>(from[k / 2 * Int8Format::kStep + k % 2]) * scale;
+    for (int k = 0; k < depth_; ++k) to[k] = static_cast<float>(from[k / 2 * 2 * kLanes + k % 2]) * scale;
+}
+
+int Matrix::panels_together(int first, int end, int num_rows) const {
+    int count = panels_at_once(std::min(num_rows, kMaxRows));
+    const auto fits = [&] {
+        for (int p = 1; p < count; ++p) {
+            if (first + p >= end || panels_[first + p].storage != panels_[first].storage) return false;
+        }
+        return true;
+    };
+    while (!fits()) count /= 2;
+    return count;
+}
+
+void Matrix::multiply_panels(const float* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const {
+    const Storage& storage = *panels_[first].storage;
+    const auto multiply = [&](const Storage& form, const void* const* panels, int begin, int end) {
+        for (int row = 0; row < num_rows; row += kMaxRows) {
+            const auto tile = form.find_tile(std::min(kMaxRows, num_rows - row), count);
+            tile(x + row * stride + begin, stride, panels, end - begin, sums + row * count);
+        }
+    };
+    const void* panels[kMaxPanels];
+    for (int p = 0; p < count; ++p) panels[p] = panels_[first + p].data;
+    for (int i = 0; i < num_rows * count; ++i) sums[i] = FloatFormat::zero();
+    if (num_rows <= storage.most_rows) return multiply(storage, panels, 0, depth_);
+    float unpacked[kMaxPanels][kSlice * kLanes];
+    const void* slices[kMaxPanels] = {unpacked[0], unpacked[1], unpacked[2], unpacked[3]};
+    for (int begin = 0; begin < depth_; begin += kSlice) {
+        const int end = std::min(begin + kSlice, depth_);
+        for (int p = 0; p < count; ++p) storage.unpack(panels[p], begin, end, unpacked[p]);
+        multiply(Storage::of(Source::kFloat32), slices, begin, end);
+    }
+}
+
+void Matrix::multiply_panels(const int16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Ints* sums) const {
+    const void* panels[kMaxPanels];
+    for (int p = 0; p < count; ++p) panels[p] = panels_[first + p].data;
+    for (int i = 0; i < num_rows * count; ++i) sums[i] = Int8Format::zero();
+    for (int row = 0; row < num_rows; row += kMaxRows) {
+        const auto tile = find_tile<Int8Format>(std::min(kMaxRows, num_rows - row), count);
+        tile(x + row * stride, stride, panels, depth_, sums + row * count);
+    }
 }
 
 }  // namespace shoal

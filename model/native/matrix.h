@@ -3,30 +3,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "array.h"
-#include "matmul.h"
 #include "pool.h"
+#include "storage.h"
 
 namespace shoal {
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Numbers as a checkpoint holds them, [rows][columns].
-struct Source {
-    enum Type : int32_t { kFloat32, kFloat16, kBFloat16 };
-    const void* data;
-    Type type;
-
-    float operator[](size_t i) const {
-        if (type == kFloat32) return static_cast<const float*>(data)[i];
-        const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-        return type == kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
-    }
-    void read(size_t first, size_t count, float* to) const {
-        for (size_t i = 0; i < count; ++i) to[i] = (*this)[first + i];
-    }
-};
 
 // Rows that are the input of a linear layer.  Where the weights are int8, each row is also rounded to integers with a
 // scale of its own.  The integers are as large as possible without overflow of a sum over the depth in int32: 13 bits
@@ -96,10 +81,11 @@ private:
     Array<float> scales_;
 };
 
-// Weights [width][depth] of a linear layer, packed in panels of 16 columns (outputs), as float32 or as int8 with a scale
-// for each column.  The last panel is padded with zeroes.
+// Weights [width][depth] of a linear layer, packed in panels of 16 columns (outputs): in the type that the checkpoint has
+// them in, or as int8 with a scale for each column.  The last panel is padded with zeroes.
 class Matrix {
 public:
+    // The arena gives room for what is packed later, too.
     Matrix(int width, int depth, bool quantized, Arena& arena);
 
     int width() const { return width_; }
@@ -107,11 +93,12 @@ public:
     bool is_quantized() const { return quantized_; }
 
     // Rows of the source become columns: row r becomes column first_column + r.  Where two sources share the panels in
-    // turns (panel_step 2), a source fills every other panel, from panel_offset on.
+    // turns (panel_step 2), a source fills every other panel, from panel_offset on.  A panel that has columns of two
+    // sources is float32.
     void pack(Pool& pool, Source source, int num_rows, int first_column, int panel_step = 1, int panel_offset = 0);
 
     // Adds to the columns, placed as by `pack`, the numbers of a source; the other columns get zeroes.
-    void add_bias(Source source, int num_rows, int first_column, Arena& arena, int panel_step = 1, int panel_offset = 0);
+    void add_bias(Source source, int num_rows, int first_column, int panel_step = 1, int panel_offset = 0);
 
     // The weights of one column, with the values that products use.
     void read_column(int column, float* to) const;
@@ -126,78 +113,66 @@ public:
         });
     }
 
-    // The same for float32 weights without a bias, and rows that are `stride` apart.
+    // The same for weights that are not int8, without a bias, and rows that are `stride` apart.
     template <class Take>
     void multiply_floats(const float* x, ptrdiff_t stride, int num_rows, int begin, int end, const Take& take) const {
-        multiply_as<FloatFormat>(x, stride, weights_, num_rows, begin, end, take);
+        multiply_with<FloatFormat>(x, stride, num_rows, begin, end, take);
     }
 
     // How many of `num_panels` panels make a good piece of work.
     static int panels_per_tile(int num_panels) { return std::max(2, num_panels / 32 / 2 * 2); }
 
 private:
+    struct Panel {
+        const Storage* storage;  // null for int8
+        void* data;
+    };
+    // Rows for which weights are unpacked once.
+    static constexpr int kRowsAtOnce = 8 * kMaxRows;
+
     template <class Take>
     void multiply_alone(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
-        if (!quantized_) {
-            multiply_as<FloatFormat>(x[first], x.stride(), weights_, num_rows, begin, end, take);
-            return;
-        }
+        if (!quantized_) return multiply_with<FloatFormat>(x[first], x.stride(), num_rows, begin, end, take);
         auto scale = [&](int row, int panel, const Ints& sums) {
             take(row, panel, to_floats(sums) * broadcast(x.scale(first + row)) * load(scales_ + panel * kLanes));
         };
-        multiply_as<Int8Format>(x.integers(first), x.stride(), integers_, num_rows, begin, end, scale);
+        multiply_with<Int8Format>(x.integers(first), x.stride(), num_rows, begin, end, scale);
     }
     template <class Format, class Take>
-    void multiply_as(const typename Format::Input* x, ptrdiff_t row_stride, const typename Format::Weight* weights,
-                     int num_rows, int begin, int end, const Take& take) const;
+    void multiply_with(const typename Format::Input* x, ptrdiff_t stride, int num_rows, int begin, int end,
+                       const Take& take) const {
+        typename Format::Sum sums[std::max(kMaxRows * kMaxPanels, kRowsAtOnce * 2)];
+        int count;
+        // The outer loop is over panels, so that a panel is read from memory once for all rows.
+        for (int panel = begin; panel < end; panel += count) {
+            count = panels_together(panel, end, num_rows);
+            for (int row = 0; row < num_rows; row += kRowsAtOnce) {
+                const int rows = std::min(kRowsAtOnce, num_rows - row);
+                multiply_panels(x + row * stride, stride, rows, panel, count, sums);
+                for (int r = 0; r < rows; ++r) {
+                    for (int p = 0; p < count; ++p) take(row + r, panel + p, sums[r * count + p]);
+                }
+            }
+        }
+    }
 
-    void set_column(int panel, int lane, const float* weights);
+    // How many panels from `first` on are multiplied at once: they have one storage.
+    int panels_together(int first, int end, int num_rows) const;
+    // sums[row][panel] = rows of x times `count` panels, for at most kRowsAtOnce rows.
+    void multiply_panels(const float* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
+    void multiply_panels(const int16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Ints* sums) const;
+
+    void set_column(int column, const float* weights);
 
     int width_;
     int depth_;
     int num_panels_;
-    size_t panel_size_;
     bool quantized_;
-    float* weights_ = nullptr;    // [panel][depth][16]
-    int8_t* integers_ = nullptr;  // [panel][depth / 2][16][2]
-    float* scales_ = nullptr;     // [panel][16]
-    float* bias_ = nullptr;       // [panel][16]; null for none
+    Arena& arena_;
+    std::vector<Panel> panels_;
+    float* scales_ = nullptr;  // [panel][16], of int8
+    float* bias_ = nullptr;    // [panel][16]; null for none
 };
-
-template <class Format>
-Tile<Format> find_tile(int num_rows, int num_panels) {
-    Tile<Format> found = nullptr;
-    with_constant<kMaxRows>(num_rows, [&](auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        found = num_panels == 1 ? tile<Format, kRows, 1> : num_panels == 2 ? tile<Format, kRows, 2> : nullptr;
-        if constexpr (panels_at_once(kRows) == 4) {
-            if (num_panels == 4) found = tile<Format, kRows, 4>;
-        }
-    });
-    return found;
-}
-
-template <class Format, class Take>
-void Matrix::multiply_as(const typename Format::Input* x, ptrdiff_t row_stride,
-                         const typename Format::Weight* weights, int num_rows, int begin, int end,
-                         const Take& take) const {
-    typename Format::Sum sums[kMaxRows * kMaxPanels];
-    const typename Format::Weight* panels[kMaxPanels];
-    // The outer loop is over panels, so that a panel is read from memory once for all rows.
-    const int usual = panels_at_once(std::min(num_rows, kMaxRows));
-    int count;
-    for (int panel = begin; panel < end; panel += count) {
-        for (count = usual; count > end - panel;) count /= 2;
-        for (int p = 0; p < count; ++p) panels[p] = weights + (panel + p) * panel_size_;
-        for (int row = 0; row < num_rows; row += kMaxRows) {
-            const int rows = std::min(kMaxRows, num_rows - row);
-            find_tile<Format>(rows, count)(x + row * row_stride, row_stride, panels, depth_, sums);
-            for (int r = 0; r < rows; ++r) {
-                for (int p = 0; p < count; ++p) take(row + r, panel + p, sums[r * count + p]);
-            }
-        }
-    }
-}
 
 // Matrix::multiply for all panels, divided among the threads of the pool.
 template <class Take>

@@ -58,8 +58,8 @@ void Model::read_embedding(int token_id, float* to) const {
     if (shape_.tie_word_embeddings) {
         head_.read_column(token_id, to);
     } else {
-        std::memcpy(to, embedding_.data() + static_cast<size_t>(token_id) * shape_.hidden_size,
-                    shape_.hidden_size * sizeof(float));
+        const size_t width = shape_.hidden_size;
+        Source{embedding_.data(), embedding_type_}.read(token_id * width, width, to);
     }
 }
 

@@ -26,11 +26,11 @@ struct Layer {
     Norm attention_output_norm;
     Norm feed_forward_norm;
     Norm feed_forward_output_norm;
-    Matrix router;  // float32 always
+    Matrix router;  // never int8
     Array<float> sinks{};
     Array<float> correction{};
     std::vector<FeedForward> experts{};   // one in a dense layer; the shared one comes last
-    std::optional<Matrix> shared_gate{};  // float32 always
+    std::optional<Matrix> shared_gate{};  // never int8
     std::optional<LatentLayer> latent{};  // in place of query_key_value
 
     bool is_mixture() const { return shape.mixture.num_experts > 0; }
@@ -105,7 +105,8 @@ private:
     std::vector<RotaryTables> ropes_;
     Array<float> temperatures_;  // [num_temperatures][num_positions]
     Arena arena_;                // of all packed weights
-    Array<float> embedding_;     // [vocab_size][hidden_size] unless it is the head
+    Array<char> embedding_;      // [vocab_size][hidden_size] as the checkpoint has it, unless it is the head
+    Source::Type embedding_type_ = Source::kFloat32;
     Array<float> positions_;     // [num_positions][hidden_size]; empty for none
     Norm embedding_norm_;
     std::vector<Layer> layers_;

@@ -252,6 +252,23 @@ SHOAL_INLINE Vec load(const uint16_t* from) {
 #endif
 }
 
+// 32 bfloat16 in pairs: the first of each pair, and the second.  A bfloat16 is the upper half of a float32.
+SHOAL_INLINE Vec first_bfloats(const Ints& pairs) {
+    return each_part<Vec>([&](int i) { return as_floats(pairs.part[i] << 16); });
+}
+SHOAL_INLINE Vec second_bfloats(const Ints& pairs) {
+    return each_part<Vec>([&](int i) { return as_floats(pairs.part[i] & splat(int32_t{-0x10000})); });
+}
+
+// 16 words of 32 bits.
+SHOAL_INLINE Ints load_words(const void* from) {
+    return each_part<Ints>([&](int i) {
+        IntPart part;
+        std::memcpy(&part, static_cast<const char*>(from) + i * kPartBytes, sizeof part);
+        return part;
+    });
+}
+
 // 32 int8 as 32 int16.
 SHOAL_INLINE Ints load_pairs(const int8_t* from) {
 #if defined(__AVX512BW__)

@@ -1,0 +1,65 @@
+#include "storage.h"
+
+namespace shoal {
+
+template <class Format>
+Tile<Format> find_tile(int num_rows, int num_panels) {
+    Tile<Format> found = nullptr;
+    with_constant<kMaxRows>(num_rows, [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        found = num_panels == 1 ? tile<Format, kRows, 1> : num_panels == 2 ? tile<Format, kRows, 2> : nullptr;
+        if constexpr (panels_at_once(kRows) == 4) {
+            if (num_panels == 4) found = tile<Format, kRows, 4>;
+        }
+    });
+    return found;
+}
+template Tile<FloatFormat> find_tile<FloatFormat>(int num_rows, int num_panels);
+template Tile<FloatFormat> find_tile<HalfFormat>(int num_rows, int num_panels);
+template Tile<Int8Format> find_tile<Int8Format>(int num_rows, int num_panels);
+
+namespace {
+
+// Plain numbers, as many depths beside each other as are loaded at once.
+template <class Format>
+struct Plain {
+    using Weight = typename Format::Weight;
+    static constexpr int kDepths = Format::kDepths;
+
+    static size_t size(int depth) { return sizeof(Weight) * kLanes * ((depth + kDepths - 1) / kDepths * kDepths); }
+
+    static void set_column(void* panel, int lane, const Source& source, int row, int depth) {
+        const Weight* from = static_cast<const Weight*>(source.data) + static_cast<size_t>(row) * depth;
+        Weight* to = static_cast<Weight*>(panel) + lane * kDepths;
+        for (int k = 0; k < depth; ++k) to[k / kDepths * kDepths * kLanes + k % kDepths] = from[k];
+    }
+
+    static void unpack(const void* panel, int begin, int end, float* to) {
+        const Weight* weights = static_cast<const Weight*>(panel);
+        for (int k = begin; k < end; k += kDepths) {
+            const auto loaded = Format::load_weights(weights + k * kLanes);
+            for (int i = 0; i < kDepths; ++i) store(to + (k - begin + i) * kLanes, Format::weights(loaded, i));
+        }
+    }
+};
+
+template <class Format>
+constexpr Storage plain(int most_rows) {
+    return {most_rows, Plain<Format>::size, Plain<Format>::set_column, Plain<Format>::unpack, find_tile<Format>};
+}
+
+constexpr Storage kFloats = plain<FloatFormat>(INT32_MAX);
+constexpr Storage kHalves = plain<HalfFormat>(INT32_MAX);
+constexpr Storage kBFloats = plain<BFloatFormat>(INT32_MAX);
+
+}  // namespace
+
+const Storage& Storage::of(Source::Type type) {
+    switch (type) {
+        case Source::kFloat16: return kHalves;
+        case Source::kBFloat16: return kBFloats;
+        default: return kFloats;
+    }
+}
+
+}  // namespace shoal
