@@ -40,7 +40,8 @@ class KVCache:
         if self._num_missing(request, request.num_computed_tokens) <= 0:
             return []
         hits = [] if request.block_ids else self._prefixes.find(request)
-        num_computed = request.num_computed_tokens + len(hits) // self._num_groups * self._block_size
+        num_found = len(hits) // self._num_groups * self._block_size
+        num_computed = min(request.num_computed_tokens + num_found, request.num_tokens - 1)
         num_new = self._num_missing(request, num_computed) - len(hits)
         shared = [block_id for block_id in hits if block_id != UNSEEN]
         promise = self._needs(request, num_computed, len(shared) + num_new)

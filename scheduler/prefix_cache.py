@@ -39,11 +39,12 @@ class PrefixCache:
     def find(self, request: Request) -> list[int]:
         """The block tables of the longest prefix of which all is cached that the query after it sees.
 
-        At least one token is left to compute.
+        At least one token is left to compute.  If it ends a block that is cached and that nobody owns, that block is
+        found too: what is computed again is what stands there, to the bit.
         """
         if not (self._is_enabled and may_skip(request.params)):
             return []
-        num_full = (request.num_tokens - 1) // self._block_size
+        num_full = request.num_tokens // self._block_size
         self._hash_blocks(request, num_full)
         entries: list[int] = []
         gaps = [0] * len(self._groups)  # by group: leading blocks, up to the last one that is not cached
@@ -51,9 +52,12 @@ class PrefixCache:
         for count, content_hash in enumerate(request.block_hashes[:num_full], 1):
             for number in range(len(self._groups)):
                 block_id = self._pool.find(_key(content_hash, number))
+                if block_id is not None and count * self._block_size == request.num_tokens:
+                    block_id = block_id if self._pool.is_evictable(block_id) else None
                 entries.append(UNSEEN if block_id is None else block_id)
                 gaps[number] = count if block_id is None else gaps[number]
-            firsts = [group.first_seen(count * self._block_size) // self._block_size for group in self._groups]
+            num_found = min(count * self._block_size, request.num_tokens - 1)
+            firsts = [group.first_seen(num_found) // self._block_size for group in self._groups]
             if all(map(le, gaps, firsts)):
                 longest, unseen = count, firsts
             elif any(gap and group.sees_all for gap, group in zip(gaps, self._groups, strict=True)):

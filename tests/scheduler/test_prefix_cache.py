@@ -96,7 +96,7 @@ def test_full_blocks_of_a_prompt_are_found_again() -> None:
     assert (stats.num_prefix_queries, stats.num_prefix_hits) == (20, 8)
 
 
-@pytest.mark.parametrize(("length", "num_cached"), [(1, 0), (3, 0), (4, 0), (5, 4), (8, 4), (9, 8)])
+@pytest.mark.parametrize(("length", "num_cached"), [(1, 0), (3, 0), (4, 3), (5, 4), (8, 7), (9, 8)])
 def test_at_least_one_token_is_left_to_compute(length: int, num_cached: int) -> None:
     harness = Harness(block_size=4)
     for request_id in ("a", "b"):
@@ -221,3 +221,18 @@ def test_evictable_hits_are_not_counted_as_room_twice() -> None:
     assert "b" in harness.scheduler.waiting
     harness.drain()
     assert harness.chunks[-1] == [("b", 4, 1)]
+
+
+def test_a_block_is_computed_again_in_place_only_if_nobody_owns_it() -> None:
+    """A prompt that ends with a cached block needs its last token alone, but two requests never write one slot."""
+    harness = Harness(block_size=4)
+    harness.add("a", list(range(8)), max_tokens=1)
+    harness.drain()
+    for request_id in ("b", "c"):
+        harness.add(request_id, list(range(8)), max_tokens=3)
+    harness.drain()
+    assert harness.chunks[1] == [("b", 7, 1), ("c", 4, 4)]
+    step = next(step for step in harness.executor.steps if len(step) == 2)
+    blocks = {share.request_id: share.blocks for share in step}
+    assert blocks["b"][0] == blocks["c"][0] and blocks["b"][1] != blocks["c"][1]
+    assert harness.token_ids["b"] == harness.token_ids["c"]
