@@ -11,7 +11,7 @@ import pydoc_data.topics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,7 +99,7 @@ def _start(contender: Contender, checkpoint: Path, folder: Path) -> Iterator[Gen
     if contender.engine == "Shoal":
         options = ["--model", str(checkpoint), *ARGUMENTS, *contender.arguments]
         with ServerProcess(options, folder / f"{contender.precision}.log") as server:
-            yield partial(stream_all, server.url)
+            yield lambda *work: stream_all(server.url, *work)[0]
     else:
         (kind,) = contender.arguments
         weights = folder / f"{kind}.gguf"
