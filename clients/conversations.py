@@ -189,6 +189,7 @@ class MessageOptions(MessagePrompt, total=False):
     timeout: float
     timing: bool
     receipt: bool
+    stream_interval: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ class TokenOptions(CallOptions, total=False):
     end_after: int
     timing: bool
     receipt: bool
+    stream_interval: int
 
 
 class TemplateOptions(TypedDict, total=False):

@@ -22,7 +22,7 @@ MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 # Fields of a request that change no token, or that say how its answer travels.
 _DROPPED = {
     "background", "keep_alive", "metadata", "model", "priority", "request_id", "service_tier", "speculation", "store",
-    "stream", "stream_options", "timeout", "timing", "tpot_slo_ms", "ttft_slo_ms", "user",
+    "stream", "stream_interval", "stream_options", "timeout", "timing", "tpot_slo_ms", "ttft_slo_ms", "user",
 }  # fmt: skip
 # Settings that a receipt may name; they become options of a server.
 _SETTINGS = ("backend", "device", "dtype", "quantization", "kv_cache_dtype")

@@ -17,6 +17,7 @@ from shoal.scheduler.errors import ShoalError
 from shoal.server.errors import EngineUnavailableError, HeadTooLargeError, MalformedRequestError, UrlTooLongError
 from shoal.server.routes.answer import error_response
 from shoal.server.shapes import shape_of
+from shoal.server.sinks import BodyWriter
 
 MAX_LINE_BYTES, MAX_HEAD_BYTES, MAX_HEADERS = 8 * 1024, 32 * 1024, 100
 MAX_PIPELINED = 16  # requests of one connection behind the one that is answered
@@ -115,7 +116,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
-        cycle.scope["state"]["cut"] = self._cut
+        cycle.scope["state"] |= {"cut": self._cut, "writer": BodyWriter(cycle, self.transport)}
         super()._start_asgi_task(cycle, app)
 
     def _refuse(self, error: ShoalError) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from math import inf
 
 from shoal.scheduler.errors import InvalidRequestError
-from shoal.scheduler.output import RequestOutput, TokenLogprobs
+from shoal.scheduler.output import TokenLogprobs
 from shoal.server.account import Account, usage_of
 from shoal.server.choices import engine_requests
+from shoal.server.deltas import Deltas
 from shoal.server.engine.packing import TokenIds
 from shoal.server.service import Service
+from shoal.server.sinks import Open, Room
 from shoal.server.terms import Terms
-from shoal.server.text import MAX_SCORED, Choice, Delta, Scored
+from shoal.server.text import Choice, Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody
 from shoal.server.wire.responses import Usage
 
@@ -52,16 +54,19 @@ class Generation:
         with terms.allowance.taking(requests) as self._settle:
             self._submission = self._engine.submit(requests, terms.timeout)
         echo = isinstance(body, CompletionBody) and body.echo
-        self._choices = {
-            request_id: Choice(
+        self.choices = [
+            Choice(
                 *(index, journal, service.tokenizer, body.stop_strings),
                 scores_text_only=isinstance(body, ChatBody),
                 echo=prompts[index // body.n][0] if echo else None,
                 shown=service.dialect.shown(body) if body.skip_special_tokens else service.tokenizer.special_ids,
                 shows_stop=body.include_stop_str_in_output,
+                interval=body.stream_interval if body.stream else 1,
             )
-            for index, (request_id, journal) in enumerate(self._submission.journals.items())
-        }
+            for index, journal in enumerate(self._submission.journals.values())
+        ]
+        by_request = dict(zip(self._submission.journals, self.choices, strict=True))
+        self._deltas = Deltas(by_request, self._submission.take, self._end)
 
     def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs]]:
         """The tokens of a choice's prompt, and the log-probabilities of all but the first, if they were asked for."""
@@ -69,12 +74,8 @@ class Generation:
         return list(journal.request.prompt_token_ids), journal.prompt_logprobs
 
     @property
-    def choices(self) -> list[Choice]:
-        return list(self._choices.values())
-
-    @property
     def num_choices(self) -> int:
-        return len(self._choices)
+        return len(self.choices)
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """What is new, as it comes; never an empty list.  Leaving the iteration early aborts what is unfinished.
@@ -86,17 +87,9 @@ class Generation:
         """
         failure: Exception | None = None
         try:
-            while not all(choice.is_finished for choice in self._choices.values()):
-                deltas, num_scored = list[Delta](), 0
-                for output in await self._submission.get():
-                    for delta in self._feed(output):
-                        deltas.append(delta)
-                        num_scored += len(delta.scored)
-                        if num_scored >= MAX_SCORED:
-                            yield deltas
-                            deltas, num_scored = [], 0
-                            await asyncio.sleep(0)
-                if deltas:
+            while not self._deltas.are_finished:
+                await (asyncio.sleep(0) if self._deltas.has_rest else self._submission.wait())
+                if deltas := self._deltas.take():
                     yield deltas
         except Exception as error:
             failure = error
@@ -108,42 +101,56 @@ class Generation:
 
     def close(self, failure: Exception | None = None) -> None:
         """Abort what is unfinished.  Whoever leaves before the first delta has to; else it is done already."""
-        self._engine.abort(self._choices)
+        self._engine.abort(self._submission.journals)
         if self._submission.timer is not None:
             self._submission.timer.cancel()
         self._settle(self.usage.total_tokens)
-        self._account.end([choice.journal for choice in self._choices.values()], failure)
+        self._account.end([choice.journal for choice in self.choices], failure)
+
+    async def run(self, give: Callable[[list[Delta]], None], sink: Room) -> None:
+        """Have `give` put all that is new into a sink, from where the news arrives while the sink is ready.
+
+        Raises as `deltas` does.
+        """
+
+        def give_at_once() -> bool:
+            if self._deltas.has_rest or not sink.is_ready:
+                return False
+            try:
+                if deltas := self._deltas.take():
+                    give(deltas)
+            except Exception as error:
+                self._submission.fail(error)
+            return not (self._deltas.has_rest or self._deltas.are_finished)
+
+        self._deltas.coalesces = sink.coalesces
+        self._submission.on_news = give_at_once
+        async with aclosing(self.deltas()) as steps:
+            async for deltas in steps:
+                give(deltas)
+                await sink.flush()
 
     async def complete(self, take_scored: Callable[[int, list[Scored]], None] | None = None) -> list[Delta]:
         """All choices in full, in order, but for what `take_scored` is given of a choice.  Raises as `deltas` does."""
         self._submission.max_backlog = inf
         whole = [Delta(index, "") for index in range(self.num_choices)]
-        async with aclosing(self.deltas()) as steps:
-            async for deltas in steps:
-                for delta in deltas:
-                    whole[delta.index].text += delta.text
-                    whole[delta.index].token_ids += delta.token_ids
-                    if take_scored is None:
-                        whole[delta.index].scored += delta.scored
-                    else:
-                        take_scored(delta.index, delta.scored)
-                    whole[delta.index].finish_reason = delta.finish_reason
-                    whole[delta.index].stop_string = delta.stop_string
+
+        def add(deltas: list[Delta]) -> None:
+            for delta in deltas:
+                if take_scored is not None:
+                    take_scored(delta.index, delta.scored)
+                    delta.scored = []
+                whole[delta.index].add(delta)
+
+        await self.run(add, Open())
         return whole
 
-    def _feed(self, output: RequestOutput) -> Iterator[Delta]:
-        choice = self._choices[output.request_id]
-        if choice.is_finished:
-            return
-        for delta in choice.feed(output):
-            if delta.finish_reason:
-                self._engine.abort([output.request_id])  # a stop string ends the text, but not yet the request
-                self._account.finish(choice.journal, delta.finish_reason)
-            if delta.text or delta.scored or delta.finish_reason:
-                delta.token_ids = choice.take_token_ids()
-                yield delta
+    def _end(self, request_id: str, last: Delta) -> None:
+        assert last.finish_reason is not None
+        self._engine.abort([request_id])  # a stop string ends the text, but not yet the request
+        self._account.finish(self.choices[last.index].journal, last.finish_reason)
 
     @property
     def usage(self) -> Usage:
         """Tokens so far; a prompt counts once, however many choices it has."""
-        return usage_of(self._prompts, list(self._choices.values()))
+        return usage_of(self._prompts, self.choices)

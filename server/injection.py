@@ -71,6 +71,7 @@ class FaultInjector:
         else:
             if fault.name == "kill":
                 request.state.die_after = fault.after
+            request.state.writer = None  # all that is sent has to come by here
             with suppress(_EndedEarlyError):
                 await self._app(scope, receive, _Answer(fault, request, send).send)
 

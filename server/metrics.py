@@ -6,6 +6,7 @@ Each series is there from the start, at zero, so that no rate misses its first e
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Literal
@@ -278,8 +279,7 @@ class Metrics:
         if (num_steps := stats.num_steps - before.num_steps) > 0:
             # Steps of which there was no news on its own share what they computed.
             num_tokens = (stats.num_step_tokens - before.num_step_tokens) / num_steps
-            for _ in range(num_steps):
-                series["iteration_tokens_total"].observe(num_tokens)
+            _observe(series["iteration_tokens_total"], num_tokens, num_steps)
         pairs = zip_longest(stats.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, fillvalue=0)
         for position, (now, then) in enumerate(pairs):
             if now > then:
@@ -294,22 +294,27 @@ class Metrics:
         if isinstance(error, QueueFullError | RateLimitError):
             self._rejected.labels(self._model_name, str(error.param)).inc()
 
-    def tokens(self, journal: Journal, output: RequestOutput, now: float) -> None:
-        """Take in a request's news, before its journal does; `now` is on the clock of the journal."""
-        if not output.token_ids:
-            return
-        series = self._of(journal.engine)
-        series["generation_tokens"].inc(len(output.token_ids))
-        if journal.last_token_time is None:
-            elapsed = now - journal.arrival_time
-            series["time_to_first_token_seconds"].observe(elapsed)
-            series["request_queue_time_seconds"].observe(output.queue_time)
-            series["request_prefill_time_seconds"].observe(max(elapsed - output.queue_time, 0.0))
-            _count_prompt(series, len(journal.request.prompt_token_ids), output.num_cached_tokens)
-        else:
-            # Tokens that come together share the time since the last ones.
-            each = (now - journal.last_token_time) / len(output.token_ids)
-            series["inter_token_latency_seconds"].observe(each)
+    def tokens(self, engine: str, told: Sequence[tuple[Journal, RequestOutput]], now: float) -> None:
+        """Take in the news of a step, before the journals do; `now` is on their clock."""
+        series = self._of(engine)
+        num_tokens = 0
+        waits: dict[float, int] = {}  # how many requests had waited so long; nearly all have waited alike
+        for journal, output in told:
+            num_new = len(output.token_ids)
+            num_tokens += num_new
+            if num_new and journal.last_token_time is not None:
+                # Tokens that come together share the time since the last ones.
+                each = (now - journal.last_token_time) / num_new
+                waits[each] = waits.get(each, 0) + 1
+            elif num_new:
+                elapsed = now - journal.arrival_time
+                series["time_to_first_token_seconds"].observe(elapsed)
+                series["request_queue_time_seconds"].observe(output.queue_time)
+                series["request_prefill_time_seconds"].observe(max(elapsed - output.queue_time, 0.0))
+                _count_prompt(series, len(journal.request.prompt_token_ids), output.num_cached_tokens)
+        series["generation_tokens"].inc(num_tokens)
+        for each, count in waits.items():
+            _observe(series["inter_token_latency_seconds"], each, count)
 
     def finished(self, journal: Journal, reason: str, now: float) -> None:
         """Take in the end of a request, for whatever reason; `now` is on the clock of the journal."""
@@ -397,6 +402,12 @@ class _EngineProcesses(Collector):
                 if metric.name in families:
                     families[metric.name].add_metric((self._model_name, engine), metric.samples[0].value)
         return families.values()
+
+
+def _observe(histogram: Histogram, value: float, count: int) -> None:
+    """Observe a value so many times."""
+    histogram._sum.inc(value * count)
+    histogram._buckets[bisect_left(histogram._upper_bounds, value)].inc(count)
 
 
 def _count_prompt(series: dict[Any, Any], num_tokens: int, num_cached: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from shoal.scheduler.errors import InvalidRequestError
@@ -21,6 +20,7 @@ from shoal.server.errors import (
     SlowClientError,
     StreamExpiredError,
 )
+from shoal.server.sinks import Open, Work
 
 MAX_STREAM_BYTES = 2 * 2**20  # of one stream's events that are held; of many streams each holds its share of all
 MAX_BYTES = 64 * 2**20  # of all answers together
@@ -100,6 +100,17 @@ class _Claim:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(frozen=True)
+class _Held(Open):
+    """Implements `Sink` for an answer that is held."""
+
+    store: StreamStore
+    answer: Answer
+
+    def put(self, events: list[bytes]) -> None:
+        self.store.put(self.answer, events)
+
+
 class StreamStore:
     """Makes answers and holds them.  Time is that of the event loop.
 
@@ -114,7 +125,7 @@ class StreamStore:
         self._claims: dict[Key, _Claim] = {}
         self._num_bytes = 0
 
-    def begin(self, answer: Answer, work: Events) -> None:
+    def begin(self, answer: Answer, work: Work) -> None:
         """Have the work make this answer."""
         self._answers[answer.id] = answer
         self._num_bytes += answer.size
@@ -218,11 +229,9 @@ class StreamStore:
 
     # -- the parts -------------------------------------------------------------------------------------------------
 
-    async def _make(self, answer: Answer, work: Events) -> None:
+    async def _make(self, answer: Answer, work: Work) -> None:
         try:
-            async with aclosing(work):
-                async for events in work:
-                    self._put(answer, events)
+            await work(_Held(self, answer))
         except Exception as error:
             answer.error = error
         finally:
@@ -233,7 +242,7 @@ class StreamStore:
                 self._keep(answer)
                 self._make_room()
 
-    def _put(self, answer: Answer, events: list[bytes]) -> None:
+    def put(self, answer: Answer, events: list[bytes]) -> None:
         """Take in what came, and drop what was read already, or need not be read, if there is too much."""
         limit = min(MAX_STREAM_BYTES, MAX_BYTES // (len(self._answers) - len(self._ended)))
         num_done_with = answer.num_read if answer.needs_reader else answer.num_events

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -86,6 +86,14 @@ class Delta:
     finish_reason: Literal["stop", "length"] | None = None
     stop_string: str | None = None
 
+    def add(self, later: Delta) -> None:
+        """Add what came after it in the same choice."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.scored += later.scored
+        self.finish_reason = later.finish_reason
+        self.stop_string = later.stop_string
+
 
 class Choice:
     """Turns the tokens of one request into text, up to the first stop string.
@@ -94,6 +102,7 @@ class Choice:
         echo: the prompt's text, if it is to stand before the rest.
         shown: special tokens that stand in the text.
         shows_stop: whether what ends the text, a stop string or token, stands in it.
+        interval: tokens that are given together, after the first.
         scores_text_only: whether log-probabilities are given of the tokens of the text alone, and with it.
     """
 
@@ -107,6 +116,7 @@ class Choice:
         *,
         shown: Collection[int] = frozenset(),
         shows_stop: bool = False,
+        interval: int = 1,
         scores_text_only: bool = False,
     ) -> None:
         self.index = index
@@ -116,6 +126,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._stop_strings = StopStrings(stop_strings, are_shown=shows_stop)
         self._shows_stop = shows_stop
+        self._interval = interval
         self._scores_text_only = scores_text_only
         self._held: deque[Scored] = deque()
         self._num_certain = 0
@@ -125,44 +136,61 @@ class Choice:
         self._num_given = 0
         self._detokenizer = IncrementalDetokenizer(tokenizer, shown=shown)
         # Some tokenizers write a token otherwise at the start of a text than in the middle of it.
-        self._detokenizer.push(journal.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:])
+        for token_id in journal.request.prompt_token_ids[-NUM_CONTEXT_TOKENS:]:
+            self._detokenizer.push(token_id)
 
-    def feed(self, output: RequestOutput) -> Iterator[Delta]:
+    def feed(self, output: RequestOutput) -> Iterable[Delta]:
         """The text of a piece of news: one delta, or several where it comes with the echo of a long prompt.
 
         After a stop string the choice is finished, whatever the engine still does.
         """
-        delta = Delta(self.index, "")
         if self._echo is not None and (output.token_ids or output.finish_reason):
-            for part in self._echoed(self._echo):
-                if delta.text or delta.scored:
-                    yield delta
-                delta = part
-        delta = self._take(output, delta)
+            return self._with_echo(output, self._echo)
+        return (self._with_news(output, Delta(self.index, "")),)
+
+    def is_due(self, delta: Delta) -> bool:
+        """Whether what was fed since the last one that was given is to be given."""
+        if delta.finish_reason:
+            return True
+        is_first = self._num_given == 0
+        return bool(delta.text or delta.scored) and (is_first or self.num_tokens - self._num_given >= self._interval)
+
+    def _with_echo(self, output: RequestOutput, prompt: str) -> Iterator[Delta]:
+        delta = Delta(self.index, "")
+        for part in self._echoed(prompt):
+            if delta.text or delta.scored:
+                yield delta
+            delta = part
+        yield self._with_news(output, delta)
+
+    def _with_news(self, output: RequestOutput, delta: Delta) -> Delta:
+        self._take(output, delta)
         self._num_certain += len(delta.text)
         is_whole = delta.finish_reason and not self._is_cut
         while self._held and (is_whole or self._held[0].text_offset < self._num_certain):
             delta.scored.append(self._held.popleft())
-        yield delta
+        return delta
 
-    def _take(self, output: RequestOutput, delta: Delta) -> Delta:
+    def _take(self, output: RequestOutput, delta: Delta) -> None:
         scored = self._held if self._scores_text_only else delta.scored
+        is_stopped = output.finish_reason is FinishReason.STOP
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
-            is_stop = output.finish_reason is FinishReason.STOP and position == len(output.token_ids) - 1
-            is_shown = self._shows_stop or not is_stop
+            is_shown = self._shows_stop or not is_stopped or position < len(output.token_ids) - 1
             if output.logprobs and (is_shown or not self._scores_text_only):
                 scored.append(Scored(token_id, self._num_chars, output.logprobs[position]))
             if not is_shown:
                 break  # the stop token itself is not part of the text
-            if self._append(delta, self._detokenizer.push([token_id])):
-                return self._finish(delta, "stop")
+            if self._append(delta, self._detokenizer.push(token_id)):
+                self._finish(delta, "stop")
+                return
         if output.finish_reason is None:
-            return delta
+            return
         if self._append(delta, self._detokenizer.flush()):
-            return self._finish(delta, "stop")
+            self._finish(delta, "stop")
+            return
         delta.text += self._stop_strings.flush()
-        return self._finish(delta, "stop" if output.finish_reason is FinishReason.STOP else "length")
+        self._finish(delta, "stop" if output.finish_reason is FinishReason.STOP else "length")
 
     def take_token_ids(self) -> list[int]:
         """The output tokens that were fed since the last call."""
@@ -176,11 +204,10 @@ class Choice:
         self._num_chars += len(text)
         return self._is_cut
 
-    def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> Delta:
+    def _finish(self, delta: Delta, reason: Literal["stop", "length"]) -> None:
         self.is_finished = True
         delta.finish_reason = reason
         delta.stop_string = self._stop_strings.found
-        return delta
 
     def _echoed(self, prompt: str) -> Iterator[Delta]:
         self._echo = None
@@ -195,7 +222,7 @@ class Choice:
                     yield delta
                     delta = Delta(self.index, "")
                 delta.scored.append(Scored(token_id, offset, entry and _first(entry, count)))
-                text = detokenizer.push([token_id])
+                text = detokenizer.push(token_id)
                 if not self._tokenizer.is_special(token_id) or prompt.startswith(text, offset):
                     offset += len(text)  # else it was added, and does not stand in the prompt
         yield delta

@@ -269,33 +269,35 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._shown = shown
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._character = b""  # the first bytes of one that is incomplete
         self._pending_bytes: list[int] = []
         self._is_first = True
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """Add tokens; return the text that they complete, possibly empty."""
-        return "".join([self._push(token_id) for token_id in token_ids])
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that it completes, possibly empty.
 
-    def flush(self) -> str:
-        """End the list of tokens; return the rest of the text."""
-        return self._utf8.decode(b"", final=True) + self._pop_pending()
-
-    def _push(self, token_id: int) -> str:
-        """Byte-level: only an incomplete character is held back.  SentencePiece: a run of bytes is decoded as a whole
-        or not at all, so it is held back until it ends."""
+        Byte-level: only an incomplete character is held back.  SentencePiece: a run of bytes is decoded as a whole or
+        not at all, so it is held back until it ends.
+        """
         token_bytes = self._tokenizer.token_bytes(token_id)
-        if not token_bytes or (self._skips(token_id) and token_id not in self._shown):
+        if not token_bytes or (self._tokenizer.is_special(token_id) and self._skips(token_id)):
             return ""
         if self._tokenizer.is_byte_level:
-            return self._utf8.decode(token_bytes)
+            token_bytes = self._character + token_bytes
+            text, num_decoded = codecs.utf_8_decode(token_bytes, "replace", False)
+            self._character = token_bytes[num_decoded:]
+            return text
         if self._tokenizer.is_fallback_byte(token_id):
             self._pending_bytes.append(token_id)
             return ""
         return self._pop_pending() + self._decode([token_id])
 
-    def _skips(self, token_id: int) -> bool:
-        return self._skip_special_tokens and self._tokenizer.is_special(token_id)
+    def flush(self) -> str:
+        """End the list of tokens; return the rest of the text."""
+        return self._character.decode(errors="replace") + self._pop_pending()
+
+    def _skips(self, special_id: int) -> bool:
+        return self._skip_special_tokens and special_id not in self._shown
 
     def _pop_pending(self) -> str:
         token_ids, self._pending_bytes = self._pending_bytes, []

@@ -10,6 +10,7 @@ from enum import Enum
 from math import inf
 
 from shoal.scheduler.errors import EngineError, ShoalError
+from shoal.scheduler.output import RequestOutput
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.event_log import EventLog
 from shoal.server.engine.explaining import tell_histories
@@ -184,7 +185,7 @@ class EngineClient:
         self.changed(ready)
 
     def take(self, news: News) -> None:
-        """Note what came of a step, and wake the calls that wait for it."""
+        """Note what came of a step, and then have the calls take it."""
         self._heard_at = now = self._clock()
         self._num_reported = news.stats.num_running + news.stats.num_waiting
         self._metrics.stats(self.name, news.stats)
@@ -192,16 +193,22 @@ class EngineClient:
         self.admission.note(now, self._num_in_engine, num_tokens)
         if news.step is not None:
             tell_histories(news.step, self._unfinished, names_all=self.names_all)
+        told: list[tuple[Journal, RequestOutput]] = []
+        submissions: dict[Submission, None] = {}
         for output in news.outputs:
             submission = self._unfinished.get(output.request_id)
             if submission is not None and output.request_id not in self._held:
-                journal = submission.journals[output.request_id]
-                self._metrics.tokens(journal, output, now)
-                journal.note(output, now)
+                told.append((submission.journals[output.request_id], output))
+                submissions[submission] = None
                 submission.put(output)
-                if output.finish_reason is not None:
-                    self._forget(output.request_id)
+        self._metrics.tokens(self.name, told, now)
+        for journal, output in told:
+            journal.note(output, now)
+            if output.finish_reason is not None:
+                self._forget(output.request_id)
         self._end_trial(is_idle=not self._num_reported)
+        for submission in submissions:
+            submission.announce()
 
     def lose(self) -> None:
         """The engine is gone: its requests wait for the next one."""

@@ -47,6 +47,7 @@ FIELDS: Mapping[str, str] = {
     "stream": "send tokens as they come",
     "stream_options": 'only with `stream`; `{"include_usage": true}` adds the usage to the stream, '
     '`"continuous_usage_stats": true` to each chunk',
+    "stream_interval": "tokens of a stream's event, after the first token, which comes alone",
     "user": "the client, for the policy `fair`, where the server asks for no key",
     "priority": "for the policy `priority`: lower goes first",
     "timeout": "seconds in which the request must be finished",

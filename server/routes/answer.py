@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing
-from itertools import count, repeat
+from collections.abc import Coroutine, Iterator, Mapping
+from itertools import count
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from shoal.scheduler.errors import ShoalError
 from shoal.server.errors import OPENAI, ErrorShape, StreamExpiredError, http_error
+from shoal.server.sinks import BodyWriter, Work
 
 logger = logging.getLogger("shoal.api")
 
@@ -49,13 +49,13 @@ def error_response(error: ShoalError, shape: ErrorShape = OPENAI) -> Response:
     return Response(encode(shape.body(error)), http.status, headers, "application/json")
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """A stream of server-sent events.  After the headers an error is an event too.
 
-    When the client goes away, or the server does, the events are closed at once, and with them what makes them.
+    When the client goes away, or the server does, the work is cancelled.
 
     Args:
-        events: some at a time, without their ids.
+        work: makes the events, without their ids.
         stream_id: of a stream that can go on.  Each event has an id then, `STREAM:NUMBER`, so that a client can say
             where it stopped.  Other streams have no ids: `vllm bench serve`, for one, cannot read them.
         after: number of the event before the first.
@@ -66,68 +66,101 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        events: AsyncGenerator[list[bytes], None],
+        work: Work,
         headers: Mapping[str, str],
         *,
         stream_id: str = "",
         after: int = 0,
         shape: ErrorShape = OPENAI,
     ) -> None:
-        self.events = _until_done(events, stream_id, after, shape)
+        self.status_code, self.background = 200, None
+        self._work = work
+        self._stream_id = stream_id
+        self._after = after
+        self._shape = shape
         # `vllm bench serve` drops the event behind a comment without an empty line; behind an id, such a line is an
         # event without data for OpenAI's client.
         self._keep_alive = shape.keep_alive or (COMMENT if stream_id else COMMENT + b"\n")
-        super().__init__(self.events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.init_headers({**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = _KeepAlive(send, self._keep_alive)
-        keeping = asyncio.create_task(sender.run())
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        ids = (b"id: %b:%d\n" % (self._stream_id.encode(), number) for number in count(self._after + 1))
+        body = _Body(scope.get("state", {}).get("writer"), send, ids if self._stream_id else None)
+        keeping = asyncio.create_task(body.keep_alive(self._keep_alive))
         try:
-            async with aclosing(self.events):
-                await unless_disconnected(receive, self.stream_response(sender))
+            await unless_disconnected(receive, self._fill(body))
         finally:
             keeping.cancel()
 
+    async def _fill(self, body: _Body) -> None:
+        """Have the body end with the end of the work, or with what ended it early."""
+        shape = self._shape
+        done = [shape.done] if shape.done else []
+        try:
+            await self._work(body)
+        except StreamExpiredError as error:  # the stream itself goes on, and has other events of these numbers
+            await body.end([event(shape.body(error), shape.event), *done], have_ids=False)
+        except ShoalError as error:
+            await body.end([event(shape.body(error), shape.event), *done])
+        except Exception:
+            logger.exception("a stream failed")
+            await body.end([event(shape.body(ShoalError("internal error")), shape.event), *done])
+        else:
+            await body.end(done)
 
-class _KeepAlive:
-    """Sends messages, and something else while there are none: proxies end connections on which nothing comes."""
 
-    def __init__(self, send: Send, something: bytes) -> None:
+class _Body:
+    """Implements `Sink`: events go to the connection itself where that can be, else through the layers of ASGI.
+
+    Args:
+        writer: of the connection, if nothing has to see what is sent.
+        ids: of the events that come, if they have ids.
+    """
+
+    def __init__(self, writer: BodyWriter | None, send: Send, ids: Iterator[bytes] | None) -> None:
+        self.coalesces = writer is not None  # what meets an injected fault counts the events
+        self._writer = writer
         self._send = send
-        self._something = something
+        self._ids = ids
+        self._parts: list[bytes] = []  # that were put, and not yet sent
         self._clock = asyncio.get_running_loop().time
-        self._sent_at = self._clock()
+        self._put_at = self._clock()
 
-    async def __call__(self, message: Message) -> None:
-        self._sent_at = self._clock()
-        await self._send(message)
+    @property
+    def is_ready(self) -> bool:
+        return self._writer is not None and self._writer.is_ready
 
-    async def run(self) -> None:
+    def put(self, events: list[bytes]) -> None:
+        self._put_at = self._clock()
+        body = b"".join(events if self._ids is None else [next(self._ids) + one for one in events])
+        if self._writer is None:
+            self._parts.append(body)
+        elif body:
+            self._writer.write(body)
+
+    async def flush(self) -> None:
+        if self._writer is not None:
+            await self._writer.drain()
+        elif self._parts:
+            body, self._parts = b"".join(self._parts), []
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self, events: list[bytes], *, have_ids: bool = True) -> None:
+        """Send the last events, and the end of the body."""
+        if not have_ids:
+            self._ids = None
+        self.put(events)
+        await self.flush()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def keep_alive(self, something: bytes) -> None:
+        """Send something while there are no events: proxies end connections on which nothing comes."""
         while True:
-            await asyncio.sleep(self._sent_at + KEEP_ALIVE_SECONDS - self._clock())
-            if self._clock() >= self._sent_at + KEEP_ALIVE_SECONDS:
-                await self({"type": "http.response.body", "body": self._something, "more_body": True})
-
-
-async def _until_done(
-    events: AsyncGenerator[list[bytes], None], stream_id: str, after: int, shape: ErrorShape
-) -> AsyncGenerator[bytes, None]:
-    ids = (b"id: %b:%d\n" % (stream_id.encode(), number) for number in count(after + 1)) if stream_id else repeat(b"")
-    last = [shape.done] if shape.done else []
-    try:
-        async with aclosing(events):
-            async for some in events:
-                yield b"".join([next(ids) + one for one in some])
-    except StreamExpiredError as error:  # the stream itself goes on, and has other events of these numbers
-        yield event(shape.body(error), shape.event) + shape.done
-        return
-    except ShoalError as error:
-        last.insert(0, event(shape.body(error), shape.event))
-    except Exception:
-        logger.exception("a stream failed")
-        last.insert(0, event(shape.body(ShoalError("internal error")), shape.event))
-    for one in last:
-        yield next(ids) + one
+            await asyncio.sleep(self._put_at + KEEP_ALIVE_SECONDS - self._clock())
+            if self._clock() >= self._put_at + KEEP_ALIVE_SECONDS:
+                self._put_at = self._clock()
+                await self._send({"type": "http.response.body", "body": something, "more_body": True})
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Value]) -> Value | None:

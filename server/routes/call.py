@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
@@ -19,6 +19,7 @@ from shoal.server.routes.pieces import Entries, filled, in_pieces
 from shoal.server.routes.streams import hold, is_held, only_event
 from shoal.server.sampling import resolve_seed
 from shoal.server.service import Service, new_id, unix_time
+from shoal.server.sinks import Sink
 from shoal.server.terms import resolve_terms
 from shoal.server.text import Delta, Scored
 from shoal.server.wire.requests import ChatBody, CompletionBody
@@ -61,12 +62,18 @@ class Call(ABC, Generic[Body]):
         """Answer as the body asks."""
         headers = self.headers
         if is_held(self.service, self.request, is_stream=self.body.stream):
-            events = self.chunks() if self.body.stream else only_event(self.complete())
+            work = self.stream if self.body.stream else only_event(self.complete())
             is_stream, shape = self.body.stream, self.shape
-            return await hold(self.service, self.request, self.id, headers, events, is_stream=is_stream, shape=shape)
+            return await hold(self.service, self.request, self.id, headers, work, is_stream=is_stream, shape=shape)
         if self.body.stream:
-            return EventStream(self.chunks(), headers, shape=self.shape)
+            return EventStream(self.stream, headers, shape=self.shape)
         return in_pieces(await unless_disconnected(self.request.receive, self.complete()) or [], headers)
+
+    async def stream(self, sink: Sink) -> None:
+        """Make the answer as server-sent events."""
+        await self.generation.run(lambda deltas: sink.put(self.events(deltas)), sink)
+        if last := await self.last_events():
+            sink.put(last)
 
     async def complete(self) -> list[bytes | bytearray]:
         """The whole answer, in pieces."""
@@ -97,5 +104,9 @@ class Call(ABC, Generic[Body]):
         """The whole answer of all choices and the shapes of their log-probabilities."""
 
     @abstractmethod
-    def chunks(self) -> AsyncGenerator[list[bytes], None]:
-        """The answer as server-sent events, those of a step together."""
+    def events(self, deltas: list[Delta]) -> list[bytes]:
+        """The events of what is new."""
+
+    async def last_events(self) -> list[bytes]:
+        """Those that come when all is said."""
+        return []

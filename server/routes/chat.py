@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -56,6 +54,7 @@ class _ChatCall(OpenAICall[ChatBody]):
         self, service: Service, request: Request, body: ChatBody, prompt: tuple[str, TokenIds], grammar: str
     ) -> None:
         super().__init__(service, request, body, [prompt], grammar)
+        self._is_begun = False
         reading, last = service.dialect.reading(body, prompt[0]), body.messages[-1]
         self._answers = [
             ChatAnswer(
@@ -97,20 +96,23 @@ class _ChatCall(OpenAICall[ChatBody]):
             self.prompt_hole,
         )
 
-    async def chunks(self) -> AsyncGenerator[list[bytes], None]:
-        openings = [ChatChunkChoice(index, answer.opening, None, None) for index, answer in enumerate(self._answers)]
-        opening = self._events(openings, self.seed)
-        async with aclosing(self.generation.deltas()) as steps:
-            async for deltas in steps:
-                yield opening + self._events([choice for delta in deltas for choice in self._chunk_choices(delta)])
-                opening = []
-        if self.stream_options.include_usage or self.extras.are_asked:
-            yield [event(await self.extras.add(self._shape([], self.usage), self.generation))]
+    def events(self, deltas: list[Delta]) -> list[bytes]:
+        events = [] if self._is_begun else self._opening()
+        self._is_begun = True
+        for delta in deltas:
+            events += self._events_of(delta)
+        return events
 
-    def _chunk_choices(self, delta: Delta) -> list[ChatChunkChoice]:
+    def _opening(self) -> list[bytes]:
+        choices = [ChatChunkChoice(index, answer.opening, None, None) for index, answer in enumerate(self._answers)]
+        return self._encoded(choices, self.seed)
+
+    def _events_of(self, delta: Delta) -> list[bytes]:
         """The text, and after it the finish reason in a chunk without text, as OpenAI sends them."""
         answer = self._answers[delta.index]
         parts = answer.deltas(delta.text, delta.token_ids, is_last=delta.finish_reason is not None)
+        if self.is_plain(delta) and len(parts) == 1 and (content := parts[0].only_content) is not None:
+            return [self.text_event(delta.index, content)]
         if delta.scored and not parts:
             parts = [answer.nothing]
         choices = [ChatChunkChoice(delta.index, part, None, None) for part in parts]
@@ -122,9 +124,15 @@ class _ChatCall(OpenAICall[ChatBody]):
         if delta.finish_reason:
             finish_reason = answer.finish_reason(delta.finish_reason)
             choices.append(ChatChunkChoice(delta.index, ChatDelta(), None, finish_reason))
-        return choices
+        return self._encoded(choices)
 
-    def _events(self, choices: list[ChatChunkChoice], seed: int | Unset = msgspec.UNSET) -> list[bytes]:
+    def plain_event(self, index: int, text: Any) -> bytes:
+        return self._encoded([ChatChunkChoice(index, ChatDelta(content=text), self.logprobs([]), None)])[0]
+
+    def empty_chunk(self) -> ChatCompletionChunk:
+        return self._shape([], self.usage)
+
+    def _encoded(self, choices: list[ChatChunkChoice], seed: int | Unset = msgspec.UNSET) -> list[bytes]:
         return [event(self._shape([choice], self.usage_in_chunks, seed)) for choice in choices]
 
     def _shape(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -39,6 +37,10 @@ class _CompletionCall(OpenAICall[CompletionBody]):
     endpoint = "/v1/completions"
     id_prefix = "cmpl"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._begun: set[int] = set()  # choices of which something was said
+
     def assemble(self, deltas: list[Delta], logprobs: list[Any]) -> Completion:
         choices = [self._choice(delta, shape) for delta, shape in zip(deltas, logprobs, strict=True)]
         for choice in choices:
@@ -52,22 +54,25 @@ class _CompletionCall(OpenAICall[CompletionBody]):
         name = id_text if self.body.return_tokens_as_token_ids else token_text
         return completion_logprobs(self.service.tokenizer, scored, name)
 
-    async def chunks(self) -> AsyncGenerator[list[bytes], None]:
-        seed: int | Unset = self.seed
-        unnamed = set(range(self.generation.num_choices))  # choices of whose prompt nothing was said
-        async with aclosing(self.generation.deltas()) as steps:
-            async for deltas in steps:
-                events = []
-                for delta in deltas:
-                    choice = self._choice(delta, self.logprobs(delta.scored))
-                    if delta.index in unnamed:
-                        choice.prompt_token_ids = self.prompt_token_ids(delta.index)
-                        unnamed.discard(delta.index)
-                    events.append(event(self._shape([choice], self.usage_in_chunks, seed)))
-                    seed = msgspec.UNSET  # reported once
-                yield events
-        if self.stream_options.include_usage or self.extras.are_asked:
-            yield [event(await self.extras.add(self._shape([], self.usage), self.generation))]
+    def events(self, deltas: list[Delta]) -> list[bytes]:
+        return [self._event(delta) for delta in deltas]
+
+    def _event(self, delta: Delta) -> bytes:
+        is_first = delta.index not in self._begun
+        if not is_first and self.is_plain(delta):
+            return self.text_event(delta.index, delta.text)
+        choice = self._choice(delta, self.logprobs(delta.scored))
+        if is_first:
+            choice.prompt_token_ids = self.prompt_token_ids(delta.index)
+        seed = msgspec.UNSET if self._begun else self.seed  # reported once
+        self._begun.add(delta.index)
+        return event(self._shape([choice], self.usage_in_chunks, seed))
+
+    def plain_event(self, index: int, text: Any) -> bytes:
+        return event(self._shape([self._choice(Delta(index, text), self.logprobs([]))], self.usage_in_chunks))
+
+    def empty_chunk(self) -> Completion:
+        return self._shape([], self.usage)
 
     def _choice(self, delta: Delta, logprobs: CompletionLogprobs | None) -> CompletionChoice:
         return CompletionChoice(delta.index, delta.text, logprobs, delta.finish_reason, self.token_ids(delta))

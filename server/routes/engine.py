@@ -13,6 +13,7 @@ from shoal.server.logprobs import token_text
 from shoal.server.routes.answer import EventStream, whole
 from shoal.server.scheduling import client_of
 from shoal.server.service import Service
+from shoal.server.sinks import poured
 from shoal.server.wire.engine import EngineQuery, LoadBody, RequestTokens, StepsBody
 from shoal.server.wire.parsing import read_body
 
@@ -30,7 +31,7 @@ def engine_router(service: Service) -> APIRouter:
         if engine >= len(logs):
             raise InvalidRequestError(f"engine: must be at most {len(logs) - 1}, not {engine}", param="engine")
         events = logs[engine].follow(request.headers.get("last-event-id", ""))
-        return EventStream(events, {}, shape=EVENTS_SHAPE)
+        return EventStream(poured(events), {}, shape=EVENTS_SHAPE)
 
     @router.post("/v1/engine/steps", response_class=Response)
     async def tell_steps_singly(request: Request) -> Response:

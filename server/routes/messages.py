@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -89,6 +87,7 @@ class _MessageCall(Call[ChatBody]):
         self._max_tokens = max_tokens
         self._answer = ChatAnswer(service.dialect.reading(chat, prompt[0]).reader())
         self._blocks = AnswerBlocks(self._answer)
+        self._last: Delta | None = None
 
     def logprobs(self, scored: list[Scored]) -> None:
         return None
@@ -100,17 +99,16 @@ class _MessageCall(Call[ChatBody]):
         answer.stop_reason, answer.stop_sequence = stop.stop_reason, stop.stop_sequence
         return answer
 
-    async def chunks(self) -> AsyncGenerator[list[bytes], None]:
-        is_begun, last = False, Delta(0, "")
-        async with aclosing(self.generation.deltas()) as steps:
-            async for deltas in steps:
-                events: list[Tagged] = [] if is_begun else [MessageStart(self._message([])), Ping()]
-                is_begun = True
-                for last in deltas:
-                    events += self._blocks.events(last.text, is_last=last.finish_reason is not None)
-                yield [event(one, one.type) for one in events]
-        end = await self.extras.add(MessageDelta(self._stop(last), self._usage), self.generation)
-        yield [event(one, one.type) for one in (end, MessageStop())]
+    def events(self, deltas: list[Delta]) -> list[bytes]:
+        events: list[Tagged] = [] if self._last else [MessageStart(self._message([])), Ping()]
+        for self._last in deltas:
+            events += self._blocks.events(self._last.text, is_last=self._last.finish_reason is not None)
+        return [event(one, one.type) for one in events]
+
+    async def last_events(self) -> list[bytes]:
+        assert self._last is not None
+        end = await self.extras.add(MessageDelta(self._stop(self._last), self._usage), self.generation)
+        return [event(one, one.type) for one in (end, MessageStop())]
 
     def _message(self, blocks: list[ContentBlock]) -> MessageAnswer:
         return MessageAnswer(self.id, self.service.model_name, blocks, self._usage)

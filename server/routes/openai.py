@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import msgspec
 
 from shoal.server.logprobs import prompt_logprobs
+from shoal.server.routes.answer import encode, event
 from shoal.server.routes.call import Body, Call
-from shoal.server.routes.pieces import HOLE, encode_parts
+from shoal.server.routes.pieces import GAP, HOLE, encode_parts
 from shoal.server.text import Delta
 from shoal.server.wire.requests import StreamOptions
-from shoal.server.wire.responses import Usage
+from shoal.server.wire.responses import Told, Usage
 
 # A field that is left out of the JSON where it is unset.
 Unset = msgspec.UnsetType
@@ -26,9 +28,11 @@ class OpenAICall(Call[Body]):
 
     scores_prompt_in_choices: ClassVar[bool] = True
 
-    @property
-    def stream_options(self) -> StreamOptions:
-        return self.body.stream_options or StreamOptions()
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.stream_options = self.body.stream_options or StreamOptions()
+        self._tells_more = self.body.return_token_ids or self.stream_options.continuous_usage_stats
+        self._around: dict[int, list[bytes]] = {}  # what stands before and after the text, by choice
 
     @property
     def usage(self) -> Usage:
@@ -41,6 +45,34 @@ class OpenAICall(Call[Body]):
         if self.stream_options.continuous_usage_stats:
             return self.usage
         return None if self.stream_options.include_usage else msgspec.UNSET
+
+    # -- streams ---------------------------------------------------------------------------------------------------
+
+    def is_plain(self, delta: Delta) -> bool:
+        """Whether nothing but the text is new in the event of this delta."""
+        return not (self._tells_more or delta.scored or delta.finish_reason)
+
+    def text_event(self, index: int, text: str) -> bytes:
+        """An event of a choice in which only the text is new: all else of it is encoded once."""
+        if index not in self._around:
+            self._around[index] = self.plain_event(index, GAP).split(b"\0")
+        before, after = self._around[index]
+        return before + encode(text) + after
+
+    @abstractmethod
+    def plain_event(self, index: int, text: Any) -> bytes:
+        """`text_event`, of a text or of what stands for it."""
+
+    @abstractmethod
+    def empty_chunk(self) -> Told:
+        """The last chunk, without choices."""
+
+    async def last_events(self) -> list[bytes]:
+        if self.stream_options.include_usage or self.extras.are_asked:
+            return [event(await self.extras.add(self.empty_chunk(), self.generation))]
+        return []
+
+    # -- what is told beside the text ------------------------------------------------------------------------------
 
     def token_ids(self, delta: Delta) -> list[int] | Unset:
         """What an answer says of a choice's tokens."""

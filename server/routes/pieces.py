@@ -13,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from shoal.server.routes.answer import encode, unless_disconnected
 
-# Stands in an answer for a list whose entries are encoded elsewhere.  No JSON has this byte.
+# They stand in an answer for what is encoded elsewhere: a value, or the entries of a list.  No JSON has this byte.
+GAP: Any = msgspec.Raw(b"\0")
 HOLE: Any = msgspec.Raw(b"[\0]")
 MAX_PIECE_BYTES = 64 * 1024
 MAX_VALUES = 4096  # of a list that are encoded at once

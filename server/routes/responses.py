@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +25,7 @@ from shoal.server.routes.call import Call
 from shoal.server.routes.pieces import in_pieces
 from shoal.server.routes.streams import answered_once, deliver, hold, idempotency_key, is_held, only_event
 from shoal.server.service import Service, new_id, unix_time
+from shoal.server.sinks import Sink
 from shoal.server.streams import Answer
 from shoal.server.text import Delta, Scored
 from shoal.server.tools.answer import ChatAnswer
@@ -255,7 +255,7 @@ class _ResponsesCall(Call[ChatBody]):
         is_stream, told = self._asked.stream, encode(self.response)
         key = idempotency_key(self.service, self.request) if is_stream else None
         answer = Answer(self.id, self._owner, self.headers, True, key, self.shape, needs_reader=False)
-        self.service.streams.begin(answer, self.chunks())
+        self.service.streams.begin(answer, self.stream)
         await asyncio.sleep(0)  # what never began could not be ended
         if is_stream:
             return await deliver(self.service, self.request, answer)
@@ -280,30 +280,35 @@ class _ResponsesCall(Call[ChatBody]):
         self._end("incomplete" if self._is_cut else "completed")
         return answer
 
-    async def chunks(self) -> AsyncGenerator[list[bytes], None]:
+    async def stream(self, sink: Sink) -> None:
         try:
-            yield self._sent([Created(response=self.response), self._state()])
-        except GeneratorExit:
+            sink.put(self._sent([Created(response=self.response), self._state()]))
+            await sink.flush()
+        except asyncio.CancelledError:
             self.generation.close()
             self._end("cancelled")
             raise
         try:
-            async with aclosing(self.generation.deltas()) as steps:
-                async for deltas in steps:
-                    if self.response.status == "queued":
-                        self.response.status = "in_progress"
-                        yield self._sent([self._state()])
-                    yield self._sent([one for delta in deltas for one in self._take(delta)])
-            await self.completed(self.response)
-            yield self._sent([self._state()])
+            await super().stream(sink)
         except Exception as error:
             if not isinstance(error, ShoalError):
                 logger.exception("a stream failed")
                 error = ShoalError("internal error")
-            yield self._sent(self._fail(error))
+            sink.put(self._sent(self._fail(error)))
         finally:
             if not self.response.is_ended:
                 self._end("cancelled")
+
+    def events(self, deltas: list[Delta]) -> list[bytes]:
+        told = [one for delta in deltas for one in self._take(delta)]
+        if self.response.status == "queued":
+            self.response.status = "in_progress"
+            return self._sent([self._state(), *told])
+        return self._sent(told)
+
+    async def last_events(self) -> list[bytes]:
+        await self.completed(self.response)
+        return self._sent([self._state()])
 
     def _take(self, delta: Delta) -> list[ItemEvent]:
         """Add what is new; returns the events that tell of it."""

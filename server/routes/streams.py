@@ -15,7 +15,8 @@ from shoal.server.keys import known_key
 from shoal.server.routes.answer import EventStream, unless_disconnected
 from shoal.server.routes.pieces import in_pieces
 from shoal.server.service import Service
-from shoal.server.streams import Answer, Events, Key
+from shoal.server.sinks import Sink, Work, poured
+from shoal.server.streams import Answer, Key
 
 MAX_KEY_CHARS = 255
 
@@ -93,7 +94,7 @@ async def hold(
     request: Request,
     answer_id: str,
     headers: Mapping[str, str],
-    events: Events,
+    work: Work,
     *,
     is_stream: bool,
     shape: ErrorShape,
@@ -101,13 +102,17 @@ async def hold(
     """Have the answer made and held, and send it."""
     owner, key = known_key(request, service.api_keys), idempotency_key(service, request)
     answer = Answer(answer_id, owner, {**headers, "x-stream-resume": "true"}, is_stream, key, shape)
-    service.streams.begin(answer, events)
+    service.streams.begin(answer, work)
     return await deliver(service, request, answer)
 
 
-async def only_event(work: Awaitable[Sequence[bytes | bytearray]]) -> Events:
-    """The pieces that the work returns, as one."""
-    yield [b"".join(await work)]
+def only_event(pieces: Awaitable[Sequence[bytes | bytearray]]) -> Work:
+    """The work whose only event is all these pieces."""
+
+    async def work(sink: Sink) -> None:
+        sink.put([b"".join(await pieces)])
+
+    return work
 
 
 async def deliver(
@@ -125,8 +130,8 @@ async def deliver(
     answer.check(after)
     if after > answer.num_events:  # its end was read too, and a browser's EventSource comes back until it is told so
         return Response(status_code=204, headers=answer.headers)
-    events = service.streams.read(answer, after, takes_over=takes_over)
-    return EventStream(events, answer.headers, stream_id=answer.id, after=after, shape=answer.shape)
+    work = poured(service.streams.read(answer, after, takes_over=takes_over))
+    return EventStream(work, answer.headers, stream_id=answer.id, after=after, shape=answer.shape)
 
 
 async def _whole(service: Service, answer: Answer) -> bytes:

@@ -30,7 +30,7 @@ class ThoughtCounter:
         for token_id in token_ids:
             if self._is_over:
                 return
-            self._text += self._detokenizer.push([token_id])
+            self._text += self._detokenizer.push(token_id)
             self._num_undecided += 1
             if not self._is_open:
                 self._text = self._text.lstrip()

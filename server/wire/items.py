@@ -249,7 +249,7 @@ EXTENSIONS = tuple(
         *SamplingBody.__struct_fields__,
         *("parse_special", "chat_template_kwargs", "chat_template", "documents", "add_special_tokens"),
         *("priority", "ttft_slo_ms", "tpot_slo_ms", "timeout", "cache_salt", "request_id", "truncate_prompt_tokens"),
-        *("speculation", "end_after", "timing", "receipt"),
+        *("speculation", "end_after", "timing", "receipt", "stream_interval"),
     )
     if name not in ("n", "max_tokens", "temperature", "top_p", "response_format")
 )

@@ -34,6 +34,7 @@ from shoal.server.wire.requests import (
     MAX_STOP_STRINGS,
     ChatBody,
     Count,
+    Interval,
     RepetitionPenalty,
     Seconds,
     Share,
@@ -45,7 +46,7 @@ BILLING_HEADER = "x-anthropic-billing-header"
 TYPE_CHARS = 64  # of a type that is refused
 _AS_IN_CHATS = (
     *("max_tokens", "stream", "temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty"),
-    *("priority", "timeout", "timing", "receipt"),
+    *("priority", "timeout", "timing", "receipt", "stream_interval"),
 )
 KEEPS_ALL = "this server takes nothing out of conversations"
 
@@ -228,6 +229,7 @@ class MessagesBody(CountBody, kw_only=True):
     timeout: Seconds | None = None
     timing: bool = False
     receipt: bool = False
+    stream_interval: Interval = 1
 
     # accepted and ignored
     service_tier: str | None = None

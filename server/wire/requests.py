@@ -61,6 +61,7 @@ Milliseconds = Annotated[float, Meta(gt=0, le=MAX_SLO_MS)]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
 BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
+Interval = Annotated[int, Meta(ge=1, le=MAX_INT)]  # in tokens
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -155,6 +156,7 @@ class GenerationBody(SamplingBody):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    stream_interval: Interval = 1
 
     # for the scheduling policy: they change when tokens come, and not which
     user: str | None = None

@@ -185,6 +185,12 @@ class ChatDelta(msgspec.Struct, omit_defaults=True):
     tool_calls: list[ToolCallDelta] | None = None
     function_call: FunctionDelta | None = None
 
+    @property
+    def only_content(self) -> str | None:
+        """The content, if the delta says nothing else."""
+        says_more = self.role or self.reasoning_content or self.tool_calls or self.function_call
+        return None if says_more else self.content
+
 
 class ChatChunkChoice(msgspec.Struct):
     index: int

@@ -275,7 +275,7 @@ def test_texts_come_back_piece_by_piece(base: dict[str, Any], tmp_path: Path) ->
     for sample in CORPUS:
         detokenizer = IncrementalDetokenizer(tokenizer)
         ids = tokenizer.encode(sample)
-        assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush() == sample
+        assert "".join(detokenizer.push(i) for i in ids) + detokenizer.flush() == sample
 
 
 # -- unigram -----------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_a_sentencepiece_model_as_transformers_reads_it(algorithm: str, off: str
         ids = ours.encode(sample)
         assert ids == oracle.encode(sample).ids
         detokenizer = IncrementalDetokenizer(ours)
-        streamed = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
+        streamed = "".join(detokenizer.push(i) for i in ids) + detokenizer.flush()
         assert streamed == ours.decode(ids)
         if options["byte_fallback"] and not squeezes:
             assert streamed == sample

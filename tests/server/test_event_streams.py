@@ -16,6 +16,7 @@ from shoal.server.errors import OPENAI, ErrorShape
 from shoal.server.routes import answer
 from shoal.server.routes.answer import EventStream, event
 from shoal.server.shapes import anthropic
+from shoal.server.sinks import poured
 
 NAMED = ErrorShape(body=lambda error: {"told": error.message}, event="failed", done=b"")
 
@@ -39,7 +40,7 @@ def sent(events: AsyncGenerator[list[bytes], None], shape: ErrorShape = OPENAI, 
         return await asyncio.get_running_loop().create_future()
 
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-    asyncio.run(EventStream(events, {}, shape=shape, **options)(scope, receive, send))
+    asyncio.run(EventStream(poured(events), {}, shape=shape, **options)(scope, receive, send))
     assert [part["type"] for part in parts[:2]] == ["http.response.start", "http.response.body"]
     assert [bool(part.get("more_body")) for part in parts[1:]] == [True] * (len(parts) - 2) + [False]
     return [part["body"].decode() for part in parts[1:] if part["body"]]
@@ -62,9 +63,10 @@ def test_an_error_has_the_shape_of_its_api(error: Exception) -> None:
     message = error.message if isinstance(error, ShoalError) else "internal error"
     *_, last = sent(ten(error=error), NAMED, stream_id="s")
     assert last == f'id: s:11\nevent: failed\ndata: {{"told":"{message}"}}\n\n'
-    *_, told, done = sent(ten(error=error))
+    *_, last = sent(ten(error=error))
+    told, done, _ = last.split("\n\n")
     assert json.loads(told.partition("data: ")[2])["error"]["message"] == message
-    assert done == "data: [DONE]\n\n"
+    assert done == "data: [DONE]"
 
 
 @pytest.mark.parametrize(("stream_id", "ending"), [("", "\n\n"), ("s", "\n")])

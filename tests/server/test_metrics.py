@@ -54,7 +54,7 @@ def test_the_life_of_a_request() -> None:
         (RequestOutput("a", [5], queue_time=1.0, num_cached_tokens=16), 13.0),
         (RequestOutput("a", [5, 5, 5], num_preemptions=2), 16.0),
     ):
-        metrics.tokens(journal, output, now)
+        metrics.tokens("0", [(journal, output)], now)
         journal.note(output, now)
     metrics.finished(journal, "length", 16.5)
     assert value(metrics, "request_success_total", finished_reason="length") == 1
@@ -84,7 +84,7 @@ def test_the_life_of_a_request() -> None:
 def test_a_prompt_that_is_only_scored_counts() -> None:
     metrics = Metrics("fish")
     journal = Journal(EngineRequest("a", [1] * 20, SamplingParams(max_tokens=0, seed=0)), "0", 10.0)
-    metrics.tokens(journal, RequestOutput("a", [], FinishReason.LENGTH), 11.0)
+    metrics.tokens("0", [(journal, RequestOutput("a", [], FinishReason.LENGTH))], 11.0)
     metrics.finished(journal, "length", 11.0)
     assert (value(metrics, "prompt_tokens_total"), value(metrics, "generation_tokens_total")) == (20, 0)
 
@@ -125,7 +125,7 @@ def test_every_series_is_there_from_the_start() -> None:
     before = {(name, *sorted(labels.items())) for name, labels in samples(metrics)}
     journal = Journal(EngineRequest("a", [1] * 20, SamplingParams(max_tokens=4, seed=0)), "0", 10.0)
     metrics.stats("0", SchedulerStats(3, 2, 0.5, 7, 100, 60, 2, 4, [2, 1], 1, 3, 40))
-    metrics.tokens(journal, RequestOutput("a", [5]), 13.0)
+    metrics.tokens("0", [(journal, RequestOutput("a", [5]))], 13.0)
     journal.note(RequestOutput("a", [5]), 13.0)
     for reason in ("stop", "length", "abort", "error"):
         metrics.finished(journal, reason, 14.0)

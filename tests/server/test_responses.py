@@ -407,9 +407,14 @@ def test_who_leaves_before_the_first_token_leaves_nothing(engines: dict[str, Eng
     async def scene() -> None:
         (route,) = responses_router(engine.service).routes
         response = await route.endpoint(request({"input": "hi", "stream": True}))  # type: ignore[attr-defined]
-        assert b"response.created" in await anext(response.events)
+        sent: asyncio.Queue[Any] = asyncio.Queue()
+        leaving = asyncio.get_running_loop().create_future()
+        answering = asyncio.create_task(response({"type": "http"}, lambda: leaving, sent.put))
+        assert (await sent.get())["type"] == "http.response.start"
+        assert b"response.created" in (await sent.get())["body"]
         assert engine._client._unfinished
-        await response.events.aclose()
+        leaving.set_result({"type": "http.disconnect"})
+        await answering
         assert not engine._client._unfinished
 
     play(scene())

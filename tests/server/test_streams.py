@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shoal.scheduler.errors import EngineError, InvalidRequestError
 from shoal.server import streams
 from shoal.server.errors import IdempotencyKeyReuseError, NotFoundError, SlowClientError, StreamExpiredError
+from shoal.server.sinks import poured
 from shoal.server.streams import ANSWER_BYTES, Answer, Events, StreamStore
 from tests.examples import examples
 
@@ -84,7 +85,7 @@ class Work:
 
 def begin(store: StreamStore, work: Work, name: str = "a", key: streams.Key | None = None) -> Answer:
     answer = Answer(name, OWNER, {}, is_stream=True, key=key)
-    store.begin(answer, work.events())
+    store.begin(answer, poured(work.events()))
     return answer
 
 
@@ -190,7 +191,7 @@ def test_an_answer_that_needs_no_reader_goes_on_and_has_its_last_events(monkeypa
     async def play() -> None:
         store, work = StreamStore(GRACE), Work([(1.0, 1)] * 500)
         answer = Answer("a", OWNER, {}, is_stream=True, needs_reader=False)
-        store.begin(answer, work.events())
+        store.begin(answer, poured(work.events()))
         await asyncio.sleep(work.seconds + 10 * GRACE)
         assert store.find("a", OWNER) is answer and answer.is_ended and answer.error is None
         assert await read(store, answer, answer.num_dropped) == work.whole[answer.num_dropped :]

@@ -44,6 +44,7 @@ from shoal.server.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor
 from shoal.server.errors import EngineUnavailableError, NotFoundError, RequestTimeoutError, SlowClientError
 from shoal.server.metrics import Metrics
 from shoal.server.settings import Settings, resolve
+from shoal.server.sinks import poured
 from shoal.server.streams import Answer, Events, StreamStore
 from tests.fakes import FakeExecutor, InjectedError, digest, generate, hashed
 
@@ -413,7 +414,7 @@ class World:
     async def _come_back(self, name: str, submission: Submission, own: dict[str, Asked], pause: float) -> None:
         """Have the answer held; leave it again and again, and go on after the event that was read last."""
         answer = Answer(name, None, {}, is_stream=True)
-        self.streams.begin(answer, self._news(submission))
+        self.streams.begin(answer, poured(self._news(submission)))
         after, away = 0, 0.0
         try:
             while True:
