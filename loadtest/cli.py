@@ -74,7 +74,7 @@ _server_options = click.argument(
 @click.command()
 @_load_options
 @click.option(
-    "--speculation", type=_several(click.STRING), metavar="NAME,...", help="Methods: off, draft, ngram, self."
+    "--speculation", type=_several(click.STRING), metavar="NAME,...", help="Methods: off, draft, self, suffix."
 )
 @click.option(
     "--profile",

@@ -13,7 +13,7 @@ from shoal.loadtest.metrics import Slo
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Setup, slug
 from shoal.loadtest.workload import WORKLOADS, read_workload
 
-SPECULATION = ("off", "draft", "ngram", "self")
+SPECULATION = ("off", "draft", "self", "suffix")
 DEFAULT_POLICIES = ("static", "static-nopad", "fcfs", "sjf")
 DEFAULT_USERS = 32
 SHARES = (0.4, 0.7, 0.9, 1.0, 1.1)

@@ -35,7 +35,7 @@ COLOURS = {
     "fair": "#56B4E9",
     "deadline": "#555555",
 }
-LINES = {"off": ("-", "o"), "draft": ("--", "^"), "ngram": (":", "s")}  # line and marker
+LINES = {"off": ("-", "o"), "draft": ("--", "^"), "suffix": (":", "s")}  # line and marker
 # Of each hue a light one for decoding and a dark one for prefill.
 HUES = (("#8ec1e0", "#1b62a5"), ("#fbc07c", "#c8600a"), ("#a3d8a0", "#1e8449"), ("#cdb4e3", "#5e3c99"))
 NUM_DRAWN = 96  # requests of the baseline that a timeline shows: some batches

@@ -131,12 +131,14 @@ class NewRequest:
         token_ids: all tokens known so far, the prompt's and then the generated ones.
         num_prompt_tokens: how many of them are the prompt's.
         speculates: whether tokens may be drafted for it.
+        cache_salt: as in `SchedulingParams`.
     """
 
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
     speculates: bool = True
+    cache_salt: str = ""
 
 
 @dataclass(slots=True)

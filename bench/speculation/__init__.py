@@ -15,7 +15,7 @@ from bench.workload import make_engine
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.terminal import show
 
-METHODS = ("draft", "ngram", "self")
+METHODS = ("draft", "self", "suffix")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (2, 4, 8)
 TEMPERATURES = (0.0, 0.8)
@@ -43,7 +43,7 @@ def run(
     rows: list[dict[str, Any]] = []
     bar = tqdm(total=len(methods) * len(concurrencies) * len(TEMPERATURES) * (len(LENGTHS) + 1), unit="case")
     for method in methods:
-        prompts = make_prompts(tokenizer, repeats_itself=method == "ngram")
+        prompts = make_prompts(tokenizer, repeats_itself=method == "suffix")
         for k in (*LENGTHS, "adaptive"):
             length = [] if k == "adaptive" else ["--num-spec-tokens", str(k)]
             engine = make_engine(checkpoint, ["--speculation", method, "--device", device, *length])

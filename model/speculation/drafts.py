@@ -16,6 +16,10 @@ class Drafts(Protocol):
         """Take note of a request's share of the next step, in which it joins or gets blocks."""
         ...
 
+    def leave(self, row: int) -> None:
+        """Take note that the request in the row, if there is one, leaves the batch."""
+        ...
+
     def execute(
         self,
         backend: Backend,

@@ -70,9 +70,9 @@ class AdaptiveLength(LengthRule):
     probability a, and each further one with b if those before it are, the j-th of them adds a b^(j-1) tokens.
 
     Where drafting does not pay, it is tried for one request now and then, for texts change, and so do costs.  A small
-    share of the time pays for that: what drafting loses is a debt of its class of loads, and so is the catching up of
-    trials; that of all requests is one of the costs of drafting.  While drafting does not pay, nothing is tried or begun
-    before plain steps have paid the debt off.
+    share of the time pays for that: what trials lose, catching up included, is a debt of the class of loads.  While
+    drafting does not pay, nothing is tried or begun before plain steps have paid the debt off.  While it pays, catching
+    up is a cost of it, and what it loses is no debt: where it stops, what plain steps cost by now may say otherwise.
 
     Args:
         max_num_seqs: number of rows of the batch.
@@ -106,7 +106,8 @@ class AdaptiveLength(LengthRule):
             if num_drafted:
                 fixed, each = self._costs.verification(num_requests)
                 gain = num_accepted * plain / num_requests - len(verdicts) * fixed - num_drafted * each
-                self._credit[load] = min(self._credit[load] + gain, _MOST_CREDIT * plain / num_requests)
+                credit = min(self._credit[load] + gain, _MOST_CREDIT * plain / num_requests)
+                self._credit[load] = max(credit, 0.0) if self._pays else credit
             elif self._credit[load] < 0:
                 self._credit[load] += _SHARE_FOR_TRIALS * plain
 

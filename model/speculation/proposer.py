@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.scheduler.output import ScheduledRequest
+from shoal.scheduler.output import ScheduledRequest, StepResult
 
 Float64 = NDArray[np.float64]
 
@@ -44,10 +44,16 @@ NO_PROPOSAL = Proposal([])
 
 
 class Proposer:
-    """Drafts the next tokens of requests.  One that keeps nothing of its own inherits `place` and `catch_up`."""
+    """Drafts the next tokens of requests.  One that keeps nothing of its own inherits all but `propose`."""
 
     def place(self, share: ScheduledRequest) -> None:
         """Take note of a request's share of the next step: whether it joins, and its new blocks."""
+
+    def stepped(self, scheduled: list[ScheduledRequest], result: StepResult) -> None:
+        """Take note of the tokens that a step has chosen; the rows hold them."""
+
+    def leave(self, row: int) -> None:
+        """Take note that the request in the row, if there is one, leaves the batch."""
 
     def catch_up(self, candidates: list[Candidate]) -> None:
         """Do what drafting for these needs once, and not in every step."""

@@ -62,6 +62,10 @@ class Speculation:
                 self._lengths.join(row)
         self._proposer.place(share)
 
+    def leave(self, row: int) -> None:
+        """Take note that the request in the row, if there is one, leaves the batch."""
+        self._proposer.leave(row)
+
     def execute(
         self,
         backend: Backend,
@@ -114,6 +118,7 @@ class Speculation:
             for share, chosen in zip(scheduled, result.token_ids, strict=True)
             if share.spec_token_ids and share.row not in self._known
         ]
+        self._proposer.stepped(scheduled, result)
         self._known = known
         self._proposals |= {row: Proposal(token_ids) for row, token_ids in known.items()}
         self._lengths.stepped(len(scheduled), verdicts, self._step_seconds)

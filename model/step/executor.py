@@ -49,6 +49,8 @@ class ModelExecutor:
         """Compute a step.  See `shoal.scheduler.engine.Executor`."""
         for row in output.released:
             self.rows.leave(row)
+            if self._speculation is not None:
+                self._speculation.leave(row)
         if not output.scheduled:
             return StepResult([])
         batch, layout = self._build(output.scheduled)

@@ -121,6 +121,10 @@ class Grammars:
         if self._others is not None:
             self._others.place(share)
 
+    def leave(self, row: int) -> None:
+        if self._others is not None:
+            self._others.leave(row)
+
     def execute(
         self,
         backend: Backend,

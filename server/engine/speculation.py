@@ -11,10 +11,10 @@ from shoal.model.record import ModelRecord
 from shoal.model.speculation.config import ADAPTIVE_MOST, MOST_SPEC_TOKENS, SpeculationConfig
 from shoal.model.speculation.draft_model import DraftModelProposer
 from shoal.model.speculation.length import AdaptiveLength, FixedLength
-from shoal.model.speculation.ngram import NgramProposer
 from shoal.model.speculation.proposer import Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
 from shoal.model.speculation.speculation import Speculation
+from shoal.model.speculation.suffix import SuffixProposer
 from shoal.model.step.batch import Backend
 from shoal.model.step.rows import BatchRows
 from shoal.scheduler.config import SchedulerConfig
@@ -38,7 +38,7 @@ class SpeculationPlan:
     @property
     def num_lookahead_tokens(self) -> int:
         """How far beyond the known tokens drafting writes to the KV cache; the last drafted token is never read."""
-        if self.config.method == "ngram":
+        if self.config.method == "suffix":
             return 0
         return self.config.num_spec_tokens or ADAPTIVE_MOST
 
@@ -60,8 +60,8 @@ class SpeculationPlan:
         elif self.num_layers is not None:
             proposer = SelfSpeculativeProposer(target, rows, num_layers=self.num_layers, draws_apart=by_rejection)
         else:
-            proposer = NgramProposer(rows)
-        needs_slots = config.method != "ngram"
+            proposer = SuffixProposer(rows)
+        needs_slots = config.method != "suffix"
         most = ADAPTIVE_MOST if needs_slots else MOST_SPEC_TOKENS
         lengths = AdaptiveLength(rows.max_num_seqs, most) if fixed is None else FixedLength(fixed)
         return Speculation(proposer, lengths, rows, needs_slots=needs_slots, by_rejection=by_rejection)
@@ -77,7 +77,7 @@ def plan_speculation(config: SpeculationConfig, target: ModelRecord, max_model_l
     match config.method:
         case "off":
             return None
-        case "ngram":
+        case "suffix":
             return SpeculationPlan(config, None, None)
         case "self":
             return SpeculationPlan(config, None, _num_layers(config, target.config.num_layers))

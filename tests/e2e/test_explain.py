@@ -262,7 +262,7 @@ def test_what_the_live_engine_says_is_what_its_trace_says(start: StartServer, tm
     path = tmp_path / "trace.json"
     server = start(
         *("--trace", str(path), "--max-num-seqs", "3", "--max-chunk-tokens", "8", "--policy", "priority"),
-        *("--speculation", "ngram", "--num-spec-tokens", "3"),
+        *("--speculation", "suffix", "--num-spec-tokens", "3"),
     ).wait_ready()
     waiting = [
         Waiting(server, COMPLETIONS, prompt="Z" * 20, temperature=0, max_tokens=40, n=2, timing=True, priority=priority)

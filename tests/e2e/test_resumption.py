@@ -41,7 +41,7 @@ def whole(server: Server, body: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-@pytest.mark.parametrize("options", [(), ("--standby", "--speculation", "ngram", "--num-blocks", "120")])
+@pytest.mark.parametrize("options", [(), ("--standby", "--speculation", "suffix", "--num-blocks", "120")])
 def test_streams_outlive_their_engines(tmp_path: Path, options: tuple[str, ...]) -> None:
     server = Server(tmp_path, *options)
     try:

@@ -15,13 +15,13 @@ import pytest
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.checkpoint.find import resolve_checkpoint
 from tests.e2e.checkpoints import cycle_text
-from tests.e2e.conftest import StartServer
+from tests.e2e.conftest import API_KEYS, StartServer
 from tests.e2e.harness import Server, run_shoal
 from tests.e2e.test_determinism import FEW_BLOCKS, make_requests, send_at_once
 
 COMPLETIONS = "/v1/completions"
 Answers = list[list[dict[str, Any]]]  # the choices, by request
-METHODS = ("draft", "ngram", "self")
+METHODS = ("draft", "self", "suffix")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def without(main: Server) -> Callable[[int], Answers]:
 @pytest.mark.parametrize(
     ("method", "k", "num_requests"),
     [
-        *(("draft", None, 30), ("ngram", 4, 30), ("self", 4, 30)),
+        *(("draft", None, 30), ("suffix", 4, 30), ("self", 4, 30)),
         *(pytest.param(*case, 300, marks=pytest.mark.long) for case in product(METHODS, (None, 4))),
         *(pytest.param(*case, 100, marks=pytest.mark.long) for case in product(METHODS, (1, 2, 3, 5, 6, 7, 8))),
     ],
@@ -62,8 +62,8 @@ def test_answers_are_those_without_speculation(
 
 
 def test_it_is_counted_in_the_answer_and_in_the_metrics(start: StartServer) -> None:
-    """The text repeats itself after 13 bytes, the last of which is the prompt; from then on n-grams find it."""
-    server = start("--speculation", "ngram", "--num-spec-tokens", "4").wait_ready()
+    """The text repeats itself after 13 bytes, the last of which is the prompt; from then on a look at it finds that."""
+    server = start("--speculation", "suffix", "--num-spec-tokens", "4").wait_ready()
     answer = server.complete("Z", temperature=0, ignore_eos=True, max_tokens=60)
     assert answer["choices"][0]["text"] == cycle_text(60)
     details = answer["usage"]["completion_tokens_details"]
@@ -79,15 +79,15 @@ def test_it_is_counted_in_the_answer_and_in_the_metrics(start: StartServer) -> N
 
 
 def test_a_request_may_switch_it_off_but_not_choose_another(start: StartServer) -> None:
-    server = start("--speculation", "ngram", "--num-spec-tokens", "4").wait_ready()
+    server = start("--speculation", "suffix", "--num-spec-tokens", "4").wait_ready()
     params: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": 40}
-    off, on = (server.complete("Z", **params, speculation=method) for method in ("off", "ngram"))
+    off, on = (server.complete("Z", **params, speculation=method) for method in ("off", "suffix"))
     assert off["choices"] == on["choices"]
     assert off["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] == 0
     assert on["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
     for wanted, message in (
-        ("draft", "speculation 'draft' is not what this server was started with ('ngram')"),
-        ("fast", "speculation: expected 'draft' or 'ngram' or 'off' or 'self'"),
+        ("draft", "speculation 'draft' is not what this server was started with ('suffix')"),
+        ("fast", "speculation: expected 'draft' or 'off' or 'self' or 'suffix'"),
     ):
         refused = server.post(COMPLETIONS, prompt="Z", speculation=wanted)
         assert refused.status_code == 400
@@ -95,8 +95,22 @@ def test_a_request_may_switch_it_off_but_not_choose_another(start: StartServer) 
         assert message in refused.json()["error"]["message"]
 
 
+def test_texts_are_drafted_from_requests_of_the_same_key_alone(start: StartServer) -> None:
+    """The text does not repeat itself yet, so that what is accepted comes from an earlier answer."""
+    first, second, *_ = API_KEYS
+    server = start("--speculation", "suffix", f"--api-keys={first},{second}").wait_ready()
+    accepted = []
+    for key, salt in ((first, "a"), (second, "a"), (first, "b"), (first, "a"), (second, "a")):
+        server.http.headers["authorization"] = f"Bearer {key}"
+        answer = server.complete("Z", temperature=0, ignore_eos=True, max_tokens=12, cache_salt=salt)
+        assert answer["choices"][0]["text"] == cycle_text(12)
+        accepted.append(answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"])
+    assert accepted[:3] == [0, 0, 0]
+    assert min(accepted[3:]) > 0
+
+
 def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> None:
-    server = start("--speculation", "ngram", "--num-spec-tokens", "8").wait_ready()
+    server = start("--speculation", "suffix", "--num-spec-tokens", "8").wait_ready()
     for max_tokens in range(20, 30):
         params: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": max_tokens}
         assert server.text("Z", **params) == cycle_text(max_tokens)
@@ -109,13 +123,13 @@ def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--speculation", "magic"], "speculation.method must be one of off, draft, ngram, self, not 'magic'"),
+        (["--speculation", "magic"], "speculation.method must be one of off, draft, self, suffix, not 'magic'"),
         (
-            ["--speculation", "ngram", "--num-spec-tokens", "17"],
+            ["--speculation", "suffix", "--num-spec-tokens", "17"],
             "speculation.num_spec_tokens must be at most 16, not 17",
         ),
         pytest.param(
-            ["--speculation", "ngram", "--num-spec-tokens", "0"],
+            ["--speculation", "suffix", "--num-spec-tokens", "0"],
             "speculation.num_spec_tokens must be at least 1, not 0",
             marks=pytest.mark.long,
         ),

@@ -49,7 +49,7 @@ ASKED: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), "--method", "ngram", "--num-blocks", "512")
+    server = Server(tmp_path_factory.mktemp("server"), "--method", "suffix", "--num-blocks", "512")
     yield server.wait_ready()
     server.close()
 

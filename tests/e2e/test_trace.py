@@ -92,7 +92,7 @@ def speaks(server: Server, ends: int) -> str:
 def test_every_choice_ends_there_and_a_new_engine_goes_on_with_the_trace(start: StartServer, tmp_path: Path) -> None:
     """With speculation, which this model's text makes easy: several tokens come with a step, and the end among them."""
     path = tmp_path / "trace.json"
-    server = start("--trace", str(path), "--speculation", "ngram", "--num-spec-tokens", "4").wait_ready()
+    server = start("--trace", str(path), "--speculation", "suffix", "--num-spec-tokens", "4").wait_ready()
     answer = server.complete(["Z", "Z"], temperature=0, max_tokens=90, end_after=50, n=2)
     assert [choice["text"] for choice in answer["choices"]] == [cycle_text(49)] * 4
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}

@@ -104,7 +104,7 @@ def test_what_the_twin_cannot_know_is_said(queue: Trace) -> None:
     assert "20" in explain(Trace(queue.steps[:5], queue.server), "first").why_not, "too few steps"
     assert "older Shoal" in explain(Trace(queue.steps, None), "first").why_not
     speculating = server_info(LIMITS)
-    speculating.settings["speculation"] = {"method": "ngram"}
+    speculating.settings["speculation"] = {"method": "suffix"}
     explained = explain(Trace(queue.steps, speculating), "first")
     assert "speculated" in explained.why_not
     assert list(described(explained))[-1].startswith("No comparison with other policies: the engine speculated")

@@ -17,10 +17,10 @@ from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.record import ModelRecord
 from shoal.model.speculation.draft_model import DraftModelProposer
 from shoal.model.speculation.length import FixedLength
-from shoal.model.speculation.ngram import NgramProposer
 from shoal.model.speculation.proposer import Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
 from shoal.model.speculation.speculation import Speculation
+from shoal.model.speculation.suffix import SuffixProposer
 from shoal.model.step.batch import Backend
 from shoal.model.step.executor import ModelExecutor
 from shoal.model.step.rows import BatchRows
@@ -161,29 +161,29 @@ def test_texts_and_logprobs_do_not_depend_on_company_chunks_prefixes_or_preempti
 
 @each_backend
 @each_model
-@pytest.mark.parametrize("method", ["self", "ngram", "draft"])
+@pytest.mark.parametrize("method", ["self", "suffix", "draft"])
 def test_speculation_is_invisible(kind: str, model: str, method: str) -> None:
     record = record_of(model)
     draft = keeping_all(replace(record, layers=record.layers[:2]))
     draft = replace(draft, config=replace(draft.config, layers=draft.config.layers[:2]))
 
     def speculate(rows: BatchRows, target: Backend, num_blocks: int) -> Speculation:
-        proposer: Proposer = NgramProposer(rows)
+        proposer: Proposer = SuffixProposer(rows)
         if method == "self":
             proposer = SelfSpeculativeProposer(target, rows, num_layers=2, draws_apart=False)
         elif method == "draft":
             backend = BACKENDS[kind](draft, num_blocks=num_blocks, block_size=BLOCK_SIZE)
             proposer = DraftModelProposer(backend, rows, num_blocks=num_blocks, max_catch_up=40, draws_apart=False)
-        return Speculation(proposer, FixedLength(4), rows, needs_slots=method != "ngram", by_rejection=False)
+        return Speculation(proposer, FixedLength(4), rows, needs_slots=method != "suffix", by_rejection=False)
 
     harness = serve(
         kind,
         keeping_all(record) if method == "draft" else record,
         speculate=speculate,
-        num_lookahead_tokens=0 if method == "ngram" else 4,
+        num_lookahead_tokens=0 if method == "suffix" else 4,
     )
     stats = harness.scheduler.stats()
     assert stats.num_preemptions > 0
     assert stats.num_draft_tokens > 0
-    assert method == "ngram" or sum(stats.num_accepted_tokens_per_pos) > 0
+    assert method == "suffix" or sum(stats.num_accepted_tokens_per_pos) > 0
     assert_same(harness, truth(kind, model))

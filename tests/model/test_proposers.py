@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,14 @@ from shoal.model.backends.native_library import supported_isas
 from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.record import ModelRecord
 from shoal.model.speculation.draft_model import DraftModelProposer
-from shoal.model.speculation.ngram import NgramProposer
 from shoal.model.speculation.proposer import Candidate, Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
+from shoal.model.speculation.suffix import SuffixProposer
+from shoal.model.speculation.texts import SIZES, Texts
 from shoal.model.step.batch import Backend, DraftBatch, ForwardBatch, SamplingBatch
 from shoal.model.step.rows import BatchRows
 from shoal.model.step.sampling import sample_reference
-from shoal.scheduler.output import NewRequest, ScheduledRequest
+from shoal.scheduler.output import NewRequest, ScheduledRequest, StepResult
 from tests.fakes import params
 from tests.model.oracles import random_record, sequences
 
@@ -38,10 +39,11 @@ def join(
     *,
     num_found: int = 0,
     row: int = 0,
+    salt: str = "",
     **sampling: Any,
 ) -> int:
     """A request joins with its whole block table; `num_found` of its tokens stand in the prefix cache."""
-    new = NewRequest(tokens, len(tokens), params(max_tokens=50, **sampling))
+    new = NewRequest(tokens, len(tokens), params(max_tokens=50, **sampling), cache_salt=salt)
     share = ScheduledRequest("a", row, num_found, len(tokens) - num_found, blocks, len(blocks), True, [], new)
     rows.place(share)
     proposer.place(share)
@@ -54,50 +56,143 @@ def propose(proposer: Proposer, candidates: list[Candidate]) -> list[list[int]]:
     return [proposals[one.row].token_ids for one in candidates]
 
 
-# -- n-grams -----------------------------------------------------------------------------------------------------
+# -- suffix decoding ---------------------------------------------------------------------------------------------
 
 
-def look_up(text: list[int], num_wanted: int) -> list[int]:
+def look_up(text: list[int], num_wanted: int, others: Sequence[list[int]] = ()) -> list[int]:
     """The specification, by brute force: find where the last 8 tokens, else 4, 3 or 2, last stood before.
 
-    What follows there is proposed, read on into the proposal itself; after fewer than 8, at most twice as many tokens.
+    They are looked up in the text, and 8 or 4 of them in the other texts, the last one first.  What follows there is
+    proposed, in the text itself read on into the proposal; after fewer than 8, at most twice as many tokens, or as many
+    tokens of another text.
     """
     for size in (8, 4, 3, 2):
+        count = num_wanted if size == 8 else min(num_wanted, 2 * size)
         for start in range(len(text) - size - 1, -1, -1):
             if text[start : start + size] == text[-size:]:
                 longer = list(text)
-                for index in range(num_wanted if size == 8 else min(num_wanted, 2 * size)):
+                for index in range(count):
                     longer.append(longer[start + size + index])
                 return longer[len(text) :]
+        for other in reversed(others):
+            for end in range(len(other) - 1, size - 1, -1):
+                if size >= 4 and other[end - size : end] == text[-size:]:
+                    return other[end : min(end + (count if size == 8 else min(count, size)), len(other))]
     return []
+
+
+def step(proposer: SuffixProposer, row: int, known: int, num_chosen: int = 1) -> None:
+    """A step chose the last of `known` tokens; the rows hold them."""
+    share = ScheduledRequest("a", row, known - num_chosen - 1, 1, [], 1, True, [], None)
+    proposer.stepped([share], StepResult([[0] * num_chosen]))
 
 
 @given(
     text=st.lists(st.integers(0, 3), min_size=1, max_size=40),
     grown=st.lists(st.integers(1, 5), max_size=10),
     num_wanted=st.integers(1, 16),
+    others=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), max_size=3),
 )
-def test_ngrams_propose_what_followed_the_longest_run_that_the_text_repeats(
-    text: list[int], grown: list[int], num_wanted: int
+def test_what_followed_the_longest_run_that_stood_before_is_proposed(
+    text: list[int], grown: list[int], num_wanted: int, others: list[list[int]]
 ) -> None:
     rows = BatchRows(2, 64, BLOCK_SIZE)
-    proposer = NgramProposer(rows)
-    row = join(rows, proposer, text, [0])
+    proposer = SuffixProposer(rows)
+    for other in others:
+        end(rows, proposer, other)
+    row = join(rows, proposer, text, [0], row=1)
     known = 1
-    for step in [*grown, len(text)]:
-        known = min(known + step, len(text))
+    for more in [*grown, len(text)]:
+        known = min(known + more, len(text))
         (drafted,) = propose(proposer, [Candidate(row, known, num_wanted)])
-        assert drafted == look_up(text[:known], num_wanted)
+        assert drafted == look_up(text[:known], num_wanted, others)
 
 
-def test_ngrams_of_a_row_end_with_its_request() -> None:
+def end(rows: BatchRows, proposer: SuffixProposer, text: list[int], *, salt: str = "") -> None:
+    """A request of the salt generates the last token of the text, and leaves."""
+    row = join(rows, proposer, text, [0], salt=salt)
+    step(proposer, row, len(text))
+    rows.leave(row)
+    proposer.leave(row)
+
+
+def test_what_is_found_in_the_prefix_cache_is_not_kept_again() -> None:
+    rows = BatchRows(2, 64, BLOCK_SIZE)
+    proposer = SuffixProposer(rows)
+    row = join(rows, proposer, [*range(32), 60], [0, 1, 2], num_found=16)
+    step(proposer, row, 33)
+    proposer.leave(row)
+    row = join(rows, proposer, [4, 5, 6, 7], [0])
+    assert propose(proposer, [Candidate(row, 4, 4)]) == [[]]
+    row = join(rows, proposer, [12, 13, 14, 15], [0])
+    assert propose(proposer, [Candidate(row, 4, 4)]) == [[16, 17, 18, 19]], "but a run may begin there"
+
+
+def test_texts_are_found_while_their_requests_run() -> None:
+    rows = BatchRows(2, 128, BLOCK_SIZE)
+    proposer = SuffixProposer(rows)
+    row, other = list(range(100)), [50, 51, 52, 53]
+    join(rows, proposer, row, [0] * 8)
+    join(rows, proposer, other, [0], row=1)
+    assert propose(proposer, [Candidate(1, 4, 4)]) == [[]]
+    step(proposer, 0, 100, num_chosen=3)
+    assert propose(proposer, [Candidate(1, 4, 4)]) == [[54, 55, 56, 57]]
+
+
+def test_texts_of_another_salt_are_not_found() -> None:
+    rows = BatchRows(2, 64, BLOCK_SIZE)
+    proposer = SuffixProposer(rows)
+    end(rows, proposer, [1, 2, 3, 4, 5, 6], salt="a")
+    for salt, expected in (("b", []), ("", []), ("a", [5, 6])):
+        row = join(rows, proposer, [1, 2, 3, 4], [0], row=1, salt=salt)
+        assert propose(proposer, [Candidate(row, 4, 4)]) == [expected]
+
+
+def test_of_many_salts_those_used_last_are_known() -> None:
+    rows = BatchRows(2, 64, BLOCK_SIZE)
+    proposer = SuffixProposer(rows)
+    end(rows, proposer, [1, 2, 3, 4, 5], salt="a")
+    end(rows, proposer, [1, 2, 3, 4, 6], salt="b")
+    for number in range(15):
+        if number == 7:
+            join(rows, proposer, [1, 2, 3, 4], [0], row=1, salt="a")
+        end(rows, proposer, [7, 8, 9], salt=f"{number}")
+    for salt, expected in (("a", [5]), ("b", [])):
+        row = join(rows, proposer, [1, 2, 3, 4], [0], row=1, salt=salt)
+        assert propose(proposer, [Candidate(row, 4, 4)]) == [expected]
+
+
+def test_a_text_ends_with_its_request() -> None:
     rows = BatchRows(1, 64, BLOCK_SIZE)
-    proposer = NgramProposer(rows)
+    proposer = SuffixProposer(rows)
     row = join(rows, proposer, [1, 2, 3, 1, 2], [0])
     assert propose(proposer, [Candidate(row, 5, 1)]) == [[3]]
     rows.leave(row)
+    proposer.leave(row)
     join(rows, proposer, [1, 2], [1])
-    assert propose(proposer, [Candidate(row, 2, 1)]) == [[]]
+    assert propose(proposer, [Candidate(row, 2, 1)]) == [[]], "fewer than four tokens are looked up in the text alone"
+
+
+@given(
+    texts=st.lists(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 2), min_size=1, max_size=80), min_size=1),
+    run=st.lists(st.integers(0, 2), min_size=1, max_size=8),
+)
+def test_of_many_texts_the_last_are_found(texts: list[list[int]], run: list[int]) -> None:
+    """Room for 64 tokens: at least the last 32 of them, with a place behind each text, are there."""
+    kept = Texts(64)
+    recent: list[int] = []
+    for text in texts:
+        kept.add(np.array(text, np.int32))
+        recent = [*recent, *text[-31:], -1]
+    found = kept.find(np.array(run, np.int32))
+    for size in SIZES:
+        ends = [end for end in range(size, len(recent)) if recent[end - size : end] == run[-size:] and recent[end] >= 0]
+        if len(run) < size or not ends:
+            assert size not in found
+        elif size in found or len(recent) - ends[-1] + size <= 32:
+            following = recent[ends[-1] : ends[-1] + 5]
+            expected = following[: following.index(-1)] if -1 in following else following
+            assert kept.after(found[size], 5) == expected
 
 
 # -- a draft model -----------------------------------------------------------------------------------------------

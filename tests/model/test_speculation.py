@@ -18,10 +18,10 @@ from shoal.model.speculation import rejection
 from shoal.model.speculation.draft_model import DraftModelProposer
 from shoal.model.speculation.drafting import Drafter
 from shoal.model.speculation.length import AdaptiveLength, FixedLength, LengthRule
-from shoal.model.speculation.ngram import NgramProposer
 from shoal.model.speculation.proposer import Candidate, Proposal, Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
 from shoal.model.speculation.speculation import Speculation
+from shoal.model.speculation.suffix import SuffixProposer
 from shoal.model.step.batch import Backend, SamplingBatch
 from shoal.model.step.executor import ModelExecutor
 from shoal.model.step.rows import BatchRows
@@ -34,7 +34,7 @@ BLOCK_SIZE = 16
 RECORD = random_record(3, num_layers=3, vocab_size=64)
 # Similar to the target: some of the tokens that it drafts are accepted.
 DRAFT = replace(RECORD, layers=RECORD.layers[:2], config=replace(RECORD.config, layers=RECORD.config.layers[:2]))
-METHODS = ["draft", "self", "ngram"]
+METHODS = ["draft", "self", "suffix"]
 BACKENDS = [
     "torch",
     pytest.param("native", marks=pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")),
@@ -64,8 +64,8 @@ def make_speculation(
     elif method == "self":
         proposer = SelfSpeculativeProposer(target, rows, num_layers=2, draws_apart=by_rejection)
     else:
-        proposer = NgramProposer(rows)
-    return Speculation(proposer, lengths, rows, needs_slots=method != "ngram", by_rejection=by_rejection)
+        proposer = SuffixProposer(rows)
+    return Speculation(proposer, lengths, rows, needs_slots=method != "suffix", by_rejection=by_rejection)
 
 
 def run(
@@ -179,7 +179,7 @@ def test_lengths_that_change_at_random_change_no_text(method: str) -> None:
 
 def test_a_request_can_switch_speculation_off() -> None:
     requests = [([1, 2, 3, 1, 2, 3, 1, 2], {"max_tokens": 20, "seed": 1, "temperature": 0.0, "speculates": False})]
-    harness = run("ngram", FixedLength(4), kind="torch", requests=requests)
+    harness = run("suffix", FixedLength(4), kind="torch", requests=requests)
     assert harness.scheduler.stats().num_drafts == 0
 
 

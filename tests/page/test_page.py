@@ -121,8 +121,8 @@ def test_two_panes_say_whether_their_texts_are_the_same(main: Server, window: Op
 
 
 def test_drafted_tokens_have_colours(start: StartServer, window: OpenWindow) -> None:
-    """The n-gram proposer drafts what a text of one cycle repeats, and is right."""
-    server = start("--speculation", "ngram", "--num-spec-tokens", "3").wait_ready()
+    """Suffix decoding drafts what a text of one cycle repeats, and is right."""
+    server = start("--speculation", "suffix", "--num-spec-tokens", "3").wait_ready()
     page = window(server.url).open()
     page.get_by_role("button", name="Complete").click()
     talk(page, "the cat sat on the mat and the cat sat on the mat and", max_tokens=300, temperature="0")

@@ -83,12 +83,12 @@ def test_texts_are_what_their_schemas_allow(texts: list[Output]) -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        {"method": "ngram", "max_num_seqs": 32},
+        {"method": "suffix", "max_num_seqs": 32},
         {"method": "self", "num_spec_tokens": 3, "max_num_seqs": 8},
         {"method": "draft", "draft_model": FOLDER, "num_spec_tokens": 4, "max_num_seqs": 1},
         {"method": "off", "max_num_seqs": 16, "num_blocks": 40, "max_model_len": 512, "max_num_batched_tokens": 48},
     ],
-    ids=["ngram", "self", "draft", "preempted"],
+    ids=["suffix", "self", "draft", "preempted"],
 )
 def test_texts_do_not_depend_on_drafts_batch_or_preemption(
     how: dict[str, Any], folder: Path, texts: list[Output]
@@ -103,7 +103,7 @@ def test_texts_do_not_depend_on_drafts_batch_or_preemption(
 
 def test_texts_of_the_torch_backend_do_not_depend_on_drafts_or_batch(folder: Path) -> None:
     found: list[list[Output]] = []
-    for how in ({"method": "off", "max_num_seqs": 32}, {"method": "ngram", "max_num_seqs": 3}):
+    for how in ({"method": "off", "max_num_seqs": 32}, {"method": "suffix", "max_num_seqs": 3}):
         with LLM(str(folder), **HOW, backend="torch", **how) as other:
             found.append(other.generate(*asked(range(NUM_SCHEMAS // 3))))
     for seed, (output, expected) in enumerate(zip(*found, strict=True)):

@@ -91,8 +91,8 @@ def test_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_speculation_has_a_short_name() -> None:
-    for args in (["--speculation", "ngram"], ["--method", "ngram"], ["--speculation.method=ngram"]):
-        assert load_settings(args).speculation.method == "ngram"
+    for args in (["--speculation", "suffix"], ["--method", "suffix"], ["--speculation.method=suffix"]):
+        assert load_settings(args).speculation.method == "suffix"
 
 
 def test_the_knobs_of_the_policies_are_settings(empty_folder: Path) -> None:
