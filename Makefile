@@ -135,5 +135,5 @@ train: $(VENV)/.train
 clean:
 	rm -rf $(VENV) .venv-clients build dist model/native/*.so model/native/objects loadtest-results shoal-profile
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find bench clients loadtest model scheduler server src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bench clients cluster loadtest model scheduler server src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@if [ -e .train ]; then echo 'make: .train stays, the checkpoints of training; remove it with rm -r .train'; fi

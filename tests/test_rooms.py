@@ -43,6 +43,10 @@ ROOMS = {
         "click fastapi llguidance msgspec numpy opentelemetry prometheus_client pydantic pydantic_core starlette "
         "uvicorn uvloop zmq",
     ),
+    "cluster": _room(
+        "shoal.extras shoal.terminal shoal.scheduler shoal.model shoal.server",
+        "click msgspec ray zmq",
+    ),
     "clients": _room("", "click httpx httpx_sse"),
     "loadtest": _room(
         "shoal.extras shoal.receipts shoal.terminal shoal.testing shoal.clients shoal.scheduler",
@@ -134,6 +138,9 @@ def test_only_the_settings_read_the_environment(path: str) -> None:
         ("server/a.py", "import torch", False),
         ("server/a.py", "from opentelemetry import trace", False),
         ("server/a.py", "import shoal.clients", False),
+        ("cluster/a.py", "import ray, shoal.server.serve", True),
+        ("server/a.py", "import shoal.cluster.link", False),
+        ("server/a.py", "import ray", False),
         ("clients/a.py", "import httpx", True),
         ("clients/a.py", "from shoal.scheduler.errors import ShoalError", False),
         ("loadtest/a.py", "import shoal.clients, shoal.scheduler.engine, locust", True),

@@ -12,6 +12,7 @@ from shoal.terminal import Commands
 _COMMANDS = {
     "bench": ("shoal.loadtest.cli", "bench"),
     "chat": ("shoal.clients.cli", "chat"),
+    "cluster": ("shoal.cluster.cli", "cluster"),
     "complete": ("shoal.clients.cli", "complete"),
     "completion": ("shoal.cli", "completion"),
     "explain": ("shoal.loadtest.cli", "explain"),

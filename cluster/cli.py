@@ -1,0 +1,178 @@
+"""The commands `shoal cluster up`, `status` and `down`."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from msgspec import to_builtins
+
+from shoal.extras import install_command
+from shoal.scheduler.errors import ConfigError, ShoalError
+from shoal.server.sources import load_settings
+from shoal.terminal import CommandError, echo_json, json_option, show
+
+APP_NAME = "shoal"
+PORT = 6379  # of a Ray node that is started here
+READY_SECONDS = 300.0
+
+Result = TypeVar("Result")
+
+_address = click.option("--address", metavar="HOST:PORT", help="Of a Ray cluster; one on this machine if not set.")
+
+
+@click.group()
+def cluster() -> None:
+    """Serve a model by several engines on several machines, which Ray Serve places, restarts and scales."""
+
+
+@cluster.command(context_settings={"ignore_unknown_options": True})
+@click.option("--replicas", default=2, show_default=True, type=click.IntRange(min=1), help="Engines.")
+@click.option("--max-replicas", type=click.IntRange(min=1), help="Engines under load  [as many as --replicas]")
+@click.option("--ingresses", default=1, show_default=True, type=click.IntRange(min=1), help="API processes.")
+@click.option("--num-cpus", default=1.0, show_default=True, type=click.FloatRange(min=0), help="Of each engine.")
+@click.option("--num-gpus", default=0.0, show_default=True, type=click.FloatRange(min=0), help="Of each engine.")
+@click.option(
+    "--secret-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the secret that all processes share; one is made if not set.",
+)
+@_address
+@json_option
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF SHOAL SERVE]...")
+def up(
+    options: Sequence[str], secret_file: Path | None, address: str | None, as_json: bool, **counts: float | None
+) -> None:
+    """Bring a cluster up, or change the one that is up; returns when it answers.
+
+    Where no Ray cluster is named, and none runs on this machine, a Ray node is started.
+    """
+
+    def work() -> dict[str, Any]:
+        from ray import serve  # noqa: PLC0415
+
+        from shoal.cluster.app import build  # noqa: PLC0415
+
+        sections = load_settings(list(options)).sections()
+        secret = secrets.token_hex(32) if secret_file is None else secret_file.read_text("utf-8").strip()
+        args = {name: value for name, value in counts.items() if value is not None}
+        application = build({**args, "secret": secret, "settings": sections})
+        _connect(address, starts=True)
+        serve.start(proxy_location="Disabled")
+        serve.run(application, name=APP_NAME, route_prefix=None)
+        return _wait_ready()
+
+    _report("cluster up", as_json, work)
+
+
+@cluster.command()
+@_address
+@json_option
+def status(address: str | None, as_json: bool) -> None:
+    """Show where the API processes and the engines are."""
+
+    def work() -> dict[str, Any]:
+        _connect(address)
+        return _status()
+
+    _report("cluster status", as_json, work)
+
+
+@cluster.command()
+@_address
+def down(address: str | None) -> None:
+    """End the cluster, and the Ray node if `up` started it."""
+    from shoal.cluster.ray_node import end_node  # noqa: PLC0415
+
+    def work() -> dict[str, Any]:
+        import ray  # noqa: PLC0415
+        from ray import serve  # noqa: PLC0415
+
+        from shoal.cluster.deployments import find_directory  # noqa: PLC0415
+
+        _connect(address)
+        serve.delete(APP_NAME)
+        ray.kill(find_directory(APP_NAME))
+        ray.shutdown()
+        return {}
+
+    _attempt("cluster down", work)
+    end_node()
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def _report(command: str, as_json: bool, work: Callable[[], dict[str, Any]]) -> None:
+    found = _attempt(command, work)
+    if as_json:
+        echo_json(found)
+        return
+    for title, rows in found.items():
+        if rows:
+            show(title, rows)
+        else:
+            click.echo(f"\n{title}: none")
+
+
+def _attempt(command: str, work: Callable[[], Result]) -> Result:
+    """Do it, if Ray is there.
+
+    Raises:
+        CommandError: it cannot be done.
+    """
+    if find_spec("ray") is None:
+        raise CommandError(command, f"Ray is not installed: run `{install_command('cluster')}`")
+    try:
+        return work()
+    except ShoalError as error:
+        raise CommandError(command, error.message) from error
+
+
+def _connect(address: str | None, *, starts: bool = False) -> None:
+    """Connect to a Ray cluster: the one that is named, or the one of this machine.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import ray  # noqa: PLC0415
+
+    from shoal.cluster.deployments import NAMESPACE  # noqa: PLC0415
+    from shoal.cluster.ray_node import noted_address, start_node  # noqa: PLC0415
+
+    found = address or noted_address() or (start_node(PORT) if starts else None)
+    if found is None:
+        raise ConfigError("no cluster is up on this machine; name one with --address", param="address")
+    try:
+        ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"no Ray cluster answers at {found}: {error}", param="address") from error
+
+
+def _status() -> dict[str, Any]:
+    import ray  # noqa: PLC0415
+
+    from shoal.cluster.deployments import find_directory  # noqa: PLC0415
+
+    directory = find_directory(APP_NAME)
+    servers, engines = ray.get([directory.servers.remote(), directory.engines.remote()])
+    return {"API processes": [{"url": url} for url in servers], "engines": [to_builtins(one) for one in engines]}
+
+
+def _wait_ready() -> dict[str, Any]:
+    """The status once both kinds are there.
+
+    Raises:
+        ConfigError: that does not happen.
+    """
+    deadline = time.monotonic() + READY_SECONDS
+    while not all((found := _status()).values()):
+        if time.monotonic() > deadline:
+            raise ConfigError("the cluster does not get ready: see `serve status`")
+        time.sleep(0.2)
+    return found

@@ -1,0 +1,172 @@
+"""What Ray Serve places, names and restarts: replicas that run an engine, and replicas that speak HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import ray
+from msgspec import Struct
+from ray import serve
+
+from shoal.cluster.directory import TELL_SECONDS, Directory
+from shoal.cluster.fleet import Fleet
+from shoal.cluster.host import EngineHost
+from shoal.cluster.ingress import ApiServer
+from shoal.cluster.messages import Endpoint
+from shoal.cluster.secret import Keys
+from shoal.server.settings import Settings, resolve
+from shoal.server.setup import make_client
+
+logger = logging.getLogger("shoal.cluster")
+
+NAMESPACE = "shoal"
+RETRY_SECONDS = 1.0  # after a directory that did not answer
+
+
+class Plan(Struct):
+    """What all replicas of a cluster know: its settings by sections, and its secret."""
+
+    sections: dict[str, Any]
+    secret: str
+
+    def settings(self) -> Settings:
+        return resolve(self.sections)
+
+
+def find_directory(app_name: str) -> Any:
+    """The handle of a cluster's directory, which is made if it is not there."""
+    kind = ray.remote(Directory).options(
+        name=f"directory of {app_name}",
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        num_cpus=0,
+        max_concurrency=1000,
+    )
+    return kind.remote()
+
+
+class _Replica:
+    """What both kinds of replicas do: work in tasks, and tell the directory again and again where they are."""
+
+    def __init__(self) -> None:
+        context = serve.get_replica_context()
+        self.name: str = context.replica_id.unique_id
+        self.directory = find_directory(context.app_name)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    async def end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def check_health(self) -> None:
+        """Raise what has ended a task, all of which should go on."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+
+class EngineReplica(_Replica):
+    """Keeps one engine process running."""
+
+    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Return when the engine listens.
+
+        Raises:
+            ConfigError: it cannot start with these settings.
+        """
+        super().__init__()
+        self._endpoint: Endpoint | None = None
+        self._changed = asyncio.Event()
+        host = ray.util.get_node_ip_address()
+        self._engine = EngineHost(plan.settings(), self.name, host, plan.secret, self._take)
+        self.begin(self._engine.run())
+        while self._endpoint is None:
+            await self.check_health()
+            await asyncio.sleep(0.05)
+        self.begin(self._tell())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy goes by."""
+        load = self._engine.load
+        return {"queue_seconds": load.queue_seconds, "kv_cache_usage": load.kv_cache_usage}
+
+    async def __del__(self) -> None:
+        await self.end()
+        await self.directory.tell_engine.remote(self.name, None)
+
+    def _take(self, endpoint: Endpoint | None) -> None:
+        self._endpoint = endpoint
+        self._changed.set()
+
+    async def _tell(self) -> None:
+        """Tell the directory where the engine is: at once when that changes, and again and again."""
+        while True:
+            self._changed.clear()
+            try:
+                await self.directory.tell_engine.remote(self.name, self._endpoint)
+            except ray.exceptions.RayError as error:
+                logger.warning("the directory does not answer: %s", error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), TELL_SECONDS)
+
+
+class IngressReplica(_Replica):
+    """Speaks HTTP at a port of its own, and has the cluster's engines behind it."""
+
+    async def __init__(self, plan: Plan, _engines: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Return when it listens.
+
+        Args:
+            _engines: the handle of the engines' deployment, so that Serve deploys both.
+        """
+        super().__init__()
+        settings = plan.settings()
+        self._server = ApiServer(settings, ray.util.get_node_ip_address())
+        service = self._server.service
+        self._fleet = Fleet(
+            self._server.router,
+            partial(make_client, settings=settings, metrics=service.metrics),
+            Keys.of(plan.secret),
+            service.fingerprint,
+        )
+        self.begin(self._server.run())
+        self.begin(self._follow())
+        self.begin(self._tell())
+
+    async def __del__(self) -> None:
+        await self.directory.tell_server.remote(self.name, None)
+        await self._server.stop()
+        await self._fleet.close()
+        await self.end()
+
+    async def _follow(self) -> None:
+        """Learn from the directory which engines there are."""
+        number = -1
+        while True:
+            try:
+                number, endpoints = await self.directory.watch.remote(number)
+                self._fleet.update(endpoints)
+            except ray.exceptions.RayError as error:
+                logger.warning("the directory does not answer: %s", error)
+                number = -1
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _tell(self) -> None:
+        while True:
+            self._fleet.check()
+            try:
+                await self.directory.tell_server.remote(self.name, self._server.url)
+            except ray.exceptions.RayError as error:
+                logger.warning("the directory does not answer: %s", error)
+            await asyncio.sleep(TELL_SECONDS)

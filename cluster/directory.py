@@ -1,0 +1,65 @@
+"""Where everything in a cluster is: an actor that replicas tell, and that API processes ask."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from shoal.cluster.messages import Endpoint
+
+LISTED_SECONDS = 5.0  # for which a replica is listed after it was heard of last
+TELL_SECONDS = 1.0  # between two times that it tells where it is
+WATCH_SECONDS = 10.0
+
+
+class Directory:
+    """What is there.  It keeps nothing that its replicas would not tell it again within a second.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._engines: dict[str, tuple[float, Endpoint]] = {}
+        self._servers: dict[str, tuple[float, str]] = {}
+        self._changed = asyncio.Event()
+        self._number = 0  # of changes
+
+    async def tell_engine(self, replica: str, endpoint: Endpoint | None) -> None:
+        """The replica's engine is there, or it has none."""
+        _, known = self._engines.pop(replica, (0.0, None))
+        if endpoint is not None:
+            self._engines[replica] = self._clock(), endpoint
+        if endpoint != known:
+            self._change()
+
+    async def tell_server(self, replica: str, url: str | None) -> None:
+        """An API process listens at this address, or no more."""
+        self._servers.pop(replica, None)
+        if url is not None:
+            self._servers[replica] = self._clock(), url
+
+    async def servers(self) -> list[str]:
+        """Addresses of the API processes."""
+        return sorted(url for heard_at, url in self._servers.values() if self._is_listed(heard_at))
+
+    async def engines(self) -> list[Endpoint]:
+        return [endpoint for heard_at, endpoint in self._engines.values() if self._is_listed(heard_at)]
+
+    async def watch(self, number: int) -> tuple[int, list[Endpoint]]:
+        """The engines once there were changes since the one of this number, or after a while."""
+        if number == self._number:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), WATCH_SECONDS)
+        return self._number, await self.engines()
+
+    def _is_listed(self, heard_at: float) -> bool:
+        return self._clock() - heard_at < LISTED_SECONDS
+
+    def _change(self) -> None:
+        self._number += 1
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,62 @@
+"""What engines and API processes say to each other before there are requests; then they speak as on one machine."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shoal.server.engine.messages import Loading, News, Ready, Sendable, StartFailed
+
+
+class Hello(msgspec.Struct, tag=True):
+    """An API process is there."""
+
+
+class Welcome(msgspec.Struct, tag=True):
+    """What the engine is.
+
+    Attributes:
+        version: of Shoal.
+        fingerprint: of the model and of the settings by which other numbers are computed; tokens depend on it.
+    """
+
+    version: str
+    fingerprint: str
+    ready: Ready
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where an engine is.
+
+    Attributes:
+        replica: that runs it; another engine of the same replica takes the place of this one.
+        address: of its socket, such as tcp://10.0.0.7:41234.
+        fingerprint: as in `Welcome`.
+    """
+
+    replica: str
+    address: str
+    fingerprint: str
+
+
+class Listening(msgspec.Struct, tag=True):
+    """The engine process is ready, at this port."""
+
+    port: int
+    fingerprint: str
+
+
+class Load(msgspec.Struct, tag=True):
+    """How loaded an engine is.
+
+    Attributes:
+        queue_seconds: for how long the oldest of the requests that wait has waited.
+        kv_cache_usage: share of blocks owned by requests, 0 to 1.
+    """
+
+    queue_seconds: float
+    kv_cache_usage: float
+
+
+ToEngine = Hello | Sendable
+FromEngine = Welcome | News
+Report = Loading | StartFailed | Listening | Load  # of an engine process to the replica that runs it

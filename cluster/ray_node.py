@@ -1,0 +1,68 @@
+"""A Ray node of this machine for a cluster that needs no more: started if there is none, and ended with the cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from shoal.scheduler.errors import ConfigError
+
+START_SECONDS, STOP_SECONDS = 60.0, 20.0
+_NOTE = Path(tempfile.gettempdir()) / f"shoal-cluster-{os.getuid()}.json"  # of the node that was started
+
+
+def start_node(port: int) -> str:
+    """Start a node, and return its address once it answers.
+
+    Raises:
+        ConfigError: it ends, or does not answer.
+    """
+    log = _NOTE.with_suffix(".log")
+    options = ("--head", "--block", f"--port={port}", "--disable-usage-stats", "--include-dashboard=false")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "ray"), "start", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while b"Ray runtime started" not in log.read_bytes():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise ConfigError(f"ray start does not succeed: see {log}", param="address")
+        time.sleep(0.1)
+    address = f"127.0.0.1:{port}"
+    _NOTE.write_text(json.dumps({"pid": process.pid, "address": address}), "utf-8")
+    return address
+
+
+def noted_address() -> str | None:
+    """The address of the node that was started here, if it still runs."""
+    with suppress(OSError, ValueError, ProcessLookupError):
+        note = json.loads(_NOTE.read_text("utf-8"))
+        os.kill(note["pid"], 0)
+        return str(note["address"])
+    return None
+
+
+def end_node() -> None:
+    """End the node that was started here, if there is one."""
+    with suppress(OSError, ValueError):
+        note = json.loads(_NOTE.read_text("utf-8"))
+        os.killpg(note["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.kill(note["pid"], 0)
+                time.sleep(0.1)
+            os.killpg(note["pid"], signal.SIGKILL)
+    _NOTE.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""The parts of a cluster that need neither Ray nor sockets: the directory, the policy of scaling, the command line."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shoal.cluster.directory as directory_module
+from shoal.cli import main
+from shoal.cluster.autoscaling import KV_CACHE_USAGE, QUEUE_SECONDS, autoscale, needed
+from shoal.cluster.directory import LISTED_SECONDS, Directory
+from shoal.cluster.messages import Endpoint
+
+
+def test_the_directory_lists_who_was_heard_of_lately() -> None:
+    async def scene() -> None:
+        now = [0.0]
+        directory = Directory(lambda: now[0])
+        one, other = (Endpoint(name, f"tcp://{name}:1", "fp") for name in "ab")
+        await directory.tell_engine("a", one)
+        await directory.tell_server("s", "http://s")
+        now[0] = LISTED_SECONDS - 1
+        await directory.tell_engine("b", other)
+        assert await directory.engines() == [one, other]
+        now[0] = LISTED_SECONDS
+        assert (await directory.engines(), await directory.servers()) == ([other], [])
+        await directory.tell_engine("b", None)
+        assert await directory.engines() == []
+
+    asyncio.run(scene())
+
+
+def test_the_directory_tells_of_changes_at_once_and_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "WATCH_SECONDS", 0.05)
+
+    async def scene() -> None:
+        directory = Directory()
+        endpoint = Endpoint("a", "tcp://a:1", "fp")
+        number, found = await directory.watch(-1)
+        assert found == []
+        watching = asyncio.create_task(directory.watch(number))
+        await asyncio.sleep(0)
+        await directory.tell_engine("a", endpoint)
+        later, found = await watching
+        assert later != number
+        assert found == [endpoint]
+        await directory.tell_engine("a", endpoint)
+        assert await directory.watch(later) == (later, [endpoint])
+
+    asyncio.run(scene())
+
+
+@given(st.integers(1, 100), st.floats(0, 100), st.floats(0, 1))
+def test_the_needed_engines_bring_the_means_to_what_they_should_be(count: int, age: float, usage: float) -> None:
+    number = needed(count, age, usage)
+    assert age * count / number <= QUEUE_SECONDS * 1.0001
+    assert usage * count / number <= KV_CACHE_USAGE * 1.0001
+    assert number == 1 or max(age / QUEUE_SECONDS, usage / KV_CACHE_USAGE) * count / (number - 1) > 0.9999
+
+
+def test_the_policy_goes_by_the_means_and_changes_nothing_while_nothing_is_known() -> None:
+    def context(metrics: dict[str, dict[str, float]] | None) -> SimpleNamespace:
+        return SimpleNamespace(aggregated_metrics=metrics, current_num_replicas=2, target_num_replicas=3)
+
+    assert autoscale(context(None)) == (3, {})
+    assert autoscale(context({"queue_seconds": {}, "kv_cache_usage": {}})) == (3, {})
+    assert autoscale(context({"queue_seconds": {"a": 2, "b": 4}, "kv_cache_usage": {"a": 0.1, "b": 0.1}})) == (6, {})
+    assert autoscale(context({"queue_seconds": {"a": 0, "b": 0}, "kv_cache_usage": {"a": 0.2, "b": 0.2}})) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["up", "--replicas", "0"], "0 is not in the range"),
+        (["up", "--secret-file", "nowhere"], "does not exist"),
+    ],
+)
+def test_wrong_options_are_named(args: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["cluster", *args])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_without_ray_the_way_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.cluster.cli.find_spec", lambda name: None)
+    for command in ("up", "status", "down"):
+        result = CliRunner().invoke(main, ["cluster", command])
+        assert result.exit_code == 2
+        assert "Ray is not installed" in result.stderr
