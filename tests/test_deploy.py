@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shoal.server.settings import declared
+from shoal.server.settings import declared, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -83,6 +83,25 @@ def test_the_services_of_compose_fit_together() -> None:
     (provider,) = read("grafana/provisioning/dashboards/shoal.yml")["providers"]
     assert any(volume.split(":")[1] == provider["options"]["path"] for volume in services["grafana"]["volumes"])
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
+
+
+def test_the_cluster_of_kubernetes_is_what_the_room_has() -> None:
+    """As far as its own settings go; no Kubernetes has seen it."""
+    service, api = yaml.safe_load_all((DEPLOY / "rayservice.yaml").read_text("utf-8"))
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    settings = resolve(application["args"]["settings"])
+    groups = [service["spec"]["rayClusterConfig"]["headGroupSpec"]]
+    groups += service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        (mount,) = container["volumeMounts"]
+        assert application["args"]["secret_file"] == f"{mount['mountPath']}/secret"
+        assert mount["name"] in [volume["name"] for volume in group["template"]["spec"]["volumes"]]
+    assert container["ports"][0]["containerPort"] == settings.server.port
+    assert api["spec"]["selector"] == group["template"]["metadata"]["labels"]
+    module, _, name = application["import_path"].partition(":")
+    assert f"def {name}(" in (ROOT / f"{module.removeprefix('shoal.').replace('.', '/')}.py").read_text("utf-8")
+    assert [one["name"] for one in application["deployments"]] == ["engine", "ingress"]
 
 
 def test_panels_have_places_of_their_own() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +18,8 @@ from shoal.cli import main
 from shoal.cluster.autoscaling import KV_CACHE_USAGE, QUEUE_SECONDS, autoscale, needed
 from shoal.cluster.directory import LISTED_SECONDS, Directory
 from shoal.cluster.messages import Endpoint
+from shoal.scheduler.errors import ConfigError
+from tests.test_rooms import ROOT
 
 
 def test_the_directory_lists_who_was_heard_of_lately() -> None:
@@ -92,3 +97,30 @@ def test_without_ray_the_way_to_install_it_is_told(monkeypatch: pytest.MonkeyPat
         result = CliRunner().invoke(main, ["cluster", command])
         assert result.exit_code == 2
         assert "Ray is not installed" in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray has some at its import
+def test_serve_takes_the_configurations(tmp_path: Path) -> None:
+    """Its own schema, of what `up` deploys and of the manifest."""
+    pytest.importorskip("ray", reason="Ray is not installed: make test-cluster installs it")
+    from ray.serve.schema import ServeDeploySchema  # noqa: PLC0415
+
+    from shoal.cluster.app import configure, plan  # noqa: PLC0415
+
+    numbers: dict[str, Any] = {"replicas": 1, "ingresses": 2, "num_cpus": 1.0, "num_gpus": 0.0}
+    for most in (1, 4):
+        ServeDeploySchema.model_validate(configure("shoal", {}, max_replicas=most, **numbers))
+    service, _ = yaml.safe_load_all((ROOT / "deploy/rayservice.yaml").read_text("utf-8"))
+    ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    file = tmp_path / "secret"
+    file.write_text("a secret of the test\n")
+    assert plan({"secret_file": str(file)}) == plan({"secret": "a secret of the test"})
+    for args, param in (
+        ({"secret_file": "nowhere"}, "secret_file"),
+        ({"secret": "short"}, "secret"),
+        ({"secret": "a secret of the test", "replicas": 2}, "replicas"),
+        ({"secret": "a secret of the test", "settings": {"engine": {"engines": 2}}}, "engines"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            plan(args)
+        assert error.value.param == param
