@@ -14,9 +14,9 @@ from typing import Any, get_args, get_type_hints
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import InvalidRequestError, QueueFullError
 from shoal.scheduler.output import Pooling, SamplingParams
-from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import EngineRequest
 from shoal.server.engine.packing import TokenIds
+from shoal.server.engine.submission import Submission
 from shoal.server.errors import RequestTimeoutError
 from shoal.server.service import Service
 from shoal.server.terms import Terms

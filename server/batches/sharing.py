@@ -13,8 +13,9 @@ from shoal.scheduler.errors import QueueFullError
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.event_log import EventLog
-from shoal.server.engine.journal import Journal, Submission
+from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import EngineRequest, Ready
+from shoal.server.engine.submission import Submission
 
 _line: ContextVar[asyncio.Task[Any] | None] = ContextVar("line", default=None)  # the task that runs it
 

@@ -14,8 +14,9 @@ from shoal.scheduler.output import RequestOutput
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.event_log import EventLog
 from shoal.server.engine.explaining import tell_histories
-from shoal.server.engine.journal import Journal, Submission
+from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import Abort, EngineRequest, ForgetPrefixes, News, Ready, Sendable, Submit
+from shoal.server.engine.submission import Submission
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.metrics import Metrics
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Protocol
 
-from shoal.server.engine.journal import Journal, Submission
+from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import EngineRequest, Ready
+from shoal.server.engine.submission import Submission
 
 
 class Engine(Protocol):

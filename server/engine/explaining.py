@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.explanation import RequestHistory
 from shoal.scheduler.step_record import StepRecord
-from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import EngineRequest
+from shoal.server.engine.submission import Submission
 
 
 class WantedSteps:

@@ -15,8 +15,9 @@ from shoal.scheduler.errors import QueueFullError, ShoalError
 from shoal.scheduler.prefix_cache import extend_hashes, may_skip
 from shoal.scheduler.routing import PrefixRouting
 from shoal.server.engine.client import EngineClient, EngineState
-from shoal.server.engine.journal import Journal, Submission
+from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import EngineRequest, Ready
+from shoal.server.engine.submission import Submission
 from shoal.server.errors import EngineUnavailableError
 from shoal.server.metrics import Metrics
 

@@ -18,8 +18,8 @@ from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats
 from shoal.server.engine.client import EngineClient, EngineState
-from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
+from shoal.server.engine.submission import Submission
 from shoal.server.engine.supervisor import EngineSupervisor
 from shoal.server.errors import EngineUnavailableError, RequestTimeoutError, SlowClientError
 from shoal.server.metrics import Metrics

@@ -13,7 +13,6 @@ import zmq
 from shoal.scheduler.output import SamplingParams, SchedulingParams
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.policies.static import Static
-from shoal.server.engine.journal import Submission
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import (
     HEARTBEAT_SECONDS,
@@ -27,6 +26,7 @@ from shoal.server.engine.messages import (
 )
 from shoal.server.engine.packing import encode_hook, pack
 from shoal.server.engine.process import Sockets, _decoder, _encoder
+from shoal.server.engine.submission import Submission
 from tests.fakes import Harness
 
 TIMEOUT = 2.5

@@ -12,9 +12,9 @@ from shoal.scheduler.output import SamplingParams, SchedulingParams
 from shoal.scheduler.step_record import StepRecord
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.explaining import tell_histories
-from shoal.server.engine.journal import Submission
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Report, Submit
+from shoal.server.engine.submission import Submission
 from shoal.server.metrics import Metrics
 from tests.fakes import Harness
 from tests.scheduler.test_explanation import share, step

@@ -12,9 +12,9 @@ from shoal.scheduler.errors import ContextLengthError, EngineError, QueueFullErr
 from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, SchedulerStats, SchedulingParams
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import MAX_DEATHS, EngineClient
-from shoal.server.engine.journal import Submission
 from shoal.server.engine.messages import Abort, EngineRequest, ForgetPrefixes, News, Ready, Sendable, Submit
 from shoal.server.engine.router import Router
+from shoal.server.engine.submission import Submission
 from shoal.server.errors import EngineUnavailableError, RequestTimeoutError
 from shoal.server.metrics import Metrics
 

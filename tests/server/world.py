@@ -36,10 +36,10 @@ from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.scheduler import Scheduler
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.client import MAX_DEATHS, EngineClient
-from shoal.server.engine.journal import Submission
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Command, EngineRequest, News, Ready
 from shoal.server.engine.router import Router
+from shoal.server.engine.submission import Submission
 from shoal.server.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor
 from shoal.server.errors import EngineUnavailableError, NotFoundError, RequestTimeoutError, SlowClientError
 from shoal.server.metrics import Metrics
