@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
     """A source tree of which only the files that make a package are real."""
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path)
-    for room in ("scheduler", "model", "server", "clients", "loadtest", "model/native"):
+    for room in ("scheduler", "model", "server", "clients", "cluster", "loadtest", "model/native"):
         (tmp_path / room).mkdir()
         (tmp_path / room / "__init__.py").touch()
     shutil.copytree(ROOT / "src", tmp_path / "src", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
