@@ -95,19 +95,19 @@ class EventStream(Response):
 
     async def _fill(self, body: _Body) -> None:
         """Have the body end with the end of the work, or with what ended it early."""
-        shape = self._shape
-        done = [shape.done] if shape.done else []
+        shape, last = self._shape, b""
         try:
             await self._work(body)
-        except StreamExpiredError as error:  # the stream itself goes on, and has other events of these numbers
-            await body.end([event(shape.body(error), shape.event), *done], have_ids=False)
-        except ShoalError as error:
-            await body.end([event(shape.body(error), shape.event), *done])
-        except Exception:
-            logger.exception("a stream failed")
-            await body.end([event(shape.body(ShoalError("internal error")), shape.event), *done])
-        else:
-            await body.end(done)
+        except asyncio.CancelledError:
+            raise body.failure or asyncio.CancelledError() from None
+        except Exception as error:
+            if isinstance(error, StreamExpiredError):
+                body.ids = None  # the stream itself goes on, and has other events of these numbers
+            told = error if isinstance(error, ShoalError) else ShoalError("internal error")
+            if told is not error:
+                logger.exception("a stream failed")
+            last = event(shape.body(told), shape.event)
+        await body.end([one for one in (last, shape.done) if one])
 
 
 class _Body:
@@ -116,13 +116,17 @@ class _Body:
     Args:
         writer: of the connection, if nothing has to see what is sent.
         ids: of the events that come, if they have ids.
+
+    Attributes:
+        failure: of sending; to those who make the events it is as if they were cancelled.
     """
 
     def __init__(self, writer: BodyWriter | None, send: Send, ids: Iterator[bytes] | None) -> None:
         self.coalesces = writer is not None  # what meets an injected fault counts the events
         self._writer = writer
         self._send = send
-        self._ids = ids
+        self.ids = ids
+        self.failure: Exception | None = None
         self._parts: list[bytes] = []  # that were put, and not yet sent
         self._clock = asyncio.get_running_loop().time
         self._put_at = self._clock()
@@ -133,7 +137,7 @@ class _Body:
 
     def put(self, events: list[bytes]) -> None:
         self._put_at = self._clock()
-        body = b"".join(events if self._ids is None else [next(self._ids) + one for one in events])
+        body = b"".join(events if self.ids is None else [next(self.ids) + one for one in events])
         if self._writer is None:
             self._parts.append(body)
         elif body:
@@ -144,15 +148,16 @@ class _Body:
             await self._writer.drain()
         elif self._parts:
             body, self._parts = b"".join(self._parts), []
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            try:
+                await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            except Exception as error:
+                self.failure = error
+                raise asyncio.CancelledError from error
 
-    async def end(self, events: list[bytes], *, have_ids: bool = True) -> None:
+    async def end(self, events: list[bytes]) -> None:
         """Send the last events, and the end of the body."""
-        if not have_ids:
-            self._ids = None
         self.put(events)
-        await self.flush()
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send({"type": "http.response.body", "body": b"".join(self._parts), "more_body": False})
 
     async def keep_alive(self, something: bytes) -> None:
         """Send something while there are no events: proxies end connections on which nothing comes."""
