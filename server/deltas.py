@@ -14,7 +14,6 @@ class Deltas:
     Args:
         choices: by the ids of their requests, in their order.
         outputs: returns those that have come since it was called last.
-        end: is told of each delta that ends the choice of a request.
 
     Attributes:
         coalesces: whether all that is new in a choice is one delta, or each output has its own.
@@ -22,16 +21,10 @@ class Deltas:
 
     coalesces = True
 
-    def __init__(
-        self,
-        choices: Mapping[str, Choice],
-        outputs: Callable[[], Iterable[RequestOutput]],
-        end: Callable[[str, Delta], None],
-    ) -> None:
+    def __init__(self, choices: Mapping[str, Choice], outputs: Callable[[], Iterable[RequestOutput]]) -> None:
         self._choices = choices
         self._in_order = list(choices.values())
         self._outputs = outputs
-        self._end = end
         self._num_running = len(choices)
         self._rest: Iterator[Delta] | None = None  # of the outputs that were taken
         self._pending: dict[int, Delta] = {}  # by the index of the choice; not due yet
@@ -79,5 +72,4 @@ class Deltas:
             for delta in choice.feed(output):
                 if delta.finish_reason:
                     self._num_running -= 1
-                    self._end(output.request_id, delta)
                 yield delta

@@ -66,7 +66,7 @@ class Generation:
             for index, journal in enumerate(self._submission.journals.values())
         ]
         by_request = dict(zip(self._submission.journals, self.choices, strict=True))
-        self._deltas = Deltas(by_request, self._submission.take, self._end)
+        self._deltas = Deltas(by_request, self._submission.take)
 
     def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs]]:
         """The tokens of a choice's prompt, and the log-probabilities of all but the first, if they were asked for."""
@@ -89,7 +89,7 @@ class Generation:
         try:
             while not self._deltas.are_finished:
                 await (asyncio.sleep(0) if self._deltas.has_rest else self._submission.wait())
-                if deltas := self._deltas.take():
+                if deltas := self._take():
                     yield deltas
         except Exception as error:
             failure = error
@@ -101,6 +101,7 @@ class Generation:
 
     def close(self, failure: Exception | None = None) -> None:
         """Abort what is unfinished.  Whoever leaves before the first delta has to; else it is done already."""
+        self._submission.on_news = bool  # it is of no use any more, and refers to this object
         self._engine.abort(self._submission.journals)
         if self._submission.timer is not None:
             self._submission.timer.cancel()
@@ -117,7 +118,7 @@ class Generation:
             if self._deltas.has_rest or not sink.is_ready:
                 return False
             try:
-                if deltas := self._deltas.take():
+                if deltas := self._take():
                     give(deltas)
             except Exception as error:
                 self._submission.fail(error)
@@ -145,10 +146,14 @@ class Generation:
         await self.run(add, Open())
         return whole
 
-    def _end(self, request_id: str, last: Delta) -> None:
-        assert last.finish_reason is not None
-        self._engine.abort([request_id])  # a stop string ends the text, but not yet the request
-        self._account.finish(self.choices[last.index].journal, last.finish_reason)
+    def _take(self) -> list[Delta]:
+        deltas = self._deltas.take()
+        for delta in deltas:
+            if delta.finish_reason:
+                journal = self.choices[delta.index].journal
+                self._engine.abort([journal.request.request_id])  # a stop string ends the text, not yet the request
+                self._account.finish(journal, delta.finish_reason)
+        return deltas
 
     @property
     def usage(self) -> Usage:

@@ -150,12 +150,7 @@ def test_no_token_is_lost_or_early(cuts: list[list[int]], portions: list[int], i
     outputs = [RequestOutput("a", token_ids) for token_ids in cuts]
     outputs[-1].finish_reason = FinishReason.LENGTH
     come: list[RequestOutput] = []
-    ended: list[str] = []
-    deltas = Deltas(
-        {"a": Choice(0, journal, TOKENIZER, [], None, interval=interval)},
-        lambda: come,
-        lambda request_id, _: ended.append(request_id),
-    )
+    deltas = Deltas({"a": Choice(0, journal, TOKENIZER, [], None, interval=interval)}, lambda: come)
     deltas.coalesces = coalesces
     taken: list[Delta] = []
     while outputs:
@@ -166,7 +161,7 @@ def test_no_token_is_lost_or_early(cuts: list[list[int]], portions: list[int], i
         taken += deltas.take()
     assert [token_id for delta in taken for token_id in delta.token_ids] == journal.output_token_ids
     assert "".join(delta.text for delta in taken) == TOKENIZER.decode(journal.output_token_ids)
-    assert ended == ["a"] and deltas.are_finished and not deltas.has_rest
+    assert taken[-1].finish_reason == "length" and deltas.are_finished and not deltas.has_rest
     assert all(len(delta.token_ids) >= interval for delta in taken[1:-1])
     if not coalesces and interval == 1:
         assert [delta.token_ids for delta in taken] == cuts
