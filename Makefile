@@ -71,7 +71,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
 
 # Compares policies under load: see shoal loadtest --help.
-loadtest: $(VENV)/.loadtest
+loadtest: $(VENV)/.loadtest $(if $(filter --hugging-face,$(ARGS)),$(VENV)/.train)
 	@$(BUILD_TO_SERVE)
 	$(BIN)/shoal loadtest $(ARGS)
 

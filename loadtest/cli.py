@@ -24,6 +24,7 @@ from shoal.terminal import CommandError, echo_json, json_option, progress, show
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 NEEDED = ("locust", "matplotlib", "scipy", "tqdm")
+GENERATE_NEEDS = ("torch", "transformers")
 COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 1, 130
 A_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys", "ssl-certfile")
@@ -76,6 +77,7 @@ _server_options = click.argument(
 @click.option(
     "--speculation", type=_several(click.STRING), metavar="NAME,...", help="Methods: off, draft, self, suffix."
 )
+@click.option("--hugging-face", is_flag=True, help="And with transformers' generate on padded batches.")
 @click.option(
     "--profile",
     "size",
@@ -100,6 +102,8 @@ def loadtest(output: Path | None, resume: bool, as_json: bool, **asked: Any) -> 
     with its pictures.  Options after -- are passed to every server.
     """  # fmt: skip
     with _exit_codes("loadtest"):
+        if asked["hugging_face"]:
+            _require("loadtest", GENERATE_NEEDS, "train")
         from shoal.loadtest.plan import Plan, make_plan
         from shoal.loadtest.records import read_json
         from shoal.loadtest.study import PLAN_FILE, begin, conduct
@@ -294,11 +298,15 @@ def _show(cells: Any, complaints: Sequence[str], *, as_json: bool, **further: st
     click.echo(msgspec.json.encode({**further, "complaints": complaints, "results": summaries(cells)}))
 
 
+def _require(command: str, packages: Sequence[str], extra: str) -> None:
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise CommandError(command, f"{', '.join(missing)} not installed: run `{install_command(extra)}`")
+
+
 @contextmanager
 def _exit_codes(command: str, needed: Sequence[str] | None = None) -> Iterator[None]:
     """Exit with 2 and one line on stderr after an error, with 130 after Ctrl-C; SIGTERM leaves no server behind."""
-    if missing := [name for name in (NEEDED if needed is None else needed) if find_spec(name) is None]:
-        raise CommandError(command, f"{', '.join(missing)} not installed: run `{install_command('loadtest')}`")
+    _require(command, NEEDED if needed is None else needed, "loadtest")
     from shoal.clients.errors import ClientError
     from shoal.scheduler.errors import ShoalError
 

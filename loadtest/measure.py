@@ -1,7 +1,7 @@
 """One measured run: a server is started, warmed, put under load by locust, and ended; all in a folder of its own.
 
 server.log, trace.json.gz    of the server; Perfetto opens the trace
-requests.jsonl, locust.log   of the load generator
+requests.jsonl, locust.log   of the load generator; generate.log of Hugging Face's `generate`, which needs neither
 run.json                     the run but for its requests and steps; the last file that is written
 """
 
@@ -10,15 +10,26 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from msgspec.structs import asdict, replace
 
 from shoal.clients import ShoalClient
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, ServerInfo, Setup, read_json, write_json
+from shoal.loadtest.generate import run_generate
+from shoal.loadtest.records import (
+    GENERATE,
+    Load,
+    LoadTestError,
+    PlannedRun,
+    Run,
+    ServerInfo,
+    Setup,
+    read_json,
+    write_json,
+)
 from shoal.loadtest.trace import pack, read_trace
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.workload import WorkloadRequest, write_workload
@@ -42,26 +53,42 @@ def measure(folder: Path, planned: PlannedRun, model: str, requests: Sequence[Wo
     folder.mkdir(parents=True)
     trace, workload, results = folder / "trace.json", folder / "workload.jsonl", folder / REQUESTS_FILE
     write_workload(workload, requests)
-    options = [*server_options(model, planned.setup), "--trace", str(trace.absolute())]
+    generates = planned.setup.policy == GENERATE
+    setup = replace(planned.setup, policy="static") if generates else planned.setup  # whose limits hold for both
+    options = [*server_options(model, setup), "--trace", str(trace.absolute())]
     try:
         with ServerProcess(options, folder / "server.log") as server:
-            warm(server.url)
             run = Run(**asdict(planned), server=ServerInfo.of(server))
-            before = server.cpu_seconds()
-            try:
-                run_locust(server.url, workload, planned.load, results)
-                server.check()
-                after = server.cpu_seconds()
-                run.api_cpu_seconds, run.engine_cpu_seconds = after[0] - before[0], after[1] - before[1]
-            finally:
-                if results.exists():
-                    measured = read_results(results)
-                    run.started_at, run.generator_cpu_seconds = measured.started_at, measured.cpu_seconds
-                    run.is_complete = sum(record.is_answered for record in measured.records) == len(requests)
-                    write_json(folder / RUN_FILE, run)
+            if not generates:
+                warm(server.url)
+                with _saved(run, folder, len(requests)):
+                    before = server.cpu_seconds()
+                    run_locust(server.url, workload, planned.load, results)
+                    server.check()
+                    after = server.cpu_seconds()
+                    run.api_cpu_seconds, run.engine_cpu_seconds = after[0] - before[0], after[1] - before[1]
+        if generates:
+            with _saved(run, folder, len(requests)):
+                run_generate(model, workload, planned.load, results, max_rows=run.server.limits.max_num_seqs)
     finally:
         workload.unlink()
-        pack(trace, folder / TRACE_FILE)
+        if generates:
+            trace.unlink(missing_ok=True)
+        else:
+            pack(trace, folder / TRACE_FILE)
+
+
+@contextmanager
+def _saved(run: Run, folder: Path, num_requests: int) -> Iterator[None]:
+    """Save a run at the end, with what was measured of it until then."""
+    try:
+        yield
+    finally:
+        if (folder / REQUESTS_FILE).exists():
+            measured = read_results(folder / REQUESTS_FILE)
+            run.started_at, run.generator_cpu_seconds = measured.started_at, measured.cpu_seconds
+            run.is_complete = sum(record.is_answered for record in measured.records) == num_requests
+            write_json(folder / RUN_FILE, run)
 
 
 def load_run(folder: Path, *, with_steps: bool = True) -> Run:

@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from shoal.loadtest.records import Load, RequestRecord, Run, Setup
+from shoal.loadtest.records import GENERATE, Load, RequestRecord, Run, Setup
 from shoal.loadtest.trace import stays
 from shoal.scheduler.step_record import StepRecord
 
@@ -359,7 +359,7 @@ def problems(run: Run) -> Iterable[str]:
     errors = Counter(record.error for record in run.requests if record.error is not None)
     for error, _ in errors.most_common(1):
         yield f"{where}: {errors.total()} of {len(run.requests)} requests were not answered, most often: {error}."
-    if not run.steps:
+    if not run.steps and run.setup.policy != GENERATE:
         yield f"{where}: there is no trace of the engine's steps."
 
 
@@ -367,6 +367,11 @@ def baseline(cells: Iterable[Cell]) -> Cell | None:
     """The static baseline among cells of one load: with padding rows, or else without; never with speculation."""
     plain = {cell.setup.policy: cell for cell in cells if cell.setup.speculation == "off"}
     return plain.get("static") or plain.get("static-nopad")
+
+
+def generated(cells: Iterable[Cell]) -> Cell | None:
+    """Hugging Face's `generate` among cells of one load."""
+    return next((cell for cell in cells if cell.setup.policy == GENERATE), None)
 
 
 def speed_up(name: str, cell: Cell, base: Cell | None) -> float | None:

@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from shoal.loadtest.metrics import Slo
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Setup, slug
+from shoal.loadtest.records import GENERATE, Load, LoadTestError, PlannedRun, Setup, slug
 from shoal.loadtest.workload import WORKLOADS, read_workload
 
 SPECULATION = ("off", "draft", "self", "suffix")
@@ -25,6 +25,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         command: the line that asked for it.
+        hugging_face: whether Hugging Face's `generate` is compared, too.
         size: one of `SIZES`, for what is not given.
         replay: a saved workload that takes the place of the generated ones.
         options: of all servers.
@@ -36,6 +37,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     policies: tuple[str, ...] = ()
     workloads: tuple[str, ...] = ()
     speculation: tuple[str, ...] = ()
+    hugging_face: bool = False
     users: tuple[int, ...] = ()
     rates: tuple[float, ...] = ()
     think_seconds: float = 0.0
@@ -94,6 +96,7 @@ def make_plan(known_policies: Iterable[str], **asked: Any) -> Plan:
         for method in _known("speculation", plan.speculation or ("off",), SPECULATION)
         for policy in _known("policies", plan.policies or DEFAULT_POLICIES, known_policies)
     ]
+    setups += _generate(plan)
     return replace(plan, runs=_in_order(run for name in names for run in crossed(plan, name, setups, loads)))
 
 
@@ -139,7 +142,7 @@ def _everything(plan: Plan) -> Iterator[PlannedRun]:
     urgent = setups("fcfs", "priority", more="--max-num-seqs 16")
     tenants = setups("fcfs", "fair", more="--max-num-seqs 16 --max-chunk-tokens 128")
     drafting = Setup(policy="fcfs", speculation="draft", options=plan.options)
-    yield from crossed(plan, "chat", [*every, drafting], main)
+    yield from crossed(plan, "chat", [*every, drafting, *_generate(plan)], main)
     for name in ("uniform", "code", "agent"):
         yield from crossed(plan, name, every, main)
     yield from crossed(plan, "chat", every, users(1, 8, 64), repetitions=1)
@@ -147,6 +150,10 @@ def _everything(plan: Plan) -> Iterator[PlannedRun]:
     yield from crossed(plan, "chat", shortest, main + shares(0.8, 0.9, 1.0))
     yield from crossed(plan, "mixed-priority", urgent, main + shares(1.2), few)
     yield from crossed(plan, "two-tenants", tenants, main + shares(1.2), few)
+
+
+def _generate(plan: Plan) -> list[Setup]:
+    return [Setup(policy=GENERATE, options=plan.options)] if plan.hugging_face else []
 
 
 def _known(field: str, names: Sequence[str], known: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFo
 
 from shoal.loadtest.costs import CostModel, StepShape
 from shoal.loadtest.metrics import Cell, baseline, by, latencies, words
-from shoal.loadtest.records import Setup
+from shoal.loadtest.records import GENERATE, Setup
 from shoal.loadtest.trace import bars, ends
 
 Panels = dict[str, str]
@@ -34,6 +34,7 @@ COLOURS = {
     "priority": "#CC79A7",
     "fair": "#56B4E9",
     "deadline": "#555555",
+    GENERATE: "#000000",
 }
 LINES = {"off": ("-", "o"), "draft": ("--", "^"), "suffix": (":", "s")}  # line and marker
 # Of each hue a light one for decoding and a dark one for prefill.

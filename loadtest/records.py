@@ -65,10 +65,14 @@ class Load(Struct, frozen=True, kw_only=True):
         return f"{self.rate:g} requests/s{bursty}" if self.rate else "as recorded"
 
 
+GENERATE = "hf-generate"
+
+
 class Setup(Struct, frozen=True, kw_only=True):
     """One of the servers that are compared.
 
     Attributes:
+        policy: of our server; or GENERATE, which is no server of ours (`loadtest/generate.py`).
         speculation: method of speculation; "off" for none.
         options: further command-line options of `shoal serve`.
     """

@@ -13,9 +13,9 @@ from msgspec import Struct
 
 from shoal.loadtest import plots
 from shoal.loadtest.costs import CostModel
-from shoal.loadtest.metrics import Cell, Slo, baseline, by, groups, speed_up, words
+from shoal.loadtest.metrics import Cell, Slo, baseline, by, generated, groups, speed_up, words
 from shoal.loadtest.plan import DEFAULT_USERS
-from shoal.loadtest.records import slug
+from shoal.loadtest.records import GENERATE, slug
 from shoal.terminal import NOTHING
 
 TERMINAL = (
@@ -97,12 +97,17 @@ def terminal_tables(cells: Sequence[Cell]) -> Iterator[tuple[str, list[dict[str,
     for section, own in by(cells, "section").items():
         for load, compared in by(own, "load").items():
             names = not_zero(TERMINAL, compared)
+            bases = {"static": baseline(compared), GENERATE: generated(compared)}
             yield (
                 f"{section}, {load}",
                 [
                     {
                         "policy": cell.setup.name,
-                        "× static": times("throughput", cell, baseline(compared)),  # noqa: RUF001
+                        **{
+                            f"× {name}": times("throughput", cell, base)  # noqa: RUF001
+                            for name, base in bases.items()
+                            if base or name == "static"
+                        },
                         **{title(name): text(name, cell.measured.median.get(name)) for name in names},
                     }
                     for cell in compared
@@ -123,7 +128,17 @@ def write_report(folder: Path, report: Report) -> None:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["base64"] = lambda image: b64encode(image.encode()).decode()
-    tools: tuple[Callable[..., Any], ...] = (baseline, by, names_by_group, not_zero, text, times, title, words)
+    tools: tuple[Callable[..., Any], ...] = (
+        baseline,
+        by,
+        generated,
+        names_by_group,
+        not_zero,
+        text,
+        times,
+        title,
+        words,
+    )
     known = {tool.__name__: tool for tool in tools} | {"ACROSS_LOADS": ACROSS_LOADS}
     template = environment.get_template("report.html.j2", globals=known)
     (folder / "report.html").write_text(template.render(report=report, sections=sections), "utf-8")

@@ -27,10 +27,20 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 from shoal.clients import ShoalClient
 from shoal.loadtest.costs import fit
 from shoal.loadtest.measure import REQUESTS_FILE, RUN_FILE, load_run, measure, server_options
-from shoal.loadtest.metrics import Cell, baseline, by, collect, speed_up, summarize
+from shoal.loadtest.metrics import Cell, baseline, by, collect, generated, speed_up, summarize
 from shoal.loadtest.plan import Plan
 from shoal.loadtest.profile import FILE, SERIES, Profile, read_profile
-from shoal.loadtest.records import LoadTestError, PlannedRun, Run, ServerInfo, Setup, read_json, slug, write_json
+from shoal.loadtest.records import (
+    GENERATE,
+    LoadTestError,
+    PlannedRun,
+    Run,
+    ServerInfo,
+    Setup,
+    read_json,
+    slug,
+    write_json,
+)
 from shoal.loadtest.report import Report, write_report
 from shoal.loadtest.traffic import read_results
 from shoal.loadtest.twin import simulate
@@ -194,10 +204,10 @@ def compare_all(plan: Plan, folder: Path, workloads: Workloads) -> tuple[Runs, l
 
 
 def differing_answers(runs: Runs) -> dict[PlannedRun, list[str]]:
-    """By run, the requests whose answers are not those of the first run of the same workload."""
+    """By run of a server, the requests whose answers are not those of the first one of the same workload."""
     first: dict[tuple[str, str], tuple[int, str]] = {}
     found: defaultdict[PlannedRun, list[str]] = defaultdict(list)
-    for planned, folder in runs.items():
+    for planned, folder in _of_servers(runs).items():
         for record in read_results(folder / REQUESTS_FILE).records:
             answer = record.num_output_tokens, record.text_hash
             if record.is_answered and first.setdefault((planned.workload, record.request_id), answer) != answer:
@@ -227,7 +237,7 @@ def _predictions(runs: Runs, workloads: Workloads, profile: Profile) -> tuple[li
     """What the twin says of each combination, and why it says nothing of others."""
     found: list[Run] = []
     reasons: dict[str, None] = {}
-    for planned, folder in {replace(planned, repetition=0): folder for planned, folder in runs.items()}.items():
+    for planned, folder in {replace(run, repetition=0): folder for run, folder in _of_servers(runs).items()}.items():
         server = read_json(folder / RUN_FILE, Run).server
         try:
             profile.check(server)
@@ -237,16 +247,20 @@ def _predictions(runs: Runs, workloads: Workloads, profile: Profile) -> tuple[li
     return found, list(reasons)
 
 
+def _of_servers(runs: Runs) -> Runs:
+    return {planned: folder for planned, folder in runs.items() if planned.setup.policy != GENERATE}
+
+
 def summaries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """All figures of each cell, for a program that reads along."""
     names = ("section", "workload", "load", "setup", "measured", "predicted", "problems")
+    alike = {(cell.section, cell.load): by(by(cells, "section")[cell.section], "load")[cell.load] for cell in cells}
     return [
         {name: getattr(cell, name) for name in names}
         | {
             "errors": {name: error.error for name, error in cell.errors.items()},
-            "x_static": speed_up(
-                "throughput", cell, baseline(by(by(cells, "section")[cell.section], "load")[cell.load])
-            ),
+            "x_static": speed_up("throughput", cell, baseline(alike[cell.section, cell.load])),
+            "x_hf_generate": speed_up("throughput", cell, generated(alike[cell.section, cell.load])),
         }
         for cell in cells
     ]

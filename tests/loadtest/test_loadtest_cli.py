@@ -121,6 +121,20 @@ def test_without_any_choice_the_policies_are_compared_on_chat() -> None:
     assert plan.num_requests == 96
 
 
+def test_what_people_have_is_compared_if_it_is_asked_for() -> None:
+    assert setups(planned(hugging_face=True)) == ["static", "static-nopad", "fcfs", "sjf", "hf-generate"]
+    assert "hf-generate" in setups(planned(hugging_face=True, size="full"))
+    with pytest.raises(LoadTestError, match="unknown 'hf-generate'"):
+        planned(policies=("hf-generate",))
+
+
+def test_what_people_have_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "transformers" else object())
+    result = invoke("loadtest", "--hugging-face", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert result.stderr == f"shoal loadtest: transformers not installed: run `{install_command('train')}`\n"
+
+
 def test_what_is_named_is_crossed() -> None:
     asked = {"policies": ("fcfs", "sjf"), "speculation": ("off", "draft"), "workloads": ("all",), "rates": (5.0, 10.0)}
     plan = planned(**asked, options=("--x",))

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from shoal.loadtest.metrics import Cell, Slo, baseline, by, collect, summarize
-from shoal.loadtest.records import Load, Run
+from shoal.loadtest.records import Load, Run, Setup
 from shoal.loadtest.report import Report, terminal_tables, write_report
 from tests.loadtest.made_runs import COSTS, make_run
 
@@ -194,6 +194,24 @@ def test_the_table_of_a_workload_holds_the_medians(page: Page) -> None:
     assert list(page.row("tokens/s").values()) == [f"{value:,.0f}" for value in middle]
     better = list(page.row("tokens/s", "times better than static").values())
     assert better == [f"{value / middle[0]:.2f}×" for value in middle]  # noqa: RUF001
+
+
+def test_both_baselines_are_told_apart(tmp_path: Path) -> None:
+    """Hugging Face's `generate` is no engine of ours, and has no trace."""
+    people = replace(make_run("static"), setup=Setup(policy="hf-generate"), steps=[])
+    for record in people.requests:
+        record.token_times = [record.finished_at or 0.0]
+    cells = collect([a_quick_run("static"), a_quick_run("fcfs"), people])
+    assert cells[2].problems == []
+    ((_, rows),) = terminal_tables(cells)
+    assert [row["× hf-generate"] == "1.00×" for row in rows] == [True, False, True]  # noqa: RUF001
+    assert [row["× static"] == "1.00×" for row in rows] == [True, False, True]  # noqa: RUF001
+    ((_, rows),) = terminal_tables(cells[:2])
+    assert "× hf-generate" not in rows[0]  # noqa: RUF001
+    page = made(cells, tmp_path)
+    assert page.row("tokens/s", "times better than hf-generate") == page.row("tokens/s", "times better than static")
+    assert "the output tokens/s of hf-generate: Hugging Face's generate on padded batches" in page.text
+    assert "hf-generate" not in made(cells[:2], tmp_path).text
 
 
 def test_loads_stand_side_by_side(page: Page) -> None:
