@@ -74,6 +74,7 @@ export class LifeView {
     draw.fillRect(0, height - AXIS, width, 1);
     draw.fillStyle = colour("faint");
     draw.font = "10px system-ui, sans-serif";
+    draw.textAlign = "left";
     draw.fillText(`${duration(seconds)} before`, 0, height - 2);
     draw.textAlign = "right";
     draw.fillText(this.feed.paused ? "the step that is shown" : "now", width, height - 2);

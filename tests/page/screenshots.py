@@ -67,8 +67,8 @@ def loads(server: Server) -> list[dict[str, Any]]:
 
 def show_engine(page: Any, server: Server) -> None:
     wait_until(page, "document.querySelector('.time output').textContent.startsWith('live')")
-    load(server, workload="shared", users=30, seconds=12)
-    page.wait_for_timeout(9000)
+    load(server, workload="shared", users=30, seconds=30)
+    page.wait_for_timeout(8000)
     page.get_by_role("button", name="Pause").click()
     page.locator(".queue button.id, [aria-label=Batch] button.id").first.wait_for(state="attached")
     page.locator("[aria-label='Lives of requests'] canvas").click(position={"x": 40, "y": 100})
@@ -102,7 +102,8 @@ SHOWS = {"playground": show_playground, "load": show_load, "engine": show_engine
 def main(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temp, sync_playwright() as playwright:
-        server = Server(Path(temp), "--speculation", "draft", "--max-num-seqs", "24", "--num-blocks", "1024", port=0)
+        options = ("--speculation", "draft", "--num-spec-tokens", "3", "--max-num-seqs", "24", "--num-blocks", "640")
+        server = Server(Path(temp), *options, port=0)
         server.wait_ready()
         browser = playwright.chromium.launch(executable_path=find_browser(playwright), args=["--no-sandbox"])
         for view, show in SHOWS.items():
