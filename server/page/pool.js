@@ -22,7 +22,7 @@ export class PoolView {
     this.canvas.addEventListener("pointermove", (event) => this.hover(event));
     this.canvas.addEventListener("pointerleave", hideTip);
     this.canvas.addEventListener("blur", hideTip);
-    this.canvas.addEventListener("click", (event) => { const owner = this.ownerOf(this.cellAt(event)); if (owner) select(owner[ROW.id]); });
+    this.canvas.addEventListener("click", (event) => { const [owner] = this.ownersOf(this.cellAt(event)); if (owner) select(owner[ROW.id]); });
     this.canvas.addEventListener("keydown", (event) => this.move(event));
     this.texts = new Map();
     this.cursor = 0;
@@ -80,10 +80,11 @@ export class PoolView {
     return column < this.columns ? Math.floor(y / this.size) * this.columns + column : -1;
   }
 
-  /** The row of the batch that owns a cell. */
-  ownerOf(cell) {
-    const mark = this.blocks?.charCodeAt(cell), entry = this.feed.entries[this.feed.at];
-    return mark >= FIRST_ROW && entry ? this.feed.step(entry).batch.find((row) => row[ROW.row] === mark - FIRST_ROW) : undefined;
+  /** The rows of the batch that own a cell: one, or several that share it. */
+  ownersOf(cell) {
+    const mark = this.blocks?.charCodeAt(cell), entry = this.feed.entries[this.feed.at], batch = entry ? this.feed.step(entry).batch : [];
+    if (mark === SHARED) return batch.filter((row) => this.feed.tables.get(row[ROW.id])?.includes(cell));
+    return batch.filter((row) => row[ROW.row] === mark - FIRST_ROW);
   }
 
   /** What is in a cell, in words. */
@@ -91,12 +92,10 @@ export class PoolView {
     const mark = this.blocks.charCodeAt(cell);
     if (mark === FREE) return `Block ${cell}: free`;
     if (mark === CACHED) return `Block ${cell}: cached; a prompt that starts alike may find it, until it is evicted`;
-    const owners = [...this.feed.tables].filter(([, table]) => table.includes(cell)).map(([id]) => id);
-    if (mark === SHARED) return `Block ${cell}: shared by ${owners.map(short).join(", ") || "several requests"}`;
-    const owner = this.ownerOf(cell);
-    if (!owner) return `Block ${cell}: row ${mark - FIRST_ROW}`;
+    const owners = this.ownersOf(cell), [owner] = owners;
+    if (!owner) return `Block ${cell}: ${mark === SHARED ? "shared by several requests" : `row ${mark - FIRST_ROW}`}`;
     const id = owner[ROW.id], place = this.placeOf(id, cell);
-    const head = `Block ${cell}: row ${owner[ROW.row]}, ${short(id)}`;
+    const head = `Block ${cell}: ${mark === SHARED ? `shared by ${owners.map((one) => short(one[ROW.id])).join(", ")}` : `row ${owner[ROW.row]}, ${short(id)}`}`;
     if (!place) return head;
     const [from, to] = place, tokens = this.texts.get(id)?.tokens;
     return `${head}\ntokens ${from} to ${to - 1} of ${owner[ROW.tokens]}${tokens ? `\n${tokens.slice(from, to).join("")}` : ""}`;
@@ -117,7 +116,7 @@ export class PoolView {
   show(cell, x, y) {
     showTip(this.describe(cell), x, y);
     this.shown = cell;
-    const owner = this.ownerOf(cell);
+    const [owner] = this.ownersOf(cell);
     if (owner) this.read(owner[ROW.id]).then(() => { if (this.shown === cell) showTip(this.describe(cell), x, y); });
   }
 
