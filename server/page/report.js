@@ -5,7 +5,7 @@ import { duration, make, number, plural, say, table } from "./dom.js";
 const MOST_BYTES = 64 * 2 ** 20, TIMES = /p50|p90|p99|mean|seconds/;
 const FIRST = ["throughput", "goodput", "ttft p50", "ttft p99", "itl p50", "itl p99", "e2e p50", "e2e p99", "errors"];
 // What is taken over from a report: elements without a life of their own, and pictures that it holds itself.
-const KEPT = new Set(["article", "aside", "b", "caption", "code", "dd", "details", "dl", "dt", "em", "figcaption", "figure", "h2", "h3", "header", "li", "main", "ol", "p", "pre", "section", "small", "span", "strong", "summary", "table", "tbody", "td", "th", "thead", "tr", "ul"]);
+const KEPT = new Set(["article", "aside", "b", "caption", "code", "dd", "details", "dl", "dt", "em", "figcaption", "figure", "h2", "h3", "li", "ol", "p", "pre", "section", "small", "span", "strong", "summary", "table", "tbody", "td", "th", "thead", "tr", "ul"]);
 const LEFT_OUT = new Set(["head", "script", "style", "template", "iframe", "object", "noscript", "svg", "math"]);
 const CLASSES = { panels: "pictures", legend: "wide", scroll: "scroll", group: "group", alarm: "bad", when: "faint" };
 
