@@ -73,6 +73,7 @@ def show_engine(page: Any, server: Server) -> None:
     page.locator(".queue button.id, [aria-label=Batch] button.id").first.wait_for(state="attached")
     page.locator("[aria-label='Lives of requests'] canvas").click(position={"x": 40, "y": 100})
     page.mouse.move(2, 2)
+    page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(300)
 
 
