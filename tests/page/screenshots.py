@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,12 @@ SHOWS = {"playground": show_playground, "load": show_load, "engine": show_engine
 
 def main(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as temp, sync_playwright() as playwright:
-        options = ("--speculation", "draft", "--num-spec-tokens", "3", "--max-num-seqs", "24", "--num-blocks", "640")
-        server = Server(Path(temp), *options, port=0)
+    options = ("--speculation", "draft", "--num-spec-tokens", "3", "--max-num-seqs", "24", "--num-blocks", "640")
+    with (
+        tempfile.TemporaryDirectory() as temp,
+        closing(Server(Path(temp), *options, port=0)) as server,
+        sync_playwright() as playwright,
+    ):
         server.wait_ready()
         browser = playwright.chromium.launch(executable_path=find_browser(playwright), args=["--no-sandbox"])
         for view, show in SHOWS.items():
@@ -117,7 +121,6 @@ def main(folder: Path) -> None:
                 save(page.screenshot(), folder / f"{view}-{width}.png")
                 context.close()
         browser.close()
-        server.close()
 
 
 if __name__ == "__main__":
