@@ -18,7 +18,8 @@ import numpy as np
 from bench.timing import in_turns, seconds
 from shoal.model.architecture import DTYPE_BYTES, LatentConfig, LayerConfig, ModelConfig, RopeConfig
 from shoal.model.backends.native_backend import NativeBackend
-from shoal.model.record import Array, Attention, FeedForward, LatentAttention, Layer, Linear, ModelRecord, Norm
+from shoal.model.numbers import Array
+from shoal.model.record import Attention, FeedForward, LatentAttention, Layer, Linear, ModelRecord, Norm
 from shoal.model.step.batch import ForwardBatch, SamplingBatch
 from shoal.model.step.sampling import sampling_rows
 from shoal.terminal import show

@@ -1,21 +1,20 @@
 """The model as data: a plain record of its arrays, beside its architecture, which any backend can execute.
 
 Arrays are C-contiguous in their last dimension, may be read-only views of a mapped file, and hold float32, float16,
-or the bits of bfloat16 as uint16 (numpy has no bfloat16; nothing else here is uint16).  A linear layer's weight is
-[out, in], as in most checkpoints.  What a family does not have is None.
+the bits of bfloat16 as uint16 (numpy has no bfloat16; nothing else here is uint16), or quantised blocks, of which
+`numbers.py` has the shape.  A linear layer's weight is [out, in], as in most checkpoints.  What a family does not have
+is None.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from numpy.typing import NDArray
-
 from shoal.model.architecture import ModelConfig
-
-Array = NDArray[Any]
+from shoal.model.numbers import Array, count_numbers, format_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,16 @@ class ModelRecord:
     @property
     def num_parameters(self) -> int:
         """The number of weights; tied ones count once."""
-        return sum(array.size for *_, array in self.tensors())
+        return sum(count_numbers(array) for *_, array in self.tensors())
+
+    @property
+    def formats(self) -> list[str]:
+        """The formats of the matrices, by the bytes that they take, most first."""
+        sizes = Counter[str]()
+        for *_, array in self.tensors():
+            if array.ndim > 1:
+                sizes[format_name(array)] += array.nbytes
+        return [name for name, _ in sizes.most_common()]
 
     def tensors(self) -> Iterator[tuple[str, int, int, Array]]:
         """All arrays, tied ones once, as the head: the field's name, the layer, the expert and the array.

@@ -18,7 +18,8 @@ from shoal.model.architecture import (
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.checkpoint.load import outline_checkpoint
-from shoal.model.record import Array, ModelRecord
+from shoal.model.numbers import Array, count_numbers
+from shoal.model.record import ModelRecord
 from shoal.scheduler.errors import ShoalError
 from shoal.server.engine.backends import plan_backend
 from shoal.server.settings import Settings
@@ -180,7 +181,7 @@ def _serving(settings: Settings, record: ModelRecord) -> tuple[str | None, str |
         plan = plan_backend(settings.engine, settings.cache, record.config)
     except ShoalError as error:
         return None, error.message, "float32", None
-    return plan.describe(), plan.warning, plan.kv_cache_dtype, plan.weight_bytes(record)
+    return plan.describe(record), plan.warning, plan.kv_cache_dtype, plan.weight_bytes(record)
 
 
 def _differences(record: ModelRecord) -> Iterator[tuple[str, str]]:
@@ -270,8 +271,8 @@ def count_parts(record: ModelRecord) -> Iterator[Part]:
     totals: Counter[str] = Counter()
     active: Counter[str] = Counter()
     for part, _, _, array, share in sort_arrays(record):
-        totals[part] += array.size
-        active[part] += round(array.size * share)
+        totals[part] += count_numbers(array)
+        active[part] += round(count_numbers(array) * share)
     for part, total in totals.items():
         yield Part(part, total, active[part])
 

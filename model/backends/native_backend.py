@@ -18,7 +18,9 @@ from shoal.model.backends.native_library import NO_MEMORY, TENSORS, Batch, Draft
 from shoal.model.backends.native_sampling import SamplerArguments
 from shoal.model.backends.native_shape import NativeShape, find_obstacle
 from shoal.model.backends.observed import Observed
-from shoal.model.record import Array, ModelRecord, Norm
+from shoal.model.mapped import release
+from shoal.model.numbers import BLOCKS, Array, block_dtype
+from shoal.model.record import ModelRecord, Norm
 from shoal.model.step.batch import DraftBatch, Float32, ForwardBatch, Int32, SamplerOutput, SamplingBatch
 from shoal.scheduler.errors import CheckpointError, ConfigError
 
@@ -26,7 +28,9 @@ from shoal.scheduler.errors import CheckpointError, ConfigError
 SLOTS = 16
 _ARRAYS = [name for name, kind, *_ in Batch._fields_ if kind is c_void_p and name != "hidden"]
 _FLOAT32 = np.dtype(np.float32)
-_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}
+# In the order of source.h.
+_PLAIN = [np.dtype(kind) for kind in (np.float32, np.float16, np.uint16)]
+_TYPES = {dtype: index for index, dtype in enumerate([*_PLAIN, *map(block_dtype, BLOCKS)])}
 
 
 class NativeBackend:
@@ -93,6 +97,7 @@ class NativeBackend:
             place = TENSORS.index(owner), bool(bias), layer, expert
             if self._library.shoal_load(self._model, *place, whole.ctypes.data, _TYPES[whole.dtype]):
                 raise no_memory
+            release(array)
 
     def __del__(self) -> None:
         if getattr(self, "_model", None):

@@ -22,7 +22,8 @@ from shoal.model.backends.torch_layers import (
     NormWeights,
     pad_rows,
 )
-from shoal.model.record import Array, Attention, Experts, FeedForward, LatentAttention, Layer, Linear, Norm
+from shoal.model.numbers import Array, has_blocks, in_float32
+from shoal.model.record import Attention, Experts, FeedForward, LatentAttention, Layer, Linear, Norm
 
 # Grouped products want rows of a multiple of 16 bytes.
 _GROUPED = 8
@@ -46,7 +47,7 @@ class Loader:
         self._config, self._device, self._dtype = config, device, dtype
 
     def array(self, array: Array) -> Tensor:
-        tensor = torch.from_numpy(np.array(array))
+        tensor = torch.from_numpy(in_float32(array) if has_blocks(array) else np.array(array))
         tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
         return tensor.to(self._device, self._dtype)
 

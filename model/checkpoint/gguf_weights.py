@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, dequantised."""
+"""The tensors of a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from shoal.model.checkpoint.families.transform import in_float32
 from shoal.model.checkpoint.gguf_file import BF16, F16, F32, GgufFile, TensorInfo
 from shoal.model.checkpoint.parts import Weights, zeros
+from shoal.model.numbers import BLOCKS, block_dtype, has_blocks, in_float32
 from shoal.scheduler.errors import CheckpointError
 
 Array = NDArray[Any]
@@ -33,12 +33,10 @@ _NUMBERS_AT_ONCE = 2**18
 
 
 def read_gguf_weights(file: GgufFile, num_layers: int, *, outline: bool = False) -> Weights:
-    """All weights of the layers that generate: quantised tensors as float32, others in their own format.
+    """All weights of the layers that generate: read-only views of the file; matrices in formats that are not those of
+    `model/numbers.py`, and quantised vectors, as float32.
 
     For an outline all are zeros.
-
-    If any tensor is quantised, the others are copied, so that the file's pages can be released; else arrays are
-    read-only views of the file.
 
     Raises:
         CheckpointError: naming the tensor: of an unsupported type, of a shape that does not fit its type, truncated, or
@@ -69,7 +67,7 @@ def _join_latent(file: GgufFile, tensors: dict[str, Array], key_name: str) -> No
     key, value = tensors.pop(key_name), tensors.pop(value_name, None)
     if value is None or key.ndim != 3 or value.ndim != 3 or (len(key), key.shape[1]) != (len(value), value.shape[2]):
         raise file.error(f"tensor {key_name}", f"expected {value_name} beside it, of the same heads and rank")
-    if key.dtype != value.dtype:
+    if key.dtype != value.dtype or has_blocks(key):
         key, value = in_float32(key), in_float32(value)
     joined = np.concatenate((key.swapaxes(1, 2), value), axis=1)
     tensors[key_name.replace("attn_k_b", "attn_kv_b")] = joined.reshape(-1, joined.shape[-1])
@@ -139,19 +137,30 @@ def _check_apart(file: GgufFile, stored: list[StoredTensor]) -> None:
             raise _error(file, other.info, f"its data overlaps that of {one.info.name}")
 
 
+def _kept_dtype(tensor: StoredTensor) -> np.dtype[Any] | None:
+    """The dtype of a tensor that the record has as the file has it; None for others."""
+    if tensor.type.name in BLOCKS and len(tensor.info.shape) > 1:
+        return block_dtype(tensor.type.name)
+    return _PLAIN.get(tensor.info.type)
+
+
 def _outline(stored: list[StoredTensor]) -> dict[str, Array]:
-    infos = [tensor.info for tensor in stored]
-    return {info.name: zeros(tuple(info.shape), _PLAIN.get(info.type, _PLAIN[F32])) for info in infos}
+    arrays = {}
+    for tensor in stored:
+        shape, dtype = tensor.info.shape, _kept_dtype(tensor)
+        if dtype is not None and dtype.names:
+            shape = *shape[:-1], shape[-1] // BLOCKS[tensor.type.name][0]
+        arrays[tensor.info.name] = zeros(shape, _PLAIN[F32] if dtype is None else dtype)
+    return arrays
 
 
 def _arrays(stored: list[StoredTensor]) -> dict[str, Array]:
     """The tensors as arrays of numbers."""
-    quantised = [tensor for tensor in stored if tensor.info.type not in _PLAIN]
-    arrays = _dequantised(quantised) if quantised else {}
+    others = [tensor for tensor in stored if _kept_dtype(tensor) is None]
+    arrays = _dequantised(others) if others else {}
     for tensor in stored:
-        if tensor.info.type in _PLAIN:
-            view = tensor.rows.view(_PLAIN[tensor.info.type]).reshape(tensor.info.shape)
-            arrays[tensor.info.name] = view.copy() if quantised else view
+        if (dtype := _kept_dtype(tensor)) is not None:
+            arrays[tensor.info.name] = tensor.rows.view(dtype).reshape(*tensor.info.shape[:-1], -1)
     return arrays
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from shoal.model.architecture import LayerConfig, MixtureConfig, ModelConfig
 from shoal.model.checkpoint.config import read_config
 from shoal.model.checkpoint.families import Tensors
-from shoal.model.checkpoint.families.transform import by_parts, halves, in_float32, sinusoids
+from shoal.model.checkpoint.families.transform import by_parts, halves, sinusoids
 from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 from shoal.model.checkpoint.parts import Weights
 from shoal.model.checkpoint.tensors import FileTensors, ImpliedTensors
+from shoal.model.numbers import Array, has_blocks, in_float32, shape_of
 from shoal.model.record import (
-    Array,
     Attention,
     Experts,
     FeedForward,
@@ -29,7 +29,7 @@ from shoal.model.record import (
 
 def load_checkpoint(checkpoint: Path | CheckpointFormat) -> ModelRecord:
     """Read the config and all weights.  Arrays are views of the mapped files, loaded on access, where the file has
-    them as the record does; quantised tensors of a GGUF file become float32.
+    them as the record does.
 
     Raises:
         CheckpointError: naming the file, and the field or tensor: missing, malformed, of the wrong shape, of an
@@ -86,7 +86,7 @@ class _Builder:
         embedding = self._file.take(self._name("embedding"), vocab, None if projected else hidden)
         head = self._head(embedding)
         if projected:  # into the embedding and the head, which are then two arrays
-            inner = embedding.shape[1]
+            inner = shape_of(embedding)[1]
             up, down = self._linear("project_in", hidden, inner), self._linear("project_out", inner, hidden)
             head = Linear(in_float32(head.weight) @ in_float32(down.weight))
             embedding = in_float32(embedding) @ in_float32(up.weight).T
@@ -104,7 +104,7 @@ class _Builder:
         )
 
     def _head(self, embedding: Array) -> Linear:
-        weight, (vocab, width) = self._name("head"), embedding.shape
+        weight, (vocab, width) = self._name("head"), shape_of(embedding)
         bias = self._file.take(self._name("head", suffix=".bias"), vocab) if self._tensors.has_bias("head") else None
         if not self._config.tie_word_embeddings:
             return Linear(self._file.take(weight, vocab, width), bias)
@@ -167,6 +167,7 @@ class _Builder:
         q = self._linear("q_up" if q_down else "q_proj", heads * config.head_dim, inner, prefix)
         kv_down = self._linear("kv_down", latent.rank + latent.rope_dim, hidden, prefix)
         up = self._linear("kv_up", heads * (latent.nope_dim + latent.value_dim), latent.rank, prefix).weight
+        up = in_float32(up) if has_blocks(up) else up  # queries are multiplied with its columns
         up = up.reshape(heads, latent.nope_dim + latent.value_dim, latent.rank)
         if self._tensors.interleaved:
             q = _turned(q, heads, latent.rope_dim, last=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from shoal.model.checkpoint.families import Tensors
 from shoal.model.checkpoint.parts import Weights, zeros
-from shoal.model.record import Array
+from shoal.model.numbers import Array, shape_of
 from shoal.scheduler.errors import CheckpointError
 
 
@@ -45,10 +45,9 @@ class FileTensors:
         if name not in self._left:
             raise self._error(name, f"missing; expected shape [{', '.join(map(str, sizes))}]")
         array = self._left.pop(name)
-        if array.ndim != len(shape) or any(
-            size not in (None, own) for size, own in zip(shape, array.shape, strict=True)
-        ):
-            raise self._error(name, f"expected shape [{', '.join(map(str, sizes))}], found {list(array.shape)}")
+        found = shape_of(array)
+        if len(found) != len(shape) or any(size not in (None, own) for size, own in zip(shape, found, strict=True)):
+            raise self._error(name, f"expected shape [{', '.join(map(str, sizes))}], found {list(found)}")
         return array
 
     def take_flat(self, name: str, count: int) -> Array:
@@ -68,7 +67,7 @@ class FileTensors:
 
     def take_equal(self, name: str, other: Array) -> None:
         """Take a tensor that must be equal to `other`."""
-        if not np.array_equal(self.take(name, *other.shape), other):
+        if not np.array_equal(self.take(name, *shape_of(other)), other):
             raise self._error(name, "differs from the embedding although config.json ties them")
 
     def check_all_taken(self, left_out: tuple[str, ...] = ()) -> None:

@@ -62,7 +62,7 @@ void LatentBlock::load_tensor(LatentLayer& layer, ShoalTensor tensor, bool is_bi
     };
     const auto load_gain = [&](Norm& norm, int width) {
         norm.gain = Array<float>(width);
-        source.read(0, width, norm.gain.data());
+        source.read(width, norm.gain.data());
     };
     switch (tensor) {
         case kQueryDown: load_rows(layer.down, shape_.query_rank, 0); break;

@@ -14,7 +14,7 @@ Array<float> copy_floats(const T& from, size_t count) {
 
 Array<float> read_floats(const Source& source, size_t count) {
     Array<float> floats(count);
-    source.read(0, count, floats.data());
+    source.read(count, floats.data());
     return floats;
 }
 

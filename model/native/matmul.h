@@ -68,6 +68,8 @@ constexpr int kMaxRows = 4;
 constexpr int panels_at_once(int) { return 1; }
 #endif
 constexpr int kMaxPanels = 4;
+// Depths that are unpacked at once: two panels of them are half of a first-level cache.
+constexpr int kSlice = 128;
 // How far ahead the weights of a single panel are fetched, in bytes.  The hardware prefetches to the end of a page and
 // stops there.  That costs time where one panel is read alone; several panels hide each other's stops.
 constexpr ptrdiff_t kPrefetch = 2048;

@@ -79,7 +79,7 @@ void Matrix::pack(Pool& pool, Source source, int num_rows, int first_column, int
         }
         Array<float> weights(depth_);
         for (int column = begin; column < end; ++column) {
-            source.read(static_cast<size_t>(column - first_column) * depth_, depth_, weights.data());
+            source.from(static_cast<size_t>(column - first_column) * depth_).read(depth_, weights.data());
             set_column(place(tile) * kLanes + column % kLanes, weights.data());
         }
     });
@@ -87,9 +87,11 @@ void Matrix::pack(Pool& pool, Source source, int num_rows, int first_column, int
 
 void Matrix::add_bias(Source source, int num_rows, int first_column, int panel_step, int panel_offset) {
     if (!bias_) bias_ = arena_.take<float>(static_cast<size_t>(num_panels_) * kLanes);
+    Array<float> bias(num_rows);
+    source.read(num_rows, bias.data());
     for (int row = 0; row < num_rows; ++row) {
         const int column = first_column + row, panel = column / kLanes * panel_step + panel_offset;
-        bias_[panel * kLanes + column % kLanes] = source[row];
+        bias_[panel * kLanes + column % kLanes] = bias[row];
     }
 }
 

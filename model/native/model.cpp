@@ -59,7 +59,7 @@ void Model::read_embedding(int token_id, float* to) const {
         head_.read_column(token_id, to);
     } else {
         const size_t width = shape_.hidden_size;
-        Source{embedding_.data(), embedding_type_}.read(token_id * width, width, to);
+        Source{embedding_.data(), embedding_type_}.from(token_id * width).read(width, to);
     }
 }
 

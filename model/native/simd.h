@@ -59,6 +59,16 @@ SHOAL_INLINE IntPart splat(int32_t value) { return value - IntPart{}; }
 SHOAL_INLINE FloatPart as_floats(IntPart bits) { return reinterpret_cast<FloatPart>(bits); }
 SHOAL_INLINE IntPart as_ints(FloatPart values) { return reinterpret_cast<IntPart>(values); }
 
+// The bits of a where the mask has them, or those of b, which has none there.
+SHOAL_INLINE IntPart merge(IntPart a, int32_t mask, IntPart b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<IntPart>(_mm512_ternarylogic_epi32(
+        reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(splat(mask)), reinterpret_cast<__m512i>(b), 0xea));
+#else
+    return (a & splat(mask)) | b;
+#endif
+}
+
 SHOAL_INLINE Vec broadcast(float value) {
     return each_part<Vec>([&](int) { return splat(value); });
 }
@@ -267,6 +277,50 @@ SHOAL_INLINE Ints load_words(const void* from) {
         std::memcpy(&part, static_cast<const char*>(from) + i * kPartBytes, sizeof part);
         return part;
     });
+}
+
+// 16 integers of fewer bits, as int32.
+template <class Int>
+SHOAL_INLINE Ints load_each(const Int* from) {
+    int32_t lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = from[i];
+    return load_words(lanes);
+}
+SHOAL_INLINE Ints load_ints(const int8_t* from) {
+#if defined(__AVX512F__)
+    return {{reinterpret_cast<IntPart>(
+        _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))}};
+#elif defined(__AVX2__)
+    return each_part<Ints>([&](int i) {
+        return reinterpret_cast<IntPart>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i * 8))));
+    });
+#else
+    return load_each(from);
+#endif
+}
+SHOAL_INLINE Ints load_ints(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return {{reinterpret_cast<IntPart>(
+        _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))}};
+#elif defined(__AVX2__)
+    return each_part<Ints>([&](int i) {
+        return reinterpret_cast<IntPart>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i * 8))));
+    });
+#else
+    return load_each(from);
+#endif
+}
+SHOAL_INLINE Ints load_ints(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return {{reinterpret_cast<IntPart>(
+        _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))))}};
+#elif defined(__AVX2__)
+    return each_part<Ints>([&](int i) {
+        return reinterpret_cast<IntPart>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i)));
+    });
+#else
+    return load_each(from);
+#endif
 }
 
 // 32 int8 as 32 int16.

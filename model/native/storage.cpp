@@ -1,5 +1,7 @@
 #include "storage.h"
 
+#include "blocks.h"
+
 namespace shoal {
 
 template <class Format>
@@ -19,6 +21,9 @@ template Tile<FloatFormat> find_tile<HalfFormat>(int num_rows, int num_panels);
 template Tile<Int8Format> find_tile<Int8Format>(int num_rows, int num_panels);
 
 namespace {
+
+// Rows up to which the weights of blocks are widened in registers: for more of them it takes as long to unpack before.
+constexpr int kMostRows = 4;
 
 // Plain numbers, as many depths beside each other as are loaded at once.
 template <class Format>
@@ -44,22 +49,42 @@ struct Plain {
 };
 
 template <class Format>
-constexpr Storage plain(int most_rows) {
-    return {most_rows, Plain<Format>::size, Plain<Format>::set_column, Plain<Format>::unpack, find_tile<Format>};
+constexpr Storage plain() {
+    return {INT32_MAX, Plain<Format>::size, Plain<Format>::set_column, Plain<Format>::unpack, find_tile<Format>};
 }
 
-constexpr Storage kFloats = plain<FloatFormat>(INT32_MAX);
-constexpr Storage kHalves = plain<HalfFormat>(INT32_MAX);
-constexpr Storage kBFloats = plain<BFloatFormat>(INT32_MAX);
+template <class Kind>
+Tile<FloatFormat> find_block_tile(int num_rows, int num_panels) {
+    using Panel = BlockPanel<Kind>;
+    Tile<FloatFormat> found = nullptr;
+    with_constant<kMostRows>(num_rows, [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        found = num_panels == 1 ? Panel::template tile<kRows, 1> : num_panels == 2 ? Panel::template tile<kRows, 2> : nullptr;
+        if constexpr (panels_at_once(kRows) == 4) {
+            if (num_panels == 4) found = Panel::template tile<kRows, 4>;
+        }
+    });
+    return found;
+}
+
+template <class Kind>
+constexpr Storage blocks() {
+    using Panel = BlockPanel<Kind>;
+    return {kMostRows, Panel::size, Panel::set_column, Panel::unpack, find_block_tile<Kind>};
+}
+
+constexpr Storage kFloats = plain<FloatFormat>();
+constexpr Storage kHalves = plain<HalfFormat>();
+constexpr Storage kBFloats = plain<BFloatFormat>();
+template <class Kind>
+constexpr Storage kBlocks = blocks<Kind>();
 
 }  // namespace
 
 const Storage& Storage::of(Source::Type type) {
-    switch (type) {
-        case Source::kFloat16: return kHalves;
-        case Source::kBFloat16: return kBFloats;
-        default: return kFloats;
-    }
+    const Storage* found = type == Source::kFloat16 ? &kHalves : type == Source::kBFloat16 ? &kBFloats : &kFloats;
+    with_blocks(type, [&](auto kind) { found = &kBlocks<decltype(kind)>; });
+    return *found;
 }
 
 }  // namespace shoal

@@ -24,9 +24,6 @@ struct Storage {
     static const Storage& of(Source::Type type);
 };
 
-// Depths that are unpacked at once: two panels of them are half of a first-level cache.
-constexpr int kSlice = 128;
-
 // The product of as many rows and panels.
 template <class Format>
 Tile<Format> find_tile(int num_rows, int num_panels);

@@ -15,6 +15,7 @@ from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.model.backends.native_backend import SLOTS, NativeBackend, num_cores
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.backends.native_shape import find_obstacle
+from shoal.model.numbers import count_numbers
 from shoal.model.record import ModelRecord
 from shoal.model.step.batch import Backend
 from shoal.scheduler.errors import ConfigError
@@ -53,19 +54,24 @@ class NativePlan:
             sibling=sibling,
         )
 
-    def describe(self) -> str:
-        """What a backend of this plan is, for people."""
+    def describe(self, record: ModelRecord) -> str:
+        """What a backend of this plan is with that model, for people."""
         config = self.config
-        weights = "float32" if config.quantization == "none" else f"{config.quantization} weights"
+        formats = record.formats if config.quantization == "none" else [config.quantization]
+        weights = "float32" if formats == ["float32"] else f"{' and '.join(formats)} weights"
         cache = "" if self.kv_cache_dtype == "float32" else f", {self.kv_cache_dtype} KV cache"
         num_threads = config.threads or num_cores()
         threads = f"{num_threads} thread{'' if num_threads == 1 else 's'}"
         return f"{weights}{cache}, native ({self.isa}, {threads})"
 
     def weight_bytes(self, record: ModelRecord) -> int:
-        """What the weights take, nearly: int8 makes a byte of each number of a matrix, and scales come on top."""
+        """What the weights take, nearly: int8 makes a byte of each number of a matrix, and scales come on top; other
+        matrices stay as they are, and vectors become float32."""
         is_small = self.config.quantization == "int8"
-        return sum(array.size * (1 if is_small and array.ndim == 2 else 4) for *_, array in record.tensors())
+        return sum(
+            4 * array.size if array.ndim == 1 else count_numbers(array) if is_small else array.nbytes
+            for *_, array in record.tensors()
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class TorchPlan:
             num_threads=self.config.threads,
         )
 
-    def describe(self) -> str:
+    def describe(self, _record: ModelRecord) -> str:
         """What a backend of this plan is, for people."""
         return f"{self.kv_cache_dtype}, torch on {self.config.device}"
 

@@ -96,7 +96,7 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         limits,
         record.num_parameters,
         num_bytes,
-        plan.describe(),
+        plan.describe(record),
         plan.warning,
         plan.kv_cache_dtype,
         os.getpid(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from shoal.model.architecture import KVLayout, ModelConfig
+from shoal.model.numbers import count_numbers
 from shoal.model.record import ModelRecord
 from shoal.scheduler.errors import ConfigError
 from shoal.server.inspection import sort_arrays
@@ -58,7 +59,8 @@ class Costs:
     Attributes:
         read: parameters that every step reads: all but experts and tables of which it takes rows.
         head: weights of the head.
-        bytes_each: of a number, in weights, cache and hidden states alike.
+        bytes_each: of a number in cache and hidden states.
+        weight_bytes_each: of a weight on average, as the checkpoint has them.
     """
 
     config: ModelConfig
@@ -68,6 +70,7 @@ class Costs:
     head: int
     dtype: str
     bytes_each: int
+    weight_bytes_each: float
 
     @classmethod
     def of(cls, record: ModelRecord, dtype: str, bytes_each: int) -> Costs:
@@ -76,14 +79,16 @@ class Costs:
         read = 0
         for part, name, layer, array, share in sort_arrays(record):
             if name.removesuffix(".bias") not in _OUTSIDE:
-                total[layer] += array.size
-                active[layer] += array.size * share if array.ndim > 1 else 0
+                total[layer] += count_numbers(array)
+                active[layer] += count_numbers(array) * share if array.ndim > 1 else 0
             if part == "experts":
-                experts[layer] += array.size
+                experts[layer] += count_numbers(array)
             elif part not in ("embedding", "positions"):
-                read += array.size
+                read += count_numbers(array)
         layers = tuple(map(LayerCosts, total, experts, active))
-        return cls(record.config, record.num_parameters, layers, read, record.head.weight.size, dtype, bytes_each)
+        head, stored = count_numbers(record.head.weight), sum(array.nbytes for *_, array in record.tensors())
+        weight_bytes_each = stored / record.num_parameters
+        return cls(record.config, record.num_parameters, layers, read, head, dtype, bytes_each, weight_bytes_each)
 
     @cached_property
     def layouts(self) -> Counter[KVLayout]:
@@ -97,7 +102,7 @@ class Costs:
 
     @property
     def weight_bytes(self) -> float:
-        return self.num_parameters * self.bytes_each
+        return self.num_parameters * self.weight_bytes_each
 
     def cache_bytes(self, length: int) -> float:
         """That a sequence reads, which is what it keeps where windows give back what nobody sees."""
@@ -109,7 +114,7 @@ class Costs:
 
     def expert_bytes(self, num_tokens: float) -> float:
         """Of the experts that a step reads."""
-        return self.bytes_each * sum(
+        return self.weight_bytes_each * sum(
             own.num_expert_parameters * formulas.touched_experts(layer.mixture, num_tokens)
             for own, layer in zip(self.layers, self.config.layers, strict=True)
             if layer.mixture
@@ -135,7 +140,7 @@ class Costs:
         )
 
     def bytes_read(self, step: Step) -> float:
-        weights = self.read * self.bytes_each + self.expert_bytes(step.num_seqs * step.num_tokens)
+        weights = self.read * self.weight_bytes_each + self.expert_bytes(step.num_seqs * step.num_tokens)
         return weights + step.num_seqs * self.cache_bytes(step.length)
 
     def is_read(self, step: Step, machine: Machine) -> bool:
@@ -168,7 +173,7 @@ class Split:
 
     def weight_bytes(self, costs: Costs) -> float:
         """On each rank."""
-        experts = costs.bytes_each * sum(layer.num_expert_parameters for layer in costs.layers)
+        experts = costs.weight_bytes_each * sum(layer.num_expert_parameters for layer in costs.layers)
         return ((costs.weight_bytes - experts) / self.tp + experts / (self.tp * self.ep)) / self.pp
 
     def wire_bytes(self, costs: Costs, num_tokens: float) -> float:
@@ -202,7 +207,7 @@ class Split:
         cached = (
             num_seqs / self.ep * costs.cache_bytes(step.length) / min(self.tp, costs.config.kv_layouts[0].num_heads)
         )
-        num_bytes = (costs.read * costs.bytes_each / self.tp + experts + cached) / self.pp
+        num_bytes = (costs.read * costs.weight_bytes_each / self.tp + experts + cached) / self.pp
         computing = formulas.roofline_seconds(
             costs.flops(step) / self.pp / self.ranks, num_bytes, machine.flops[costs.dtype], machine.bandwidth
         )

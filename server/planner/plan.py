@@ -135,7 +135,7 @@ def _facts(costs: Costs, machine: Machine, context: int) -> Row:
     return {
         "num_parameters": costs.num_parameters,
         "num_weights_of_one_token": costs.num_active,
-        "numbers": f"{costs.dtype}, {costs.bytes_each} bytes each",
+        "numbers": f"{costs.dtype}, {costs.weight_bytes_each:.3g} bytes a weight",
         "weights_bytes": costs.weight_bytes,
         "memory_bytes": machine.memory,
         "computed_in_a_second_flops": rate,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from shoal.model.architecture import LatentConfig, LayerConfig, MixtureConfig, ModelConfig, RopeConfig
+from shoal.model.numbers import Array
 from shoal.model.record import (
-    Array,
     Attention,
     Experts,
     FeedForward,

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.load import load_checkpoint
-from shoal.model.record import Array, Attention, FeedForward, Linear
+from shoal.model.numbers import Array
+from shoal.model.record import Attention, FeedForward, Linear
 from shoal.scheduler.errors import CheckpointError
 
 Write = Callable[..., Path]

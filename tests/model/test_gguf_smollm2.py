@@ -16,6 +16,7 @@ from shoal.model.checkpoint.config import load_config, load_generation_defaults
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.gguf_file import read_gguf
 from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.numbers import in_float32
 from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import CheckpointError
 
@@ -78,7 +79,7 @@ def test_weights_are_those_of_the_library_and_know_the_capital_of_france(
     ):
         start = tensors[f"{name}.weight"].start
         rows = np.array(data[start : start + 99 * row_bytes]).reshape(99, row_bytes)
-        np.testing.assert_array_equal(array[:99], gguf.dequantize(rows, kind))
+        np.testing.assert_array_equal(in_float32(array[:99]), gguf.dequantize(rows, kind))
     assert record.head.weight is record.embedding
     backend = TorchBackend(record, num_blocks=16, block_size=16)
     ids = tokenizer.encode("The capital of France is")

@@ -14,7 +14,8 @@ from shoal.model.architecture import LatentConfig, Temperature
 from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.backends.torch_backend import TorchBackend
-from shoal.model.record import Array, FeedForward, LatentAttention, Linear, ModelRecord, Norm
+from shoal.model.numbers import Array
+from shoal.model.record import FeedForward, LatentAttention, Linear, ModelRecord, Norm
 from shoal.scheduler.errors import CheckpointError
 from tests.model.oracles import random_record, random_steps, run_chunks, run_whole, sequences
 

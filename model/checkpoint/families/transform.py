@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shoal.model.record import Array
+from shoal.model.numbers import Array
 
 Split = Callable[[Array, int, int, int], tuple[Array, Array, Array]]
 """Cuts a fused projection of queries, keys and values.
@@ -55,13 +55,6 @@ def halves(rows: Array, num_heads: int, dim: int, *, last: bool = False) -> Arra
         return turned
     rows[:] = turned
     return rows
-
-
-def in_float32(array: Array) -> Array:
-    """The numbers in float32; uint16 holds the bits of bfloat16."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
 
 
 def sinusoids(num_positions: int, width: int) -> Array:
