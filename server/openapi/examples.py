@@ -287,7 +287,7 @@ SERVER_INFO = ServerInfo(
     "0.1.0",
     _MODEL,
     15_497_728,
-    "float32, native (avx512, 2 threads)",
+    "bfloat16 weights, native (avx512, 2 threads)",
     None,
     402_653_184,
     SchedulerConfig(num_blocks=4096, max_model_len=1024),

@@ -217,8 +217,8 @@ print(*sorted({"torch", "transformers", "gguf"} & sys.modules.keys()))
 @pytest.mark.parametrize(
     ("args", "description"),
     [
-        ([], "float32, native ({isa}, 1 thread)"),
-        (["--kv-cache-dtype", "float16"], "float32, float16 KV cache, native ({isa}, 1 thread)"),
+        ([], "bfloat16 weights, native ({isa}, 1 thread)"),
+        (["--kv-cache-dtype", "float16"], "bfloat16 weights, float16 KV cache, native ({isa}, 1 thread)"),
         (["--quantization", "int8", "--threads", "2"], "int8 weights, native ({isa}, 2 threads)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
