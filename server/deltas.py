@@ -58,10 +58,13 @@ class Deltas:
         return due + self._take_due()
 
     def _take_due(self) -> list[Delta]:
-        due = [delta for delta in self._pending.values() if self._in_order[delta.index].is_due(delta)]
-        for delta in due:
-            del self._pending[delta.index]
-            delta.token_ids = self._in_order[delta.index].take_token_ids()
+        due = []
+        for index, delta in list(self._pending.items()):
+            choice = self._in_order[index]
+            if choice.is_due(delta):
+                del self._pending[index]
+                delta.token_ids = choice.take_token_ids()
+                due.append(delta)
         return due
 
     def _feed(self, outputs: Iterable[RequestOutput]) -> Iterator[Delta]:

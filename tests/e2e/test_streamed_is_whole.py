@@ -50,7 +50,8 @@ def bodies(limit: str, **optional: st.SearchStrategy[Any]) -> st.SearchStrategy[
     """
     temperatures: st.SearchStrategy[Any] = st.sampled_from([0, 0.7, 1])
     always = {limit: st.integers(1, 40), "temperature": temperatures, "seed": st.integers(0, 99)}
-    return st.fixed_dictionaries(always, optional=optional)
+    extensions = st.fixed_dictionaries({"stream_interval": st.integers(1, 9)})
+    return st.fixed_dictionaries(always, optional={**optional, "extra_body": extensions})
 
 
 law: Callable[[Any], Any] = settings(max_examples=20, suppress_health_check=list(HealthCheck))
@@ -167,7 +168,7 @@ def test_messages(claude: anthropic.Anthropic, body: dict[str, Any]) -> None:
     form = body.pop("form", {})
     tools = [{"name": one["name"], "input_schema": one["parameters"]} for one in (FUNCTION, OTHER)]
     form = form | ({"tools": tools} if "tool_choice" in form else {})
-    extra = {name: body.pop(name) for name in ("temperature", "seed")}
+    extra = {name: body.pop(name) for name in ("temperature", "seed")} | body.pop("extra_body", {})
     asked: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], **body, **form}
     whole = claude.messages.create(extra_body=extra, **asked)
     with claude.messages.stream(extra_body=extra, **asked) as stream:
@@ -200,7 +201,7 @@ def test_responses(client: openai.OpenAI, body: dict[str, Any]) -> None:
     asked: dict[str, Any] = {
         "model": MODEL,
         "input": QUESTION,
-        "extra_body": {"seed": body.pop("seed")},
+        "extra_body": {"seed": body.pop("seed"), **body.pop("extra_body", {})},
         **body,
         **form,
     }
