@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import lru_cache
 from math import isfinite
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -171,4 +172,10 @@ class SchedulerConfig(SchedulerLimits):
     @property
     def capacity(self) -> int:
         """The most tokens that a request may have computed in the whole KV cache, and in its context."""
-        return bisect_right(range(self.max_model_len + 1), self.num_blocks, key=self.most_blocks) - 1
+        return _capacity(self)
+
+
+@lru_cache
+def _capacity(config: SchedulerConfig) -> int:
+    """It is asked for with each request."""
+    return bisect_right(range(config.max_model_len + 1), config.num_blocks, key=config.most_blocks) - 1
