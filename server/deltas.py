@@ -14,12 +14,7 @@ class Deltas:
     Args:
         choices: by the ids of their requests, in their order.
         outputs: returns those that have come since it was called last.
-
-    Attributes:
-        coalesces: whether all that is new in a choice is one delta, or each output has its own.
     """
-
-    coalesces = True
 
     def __init__(self, choices: Mapping[str, Choice], outputs: Callable[[], Iterable[RequestOutput]]) -> None:
         self._choices = choices
@@ -38,8 +33,12 @@ class Deltas:
         """Whether `take` has more to give of what has come already."""
         return self._rest is not None
 
-    def take(self) -> list[Delta]:
-        """What is due of what has come; of much the first part, so that others can have their turn after it."""
+    def take(self, *, coalesces: bool) -> list[Delta]:
+        """What is due of what has come; of much the first part, so that others can have their turn after it.
+
+        Args:
+            coalesces: whether all that is new in a choice is one delta, or each output has its own.
+        """
         due: list[Delta] = []
         num_scored = 0
         if self._rest is None:
@@ -48,7 +47,7 @@ class Deltas:
             pending = self._pending.setdefault(delta.index, delta)
             if pending is not delta:
                 pending.add(delta)
-            if not self.coalesces:
+            if not coalesces:
                 due += self._take_due()
             num_scored += len(delta.scored)
             if num_scored >= MAX_SCORED:

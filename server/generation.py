@@ -67,6 +67,7 @@ class Generation:
         ]
         by_request = dict(zip(self._submission.journals, self.choices, strict=True))
         self._deltas = Deltas(by_request, self._submission.take)
+        self._coalesces = True  # what waited until it was asked for
 
     def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs]]:
         """The tokens of a choice's prompt, and the log-probabilities of all but the first, if they were asked for."""
@@ -89,7 +90,7 @@ class Generation:
         try:
             while not self._deltas.are_finished:
                 await (asyncio.sleep(0) if self._deltas.has_rest else self._submission.wait())
-                if deltas := self._take():
+                if deltas := self._take(coalesces=self._coalesces):
                     yield deltas
         except Exception as error:
             failure = error
@@ -118,13 +119,13 @@ class Generation:
             if self._deltas.has_rest or not sink.is_ready:
                 return False
             try:
-                if deltas := self._take():
+                if deltas := self._take(coalesces=False):
                     give(deltas)
             except Exception as error:
                 self._submission.fail(error)
             return not (self._deltas.has_rest or self._deltas.are_finished)
 
-        self._deltas.coalesces = sink.coalesces
+        self._coalesces = sink.coalesces
         self._submission.on_news = give_at_once
         async with aclosing(self.deltas()) as steps:
             async for deltas in steps:
@@ -146,8 +147,8 @@ class Generation:
         await self.run(add, Open())
         return whole
 
-    def _take(self) -> list[Delta]:
-        deltas = self._deltas.take()
+    def _take(self, *, coalesces: bool) -> list[Delta]:
+        deltas = self._deltas.take(coalesces=coalesces)
         for delta in deltas:
             if delta.finish_reason:
                 journal = self.choices[delta.index].journal

@@ -63,6 +63,8 @@ class EngineClient:
         self._on_trial: str | None = None
         self._num_reported = 0  # requests that the engine spoke of last
         self._recalled = False  # whether the engine may still speak of one that was tried before
+        self._untold: dict[Submission, None] = {}  # that have outputs and were not told yet
+        self._telling: asyncio.Handle | None = None
         self._heard_at = self._lost_at = clock()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -186,7 +188,7 @@ class EngineClient:
         self.changed(ready)
 
     def take(self, news: News) -> None:
-        """Note what came of a step, and then have the calls take it."""
+        """Note what came of a step.  The calls are told as soon as all that has come is noted."""
         self._heard_at = now = self._clock()
         self._num_reported = news.stats.num_running + news.stats.num_waiting
         self._metrics.stats(self.name, news.stats)
@@ -195,12 +197,11 @@ class EngineClient:
         if news.step is not None:
             tell_histories(news.step, self._unfinished, names_all=self.names_all)
         told: list[tuple[Journal, RequestOutput]] = []
-        submissions: dict[Submission, None] = {}
         for output in news.outputs:
             submission = self._unfinished.get(output.request_id)
             if submission is not None and output.request_id not in self._held:
                 told.append((submission.journals[output.request_id], output))
-                submissions[submission] = None
+                self._untold[submission] = None
                 submission.put(output)
         self._metrics.tokens(self.name, told, now)
         for journal, output in told:
@@ -208,8 +209,8 @@ class EngineClient:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
         self._end_trial(is_idle=not self._num_reported)
-        for submission in submissions:
-            submission.announce()
+        if self._untold and self._telling is None:
+            self._telling = asyncio.get_running_loop().call_soon(self._tell)
 
     def lose(self) -> None:
         """The engine is gone: its requests wait for the next one."""
@@ -274,6 +275,11 @@ class EngineClient:
             self._send(Abort([suspect]))
             self._held[suspect], self._recalled = None, True
         self._hand_over()
+
+    def _tell(self) -> None:
+        told, self._untold, self._telling = self._untold, {}, None
+        for submission in told:
+            submission.announce()
 
     def _forget(self, request_id: str) -> None:
         self.admission.note_end(self._journal(request_id))

@@ -84,6 +84,7 @@ def test_tokens_are_given_from_where_the_news_arrives(folder: Path) -> None:
         async def scene(say: Callable[..., None], _: EngineClient) -> None:
             for token_id in (70, 71, 72):
                 say(token_id)
+                await asyncio.sleep(0)
                 assert sink.given[-1] == [token_id]
             say(73, ends=True)
 
@@ -151,14 +152,13 @@ def test_no_token_is_lost_or_early(cuts: list[list[int]], portions: list[int], i
     outputs[-1].finish_reason = FinishReason.LENGTH
     come: list[RequestOutput] = []
     deltas = Deltas({"a": Choice(0, journal, TOKENIZER, [], None, interval=interval)}, lambda: come)
-    deltas.coalesces = coalesces
     taken: list[Delta] = []
     while outputs:
         num = portions[len(taken) % 12]
         come, outputs = outputs[:num], outputs[num:]
         for output in come:
             journal.note(output, 0.0)
-        taken += deltas.take()
+        taken += deltas.take(coalesces=coalesces)
     assert [token_id for delta in taken for token_id in delta.token_ids] == journal.output_token_ids
     assert "".join(delta.text for delta in taken) == TOKENIZER.decode(journal.output_token_ids)
     assert taken[-1].finish_reason == "length" and deltas.are_finished and not deltas.has_rest
