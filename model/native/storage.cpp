@@ -4,16 +4,27 @@
 
 namespace shoal {
 
+namespace {
+
+// Calls f(rows, panels) with both numbers as types, for those that occur together.
+template <int kMax, class F>
+void with_shape(int num_rows, int num_panels, const F& f) {
+    with_constant<kMax>(num_rows, [&](auto rows) {
+        constexpr int kUsual = panels_at_once(decltype(rows)::value);
+        if (num_panels == 1) return f(rows, std::integral_constant<int, 1>{});
+        if constexpr (kUsual >= 2) {
+            if (num_panels == 2) return f(rows, std::integral_constant<int, 2>{});
+        }
+        if constexpr (kUsual >= 4) f(rows, std::integral_constant<int, 4>{});
+    });
+}
+
+}  // namespace
+
 template <class Format>
 Tile<Format> find_tile(int num_rows, int num_panels) {
     Tile<Format> found = nullptr;
-    with_constant<kMaxRows>(num_rows, [&](auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        found = num_panels == 1 ? tile<Format, kRows, 1> : num_panels == 2 ? tile<Format, kRows, 2> : nullptr;
-        if constexpr (panels_at_once(kRows) == 4) {
-            if (num_panels == 4) found = tile<Format, kRows, 4>;
-        }
-    });
+    with_shape<kMaxRows>(num_rows, num_panels, [&](auto rows, auto panels) { found = tile<Format, rows, panels>; });
     return found;
 }
 template Tile<FloatFormat> find_tile<FloatFormat>(int num_rows, int num_panels);
@@ -23,7 +34,7 @@ template Tile<Int8Format> find_tile<Int8Format>(int num_rows, int num_panels);
 namespace {
 
 // Rows up to which the weights of blocks are widened in registers: for more of them it takes as long to unpack before.
-constexpr int kMostRows = 4;
+constexpr int kMostRows = kMaxRows / 3;
 
 // Plain numbers, as many depths beside each other as are loaded at once.
 template <class Format>
@@ -55,14 +66,9 @@ constexpr Storage plain() {
 
 template <class Kind>
 Tile<FloatFormat> find_block_tile(int num_rows, int num_panels) {
-    using Panel = BlockPanel<Kind>;
     Tile<FloatFormat> found = nullptr;
-    with_constant<kMostRows>(num_rows, [&](auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        found = num_panels == 1 ? Panel::template tile<kRows, 1> : num_panels == 2 ? Panel::template tile<kRows, 2> : nullptr;
-        if constexpr (panels_at_once(kRows) == 4) {
-            if (num_panels == 4) found = Panel::template tile<kRows, 4>;
-        }
+    with_shape<kMostRows>(num_rows, num_panels, [&](auto rows, auto panels) {
+        found = BlockPanel<Kind>::template tile<rows, panels>;
     });
     return found;
 }

@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from shoal.model.backends.native_backend import NativeBackend
+from shoal.model.backends.native_library import supported_isas
 from shoal.model.checkpoint.config import load_config, load_generation_defaults
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelRecord
@@ -146,11 +148,13 @@ def check(load: Callable[[], object]) -> None:
 
 
 def load_record(path: Path) -> None:
-    """What loads can be read to the end: no view reaches beyond the file."""
+    """What loads can be read to the end, and packed: no view reaches beyond the file."""
     record: ModelRecord = load_checkpoint(path)
     assert record.num_parameters > 0
     for *_, array in record.tensors():
         array.tobytes()
+    if supported_isas():
+        NativeBackend(record, num_blocks=1, block_size=16, num_threads=1)
 
 
 FUZZ = settings(max_examples=examples(250))
