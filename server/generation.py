@@ -67,7 +67,7 @@ class Generation:
         ]
         by_request = dict(zip(self._submission.journals, self.choices, strict=True))
         self._deltas = Deltas(by_request, self._submission.take)
-        self._coalesces = True  # what waited until it was asked for
+        self._is_behind = False  # whether the client is: then it gets together what has waited for it
 
     def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs]]:
         """The tokens of a choice's prompt, and the log-probabilities of all but the first, if they were asked for."""
@@ -90,7 +90,7 @@ class Generation:
         try:
             while not self._deltas.are_finished:
                 await (asyncio.sleep(0) if self._deltas.has_rest else self._submission.wait())
-                if deltas := self._take(coalesces=self._coalesces):
+                if deltas := self._take(coalesces=self._is_behind):
                     yield deltas
         except Exception as error:
             failure = error
@@ -125,11 +125,11 @@ class Generation:
                 self._submission.fail(error)
             return not (self._deltas.has_rest or self._deltas.are_finished)
 
-        self._coalesces = sink.coalesces
         self._submission.on_news = give_at_once
         async with aclosing(self.deltas()) as steps:
             async for deltas in steps:
                 give(deltas)
+                self._is_behind = sink.coalesces and not sink.is_ready
                 await sink.flush()
 
     async def complete(self, take_scored: Callable[[int, list[Scored]], None] | None = None) -> list[Delta]:

@@ -15,7 +15,7 @@ class Room(Protocol):
     """What is known of a sink by those who make what is put into it.
 
     Attributes:
-        coalesces: whether tokens that had to wait come in one event.
+        coalesces: whether tokens that waited because it was not ready come in one event.
     """
 
     coalesces: bool
