@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 # Each new observation multiplies the weight of older ones by this, so that about the last fifty count.
 _KEPT = 0.98
@@ -89,13 +88,14 @@ def load_class(num_requests: int) -> int:
 class Costs:
     """Seconds of plain steps, of proposals that they verify, and of drafting.
 
-    What proposals add to a step is learnt apart for each class of loads, and relative to a plain step.
+    What proposals add to a step, and what drafting takes, is learnt relative to a plain step of as many requests.  A
+    draft's share is about the same under all loads; that of verification is learnt apart for each class of them.
     """
 
     def __init__(self) -> None:
         self._plain: defaultdict[int, Mean] = defaultdict(Mean)  # seconds, by number of requests
         self._verification: defaultdict[int, Cost] = defaultdict(_unknown_cost)  # by class of loads
-        self._drafting: defaultdict[int, Cost] = defaultdict(Cost)  # seconds, by class of loads
+        self._drafting = Cost()  # relative to a plain step
         self._catching_up: defaultdict[int, Mean] = defaultdict(_unneeded)  # seconds, by class of loads
 
     def step(self, num_requests: int, num_proposals: int, num_drafted: int, seconds: float) -> None:
@@ -110,16 +110,17 @@ class Costs:
             shares = num_proposals / num_requests, num_drafted / num_requests
             self._verification[load_class(num_requests)].add(*shares, min(seconds, most) / plain - 1)
 
-    def proposal(self, lengths: Sequence[int], seconds: float) -> None:
-        """Take in the time of a proposal; `lengths` are at least one, each at least 1."""
-        self._drafting[load_class(len(lengths))].add(1, max(lengths), seconds)
+    def proposal(self, num_requests: int, length: int, seconds: float) -> None:
+        """Take in the time of drafting up to `length` tokens, at least 1, for each of some of the requests."""
+        weight = self.plain(num_requests) / max(seconds, 1e-6)  # the longer it took by chance, the less it counts
+        self._drafting.add(weight, length * weight, 1)
 
     def caught_up(self, num_requests: int, seconds: float) -> None:
         """Take in the time of what a proposal for all requests needed before it."""
         self._catching_up[load_class(num_requests)].add(seconds, 1)
 
     def knows(self, num_requests: int) -> bool:
-        """Return whether a plain step of `num_requests` was timed, which `plain` and `verification` need."""
+        """Return whether a plain step of `num_requests` was timed, which all but `caught_up` and `step` need."""
         return num_requests in self._plain
 
     def plain(self, num_requests: int) -> float:
@@ -141,10 +142,8 @@ class Costs:
 
         Both are 0 before anything was drafted.
         """
-        if not self._drafting:
-            return 0.0, 0.0
-        wanted = load_class(num_requests)
-        return self._drafting[min(self._drafting, key=lambda known: abs(known - wanted))].parts()
+        fixed, each = self._drafting.parts()
+        return fixed * self.plain(num_requests), each * self.plain(num_requests)
 
 
 def _unknown_cost() -> Cost:

@@ -135,7 +135,7 @@ class AdaptiveLength(LengthRule):
         if self._pays:
             self._costs.caught_up(self._num_requests, catching_up)
         if lengths:
-            self._costs.proposal(lengths, drafting)
+            self._costs.proposal(self._num_requests, max(lengths), drafting)
 
     def _best(self, rows: list[int]) -> list[int]:
         """Return the lengths with the greatest goodput, all of them 0 if a plain step's is greater.
@@ -151,6 +151,7 @@ class AdaptiveLength(LengthRule):
             goodput *= _NEAR
         lengths, growing = best.copy(), list(range(len(rows)))
         fixed, each = self._costs.verification(self._num_requests)
+        start, drafting = self._costs.drafting(self._num_requests)
         for length in range(1, self._most + 1):
             verification = each if length > 1 else fixed + each
             growing = [i for i in growing if chances[i] > goodput * verification]
@@ -160,7 +161,6 @@ class AdaptiveLength(LengthRule):
                 lengths[i] = length
                 tokens += chances[i]
                 chances[i] *= rates[i][1]
-            start, drafting = self._costs.drafting(len(growing))
             seconds += len(growing) * verification + drafting + (start if length == 1 else 0.0)
             if tokens / seconds > goodput:
                 goodput, best = tokens / seconds, lengths.copy()

@@ -136,14 +136,27 @@ def test_verification_is_not_learnt_before_a_plain_step_nor_from_one_slow_step()
     assert sum(costs.verification(1)) == pytest.approx(unknown, rel=0.2)
 
 
-def test_the_time_of_drafting_is_that_of_the_nearest_load() -> None:
+def test_the_time_of_drafting_is_learnt_relative_to_a_plain_step() -> None:
     costs = Costs()
-    assert costs.drafting(3) == (0, 0)
-    costs.proposal([4, 2, 1], 8.0)
-    assert costs.drafting(3) == costs.drafting(64) == (0, 2.0)
-    costs.proposal([1] * 32, 20.0)
-    assert sum(costs.drafting(64)) == 20.0
-    assert costs.drafting(1) == (0, 2.0)
+    costs.step(4, 0, 0, 1.0)
+    costs.step(64, 0, 0, 10.0)
+    assert costs.drafting(4) == (0, 0)
+    costs.proposal(4, 4, 0.8)
+    assert costs.drafting(4) == pytest.approx((0, 0.2))
+    assert costs.drafting(64) == pytest.approx((0, 2.0))
+
+
+def test_a_draft_that_was_interrupted_is_forgotten_by_trials() -> None:
+    """A proposal took a hundred times as long as it would: the second of two, or the very first of all."""
+    costs, interrupted = Costs(), Costs()
+    for each in (costs, interrupted):
+        each.step(8, 0, 0, 1.0)
+    costs.proposal(8, 1, 0.1)
+    costs.proposal(8, 1, 10.0)
+    assert sum(costs.drafting(8)) < 0.12
+    interrupted.proposal(8, 1, 10.0)
+    interrupted.proposal(8, 2, 0.2)
+    assert sum(interrupted.drafting(8)) < 0.15
 
 
 def test_catching_up_is_what_it_comes_to_in_the_long_run() -> None:
