@@ -18,7 +18,6 @@ from shoal.server.sources import load_settings
 from shoal.terminal import CommandError, echo_json, json_option, show
 
 APP_NAME = "shoal"
-PORT = 6379  # of a Ray node that is started here
 READY_SECONDS = 300.0
 
 Result = TypeVar("Result")
@@ -148,7 +147,7 @@ def _connect(address: str | None, *, starts: bool = False) -> None:
     from shoal.cluster.deployments import NAMESPACE  # noqa: PLC0415
     from shoal.cluster.ray_node import noted_address, start_node  # noqa: PLC0415
 
-    found = address or noted_address() or (start_node(PORT) if starts else None)
+    found = address or noted_address() or (start_node() if starts else None)
     if found is None:
         raise ConfigError("no cluster is up on this machine; name one with --address", param="address")
     try:

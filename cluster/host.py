@@ -13,7 +13,7 @@ import msgspec
 
 from shoal.cluster.messages import Endpoint, Listening, Load, Report
 from shoal.cluster.process import Order
-from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.errors import ConfigError, EngineError
 from shoal.server.engine.messages import Loading, StartFailed
 from shoal.server.engine.supervisor import START_DELAYS
 from shoal.server.settings import Settings
@@ -49,12 +49,17 @@ class EngineHost:
         """Run processes, one after the other.
 
         Raises:
-            ConfigError: the engine cannot start with these settings, and never did.
+            ConfigError: the engine cannot start with these settings.
+            EngineError: the first one ended before it was ready.
         """
+        was_ready = False
         num_failures = 0
         while True:
             self._was_ready = False
             code = await self._run_one()
+            was_ready |= self._was_ready
+            if not was_ready:
+                raise EngineError(f"the engine ended with exit code {code} at its start")
             num_failures = 0 if self._was_ready else num_failures + 1
             delay = START_DELAYS[min(num_failures, len(START_DELAYS) - 1)]
             logger.error("the engine ended with exit code %d; another is started in %.1f s", code, delay)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,16 +15,19 @@ from pathlib import Path
 
 from shoal.scheduler.errors import ConfigError
 
-START_SECONDS, STOP_SECONDS = 60.0, 20.0
+START_SECONDS, STOP_SECONDS = 180.0, 20.0
 _NOTE = Path(tempfile.gettempdir()) / f"shoal-cluster-{os.getuid()}.json"  # of the node that was started
 
 
-def start_node(port: int) -> str:
-    """Start a node, and return its address once it answers.
+def start_node() -> str:
+    """Start a node at a free port, and return its address once it answers.
 
     Raises:
         ConfigError: it ends, or does not answer.
     """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     log = _NOTE.with_suffix(".log")
     options = ("--head", "--block", f"--port={port}", "--disable-usage-stats", "--include-dashboard=false")
     with log.open("wb") as output:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,18 @@ pytest.importorskip("ray", reason="Ray is not installed: make test-cluster insta
 
 NUM_STREAMS, NUM_TOKENS, PATIENCE = 16, 200, 240.0
 BIN = Path(sys.executable).parent
-SETTINGS = ("--threads", "1", "--num-blocks", "512", "--max-queue-seconds", "0", "--port", "18700")
+SETTINGS = (
+    "--num-cpus",
+    "0.25",
+    "--threads",
+    "1",
+    "--num-blocks",
+    "512",
+    "--max-queue-seconds",
+    "0",
+    "--port",
+    "18700",
+)
 
 
 def shoal(folder: Path, *args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -96,12 +109,13 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = Path(tmp_path_factory.mktemp("ray"))
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # the names of Ray's sockets are long
     try:
         yield Cluster(folder)
     finally:
         shoal(folder, "down")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def process_of(engine: dict[str, Any], whose: str) -> int:
