@@ -61,8 +61,9 @@ class _Replica:
         self.directory = find_directory(context.app_name)
         self._tasks: list[asyncio.Task[None]] = []
 
-    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         self._tasks.append(asyncio.create_task(work))
+        return self._tasks[-1]
 
     async def end(self) -> None:
         for task in self._tasks:
@@ -141,10 +142,11 @@ class IngressReplica(_Replica):
             service.fingerprint,
         )
         self.begin(self._server.run())
-        self.begin(self._follow())
+        self._following = self.begin(self._follow())
         self.begin(self._tell())
 
     async def __del__(self) -> None:
+        self._following.cancel()  # an engine that came now would take new requests
         await self.directory.tell_server.remote(self.name, None)
         await self._server.stop()
         await self._fleet.close()

@@ -57,10 +57,9 @@ class Router:
 
     @property
     def ready(self) -> Ready:
-        taking = self._taking()
         if not self.clients:
             raise EngineUnavailableError("there is no engine; try again later")
-        return self.clients[taking[0] if taking else 0].ready
+        return self.clients[min(self._taking(), default=0)].ready
 
     @property
     def num_unfinished(self) -> int:
