@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from shoal.server.sources import load_settings
 from shoal.terminal import CommandError, echo_json, json_option, show
 
 APP_NAME = "shoal"
-READY_SECONDS = 300.0
+REACH_SECONDS, READY_SECONDS = 5.0, 300.0
 
 Result = TypeVar("Result")
 
@@ -150,9 +151,11 @@ def _connect(address: str | None, *, starts: bool = False) -> None:
     found = address or noted_address() or (start_node() if starts else None)
     if found is None:
         raise ConfigError("no cluster is up on this machine; name one with --address", param="address")
+    host, _, port = found.rpartition(":")
     try:
+        socket.create_connection((host, int(port)), REACH_SECONDS).close()  # Ray would try for minutes
         ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray cluster answers at {found}: {error}", param="address") from error
 
 

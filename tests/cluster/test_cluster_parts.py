@@ -100,6 +100,15 @@ def test_without_ray_the_way_to_install_it_is_told(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray has some at its import
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "127.0.0.1:no"])
+def test_an_address_at_which_nobody_answers_is_named_at_once(address: str) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: make test-cluster installs it")
+    result = CliRunner().invoke(main, ["cluster", "status", "--address", address])
+    assert result.exit_code == 2
+    assert f"no Ray cluster answers at {address}" in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray has some at its import
 def test_serve_takes_the_configurations(tmp_path: Path) -> None:
     """Its own schema, of what `up` deploys and of the manifest."""
     pytest.importorskip("ray", reason="Ray is not installed: make test-cluster installs it")
