@@ -16,6 +16,7 @@ from bench.timing import in_turns, seconds
 from shoal.model.architecture import ModelConfig
 from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.numbers import count_numbers
 from shoal.model.record import ModelRecord
 from shoal.model.step.batch import ForwardBatch, SamplingBatch
 from shoal.server.planner.costs import Step
@@ -24,10 +25,11 @@ from shoal.terminal import show
 
 CONTEXT = 256
 BLOCK_SIZE = 16
-# What weights and KV cache are kept in: the arguments of the backend, and the bytes of an element of each.
-PRECISIONS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "float32": ({}, 4, 4),
-    "float32, KV float16": ({"kv_cache_dtype": "float16"}, 4, 2),
+# What is asked for: arguments of the backend, the bytes of a weight (None: as the file has them), and those of a number
+# in the KV cache.
+PRECISIONS: dict[str, tuple[dict[str, Any], int | None, int]] = {
+    "as stored": ({}, None, 4),
+    "as stored, KV float16": ({"kv_cache_dtype": "float16"}, None, 2),
     "int8, KV float16": ({"quantization": "int8", "kv_cache_dtype": "float16"}, 1, 2),
 }
 # Steps: sequences, tokens of each, where their contexts end, and logits.
@@ -84,7 +86,8 @@ def _row(
     """
     config = record.config
     num_seqs, each, context, num_logits = SHAPES[step]
-    _, weight_bytes, kv_bytes = PRECISIONS[precision]
+    _, asked, kv_bytes = PRECISIONS[precision]
+    weight_bytes = asked or sum(array.nbytes for *_, array in record.tensors()) / record.num_parameters
     num_tokens = num_seqs * each
     without_experts = record.num_parameters - _expert_weights(config, inf)
     weights = without_experts + _expert_weights(config, num_tokens)
@@ -92,9 +95,9 @@ def _row(
     num_bytes = weights * weight_bytes + kv * kv_bytes
     widths = sum(layout.key_width + layout.value_width for layout in config.kv_layouts)
     attention = 2 * widths * config.num_heads * num_tokens * (context - (each - 1) / 2)
-    head = record.head.weight.size
+    head = count_numbers(record.head.weight)
     flops = 2 * ((without_experts + _expert_weights(config, 1) - head) * num_tokens + head * num_logits) + attention
-    limit = max(num_bytes / bandwidth, flops / rate if weight_bytes == 4 else 0.0)
+    limit = max(num_bytes / bandwidth, 0.0 if asked else flops / rate)
     return {
         "precision": precision,
         "step": step,

@@ -29,6 +29,7 @@ from shoal.terminal import show
 from shoal.testing import ServerProcess
 
 MODEL = "smollm2-135m"
+OWN_WEIGHTS = "Q4_1"  # of that model
 CONCURRENCIES = (1, 8, 32)
 NUM_PROMPT_TOKENS = 64
 ARGUMENTS = ("--no-enable-prefix-caching", "--max-num-seqs", "32")
@@ -42,21 +43,31 @@ Generate = Callable[[list[list[int]], int], float]
 
 
 class Contender(NamedTuple):
-    """Who takes part: Shoal with arguments of `shoal serve`, or a peer with a GGUF file's type of matrices."""
+    """Who takes part.
+
+    Attributes:
+        precision: of the weights; those that compute in integers say int8.
+        weights: the type of a GGUF file's matrices; OWN_WEIGHTS for the model's own file.
+        arguments: of `shoal serve`.
+    """
 
     engine: str
     precision: str
-    arguments: tuple[str, ...]
+    weights: str
+    arguments: tuple[str, ...] = ()
 
 
 CONTENDERS = (
-    Contender("Shoal", "float32", ()),
-    Contender("Shoal", "float32, KV float16", KV_FLOAT16),
-    Contender("Shoal", "int8", ("--quantization", "int8", *KV_FLOAT16)),
-    Contender("llama.cpp", "float32", ("F32",)),
-    Contender("llama.cpp", "int8", ("Q8_0",)),
-    Contender("OpenVINO GenAI", "float32", ("F16",)),
-    Contender("OpenVINO GenAI", "int8", ("Q8_0",)),
+    Contender("Shoal", "float32", "F32"),
+    Contender("Shoal", "float16", "F16"),
+    Contender("Shoal", "Q4_1", OWN_WEIGHTS),
+    Contender("Shoal", "int8", OWN_WEIGHTS, ("--quantization", "int8", *KV_FLOAT16)),
+    Contender("llama.cpp", "float32", "F32"),
+    Contender("llama.cpp", "float16", "F16"),
+    Contender("llama.cpp", "Q4_1", OWN_WEIGHTS),
+    Contender("llama.cpp", "int8", "Q8_0"),
+    Contender("OpenVINO GenAI", "float32", "F16"),
+    Contender("OpenVINO GenAI", "int8", "Q8_0"),
 )
 
 
@@ -96,15 +107,14 @@ def run(_: Path, *, repeats: int, max_tokens: int, **others: object) -> dict[str
 
 @contextmanager
 def _start(contender: Contender, checkpoint: Path, folder: Path) -> Iterator[Generate]:
+    weights = checkpoint if contender.weights == OWN_WEIGHTS else folder / f"{contender.weights}.gguf"
+    if not weights.exists():
+        write_gguf(checkpoint, weights, contender.weights)
     if contender.engine == "Shoal":
-        options = ["--model", str(checkpoint), *ARGUMENTS, *contender.arguments]
+        options = ["--model", str(weights), *ARGUMENTS, *contender.arguments]
         with ServerProcess(options, folder / f"{contender.precision}.log") as server:
             yield lambda *work: stream_all(server.url, *work)[0]
     else:
-        (kind,) = contender.arguments
-        weights = folder / f"{kind}.gguf"
-        if not weights.exists():
-            write_gguf(checkpoint, weights, kind)
         module, _ = PEERS[contender.engine]
         with fresh_process() as process:
             yield lambda *work: process.submit(_generate, module, weights, *work).result()
