@@ -26,6 +26,7 @@ from shoal.server.engine.loop import EngineLoop, Wire
 from shoal.server.engine.messages import Command, Loading, StartFailed
 from shoal.server.engine.messages import Report as EngineReport
 from shoal.server.engine.preparing import Preparing
+from shoal.server.engine.process import give_up
 from shoal.server.fingerprint import fingerprint
 from shoal.server.settings import resolve
 
@@ -79,7 +80,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     settings = resolve(order.sections)
     try:
-        engine = build_engine(settings, lambda what: _tell(Loading(what)))
+        engine = build_engine(settings, lambda what: _tell(Loading(what)), give_up)
         own = fingerprint(resolve_checkpoint(settings.model), settings)
         gateway = Gateway(order.host, Keys.of(order.secret), Welcome(version("shoal"), own, engine.ready))
     except ShoalError as error:

@@ -1,22 +1,30 @@
-"""The commands `shoal serve`, `shoal models`, `shoal inspect` and `shoal policies`."""
+"""The commands `shoal serve`, `shoal rank`, `shoal models`, `shoal inspect` and `shoal policies`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
+from shoal.extras import install_command
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.policies import describe_policies
 from shoal.server.descriptors import open_standard_files, raise_limit
+from shoal.server.settings import DEFAULT_MODEL
 from shoal.server.sources import SettingsCommand, hub_cache, load_settings
 from shoal.terminal import CommandError, echo_json, json_option, show
 
 logger = logging.getLogger("shoal")
+
+REFUSED = 2  # the exit code of a rank that cannot join, and need not try again
 
 
 class _Serve(SettingsCommand):
@@ -113,3 +121,24 @@ def policies(as_json: bool) -> None:
     width = max(map(len, described))
     for name, line in described.items():
         click.echo(f"{name:{width}}  {line}")
+
+
+@click.command("rank")
+@click.argument("address", metavar="HOST:PORT")
+@click.option("--model", default=DEFAULT_MODEL, help="As of `shoal serve`; the same checkpoint, wherever it lies here.")
+@click.option("--device", default="cpu", help="cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; one for each core if not given.")
+@click.option("--wait", "seconds", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait for an engine.")
+def rank_command(address: str, model: str, device: str, threads: int | None, seconds: float) -> None:
+    """Compute a part of the model of the engine at HOST:PORT, which is its `--parallel-address`.
+
+    When that engine ends, its successor is waited for.
+    """  # fmt: skip
+    if find_spec("torch") is None:
+        raise CommandError("rank", f"needs torch, which is not installed: run `{install_command('torch')}`")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the process below too
+    command = [sys.executable, "-P", "-m", "shoal.server.engine.rank", address, model, device]
+    while True:
+        done = subprocess.run([*command, str(threads or 0), str(seconds)], check=False)
+        if done.returncode == REFUSED:
+            sys.exit(REFUSED)

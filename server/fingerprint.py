@@ -20,13 +20,15 @@ def fingerprint(checkpoint: Path, settings: Settings) -> str:
 
     Of a large file its length counts, and samples from its beginning to its end: it is read in milliseconds.
     """
-    digest = sha256()
-    for file in _files(checkpoint):
-        digest.update(f"{file.name if checkpoint.is_dir() else ''} {file.stat().st_size}\n".encode())
-        for sample in _samples(file):
-            digest.update(sample)
+    digest = _sampled(checkpoint)
     digest.update(repr(list(numeric_settings(settings).values())).encode())
     return f"fp_{digest.hexdigest()[:NUM_DIGITS]}"
+
+
+def model_hash(checkpoint: Path) -> str:
+    """The fingerprint whatever the settings."""
+    digits: str = _sampled(checkpoint).hexdigest()[:NUM_DIGITS]
+    return digits
 
 
 def content_sha256(checkpoint: Path) -> str:
@@ -43,6 +45,16 @@ def numeric_settings(settings: Settings) -> dict[str, Any]:
     """The settings by which other numbers are computed."""
     sections = settings.sections()
     return {name: sections[section][name] for section, names in _NUMERIC.items() for name in names}
+
+
+def _sampled(checkpoint: Path) -> Any:
+    """The SHA-256 of a checkpoint's names, sizes and samples, which can be added to."""
+    digest = sha256()
+    for file in _files(checkpoint):
+        digest.update(f"{file.name if checkpoint.is_dir() else ''} {file.stat().st_size}\n".encode())
+        for sample in _samples(file):
+            digest.update(sample)
+    return digest
 
 
 def _files(checkpoint: Path) -> list[Path]:

@@ -30,6 +30,16 @@ class BackendConfig(Config):
         None, help="Whether each compute thread of native stays on one core; decided by itself if not set."
     )
 
+    tensor_parallel: int = setting(1, at_least=1, help="Processes that share the heads and columns of each layer.")
+    expert_parallel: int = setting(1, at_least=1, help="Processes that share the experts of each layer.")
+    pipeline_parallel: int = setting(1, at_least=1, help="Stages, of which each has layers of its own.")
+    parallel_address: str | None = setting(
+        None,
+        pattern=r"\S+:\d{1,5}",
+        help="host:port of this machine, at which ranks join (`shoal rank`); they are started here if not set.",
+    )
+    parallel_wait_seconds: float = setting(60.0, above=0, help="How long ranks may take to join.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(Config):

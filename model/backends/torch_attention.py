@@ -97,9 +97,14 @@ def weighted_sum(shares: Tensor, values: Tensor) -> Tensor:
 def _normalise_(heads: Tensor, weights: AttentionWeights, config: ModelConfig) -> None:
     """Apply the norms of queries and keys, which come first in `heads` [T, num_heads + 2 * num_kv_heads, head_dim]."""
     sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+    ranks = weights.output.ranks
     for part, norm_weights in zip(torch.split(heads, sizes, dim=1), weights.norms, strict=False):
         source = part if config.qk_norm == "head" else part.flatten(1)
-        part.copy_(norm(source, norm_weights).view_as(part))
+        if ranks is None or config.qk_norm == "head":
+            normed = norm(source, norm_weights)
+        else:
+            normed = ranks.own(norm(ranks.gather(source), norm_weights))
+        part.copy_(normed.view_as(part))
 
 
 def _scores(queries: Tensor, keys: Tensor, mask: Tensor, config: ModelConfig) -> Tensor:

@@ -16,6 +16,7 @@ from shoal.model.backends.torch_layers import FeedForwardWeights, NormWeights, f
 from shoal.model.backends.torch_observed import observed_layers, observed_on, sample_timed
 from shoal.model.backends.torch_plan import CacheLayout, LayerStep, View, clear_fresh_blocks, plan_attention
 from shoal.model.backends.torch_positions import PositionFactors
+from shoal.model.backends.torch_ranks import Spread
 from shoal.model.backends.torch_sampler import sample
 from shoal.model.backends.torch_weights import Loader
 from shoal.model.record import ModelRecord
@@ -30,6 +31,8 @@ class TorchBackend:
         dtype: of weights, KV cache and activations; router shares, softmax and logits are always computed in float32.
         num_blocks, block_size: of the KV cache, which the constructor allocates.
         num_threads: of torch's pool, which the whole process shares; None leaves it unchanged.
+        first_layer: of those in the record, which may be a part of the model's: see `ParallelBackend`.
+        spread: how these are spread over ranks; None if they are not.
     """
 
     def __init__(
@@ -41,15 +44,19 @@ class TorchBackend:
         num_blocks: int,
         block_size: int,
         num_threads: int | None = None,
+        first_layer: int = 0,
+        spread: Spread | None = None,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         config = self._config = record.config
         self._device = torch.device(device)
         dtype_ = torch.float32 if dtype == "float32" else torch.bfloat16
-        loader = Loader(config, self._device, dtype_)
+        loader = Loader(config, self._device, dtype_, spread)
+        own = slice(first_layer, first_layer + len(record.layers))
+        self._layer_configs = config.layers[own]
         self._embedding = loader.array(record.embedding)
-        self._layers = [loader.layer(*pair) for pair in zip(record.layers, config.layers, strict=True)]
+        self._layers = [loader.layer(*pair) for pair in zip(record.layers, self._layer_configs, strict=True)]
         self._norm = loader.norm(record.norm)
         self._head = loader.linear(record.head)
         if record.head.weight is record.embedding:
@@ -59,11 +66,13 @@ class TorchBackend:
         self._positions = None if record.positions is None else loader.array(record.positions[:num_positions])
         self._factors = PositionFactors.of_all(config, num_positions, self._device, dtype_)
         self._layout = CacheLayout(config, num_blocks, block_size, self._device, dtype_)
-        self._kv_cache = torch.zeros((config.num_places, *self._layout.shape), dtype=dtype_, device=self._device)
+        places = sorted({place for _, place in config.cache_places[own]})
+        self._kv_cache = torch.zeros((len(places), *self._layout.shape), dtype=dtype_, device=self._device)
+        self._places = [places.index(place) for _, place in config.cache_places[own]]
         self._observed: Observed | None = None
         self._views = [
             View(group, layer.window, layer.chunk)
-            for (group, _), layer in zip(config.cache_places, config.layers, strict=True)
+            for (group, _), layer in zip(config.cache_places[own], self._layer_configs, strict=True)
         ]
 
     @property
@@ -99,13 +108,16 @@ class TorchBackend:
 
     def _logits(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """[num_logits, vocab_size] float32."""
-        config = self._config
         x = self._hidden(batch, num_layers).index_select(0, self._index(batch.logits_indices))
         x = norm(x, self._norm)
         if batch.hidden is not None:
             batch.hidden[:] = x.float().cpu().numpy()
-        logits = _scaled(linear(x, self._head).float(), config.logits_multiplier)
-        cap = config.logit_softcap
+        return self._finished(linear(x, self._head))
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """What the head gives, in float32, with what the family does to it."""
+        logits = _scaled(logits.float(), self._config.logits_multiplier)
+        cap = self._config.logit_softcap
         return (logits / cap).tanh_().mul_(cap) if cap else logits
 
     def _hidden(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
@@ -125,27 +137,27 @@ class TorchBackend:
 
     def _steps(self, batch: ForwardBatch, positions: Tensor, num_layers: int | None) -> list[LayerStep]:
         """What the first `num_layers` layers, or all, need of the step."""
-        config, factors = self._config, self._factors.at(positions)
+        factors = self._factors.at(positions)
         plans = {view: plan_attention(batch, self._layout, view) for view in dict.fromkeys(self._views[:num_layers])}
         return [
             LayerStep(
-                config,
+                self._config,
                 self._kv_cache[place],
                 plans[view],
                 factors.ropes.get(layer.rope),
                 factors.temperatures.get(layer.temperature),
             )
-            for layer, view, (_, place) in zip(
-                config.layers[:num_layers], self._views, config.cache_places, strict=False
-            )
+            for layer, view, place in zip(self._layer_configs[:num_layers], self._views, self._places, strict=False)
         ]
 
     def _embed(self, batch: ForwardBatch, positions: Tensor) -> Tensor:
-        x = self._embedding.index_select(0, self._index(batch.token_ids))
-        x = _scaled(x, self._config.embedding_multiplier)
+        x = _scaled(self._look_up(self._index(batch.token_ids)), self._config.embedding_multiplier)
         if self._positions is not None:
             x = x + self._positions.index_select(0, positions)
         return norm(x, self._embedding_norm)
+
+    def _look_up(self, token_ids: Tensor) -> Tensor:
+        return self._embedding.index_select(0, token_ids)
 
     def _add(self, x: Tensor, output: Tensor, output_norm: NormWeights | None) -> Tensor:
         """Add the output of a block to the hidden states; both are [num_tokens, hidden_size]."""

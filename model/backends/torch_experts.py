@@ -10,14 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shoal.model.architecture import MixtureConfig
+from shoal.model.backends.split import experts_of
 from shoal.model.backends.torch_activations import sigmoid
-from shoal.model.backends.torch_layers import ROWS, FeedForwardWeights, LinearWeights, feed_forward, linear
+from shoal.model.backends.torch_layers import COLUMNS, ROWS, FeedForwardWeights, LinearWeights, feed_forward, linear
+from shoal.model.backends.torch_ranks import Ranks, Spread
+
+# Grouped products want rows of a multiple of 16 bytes.
+_GROUPED = 8
 
 
 class ExpertWeights(NamedTuple):
     """The weights of a mixture; `depth` is hidden and `width` is each expert's, both padded with zeros.
 
     Attributes:
+        width, out: of each expert's hidden state and output, without the padding.
+        spread: how experts are spread over ranks, of which this one has `num_experts`, or a part of the columns.
         correction: [num_experts] float32.
         up: [num_experts, 2 * width, depth], the gate's rows first, or [num_experts, width, depth] without a gate.
         down: [num_experts, depth, width].
@@ -33,34 +40,72 @@ class ExpertWeights(NamedTuple):
     down: Tensor
     down_bias: Tensor | None
     activate: Callable[[Tensor], Tensor]
+    width: int
+    out: int
+    spread: Spread | None
     shared: FeedForwardWeights | None
     shared_gate: LinearWeights | None
     rows: Tensor | None = None
 
 
 def mixture_of_experts(x: Tensor, weights: ExpertWeights) -> Tensor:
-    """Add the outputs of each token's experts, weighted by the router's shares: [T, hidden] to [T, hidden].
-
-    Tokens are placed in a buffer, expert after expert, so that all experts run as one grouped product.
-    """
+    """Add the outputs of each token's experts, weighted by the router's shares: [T, hidden] to [T, hidden]."""
     shares, experts = route(x, weights)
     if weights.rows is not None:
         weights.rows.add_(experts.flatten().bincount(minlength=len(weights.rows)))
     copies = x.repeat_interleave(experts.shape[1], dim=0)
     if weights.config.share_on_input:
         copies *= shares.view(-1, 1)
-    places, ends = place_by_expert(experts.flatten(), weights.up.shape[0])
-    buffer = x.new_zeros(places.shape[0] + (ROWS - 1) * ends.shape[0], weights.up.shape[-1])
-    buffer[:, : x.shape[1]].index_copy_(0, places, copies)
-    buffer = weights.activate(_grouped_linear(buffer, weights.up, weights.up_bias, ends))
-    buffer = _grouped_linear(buffer, weights.down, weights.down_bias, ends)
-    outputs = buffer.index_select(0, places)[:, : x.shape[1]].view(*experts.shape, -1)
+    spread, flat = weights.spread, experts.flatten()
+    if spread and spread.whole_experts:
+        outputs = _outputs_of_ranks(copies, flat, weights, spread.ranks)
+    else:
+        outputs = _outputs(copies, flat, weights)
+    outputs = outputs.view(*experts.shape, -1)
     if not weights.config.share_on_input:
         outputs = outputs * shares
     total = outputs[:, 0]
     for place in range(1, outputs.shape[1]):
         total = total + outputs[:, place]
+    if spread and not spread.whole_experts:
+        total = spread.ranks.gather(total)
     return total if weights.shared is None else total + _shared_expert(x, weights)
+
+
+def _outputs(copies: Tensor, experts: Tensor, weights: ExpertWeights) -> Tensor:
+    """The outputs [n, hidden] of the experts [n] of each row of `copies` [n, hidden]; of spread columns this rank's.
+
+    Rows are placed in a buffer, expert after expert, so that all experts run as one grouped product.
+    """
+    places, ends = place_by_expert(experts, weights.up.shape[0])
+    num_rows = places.shape[0] + (ROWS - 1) * ends.shape[0]
+    buffer = _placed(copies, places, num_rows, weights.up.shape[-1])
+    buffer = weights.activate(_grouped_linear(buffer, weights.up, weights.up_bias, ends))
+    if weights.spread and not weights.spread.whole_experts:
+        activated = weights.spread.ranks.gather(buffer.index_select(0, places)[:, : weights.width])
+        buffer = _placed(activated, places, num_rows, weights.down.shape[-1])
+    return _grouped_linear(buffer, weights.down, weights.down_bias, ends).index_select(0, places)[:, : weights.out]
+
+
+def _placed(rows: Tensor, places: Tensor, num_rows: int, width: int) -> Tensor:
+    """A buffer [num_rows, width] of zeros but for the rows [n, at most width] at their places."""
+    buffer = rows.new_zeros(num_rows, width)
+    buffer[:, : rows.shape[1]].index_copy_(0, places, rows)
+    return buffer
+
+
+def _outputs_of_ranks(copies: Tensor, experts: Tensor, weights: ExpertWeights, ranks: Ranks) -> Tensor:
+    """As `_outputs`, where each rank computes the rows of its own experts."""
+    parts = [experts_of(member, ranks.size, weights.config.num_experts) for member in range(ranks.size)]
+    rows = [((experts >= part.start) & (experts < part.stop)).nonzero()[:, 0] for part in parts]
+    own = rows[ranks.index]
+    outputs = copies.new_zeros(max(map(len, rows)), copies.shape[1])
+    if len(own):
+        outputs[: len(own)] = _outputs(copies[own], experts[own] - parts[ranks.index].start, weights)
+    result = torch.empty_like(copies)
+    for own, found in zip(rows, ranks.gather_rows(outputs), strict=True):
+        result[own] = found[: len(own)]
+    return result
 
 
 def route(x: Tensor, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
@@ -130,3 +175,8 @@ def _shared_expert(x: Tensor, weights: ExpertWeights) -> Tensor:
     if weights.shared_gate is None:
         return output
     return output * sigmoid(linear(x, weights.shared_gate).float()).to(x.dtype)
+
+
+def grouped_width(size: int) -> int:
+    """`size` padded as grouped products need it: a multiple of _GROUPED, and at least COLUMNS."""
+    return max(COLUMNS, -(-size // _GROUPED) * _GROUPED)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shoal.model.architecture import NormKind
+from shoal.model.backends.torch_ranks import Ranks
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
@@ -27,10 +28,11 @@ COLUMNS = 32  # and at least this number of columns
 
 
 class LinearWeights(NamedTuple):
-    """weight: [out, in]; bias: [out]."""
+    """weight: [out, in]; bias: [out]; ranks: those over which the columns of inputs and outputs are spread."""
 
     weight: Tensor
     bias: Tensor | None = None
+    ranks: Ranks | None = None
 
 
 class NormWeights(NamedTuple):
@@ -57,12 +59,14 @@ def pad_rows(x: Tensor, multiple: int = ROWS) -> Tensor:
 
 
 def linear(x: Tensor, weights: LinearWeights) -> Tensor:
-    """x @ weight.T + bias: [n, in] to [n, out]."""
-    weight, bias = weights
+    """x @ weight.T + bias: [n, in] to [n, out]; of columns that are spread, x is this rank's part."""
+    weight, bias, ranks = weights
     num_columns = weight.shape[0]  # Tensor.__len__ is slow
     columns = weight if num_columns >= COLUMNS else pad_rows(weight, COLUMNS)
+    x = x if ranks is None else ranks.gather(x)
     result = F.linear(pad_rows(x), columns)[: x.shape[0], :num_columns]
-    return result if bias is None else result.add_(bias)
+    result = result if bias is None else result.add_(bias)
+    return result if ranks is None else ranks.gather(result)
 
 
 def norm(x: Tensor, weights: NormWeights | None) -> Tensor:

@@ -29,7 +29,7 @@ def observed_layers(layers: Iterable[LayerWeights], observed: Observed | None) -
     return [
         layer._replace(
             feed_forward=layer.feed_forward._replace(
-                rows=None if observed is None else observed.expert_rows[index, : len(layer.feed_forward.up)]
+                rows=None if observed is None else observed.expert_rows[index, : layer.feed_forward.config.num_experts]
             )
         )
         if isinstance(layer.feed_forward, ExpertWeights)

@@ -13,20 +13,12 @@ from torch.nn import functional as F
 from shoal.model.architecture import LayerConfig, MixtureConfig, ModelConfig, NormKind
 from shoal.model.backends.torch_activations import activation
 from shoal.model.backends.torch_attention import AttentionWeights
-from shoal.model.backends.torch_experts import ExpertWeights
+from shoal.model.backends.torch_experts import ExpertWeights, grouped_width
 from shoal.model.backends.torch_latent import LatentAttentionWeights
-from shoal.model.backends.torch_layers import (
-    COLUMNS,
-    FeedForwardWeights,
-    LinearWeights,
-    NormWeights,
-    pad_rows,
-)
+from shoal.model.backends.torch_layers import COLUMNS, FeedForwardWeights, LinearWeights, NormWeights, pad_rows
+from shoal.model.backends.torch_ranks import Spread
 from shoal.model.numbers import Array, has_blocks, in_float32
 from shoal.model.record import Attention, Experts, FeedForward, LatentAttention, Layer, Linear, Norm
-
-# Grouped products want rows of a multiple of 16 bytes.
-_GROUPED = 8
 
 
 class LayerWeights(NamedTuple):
@@ -41,10 +33,18 @@ class LayerWeights(NamedTuple):
 
 
 class Loader:
-    """Copies arrays to a device, with the dtype that the backend computes in."""
+    """Copies arrays to a device, with the dtype that the backend computes in.
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    Args:
+        spread: how layers are spread over ranks; None if they are not.
+    """
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device, dtype: torch.dtype, spread: Spread | None = None
+    ) -> None:
         self._config, self._device, self._dtype = config, device, dtype
+        self._spread = spread
+        self._column_ranks = spread.ranks if spread and spread.columns else None
 
     def array(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(in_float32(array) if has_blocks(array) else np.array(array))
@@ -59,6 +59,10 @@ class Loader:
             return LinearWeights(weight)
         biases = [weight.new_zeros(len(x.weight)) if x.bias is None else self.array(x.bias) for x in there]
         return LinearWeights(weight, torch.cat(biases))
+
+    def spread_linear(self, layer: Linear) -> LinearWeights:
+        """The layer, of which the columns of inputs and outputs may be spread."""
+        return self.linear(layer)._replace(ranks=self._column_ranks)
 
     def norm(self, norm: Norm | None) -> NormWeights | None:
         config = self._config
@@ -89,7 +93,7 @@ class Loader:
         norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm]
         return AttentionWeights(
             qkv=self.linear(attention.q_proj, attention.k_proj, attention.v_proj),
-            output=self.linear(attention.o_proj),
+            output=self.spread_linear(attention.o_proj),
             norms=tuple(self._norm(norm, config.qk_norm_kind, config.qk_norm_eps, shape) for norm in norms),
             sinks=None if attention.sinks is None else self.array(attention.sinks),
         )
@@ -105,13 +109,13 @@ class Loader:
             kv_norm=self._norm(attention.kv_norm, "rms", eps),
             k_up=pad_rows(self.array(attention.k_up).mT, COLUMNS).contiguous(),
             v_up=pad_rows(self.array(attention.v_up), COLUMNS),
-            output=self.linear(attention.o_proj),
+            output=self.spread_linear(attention.o_proj),
         )
 
     def _feed_forward(self, block: FeedForward) -> FeedForwardWeights:
         up = self.linear(block.gate_proj, block.up_proj)
         activate = activation(self._config.activation, gated=self._config.gated)
-        return FeedForwardWeights(up, self.linear(block.down_proj), activate)
+        return FeedForwardWeights(up, self.spread_linear(block.down_proj), activate)
 
     def _experts(self, block: Experts, config: MixtureConfig | None) -> ExpertWeights:
         assert config is not None
@@ -128,6 +132,9 @@ class Loader:
             down=down,
             down_bias=down_bias,
             activate=activation(self._config.activation, gated=self._config.gated),
+            width=len(block.experts[0].up_proj.weight),
+            out=len(block.experts[0].down_proj.weight),
+            spread=self._spread,
             shared=self._feed_forward(block.shared) if block.shared else None,
             shared_gate=self.linear(block.shared_gate) if block.shared_gate else None,
         )
@@ -136,16 +143,11 @@ class Loader:
         """The layers of each expert one below the other, each padded: [num_experts, out, in], and biases."""
 
         def padded(layer: Linear) -> LinearWeights:
-            weight, bias = self.linear(layer)
-            rows, columns = (_grouped_width(size) - size for size in weight.shape)
+            weight, bias, _ = self.linear(layer)
+            rows, columns = (grouped_width(size) - size for size in weight.shape)
             return LinearWeights(F.pad(weight, (0, columns, 0, rows)), None if bias is None else F.pad(bias, (0, rows)))
 
         stacks = [[padded(layer) for layer in layers] for layers in experts]
         weight = torch.stack([torch.cat([layer.weight for layer in layers]) for layers in stacks])
         biases = [layer.bias for layers in stacks for layer in layers if layer.bias is not None]
         return weight, torch.cat(biases).view(len(stacks), -1) if biases else None
-
-
-def _grouped_width(size: int) -> int:
-    """`size` padded as grouped products need it: a multiple of _GROUPED, and at least COLUMNS."""
-    return max(COLUMNS, -(-size // _GROUPED) * _GROUPED)

@@ -23,6 +23,7 @@ from shoal.scheduler.errors import ConfigError
 DType = Literal["float32", "bfloat16"]
 
 BUILD = "`python -m shoal.model.native.build`"
+PARALLEL = ("tensor_parallel", "expert_parallel", "pipeline_parallel")
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,13 @@ def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) 
 
 def _native_obstacle(config: BackendConfig, cache: CacheConfig, model: ModelConfig) -> tuple[str, str] | None:
     """Why the native backend cannot serve, if so, and the setting that is at fault."""
-    if config.device != "cpu":
-        return f"device {config.device} is not for the native backend, which computes on the CPU", "device"
-    if config.dtype == "bfloat16":
-        return "dtype bfloat16 is not for the native backend, which computes in float32", "dtype"
+    for name, asked, why in (
+        ("device", config.device != "cpu", "which computes on the CPU"),
+        ("dtype", config.dtype == "bfloat16", "which computes in float32"),
+        *((name, getattr(config, name) > 1, "which computes in one process") for name in PARALLEL),
+    ):
+        if asked:
+            return f"{name} {getattr(config, name)} is not for the native backend, {why}", name
     if cache.block_size % SLOTS:
         needed = f"which needs a multiple of {SLOTS}"
         return f"block_size {cache.block_size} is not for the native backend, {needed}", "block_size"

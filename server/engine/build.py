@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,12 +23,16 @@ from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ConfigError
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.scheduler import Scheduler
-from shoal.server.engine.backends import plan_backend
+from shoal.server.engine.backends import TorchPlan, plan_backend
 from shoal.server.engine.chrome_trace import ChromeTrace
 from shoal.server.engine.memory import free_memory, plan_kv_cache, scheduled_groups
 from shoal.server.engine.messages import Ready
+from shoal.server.engine.parallel import plan_ranks
+from shoal.server.engine.ranks import asked_split
 from shoal.server.engine.speculation import plan_speculation
 from shoal.server.settings import Settings
+
+logger = logging.getLogger("shoal.engine")
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,16 @@ class BuiltEngine:
     close: Callable[[], None]
 
 
-def build_engine(settings: Settings, progress: Callable[[str], None] = lambda what: None) -> BuiltEngine:
+def build_engine(
+    settings: Settings,
+    progress: Callable[[str], None] = lambda what: None,
+    lost: Callable[[str], None] = logger.error,
+) -> BuiltEngine:
     """Load the model and put the engine together.
 
     Args:
         progress: told what is being done, for people.
+        lost: told in words of a rank that ended, in a thread of its own; the next step raises SystemExit.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint or a setting does not allow it.
@@ -57,13 +68,18 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
         raise ConfigError(f"max_model_len {max_model_len} exceeds the model's {limit} positions", param="max_model_len")
     record = replace(record, config=record.config.within(max_model_len))
     plan = plan_backend(settings.engine, settings.cache, record.config)
+    closing, cache_copies = ExitStack(), 1.0
+    if asked_split(settings.engine).num_ranks > 1:
+        assert isinstance(plan, TorchPlan)
+        plan = plan_ranks(plan, record.config, settings, lost, closing)
+        cache_copies = plan.cache_copies(record.config)
     speculation = plan_speculation(settings.speculation, record, max_model_len)
     models = [record.config]
     if speculation and speculation.draft:
         # One block table serves both models.
         record = replace(record, config=replace(record.config, keeps_all=True))
         models = [record.config, speculation.draft.config]
-    free = free_memory(settings.engine.device)
+    free = int(free_memory(settings.engine.device) / cache_copies)
     num_blocks, num_bytes = plan_kv_cache(
         settings, *models, dtype=plan.kv_cache_dtype, max_model_len=max_model_len, free=free
     )
@@ -105,4 +121,6 @@ def build_engine(settings: Settings, progress: Callable[[str], None] = lambda wh
     about = {"limits": limits, "settings": {name: sections[name] for name in ("scheduler", "speculation")}}
     trace = None if settings.engine.trace is None else ChromeTrace(settings.engine.trace, about)
     core = EngineCore(scheduler, executor, time.monotonic, [] if trace is None else [trace])
-    return BuiltEngine(core, ready, grammars, close=(lambda: None) if trace is None else trace.close)
+    if trace is not None:
+        closing.callback(trace.close)
+    return BuiltEngine(core, ready, grammars, close=closing.close)

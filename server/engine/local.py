@@ -64,7 +64,7 @@ class LocalEngine:
     def _run(self, engine: BuiltEngine) -> None:
         try:
             EngineLoop(engine.core, Preparing(self, engine.grammars)).run()
-        except Exception as error:  # whatever it is, no request may wait for ever
+        except (Exception, SystemExit) as error:  # whatever it is, no request may wait for ever
             logger.exception("the engine failed")
             self._event_loop.call_soon_threadsafe(self._client.give_up, EngineError(f"the engine failed: {error}"))
         finally:

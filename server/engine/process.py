@@ -7,6 +7,7 @@ what came of a step as one message.  It ends when it is told to, or with its par
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -72,6 +73,12 @@ def _end_with_parent(folder: Path) -> None:
     os._exit(0)
 
 
+def give_up(reason: str) -> None:
+    """End at once; another engine takes the place of this one."""
+    logging.getLogger("shoal.engine").error("%s", reason)
+    os._exit(1)
+
+
 def main() -> None:
     # A terminal or a supervisor may send these to both processes: the API process drains, and ends this one.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -81,7 +88,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     sockets = Sockets.connect(folder)
     try:
-        engine = build_engine(settings, lambda what: sockets.send(Loading(what)))
+        engine = build_engine(settings, lambda what: sockets.send(Loading(what)), give_up)
     except ShoalError as error:
         sockets.send(StartFailed(error.message, error.param))
         zmq.Context.instance().term()  # waits until it is sent
@@ -89,7 +96,10 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is loaded stays; no collection need look at it again
     sockets.send(engine.ready)
-    EngineLoop(engine.core, Watching(Preparing(sockets, engine.grammars), engine.core, settings.knobs)).run()
+    try:
+        EngineLoop(engine.core, Watching(Preparing(sockets, engine.grammars), engine.core, settings.knobs)).run()
+    except SystemExit as end:
+        give_up(str(end))
     engine.close()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from shoal.model.architecture import KVLayout, ModelConfig
+from shoal.model.architecture import KVLayout, LayerConfig, ModelConfig
 from shoal.model.numbers import count_numbers
 from shoal.model.record import ModelRecord
 from shoal.scheduler.errors import ConfigError
@@ -194,6 +194,40 @@ class Split:
                 yield sent / self.pp
         if self.pp > 1:
             yield formulas.pipeline_bytes(token_bytes, own)
+
+    def gathered_bytes(self, costs: Costs, num_tokens: float, num_logits: float) -> float | None:
+        """What a rank of `shoal serve` sends on average, which gathers columns so that bits are those of one rank.
+
+        None where it serves no such split.  Experts are chosen evenly.
+        """
+        if 1 < self.tp != self.ep > 1:
+            return None
+        config, ranks = costs.config, max(self.tp, self.ep)
+        token_bytes = num_tokens * config.hidden_size * costs.bytes_each
+        gathered = sum(self._gathered_columns(layer, config) for layer in config.layers)
+        sent = ranks * formulas.all_gather_bytes(num_tokens * gathered * costs.bytes_each, ranks)
+        sent += ranks * formulas.all_reduce_bytes(token_bytes, ranks)
+        sent += (self.pp - 1) * ranks * formulas.pipeline_bytes(config.hidden_size * costs.bytes_each, num_tokens)
+        head_ranks = ranks - (self.pp == 1)  # rank 0 need send nothing to itself
+        sent += head_ranks * -(-config.vocab_size // ranks) * num_logits * costs.bytes_each
+        return sent / (ranks * self.pp)
+
+    def _gathered_columns(self, layer: LayerConfig, config: ModelConfig) -> int:
+        """Numbers of a token that are gathered in a layer."""
+        mixture, hidden, columns = layer.mixture, config.hidden_size, 0
+        if self.tp > 1:
+            columns += config.num_heads * config.value_dim + hidden
+            if config.qk_norm == "whole":
+                columns += (config.num_heads + config.num_kv_heads) * config.head_dim
+            if mixture is None:
+                columns += layer.intermediate_size + hidden
+            elif mixture.shared_size:
+                columns += mixture.shared_size + hidden
+            if mixture and self.ep == 1:
+                columns += mixture.num_experts_per_tok * mixture.intermediate_size + hidden
+        if mixture and self.ep > 1:
+            columns += mixture.num_experts_per_tok * hidden
+        return columns
 
     def seconds(self, costs: Costs, step: Step, machine: Machine) -> tuple[float, float]:
         """The least time in which all sequences get through the step, and the part of it that is on the wire.

@@ -101,6 +101,12 @@ def all_reduce_bytes(message: float, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * message
 
 
+def all_gather_bytes(message: float, ranks: int) -> float:
+    """What each rank sends to have a message of so many bytes whole on all of them, if each has its part: (n - 1) / n
+    of it, in a ring (Thakur et al. 2005, section 4.1)."""
+    return (ranks - 1) / ranks * message
+
+
 def tensor_parallel_bytes(token_bytes: float, num_tokens: float, num_sums: int, ranks: int) -> float:
     """What each rank sends: an all-reduce of the hidden state (`token_bytes` a token) after attention and after the
     feed-forward block, which makes two of each layer (Shoeybi et al. 2019, section 3)."""

@@ -243,6 +243,7 @@ def _split(costs: Costs, machine: Machine, context: int, batch: int, split: Spli
         "ranks": ", ".join(f"{way} {ranks}" for way, ranks in asdict(split).items() if ranks > 1),
         "weights_of_each_bytes": split.weight_bytes(costs),
         "sent_by_each_bytes": split.wire_bytes(costs, batch),
+        "for_the_same_bits_bytes": split.gathered_bytes(costs, batch, batch),
     }
     if machine.link:
         seconds, sending = split.seconds(costs, step, machine)

@@ -22,6 +22,7 @@ _COMMANDS = {
     "plan": ("shoal.server.planner.cli", "plan"),
     "policies": ("shoal.server.cli", "policies"),
     "profile": ("shoal.loadtest.cli", "profile"),
+    "rank": ("shoal.server.cli", "rank_command"),
     "replay": ("shoal.loadtest.cli", "replay"),
     "serve": ("shoal.server.cli", "serve_command"),
     "simulate": ("shoal.loadtest.cli", "simulate"),

@@ -171,8 +171,8 @@ class Waiting(threading.Thread):
 
 
 def events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The JSON of each server-sent event; every event has one `data:` line, and `[DONE]` is the last."""
-    data = (line.removeprefix("data: ") for line in lines if line and not line.startswith("id: "))
+    """The JSON of each server-sent event but comments; each has one `data:` line, and `[DONE]` is the last."""
+    data = (line.removeprefix("data: ") for line in lines if line and not line.startswith(("id: ", ": ")))
     for event in iter(lambda: next(data, "the stream ended without [DONE]"), "[DONE]"):
         yield json.loads(event)
     assert not list(data), "nothing follows [DONE]"

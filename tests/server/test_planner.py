@@ -99,6 +99,9 @@ def test_splits(llama: Path) -> None:
     assert [row["ranks"] for row in asked] == ["tp 4", "pp 2", "tp 4, pp 2"]
     tensor, pipeline, both = asked
     assert tensor["sent_by_each_bytes"] == 64 * 2 * 3 / 4 * 8 * 4096 * 2
+    # In each layer two of the hidden states, of attention and of the block; then the embedding, and the logits.
+    columns = 32 * (3 * 4096 + 11008) + 2 * 4096 + 32000 / 4
+    assert tensor["for_the_same_bits_bytes"] == 3 / 4 * columns * 8 * 2
     assert tensor["weights_of_each_bytes"] == 2 * both["weights_of_each_bytes"]
     assert 1 < tensor["times_as_fast"] < 4
     assert pipeline["times_as_fast"] <= 2

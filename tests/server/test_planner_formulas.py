@@ -148,6 +148,7 @@ def test_speculation() -> None:
 def test_bytes_on_the_wire() -> None:
     """Worked out by hand: a message of 100 bytes a token, 8 tokens, 4 ranks."""
     assert formulas.all_reduce_bytes(800, 4) == 1200
+    assert formulas.all_gather_bytes(800, 4) == 600
     assert formulas.tensor_parallel_bytes(100, 8, 2, 4) == 2400
     assert formulas.expert_parallel_bytes(100, 8, 2, 4) == 2 * 200 * 2 * 3 / 4
     assert formulas.tensor_parallel_bytes(100, 8, 2, 1) == formulas.expert_parallel_bytes(100, 8, 2, 1) == 0
