@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from shoal.model.architecture import LayerConfig, ModelConfig
-from shoal.model.record import Array, Attention, Experts, FeedForward, LatentAttention, Layer, Linear, ModelRecord, Norm
+from shoal.model.numbers import Array
+from shoal.model.record import Attention, Experts, FeedForward, LatentAttention, Layer, Linear, ModelRecord, Norm
 from shoal.scheduler.errors import ConfigError
 
 

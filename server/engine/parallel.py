@@ -82,9 +82,9 @@ class ParallelPlan(TorchPlan):
             keeps_all=model.keeps_all,
         )
 
-    def describe(self) -> str:
+    def describe(self, record: ModelRecord) -> str:
         ways = ", ".join(f"{name} {getattr(self.config, name)}" for name in PARALLEL if getattr(self.config, name) > 1)
-        return f"{super().describe()}, {self.split.num_ranks} ranks ({ways})"
+        return f"{super().describe(record)}, {self.split.num_ranks} ranks ({ways})"
 
     def cache_copies(self, model: ModelConfig) -> float:
         """As that of a plain backend: rank 0's part, or that of all ranks where they share this machine's memory."""
