@@ -87,7 +87,7 @@ class ParallelPlan(TorchPlan):
         return f"{super().describe(record)}, {self.split.num_ranks} ranks ({ways})"
 
     def cache_copies(self, model: ModelConfig) -> float:
-        """As that of a plain backend: rank 0's part, or that of all ranks where they share this machine's memory."""
+        """How many times a plain backend's KV cache stands in the memory of this machine, or of rank 0's device."""
         layout = model.kv_layouts[0]
         each = Shard(self.split, 0).config(model).kv_layouts[0].num_elements / layout.num_elements
         share_memory = self.config.parallel_address is None and self.config.device == "cpu"

@@ -165,6 +165,11 @@ class RankSocket:
             self.send(Refused(reason))
         self.close()
 
+    def end(self) -> None:
+        """Wake whoever waits here or at the other end: nothing comes any more."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self.socket.close()
 

@@ -29,8 +29,8 @@ from shoal.server.settings import Settings
 logger = logging.getLogger("shoal.engine")
 
 HELLO_SECONDS = 5.0  # in which whoever connects says who it is
-_LAST_PORT = 65535
 LOOK_SECONDS = 0.2  # how often it is looked whether a rank that was started has ended
+_LAST_PORT = 65535
 
 
 def asked_split(config: BackendConfig) -> Split:
@@ -64,6 +64,7 @@ class Crew:
         self.host = ""
         self._settings, self._num_needed, self._lost = settings, split.num_ranks - 1, lost
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._watcher: threading.Thread | None = None
         self._is_closed = False
 
     def gather(self) -> None:
@@ -118,7 +119,8 @@ class Crew:
                     raise self._cannot_load(member, message)
                 case _:
                     raise self._cannot_load(member, "it has ended")
-        threading.Thread(target=self._watch, name="shoal-ranks", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="shoal-ranks", daemon=True)
+        self._watcher.start()
 
     def tell(self, batch: ForwardBatch, num_layers: int | None) -> None:
         """Hand a step to the other ranks."""
@@ -129,6 +131,10 @@ class Crew:
     def close(self) -> None:
         """End the ranks, which end when their connections do."""
         self._is_closed = True
+        for member in self.members:
+            member.end()
+        if self._watcher is not None:
+            self._watcher.join()
         for member in self.members:
             member.close()
         for process in self._processes:

@@ -100,7 +100,7 @@ def test_an_answer_is_generated_again(
 
 
 def test_the_command_says_the_same_or_names_the_token_that_differs(tiny: Server, tmp_path: Path) -> None:
-    file = kept(tiny, tmp_path, COMPLETIONS, {"prompt": "the cat", "max_tokens": 6})
+    file = kept(tiny, tmp_path, COMPLETIONS, {"prompt": "the cat", "max_tokens": 6, "min_tokens": 6})
     code, said = run_shoal(tmp_path, "replay", str(file), "--url", tiny.url)
     assert (code, said) == (0, "the same: 6 tokens in 1 choices\n")
     answer = json.loads(file.read_bytes())

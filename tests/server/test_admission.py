@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from math import inf
 from typing import NamedTuple
@@ -24,6 +25,13 @@ from shoal.server.metrics import Metrics
 METRICS = Metrics("fake")
 STATS = SchedulerStats(0, 0, 0.0, 0, 0, 0)
 LIMIT = 2.0  # max_queue_seconds
+LOOP = asyncio.new_event_loop()  # in which clients take news
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed_loop() -> Iterator[None]:
+    yield
+    LOOP.close()
 
 
 class Served(NamedTuple):
@@ -98,7 +106,10 @@ class World:
                 came = self._came[name]
                 self.served.append(Served(came, self._first[name] - came, self.now - came))
         if outputs:
-            self.client.take(News(outputs, STATS))
+            LOOP.run_until_complete(self._give(News(outputs, STATS)))
+
+    async def _give(self, news: News) -> None:
+        self.client.take(news)
 
     def run(self, seconds: float, arrivals: Sequence[float] = (), ask: Callable[[], object] = lambda: None) -> None:
         """Let time pass, with a call of `ask` at each of these times from now."""
