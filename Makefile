@@ -10,9 +10,9 @@ BIN := $(VENV)/bin
 FLOCK := $(or $(shell command -v flock),true)
 TAKE_TURNS = exec 9<Makefile; $(FLOCK) -n 9 || { echo 'make: waiting for another make in this folder'; $(FLOCK) 9; }
 
-# Compiles what is older than its sources.  To serve where it cannot be compiled, torch is needed.
+# Compiles what is older than its sources; to serve, for the best instruction set alone.  Without a compiler torch is needed.
 BUILD_NATIVE = ($(TAKE_TURNS); exec $(BIN)/python -m shoal.model.native.build $(1))
-BUILD_TO_SERVE = $(BUILD_NATIVE) || $(MAKE) --no-print-directory $(VENV)/.torch
+BUILD_TO_SERVE = $(call BUILD_NATIVE,--only best) || $(MAKE) --no-print-directory $(VENV)/.torch
 
 .PHONY: serve test test-all test-cluster test-clients check quick bench loadtest chaos native sanitize train clean
 
@@ -107,7 +107,7 @@ if ! [ $@ -nt pyproject.toml ]; then \
 fi
 endef
 
-COMPILED := and the C++ of the native backend, which compiles for about 2 minutes
+COMPILED := and the C++ of the native backend, which compiles for about 1 minute
 
 $(VENV)/.runtime: pyproject.toml
 	$(call install,Shoal with what it needs to serve (40 MB) $(COMPILED),--editable .)

@@ -18,7 +18,8 @@ class NativeBuildHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(self.root) / "src"))  # what is being built is not installed yet
         build = import_module("shoal.model.native.build")
-        libraries = build.build(list(build.isa_flags()))
+        # Who works in a clone wants to begin; `make test` and others build for the other instruction sets.
+        libraries = build.build([build.best_isa()] if version == "editable" else list(build.isa_flags()))
         if libraries:
             build_data["pure_python"] = False
             build_data["infer_tag"] = True

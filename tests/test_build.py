@@ -270,9 +270,9 @@ def test_a_wheel_carries_the_libraries(folder: Path) -> None:
 
 
 @needs_compiler
-def test_an_editable_installation_builds_too(folder: Path) -> None:
+def test_an_editable_installation_builds_for_this_machine(folder: Path) -> None:
     build_wheel(folder.parents[1], "build_editable")
-    assert libraries(folder) == sorted(library(folder, isa).name for isa in ISAS)
+    assert libraries(folder) == [library(folder, best_isa()).name]
 
 
 def test_a_wheel_without_a_compiler_is_pure(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <new>
 
 #if defined(__linux__)
@@ -110,6 +111,7 @@ void Pool::take_tiles(int thread) {
 }
 
 void Pool::live(int thread) {
+    std::current_exception();  // makes the room that a thread has for exceptions: when one comes there may be no memory
     while (!ends_) {
         take_tiles(thread);
         idle_.wait([&] { return ends_ || Ticket{ticket_.load()}.has_work(); });
