@@ -6,6 +6,7 @@ whose is what.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -19,6 +20,9 @@ from shoal.model.backends.torch_layers import linear, norm
 from shoal.model.backends.torch_ranks import Links, Spread
 from shoal.model.record import ModelRecord
 from shoal.model.step.batch import ForwardBatch
+
+# Whoever watches the ranks ends this process within this time, with the name of the one that has ended.
+_LAST_WORDS_SECONDS = 1.0
 
 
 class ParallelBackend(TorchBackend):
@@ -74,6 +78,7 @@ class ParallelBackend(TorchBackend):
             own = self._compute(batch, num_layers)
             return self._finished(self._collect(batch, own))
         except Exception as error:
+            time.sleep(_LAST_WORDS_SECONDS)
             raise SystemExit(f"the ranks cannot go on: {type(error).__name__}: {error}") from error
 
     def _compute(self, batch: ForwardBatch, num_layers: int | None) -> Tensor | None:

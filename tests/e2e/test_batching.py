@@ -23,7 +23,7 @@ LONG: dict[str, Any] = {"prompt": "Z", "temperature": 0, "ignore_eos": True, "ma
 def test_thirty_streams_run_in_one_batch_with_the_texts_that_each_has_alone(main: Server) -> None:
     """Every fifth text is compared."""
     bodies: list[dict[str, Any]] = [
-        {"prompt": f"def function_{i}(a, b):" + " #" * (i % 7), "max_tokens": 80 + i % 5, "ignore_eos": True}
+        {"prompt": f"def function_{i}(a, b):" + " #" * (i % 7), "max_tokens": 160 + i % 5, "ignore_eos": True}
         | ({"temperature": 0} if i % 2 else {"temperature": 0.8, "seed": i})
         for i in range(30)
     ]

@@ -52,6 +52,7 @@ class ParallelServer(Server):
         super().__init__(folder, "--model", self.model, "--num-blocks", "2048", "--backend", "torch", *args)
 
 
+@pytest.mark.long
 def test_a_rank_that_dies(tmp_path: Path, tiny_folder: Path) -> None:
     server = ParallelServer(tmp_path, tiny_folder, "--tensor-parallel", "2").wait_ready()
     disturb(server, server.text(**ASKED))
