@@ -11,7 +11,7 @@ from shoal.model.checkpoint.families import Tensors
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.checkpoint.hf_folder import read_json
-from shoal.model.checkpoint.load import imply_record
+from shoal.model.checkpoint.load import imply_record, outline_checkpoint
 from shoal.model.checkpoint.parts import Fields
 from shoal.model.record import ModelRecord
 from shoal.scheduler.errors import ConfigError
@@ -73,6 +73,9 @@ def read_shapes(model: str) -> ModelRecord:
         return imply_shapes(Fields(path, read_json(path)))
     opened = open_checkpoint(resolve_checkpoint(model))
     config, tensors = read_config(opened.config())
+    if opened.path.suffix == ".gguf":  # whose formats no configuration tells
+        _refuse_absurd(opened.path, config)
+        return outline_checkpoint(opened)
     return _implied(opened.path, config, opened.own_tensors(tensors))
 
 
