@@ -39,6 +39,22 @@ _SHAPE: dict[str, Any] = {
 }
 
 
+# What the config.json of a model of 7 billion parameters says.
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "torch_dtype": "float16",
+}
+
+
 def random_checkpoint(folder: Path) -> Path:
     """A Mixtral of random weights, larger than an initializer makes them, so that its tokens are far from a tie."""
     torch.manual_seed(5)

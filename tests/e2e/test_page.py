@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.e2e.checkpoints import LLAMA
 from tests.e2e.conftest import API_KEYS, StartServer
 from tests.e2e.harness import PATIENCE, SHOAL, Server, Waiting
 
@@ -181,20 +182,6 @@ def test_a_load_can_be_ended(start: StartServer, tmp_path: Path) -> None:
     assert server.http.delete("/v1/engine/loads/none").status_code == 404
     unknown = server.post("/v1/engine/loads", policy="none")
     assert unknown.status_code == 400 and unknown.json()["error"]["param"] == "policy"
-
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "torch_dtype": "float16",
-}
 
 
 def test_a_plan_is_that_of_the_command(main: Server, tmp_path: Path) -> None:

@@ -10,29 +10,17 @@ from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner, Result
+from gguf import GGMLQuantizationType
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shoal.cli import main
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.server.planner import machines, measure, subject
 from shoal.server.planner.costs import Split, Step
 from shoal.server.wire.engine import MachineName
-from tests.e2e.checkpoints import random_checkpoint
+from tests.e2e.checkpoints import LLAMA, random_checkpoint
 from tests.gguf_writer import write_gguf
 from tests.model.families import write
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "torch_dtype": "float16",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +72,16 @@ def test_the_same_from_a_folder_and_a_gguf_file(tmp_path: Path) -> None:
     plans = [told(path, "--machine", "l4") for path in (folder, folder / "config.json", tmp_path / "model.gguf")]
     assert plans[0]["parts"] == plans[1]["parts"] == plans[2]["parts"]
     assert plans[0]["facts"]["num_parameters"] == load_checkpoint(folder).num_parameters
+
+
+def test_the_blocks_of_a_gguf_file_are_read_as_they_are(tmp_path: Path) -> None:
+    """34 bytes for 32 weights; vectors are float32."""
+    folder, shape = tmp_path / "plain", {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
+    LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(folder)
+    file = write_gguf(tmp_path / "model.gguf", folder, matrices=GGMLQuantizationType.Q8_0)
+    stored = sum(array.nbytes for *_, array in load_checkpoint(file).tensors())
+    assert told(file, "--machine", "l4")["facts"]["weights_bytes"] == pytest.approx(stored)
+    assert stored < 0.3 * told(folder, "--machine", "l4")["facts"]["weights_bytes"]
 
 
 def test_windows_keep_what_they_show(tmp_path: Path) -> None:
