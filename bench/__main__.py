@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
-from bench import constraints, engine, latent, peers, roofline, router, scheduling, server, speculation
+from bench import constraints, engine, latent, peers, roofline, router, scheduling, server, speculation, start
 from shoal.model.checkpoint.find import resolve_checkpoint
 
 BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
     "engine": engine.run,
     "roofline": roofline.run,
     "latent": latent.run,
+    "start": start.run,
     "server": server.run,
     "constraints": constraints.run,
     "scheduling": scheduling.run,

@@ -13,9 +13,10 @@ from shoal.scheduler.errors import ConfigError
 from shoal.server.batches.runner import BatchRunner
 from shoal.server.browsers import is_local
 from shoal.server.engine.router import Router
-from shoal.server.serve import GracefulServer, listen
+from shoal.server.serve import GracefulServer
 from shoal.server.settings import Settings
 from shoal.server.setup import build_service
+from shoal.server.start import listen
 
 logger = logging.getLogger("shoal.cluster")
 

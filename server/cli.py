@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -45,21 +47,27 @@ def serve(arguments: list[str]) -> None:
         CommandError: that cannot be; it has a line for each fault.
     """
     open_standard_files()
+    signal.signal(signal.SIGTERM, _end)  # until there is something to drain: what was begun is cleaned up
+    gc.disable()  # what is loaded at the start stays, and collections would look at it many times
     try:
         settings = load_settings(arguments)
         raise_limit()
         import uvloop  # noqa: PLC0415 (what follows takes longer to load than --help takes to answer)
 
         from shoal.server.logs import set_up_logs  # noqa: PLC0415
-        from shoal.server.serve import serve as run  # noqa: PLC0415
+        from shoal.server.start import start  # noqa: PLC0415
 
         set_up_logs(settings.server)
         if any(argument.partition("=")[0] in ("--api-keys", "--server.api-keys") for argument in arguments):
             logger.warning("everybody on this machine can read the command line: give API keys by --api-keys-file")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(settings))
+            runner.run(start(settings))
     except ShoalError as error:
         raise CommandError("serve", error.message) from error
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 serve_command = _Serve("serve")
@@ -136,7 +144,7 @@ def rank_command(address: str, model: str, device: str, threads: int | None, sec
     """  # fmt: skip
     if find_spec("torch") is None:
         raise CommandError("rank", f"needs torch, which is not installed: run `{install_command('torch')}`")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the process below too
+    signal.signal(signal.SIGTERM, _end)  # which ends the process below too
     command = [sys.executable, "-P", "-m", "shoal.server.engine.rank", address, model, device]
     while True:
         done = subprocess.run([*command, str(threads or 0), str(seconds)], check=False)

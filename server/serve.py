@@ -1,28 +1,25 @@
-"""Brings the server up and down."""
+"""Serves, from the start of a server to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import signal
 import socket
 import time
-from collections.abc import Collection, Iterator
-from importlib.metadata import version
+from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 
 import uvicorn
 
-from shoal.scheduler.errors import ConfigError
 from shoal.server.app import create_app
 from shoal.server.batches.runner import BatchRunner
 from shoal.server.browsers import is_local
 from shoal.server.connections import RESERVED_DESCRIPTORS, Connection
 from shoal.server.descriptors import descriptor_limit
-from shoal.server.engine.chrome_trace import begin_trace
+from shoal.server.engine.child import EngineProcess
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import Ready
 from shoal.server.engine.router import Router
@@ -32,7 +29,6 @@ from shoal.server.metrics import Metrics
 from shoal.server.service import Service
 from shoal.server.settings import ServerConfig, Settings
 from shoal.server.setup import build_service
-from shoal.server.tls import check_certificate
 
 logger = logging.getLogger("shoal")
 
@@ -40,78 +36,48 @@ STATISTICS_SECONDS = 10.0
 CLOSE_SECONDS = 2.0  # after a drain, in which clients may read the ends of their answers
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until a signal ends it.
+async def serve(settings: Settings, listener: socket.socket, engines: Sequence[EngineProcess], began: float) -> None:
+    """Serve on a socket that listens until a signal ends it.
+
+    Args:
+        engines: their processes, which may still load the model.
+        began: when the command did, by the monotonic clock.
 
     Raises:
         CheckpointError, ConfigError: it cannot start.
     """
-    began = time.monotonic()
-    check_certificate(settings.server)
-    listener = listen(settings.server.host, settings.server.port)
-    with contextlib.closing(listener):
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
-            milliseconds = 1000 * settings.server.client_timeout_seconds
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
-        service, engine = build_service(settings)
-        shares = [share(settings, number) for number in range(settings.engine.engines)]
-        warn_of_strangers(settings.server.host, service.api_keys)
-        gc.collect()
-        gc.freeze()  # what is loaded stays; no collection need look at it again
-        for own in shares:
-            if own.engine.trace is not None:
-                begin_trace(own.engine.trace)
-        supervisors = [EngineSupervisor(own, client) for own, client in zip(shares, service.clients, strict=True)]
-        runner = BatchRunner(service)
-        server = GracefulServer(service, engine, runner)
-        serving = asyncio.create_task(server.serve([listener]))
-        starting = asyncio.gather(*(supervisor.start() for supervisor in supervisors))
-        runner.start()
-        preparing = asyncio.create_task(asyncio.to_thread(service.constraints.prepare))
-        statistics = asyncio.create_task(log_statistics(service.metrics, STATISTICS_SECONDS))
-        try:
-            await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                ready, *_ = starting.result()
-                if not server.should_exit:  # else it is closing already
-                    _announce(service, ready, listener, time.monotonic() - began)
-            await serving
-        finally:
-            server.should_exit = True
-            statistics.cancel()
-            starting.cancel()
-            await runner.stop()
-            await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
-            await service.templates.close()
-            await asyncio.gather(serving, starting, preparing, statistics, return_exceptions=True)
-            await service.batches.close()
-            if service.tracer is not None:
-                await service.tracer.close()
-            logger.info("stopped after %.1f s", time.monotonic() - began)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Take the port before anything slow begins.
-
-    Raises:
-        ConfigError: it is taken, or the address is not this machine's.
-    """
+    service, engine = build_service(settings)
+    warn_of_strangers(settings.server.host, service.api_keys)
+    gc.freeze()  # what is loaded stays; no collection need look at it again
+    gc.enable()
+    own = [share(settings, number) for number in range(len(engines))]
+    supervisors = [EngineSupervisor(*each) for each in zip(own, service.clients, engines, strict=True)]
+    runner = BatchRunner(service)
+    server = GracefulServer(service, engine, runner)
+    serving = asyncio.create_task(server.serve([listener]))
+    starting = asyncio.gather(*(supervisor.start() for supervisor in supervisors))
+    runner.start()
+    preparing = asyncio.create_task(asyncio.to_thread(service.constraints.prepare))
+    statistics = asyncio.create_task(log_statistics(service.metrics, STATISTICS_SECONDS))
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(socket.SOMAXCONN)
-    except UnicodeError as error:
-        raise ConfigError(f"host: {host!r} is not a host name", param="host") from error
-    except OSError as error:
-        is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
-        raise ConfigError(
-            f"cannot listen on host {host}, port {port}: {error.strerror}; choose another with --port or --host",
-            param="port" if is_port else "host",
-        ) from error
-    return listener
+        await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            ready, *_ = starting.result()
+            if not server.should_exit:  # else it is closing already
+                _announce(service, ready, listener, time.monotonic() - began)
+        await serving
+    finally:
+        server.should_exit = True
+        statistics.cancel()
+        starting.cancel()
+        await runner.stop()
+        await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
+        await service.templates.close()
+        await asyncio.gather(serving, starting, preparing, statistics, return_exceptions=True)
+        await service.batches.close()
+        if service.tracer is not None:
+            await service.tracer.close()
+        logger.info("stopped after %.1f s", time.monotonic() - began)
 
 
 def warn_of_strangers(host: str, api_keys: Collection[str]) -> None:

@@ -6,7 +6,6 @@ not imported on this path.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from ctypes import byref, c_void_p
 from dataclasses import fields
@@ -14,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from shoal.model.backends.cores import num_cores
 from shoal.model.backends.native_library import NO_MEMORY, TENSORS, Batch, Draft, Options, address, load_library
 from shoal.model.backends.native_sampling import SamplerArguments
 from shoal.model.backends.native_shape import NativeShape, find_obstacle
@@ -179,11 +179,6 @@ class NativeBackend:
             assert batch.hidden.shape == (len(batch.logits_indices), self.hidden_size), "as many states as logits"
             hidden = address(batch.hidden, _FLOAT32)
         return Batch(*sizes, *[address(getattr(batch, name)) for name in _ARRAYS], hidden)
-
-
-def num_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(fault: bytes | None) -> None:

@@ -12,7 +12,8 @@ from typing import Literal
 from shoal.extras import install_command
 from shoal.model.architecture import DTYPE_BYTES, ModelConfig
 from shoal.model.backends.config import BackendConfig, CacheConfig
-from shoal.model.backends.native_backend import SLOTS, NativeBackend, num_cores
+from shoal.model.backends.cores import num_cores
+from shoal.model.backends.native_backend import SLOTS, NativeBackend
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.backends.native_shape import find_obstacle
 from shoal.model.numbers import count_numbers

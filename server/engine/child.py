@@ -18,8 +18,8 @@ import zmq.asyncio
 
 from shoal.scheduler.errors import ConfigError, EngineError
 from shoal.server.engine.events import Seen, UsesPolicy
-from shoal.server.engine.messages import Loading, News, Ready, Report, Sendable, StartFailed, Stop
-from shoal.server.engine.outbox import MAX_MESSAGES, Outbox
+from shoal.server.engine.messages import MAX_MESSAGES, Loading, News, Ready, Report, Sendable, StartFailed, Stop
+from shoal.server.engine.outbox import Outbox
 from shoal.server.engine.packing import encode_hook
 from shoal.server.settings import Settings
 
@@ -58,28 +58,46 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, settings: Settings) -> EngineProcess:
-        """Start a process, and wait until it is ready.
+        """Start a process, and wait until it is ready: see `launch` and `wait_ready`."""
+        engine = await cls.launch(settings)
+        await engine.wait_ready()
+        return engine
+
+    @classmethod
+    async def launch(cls, settings: Settings) -> EngineProcess:
+        """Start a process, which then loads the model; `wait_ready` says what came of it.
 
         Raises:
-            ConfigError: it cannot start with these settings.
-            EngineError: it ended before it was ready.
+            ConfigError: the temporary folder has too long a name.
         """
         engine = cls()
         try:
             await engine._launch(settings)
-            await asyncio.wait((engine.ready, engine.ended), return_when=asyncio.FIRST_COMPLETED)
-            if not engine.ready.done():
-                raise EngineError(f"the engine {engine.ended.result()} at its start")
         except BaseException:
             await engine.close(gently=False)
             raise
         return engine
 
+    async def wait_ready(self) -> None:
+        """Wait until it is ready; if it cannot be, it is closed.
+
+        Raises:
+            ConfigError: it cannot start with these settings.
+            EngineError: it ended before it was ready.
+        """
+        try:
+            await asyncio.wait((self.ready, self.ended), return_when=asyncio.FIRST_COMPLETED)
+            if not self.ready.done():
+                raise EngineError(f"the engine {self.ended.result()} at its start")
+        except BaseException:
+            await self.close(gently=False)
+            raise
+
     def send(self, command: Sendable) -> None:
         self._outbox.put(command)
 
     async def close(self, *, gently: bool) -> None:
-        """End the process, and remove its sockets; it is asked first if that is to be done gently."""
+        """End the process, if it has not, and remove its sockets; it is asked first if that is to be done gently."""
         if self._process is not None:
             if gently and self.ready.done():
                 with contextlib.suppress(TimeoutError):
@@ -90,7 +108,7 @@ class EngineProcess:
                 self._process.kill()
             await self._process.wait()
             self.ended.cancel()
-            await asyncio.wait((self.ended,))
+            await asyncio.gather(self.ended, return_exceptions=True)
         self._reports.close(linger=0)
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -105,7 +123,10 @@ class EngineProcess:
             socket.bind(f"ipc://{self._folder / name}")
         # -P: what lies in the working directory must not take the place of a library.
         command = (sys.executable, "-P", "-m", "shoal.server.engine.process", str(self._folder))
-        self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        # In a session of its own, so that a terminal's signals do not end it before it ignores them.
+        self._process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(settings.sections(), enc_hook=str) + b"\n")
         self.ended = asyncio.create_task(self._watch(self._process))

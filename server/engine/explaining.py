@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.explanation import RequestHistory
 from shoal.scheduler.step_record import StepRecord
 from shoal.server.engine.messages import EngineRequest
-from shoal.server.engine.submission import Submission
+
+if TYPE_CHECKING:  # an engine has none, and need not load what they are made of
+    from shoal.server.engine.submission import Submission
 
 
 class WantedSteps:

@@ -14,6 +14,7 @@ from shoal.server.engine.events import Seen, UsePolicy, UsesPolicy, Watch
 from shoal.server.engine.packing import TokenIds
 
 HEARTBEAT_SECONDS = 0.25
+MAX_MESSAGES = 32  # on the way to an engine, in each of the two processes; what follows waits in the outbox
 
 
 class EngineRequest(msgspec.Struct, frozen=True):

@@ -7,7 +7,6 @@ import asyncio
 from shoal.server.engine.events import UsePolicy, Watch
 from shoal.server.engine.messages import Abort, Command, EngineRequest, ForgetPrefixes, Sendable, Submit
 
-MAX_MESSAGES = 32  # on the way to an engine, in each of the two processes; what follows waits in the outbox
 MAX_SIZE = 65536  # tokens and biases in one message, so that none takes long to encode
 
 

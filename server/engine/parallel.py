@@ -16,7 +16,8 @@ from shoal.model.step.batch import Backend
 from shoal.scheduler.errors import ConfigError
 from shoal.server.engine.backends import PARALLEL, TorchPlan
 from shoal.server.engine.rank_wire import Welcome
-from shoal.server.engine.ranks import Crew, asked_split, threads_of_rank
+from shoal.server.engine.ranks import Crew, asked_split
+from shoal.server.engine.share import threads_of_rank
 from shoal.server.settings import Settings
 
 

@@ -13,9 +13,8 @@ import shutil
 import signal
 import sys
 import threading
-from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import zmq
@@ -23,52 +22,22 @@ import zmq
 from shoal.scheduler.errors import ShoalError
 from shoal.server.engine.build import build_engine
 from shoal.server.engine.loop import EngineLoop
-from shoal.server.engine.messages import Command, Loading, Report, StartFailed
-from shoal.server.engine.outbox import MAX_MESSAGES
-from shoal.server.engine.packing import decode_hook
+from shoal.server.engine.messages import Loading, StartFailed
 from shoal.server.engine.preparing import Preparing
+from shoal.server.engine.sockets import Sockets
 from shoal.server.engine.watching import Watching
 from shoal.server.settings import resolve
 
 
-@dataclass(frozen=True)
-class Sockets:
-    """Implements `Wire` with two sockets in a folder that the API process made."""
-
-    commands: zmq.Socket[bytes]
-    reports: zmq.Socket[bytes]
-
-    @classmethod
-    def connect(cls, folder: Path) -> Sockets:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        commands, reports = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-        for socket, name, most in ((commands, "commands", MAX_MESSAGES), (reports, "reports", 0)):
-            socket.set_hwm(most)
-            socket.connect(f"ipc://{folder / name}")
-        return cls(commands, reports)
-
-    def send(self, report: Report) -> None:
-        self.reports.send(_encoder.encode(report))
-
-    def receive(self, seconds: float | None) -> list[Command]:
-        if seconds != 0:
-            self.commands.poll(None if seconds is None else ceil(seconds * 1000))
-        commands: list[Command] = []
-        while True:
-            try:
-                commands.append(_decoder.decode(self.commands.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                return commands
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=decode_hook)
-
-
 def _end_with_parent(folder: Path) -> None:
-    """Wait for the end of standard input.  What the parent could not clean up any more is removed."""
+    """Wait for the end of standard input."""
     while os.read(sys.stdin.fileno(), 1024):
         pass
+    _end(folder)
+
+
+def _end(folder: Path) -> NoReturn:
+    """End at once, and remove what the parent could not clean up any more."""
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
@@ -84,7 +53,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     folder = Path(sys.argv[1])
-    settings = resolve(msgspec.json.decode(sys.stdin.buffer.readline()))
+    settings = resolve(msgspec.json.decode(sys.stdin.buffer.readline() or _end(folder)))
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     sockets = Sockets.connect(folder)
     try:

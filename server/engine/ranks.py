@@ -17,13 +17,13 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from shoal.model.backends.config import BackendConfig
-from shoal.model.backends.native_backend import num_cores
 from shoal.model.backends.split import Split
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.step.batch import ForwardBatch
 from shoal.scheduler.errors import ConfigError
 from shoal.server.engine.backends import PARALLEL
 from shoal.server.engine.rank_wire import Hello, Loaded, RankSocket, Refused, Step, StrangerError, Welcome
+from shoal.server.engine.share import threads_of_rank
 from shoal.server.settings import Settings
 
 logger = logging.getLogger("shoal.engine")
@@ -36,16 +36,6 @@ _LAST_PORT = 65535
 def asked_split(config: BackendConfig) -> Split:
     """How the settings split the model."""
     return Split(config.tensor_parallel, config.expert_parallel, config.pipeline_parallel)
-
-
-def num_ranks_here(config: BackendConfig) -> int:
-    """Ranks of an engine that share this machine's cores."""
-    return asked_split(config).num_ranks if config.parallel_address is None else 1
-
-
-def threads_of_rank(config: BackendConfig) -> int:
-    """CPU threads of each rank: those of the settings, or its share of the cores."""
-    return config.threads or max(1, num_cores() // num_ranks_here(config))
 
 
 class Crew:

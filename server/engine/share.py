@@ -1,11 +1,11 @@
-"""What one of several engines gets of the machine that they share."""
+"""What one of several engines, or one of its ranks, gets of the machine that they share."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from shoal.model.backends.native_backend import num_cores
-from shoal.server.engine.ranks import num_ranks_here
+from shoal.model.backends.config import BackendConfig
+from shoal.model.backends.cores import num_cores
 from shoal.server.settings import Settings
 
 
@@ -17,6 +17,17 @@ def share(settings: Settings, number: int) -> Settings:
     engine = settings.engine
     if engine.engines == 1:
         return settings
-    threads = engine.threads or max(1, num_cores() // (engine.engines * num_ranks_here(engine)))
+    threads = engine.threads or max(1, num_cores() // (engine.engines * _num_ranks_here(engine)))
     trace = engine.trace and engine.trace.with_stem(f"{engine.trace.stem}-{number}")
     return replace(settings, engine=replace(engine, threads=threads, pin_threads=False, trace=trace))
+
+
+def threads_of_rank(config: BackendConfig) -> int:
+    """CPU threads of each rank of an engine: those of the settings, or its share of the cores."""
+    return config.threads or max(1, num_cores() // _num_ranks_here(config))
+
+
+def _num_ranks_here(config: BackendConfig) -> int:
+    """Ranks of an engine that share this machine's cores."""
+    everywhere = config.tensor_parallel * config.expert_parallel * config.pipeline_parallel
+    return everywhere if config.parallel_address is None else 1

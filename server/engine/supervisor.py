@@ -19,11 +19,16 @@ MAX_FAILED_STARTS = 3  # in a row, after which requests that wait for an engine 
 
 
 class EngineSupervisor:
-    """Owns the engine processes, and connects the client to one of them."""
+    """Owns the engine processes, and connects the client to one of them.
 
-    def __init__(self, settings: Settings, client: EngineClient) -> None:
+    Args:
+        launched: the first of them, if it is there already.
+    """
+
+    def __init__(self, settings: Settings, client: EngineClient, launched: EngineProcess | None = None) -> None:
         self._settings = settings
         self._client = client
+        self._launched = launched
         self._task: asyncio.Task[None] | None = None
         self._first_start: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._standby: asyncio.Task[EngineProcess] | None = None
@@ -74,7 +79,11 @@ class EngineSupervisor:
                     await (await self._standby).close(gently=True)
 
     async def _next_engine(self) -> EngineProcess:
-        """An engine that is ready: the one that stands by, or a new one."""
+        """An engine that is ready: the one that was launched before, the one that stands by, or a new one."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            await launched.wait_ready()
+            return launched
         standby, self._standby = self._standby, None
         if standby is not None:
             with contextlib.suppress(Exception):  # a new one says what is wrong

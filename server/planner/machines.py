@@ -11,7 +11,7 @@ from math import ceil, inf
 
 import numpy as np
 
-from shoal.model.backends.native_backend import num_cores
+from shoal.model.backends.cores import num_cores
 from shoal.server.engine.memory import free_memory
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 22, 1 << 29  # of the memory that is read

@@ -40,8 +40,11 @@ def nothing_left(server: Server) -> bool:
 
 def test_a_server_that_starts_refuses_and_one_that_drains_does_not_lose_its_streams(start: StartServer) -> None:
     server = start("--drain-seconds", "280")
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGSTOP)  # else it may be ready when the server can first answer
     assert server.until("it answers before it is ready", lambda: server.get("/health")).status_code == 503
     assert unavailable(server)
+    os.kill(engine, signal.SIGCONT)
     server.wait_ready()
 
     # A terminal or a service manager may signal the whole process group: it must drain all the same.
@@ -120,6 +123,15 @@ def test_a_server_may_be_stopped_at_any_moment_of_its_start(start: StartServer, 
     time.sleep(delay)
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
+    assert "Traceback" not in server.log
+    assert nothing_left(server)
+
+
+def test_a_server_may_be_stopped_before_it_answers(start: StartServer) -> None:
+    server = start()
+    server.engine_pid()  # is launched before the rest is loaded
+    server.signal(signal.SIGTERM)
+    assert server.wait() in (128 + signal.SIGTERM, 0)
     assert "Traceback" not in server.log
     assert nothing_left(server)
 

@@ -25,7 +25,7 @@ from shoal.server.engine.messages import (
     Submit,
 )
 from shoal.server.engine.packing import encode_hook, pack
-from shoal.server.engine.process import Sockets, _decoder, _encoder
+from shoal.server.engine.sockets import Sockets, _decoder, _encoder
 from shoal.server.engine.submission import Submission
 from tests.fakes import Harness
 
