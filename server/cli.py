@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -47,7 +46,6 @@ def serve(arguments: list[str]) -> None:
         CommandError: that cannot be; it has a line for each fault.
     """
     open_standard_files()
-    signal.signal(signal.SIGTERM, _end)  # until there is something to drain: what was begun is cleaned up
     gc.disable()  # what is loaded at the start stays, and collections would look at it many times
     try:
         settings = load_settings(arguments)
@@ -64,10 +62,6 @@ def serve(arguments: list[str]) -> None:
             runner.run(start(settings))
     except ShoalError as error:
         raise CommandError("serve", error.message) from error
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
 
 
 serve_command = _Serve("serve")
@@ -144,7 +138,7 @@ def rank_command(address: str, model: str, device: str, threads: int | None, sec
     """  # fmt: skip
     if find_spec("torch") is None:
         raise CommandError("rank", f"needs torch, which is not installed: run `{install_command('torch')}`")
-    signal.signal(signal.SIGTERM, _end)  # which ends the process below too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the process below too
     command = [sys.executable, "-P", "-m", "shoal.server.engine.rank", address, model, device]
     while True:
         done = subprocess.run([*command, str(threads or 0), str(seconds)], check=False)
