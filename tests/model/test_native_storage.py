@@ -16,7 +16,9 @@ from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.numbers import BLOCKS, Array, block_dtype, count_numbers, in_float32
 from shoal.model.record import ModelRecord
+from shoal.model.step.executor import ModelExecutor
 from tests.examples import examples
+from tests.fakes import Harness
 from tests.model.batches import Paged
 from tests.model.oracles import random_record, random_steps, run_chunks, run_whole, sequences
 
@@ -116,6 +118,34 @@ def test_logits_have_the_bits_of_float32(name: str, shape: str, isa: str) -> Non
     for key, logits in expected.items():
         assert np.isfinite(logits).all() and np.ptp(logits) > 0
         np.testing.assert_array_equal(found[key].view(np.int32), logits.view(np.int32))
+
+
+def serve(backend: NativeBackend, num_requests: int, *, num_seqs: int, chunk: int) -> Harness:
+    """Requests, greedy and drawn, all with log-probabilities, by a whole engine."""
+    rng = np.random.default_rng(3)
+    executor = ModelExecutor(backend, max_num_seqs=num_seqs, max_model_len=64, block_size=POOL["block_size"])
+    limits = {"max_num_seqs": num_seqs, "max_chunk_tokens": chunk, "max_num_batched_tokens": 100}
+    harness = Harness(executor=executor, max_model_len=64, **POOL, **limits)
+    for index in range(num_requests):
+        prompt = rng.integers(0, backend.vocab_size, int(rng.integers(1, 50))).tolist()
+        how = {"seed": index, "temperature": 0.5 * (index % 3), "num_logprobs": 2, "max_tokens": 1 + index % 7}
+        harness.add(f"r{index}", prompt, **how)
+    harness.drain()
+    return harness
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "isa"),
+    [(30, None), *(pytest.param(200, isa, marks=pytest.mark.long) for isa in supported_isas())],
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_tokens_and_log_probabilities_are_those_of_float32(name: str, num_requests: int, isa: str | None) -> None:
+    """In other batches and chunks, too."""
+    expected = serve(backend_of((name,), "mixture", in_floats=True), num_requests, num_seqs=16, chunk=50)
+    stored_backend = backend_of((name,), "mixture", in_floats=False, isa=isa)
+    found = serve(stored_backend, num_requests, num_seqs=3 + len(name), chunk=7)
+    assert len(expected.token_ids) == num_requests and found.token_ids == expected.token_ids
+    assert found.logprobs == expected.logprobs
 
 
 # As in Q4_K_M, and worse: three sources of a panel, and gates that differ from what they gate.
