@@ -14,7 +14,9 @@ class BackendConfig(Config):
 
     device: str = setting("cpu", pattern=r"cpu|cuda(:\d+)?", help="Where the model runs: cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", help="Number format of the computation; auto is float32 on the CPU, the checkpoint's own on a GPU."
+        "auto",
+        help="What is multiplied; auto is float32 on the CPU, the checkpoint's own on a GPU.  "
+        "On the CPU bfloat16 needs AVX512-BF16, or float32 computes.",
     )
     backend: Literal["auto", "native", "torch"] = setting(
         "auto",
@@ -55,7 +57,8 @@ class CacheConfig(Config):
     )
     kv_cache_dtype: Literal["auto", "float32", "float16"] = setting(
         "auto",
-        help="Number format of the KV cache; auto is that of the computation; only native has float16.",
+        help="Number format of the KV cache; auto is float32 with native, and with torch what it computes in; only "
+        "native has float16.",
     )
     enable_prefix_caching: bool = setting(True, help="Whether prompts that start alike share their blocks.")
     share_prefixes: bool = setting(

@@ -14,7 +14,18 @@ from typing import Literal
 import numpy as np
 
 from shoal.model.backends.cores import num_cores
-from shoal.model.backends.native_library import NO_MEMORY, TENSORS, Batch, Draft, Options, address, load_library
+from shoal.model.backends.native_library import (
+    ARITHMETICS,
+    NO_MEMORY,
+    TENSORS,
+    Batch,
+    Draft,
+    Options,
+    address,
+    has_bfloat16,
+    load_library,
+    supported_isas,
+)
 from shoal.model.backends.native_sampling import SamplerArguments
 from shoal.model.backends.native_shape import NativeShape, find_obstacle
 from shoal.model.backends.observed import Observed
@@ -34,14 +45,15 @@ _TYPES = {dtype: index for index, dtype in enumerate([*_PLAIN, *map(block_dtype,
 
 
 class NativeBackend:
-    """Implements `shoal.model.step.batch.Backend` on the CPU, with float32 activations.
+    """Implements `shoal.model.step.batch.Backend` on the CPU, with float32 activations and sums.
 
     Args:
         num_blocks, block_size: size of the KV cache; block_size is a multiple of 16.
         num_threads: threads that compute, including the caller's; one per core that the process may use if not set.
         kv_cache_dtype: type of the KV cache's elements.
+        dtype: what linear layers multiply.  "bfloat16" rounds their weights and inputs to it, and keeps weights so.
         quantization: "int8" rounds the weights of linear layers to 8 bits with a scale for each output, and their
-            inputs to 13 bits or more with a scale for each row.
+            inputs to 13 bits or more with a scale for each row; the dtype is "float32" then.
         pin_threads: whether to keep each thread but the caller's on a core of its own.  None pins them if the process
             has more cores than threads: otherwise pinned threads could not make room for the server's other work.
         isa: instruction set, one of `supported_isas()`; the best if not set.
@@ -50,7 +62,7 @@ class NativeBackend:
     Raises:
         CheckpointError: the native code is not made for the model.
         ConfigError: there is not enough memory.
-        LookupError: there is no library for `isa`.
+        LookupError: there is no library for `isa`, or the machine lacks the instructions for `dtype`.
         OSError: the library does not load, or was built from other sources.
     """
 
@@ -62,12 +74,14 @@ class NativeBackend:
         block_size: int,
         num_threads: int | None = None,
         kv_cache_dtype: Literal["float32", "float16"] = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         quantization: Literal["none", "int8"] = "none",
         pin_threads: bool | None = None,
         isa: str | None = None,
         sibling: NativeBackend | None = None,
     ) -> None:
         assert block_size % SLOTS == 0
+        assert dtype == "float32" or quantization == "none", "one kind of products"
         config = record.config
         if obstacle := find_obstacle(config):
             raise CheckpointError(obstacle[1], param=obstacle[0])
@@ -75,6 +89,8 @@ class NativeBackend:
         self._config = config
         self._block_size = block_size
         self._library = load_library(isa)
+        if dtype == "bfloat16" and (isa or supported_isas()[0]) == "avx512" and not has_bfloat16():
+            raise LookupError("products of bfloat16 need a processor with AVX512-BF16")
         self._sampler = SamplerArguments(config.vocab_size)
         self._drafts = SamplerArguments(config.vocab_size)  # of proposals, which come between the steps
         num_positions = config.most_positions(num_blocks * block_size)
@@ -84,7 +100,7 @@ class NativeBackend:
             block_size=block_size,
             num_threads=self.num_threads,
             pin_threads=pin_threads if pin_threads is not None else self.num_threads < num_cores(),
-            quantize_int8=quantization == "int8",
+            arithmetic=ARITHMETICS.index(dtype if quantization == "none" else quantization),
             half_kv_cache=kv_cache_dtype == "float16",
         )
         self._model: int | None = self._library.shoal_create(shape.shape, options, sibling._model if sibling else None)

@@ -36,6 +36,7 @@ TENSORS = (
 # The names that fields of the architecture may have, in the order of shoal.h.
 NORMS: tuple[NormKind, ...] = ("rms", "layer")
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu")
+ARITHMETICS = ("float32", "bfloat16", "int8")
 HEAD_NORMS = ("none", "head", "whole")
 SCORES: tuple[RouterScore, ...] = ("softmax", "sigmoid")
 
@@ -90,7 +91,7 @@ class Shape(Structure):
 class Options(Structure):
     _fields_ = [
         ("num_blocks", c_int64),
-        *((name, c_int32) for name in ("block_size", "num_threads", "pin_threads", "quantize_int8", "half_kv_cache")),
+        *((name, c_int32) for name in ("block_size", "num_threads", "pin_threads", "arithmetic", "half_kv_cache")),
     ]
 
 
@@ -156,10 +157,20 @@ def load_library(isa: str | None = None) -> ctypes.CDLL:
     return _load(library_path(isa or supported[0]))
 
 
+def has_bfloat16() -> bool:
+    """Whether the best library multiplies bfloat16 by an instruction of its own; False where none loads."""
+    try:
+        isas = supported_isas()
+    except OSError:
+        return False
+    return isas[:1] == ("avx512",) and bool(load_library().shoal_has_bfloat16())
+
+
 @cache
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.shoal_best_isa.restype = c_int32
+    library.shoal_has_bfloat16.restype = c_int32
     library.shoal_create.argtypes = [POINTER(Shape), POINTER(Options), c_void_p]
     library.shoal_create.restype = c_void_p
     library.shoal_destroy.argtypes = [c_void_p]

@@ -87,3 +87,12 @@ int32_t shoal_best_isa(void) {
     return 0;
 #endif
 }
+
+int32_t shoal_has_bfloat16(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}

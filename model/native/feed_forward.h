@@ -13,12 +13,12 @@ struct FeedForward {
     Matrix gate_up;  // panels of gate and up in turns; of up alone where there is no gate
     Matrix down;
 
-    FeedForward(const ShoalShape& shape, int width, bool quantized, Arena& arena)
+    FeedForward(const ShoalShape& shape, int width, ShoalArithmetic arithmetic, Arena& arena)
         : width(width),
           activation(shape.activation),
           gated(shape.gated != 0),
-          gate_up((gated ? 2 : 1) * round_up(width, kLanes), shape.hidden_size, quantized, arena),
-          down(shape.hidden_size, width, quantized, arena) {}
+          gate_up((gated ? 2 : 1) * round_up(width, kLanes), shape.hidden_size, arithmetic, arena),
+          down(shape.hidden_size, width, arithmetic, arena) {}
 
     // Writes what `down` reads to the same rows of `to`, for num_rows rows of x from `first` on, and for the panels of
     // gate_up from begin to end (both even).

@@ -23,30 +23,30 @@ LatentBlock::LatentBlock(const ShoalShape& shape, const ShoalOptions& options, P
       hidden_size_(shape.hidden_size),
       num_heads_(shape.num_heads),
       scale_(shape.attention_scale),
-      quantized_(options.quantize_int8 != 0),
+      arithmetic_(options.arithmetic),
       pool_(pool),
       arena_(arena),
       cache_(shape.num_places, shape_.rank + shape_.rope_dim, options.num_blocks * options.block_size,
              options.half_kv_cache != 0),
       attention_(num_heads_, shape_.rank, options.block_size, pool.num_threads()),
       down_stride_(Rows::stride_for(first_width() + shape_.rank + shape_.rope_dim)),
-      query_latents_(std::max(1, shape_.query_rank), quantized_),
+      query_latents_(std::max(1, shape_.query_rank), arithmetic_),
       query_stride_(Rows::stride_for(query_width())) {}
 
 LatentLayer LatentBlock::make_layer(int place, const RotaryTables* rotary, const float* temperatures) const {
     LatentLayer layer{place,
                       rotary,
                       temperatures,
-                      Matrix(first_width() + shape_.rank + shape_.rope_dim, hidden_size_, quantized_, arena_),
+                      Matrix(first_width() + shape_.rank + shape_.rope_dim, hidden_size_, arithmetic_, arena_),
                       {kRmsNorm, shape_.norm_eps},
                       {},
                       {kRmsNorm, shape_.norm_eps},
                       {},
                       {}};
-    if (shape_.query_rank > 0) layer.query.emplace(query_width(), shape_.query_rank, quantized_, arena_);
+    if (shape_.query_rank > 0) layer.query.emplace(query_width(), shape_.query_rank, arithmetic_, arena_);
     for (int head = 0; head < num_heads_; ++head) {
-        layer.key_up.emplace_back(shape_.rank, shape_.nope_dim, false, arena_);
-        layer.value_up.emplace_back(shape_.value_dim, shape_.rank, false, arena_);
+        layer.key_up.emplace_back(shape_.rank, shape_.nope_dim, kInFloat32, arena_);
+        layer.value_up.emplace_back(shape_.value_dim, shape_.rank, kInFloat32, arena_);
     }
     return layer;
 }

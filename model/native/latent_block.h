@@ -19,7 +19,7 @@ struct LatentLayer {
     Norm query_norm;
     std::optional<Matrix> query;  // from the latent of queries, if there is one
     Norm latent_norm;
-    std::vector<Matrix> key_up;   // of each head, never int8, as the one below
+    std::vector<Matrix> key_up;   // of each head, in float32, as the one below
     std::vector<Matrix> value_up;
 };
 
@@ -52,7 +52,7 @@ private:
     int hidden_size_;
     int num_heads_;
     float scale_;
-    bool quantized_;
+    ShoalArithmetic arithmetic_;
     Pool& pool_;
     Arena& arena_;
     LatentCache cache_;

@@ -33,7 +33,7 @@ int heads_width(const ShoalShape& shape) {
 Model::Model(const ShoalShape& shape, const ShoalOptions& options, const Model* sibling)
     : shape_(shape),
       block_size_(options.block_size),
-      quantized_(options.quantize_int8 != 0),
+      arithmetic_(options.arithmetic),
       limits_{shape.vocab_size, shape.num_positions, options.num_blocks, options.block_size, shape.num_groups, {}},
       shared_pool_(sibling ? sibling->shared_pool_
                            : std::make_shared<Pool>(options.num_threads, options.pin_threads != 0)),
@@ -41,16 +41,16 @@ Model::Model(const ShoalShape& shape, const ShoalOptions& options, const Model* 
       temperatures_(copy_floats(shape.temperatures, static_cast<size_t>(shape.num_temperatures) * shape.num_positions)),
       embedding_norm_{shape.norm, shape.norm_eps},
       norm_{shape.norm, shape.norm_eps},
-      head_(shape.vocab_size, shape.hidden_size, quantized_, arena_),
+      head_(shape.vocab_size, shape.hidden_size, arithmetic_, arena_),
       cache_(shape.latent.rank > 0 ? 0 : shape.num_places, shape.num_kv_heads, shape.head_dim, options.num_blocks * options.block_size,
              options.half_kv_cache != 0),
       attention_(shape, options.block_size, pool_.num_threads()),
       hidden_stride_(Rows::stride_for(shape.hidden_size)),
-      normalized_(shape.hidden_size, quantized_),
+      normalized_(shape.hidden_size, arithmetic_),
       heads_stride_(Rows::stride_for(heads_width(shape))),
-      attended_(attended_width(shape), quantized_),
-      gathered_(shape.hidden_size, quantized_),
-      activated_(1, quantized_),
+      attended_(attended_width(shape), arithmetic_),
+      gathered_(shape.hidden_size, arithmetic_),
+      activated_(1, arithmetic_),
       logits_stride_(round_up(shape.vocab_size, kLanes)) {
     if (shape.latent.rank > 0) latent_.emplace(shape, options, pool_, arena_);
     for (int i = 0; i < shape.num_ropes; ++i) ropes_.emplace_back(shape.ropes[i], shape.num_positions);
@@ -77,19 +77,19 @@ Layer Model::make_layer(const ShoalLayer& shape) {
                 rotary,
                 attention,
                 norm(),
-                Matrix(heads_width(shape_), hidden, quantized_, arena_),
+                Matrix(heads_width(shape_), hidden, arithmetic_, arena_),
                 head_norm(),
                 head_norm(),
-                Matrix(hidden, attended_width(shape_), quantized_, arena_),
+                Matrix(hidden, attended_width(shape_), arithmetic_, arena_),
                 norm(),
                 norm(),
                 norm(),
-                Matrix(num_experts, hidden, false, arena_)};
+                Matrix(num_experts, hidden, kInFloat32, arena_)};
     if (latent_) layer.latent.emplace(latent_->make_layer(shape.cache_place, rotary, temperatures));
     const int width = num_experts > 0 ? shape.mixture.intermediate_size : shape.intermediate_size;
-    for (int e = 0; e < std::max(1, num_experts); ++e) layer.experts.emplace_back(shape_, width, quantized_, arena_);
+    for (int e = 0; e < std::max(1, num_experts); ++e) layer.experts.emplace_back(shape_, width, arithmetic_, arena_);
     if (shape.mixture.shared_size > 0) {
-        layer.experts.emplace_back(shape_, shape.mixture.shared_size, quantized_, arena_);
+        layer.experts.emplace_back(shape_, shape.mixture.shared_size, arithmetic_, arena_);
     }
     return layer;
 }
@@ -145,7 +145,7 @@ void Model::load_tensor(ShoalTensor tensor, bool is_bias, int index, int expert,
         case kRouter: load_rows(layer.router, layer.shape.mixture.num_experts, 0); break;
         case kCorrection: layer.correction = read_floats(source, layer.shape.mixture.num_experts); break;
         case kSharedGate:
-            if (!layer.shared_gate) layer.shared_gate.emplace(1, hidden, false, arena_);
+            if (!layer.shared_gate) layer.shared_gate.emplace(1, hidden, kInFloat32, arena_);
             load_rows(*layer.shared_gate, 1, 0);
             break;
         case kGateProj: load_rows(block.gate_up, block.width, 0, 2, 0); break;

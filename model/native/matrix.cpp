@@ -28,43 +28,49 @@ int32_t round_to_int(float value) {
     return bits - zero;
 }
 
+void round_to_bfloats(const float* values, int count, uint16_t* to) {
+    for (int i = 0; i < count; ++i) to[i] = float_to_bfloat(values[i]);
+}
+
 }  // namespace
 
-void Rows::quantize(int row) {
+void Rows::round(int row) {
     const float* values = (*this)[row];
-    int16_t* integers = integers_.data() + row * stride_;
+    int16_t* rounded = halves_.data() + row * stride_;
+    for (int i = width_; i < round_up(width_, 2); ++i) rounded[i] = 0;
+    if (arithmetic_ == kInBFloat16) return round_to_bfloats(values, width_, reinterpret_cast<uint16_t*>(rounded));
     const float greatest = greatest_magnitude(values, width_);
     const float inverse = greatest > 0 ? limit_ / greatest : 0;
     scales_[row] = greatest / limit_;
-    for (int i = 0; i < width_; ++i) integers[i] = static_cast<int16_t>(round_to_int(values[i] * inverse));
-    for (int i = width_; i < round_up(width_, 2); ++i) integers[i] = 0;
+    for (int i = 0; i < width_; ++i) rounded[i] = static_cast<int16_t>(round_to_int(values[i] * inverse));
 }
 
-Matrix::Matrix(int width, int depth, bool quantized, Arena& arena)
+Matrix::Matrix(int width, int depth, ShoalArithmetic arithmetic, Arena& arena)
     : width_(width),
       depth_(depth),
       num_panels_(round_up(width, kLanes) / kLanes),
-      quantized_(quantized),
+      arithmetic_(arithmetic),
       arena_(arena),
       panels_(num_panels_) {
-    if (!quantized) return;
+    if (arithmetic != kInInt8) return;
     scales_ = arena.take<float>(static_cast<size_t>(num_panels_) * kLanes);
     for (Panel& panel : panels_) panel.data = arena.take<int8_t>(static_cast<size_t>(round_up(depth, 2)) * kLanes);
 }
 
 void Matrix::pack(Pool& pool, Source source, int num_rows, int first_column, int panel_step, int panel_offset) {
+    const Source::Type type = arithmetic_ == kInBFloat16 ? Source::kBFloat16 : source.type;
     const int first = first_column / kLanes, count = (first_column + num_rows - 1) / kLanes - first + 1;
     const auto place = [&](int tile) { return (first + tile) * panel_step + panel_offset; };
     const auto columns_of = [&](int tile) {
         const int begin = (first + tile) * kLanes;
         return std::pair(std::max(begin, first_column), std::min(begin + kLanes, first_column + num_rows));
     };
-    for (int tile = 0; tile < count && !quantized_; ++tile) {
+    for (int tile = 0; tile < count && arithmetic_ != kInInt8; ++tile) {
         Panel& panel = panels_[place(tile)];
         if (panel.data) continue;
         const auto [begin, end] = columns_of(tile);
         const bool is_alone = begin % kLanes == 0 && (end % kLanes == 0 || place(tile) + panel_step >= num_panels_);
-        panel.storage = &Storage::of(is_alone ? source.type : Source::kFloat32);
+        panel.storage = &Storage::of(is_alone || arithmetic_ == kInBFloat16 ? type : Source::kFloat32);
         panel.data = arena_.take<char>(panel.storage->size(depth_));
     }
     // A tile is one panel, so that no two threads write to the same cache line.
@@ -98,7 +104,14 @@ void Matrix::add_bias(Source source, int num_rows, int first_column, int panel_s
 void Matrix::set_column(int column, const float* weights) {
     const Panel& panel = panels_[column / kLanes];
     const int lane = column % kLanes;
-    if (!quantized_) return panel.storage->set_column(panel.data, lane, {weights, Source::kFloat32}, 0, depth_);
+    if (arithmetic_ == kInFloat32) {
+        return panel.storage->set_column(panel.data, lane, {weights, Source::kFloat32}, 0, depth_);
+    }
+    if (arithmetic_ == kInBFloat16) {
+        Array<uint16_t> rounded(depth_);
+        round_to_bfloats(weights, depth_, rounded.data());
+        return panel.storage->set_column(panel.data, lane, {rounded.data(), Source::kBFloat16}, 0, depth_);
+    }
     const float greatest = greatest_magnitude(weights, depth_);
     const float inverse = greatest > 0 ? 127 / greatest : 0;
     scales_[column] = greatest / 127;
@@ -111,7 +124,7 @@ void Matrix::set_column(int column, const float* weights) {
 void Matrix::read_column(int column, float* to) const {
     const Panel& panel = panels_[column / kLanes];
     const int lane = column % kLanes;
-    if (!quantized_) {
+    if (arithmetic_ != kInInt8) {
         float weights[kSlice * kLanes];
         for (int begin = 0; begin < depth_; begin += kSlice) {
             const int end = std::min(begin + kSlice, depth_);
@@ -158,12 +171,22 @@ void Matrix::multiply_panels(const float* x, ptrdiff_t stride, int num_rows, int
     }
 }
 
+void Matrix::multiply_panels(const uint16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const {
+    multiply_plain<BFloatProductFormat>(x, stride, num_rows, first, count, sums);
+}
+
 void Matrix::multiply_panels(const int16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Ints* sums) const {
+    multiply_plain<Int8Format>(x, stride, num_rows, first, count, sums);
+}
+
+template <class Format>
+void Matrix::multiply_plain(const typename Format::Input* x, ptrdiff_t stride, int num_rows, int first, int count,
+                            typename Format::Sum* sums) const {
     const void* panels[kMaxPanels];
     for (int p = 0; p < count; ++p) panels[p] = panels_[first + p].data;
-    for (int i = 0; i < num_rows * count; ++i) sums[i] = Int8Format::zero();
+    for (int i = 0; i < num_rows * count; ++i) sums[i] = Format::zero();
     for (int row = 0; row < num_rows; row += kMaxRows) {
-        const auto tile = find_tile<Int8Format>(std::min(kMaxRows, num_rows - row), count);
+        const auto tile = find_tile<Format>(std::min(kMaxRows, num_rows - row), count);
         tile(x + row * stride, stride, panels, depth_, sums + row * count);
     }
 }

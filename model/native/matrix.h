@@ -7,26 +7,27 @@
 
 #include "array.h"
 #include "pool.h"
+#include "shoal.h"
 #include "storage.h"
 
 namespace shoal {
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Rows that are the input of a linear layer.  Where the weights are int8, each row is also rounded to integers with a
-// scale of its own.  The integers are as large as possible without overflow of a sum over the depth in int32: 13 bits
-// and a sign at a depth of 2048.
+// Rows that are the input of a linear layer.  Where that multiplies other numbers than float32, each row is rounded to
+// them: to bfloat16, or, where the weights are int8, to integers with a scale of its own.  The integers are as large as
+// possible without overflow of a sum over the depth in int32: 13 bits and a sign at a depth of 2048.
 class Rows {
 public:
-    Rows(int width, bool quantized)
-        : width_(width), stride_(stride_for(width)), quantized_(quantized), limit_(limit_for(width)) {}
+    Rows(int width, ShoalArithmetic arithmetic)
+        : width_(width), stride_(stride_for(width)), arithmetic_(arithmetic), limit_(limit_for(width)) {}
 
     // Makes room for rows; the former ones are lost.
     void reserve(int num_rows) {
         const size_t size = static_cast<size_t>(num_rows) * stride_;
         values_.reserve(size);
-        if (!quantized_) return;
-        integers_.reserve(size);
+        if (arithmetic_ == kInFloat32) return;
+        halves_.reserve(size);
         scales_.reserve(num_rows);
     }
 
@@ -42,21 +43,23 @@ public:
     ptrdiff_t stride() const { return stride_; }
     float* operator[](int row) { return values_.data() + row * stride_; }
     const float* operator[](int row) const { return values_.data() + row * stride_; }
-    const int16_t* integers(int row) const { return integers_.data() + row * stride_; }
+    const int16_t* integers(int row) const { return halves_.data() + row * stride_; }
+    const uint16_t* bfloats(int row) const { return reinterpret_cast<const uint16_t*>(integers(row)); }
     float scale(int row) const { return scales_[row]; }
 
+    bool is_rounded() const { return arithmetic_ != kInFloat32; }
     // Must be called after the values of a row were written.
     void finish(int row) {
-        if (quantized_) quantize(row);
+        if (is_rounded()) round(row);
     }
 
     // Copies a finished row of `other` to row `to`.
     void copy(int to, const Rows& other, int from) {
-        if (!quantized_) {
+        if (!is_rounded()) {
             std::memcpy((*this)[to], other[from], sizeof(float) * width_);
             return;
         }
-        std::memcpy(integers_.data() + to * stride_, other.integers(from), sizeof(int16_t) * stride_);
+        std::memcpy(halves_.data() + to * stride_, other.integers(from), sizeof(int16_t) * stride_);
         scales_[to] = other.scale(from);
     }
 
@@ -70,27 +73,26 @@ public:
 private:
     static float limit_for(int width) { return static_cast<float>(std::min(32767, INT32_MAX / 127 / width)); }
 
-    void quantize(int row);
+    void round(int row);
 
     int width_;
     int stride_;
-    bool quantized_;
+    ShoalArithmetic arithmetic_;
     float limit_;
     Array<float> values_;
-    Array<int16_t> integers_;
+    Array<int16_t> halves_;  // the rounded ones: integers, or the bits of bfloat16
     Array<float> scales_;
 };
 
 // Weights [width][depth] of a linear layer, packed in panels of 16 columns (outputs): in the type that the checkpoint has
-// them in, or as int8 with a scale for each column.  The last panel is padded with zeroes.
+// them in, rounded to bfloat16, or as int8 with a scale for each column.  The last panel is padded with zeroes.
 class Matrix {
 public:
     // The arena gives room for what is packed later, too.
-    Matrix(int width, int depth, bool quantized, Arena& arena);
+    Matrix(int width, int depth, ShoalArithmetic arithmetic, Arena& arena);
 
     int width() const { return width_; }
     int num_panels() const { return num_panels_; }
-    bool is_quantized() const { return quantized_; }
 
     // Rows of the source become columns: row r becomes column first_column + r.  Where two sources share the panels in
     // turns (panel_step 2), a source fills every other panel, from panel_offset on.  A panel that has columns of two
@@ -113,7 +115,7 @@ public:
         });
     }
 
-    // The same for weights that are not int8, without a bias, and rows that are `stride` apart.
+    // The same in float32, without a bias, and rows that are `stride` apart.
     template <class Take>
     void multiply_floats(const float* x, ptrdiff_t stride, int num_rows, int begin, int end, const Take& take) const {
         multiply_with<FloatFormat>(x, stride, num_rows, begin, end, take);
@@ -132,11 +134,15 @@ private:
 
     template <class Take>
     void multiply_alone(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
-        if (!quantized_) return multiply_with<FloatFormat>(x[first], x.stride(), num_rows, begin, end, take);
+        const ptrdiff_t stride = x.stride();
+        if (arithmetic_ == kInFloat32) return multiply_with<FloatFormat>(x[first], stride, num_rows, begin, end, take);
+        if (arithmetic_ == kInBFloat16) {
+            return multiply_with<BFloatProductFormat>(x.bfloats(first), stride, num_rows, begin, end, take);
+        }
         auto scale = [&](int row, int panel, const Ints& sums) {
             take(row, panel, to_floats(sums) * broadcast(x.scale(first + row)) * load(scales_ + panel * kLanes));
         };
-        multiply_with<Int8Format>(x.integers(first), x.stride(), num_rows, begin, end, scale);
+        multiply_with<Int8Format>(x.integers(first), stride, num_rows, begin, end, scale);
     }
     template <class Format, class Take>
     void multiply_with(const typename Format::Input* x, ptrdiff_t stride, int num_rows, int begin, int end,
@@ -160,14 +166,20 @@ private:
     int panels_together(int first, int end, int num_rows) const;
     // sums[row][panel] = rows of x times `count` panels, for at most kRowsAtOnce rows.
     void multiply_panels(const float* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
+    void multiply_panels(const uint16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
     void multiply_panels(const int16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Ints* sums) const;
+
+    // The same for numbers of 16 bits, which need no unpacking.
+    template <class Format>
+    void multiply_plain(const typename Format::Input* x, ptrdiff_t stride, int num_rows, int first, int count,
+                        typename Format::Sum* sums) const;
 
     void set_column(int column, const float* weights);
 
     int width_;
     int depth_;
     int num_panels_;
-    bool quantized_;
+    ShoalArithmetic arithmetic_;
     Arena& arena_;
     std::vector<Panel> panels_;
     float* scales_ = nullptr;  // [panel][16], of int8

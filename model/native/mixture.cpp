@@ -11,7 +11,7 @@ void Model::feed_forward(const FeedForward& block, int num_rows, const Sum& sum,
     pool_.run((num_panels + step - 1) / step, [&](int tile, int) {
         block.activate(normalized_, 0, num_rows, tile * step, std::min((tile + 1) * step, num_panels), activated_);
     });
-    if (quantized_) for_rows(num_rows, [&](int row) { activated_.finish(row); });
+    finish(activated_, num_rows);
     multiply_all(pool_, block.down, activated_, 0, num_rows, adds_to(sum, factors));
 }
 
@@ -39,7 +39,7 @@ void Model::mix_experts(const Layer& layer, int num_rows, const Sum& sum) {
     for_panels(layer.experts[0].gate_up.num_panels(), [&](const Routing::Range& range, int begin, int end) {
         layer.experts[range.expert].activate(gathered_, range.begin, range.end - range.begin, begin, end, activated_);
     });
-    if (quantized_) for_rows(num_choices, [&](int place) { activated_.finish(place); });
+    finish(activated_, num_choices);
     for_panels(layer.experts[0].down.num_panels(), [&](const Routing::Range& range, int begin, int end) {
         layer.experts[range.expert].down.multiply(
             activated_, range.begin, range.end - range.begin, begin, end, [&](int row, int panel, const Vec& values) {

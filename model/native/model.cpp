@@ -130,7 +130,7 @@ void Model::add_blocks(const Layer& layer, int num_rows) {
         const Norm& norm = layer.feed_forward_norm.exists() ? layer.feed_forward_norm : layer.input_norm;
         for_rows(num_rows, [&](int row) { normalize(row, norm); });
     }
-    if (quantized_) for_rows(num_rows, [&](int row) { attended_.finish(row); });
+    finish(attended_, num_rows);
     const Sum attention_sum = begin_sum(layer.attention_output_norm, num_rows);
     multiply_all(pool_, layer.output, attended_, 0, num_rows, adds_to(attention_sum));
     end_sum(layer.attention_output_norm, num_rows);

@@ -73,6 +73,9 @@ private:
     void for_rows(int num_rows, const Body& body) {
         pool_.for_rows(num_rows, body);
     }
+    void finish(Rows& rows, int num_rows) {
+        if (rows.is_rounded()) for_rows(num_rows, [&](int row) { rows.finish(row); });
+    }
     void embed(const ShoalBatch& batch);
     void read_embedding(int token_id, float* to) const;
     void normalize(int row, const Norm& norm);
@@ -98,7 +101,7 @@ private:
 
     ShoalShape shape_;  // without its arrays
     int block_size_;
-    bool quantized_;
+    ShoalArithmetic arithmetic_;
     Limits limits_;
     std::shared_ptr<Pool> shared_pool_;
     Pool& pool_;

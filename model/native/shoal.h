@@ -17,6 +17,9 @@ enum ShoalActivation : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kClampe
 enum ShoalHeadNorm : int32_t { kNoHeadNorm, kNormOfEachHead, kNormOfAllHeads };
 enum ShoalScore : int32_t { kSoftmax, kSigmoid };
 
+// The numbers that linear layers multiply.
+enum ShoalArithmetic : int32_t { kInFloat32, kInBFloat16, kInInt8 };
+
 // The angles of positions, for the first `dim` elements of a head.
 struct ShoalRope {
     int32_t dim;
@@ -103,7 +106,7 @@ struct ShoalOptions {
     int32_t block_size;  // a multiple of 16
     int32_t num_threads;
     int32_t pin_threads;
-    int32_t quantize_int8;  // weights of linear layers
+    ShoalArithmetic arithmetic;
     int32_t half_kv_cache;  // float16
 };
 
@@ -250,3 +253,6 @@ SHOAL_API const char* shoal_sampling_row(void);
 
 // The best instruction set that this machine runs: 0 generic, 1 avx2, 2 avx512.
 SHOAL_API int32_t shoal_best_isa(void);
+
+// Whether this machine multiplies bfloat16 in hardware.  The library for avx512 needs that for kInBFloat16.
+SHOAL_API int32_t shoal_has_bfloat16(void);

@@ -77,6 +77,13 @@ SHOAL_INLINE Ints broadcast(int32_t value) {
     return each_part<Ints>([&](int) { return splat(value); });
 }
 
+// Two numbers of 16 bits, in each lane.
+SHOAL_INLINE Ints broadcast_pair(const void* from) {
+    int32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return broadcast(pair);
+}
+
 SHOAL_INLINE FloatPart load_part(const float* from) {
     FloatPart part;
     std::memcpy(&part, from, sizeof part);
@@ -268,6 +275,27 @@ SHOAL_INLINE Vec first_bfloats(const Ints& pairs) {
 }
 SHOAL_INLINE Vec second_bfloats(const Ints& pairs) {
     return each_part<Vec>([&](int i) { return as_floats(pairs.part[i] & splat(int32_t{-0x10000})); });
+}
+
+// A float32 to the nearest bfloat16, ties to even.
+SHOAL_INLINE uint16_t float_to_bfloat(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    const uint32_t rounded = is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+    return static_cast<uint16_t>(rounded >> 16);
+}
+
+// sum + a[2i + 1] * b[2i + 1] + a[2i] * b[2i] in each lane i, for 32 bfloat16 each; each sum is rounded once.  The
+// instruction takes numbers and sums of less than 2**-126 for zero.
+SHOAL_INLINE Vec add_products(const Ints& a, const Ints& b, const Vec& sum) {
+#if defined(__AVX512F__)
+    FloatPart result = sum.part[0];  // the intrinsic would need the flag of an instruction set of its own
+    asm("vdpbf16ps %2, %1, %0" : "+v"(result) : "v"(a.part[0]), "v"(b.part[0]));
+    return {{result}};
+#else
+    return fma(first_bfloats(a), first_bfloats(b), fma(second_bfloats(a), second_bfloats(b), sum));
+#endif
 }
 
 // 16 words of 32 bits.

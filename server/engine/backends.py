@@ -14,7 +14,7 @@ from shoal.model.architecture import DTYPE_BYTES, ModelConfig
 from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.model.backends.cores import num_cores
 from shoal.model.backends.native_backend import SLOTS, NativeBackend
-from shoal.model.backends.native_library import supported_isas
+from shoal.model.backends.native_library import has_bfloat16, supported_isas
 from shoal.model.backends.native_shape import find_obstacle
 from shoal.model.numbers import count_numbers
 from shoal.model.record import ModelRecord
@@ -29,17 +29,20 @@ PARALLEL = ("tensor_parallel", "expert_parallel", "pipeline_parallel")
 
 @dataclass(frozen=True)
 class NativePlan:
-    """The native backend: C++ on the CPU, in float32 but for what is kept in fewer bits.
+    """The native backend: C++ on the CPU, in float32 but for what is kept or multiplied in fewer bits.
 
     Attributes:
         isa: the instruction set, one of `supported_isas()`.
+        dtype: what linear layers multiply where weights are not quantised.
+        warning: why that is not what the settings ask for; None if it is.
     """
 
     config: BackendConfig
     cache: CacheConfig
     isa: str
     kv_cache_dtype: Literal["float32", "float16"]
-    warning: None = None
+    dtype: DType = "float32"
+    warning: str | None = None
 
     def create(self, record: ModelRecord, num_blocks: int, sibling: Backend | None = None) -> Backend:
         """A backend with its KV cache; it shares the threads of a sibling that this plan created, if one is given."""
@@ -50,6 +53,7 @@ class NativePlan:
             block_size=self.cache.block_size,
             num_threads=self.config.threads,
             kv_cache_dtype=self.kv_cache_dtype,
+            dtype=self.dtype,
             quantization=self.config.quantization,
             pin_threads=self.config.pin_threads,
             isa=self.isa,
@@ -61,17 +65,19 @@ class NativePlan:
         config = self.config
         formats = record.formats if config.quantization == "none" else [config.quantization]
         weights = "float32" if formats == ["float32"] else f"{' and '.join(formats)} weights"
+        if self.dtype == "bfloat16":
+            weights = "bfloat16 weights and products"
         cache = "" if self.kv_cache_dtype == "float32" else f", {self.kv_cache_dtype} KV cache"
         num_threads = config.threads or num_cores()
         threads = f"{num_threads} thread{'' if num_threads == 1 else 's'}"
         return f"{weights}{cache}, native ({self.isa}, {threads})"
 
     def weight_bytes(self, record: ModelRecord) -> int:
-        """What the weights take, nearly: int8 makes a byte of each number of a matrix, and scales come on top; other
-        matrices stay as they are, and vectors become float32."""
-        is_small = self.config.quantization == "int8"
+        """What the weights take, nearly: vectors become float32, and matrices what they are multiplied as.  Scales come
+        on top."""
+        bytes_each = 1 if self.config.quantization == "int8" else 2 if self.dtype == "bfloat16" else None
         return sum(
-            4 * array.size if array.ndim == 1 else count_numbers(array) if is_small else array.nbytes
+            4 * array.size if array.ndim == 1 else bytes_each * count_numbers(array) if bytes_each else array.nbytes
             for *_, array in record.tensors()
         )
 
@@ -121,8 +127,7 @@ def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) 
         return _plan_torch(config, cache, model, "backend is torch", None)
     obstacle = _native_obstacle(config, cache, model)
     if obstacle is None:
-        dtype: Literal["float32", "float16"] = "float16" if cache.kv_cache_dtype == "float16" else "float32"
-        return NativePlan(config, cache, supported_isas()[0], dtype)
+        return _plan_native(config, cache)
     reason, param = obstacle
     if config.backend == "native":
         raise ConfigError(reason, param=param)
@@ -131,11 +136,31 @@ def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) 
     return _plan_torch(config, cache, model, reason, warning if is_loss else None)
 
 
+def _plan_native(config: BackendConfig, cache: CacheConfig) -> NativePlan:
+    """
+    Raises:
+        ConfigError: products of two kinds are asked for.
+    """
+    dtype: DType = "float32"
+    warning = None
+    if config.dtype == "bfloat16":
+        if config.quantization != "none":
+            raise ConfigError(
+                f"dtype bfloat16 does not go with quantization {config.quantization}, which multiplies integers",
+                param="dtype",
+            )
+        if has_bfloat16():
+            dtype = "bfloat16"
+        else:
+            warning = "float32 computes: dtype bfloat16 needs a processor with AVX512-BF16"
+    kept: Literal["float32", "float16"] = "float16" if cache.kv_cache_dtype == "float16" else "float32"
+    return NativePlan(config, cache, supported_isas()[0], kept, dtype, warning)
+
+
 def _native_obstacle(config: BackendConfig, cache: CacheConfig, model: ModelConfig) -> tuple[str, str] | None:
     """Why the native backend cannot serve, if so, and the setting that is at fault."""
     for name, asked, why in (
         ("device", config.device != "cpu", "which computes on the CPU"),
-        ("dtype", config.dtype == "bfloat16", "which computes in float32"),
         *((name, getattr(config, name) > 1, "which computes in one process") for name in PARALLEL),
     ):
         if asked:

@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 from tokenizers import Tokenizer
 
 from shoal.model.backends.native_backend import NativeBackend
-from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, supported_isas
+from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, has_bfloat16, supported_isas
 from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import Linear, ModelRecord, Norm
@@ -38,6 +38,9 @@ from tests.model.oracles import (
 from tests.model.tiny import expected_logits
 
 pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+needs_bfloat16 = pytest.mark.skipif(
+    supported_isas()[:1] == ("avx512",) and not has_bfloat16(), reason="the machine has no AVX512-BF16"
+)
 
 POOL = {"num_blocks": 64, "block_size": 16}
 # What fills no vector, and groups of heads that are more than a tile's rows.
@@ -130,7 +133,17 @@ def source() -> list[int]:
     return token_ids[:2048]
 
 
-def test_int8_loses_little_of_the_bundled_model(source: list[int], paged: Any) -> None:
+@pytest.mark.parametrize(
+    ("how", "most_divergence", "least_agreement"),
+    [
+        ({"quantization": "int8", "kv_cache_dtype": "float16"}, 1e-3, 0.975),
+        pytest.param({"dtype": "bfloat16"}, 2e-4, 0.99, marks=needs_bfloat16),
+    ],
+    ids=["int8", "bfloat16"],
+)
+def test_fewer_bits_lose_little_of_the_bundled_model(
+    how: dict[str, str], most_divergence: float, least_agreement: float, source: list[int], paged: Any
+) -> None:
     record = load_checkpoint(BUNDLED)
     windows = [source[start : start + 512] for start in range(0, 2048, 512)]
 
@@ -139,10 +152,10 @@ def test_int8_loses_little_of_the_bundled_model(source: list[int], paged: Any) -
         logits = np.concatenate([run_whole(backend, paged(**POOL), window) for window in windows])
         return log_softmax(logits.astype(np.float64), axis=-1)
 
-    exact, coarse = logprobs(), logprobs(quantization="int8", kv_cache_dtype="float16")
+    exact, coarse = logprobs(), logprobs(**how)
     divergence = (np.exp(exact) * (exact - coarse)).sum(-1)
-    assert 0 < divergence.mean() < 1e-3
-    assert (exact.argmax(-1) == coarse.argmax(-1)).mean() > 0.975
+    assert 0 < divergence.mean() < most_divergence
+    assert (exact.argmax(-1) == coarse.argmax(-1)).mean() > least_agreement
 
 
 INTEGERS: dict[str, Callable[[np.random.Generator, int, tuple[int, int]], np.ndarray]] = {
@@ -153,17 +166,10 @@ INTEGERS: dict[str, Callable[[np.random.Generator, int, tuple[int, int]], np.nda
 }
 
 
-@pytest.mark.parametrize("isa", supported_isas())
-@pytest.mark.parametrize("depth", [1, 15, 515, 2048, 8192, 16383])
-def test_int8_products_are_those_of_exact_integers(depth: int, isa: str, paged: Any) -> None:
-    """A model without layers' work whose normalised hidden states, and whose head, are integers times powers of two:
-    rounding takes nothing from them, so that logits are what integer arithmetic says, if no sum overflows."""
-    rng = np.random.default_rng(depth)
-    most = min(32767, (2**31 - 1) // 127 // depth)  # at this depth no sum exceeds an int32; see Rows in matrix.h
-    inputs = np.concatenate([make(rng, most, (2, depth)) for make in INTEGERS.values()]).astype(np.int64)
-    weights = np.concatenate([make(rng, 127, (5, depth)) for make in INTEGERS.values()]).astype(np.int64)
-    inputs[:, -1], weights[:, -1] = most, 127  # every row and column has its greatest
-    shape = {"hidden_size": depth, "vocab_size": len(weights), "intermediate_size": 1, "num_heads": 1}
+def head_alone(hidden: np.ndarray, head: np.ndarray) -> ModelRecord:
+    """A model whose layers do nothing, so that `hidden`, the gain of its norm, is what the head reads."""
+    vocab_size, depth = head.shape
+    shape = {"hidden_size": depth, "vocab_size": vocab_size, "intermediate_size": 1, "num_heads": 1}
     record = random_record(**shape, num_kv_heads=1, num_layers=1, tie_word_embeddings=False, norm_eps=0.0)
     (layer,) = record.layers
     silent = replace(
@@ -172,15 +178,55 @@ def test_int8_products_are_those_of_exact_integers(depth: int, isa: str, paged: 
         feed_forward=replace(layer.feed_forward, down_proj=Linear(np.zeros_like(layer.feed_forward.down_proj.weight))),
     )
     ones = np.ones_like(record.embedding)
-    head = Linear((weights * 2.0**-9).astype(np.float32))
-    for row in inputs:  # the norm of a row of ones gives its gain
-        gain = Norm((row * 2.0**-4).astype(np.float32))
-        backend = make_backend(
-            replace(record, embedding=ones, layers=(silent,), norm=gain, head=head), "int8", num_blocks=1, isa=isa
-        )
+    return replace(record, embedding=ones, layers=(silent,), norm=Norm(hidden), head=Linear(head))
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("depth", [1, 15, 515, 2048, 8192, 16383])
+def test_int8_products_are_those_of_exact_integers(depth: int, isa: str, paged: Any) -> None:
+    """Hidden states and the head are integers times powers of two: rounding takes nothing from them, so that logits are
+    what integer arithmetic says, if no sum overflows."""
+    rng = np.random.default_rng(depth)
+    most = min(32767, (2**31 - 1) // 127 // depth)  # at this depth no sum exceeds an int32; see Rows in matrix.h
+    inputs = np.concatenate([make(rng, most, (2, depth)) for make in INTEGERS.values()]).astype(np.int64)
+    weights = np.concatenate([make(rng, 127, (5, depth)) for make in INTEGERS.values()]).astype(np.int64)
+    inputs[:, -1], weights[:, -1] = most, 127  # every row and column has its greatest
+    head = (weights * 2.0**-9).astype(np.float32)
+    for row in inputs:
+        hidden = (row * 2.0**-4).astype(np.float32)
+        backend = make_backend(head_alone(hidden, head), "int8", num_blocks=1, isa=isa)
         logits = backend.forward(paged(1, 16).batch([("a", [0] * 7, 0)]))
         expected = (weights @ row).astype(np.float32) * np.float32(2.0**-13)
         np.testing.assert_array_equal(logits, np.broadcast_to(expected, logits.shape))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("depth", [1, 2, 15, 576])
+def test_bfloat16_products_are_those_of_rounded_numbers(depth: int, isa: str, paged: Any) -> None:
+    """Torch rounds the numbers, and a chain of float32 adds their products: of each pair of depths the second first."""
+    rng = np.random.default_rng(depth)
+    hidden, head = rng.normal(size=depth).astype(np.float32), rng.normal(size=(37, depth)).astype(np.float32)
+    x, weights = (torch.from_numpy(numbers).to(torch.bfloat16).double().numpy() for numbers in (hidden, head))
+    sums = np.zeros(len(head), np.float32)
+    order = [k for pair in range(0, depth, 2) for k in (pair + 1, pair) if k < depth]
+    for k in order:
+        sums = (sums + weights[:, k] * x[k]).astype(np.float32)
+    backend = make_backend(head_alone(hidden, head), num_blocks=1, isa=isa, dtype="bfloat16")
+    logits = backend.forward(paged(1, 16).batch([("a", [0] * 13, 0)]))
+    np.testing.assert_array_equal(logits, np.broadcast_to(sums, logits.shape))
+
+
+@needs_bfloat16
+def test_every_float32_becomes_the_nearest_bfloat16(paged: Any) -> None:
+    bits = np.random.default_rng(1).integers(0, 2**32, 50_000, np.uint32)
+    ties, ends = bits & 0xFFFF0000 | 0x8000, np.array([0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FFFFFFF], np.uint32)
+    numbers = np.concatenate([bits, ties, ends, ends | 0x80000000]).view(np.float32)
+    numbers = numbers[~(np.abs(numbers) < np.finfo(np.float32).tiny)]  # hardware takes these for zero
+    expected = torch.from_numpy(numbers).to(torch.bfloat16).float().numpy()
+    backend = make_backend(head_alone(np.ones(1, np.float32), numbers[:, None]), num_blocks=1, dtype="bfloat16")
+    (logits,) = backend.forward(paged(1, 16).batch([("a", [0], 0)]))
+    np.testing.assert_array_equal(logits, expected)
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.model.backends.native_backend import NativeBackend
-from shoal.model.backends.native_library import supported_isas
+from shoal.model.backends.native_library import has_bfloat16, supported_isas
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.record import ModelRecord
 from tests.examples import examples
@@ -40,8 +40,11 @@ MODELS: dict[str, Callable[[], ModelRecord]] = {
 NUMBERS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float16-cache": {"kv_cache_dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16", "kv_cache_dtype": "float16"},
     "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
 }
+if supported_isas()[:1] == ("avx512",) and not has_bfloat16():
+    del NUMBERS["bfloat16"]
 
 LONG = pytest.mark.long
 # Each model and each way to keep numbers; the small model with all of them.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shoal.model.architecture import LatentConfig, Temperature
 from shoal.model.backends.native_backend import NativeBackend
-from shoal.model.backends.native_library import supported_isas
+from shoal.model.backends.native_library import has_bfloat16, supported_isas
 from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.numbers import Array
 from shoal.model.record import FeedForward, LatentAttention, Linear, ModelRecord, Norm
@@ -40,8 +40,11 @@ MODELS: dict[str, dict[str, Any]] = {
 NUMBERS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float16-cache": {"kv_cache_dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
 }
+if supported_isas()[:1] == ("avx512",) and not has_bfloat16():
+    del NUMBERS["bfloat16"]
 
 each_model = pytest.mark.parametrize("model", MODELS)
 each_numbers = pytest.mark.parametrize("numbers", NUMBERS)
@@ -148,7 +151,7 @@ def test_logits_equal_those_of_the_torch_backend(model: str, pages: Any) -> None
 
 
 @each_model
-@pytest.mark.parametrize(("numbers", "atol"), [("float16-cache", 0.02), ("int8", 0.2)])
+@pytest.mark.parametrize(("numbers", "atol"), [("float16-cache", 0.02), ("bfloat16", 0.1), ("int8", 0.2)])
 def test_fewer_bits_stay_near(model: str, numbers: str, atol: float, pages: Any) -> None:
     (tokens,) = sequences(2, 60).values()
     logits = run_whole(backend_of(model, numbers), pages, tokens)

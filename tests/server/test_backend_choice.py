@@ -17,6 +17,7 @@ from shoal.model.backends import native_library
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.checkpoint.config import load_config
 from shoal.scheduler.errors import ConfigError
+from shoal.server import fingerprint
 from shoal.server.engine import backends
 from shoal.server.engine.backends import NativePlan, TorchPlan, plan_backend
 from shoal.server.engine.memory import plan_kv_cache
@@ -70,6 +71,26 @@ def test_native_serves_where_it_can(model: ModelConfig, args: list[str], kv_cach
     assert plan(model, *args) == NativePlan(asked.engine, asked.cache, "avx2", kv_cache_dtype)
 
 
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_native_multiplies_bfloat16_where_the_processor_does(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """Elsewhere float32 computes, and a line says so.  The two have different tokens, and so different fingerprints."""
+    found = []
+    args = ["--backend", backend, "--dtype", "bfloat16"]
+    asked = load_settings(args)
+    for has_it in (True, False):
+        monkeypatch.setattr(backends, "has_bfloat16", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(fingerprint, "has_bfloat16", lambda has_it=has_it: has_it)
+        chosen = plan(model, *args)
+        assert isinstance(chosen, NativePlan)
+        found.append((chosen.dtype, chosen.kv_cache_dtype, chosen.warning, fingerprint.fingerprint(BUNDLED, asked)))
+    (*with_it, first), (*without, second) = found
+    assert with_it == ["bfloat16", "float32", None]
+    assert without == ["float32", "float32", "float32 computes: dtype bfloat16 needs a processor with AVX512-BF16"]
+    assert len({first, second, fingerprint.fingerprint(BUNDLED, load_settings([]))}) == 3
+
+
 def test_a_model_beyond_the_native_backend_is_served_by_torch(model: ModelConfig) -> None:
     wide = replace(model, head_dim=1024)
     chosen = plan(wide)
@@ -81,7 +102,6 @@ def test_a_model_beyond_the_native_backend_is_served_by_torch(model: ModelConfig
 
 TORCH_SERVES = "the torch backend serves, which is slower and takes more memory: "
 NEEDS_STEP = "block_size 8 is not for the native backend, which needs a multiple of 16"
-NEEDS_FLOAT32 = "dtype bfloat16 is not for the native backend, which computes in float32"
 NEEDS_CPU = "device cuda:1 is not for the native backend, which computes on the CPU"
 NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `python -m shoal.model.native.build`"
 
@@ -94,7 +114,7 @@ NEEDS_BUILD = "backend native is not built: install a C++ compiler, then run `py
         (["--backend", "torch", "--kv-cache-dtype", "float32", "--no-pin-threads"], "float32", None),
         (["--device", "cuda"], "bfloat16", None),
         (["--block-size", "8"], "float32", TORCH_SERVES + NEEDS_STEP),
-        (["--dtype", "bfloat16"], "bfloat16", TORCH_SERVES + NEEDS_FLOAT32),
+        (["--dtype", "bfloat16", "--block-size", "8"], "bfloat16", TORCH_SERVES + NEEDS_STEP),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -158,7 +178,11 @@ def test_on_a_gpu_the_checkpoint_decides(model: ModelConfig, checkpoint_dtype: s
     ("args", "message", "param"),
     [
         (["--backend", "native", "--device", "cuda:1"], NEEDS_CPU, "device"),
-        (["--backend", "native", "--dtype", "bfloat16"], NEEDS_FLOAT32, "dtype"),
+        (
+            ["--dtype", "bfloat16", "--quantization", "int8"],
+            "dtype bfloat16 does not go with quantization int8, which multiplies integers",
+            "dtype",
+        ),
         (["--backend", "native", "--block-size", "8"], NEEDS_STEP, "block_size"),
         (
             ["--backend", "torch", "--quantization", "int8"],
@@ -181,7 +205,7 @@ def test_on_a_gpu_the_checkpoint_decides(model: ModelConfig, checkpoint_dtype: s
             "quantization",
         ),
         (
-            ["--dtype", "bfloat16", "--kv-cache-dtype", "float32"],
+            ["--backend", "torch", "--dtype", "bfloat16", "--kv-cache-dtype", "float32"],
             "kv_cache_dtype float32 is not for the torch backend when it computes in bfloat16",
             "kv_cache_dtype",
         ),
