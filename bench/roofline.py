@@ -27,10 +27,12 @@ CONTEXT = 256
 BLOCK_SIZE = 16
 # What is asked for: arguments of the backend, the bytes of a weight (None: as the file has them), and those of a number
 # in the KV cache.
-PRECISIONS: dict[str, tuple[dict[str, Any], int | None, int]] = {
+PRECISIONS: dict[str, tuple[dict[str, Any], float | None, int]] = {
     "as stored": ({}, None, 4),
     "as stored, KV float16": ({"kv_cache_dtype": "float16"}, None, 2),
-    "int8, KV float16": ({"quantization": "int8", "kv_cache_dtype": "float16"}, 1, 2),
+    "bfloat16, KV float16": ({"dtype": "bfloat16", "kv_cache_dtype": "float16"}, 2, 2),
+    "int8, KV float16": ({"quantization": "int8", "kv_cache_dtype": "float16"}, 34 / 32, 2),
+    "int4, KV float16": ({"quantization": "int4", "kv_cache_dtype": "float16"}, 20 / 32, 2),
 }
 # Steps: sequences, tokens of each, where their contexts end, and logits.
 SHAPES = {
@@ -82,7 +84,7 @@ def _row(
 ) -> dict[str, object]:
     """What a step must read and multiply at least, and the share of that limit it reaches.
 
-    int8 products are quicker than float32 ones, so their arithmetic sets no limit here.
+    Other products are quicker than float32 ones, so their arithmetic sets no limit here.
     """
     config = record.config
     num_seqs, each, context, num_logits = SHAPES[step]

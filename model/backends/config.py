@@ -22,8 +22,9 @@ class BackendConfig(Config):
         "auto",
         help="What computes: native is C++ for the CPU; torch runs anywhere; auto is native where possible.",
     )
-    quantization: Literal["none", "int8"] = setting(
-        "none", help="How weights are kept; int8, which only native has, takes a quarter of the memory."
+    quantization: Literal["none", "int8", "int4"] = setting(
+        "none",
+        help="Bits of weights, and products in integers; only native has int8 and int4, and both change the tokens.",
     )
     threads: int | None = setting(
         None, at_least=1, help="CPU threads that compute; if not set, one for each core that is an engine's."

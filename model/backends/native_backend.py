@@ -52,8 +52,9 @@ class NativeBackend:
         num_threads: threads that compute, including the caller's; one per core that the process may use if not set.
         kv_cache_dtype: type of the KV cache's elements.
         dtype: what linear layers multiply.  "bfloat16" rounds their weights and inputs to it, and keeps weights so.
-        quantization: "int8" rounds the weights of linear layers to 8 bits with a scale for each output, and their
-            inputs to 13 bits or more with a scale for each row; the dtype is "float32" then.
+        quantization: "int8" has linear layers multiply bytes: their inputs in 8 bits, and weights as blocks of Q8_0,
+            or of Q4_0, Q4_1 or Q4_K where the checkpoint has these.  With "int4" blocks of Q4_1 take the place of those
+            of Q8_0 but in the head.  The dtype is "float32" then.
         pin_threads: whether to keep each thread but the caller's on a core of its own.  None pins them if the process
             has more cores than threads: otherwise pinned threads could not make room for the server's other work.
         isa: instruction set, one of `supported_isas()`; the best if not set.
@@ -75,7 +76,7 @@ class NativeBackend:
         num_threads: int | None = None,
         kv_cache_dtype: Literal["float32", "float16"] = "float32",
         dtype: Literal["float32", "bfloat16"] = "float32",
-        quantization: Literal["none", "int8"] = "none",
+        quantization: Literal["none", "int8", "int4"] = "none",
         pin_threads: bool | None = None,
         isa: str | None = None,
         sibling: NativeBackend | None = None,

@@ -36,7 +36,7 @@ TENSORS = (
 # The names that fields of the architecture may have, in the order of shoal.h.
 NORMS: tuple[NormKind, ...] = ("rms", "layer")
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu")
-ARITHMETICS = ("float32", "bfloat16", "int8")
+ARITHMETICS = ("float32", "bfloat16", "int8", "int4")
 HEAD_NORMS = ("none", "head", "whole")
 SCORES: tuple[RouterScore, ...] = ("softmax", "sigmoid")
 

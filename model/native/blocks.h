@@ -6,13 +6,18 @@
 
 namespace shoal {
 
+// Blocks of Q8_0 whose codes lie as products of bytes read them.
+struct TurnedBytes : Blocks<8, false> {};
+
 // The codes of 16 columns for kDepths depths.  Each column has four bits of each in a word, and the other bits in a byte
-// or two; codes of eight bits are bytes, depth by depth.
+// or two; codes of eight bits are bytes, depth by depth.  Where these are turned, each column has a word for the even
+// depths and one for the others.
 template <class Kind>
 struct Codes {
     static constexpr int kDepths = 8;
     static constexpr int kBytes = kDepths * kLanes * Kind::kBits / 8;
     static constexpr int kWords = kLanes * 4;
+    static constexpr bool kTurned = std::is_same_v<Kind, TurnedBytes>;
     // Codes of less than eight bits are kept as numbers from 0 on.
     static constexpr int kOffset = Kind::kHasMin || Kind::kBits == 8 ? 0 : 1 << (Kind::kBits - 1);
 
@@ -21,13 +26,18 @@ struct Codes {
     Ints high;
 
     explicit SHOAL_INLINE Codes(const uint8_t* at) : from(at) {
-        if constexpr (Kind::kBits < 8) low = load_words(at);
+        if constexpr (Kind::kBits < 8 || kTurned) low = load_words(at);
+        if constexpr (kTurned) high = load_words(at + kWords);
         if constexpr (Kind::kHigh == 1) high = load_ints(at + kWords);
         if constexpr (Kind::kHigh == 2) high = load_ints(reinterpret_cast<const uint16_t*>(at + kWords));
     }
 
     // The codes of a depth.
     SHOAL_INLINE Ints operator[](int depth) const {
+        if constexpr (kTurned) {
+            const Ints& words = depth % 2 == 0 ? low : high;
+            return each_part<Ints>([&](int p) { return words.part[p] << (24 - depth / 2 * 8) >> 24; });
+        }
         if constexpr (Kind::kBits == 8) return load_ints(reinterpret_cast<const int8_t*>(from) + depth * kLanes);
         const int shift = 4 - Kind::kHigh * depth;
         return each_part<Ints>([&](int p) {
@@ -42,7 +52,8 @@ struct Codes {
         uint32_t lows = 0, highs = 0;
         for (int k = 0; k < kDepths; ++k) {
             const int code = codes[k] + kOffset;
-            if (Kind::kBits == 8) to[k * kLanes + lane] = static_cast<uint8_t>(code);
+            const int place = kTurned ? k % 2 * kWords + lane * 4 + k / 2 : k * kLanes + lane;
+            if (Kind::kBits == 8) to[place] = static_cast<uint8_t>(code);
             lows |= static_cast<uint32_t>(code & 15) << 4 * k;
             highs |= static_cast<uint32_t>(code >> 4 & ((1 << Kind::kHigh) - 1)) << Kind::kHigh * k;
         }

@@ -28,6 +28,9 @@ int heads_width(const ShoalShape& shape) {
     return shape.latent.rank > 0 ? 0 : (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim;
 }
 
+// What the head's weights are rounded to: with four bits it would lose several times as much as all other layers.
+ShoalArithmetic head_arithmetic(ShoalArithmetic arithmetic) { return arithmetic == kInInt4 ? kInInt8 : arithmetic; }
+
 }  // namespace
 
 Model::Model(const ShoalShape& shape, const ShoalOptions& options, const Model* sibling)
@@ -41,7 +44,7 @@ Model::Model(const ShoalShape& shape, const ShoalOptions& options, const Model* 
       temperatures_(copy_floats(shape.temperatures, static_cast<size_t>(shape.num_temperatures) * shape.num_positions)),
       embedding_norm_{shape.norm, shape.norm_eps},
       norm_{shape.norm, shape.norm_eps},
-      head_(shape.vocab_size, shape.hidden_size, arithmetic_, arena_),
+      head_(shape.vocab_size, shape.hidden_size, head_arithmetic(arithmetic_), arena_),
       cache_(shape.latent.rank > 0 ? 0 : shape.num_places, shape.num_kv_heads, shape.head_dim, options.num_blocks * options.block_size,
              options.half_kv_cache != 0),
       attention_(shape, options.block_size, pool_.num_threads()),

@@ -46,23 +46,9 @@ struct BFloatProductFormat {
     using Input = uint16_t;
     using Sum = Vec;
     static constexpr int kDepths = 2, kUnit = 2;
-    static SHOAL_INLINE Sum zero() { return broadcast(0.0F); }
     static SHOAL_INLINE Ints load_weights(const Weight* panel) { return load_words(panel); }
     static SHOAL_INLINE Ints weights(const Ints& loaded, int) { return loaded; }
-    static SHOAL_INLINE Ints input(const Input* x) { return broadcast_pair(x); }
-    static SHOAL_INLINE Sum add(const Ints& x, const Ints& w, const Sum& sum) { return add_products(x, w, sum); }
-};
-
-// Weights in int8 and inputs in int16.  Depths go in pairs, and sums in int32 are exact.
-struct Int8Format {
-    using Weight = int8_t;
-    using Input = int16_t;
-    using Sum = Ints;
-    static constexpr int kDepths = 2, kUnit = 2;
-    static SHOAL_INLINE Sum zero() { return broadcast(int32_t{0}); }
-    static SHOAL_INLINE Ints load_weights(const Weight* panel) { return load_pairs(panel); }
-    static SHOAL_INLINE Ints weights(const Ints& loaded, int) { return loaded; }
-    static SHOAL_INLINE Ints input(const Input* x) { return broadcast_pair(x); }
+    static SHOAL_INLINE Ints input(const Input* x) { return broadcast_word(x); }
     static SHOAL_INLINE Sum add(const Ints& x, const Ints& w, const Sum& sum) { return add_products(x, w, sum); }
 };
 

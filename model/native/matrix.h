@@ -7,6 +7,7 @@
 
 #include "array.h"
 #include "pool.h"
+#include "rounding.h"
 #include "shoal.h"
 #include "storage.h"
 
@@ -15,52 +16,50 @@ namespace shoal {
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Rows that are the input of a linear layer.  Where that multiplies other numbers than float32, each row is rounded to
-// them: to bfloat16, or, where the weights are int8, to integers with a scale of its own.  The integers are as large as
-// possible without overflow of a sum over the depth in int32: 13 bits and a sign at a depth of 2048.
+// them: to bfloat16, or to bytes with a scale for each group of depths.
 class Rows {
 public:
-    Rows(int width, ShoalArithmetic arithmetic)
-        : width_(width), stride_(stride_for(width)), arithmetic_(arithmetic), limit_(limit_for(width)) {}
+    Rows(int width, ShoalArithmetic arithmetic) : arithmetic_(arithmetic) { reserve(0, width); }
 
     // Makes room for rows; the former ones are lost.
     void reserve(int num_rows) {
         const size_t size = static_cast<size_t>(num_rows) * stride_;
         values_.reserve(size);
-        if (arithmetic_ == kInFloat32) return;
-        halves_.reserve(size);
-        scales_.reserve(num_rows);
+        if (arithmetic_ == kInBFloat16) bfloats_.reserve(size);
+        if (is_bytes()) groups_.reserve(static_cast<size_t>(num_rows) * num_groups());
     }
 
     // The same with another width.
     void reserve(int num_rows, int width) {
         width_ = width;
         stride_ = stride_for(width);
-        limit_ = limit_for(width);
         reserve(num_rows);
     }
 
     int width() const { return width_; }
     ptrdiff_t stride() const { return stride_; }
+    ptrdiff_t num_groups() const { return (width_ + kByteGroup - 1) / kByteGroup; }
     float* operator[](int row) { return values_.data() + row * stride_; }
     const float* operator[](int row) const { return values_.data() + row * stride_; }
-    const int16_t* integers(int row) const { return halves_.data() + row * stride_; }
-    const uint16_t* bfloats(int row) const { return reinterpret_cast<const uint16_t*>(integers(row)); }
-    float scale(int row) const { return scales_[row]; }
+    const uint16_t* bfloats(int row) const { return bfloats_.data() + row * stride_; }
+    const ByteGroup* groups(int row) const { return groups_.data() + row * num_groups(); }
 
     bool is_rounded() const { return arithmetic_ != kInFloat32; }
     // Must be called after the values of a row were written.
     void finish(int row) {
-        if (is_rounded()) round(row);
+        if (arithmetic_ == kInBFloat16) {
+            uint16_t* bfloats = bfloats_.data() + row * stride_;
+            round_to_bfloats((*this)[row], width_, bfloats);
+            if (width_ % 2 != 0) bfloats[width_] = 0;
+        }
+        if (is_bytes()) round_to_bytes((*this)[row], width_, groups_.data() + row * num_groups());
     }
 
     // Copies a finished row of `other` to row `to`.
     void copy(int to, const Rows& other, int from) {
-        if (!is_rounded()) {
-            std::memcpy((*this)[to], other[from], sizeof(float) * width_);
-            return;
-        }
-        std::memcpy(halves_.data() + to * stride_, other.integers(from), sizeof(int16_t) * stride_);
-        scales_[to] = other.scale(from);
+        if (!is_rounded()) std::copy_n(other[from], width_, (*this)[to]);
+        if (arithmetic_ == kInBFloat16) std::copy_n(other.bfloats(from), stride_, bfloats_.data() + to * stride_);
+        if (is_bytes()) std::copy_n(other.groups(from), num_groups(), groups_.data() + to * num_groups());
     }
 
     // Rows are whole vectors apart, but not a multiple of 1 KiB: the rows of a tile would compete for the same places
@@ -71,21 +70,18 @@ public:
     }
 
 private:
-    static float limit_for(int width) { return static_cast<float>(std::min(32767, INT32_MAX / 127 / width)); }
+    bool is_bytes() const { return arithmetic_ == kInInt8 || arithmetic_ == kInInt4; }
 
-    void round(int row);
-
-    int width_;
-    int stride_;
     ShoalArithmetic arithmetic_;
-    float limit_;
+    int width_;
+    ptrdiff_t stride_;
     Array<float> values_;
-    Array<int16_t> halves_;  // the rounded ones: integers, or the bits of bfloat16
-    Array<float> scales_;
+    Array<uint16_t> bfloats_;
+    Array<ByteGroup> groups_;
 };
 
 // Weights [width][depth] of a linear layer, packed in panels of 16 columns (outputs): in the type that the checkpoint has
-// them in, rounded to bfloat16, or as int8 with a scale for each column.  The last panel is padded with zeroes.
+// them in, or rounded to one that the arithmetic has.  The last panel is padded with zeroes.
 class Matrix {
 public:
     // The arena gives room for what is packed later, too.
@@ -96,7 +92,7 @@ public:
 
     // Rows of the source become columns: row r becomes column first_column + r.  Where two sources share the panels in
     // turns (panel_step 2), a source fills every other panel, from panel_offset on.  A panel that has columns of two
-    // sources is float32.
+    // sources is float32, or rounded.
     void pack(Pool& pool, Source source, int num_rows, int first_column, int panel_step = 1, int panel_offset = 0);
 
     // Adds to the columns, placed as by `pack`, the numbers of a source; the other columns get zeroes.
@@ -126,7 +122,7 @@ public:
 
 private:
     struct Panel {
-        const Storage* storage;  // null for int8
+        const Storage* storage;
         void* data;
     };
     // Rows for which weights are unpacked once.
@@ -139,15 +135,12 @@ private:
         if (arithmetic_ == kInBFloat16) {
             return multiply_with<BFloatProductFormat>(x.bfloats(first), stride, num_rows, begin, end, take);
         }
-        auto scale = [&](int row, int panel, const Ints& sums) {
-            take(row, panel, to_floats(sums) * broadcast(x.scale(first + row)) * load(scales_ + panel * kLanes));
-        };
-        multiply_with<Int8Format>(x.integers(first), stride, num_rows, begin, end, scale);
+        multiply_with<ByteFormat>(x.groups(first), x.num_groups(), num_rows, begin, end, take);
     }
     template <class Format, class Take>
     void multiply_with(const typename Format::Input* x, ptrdiff_t stride, int num_rows, int begin, int end,
                        const Take& take) const {
-        typename Format::Sum sums[std::max(kMaxRows * kMaxPanels, kRowsAtOnce * 2)];
+        Vec sums[std::max(kMaxRows * kMaxPanels, kRowsAtOnce * 2)];
         int count;
         // The outer loop is over panels, so that a panel is read from memory once for all rows.
         for (int panel = begin; panel < end; panel += count) {
@@ -167,13 +160,18 @@ private:
     // sums[row][panel] = rows of x times `count` panels, for at most kRowsAtOnce rows.
     void multiply_panels(const float* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
     void multiply_panels(const uint16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
-    void multiply_panels(const int16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Ints* sums) const;
+    void multiply_panels(const ByteGroup* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
 
-    // The same for numbers of 16 bits, which need no unpacking.
-    template <class Format>
-    void multiply_plain(const typename Format::Input* x, ptrdiff_t stride, int num_rows, int first, int count,
-                        typename Format::Sum* sums) const;
+    // The same for weights that are multiplied as they lie in memory, whatever the number of rows.
+    template <class Input, class FindTile>
+    void multiply_alike(const Input* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums,
+                        const FindTile& find) const;
+    bool is_bytes() const { return arithmetic_ == kInInt8 || arithmetic_ == kInInt4; }
+    // With the zeroes that end a group of bytes.
+    int padded_depth() const { return is_bytes() ? round_up(depth_, kByteGroup) : depth_; }
 
+    Source::Type rounded_type() const;
+    bool keeps(Source::Type type) const;
     void set_column(int column, const float* weights);
 
     int width_;
@@ -182,8 +180,7 @@ private:
     ShoalArithmetic arithmetic_;
     Arena& arena_;
     std::vector<Panel> panels_;
-    float* scales_ = nullptr;  // [panel][16], of int8
-    float* bias_ = nullptr;    // [panel][16]; null for none
+    float* bias_ = nullptr;  // [panel][16]; null for none
 };
 
 // Matrix::multiply for all panels, divided among the threads of the pool.

@@ -26,11 +26,11 @@ struct Layer {
     Norm attention_output_norm;
     Norm feed_forward_norm;
     Norm feed_forward_output_norm;
-    Matrix router;  // never int8
+    Matrix router;  // in float32
     Array<float> sinks{};
     Array<float> correction{};
     std::vector<FeedForward> experts{};   // one in a dense layer; the shared one comes last
-    std::optional<Matrix> shared_gate{};  // never int8
+    std::optional<Matrix> shared_gate{};  // in float32
     std::optional<LatentLayer> latent{};  // in place of query_key_value
 
     bool is_mixture() const { return shape.mixture.num_experts > 0; }

@@ -18,7 +18,7 @@ enum ShoalHeadNorm : int32_t { kNoHeadNorm, kNormOfEachHead, kNormOfAllHeads };
 enum ShoalScore : int32_t { kSoftmax, kSigmoid };
 
 // The numbers that linear layers multiply.
-enum ShoalArithmetic : int32_t { kInFloat32, kInBFloat16, kInInt8 };
+enum ShoalArithmetic : int32_t { kInFloat32, kInBFloat16, kInInt8, kInInt4 };
 
 // The angles of positions, for the first `dim` elements of a head.
 struct ShoalRope {

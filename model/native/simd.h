@@ -41,7 +41,7 @@ struct Vec {
     FloatPart part[kParts];
 };
 
-// 16 int32, or 32 int16 in pairs.
+// 16 int32, or as many groups of smaller numbers.
 struct Ints {
     IntPart part[kParts];
 };
@@ -77,11 +77,11 @@ SHOAL_INLINE Ints broadcast(int32_t value) {
     return each_part<Ints>([&](int) { return splat(value); });
 }
 
-// Two numbers of 16 bits, in each lane.
-SHOAL_INLINE Ints broadcast_pair(const void* from) {
-    int32_t pair;
-    std::memcpy(&pair, from, sizeof pair);
-    return broadcast(pair);
+// The same 32 bits, which may be several numbers, in each lane.
+SHOAL_INLINE Ints broadcast_word(const void* from) {
+    int32_t word;
+    std::memcpy(&word, from, sizeof word);
+    return broadcast(word);
 }
 
 SHOAL_INLINE FloatPart load_part(const float* from) {
@@ -351,51 +351,57 @@ SHOAL_INLINE Ints load_ints(const uint16_t* from) {
 #endif
 }
 
-// 32 int8 as 32 int16.
-SHOAL_INLINE Ints load_pairs(const int8_t* from) {
-#if defined(__AVX512BW__)
-    return {{reinterpret_cast<IntPart>(
-        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))))}};
-#elif defined(__AVX2__)
-    return each_part<Ints>([&](int i) {
-        return reinterpret_cast<IntPart>(
-            _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i)));
-    });
-#else
-    int16_t pairs[2 * kLanes];
-    for (int i = 0; i < 2 * kLanes; ++i) pairs[i] = from[i];
-    Ints result;
-    std::memcpy(&result, pairs, sizeof result);
-    return result;
-#endif
+// The low four bits of each byte, and the high ones.
+SHOAL_INLINE Ints low_halves(const Ints& a) {
+    return each_part<Ints>([&](int i) { return a.part[i] & splat(int32_t{0x0f0f0f0f}); });
+}
+SHOAL_INLINE Ints high_halves(const Ints& a) {
+    return each_part<Ints>([&](int i) { return a.part[i] >> 4 & splat(int32_t{0x0f0f0f0f}); });
 }
 
-// sum + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in each lane i, for 32 int16 each.  The caller makes sure that no sum
-// overflows.
-SHOAL_INLINE Ints add_products(const Ints& a, const Ints& b, const Ints& sum) {
-    return each_part<Ints>([&](int i) {
-#if defined(__AVX512VNNI__)
-        return reinterpret_cast<IntPart>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum.part[i]),
-                                                             reinterpret_cast<__m512i>(a.part[i]),
-                                                             reinterpret_cast<__m512i>(b.part[i])));
-#elif defined(__AVX2__)
-        return sum.part[i] + reinterpret_cast<IntPart>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a.part[i]),
-                                                                         reinterpret_cast<__m256i>(b.part[i])));
-#elif defined(__SSE2__)
-        return sum.part[i] + reinterpret_cast<IntPart>(_mm_madd_epi16(reinterpret_cast<__m128i>(a.part[i]),
-                                                                      reinterpret_cast<__m128i>(b.part[i])));
+#if !defined(__AVX2__)
+// sum + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in each lane i, for int16.
+SHOAL_INLINE IntPart add_products_of_pairs(IntPart a, IntPart b, IntPart sum) {
+#if defined(__SSE2__)
+    return sum + reinterpret_cast<IntPart>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else
-        IntPart result = sum.part[i];
-        for (int lane = 0; lane < kPartLanes; ++lane) {
-            int16_t x[2], y[2];
-            const int32_t x_bits = a.part[i][lane], y_bits = b.part[i][lane];
-            std::memcpy(x, &x_bits, sizeof x);
-            std::memcpy(y, &y_bits, sizeof y);
-            result[lane] += x[0] * y[0] + x[1] * y[1];
-        }
-        return result;
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
+}
+#endif
+
+// sum + the four products of bytes in each lane.  Those of b have a sign and are not -128; those of a have a sign, or are
+// at most 15.  A sum of products with a sign begins with begin_products(the sum of all bytes of a lane of b).
+template <bool kSigned>
+SHOAL_INLINE Ints add_products_of_bytes(const Ints& a, const Ints& b, const Ints& sum) {
+#if defined(__AVX512VNNI__)
+    const IntPart weights = kSigned ? a.part[0] ^ splat(int32_t{-0x7f7f7f80}) : a.part[0];  // with a sign: 128 more
+    return {{reinterpret_cast<IntPart>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum.part[0]),
+                                                           reinterpret_cast<__m512i>(weights),
+                                                           reinterpret_cast<__m512i>(b.part[0])))}};
+#elif defined(__AVX2__)
+    return each_part<Ints>([&](int i) {
+        __m256i x = reinterpret_cast<__m256i>(a.part[i]), y = reinterpret_cast<__m256i>(b.part[i]);
+        if (kSigned) y = _mm256_sign_epi8(y, x), x = _mm256_abs_epi8(x);
+        const __m256i pairs = _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1));
+        return sum.part[i] + reinterpret_cast<IntPart>(pairs);
     });
+#else
+    typedef int16_t Shorts __attribute__((vector_size(kPartBytes)));
+    return each_part<Ints>([&](int i) {
+        const Shorts x = reinterpret_cast<Shorts>(a.part[i]), y = reinterpret_cast<Shorts>(b.part[i]);
+        const IntPart evens = add_products_of_pairs(reinterpret_cast<IntPart>(x << 8 >> 8),
+                                                    reinterpret_cast<IntPart>(y << 8 >> 8), sum.part[i]);
+        return add_products_of_pairs(reinterpret_cast<IntPart>(x >> 8), reinterpret_cast<IntPart>(y >> 8), evens);
+    });
+#endif
+}
+template <bool kSigned>
+SHOAL_INLINE Ints begin_products([[maybe_unused]] int32_t sum_of_bytes) {
+#if defined(__AVX512VNNI__)
+    if (kSigned) return broadcast(-128 * sum_of_bytes);
+#endif
+    return broadcast(int32_t{0});
 }
 
 }  // namespace shoal

@@ -1,7 +1,5 @@
 #include "storage.h"
 
-#include "blocks.h"
-
 namespace shoal {
 
 namespace {
@@ -30,7 +28,6 @@ Tile<Format> find_tile(int num_rows, int num_panels) {
 template Tile<FloatFormat> find_tile<FloatFormat>(int num_rows, int num_panels);
 template Tile<FloatFormat> find_tile<HalfFormat>(int num_rows, int num_panels);
 template Tile<BFloatProductFormat> find_tile<BFloatProductFormat>(int num_rows, int num_panels);
-template Tile<Int8Format> find_tile<Int8Format>(int num_rows, int num_panels);
 
 namespace {
 
@@ -62,7 +59,8 @@ struct Plain {
 
 template <class Format>
 constexpr Storage plain() {
-    return {INT32_MAX, Plain<Format>::size, Plain<Format>::set_column, Plain<Format>::unpack, find_tile<Format>};
+    return {INT32_MAX, Plain<Format>::size, Plain<Format>::set_column, Plain<Format>::unpack, find_tile<Format>,
+            nullptr};
 }
 
 template <class Kind>
@@ -75,9 +73,20 @@ Tile<FloatFormat> find_block_tile(int num_rows, int num_panels) {
 }
 
 template <class Kind>
+Tile<ByteFormat> find_byte_tile(int num_rows, int num_panels) {
+    Tile<ByteFormat> found = nullptr;
+    with_shape<kMaxRows>(num_rows, num_panels, [&](auto rows, auto panels) {
+        found = ByteProduct<Kind>::template tile<rows, panels>;
+    });
+    return found;
+}
+
+template <class Kind>
 constexpr Storage blocks() {
     using Panel = BlockPanel<Kind>;
-    return {kMostRows, Panel::size, Panel::set_column, Panel::unpack, find_block_tile<Kind>};
+    Storage storage{kMostRows, Panel::size, Panel::set_column, Panel::unpack, find_block_tile<Kind>, nullptr};
+    if constexpr (Kind::kBits == 4) storage.find_byte_tile = find_byte_tile<Kind>;
+    return storage;
 }
 
 constexpr Storage kFloats = plain<FloatFormat>();
@@ -85,10 +94,17 @@ constexpr Storage kHalves = plain<HalfFormat>();
 constexpr Storage kBFloats = plain<BFloatFormat>();
 template <class Kind>
 constexpr Storage kBlocks = blocks<Kind>();
+constexpr Storage kTurnedBytes = {0,
+                                  BlockPanel<TurnedBytes>::size,
+                                  BlockPanel<TurnedBytes>::set_column,
+                                  BlockPanel<TurnedBytes>::unpack,
+                                  nullptr,
+                                  find_byte_tile<TurnedBytes>};
 
 }  // namespace
 
-const Storage& Storage::of(Source::Type type) {
+const Storage& Storage::of(Source::Type type, bool is_for_bytes) {
+    if (is_for_bytes && type == Source::kQ8_0) return kTurnedBytes;
     const Storage* found = type == Source::kFloat16 ? &kHalves : type == Source::kBFloat16 ? &kBFloats : &kFloats;
     with_blocks(type, [&](auto kind) { found = &kBlocks<decltype(kind)>; });
     return *found;

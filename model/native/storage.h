@@ -1,8 +1,7 @@
 // How the weights of linear layers lie in memory.
 #pragma once
 
-#include "matmul.h"
-#include "source.h"
+#include "bytes.h"
 
 namespace shoal {
 
@@ -20,8 +19,11 @@ struct Storage {
     void (*unpack)(const void* panel, int begin, int end, float* to);
     // The product for up to most_rows rows, and a number of panels as panels_at_once says, or 2, or 1.
     Tile<FloatFormat> (*find_tile)(int num_rows, int num_panels);
+    // The product with rows of bytes, of any number; null where weights are not codes with a scale for 32 depths.
+    Tile<ByteFormat> (*find_byte_tile)(int num_rows, int num_panels);
 
-    static const Storage& of(Source::Type type);
+    // The form for products with float32, or that for products with bytes.
+    static const Storage& of(Source::Type type, bool is_for_bytes = false);
 };
 
 // The product of as many rows and panels.
@@ -30,6 +32,5 @@ Tile<Format> find_tile(int num_rows, int num_panels);
 extern template Tile<FloatFormat> find_tile<FloatFormat>(int num_rows, int num_panels);
 extern template Tile<FloatFormat> find_tile<HalfFormat>(int num_rows, int num_panels);
 extern template Tile<BFloatProductFormat> find_tile<BFloatProductFormat>(int num_rows, int num_panels);
-extern template Tile<Int8Format> find_tile<Int8Format>(int num_rows, int num_panels);
 
 }  // namespace shoal

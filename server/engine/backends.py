@@ -16,7 +16,7 @@ from shoal.model.backends.cores import num_cores
 from shoal.model.backends.native_backend import SLOTS, NativeBackend
 from shoal.model.backends.native_library import has_bfloat16, supported_isas
 from shoal.model.backends.native_shape import find_obstacle
-from shoal.model.numbers import count_numbers
+from shoal.model.numbers import BLOCKS, Array, count_numbers
 from shoal.model.record import ModelRecord
 from shoal.model.step.batch import Backend
 from shoal.scheduler.errors import ConfigError
@@ -73,13 +73,18 @@ class NativePlan:
         return f"{weights}{cache}, native ({self.isa}, {threads})"
 
     def weight_bytes(self, record: ModelRecord) -> int:
-        """What the weights take, nearly: vectors become float32, and matrices what they are multiplied as.  Scales come
-        on top."""
-        bytes_each = 1 if self.config.quantization == "int8" else 2 if self.dtype == "bfloat16" else None
-        return sum(
-            4 * array.size if array.ndim == 1 else bytes_each * count_numbers(array) if bytes_each else array.nbytes
-            for *_, array in record.tensors()
-        )
+        """What the weights take, nearly: vectors become float32, and matrices what they are multiplied as."""
+        return sum(self._bytes_of(name, array) for name, _, _, array in record.tensors())
+
+    def _bytes_of(self, name: str, array: Array) -> int:
+        if array.ndim == 1:
+            return 4 * array.size
+        if self.dtype == "bfloat16":
+            return 2 * count_numbers(array)
+        if self.config.quantization == "none":
+            return array.nbytes
+        numbers, num_bytes = BLOCKS["Q4_1" if self.config.quantization == "int4" and name != "head" else "Q8_0"]
+        return min(array.nbytes, count_numbers(array) * num_bytes // numbers)
 
 
 @dataclass(frozen=True)
@@ -186,13 +191,13 @@ def _plan_torch(
         ConfigError: a setting needs the native backend, or torch is not installed.
     """
     only_native = (
-        ("quantization", config.quantization, "int8"),
-        ("kv_cache_dtype", cache.kv_cache_dtype, "float16"),
-        ("pin_threads", config.pin_threads, True),
+        ("quantization", config.quantization, config.quantization != "none"),
+        ("kv_cache_dtype", cache.kv_cache_dtype, cache.kv_cache_dtype == "float16"),
+        ("pin_threads", "true", bool(config.pin_threads)),
     )
-    for param, asked, value in only_native:
-        if asked == value:
-            raise ConfigError(f"{param} {str(value).lower()} needs the native backend, but {reason}", param=param)
+    for param, value, is_asked in only_native:
+        if is_asked:
+            raise ConfigError(f"{param} {value} needs the native backend, but {reason}", param=param)
     dtype = _resolve_dtype(config, model)
     if cache.kv_cache_dtype not in ("auto", dtype):
         raise ConfigError(

@@ -22,6 +22,7 @@ from shoal.model.backends.native_backend import NativeBackend
 from shoal.model.backends.native_library import MAX_EXPERTS, MAX_HEAD_DIM, has_bfloat16, supported_isas
 from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.numbers import BLOCKS, block_dtype, in_float32, shape_of
 from shoal.model.record import Linear, ModelRecord, Norm
 from shoal.model.step.batch import SamplingBatch
 from shoal.model.step.sampling import sample_reference
@@ -136,10 +137,11 @@ def source() -> list[int]:
 @pytest.mark.parametrize(
     ("how", "most_divergence", "least_agreement"),
     [
-        ({"quantization": "int8", "kv_cache_dtype": "float16"}, 1e-3, 0.975),
+        ({"quantization": "int8", "kv_cache_dtype": "float16"}, 1.5e-3, 0.975),
+        ({"quantization": "int4"}, 0.04, 0.9),
         pytest.param({"dtype": "bfloat16"}, 2e-4, 0.99, marks=needs_bfloat16),
     ],
-    ids=["int8", "bfloat16"],
+    ids=["int8", "int4", "bfloat16"],
 )
 def test_fewer_bits_lose_little_of_the_bundled_model(
     how: dict[str, str], most_divergence: float, least_agreement: float, source: list[int], paged: Any
@@ -158,17 +160,17 @@ def test_fewer_bits_lose_little_of_the_bundled_model(
     assert (exact.argmax(-1) == coarse.argmax(-1)).mean() > least_agreement
 
 
-INTEGERS: dict[str, Callable[[np.random.Generator, int, tuple[int, int]], np.ndarray]] = {
-    "random": lambda rng, most, size: rng.integers(-most, most + 1, size),
-    "all-greatest": lambda rng, most, size: np.full(size, most),
-    "all-least": lambda rng, most, size: np.full(size, -most),
-    "half-of-each": lambda rng, most, size: np.where(np.arange(size[1]) < size[1] // 2, most, -most) * np.ones(size),
+CODES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "random": lambda rng, size: rng.integers(-127, 128, size),
+    "all-greatest": lambda rng, size: np.full(size, 127),
+    "all-least": lambda rng, size: np.full(size, -127),
+    "half-of-each": lambda rng, size: np.where(np.arange(size) < size // 2, 127, -127),
 }
 
 
 def head_alone(hidden: np.ndarray, head: np.ndarray) -> ModelRecord:
     """A model whose layers do nothing, so that `hidden`, the gain of its norm, is what the head reads."""
-    vocab_size, depth = head.shape
+    vocab_size, depth = shape_of(head)
     shape = {"hidden_size": depth, "vocab_size": vocab_size, "intermediate_size": 1, "num_heads": 1}
     record = random_record(**shape, num_kv_heads=1, num_layers=1, tie_word_embeddings=False, norm_eps=0.0)
     (layer,) = record.layers
@@ -182,22 +184,46 @@ def head_alone(hidden: np.ndarray, head: np.ndarray) -> ModelRecord:
 
 
 @pytest.mark.parametrize("isa", supported_isas())
-@pytest.mark.parametrize("depth", [1, 15, 515, 2048, 8192, 16383])
-def test_int8_products_are_those_of_exact_integers(depth: int, isa: str, paged: Any) -> None:
-    """Hidden states and the head are integers times powers of two: rounding takes nothing from them, so that logits are
-    what integer arithmetic says, if no sum overflows."""
-    rng = np.random.default_rng(depth)
-    most = min(32767, (2**31 - 1) // 127 // depth)  # at this depth no sum exceeds an int32; see Rows in matrix.h
-    inputs = np.concatenate([make(rng, most, (2, depth)) for make in INTEGERS.values()]).astype(np.int64)
-    weights = np.concatenate([make(rng, 127, (5, depth)) for make in INTEGERS.values()]).astype(np.int64)
-    inputs[:, -1], weights[:, -1] = most, 127  # every row and column has its greatest
-    head = (weights * 2.0**-9).astype(np.float32)
-    for row in inputs:
-        hidden = (row * 2.0**-4).astype(np.float32)
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q4_K"])
+def test_products_of_bytes_are_those_of_exact_integers(name: str, isa: str, paged: Any) -> None:
+    """Inputs are integers times powers of two, and so are scales: nothing is rounded, and logits are what the library's
+    own numbers give.  Of codes there are random ones, and only the least or the greatest."""
+    rng = np.random.default_rng(len(name))
+    size, width = BLOCKS[name]
+    blocks = rng.integers(0, 256, (60, 256 // size, width), np.uint8)
+    blocks[20:40], blocks[40:] = 0x80, 0x7F
+    if name == "Q4_K":
+        blocks[..., 4:16] &= 3  # small factors: sums have 24 bits at most
+    halves = blocks[..., : 2 if name in ("Q8_0", "Q4_0") else 4].view(np.float16)
+    halves[...] = 2.0 ** rng.integers(-1, 1, halves.shape)
+    head = blocks.view(block_dtype(name))[..., 0]
+    for make in CODES.values():
+        codes = make(rng, 256).astype(np.float32)
+        codes[::32] = 127  # each group has its greatest
+        hidden = (codes * 2.0 ** -rng.integers(0, 2, 8).repeat(32)).astype(np.float32)
         backend = make_backend(head_alone(hidden, head), "int8", num_blocks=1, isa=isa)
-        logits = backend.forward(paged(1, 16).batch([("a", [0] * 7, 0)]))
-        expected = (weights @ row).astype(np.float32) * np.float32(2.0**-13)
+        logits = backend.forward(paged(1, 16).batch([("a", [0] * 13, 0)]))
+        expected = in_float32(head).astype(np.float64) @ hidden
         np.testing.assert_array_equal(logits, np.broadcast_to(expected, logits.shape))
+
+
+@pytest.mark.parametrize("depth", [1, 31, 33, 515])
+def test_int8_rounds_what_is_no_block_yet(depth: int, paged: Any) -> None:
+    """To within half a step of the greatest of 32, for inputs and weights each."""
+    rng = np.random.default_rng(depth)
+    hidden, head = rng.normal(size=depth).astype(np.float32), rng.normal(size=(37, depth)).astype(np.float32)
+    backend = make_backend(head_alone(hidden, head), "int8", num_blocks=1)
+    (logits,) = backend.forward(paged(1, 16).batch([("a", [0], 0)]))
+
+    def steps(numbers: np.ndarray) -> np.ndarray:
+        groups = np.zeros((*numbers.shape[:-1], -(-depth // 32) * 32))
+        groups[..., :depth] = np.abs(numbers)
+        return groups.reshape(*groups.shape[:-1], -1, 32).max(-1).repeat(32, -1)[..., :depth] / 127
+
+    most = np.abs(hidden) @ steps(head).T + np.abs(head) @ steps(hidden)
+    error = np.abs(logits - head.astype(np.float64) @ hidden)
+    assert np.all(error <= 0.51 * most + (steps(head) * steps(hidden)).sum(-1))
+    assert error.max() > 0
 
 
 @needs_bfloat16

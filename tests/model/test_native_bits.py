@@ -42,6 +42,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "float16-cache": {"kv_cache_dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16", "kv_cache_dtype": "float16"},
     "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
+    "int4": {"quantization": "int4", "kv_cache_dtype": "float16"},
 }
 if supported_isas()[:1] == ("avx512",) and not has_bfloat16():
     del NUMBERS["bfloat16"]

@@ -151,7 +151,7 @@ def test_logits_equal_those_of_the_torch_backend(model: str, pages: Any) -> None
 
 
 @each_model
-@pytest.mark.parametrize(("numbers", "atol"), [("float16-cache", 0.02), ("bfloat16", 0.1), ("int8", 0.2)])
+@pytest.mark.parametrize(("numbers", "atol"), [("float16-cache", 0.02), ("bfloat16", 0.1), ("int8", 0.3)])
 def test_fewer_bits_stay_near(model: str, numbers: str, atol: float, pages: Any) -> None:
     (tokens,) = sequences(2, 60).values()
     logits = run_whole(backend_of(model, numbers), pages, tokens)

@@ -62,6 +62,7 @@ def refusal(model: ModelConfig, *args: str) -> tuple[str, str | None]:
         (["--kv-cache-dtype", "float32"], "float32"),
         (["--kv-cache-dtype", "float16"], "float16"),
         (["--quantization", "int8", "--pin-threads"], "float32"),
+        (["--quantization", "int4"], "float32"),
         (["--no-pin-threads"], "float32"),
     ],
     ids=" ".join,
@@ -200,8 +201,8 @@ def test_on_a_gpu_the_checkpoint_decides(model: ModelConfig, checkpoint_dtype: s
             "pin_threads",
         ),
         (
-            ["--device", "cuda:1", "--quantization", "int8"],
-            f"quantization int8 needs the native backend, but {NEEDS_CPU}",
+            ["--device", "cuda:1", "--quantization", "int4"],
+            f"quantization int4 needs the native backend, but {NEEDS_CPU}",
             "quantization",
         ),
         (

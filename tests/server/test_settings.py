@@ -143,7 +143,7 @@ def test_lists_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dtype", "float8"], "engine.dtype must be one of auto, float32, bfloat16, not 'float8'"),
         (["--device", "abacus"], "engine.device must be text like cpu|cuda"),
         (["--backend", "cuda"], "engine.backend must be one of auto, native, torch, not 'cuda'"),
-        (["--quantization", "int4"], "engine.quantization must be one of none, int8, not 'int4'"),
+        (["--quantization", "int2"], "engine.quantization must be one of none, int8, int4, not 'int2'"),
         (
             ["--kv-cache-dtype", "bfloat16"],
             "cache.kv_cache_dtype must be one of auto, float32, float16, not 'bfloat16'",

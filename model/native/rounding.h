@@ -1,0 +1,38 @@
+// How numbers become integers.
+#pragma once
+
+#include "simd.h"
+
+namespace shoal {
+
+// The greatest absolute value; NaN if any value is not finite, so that products with the row are not finite either.
+inline float greatest_magnitude(const float* values, int count) {
+    constexpr int32_t kInfinity = 0x7f800000;
+    int32_t greatest = 0;  // the bits of magnitudes have their order
+    for (int i = 0; i < count; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, values + i, sizeof bits);
+        bits &= 0x7fffffff;
+        greatest = bits > greatest ? bits : greatest;
+    }
+    if (greatest >= kInfinity) greatest = kInfinity + 1;
+    float magnitude;
+    std::memcpy(&magnitude, &greatest, sizeof magnitude);
+    return magnitude;
+}
+
+// The integer nearest to a value of at most 16 bits, ties to even; an unspecified integer for NaN.
+SHOAL_INLINE int32_t round_to_int(float value) {
+    constexpr float kRound = 12582912.0F;  // 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+    const float shifted = value + kRound;
+    int32_t bits, zero;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    std::memcpy(&zero, &kRound, sizeof zero);
+    return bits - zero;
+}
+
+inline void round_to_bfloats(const float* values, int count, uint16_t* to) {
+    for (int i = 0; i < count; ++i) to[i] = float_to_bfloat(values[i]);
+}
+
+}  // namespace shoal
