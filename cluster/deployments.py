@@ -18,6 +18,7 @@ from shoal.cluster.fleet import Fleet
 from shoal.cluster.host import EngineHost
 from shoal.cluster.ingress import ApiServer
 from shoal.cluster.messages import Endpoint
+from shoal.cluster.origins import OriginTeller
 from shoal.cluster.secret import Keys
 from shoal.server.settings import Settings, resolve
 from shoal.server.setup import make_client
@@ -25,6 +26,7 @@ from shoal.server.setup import make_client
 logger = logging.getLogger("shoal.cluster")
 
 NAMESPACE = "shoal"
+ASK_SECONDS = 1.0  # for what the directory has to answer
 RETRY_SECONDS = 1.0  # after a directory that did not answer
 
 
@@ -65,6 +67,14 @@ class _Replica:
         self._tasks.append(asyncio.create_task(work))
         return self._tasks[-1]
 
+    async def ask(self, method: str, *args: Any) -> Any:
+        """What the directory answers; None if it does not, in a second."""
+        try:
+            return await asyncio.wait_for(getattr(self.directory, method).remote(*args), ASK_SECONDS)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            logger.warning("the directory does not answer: %r", error)
+            return None
+
     async def end(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -104,7 +114,7 @@ class EngineReplica(_Replica):
 
     async def __del__(self) -> None:
         await self.end()
-        await self.directory.tell_engine.remote(self.name, None)
+        await self.ask("tell_engine", self.name, None)
 
     def _take(self, endpoint: Endpoint | None) -> None:
         self._endpoint = endpoint
@@ -114,10 +124,7 @@ class EngineReplica(_Replica):
         """Tell the directory where the engine is: at once when that changes, and again and again."""
         while True:
             self._changed.clear()
-            try:
-                await self.directory.tell_engine.remote(self.name, self._endpoint)
-            except ray.exceptions.RayError as error:
-                logger.warning("the directory does not answer: %s", error)
+            await self.ask("tell_engine", self.name, self._endpoint)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), TELL_SECONDS)
 
@@ -133,7 +140,8 @@ class IngressReplica(_Replica):
         """
         super().__init__()
         settings = plan.settings()
-        self._server = ApiServer(settings, ray.util.get_node_ip_address())
+        self._peers = OriginTeller(self.name, self.ask)
+        self._server = ApiServer(settings, ray.util.get_node_ip_address(), self._peers)
         service = self._server.service
         self._fleet = Fleet(
             self._server.router,
@@ -147,7 +155,7 @@ class IngressReplica(_Replica):
 
     async def __del__(self) -> None:
         self._following.cancel()  # an engine that came now would take new requests
-        await self.directory.tell_server.remote(self.name, None)
+        await self.ask("tell_server", self.name, None)
         await self._server.stop()
         await self._fleet.close()
         await self.end()
@@ -167,8 +175,7 @@ class IngressReplica(_Replica):
     async def _tell(self) -> None:
         while True:
             self._fleet.check()
-            try:
-                await self.directory.tell_server.remote(self.name, self._server.url)
-            except ray.exceptions.RayError as error:
-                logger.warning("the directory does not answer: %s", error)
+            is_known = await self.ask("tell_server", self.name, self._server.url)
+            if is_known is not None:
+                await self._peers.tend(self._server.service.streams.ids, is_known=is_known)
             await asyncio.sleep(TELL_SECONDS)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from shoal.cluster.messages import Endpoint
+from shoal.cluster.origins import Origins
+from shoal.server.peers import Origin
 
 LISTED_SECONDS = 5.0  # for which a replica is listed after it was heard of last
 TELL_SECONDS = 1.0  # between two times that it tells where it is
@@ -25,6 +27,8 @@ class Directory:
         self._clock = clock
         self._engines: dict[str, tuple[float, Endpoint]] = {}
         self._servers: dict[str, tuple[float, str]] = {}
+        self._heard_at: dict[str, float] = {}  # of API processes
+        self._origins = Origins()
         self._secret = ""
         self._changed = asyncio.Event()
         self._number = 0  # of changes
@@ -42,11 +46,27 @@ class Directory:
         if endpoint != known:
             self._change()
 
-    async def tell_server(self, replica: str, url: str | None) -> None:
-        """An API process listens at this address, or no more."""
-        self._servers.pop(replica, None)
+    async def tell_server(self, replica: str, url: str | None) -> bool:
+        """An API process listens at this address, or no more; whether it was known."""
+        known = self._servers.pop(replica, None)
         if url is not None:
             self._servers[replica] = self._clock(), url
+        self._heard_at[replica] = self._clock()
+        self._origins.expire(self._silence)
+        return known is not None
+
+    async def keep_origin(self, replica: str, origin: Origin) -> None:
+        """The API process has a stream that is made of this."""
+        self._origins.put(replica, origin)
+
+    async def find_origin(self, stream_id: str) -> Origin | None:
+        """What a stream is made of, if anybody has it, or had it a while ago."""
+        self._origins.expire(self._silence)
+        return self._origins.find(stream_id)
+
+    async def drop_origins(self, stream_ids: list[str], replica: str | None = None) -> None:
+        """See `Origins.drop`."""
+        self._origins.drop(stream_ids, replica)
 
     async def servers(self) -> list[str]:
         """Addresses of the API processes."""
@@ -61,6 +81,9 @@ class Directory:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), WATCH_SECONDS)
         return self._number, await self.engines()
+
+    def _silence(self, replica: str) -> float:
+        return self._clock() - self._heard_at.setdefault(replica, self._clock())
 
     def _is_listed(self, heard_at: float) -> bool:
         return self._clock() - heard_at < LISTED_SECONDS

@@ -13,6 +13,7 @@ from shoal.scheduler.errors import ConfigError
 from shoal.server.batches.runner import BatchRunner
 from shoal.server.browsers import is_local
 from shoal.server.engine.router import Router
+from shoal.server.peers import Peers
 from shoal.server.serve import GracefulServer
 from shoal.server.settings import Settings
 from shoal.server.setup import build_service
@@ -36,12 +37,13 @@ class ApiServer:
 
     Args:
         machine: address of this machine in the cluster.
+        peers: the other API processes.
 
     Attributes:
         url: at which it is reached.
     """
 
-    def __init__(self, settings: Settings, machine: str) -> None:
+    def __init__(self, settings: Settings, machine: str, peers: Peers) -> None:
         self._listener = _listen_near(settings.server.host, settings.server.port)
         port = self._listener.getsockname()[1]
         host = settings.server.host if is_local(settings.server.host) else machine
@@ -49,7 +51,7 @@ class ApiServer:
         # Files and batches are kept by whoever has them.
         folder = settings.server.data_folder.with_name(f"{settings.server.data_folder.name}-{port}")
         own = replace(settings, server=replace(settings.server, data_folder=folder))
-        self.service, router = build_service(own, 0)
+        self.service, router = build_service(own, 0, peers)
         assert isinstance(router, Router)
         self.router = router
         self._ended = asyncio.Event()

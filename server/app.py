@@ -39,7 +39,7 @@ from shoal.server.routes.operations import operations_router
 from shoal.server.routes.page import page_router
 from shoal.server.routes.plan import plan_router
 from shoal.server.routes.responses import kept_responses_router, responses_router
-from shoal.server.routes.streams import streams_router
+from shoal.server.routes.resuming import streams_router
 from shoal.server.routes.tokenize import tokenize_router
 from shoal.server.service import Service
 from shoal.server.shapes import shape_of

@@ -66,7 +66,7 @@ class Generation:
             for index, journal in enumerate(self._submission.journals.values())
         ]
         by_request = dict(zip(self._submission.journals, self.choices, strict=True))
-        self._deltas = Deltas(by_request, self._submission.take)
+        self.news = Deltas(by_request, self._submission.take)
         self._is_behind = False  # whether the client is: then it gets together what has waited for it
 
     def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs]]:
@@ -88,8 +88,8 @@ class Generation:
         """
         failure: Exception | None = None
         try:
-            while not self._deltas.are_finished:
-                await (asyncio.sleep(0) if self._deltas.has_rest else self._submission.wait())
+            while not self.news.are_finished:
+                await (asyncio.sleep(0) if self.news.has_rest else self._submission.wait())
                 if deltas := self._take(coalesces=self._is_behind):
                     yield deltas
         except Exception as error:
@@ -116,14 +116,14 @@ class Generation:
         """
 
         def give_at_once() -> bool:
-            if self._deltas.has_rest or not sink.is_ready:
+            if self.news.has_rest or not sink.is_ready:
                 return False
             try:
                 if deltas := self._take(coalesces=False):
                     give(deltas)
             except Exception as error:
                 self._submission.fail(error)
-            return not (self._deltas.has_rest or self._deltas.are_finished)
+            return not (self.news.has_rest or self.news.are_finished)
 
         self._submission.on_news = give_at_once
         async with aclosing(self.deltas()) as steps:
@@ -148,7 +148,7 @@ class Generation:
         return whole
 
     def _take(self, *, coalesces: bool) -> list[Delta]:
-        deltas = self._deltas.take(coalesces=coalesces)
+        deltas = self.news.take(coalesces=coalesces)
         for delta in deltas:
             if delta.finish_reason:
                 journal = self.choices[delta.index].journal

@@ -17,6 +17,7 @@ from shoal.server.engine.client import EngineClient
 from shoal.server.errors import ModelNotFoundError
 from shoal.server.limits import Allowance
 from shoal.server.metrics import Metrics
+from shoal.server.peers import Peers
 from shoal.server.prompts import Prompts
 from shoal.server.reading import BodyReader
 from shoal.server.receipts import Receipts
@@ -55,6 +56,7 @@ class Service:
     streams: StreamStore
     responses: ResponseStore
     pooling: str  # see `load_pooling`
+    peers: Peers | None = None  # of a cluster
 
     @property
     def model_name(self) -> str:

@@ -22,6 +22,7 @@ from shoal.server.engine.router import Router
 from shoal.server.fingerprint import fingerprint
 from shoal.server.limits import make_allowances
 from shoal.server.metrics import Metrics
+from shoal.server.peers import Peers
 from shoal.server.prompts import Prompts
 from shoal.server.reading import BodyReader
 from shoal.server.receipts import Receipts
@@ -34,11 +35,14 @@ from shoal.server.tools.dialect import find_dialect
 from shoal.server.tracing import make_tracer
 
 
-def build_service(settings: Settings, num_engines: int | None = None) -> tuple[Service, EngineClient | Router]:
+def build_service(
+    settings: Settings, num_engines: int | None = None, peers: Peers | None = None
+) -> tuple[Service, EngineClient | Router]:
     """Read what the API needs of the checkpoint; the engine reads the rest.
 
     Args:
         num_engines: that are there from the start, if it is not for the settings to say; `make_client` makes others.
+        peers: of the cluster that the process is part of.
 
     Returns:
         The service, whose clients the owners of the engines connect, and all of these as one.
@@ -89,6 +93,7 @@ def build_service(settings: Settings, num_engines: int | None = None) -> tuple[S
         streams=streams,
         responses=ResponseStore(streams),
         pooling=load_pooling(opened),
+        peers=peers,
     )
     return service, own
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Set
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from shoal.scheduler.errors import InvalidRequestError
@@ -40,6 +41,7 @@ class Answer:
         key: the idempotency key under which it is found.
         shape: of errors and of the end of a stream.
         needs_reader: whether it is aborted, and later forgotten, if nobody reads it.
+        is_made_again: whether it began in another API process, so that its readers may know more of it than was made.
         events: those that are held; `num_dropped` came before them.
         num_read: events that somebody was given.
         size: bytes that it counts as.
@@ -54,6 +56,7 @@ class Answer:
     key: Key | None = None
     shape: ErrorShape = OPENAI
     needs_reader: bool = True
+    is_made_again: bool = False
     events: deque[bytes] = field(default_factory=deque)
     num_dropped: int = 0
     num_read: int = 0
@@ -125,6 +128,11 @@ class StreamStore:
         self._claims: dict[Key, _Claim] = {}
         self._num_bytes = 0
 
+    @property
+    def ids(self) -> Set[str]:
+        """Those of the answers that are held."""
+        return self._answers.keys()
+
     def begin(self, answer: Answer, work: Work) -> None:
         """Have the work make this answer."""
         self._answers[answer.id] = answer
@@ -182,6 +190,18 @@ class StreamStore:
         finally:
             answer.readers.discard(news)
             self._keep(answer)
+
+    async def reach(self, answer: Answer, number: int) -> None:
+        """Wait until it has had so many events, or has ended.
+
+        Raises:
+            ShoalError: what ended it early.
+        """
+        if answer.num_events < number:
+            async with aclosing(self.read(answer, answer.num_events)) as news:
+                async for _ in news:
+                    if answer.num_events >= number:
+                        break
 
     def forget(self, answer: Answer) -> None:
         """Abort the answer if it has not ended, and let go of it; those who read its end may do so."""

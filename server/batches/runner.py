@@ -5,11 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
-from dataclasses import replace
-
-from fastapi import Request
-from fastapi.routing import APIRoute
-from starlette.types import Message
 
 from shoal.scheduler.errors import ShoalError
 from shoal.server.batches.lines import Line, answered
@@ -20,6 +15,7 @@ from shoal.server.routes.answer import error_response
 from shoal.server.routes.chat import chat_router
 from shoal.server.routes.completions import completions_router
 from shoal.server.routes.embeddings import embeddings_router
+from shoal.server.routes.inner import endpoints, inner_request
 from shoal.server.routes.responses import responses_router
 from shoal.server.service import Service
 from shoal.server.wire.batches import Batch
@@ -42,10 +38,7 @@ class BatchRunner:
         self._batches = service.batches
         self._engine = service.engine
         self._keys = {owner_name(key): key for key in service.api_keys or (None,)}
-        unlimited = replace(service, allowances={})
-        routers = (chat_router, completions_router, responses_router, embeddings_router)
-        routes = [route for router in routers for route in router(unlimited).routes]
-        self._endpoints = {route.path: route.endpoint for route in routes if isinstance(route, APIRoute)}
+        self._endpoints = endpoints(service, chat_router, completions_router, responses_router, embeddings_router)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}  # of lines that run, by batch and number
         self._is_crowded = False  # a line was refused for lack of room
         self._task: asyncio.Task[None] | None = None
@@ -137,9 +130,10 @@ class BatchRunner:
 
     async def _answer(self, batch: Batch, line: Line, api_key: str | None) -> None:
         """Have the endpoint answer a line, and keep the answer; what there was no room for is tried again."""
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         try:
             with self._engine.line():
-                response = await self._endpoints[batch.endpoint](_request(line.body, api_key))
+                response = await self._endpoints[batch.endpoint](inner_request(batch.endpoint, line.body, headers))
         except ShoalError as error:
             response = error_response(error)
         except Exception:
@@ -158,14 +152,3 @@ class BatchRunner:
 def _is_answered(batch: Batch) -> bool:
     counts = batch.request_counts
     return counts.completed + counts.failed == counts.total
-
-
-def _request(body: bytes, api_key: str | None) -> Request:
-    """What the endpoint would have got from a client that stays."""
-    unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        return unread.pop() if unread else await asyncio.get_running_loop().create_future()
-
-    headers = [(b"authorization", b"Bearer " + api_key.encode())] if api_key is not None else []
-    return Request({"type": "http", "method": "POST", "headers": headers}, receive)

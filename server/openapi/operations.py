@@ -342,7 +342,7 @@ OPERATIONS: Mapping[str, Operation] = {
         example=examples.CHAT,
         events=ALL_EVENTS,
         is_empty=True,
-        errors=(InvalidRequestError, NotFoundError, RequestTimeoutError, StreamExpiredError, EngineError),
+        errors=(*_WORK_ERRORS, NotFoundError, StreamExpiredError),
     ),
     "DELETE /v1/streams/{stream_id}": Operation(
         tag="Streams",

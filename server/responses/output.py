@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from typing import Literal
 
 import msgspec
@@ -46,15 +47,17 @@ class Output:
     Args:
         answer: reads the text.
         scores: of the tokens, if they were asked for.
+        ids: draws those of items.
 
     Attributes:
         items: so far; the last one may go on.
     """
 
-    def __init__(self, answer: ChatAnswer, scores: Scores) -> None:
+    def __init__(self, answer: ChatAnswer, scores: Scores, ids: Random) -> None:
         self.items: list[OutputItem] = []
         self._answer = answer
         self._scores = scores
+        self._ids = ids
         self._logprobs: list[bytes] = []  # of the message that goes on
         self._events: list[ItemEvent] = []
 
@@ -104,7 +107,7 @@ class Output:
     def _think(self, text: str) -> None:
         item = self.items[-1] if self.items else None
         if not isinstance(item, ReasoningItem):
-            item = ReasoningItem(id=new_item_id("rs"))
+            item = ReasoningItem(id=new_item_id("rs", self._ids))
             self._begin(item, ReasoningText())
             item.content.append(ReasoningText())
         self._scores.take(text)
@@ -123,7 +126,7 @@ class Output:
         )
 
     def _begin_message(self) -> MessageItem:
-        item = MessageItem(id=new_item_id("msg"))
+        item = MessageItem(id=new_item_id("msg", self._ids))
         self._begin(item, OutputText())
         item.content.append(OutputText())
         return item
@@ -131,7 +134,7 @@ class Output:
     def _call(self, piece: ToolCallDelta) -> None:
         assert piece.function is not None
         if piece.id is not None:
-            self._begin(CallItem(id=new_item_id("fc"), call_id=piece.id, name=piece.function.name or ""))
+            self._begin(CallItem(id=new_item_id("fc", self._ids), call_id=piece.id, name=piece.function.name or ""))
         item, text = self.items[-1], piece.function.arguments
         assert isinstance(item, CallItem)
         if text:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from shoal.server.engine.packing import TokenIds
 from shoal.server.errors import OPENAI, ErrorShape
 from shoal.server.generation import Generation
+from shoal.server.peers import Identity, keep_identity
 from shoal.server.routes.answer import EventStream, unless_disconnected
 from shoal.server.routes.extras import Extras
 from shoal.server.routes.pieces import Entries, filled, in_pieces
@@ -45,14 +46,13 @@ class Call(ABC, Generic[Body]):
         self.service = service
         self.request = request
         self.body: Body = body
-        self.id = new_id(self.id_prefix)
-        self.created = unix_time()
-        self.seed = resolve_seed(body)
+        new = Identity(new_id(self.id_prefix), unix_time(), resolve_seed(body))
+        self.id, self.created, self.seed = keep_identity(request, new)
         if body.request_id is not None:
             request.state.request_id = body.request_id
         self.extras = Extras(service, request, body, self.endpoint)
         terms = resolve_terms(service, request, body)
-        self.generation = Generation(service, body, prompts, grammar, api_id=self.id, seed=self.seed, terms=terms)
+        self.generation = Generation(service, body, prompts, grammar, api_id=new.id, seed=self.seed, terms=terms)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -63,6 +63,8 @@ class Call(ABC, Generic[Body]):
         headers = self.headers
         if is_held(self.service, self.request, is_stream=self.body.stream):
             work = self.stream if self.body.stream else only_event(self.complete())
+            if self.service.peers is not None:
+                self.generation.news.keep_order()
             is_stream, shape = self.body.stream, self.shape
             return await hold(self.service, self.request, self.id, headers, work, is_stream=is_stream, shape=shape)
         if self.body.stream:

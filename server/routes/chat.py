@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from shoal.server.engine.packing import TokenIds
 from shoal.server.logprobs import chat_logprobs, id_text, plain_text
+from shoal.server.peers import ids_of
 from shoal.server.routes.answer import event
 from shoal.server.routes.openai import OpenAICall, Unset
 from shoal.server.routes.streams import answered_once
@@ -58,13 +59,13 @@ class _ChatCall(OpenAICall[ChatBody]):
         reading, last = service.dialect.reading(body, prompt[0]), body.messages[-1]
         self._answers = [
             ChatAnswer(
-                reading.reader(),
+                reading.reader(ids_of(self.id, index)),
                 reading.counter(),
                 shows_reasoning=body.include_reasoning,
                 said=last.text if body.echo and last.role == "assistant" else "",
                 calls_functions=body.functions is not None,
             )
-            for _ in range(self.generation.num_choices)
+            for index in range(self.generation.num_choices)
         ]
 
     @property

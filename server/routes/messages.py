@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from shoal.server.engine.packing import TokenIds
+from shoal.server.peers import ids_of
 from shoal.server.routes.answer import event, whole
 from shoal.server.routes.call import Call
 from shoal.server.routes.streams import answered_once
@@ -85,7 +86,7 @@ class _MessageCall(Call[ChatBody]):
         super().__init__(service, request, chat, [prompt], grammar)
         self.shape = anthropic(self.id)
         self._max_tokens = max_tokens
-        self._answer = ChatAnswer(service.dialect.reading(chat, prompt[0]).reader())
+        self._answer = ChatAnswer(service.dialect.reading(chat, prompt[0]).reader(ids_of(self.id)))
         self._blocks = AnswerBlocks(self._answer)
         self._last: Delta | None = None
 

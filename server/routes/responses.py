@@ -17,6 +17,7 @@ from shoal.scheduler.errors import ContextLengthError, InvalidRequestError, Shoa
 from shoal.server.engine.packing import TokenIds
 from shoal.server.errors import ErrorShape, NotFoundError, error_body, http_error
 from shoal.server.keys import known_key
+from shoal.server.peers import ids_of
 from shoal.server.responses.conversation import chat_of, in_own_words, items_of, own_words
 from shoal.server.responses.output import Output, Scores
 from shoal.server.responses.store import Kept
@@ -240,8 +241,8 @@ class _ResponsesCall(Call[ChatBody]):
         if not turn.asked.is_whole:
             self.extras.instead = {"input": turn.items, "previous_response_id": None}
         self._scores = Scores(service.tokenizer)
-        self._answer = ChatAnswer(reading.reader(), reading.counter())
-        self._output = Output(self._answer, self._scores)
+        self._answer = ChatAnswer(reading.reader(ids := ids_of(self.id)), reading.counter())
+        self._output = Output(self._answer, self._scores, ids)
         self._num_events = 0
         self._is_cut = False
         self._owner = known_key(request, service.api_keys)

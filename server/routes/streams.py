@@ -5,41 +5,26 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import wraps
 from hashlib import sha256
+from importlib.metadata import version
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.errors import ErrorShape, StreamExpiredError
-from shoal.server.keys import known_key
+from shoal.server.keys import known_key, owner_name
+from shoal.server.peers import Origin
 from shoal.server.routes.answer import EventStream, unless_disconnected
+from shoal.server.routes.extras import TIMING_HEADER
 from shoal.server.routes.pieces import in_pieces
 from shoal.server.service import Service
 from shoal.server.sinks import Sink, Work, poured
 from shoal.server.streams import Answer, Key
+from shoal.server.terms import TIMEOUT_HEADER
 
 MAX_KEY_CHARS = 255
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-def streams_router(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    def find(stream_id: str, request: Request) -> Answer:
-        return service.streams.find(stream_id, known_key(request, service.api_keys))
-
-    @router.get("/v1/streams/{stream_id}")
-    async def read_stream(stream_id: str, request: Request) -> Response:
-        answer = find(stream_id, request)
-        return await deliver(service, request, answer, after=_last_event(request, answer), takes_over=True)
-
-    @router.delete("/v1/streams/{stream_id}")
-    async def end_stream(stream_id: str, request: Request) -> Response:
-        service.streams.forget(find(stream_id, request))
-        return Response(status_code=204)
-
-    return router
 
 
 def answered_once(service: Service) -> Callable[[Handler], Handler]:
@@ -54,7 +39,7 @@ def answered_once(service: Service) -> Callable[[Handler], Handler]:
             digest = sha256(request.url.path.encode() + b"\n" + await request.body()).digest()
             answer = await service.streams.claim(key, digest)
             if answer is not None:
-                return await deliver(service, request, answer, after=_last_event(request, answer))
+                return await deliver(service, request, answer, after=last_event(request, answer))
             try:
                 if "last-event-id" in request.headers:
                     raise StreamExpiredError("no stream is held under this Idempotency-Key, so that it cannot go on")
@@ -103,7 +88,26 @@ async def hold(
     owner, key = known_key(request, service.api_keys), idempotency_key(service, request)
     answer = Answer(answer_id, owner, {**headers, "x-stream-resume": "true"}, is_stream, key, shape)
     service.streams.begin(answer, work)
+    if is_stream and service.peers is not None:
+        await service.peers.note(await _origin(service, request))
     return await deliver(service, request, answer)
+
+
+async def _origin(service: Service, request: Request) -> Origin:
+    return Origin(
+        request.state.identity,
+        maker(service),
+        owner_name(known_key(request, service.api_keys)),
+        request.scope["path"],
+        {name: request.headers[name] for name in (TIMEOUT_HEADER, TIMING_HEADER) if name in request.headers},
+        await request.body(),
+        service.streams.grace_seconds,
+    )
+
+
+def maker(service: Service) -> str:
+    """Who makes the same tokens and events."""
+    return f"{version('shoal')} {service.fingerprint}"
 
 
 def only_event(pieces: Awaitable[Sequence[bytes | bytearray]]) -> Work:
@@ -138,7 +142,7 @@ async def _whole(service: Service, answer: Answer) -> bytes:
     return b"".join([event async for events in service.streams.read(answer) for event in events])
 
 
-def _last_event(request: Request, answer: Answer) -> int:
+def last_event(request: Request, answer: Answer) -> int:
     """The number of the event after which the client goes on; 0 is the beginning.
 
     Raises:

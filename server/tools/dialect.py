@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from random import Random
 from typing import Any
 
 from msgspec.structs import replace
@@ -32,8 +33,8 @@ class Reading:
     body: ChatBody
     is_thinking: bool
 
-    def reader(self) -> AnswerReader | None:
-        """A reader for one answer; None if all that it says is content."""
+    def reader(self, ids: Random | None = None) -> AnswerReader | None:
+        """A reader for one answer, for whose calls these draw ids; None if all that it says is content."""
         schemas = {tool.function.name: tool.schema for tool in self.body.callable_tools}
         if not schemas and not self.dialect.thinks:
             return None
@@ -43,6 +44,7 @@ class Reading:
             thinks=self.dialect.thinks,
             is_thinking=self.is_thinking,
             max_calls=1 if self.body.parallel_tool_calls is False else inf,
+            ids=ids,
         )
 
     def counter(self) -> ThoughtCounter | None:

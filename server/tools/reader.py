@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf
+from random import Random, SystemRandom
 from typing import Any
 
 import msgspec
@@ -64,6 +64,7 @@ class AnswerReader:
         thinks: whether the answer may begin with a thought.
         is_thinking: whether the prompt has begun the thought.
         max_calls: what looks like a further call is content.
+        ids: draws the ids of calls.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class AnswerReader:
         thinks: bool = False,
         is_thinking: bool = False,
         max_calls: float = inf,
+        ids: Random | None = None,
     ) -> None:
         self._format = tool_format
         self._schemas = schemas
         self._max_calls = max_calls if tool_format else 0
+        self._ids = ids or SystemRandom()
         self.num_calls = 0
         self._said = Said()
         self._text = ""  # not yet read
@@ -185,7 +188,7 @@ class AnswerReader:
 
     def _begin_call(self, name: str) -> None:
         assert self._format is not None
-        call_id, after = new_call_id(self._format.id_chars), len(self._said.content)
+        call_id, after = _new_id(self._ids, self._format.id_chars), len(self._said.content)
         self._said.calls.append(CallPiece(self.num_calls, id=call_id, name=name, after=after))
         self.num_calls += 1
         self._schema = self._schemas[name]
@@ -372,11 +375,11 @@ class AnswerReader:
         return True
 
 
-def new_call_id(num_chars: int = 0) -> str:
+def _new_id(ids: Random, num_chars: int) -> str:
     """A new id for a call, of letters and digits if its length is given."""
     if not num_chars:
-        return f"call_{secrets.token_hex(12)}"
-    return "".join(secrets.choice(_ID_LETTERS) for _ in range(num_chars))
+        return f"call_{ids.randbytes(12).hex()}"
+    return "".join(ids.choice(_ID_LETTERS) for _ in range(num_chars))
 
 
 def _num_begun(text: str, markers: tuple[str, ...]) -> int:

@@ -5,8 +5,8 @@ An item stands in a request as people write it (`InputItem`), and everywhere els
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
+from random import Random, SystemRandom
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from msgspec import Meta, Raw, Struct, defstruct, field
@@ -44,8 +44,8 @@ _NEEDED = {
 }
 
 
-def new_item_id(prefix: Literal["msg", "rs", "fc"]) -> str:
-    return f"{prefix}_{secrets.token_hex(12)}"
+def new_item_id(prefix: Literal["msg", "rs", "fc"], ids: Random | None = None) -> str:
+    return f"{prefix}_{(ids or SystemRandom()).randbytes(12).hex()}"
 
 
 # -- items ---------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from tests.e2e.checkpoints import cycle_checkpoint
 from tests.examples import examples
 from tests.server.test_generation import TOKENIZER
 
+STOP = TOKENIZER.decode([70, 71])
 STATS = SchedulerStats(0, 0, 0.0, 0, 0, 0)
 
 
@@ -166,6 +167,48 @@ def test_no_token_is_lost_or_early(cuts: list[list[int]], portions: list[int], i
     if not coalesces and interval == 1:
         assert [delta.token_ids for delta in taken] == cuts
     assert taken[0].token_ids[: len(cuts[0])] == cuts[0]
+
+
+@settings(max_examples=examples(200))
+@given(data=st.data(), texts=st.lists(st.lists(st.integers(65, 90), min_size=1, max_size=9), min_size=1, max_size=3))
+def test_in_order_deltas_depend_on_tokens_alone(data: st.DataObject, texts: list[list[int]]) -> None:
+    """However tokens are cut and whichever choice is ahead; a stop string ends a choice before its tokens do."""
+
+    def played() -> list[Delta]:
+        rest = {str(index): list(token_ids) for index, token_ids in enumerate(texts)}
+        params = SamplingParams(max_tokens=99, seed=0)
+        journals = {name: Journal(EngineRequest(name, [1], params), "0", 0.0) for name in rest}
+        come: list[RequestOutput] = []
+        choices = {name: Choice(int(name), journals[name], TOKENIZER, [STOP], None) for name in rest}
+        deltas, taken = Deltas(choices, lambda: come), list[Delta]()
+        deltas.keep_order()
+        while rest:
+            name = data.draw(st.sampled_from(list(rest)))
+            count = data.draw(st.integers(1, len(rest[name])))
+            output = RequestOutput(name, rest[name][:count])
+            rest[name] = rest[name][count:]
+            if not rest[name]:
+                output.finish_reason = FinishReason.LENGTH
+                del rest[name]
+            journals[name].note(output, 0.0)
+            come = [RequestOutput(name, [], prompt_logprobs=[]), output]
+            taken += deltas.take(coalesces=False)
+            come = []
+            while deltas.has_rest:
+                portion = deltas.take(coalesces=False)
+                assert len(portion) <= 1
+                taken += portion
+        assert deltas.are_finished
+        return taken
+
+    first = played()
+    assert first == played()
+    by_index = [
+        [token_id for delta in first if delta.index == index for token_id in delta.token_ids] for index in (0, 1, 2)
+    ]
+    for token_ids, given_ids in zip(texts, by_index, strict=False):
+        assert given_ids == token_ids[: len(given_ids)]
+        assert len(given_ids) == len(token_ids) or STOP in TOKENIZER.decode(given_ids)
 
 
 def test_a_part_of_a_body_is_a_chunk_until_the_client_has_gone() -> None:
