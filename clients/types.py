@@ -579,6 +579,7 @@ class ServerInfo:
         limits: what its scheduler keeps to, such as `max_num_seqs`.
         settings: by section, as in `shoal.toml`.
         engines: of each its name in metrics, whether it is ready, its process and the number of its requests.
+        cluster: the engines and API processes of a cluster.
     """
 
     version: str
@@ -590,6 +591,7 @@ class ServerInfo:
     limits: dict[str, Any]
     settings: dict[str, Any]
     engines: list[dict[str, Any]] = field(default_factory=list)
+    cluster: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

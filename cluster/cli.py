@@ -164,12 +164,8 @@ def _status() -> dict[str, Any]:
 
     from shoal.cluster.deployments import find_directory  # noqa: PLC0415
 
-    directory = find_directory(APP_NAME)
-    servers, engines = ray.get([directory.servers.remote(), directory.engines.remote()])
-    return {
-        "API processes": [{"url": url} for url in servers],
-        "engines": [msgspec.to_builtins(one) for one in engines],
-    }
+    found = msgspec.to_builtins(ray.get(find_directory(APP_NAME).describe.remote()))
+    return {"API processes": found["servers"], "engines": found["engines"]}
 
 
 def _kept(secret: str) -> str:

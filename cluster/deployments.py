@@ -11,17 +11,19 @@ from typing import Any
 
 import ray
 from msgspec import Struct
+from msgspec.structs import replace
 from ray import serve
 
 from shoal.cluster.directory import TELL_SECONDS, Directory
 from shoal.cluster.fleet import Fleet
 from shoal.cluster.host import EngineHost
 from shoal.cluster.ingress import ApiServer
-from shoal.cluster.messages import Endpoint
-from shoal.cluster.origins import OriginTeller
+from shoal.cluster.messages import Endpoint, Standing
+from shoal.cluster.origins import DirectoryPeers
 from shoal.cluster.secret import Keys
 from shoal.server.settings import Settings, resolve
 from shoal.server.setup import make_client
+from shoal.server.wire.responses import ClusterServer
 
 logger = logging.getLogger("shoal.cluster")
 
@@ -60,6 +62,7 @@ class _Replica:
     def __init__(self) -> None:
         context = serve.get_replica_context()
         self.name: str = context.replica_id.unique_id
+        self.node: str = ray.get_runtime_context().get_node_id()
         self.directory = find_directory(context.app_name)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -97,12 +100,12 @@ class EngineReplica(_Replica):
             ConfigError: it cannot start with these settings.
         """
         super().__init__()
-        self._endpoint: Endpoint | None = None
+        self._standing = Standing(self.name, self.node)
         self._changed = asyncio.Event()
         host = ray.util.get_node_ip_address()
         self._engine = EngineHost(plan.settings(), self.name, host, plan.secret, self._take)
         self.begin(self._engine.run())
-        while self._endpoint is None:
+        while self._standing.address is None:
             await self.check_health()
             await asyncio.sleep(0.05)
         self.begin(self._tell())
@@ -114,17 +117,20 @@ class EngineReplica(_Replica):
 
     async def __del__(self) -> None:
         await self.end()
-        await self.ask("tell_engine", self.name, None)
+        await self.ask("leave", self.name)
 
     def _take(self, endpoint: Endpoint | None) -> None:
-        self._endpoint = endpoint
+        address, fingerprint = (None, None) if endpoint is None else (endpoint.address, endpoint.fingerprint)
+        self._standing = replace(self._standing, address=address, fingerprint=fingerprint)
         self._changed.set()
 
     async def _tell(self) -> None:
         """Tell the directory where the engine is: at once when that changes, and again and again."""
         while True:
             self._changed.clear()
-            await self.ask("tell_engine", self.name, self._endpoint)
+            number = await self.ask("tell_engine", replace(self._standing, load=self._engine.load))
+            if number is not None:
+                self._standing = replace(self._standing, number=number)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), TELL_SECONDS)
 
@@ -140,14 +146,16 @@ class IngressReplica(_Replica):
         """
         super().__init__()
         settings = plan.settings()
-        self._peers = OriginTeller(self.name, self.ask)
-        self._server = ApiServer(settings, ray.util.get_node_ip_address(), self._peers)
+        self._peers = DirectoryPeers(self.name, self.ask)
+        machine = ray.util.get_node_ip_address()
+        self._server = ApiServer(settings, machine, self._peers)
         service = self._server.service
         self._fleet = Fleet(
             self._server.router,
             partial(make_client, settings=settings, metrics=service.metrics),
             Keys.of(plan.secret),
             service.fingerprint,
+            machine,
         )
         self.begin(self._server.run())
         self._following = self.begin(self._follow())
@@ -155,7 +163,7 @@ class IngressReplica(_Replica):
 
     async def __del__(self) -> None:
         self._following.cancel()  # an engine that came now would take new requests
-        await self.ask("tell_server", self.name, None)
+        await self.ask("leave", self.name)
         await self._server.stop()
         await self._fleet.close()
         await self.end()
@@ -175,7 +183,7 @@ class IngressReplica(_Replica):
     async def _tell(self) -> None:
         while True:
             self._fleet.check()
-            is_known = await self.ask("tell_server", self.name, self._server.url)
+            is_known = await self.ask("tell_server", ClusterServer(self.name, self.node, self._server.url))
             if is_known is not None:
                 await self._peers.tend(self._server.service.streams.ids, is_known=is_known)
             await asyncio.sleep(TELL_SECONDS)

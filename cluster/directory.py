@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import count
+from typing import TypeVar
 
-from shoal.cluster.messages import Endpoint
+from msgspec.structs import replace
+
+from shoal.cluster.messages import Endpoint, Standing
 from shoal.cluster.origins import Origins
 from shoal.server.peers import Origin
+from shoal.server.wire.responses import Cluster, ClusterEngine, ClusterServer
 
 LISTED_SECONDS = 5.0  # for which a replica is listed after it was heard of last
 TELL_SECONDS = 1.0  # between two times that it tells where it is
 WATCH_SECONDS = 10.0
+
+Told = TypeVar("Told")
 
 
 class Directory:
@@ -25,8 +32,8 @@ class Directory:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._engines: dict[str, tuple[float, Endpoint]] = {}
-        self._servers: dict[str, tuple[float, str]] = {}
+        self._engines: dict[str, tuple[float, Standing]] = {}
+        self._servers: dict[str, tuple[float, ClusterServer]] = {}
         self._heard_at: dict[str, float] = {}  # of API processes
         self._origins = Origins()
         self._secret = ""
@@ -38,22 +45,55 @@ class Directory:
         self._secret = self._secret or secret
         return self._secret
 
-    async def tell_engine(self, replica: str, endpoint: Endpoint | None) -> None:
-        """The replica's engine is there, or it has none."""
-        _, known = self._engines.pop(replica, (0.0, None))
-        if endpoint is not None:
-            self._engines[replica] = self._clock(), endpoint
-        if endpoint != known:
+    async def tell_engine(self, standing: Standing) -> int:
+        """How a replica stands; its number, the least that no other one has."""
+        known = self._engines.pop(standing.replica, None)
+        taken = {one.number for one in self._listed(self._engines)}
+        number = standing.number if known is None else known[1].number
+        if number is None or number in taken:
+            number = next(free for free in count() if free not in taken)
+        told = replace(standing, number=number)
+        self._engines[standing.replica] = self._clock(), told
+        if known is None or told.endpoint != known[1].endpoint:
+            self._change()
+        return number
+
+    async def leave(self, replica: str) -> None:
+        """A replica ends."""
+        self._servers.pop(replica, None)
+        if self._engines.pop(replica, None) is not None:
             self._change()
 
-    async def tell_server(self, replica: str, url: str | None) -> bool:
-        """An API process listens at this address, or no more; whether it was known."""
-        known = self._servers.pop(replica, None)
-        if url is not None:
-            self._servers[replica] = self._clock(), url
-        self._heard_at[replica] = self._clock()
+    async def tell_server(self, server: ClusterServer) -> bool:
+        """An API process is there; whether it was known."""
+        known = self._servers.pop(server.replica, None)
+        self._servers[server.replica] = self._clock(), server
+        self._heard_at[server.replica] = self._clock()
         self._origins.expire(self._silence)
         return known is not None
+
+    async def describe(self) -> Cluster:
+        """All that is there."""
+        engines = [
+            ClusterEngine(
+                str(one.number),
+                one.replica,
+                one.node,
+                one.endpoint is not None,
+                one.address,
+                one.fingerprint,
+                one.load.num_unfinished,
+                one.load.queue_seconds,
+                one.load.kv_cache_usage,
+            )
+            for one in self._listed(self._engines)
+        ]
+        servers = self._listed(self._servers)
+        return Cluster(sorted(engines, key=lambda one: int(one.engine)), sorted(servers, key=lambda one: one.url))
+
+    async def engines(self) -> list[Endpoint]:
+        endpoints = [one.endpoint for one in self._listed(self._engines)]
+        return [one for one in endpoints if one is not None]
 
     async def keep_origin(self, replica: str, origin: Origin) -> None:
         """The API process has a stream that is made of this."""
@@ -68,13 +108,6 @@ class Directory:
         """See `Origins.drop`."""
         self._origins.drop(stream_ids, replica)
 
-    async def servers(self) -> list[str]:
-        """Addresses of the API processes."""
-        return sorted(url for heard_at, url in self._servers.values() if self._is_listed(heard_at))
-
-    async def engines(self) -> list[Endpoint]:
-        return [endpoint for heard_at, endpoint in self._engines.values() if self._is_listed(heard_at)]
-
     async def watch(self, number: int) -> tuple[int, list[Endpoint]]:
         """The engines once there were changes since the one of this number, or after a while."""
         if number == self._number:
@@ -85,8 +118,9 @@ class Directory:
     def _silence(self, replica: str) -> float:
         return self._clock() - self._heard_at.setdefault(replica, self._clock())
 
-    def _is_listed(self, heard_at: float) -> bool:
-        return self._clock() - heard_at < LISTED_SECONDS
+    def _listed(self, told: Mapping[str, tuple[float, Told]]) -> list[Told]:
+        """Those who were heard of lately."""
+        return [one for heard_at, one in told.values() if self._clock() - heard_at < LISTED_SECONDS]
 
     def _change(self) -> None:
         self._number += 1

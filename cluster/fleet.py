@@ -22,20 +22,27 @@ LAST_SECONDS = 30.0  # without any engine, after which requests end
 class Fleet:
     """Joins clients of a router to the engines that are listed, if these give the tokens that they must.
 
-    A client is of one engine after the other: those of the same replica, or whichever comes when it has none.
+    A client is of one engine after the other: those that have its number.
 
     Args:
-        make_client: of a number.
+        make_client: of a name.
         fingerprint: that an engine must have.
+        machine: address of this one.
     """
 
     def __init__(
-        self, router: Router, make_client: Callable[[int], EngineClient], keys: Keys, fingerprint: str
+        self,
+        router: Router,
+        make_client: Callable[[str], EngineClient],
+        keys: Keys,
+        fingerprint: str,
+        machine: str = "127.0.0.1",
     ) -> None:
         self._router = router
         self._make_client = make_client
         self._keys = keys
         self._fingerprint = fingerprint
+        self._machine = machine
         self._joined: dict[Endpoint, tuple[EngineClient, asyncio.Task[None]]] = {}
         self._last_seen = asyncio.get_running_loop().time()
 
@@ -46,7 +53,7 @@ class Fleet:
             _, task = self._joined.pop(endpoint)
             task.cancel()
         for endpoint in listed - self._joined.keys():
-            client = self._free_client()
+            client = self._free_client(str(endpoint.number))
             self._joined[endpoint] = client, asyncio.create_task(self._join(endpoint, client))
 
     def check(self) -> None:
@@ -67,20 +74,20 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _free_client(self) -> EngineClient:
+    def _free_client(self, name: str) -> EngineClient:
         taken = [client for client, _ in self._joined.values()]
-        free = next((client for client in self._router.clients if client not in taken), None)
-        if free is None:
-            free = self._make_client(len(self._router.clients))
-            self._router.add(free)
-        return free
+        free = (client for client in self._router.clients if client.name == name and client not in taken)
+        if (client := next(free, None)) is None:
+            client = self._make_client(name)
+            self._router.add(client)
+        return client
 
     async def _join(self, endpoint: Endpoint, client: EngineClient) -> None:
         """Be joined to an engine for as long as it is listed."""
         said = ""
         while True:
             try:
-                await Link(endpoint, client, self._keys, self._fingerprint).run()
+                await Link(endpoint, client, self._keys, self._fingerprint, self._machine).run()
             except EngineError as error:
                 if error.message != said:
                     said = error.message

@@ -38,7 +38,7 @@ class EngineHost:
     def __init__(
         self, settings: Settings, replica: str, host: str, secret: str, tell: Callable[[Endpoint | None], None]
     ) -> None:
-        self.load = Load(0.0, 0.0)
+        self.load = Load()
         self._order = msgspec.json.encode(Order(settings.sections(), host, secret), enc_hook=str) + b"\n"
         self._replica = replica
         self._host = host

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import msgspec
 import zmq
+from msgspec.structs import replace
 from zmq.utils.monitor import recv_monitor_message
 
 from shoal.cluster.gateway import watch_peers
@@ -31,12 +32,16 @@ class Link:
 
     Args:
         fingerprint: that the engine must have, so that its tokens are those of the others.
+        machine: address of this one; a process elsewhere cannot be looked at, and has no number here.
     """
 
-    def __init__(self, endpoint: Endpoint, client: EngineClient, keys: Keys, fingerprint: str) -> None:
+    def __init__(
+        self, endpoint: Endpoint, client: EngineClient, keys: Keys, fingerprint: str, machine: str = ""
+    ) -> None:
         self._address = endpoint.address
         self._client = client
         self._fingerprint = fingerprint
+        self._is_near = endpoint.address.startswith(f"tcp://{machine}:")
         self._outbox = Outbox()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -104,7 +109,8 @@ class Link:
                 self._client.take(news)
             case Welcome() as welcome:
                 self._check(welcome)
-                self._client.connect(welcome.ready, self._outbox.put)
+                ready = welcome.ready if self._is_near else replace(welcome.ready, pid=0)
+                self._client.connect(ready, self._outbox.put)
 
     def _check(self, welcome: Welcome) -> None:
         for what, its, ours in (

@@ -31,11 +31,13 @@ class Endpoint(msgspec.Struct, frozen=True):
         replica: that runs it; another engine of the same replica takes the place of this one.
         address: of its socket, such as tcp://10.0.0.7:41234.
         fingerprint: as in `Welcome`.
+        number: of the replica, the label of its metrics.
     """
 
     replica: str
     address: str
     fingerprint: str
+    number: int = 0
 
 
 class Listening(msgspec.Struct, tag=True):
@@ -45,16 +47,41 @@ class Listening(msgspec.Struct, tag=True):
     fingerprint: str
 
 
-class Load(msgspec.Struct, tag=True):
+class Load(msgspec.Struct, tag=True, frozen=True):
     """How loaded an engine is.
 
     Attributes:
         queue_seconds: for how long the oldest of the requests that wait has waited.
         kv_cache_usage: share of blocks owned by requests, 0 to 1.
+        num_unfinished: requests that it has.
     """
 
-    queue_seconds: float
-    kv_cache_usage: float
+    queue_seconds: float = 0.0
+    kv_cache_usage: float = 0.0
+    num_unfinished: int = 0
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """How a replica stands that runs an engine.
+
+    Attributes:
+        node: of Ray, on which it is.
+        address, fingerprint: of its engine, as in `Endpoint`; None while there is none.
+        number: that the directory gave it; None before.
+    """
+
+    replica: str
+    node: str
+    address: str | None = None
+    fingerprint: str | None = None
+    load: Load = Load()
+    number: int | None = None
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        if self.address is None or self.fingerprint is None or self.number is None:
+            return None
+        return Endpoint(self.replica, self.address, self.fingerprint, self.number)
 
 
 ToEngine = Hello | Sendable

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 from shoal.server.peers import Origin
+from shoal.server.wire.responses import Cluster
 
 MAX_BYTES = 64 * 2**20  # of all origins; the oldest give way
 
@@ -50,7 +51,7 @@ class Origins:
         return [origin for _, origin in self._kept.values()]
 
 
-class OriginTeller:
+class DirectoryPeers:
     """Implements `Peers` for an API process, over the directory.
 
     Args:
@@ -62,6 +63,10 @@ class OriginTeller:
         self._replica = replica
         self._ask = ask
         self._own = Origins()
+
+    async def describe(self) -> Cluster | None:
+        found: Cluster | None = await self._ask("describe")
+        return found
 
     async def note(self, origin: Origin) -> None:
         self._own.put(self._replica, origin)

@@ -69,7 +69,8 @@ class _Reporting:
             self._told_at = now
             scheduler = self._core.scheduler
             oldest = min((request.arrival_time for request in scheduler.waiting.values()), default=now)
-            _tell(Load(now - oldest, scheduler.stats().kv_cache_usage))
+            stats = scheduler.stats()
+            _tell(Load(now - oldest, stats.kv_cache_usage, stats.num_running + stats.num_waiting))
         return self._wire.receive(seconds)
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 from fastapi import Request
 from msgspec import Struct
 
+from shoal.server.wire.responses import Cluster
+
 
 class Identity(NamedTuple):
     """By what an answer differs from every other one to the same request.
@@ -48,6 +50,9 @@ class Origin(Struct, frozen=True):
 
 class Peers(Protocol):
     """The other API processes of a cluster.  Asking takes a second at most; without an answer it is None."""
+
+    async def describe(self) -> Cluster | None:
+        """All engines and API processes."""
 
     async def note(self, origin: Origin) -> None:
         """Have the others know of a stream that begins here."""

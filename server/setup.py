@@ -61,7 +61,7 @@ def build_service(
     metrics = Metrics(model_names[0], _num_spec_tokens(settings))
     api_keys = config.all_api_keys()
     numbers = range(settings.engine.engines if num_engines is None else num_engines)
-    router = Router([make_client(number, settings, metrics) for number in numbers], metrics)
+    router = Router([make_client(str(number), settings, metrics) for number in numbers], metrics)
     clients = router.clients
     own: EngineClient | Router = clients[0] if len(clients) == 1 else router
     engine = SharedEngine(own, clients)
@@ -98,10 +98,10 @@ def build_service(
     return service, own
 
 
-def make_client(number: int, settings: Settings, metrics: Metrics) -> EngineClient:
-    """A client of the engine that has this number."""
+def make_client(name: str, settings: Settings, metrics: Metrics) -> EngineClient:
+    """A client of the engine that has this name in metrics."""
     config = settings.server
-    client = EngineClient(str(number), metrics, hang_seconds=settings.engine.hang_seconds)
+    client = EngineClient(name, metrics, hang_seconds=settings.engine.hang_seconds)
     client.admission = Admission(config.max_queue_seconds or inf, config.max_queue_tokens or inf)
     client.names_all = not (config.api_keys or config.api_keys_file)
     return client

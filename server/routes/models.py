@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from importlib.metadata import version
 
+import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
@@ -47,7 +48,7 @@ def models_router(service: Service) -> APIRouter:
         )
 
     def status(client: EngineClient) -> EngineStatus:
-        pid = client.ready.pid if client.is_connected else None
+        pid = client.ready.pid or None if client.is_connected else None
         return EngineStatus(client.name, client.is_connected, pid, client.num_unfinished)
 
     @router.get("/v1/models")
@@ -75,6 +76,7 @@ def models_router(service: Service) -> APIRouter:
                 ready.limits,
                 settings,
                 [status(client) for client in service.clients],
+                msgspec.UNSET if service.peers is None else await service.peers.describe(),
             )
         )
 

@@ -302,7 +302,7 @@ class EngineStatus(msgspec.Struct):
     Attributes:
         engine: its name in metrics.
         is_ready: whether it takes requests; else another one takes its place.
-        pid: of its process, if it is ready.
+        pid: of its process, if it is ready and on this machine.
         num_unfinished: requests that it has, or that wait for the next one.
     """
 
@@ -312,12 +312,57 @@ class EngineStatus(msgspec.Struct):
     num_unfinished: int
 
 
+class ClusterEngine(msgspec.Struct):
+    """One engine replica of a cluster.
+
+    Attributes:
+        engine: its number, the label of its metrics.
+        node: of Ray, on which it is.
+        address: of its socket; null while another engine process takes the place of one that ended.
+        fingerprint: of the model and of the settings by which other numbers are computed.
+        num_unfinished: requests that it has.
+        queue_seconds: for how long the oldest of the requests that wait has waited.
+        kv_cache_usage: share of blocks owned by requests, 0 to 1.
+    """
+
+    engine: str
+    replica: str
+    node: str
+    is_ready: bool
+    address: str | None
+    fingerprint: str | None
+    num_unfinished: int
+    queue_seconds: float
+    kv_cache_usage: float
+
+
+class ClusterServer(msgspec.Struct):
+    """One API process of a cluster.
+
+    Attributes:
+        node: of Ray, on which it is.
+    """
+
+    replica: str
+    node: str
+    url: str
+
+
+class Cluster(msgspec.Struct):
+    """All that is there, of whatever fingerprint."""
+
+    engines: list[ClusterEngine]
+    servers: list[ClusterServer]
+
+
 class ServerInfo(msgspec.Struct):
     """What the server computes with: the limits of each of its engines, and all settings but secrets.
 
     Attributes:
         kv_cache_bytes: of each engine.
         settings: by section, as in `shoal.toml`; the knobs of every policy stand in `scheduler`.
+        engines: to which this API process is joined.
+        cluster: that it is part of; null if the directory does not answer, left out on one machine.
     """
 
     version: str
@@ -329,3 +374,4 @@ class ServerInfo(msgspec.Struct):
     limits: SchedulerConfig
     settings: dict[str, Any]
     engines: list[EngineStatus]
+    cluster: Cluster | msgspec.UnsetType | None = msgspec.UNSET

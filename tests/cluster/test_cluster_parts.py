@@ -17,25 +17,53 @@ import shoal.cluster.directory as directory_module
 from shoal.cli import main
 from shoal.cluster.autoscaling import KV_CACHE_USAGE, QUEUE_SECONDS, autoscale, needed
 from shoal.cluster.directory import LISTED_SECONDS, Directory
-from shoal.cluster.messages import Endpoint
+from shoal.cluster.messages import Endpoint, Load, Standing
 from shoal.scheduler.errors import ConfigError
+from shoal.server.wire.responses import Cluster, ClusterEngine, ClusterServer
 from tests.test_rooms import ROOT
+
+
+def standing(replica: str, number: int | None = None, **fields: Any) -> Standing:
+    fields = {"address": f"tcp://{replica}:1", "fingerprint": "fp", **fields}
+    return Standing(replica, "a node", number=number, **fields)
 
 
 def test_the_directory_lists_who_was_heard_of_lately() -> None:
     async def scene() -> None:
         now = [0.0]
         directory = Directory(lambda: now[0])
-        one, other = (Endpoint(name, f"tcp://{name}:1", "fp") for name in "ab")
-        await directory.tell_engine("a", one)
-        await directory.tell_server("s", "http://s")
+        server = ClusterServer("s", "a node", "http://s")
+        await directory.tell_engine(standing("a"))
+        await directory.tell_server(server)
         now[0] = LISTED_SECONDS - 1
-        await directory.tell_engine("b", other)
+        await directory.tell_engine(standing("b", load=Load(1.5, 0.25, 3)))
+        one, other = (Endpoint(name, f"tcp://{name}:1", "fp", number) for number, name in enumerate("ab"))
         assert await directory.engines() == [one, other]
+        assert (await directory.describe()).servers == [server]
         now[0] = LISTED_SECONDS
-        assert (await directory.engines(), await directory.servers()) == ([other], [])
-        await directory.tell_engine("b", None)
+        told = ClusterEngine("1", "b", "a node", True, "tcp://b:1", "fp", 3, 1.5, 0.25)
+        assert await directory.engines() == [other]
+        assert await directory.describe() == Cluster([told], [])
+        await directory.tell_engine(standing("b", address=None))
         assert await directory.engines() == []
+        (down,) = (await directory.describe()).engines
+        assert (down.engine, down.is_ready) == ("1", False)
+        await directory.leave("b")
+        assert (await directory.describe()).engines == []
+
+    asyncio.run(scene())
+
+
+def test_a_replica_keeps_its_number_and_no_two_have_the_same() -> None:
+    async def scene() -> None:
+        directory = Directory()
+        assert [await directory.tell_engine(standing(name)) for name in "abc"] == [0, 1, 2]
+        await directory.leave("b")
+        assert [await directory.tell_engine(standing(name)) for name in "cda"] == [2, 1, 0]
+        another = Directory()  # started anew, it is told who had which
+        assert [await another.tell_engine(standing(name, number)) for name, number in (("c", 2), ("a", 0))] == [2, 0]
+        assert await another.tell_engine(standing("e")) == 1
+        assert await another.tell_engine(standing("d", 1)) == 3
 
     asyncio.run(scene())
 
@@ -45,16 +73,16 @@ def test_the_directory_tells_of_changes_at_once_and_of_nothing_else(monkeypatch:
 
     async def scene() -> None:
         directory = Directory()
-        endpoint = Endpoint("a", "tcp://a:1", "fp")
+        endpoint = Endpoint("a", "tcp://a:1", "fp", 0)
         number, found = await directory.watch(-1)
         assert found == []
         watching = asyncio.create_task(directory.watch(number))
         await asyncio.sleep(0)
-        await directory.tell_engine("a", endpoint)
+        await directory.tell_engine(standing("a"))
         later, found = await watching
         assert later != number
         assert found == [endpoint]
-        await directory.tell_engine("a", endpoint)
+        await directory.tell_engine(standing("a", 0, load=Load(1.0)))
         assert await directory.watch(later) == (later, [endpoint])
 
     asyncio.run(scene())

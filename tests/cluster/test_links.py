@@ -72,7 +72,7 @@ class Api:
     def __init__(self, fingerprint: str = FINGERPRINT) -> None:
         metrics = Metrics("fake")
         self.router = Router([], metrics)
-        self.fleet = Fleet(self.router, lambda number: EngineClient(str(number), metrics), KEYS, fingerprint)
+        self.fleet = Fleet(self.router, lambda name: EngineClient(name, metrics), KEYS, fingerprint)
 
     async def join(self, *engines: Played) -> None:
         self.fleet.update([engine.endpoint for engine in engines])

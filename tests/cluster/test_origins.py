@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import shoal.cluster.origins as origins_module
 from shoal.cluster.directory import Directory
-from shoal.cluster.origins import Origins, OriginTeller
+from shoal.cluster.origins import DirectoryPeers, Origins
 from shoal.server.peers import Identity, Origin
+from shoal.server.wire.responses import ClusterServer
 
 KEEP_SECONDS = 30.0
 
@@ -21,16 +22,20 @@ def origin_of(stream_id: str, num_bytes: int = 10) -> Origin:
     return Origin(Identity(stream_id, 1, 2), "m", "", "/v1/completions", {}, b"x" * num_bytes, KEEP_SECONDS)
 
 
+def server_of(replica: str) -> ClusterServer:
+    return ClusterServer(replica, "a node", f"http://{replica}")
+
+
 def test_a_stream_is_known_while_its_api_process_is_heard_of_and_a_while_after() -> None:
     async def scene() -> None:
         now = [0.0]
         directory = Directory(lambda: now[0])
         for replica in "ab":
-            await directory.tell_server(replica, f"http://{replica}")
+            await directory.tell_server(server_of(replica))
             await directory.keep_origin(replica, origin_of(f"of {replica}"))
         for _ in range(100):  # only the first goes on
             now[0] += 1
-            assert await directory.tell_server("a", "http://a")
+            assert await directory.tell_server(server_of("a"))
             assert (await directory.find_origin("of b") is None) == (now[0] > KEEP_SECONDS)
         assert await directory.find_origin("of a") == origin_of("of a")
 
@@ -69,12 +74,12 @@ def test_a_directory_that_is_new_is_told_again() -> None:
         async def ask(method: str, *args: Any) -> Any:
             return await getattr(directories[-1], method)(*args)
 
-        teller = OriginTeller("a", ask)
+        teller = DirectoryPeers("a", ask)
         for name in "xy":
             await teller.note(origin_of(name))
         directories.append(Directory())
         assert await teller.find("x") is None
-        await teller.tend({"x"}, is_known=await ask("tell_server", "a", "http://a"))
+        await teller.tend({"x"}, is_known=await ask("tell_server", server_of("a")))
         assert [await teller.find(name) for name in "xy"] == [origin_of("x"), None]
         await teller.forget("x")
         assert await teller.find("x") is None

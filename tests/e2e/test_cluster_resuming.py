@@ -17,7 +17,7 @@ from shoal.cluster.directory import Directory
 from shoal.cluster.fleet import Fleet
 from shoal.cluster.host import EngineHost
 from shoal.cluster.ingress import ApiServer
-from shoal.cluster.origins import OriginTeller
+from shoal.cluster.origins import DirectoryPeers
 from shoal.cluster.secret import Keys
 from shoal.server.settings import Settings, resolve
 from shoal.server.setup import make_client
@@ -71,7 +71,7 @@ class Api:
         async def ask(method: str, *args: Any) -> Any:
             return await getattr(directory, method)(*args)
 
-        self.peers = OriginTeller(name, ask)
+        self.peers = DirectoryPeers(name, ask)
         self.server = ApiServer(settings, "127.0.0.1", self.peers)
         self.streams = self.server.service.streams
         self.http = httpx.AsyncClient(base_url=self.server.url, headers=HEADERS, timeout=120)
@@ -171,6 +171,8 @@ def test_who_may_not_have_a_stream_or_comes_too_late_is_told_as_on_one_machine(
                 "POST", "/v1/completions", json=body, headers={"x-stream-resume": "true"}
             ) as asked:
                 streams.append(f"/v1/streams/{asked.headers['x-request-id']}")
+        info = (await other.http.get("/server_info")).json()
+        assert info["cluster"] == {"engines": [], "servers": []}  # nobody tells this directory where anything is
         strange = await other.http.get(streams[0], headers={"authorization": f"Bearer {KEYS[1]}"})
         unknown = await other.http.get("/v1/streams/cmpl-0")
         assert strange.status_code == unknown.status_code == 404

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.harness import Server
 from tests.test_deploy import DASHBOARD
 
-WORDS = {"sum", "max", "rate", "by", "histogram_quantile"}
+WORDS = {"sum", "max", "rate", "increase", "by", "histogram_quantile"}
 
 
 def test_every_series_and_label_of_the_dashboard_is_there(tiny: Server) -> None:
