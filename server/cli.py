@@ -130,8 +130,15 @@ def policies(as_json: bool) -> None:
 @click.option("--model", default=DEFAULT_MODEL, help="As of `shoal serve`; the same checkpoint, wherever it lies here.")
 @click.option("--device", default="cpu", help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; one for each core if not given.")
+@click.option(
+    "--secret-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the secret that the engine has in its parallel_secret_file.",
+)
 @click.option("--wait", "seconds", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait for an engine.")
-def rank_command(address: str, model: str, device: str, threads: int | None, seconds: float) -> None:
+def rank_command(
+    address: str, model: str, device: str, threads: int | None, *, secret_file: Path | None, seconds: float
+) -> None:
     """Compute a part of the model of the engine at HOST:PORT, which is its `--parallel-address`.
 
     When that engine ends, its successor is waited for.
@@ -139,8 +146,14 @@ def rank_command(address: str, model: str, device: str, threads: int | None, sec
     if find_spec("torch") is None:
         raise CommandError("rank", f"needs torch, which is not installed: run `{install_command('torch')}`")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the process below too
+    from shoal.server.engine.rank_secret import read_secret  # noqa: PLC0415 (numpy takes a while to load)
+
+    try:
+        secret = read_secret(secret_file)
+    except ShoalError as error:
+        raise CommandError("rank", error.message) from error
     command = [sys.executable, "-P", "-m", "shoal.server.engine.rank", address, model, device]
     while True:
-        done = subprocess.run([*command, str(threads or 0), str(seconds)], check=False)
+        done = subprocess.run([*command, str(threads or 0), str(seconds)], input=secret, check=False)
         if done.returncode == REFUSED:
             sys.exit(REFUSED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from shoal.scheduler.config import Config, setting
@@ -40,6 +41,9 @@ class BackendConfig(Config):
         None,
         pattern=r"\S+:\d{1,5}",
         help="host:port of this machine, at which ranks join (`shoal rank`); they are started here if not set.",
+    )
+    parallel_secret_file: Path | None = setting(
+        None, help="File with a secret that ranks of other machines share with the engine."
     )
     parallel_wait_seconds: float = setting(60.0, above=0, help="How long ranks may take to join.")
 

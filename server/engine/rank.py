@@ -1,7 +1,8 @@
-"""A rank that is not the first: `python -m shoal.server.engine.rank ADDRESS MODEL DEVICE [THREADS]`.
+"""A rank that is not the first: `python -m shoal.server.engine.rank ADDRESS MODEL DEVICE THREADS SECONDS`.
 
-It joins the engine at the address, loads its part of the model, and computes its part of each step that it is told of.
-It ends with the engine: when the connection ends.
+It joins the engine at the address, for which it waits that long, by the secret on its standard input.  It loads its
+part of the model, and computes its part of each step that it is told of.  It ends with the engine: when the connection
+ends.
 """
 
 from __future__ import annotations
@@ -17,30 +18,37 @@ from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.scheduler.errors import ConfigError, ShoalError
 from shoal.server.cli import REFUSED
+from shoal.server.engine.rank_secret import acquaint
 from shoal.server.engine.rank_wire import Hello, Loaded, RankSocket, Refused, Step, StrangerError, Welcome
 
 RETRY_SECONDS = 0.5
+ANSWER_SECONDS = 30.0  # in which an engine says that it is one; it takes ranks one after the other
 
 
-def join(address: str, hello: Hello, seconds: float) -> tuple[RankSocket, Welcome]:
+def join(address: str, hello: Hello, seconds: float, secret: bytes = b"") -> tuple[RankSocket, Welcome]:
     """Join the engine at an address, for which one waits this long.
 
     Raises:
-        ConfigError: there is none, or it does not take this rank.
+        ConfigError: there is none, it does not know the secret, or it does not take this rank.
     """
     engine = RankSocket(_connect(address, seconds))
-    engine.send(hello)
     try:
-        answer = engine.receive()  # comes when all ranks have joined
-    except StrangerError:
-        answer = hello
-    if isinstance(answer, Welcome):
-        return engine, answer
-    engine.close()
-    if isinstance(answer, Refused):
-        raise ConfigError(answer.message, param="address")
-    what = "ended the connection" if answer is None else "is no engine of Shoal"
-    raise ConfigError(f"what listens at {address} {what}", param="address")
+        engine.socket.settimeout(ANSWER_SECONDS)
+        acquaint(engine, secret, "rank")
+        engine.socket.settimeout(None)
+        engine.send(hello)
+        match engine.receive():  # comes when all ranks have joined
+            case Welcome() as welcome:
+                return engine, welcome
+            case Refused(message):
+                raise ConfigError(message, param="address")
+        raise StrangerError("ended the connection")
+    except ConfigError:
+        engine.close()
+        raise
+    except (StrangerError, OSError) as error:
+        engine.close()
+        raise ConfigError(f"what listens at {address} {error}", param="address") from error
 
 
 def _connect(address: str, seconds: float) -> socket.socket:
@@ -58,7 +66,7 @@ def _connect(address: str, seconds: float) -> socket.socket:
             return connection
 
 
-def run(address: str, model: str, device: str, threads: int | None, seconds: float = 0.0) -> None:
+def run(address: str, model: str, device: str, threads: int | None, *, secret: bytes, seconds: float) -> None:
     """Be a rank of the engine at an address, until that ends.
 
     Raises:
@@ -69,7 +77,7 @@ def run(address: str, model: str, device: str, threads: int | None, seconds: flo
 
     checkpoint = resolve_checkpoint(model)
     record = load_checkpoint(checkpoint)
-    engine, welcome = join(address, Hello.of(checkpoint, device), seconds)
+    engine, welcome = join(address, Hello.of(checkpoint, device), seconds, secret)
     try:
         config = replace(record.config.within(welcome.max_model_len), keeps_all=welcome.keeps_all)
         shard = Shard(Split(*welcome.split), welcome.rank)
@@ -96,9 +104,10 @@ def run(address: str, model: str, device: str, threads: int | None, seconds: flo
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which are the engine's: it ends this process
         signal.signal(number, signal.SIG_IGN)
-    address, model, device, threads, *seconds = sys.argv[1:]
+    address, model, device, threads, seconds = sys.argv[1:]
+    secret = sys.stdin.buffer.read()
     try:
-        run(address, model, device, int(threads) or None, *map(float, seconds))
+        run(address, model, device, int(threads) or None, secret=secret, seconds=float(seconds))
     except ShoalError as error:
         print(f"rank: {error.message}", file=sys.stderr)
         sys.exit(REFUSED)

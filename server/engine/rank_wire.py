@@ -30,6 +30,18 @@ _FIELDS = (
 )
 
 
+class Challenge(msgspec.Struct, tag=True, frozen=True):
+    """Bytes that nobody has seen before: who knows the secret answers with their digest.  Each end sends some first."""
+
+    nonce: bytes
+
+
+class Proof(msgspec.Struct, tag=True, frozen=True):
+    """The answer to a challenge."""
+
+    digest: bytes
+
+
 class Hello(msgspec.Struct, tag=True, frozen=True):
     """Who a rank is; the engine has the same.
 
@@ -113,13 +125,13 @@ class Step(msgspec.Struct, tag=True, frozen=True):
         return ForwardBatch(**arrays, hidden=np.empty(shape, np.float32) if self.wants_hidden else None)
 
 
-Message = Hello | Welcome | Refused | Loaded | Step
+Message = Challenge | Proof | Hello | Welcome | Refused | Loaded | Step
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 class StrangerError(Exception):
-    """What came is no message of a rank."""
+    """The other end is none of ours; the message follows the name of it."""
 
 
 class RankSocket:
@@ -150,14 +162,14 @@ class RankSocket:
         head = self._read(_LENGTH_BYTES)
         length = int.from_bytes(head or b"", "little")
         if length > _MAX_BYTES:
-            raise StrangerError(f"a message of {length} bytes")
+            raise StrangerError("is none of Shoal's engines and ranks")
         encoded = self._read(length)
         if not encoded:
             return None
         try:
             return _decoder.decode(encoded)
         except msgspec.DecodeError as error:
-            raise StrangerError(str(error)) from error
+            raise StrangerError("is none of Shoal's engines and ranks") from error
 
     def refuse(self, reason: str) -> None:
         """Say why there is no more to say, if there is somebody to hear it."""

@@ -5,7 +5,9 @@ The others are `rank.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import selectors
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.step.batch import ForwardBatch
 from shoal.scheduler.errors import ConfigError
 from shoal.server.engine.backends import PARALLEL
+from shoal.server.engine.rank_secret import NONCE_BYTES, acquaint, read_secret
 from shoal.server.engine.rank_wire import Hello, Loaded, RankSocket, Refused, Step, StrangerError, Welcome
 from shoal.server.engine.share import threads_of_rank
 from shoal.server.settings import Settings
@@ -53,6 +56,7 @@ class Crew:
         self.members: list[RankSocket] = []
         self.host = ""
         self._settings, self._num_needed, self._lost = settings, split.num_ranks - 1, lost
+        self._secret = b""
         self._processes: list[subprocess.Popen[bytes]] = []
         self._watcher: threading.Thread | None = None
         self._is_closed = False
@@ -66,8 +70,10 @@ class Crew:
         config = self._settings.engine
         checkpoint = resolve_checkpoint(self._settings.model)
         own = Hello.of(checkpoint, config.device)
+        is_here = config.parallel_address is None
+        self._secret = os.urandom(NONCE_BYTES) if is_here else read_secret(config.parallel_secret_file)
         with _listen(config.parallel_address) as listener:
-            if config.parallel_address is None:
+            if is_here:
                 for number in range(1, self._num_needed + 1):
                     self._processes.append(self._start(number, listener.getsockname()[1]))
             else:
@@ -142,7 +148,7 @@ class Crew:
         config = self._settings.engine
         device = config.device if config.device == "cpu" else f"cuda:{number}"
         command = [sys.executable, "-P", "-m", "shoal.server.engine.rank", f"127.0.0.1:{port}", self._settings.model]
-        return subprocess.Popen([*command, device, str(threads_of_rank(config))], stdin=subprocess.DEVNULL)
+        return _start_rank([*command, device, str(threads_of_rank(config)), "0"], self._secret)
 
     def _accept_all(self, listener: socket.socket, own: Hello) -> None:
         config = self._settings.engine
@@ -171,11 +177,11 @@ class Crew:
         connection.settimeout(HELLO_SECONDS)
         member = RankSocket(connection)
         try:
-            hello = member.receive()
-        except (StrangerError, TimeoutError):
-            hello = None
-        if not isinstance(hello, Hello):
-            logger.warning("%s is no rank, and is sent away", member.peer)
+            acquaint(member, self._secret, "engine")
+            if not isinstance(hello := member.receive(), Hello):
+                raise StrangerError("has ended")
+        except (StrangerError, OSError) as error:
+            logger.warning("%s %s, and is sent away", member.peer, error)
             member.close()
             return
         if difference := own.difference(hello):
@@ -197,6 +203,15 @@ class Crew:
             (key, _), *_ = selector.select()
         if not self._is_closed:
             self._lost(key.data)
+
+
+def _start_rank(command: list[str], secret: bytes) -> subprocess.Popen[bytes]:
+    """Start the process of a rank, and give it the secret on its standard input, where no other user sees it."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(secret)
+    return process
 
 
 def _listen(address: str | None) -> socket.socket:

@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
+import shoal.server.engine.rank as rank_module
 from shoal.model.backends.split import Split
 from shoal.scheduler.errors import ConfigError
 from shoal.server.engine.build import build_engine
 from shoal.server.engine.rank import join
-from shoal.server.engine.rank_wire import Hello, Loaded, Refused, Welcome
+from shoal.server.engine.rank_secret import read_secret
+from shoal.server.engine.rank_wire import Challenge, Hello, Loaded, Proof, RankSocket, Refused, Welcome
 from shoal.server.engine.ranks import Crew
 from shoal.server.settings import resolve
 from tests.e2e.checkpoints import random_checkpoint
 
+SECRET = "a secret of the test"
 ANOTHER = Hello("0.0.0", "abacus", "0123")
 WELCOME = Welcome(1, (2, 1, 1), 1, "float32", 8, 16, 64, keeps_all=False)
 
@@ -41,8 +44,15 @@ def address() -> str:
 def crew_at(checkpoint: Path) -> Iterator[Callable[..., Crew]]:
     crews = []
 
-    def make(address: str, num_ranks: int = 2, seconds: float = 30, lost: Any = print) -> Crew:
-        engine = {"tensor_parallel": num_ranks, "parallel_address": address, "parallel_wait_seconds": seconds}
+    def make(
+        address: str, num_ranks: int = 2, seconds: float = 30, lost: Any = print, secret_file: Path | None = None
+    ) -> Crew:
+        engine = {
+            "tensor_parallel": num_ranks,
+            "parallel_address": address,
+            "parallel_wait_seconds": seconds,
+            "parallel_secret_file": secret_file,
+        }
         crews.append(Crew(resolve({"model": str(checkpoint), "engine": engine}), Split(tensor=num_ranks), lost))
         return crews[-1]
 
@@ -103,12 +113,72 @@ def test_strangers_are_sent_away(
         with closing(connected(address)) as stranger:
             stranger.sendall(words)
             with suppress(ConnectionError):
-                assert stranger.recv(1) == b""
+                while stranger.recv(1024):  # until it is sent away
+                    pass
     joining = pool.submit(join, address, Hello.of(checkpoint, "cpu"), 30)
     gathering.result(30)
     crew.close()
     with pytest.raises(ConfigError, match="ended the connection"):
         joining.result(30)
+
+
+@pytest.mark.parametrize(
+    ("its", "own"), [("a secret of another", SECRET), ("", SECRET), (SECRET, "")], ids=["other", "none", "needless"]
+)
+def test_a_rank_without_the_secret_is_sent_away_and_both_say_so(
+    its: str,
+    own: str,
+    *,
+    address: str,
+    checkpoint: Path,
+    crew_at: Callable[..., Crew],
+    pool: ThreadPoolExecutor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The engine goes on waiting for one that has it."""
+    file = tmp_path / "secret"
+    file.write_text(own + "\n")
+    crew = crew_at(address, secret_file=file if own else None)
+    gathering = pool.submit(crew.gather)
+    hello = Hello.of(checkpoint, "cpu")
+    with pytest.raises(ConfigError, match="does not know the secret of this model's ranks"):
+        join(address, hello, 30, its.encode())
+    joining = pool.submit(join, address, hello, 30, own.encode())
+    gathering.result(30)
+    assert "does not know the secret of this model's ranks (parallel_secret_file), and is sent away" in caplog.text
+    crew.welcome(WELCOME)
+    rank, _ = joining.result(30)
+    rank.close()
+
+
+def test_a_proof_that_was_heard_proves_nothing(
+    address: str, crew_at: Callable[..., Crew], pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """Who sends back what the engine says has its own challenge answered, and no more."""
+    file = tmp_path / "secret"
+    file.write_text(SECRET)
+    gathering = pool.submit(crew_at(address, seconds=2, secret_file=file).gather)
+    mirror = RankSocket(connected(address))
+    with closing(mirror):
+        for kind in (Challenge, Proof):
+            heard = mirror.receive()
+            assert isinstance(heard, kind)
+            mirror.send(heard)
+        assert mirror.receive() is None
+    with pytest.raises(ConfigError, match="0 of 1 ranks joined"):
+        gathering.result(30)
+
+
+def test_secrets_that_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("short\n")
+    for wrong, message in ((file, "at least 16 characters"), (tmp_path / "nowhere", "No such file")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            read_secret(wrong)
+        assert caught.value.param == "parallel_secret_file"
+    file.write_text(SECRET + "\n")
+    assert read_secret(file) == SECRET.encode()
 
 
 @pytest.mark.parametrize("field", Hello.__struct_fields__)
@@ -163,13 +233,21 @@ def test_addresses_that_cannot_be(address: str, crew_at: Callable[..., Crew]) ->
             join(wrong, ANOTHER, 0)
 
 
+def test_what_listens_may_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_module, "ANSWER_SECONDS", 0.2)
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        address = "{}:{}".format(*server.getsockname())
+        with pytest.raises(ConfigError, match=f"what listens at {address} timed out"):
+            join(address, ANOTHER, 30)
+
+
 def test_what_listens_may_be_no_engine(pool: ThreadPoolExecutor) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         joining = pool.submit(join, f"127.0.0.1:{server.getsockname()[1]}", ANOTHER, 30)
         connection, _ = server.accept()
         with closing(connection):
             connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
-        with pytest.raises(ConfigError, match="is no engine of Shoal"):
+        with pytest.raises(ConfigError, match="is none of Shoal's engines and ranks"):
             joining.result(30)
 
 
