@@ -41,7 +41,7 @@ test-all: $(VENV)/.dev
 	@$(BUILD_NATIVE) || true
 	$(call run_tests,-m '')
 
-# A cluster on a Ray node of this machine, which the tests start and end.
+# Clusters on one and on two Ray nodes of this machine, which the tests start and end.
 test-cluster: $(VENV)/.cluster
 	@$(BUILD_NATIVE) || true
 	$(BIN)/python -m pytest -m '' tests/cluster $(ARGS)

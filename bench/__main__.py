@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bench import constraints, engine, latent, peers, roofline, router, scheduling, server, speculation, start
+from bench import cluster, constraints, engine, latent, peers, roofline, router, scheduling, server, speculation, start
 from shoal.model.checkpoint.find import resolve_checkpoint
 
 BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
     "constraints": constraints.run,
     "scheduling": scheduling.run,
     "router": router.run,
+    "cluster": cluster.run,
     "peers": peers.run,
     "speculation": speculation.run,
 }

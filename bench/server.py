@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -73,9 +75,9 @@ def _serve_over_http(
         TemporaryDirectory() as folder,
         ServerProcess(["--model", str(checkpoint), *ARGUMENTS], Path(folder) / "log") as server,
     ):
-        stream_all(server.url, prompts, 4)
+        stream_all([server.url], prompts, 4)
         before = (*server.cpu_seconds(), time.process_time())
-        wall, ttft = stream_all(server.url, prompts, max_tokens)
+        wall, ttft = stream_all([server.url], prompts, max_tokens)
         after = (*server.cpu_seconds(), time.process_time())
         api, engine, client = (now - then for now, then in zip(after, before, strict=True))
     return {
@@ -90,16 +92,25 @@ def _serve_over_http(
     }
 
 
-def stream_all(url: str, prompts: list[list[int]], max_tokens: int) -> tuple[float, float]:
-    """Return the seconds of concurrent streams of `max_tokens` tokens, one for each prompt, and the median TTFT."""
+def stream_all(urls: Sequence[str], prompts: list[list[int]], max_tokens: int) -> tuple[float, float]:
+    """Return the seconds of concurrent streams of `max_tokens` tokens, one for each prompt, and the median TTFT.
+
+    Several servers share the prompts out.
+    """
     fields = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     bodies = [json.dumps({"prompt": p, **fields, "stream_options": {"include_usage": True}}).encode() for p in prompts]
     records = [RequestRecord(request_id=str(number), sent_at=0.0) for number in range(len(prompts))]
-    client = CompletionClient(url, timeout_seconds=TIMEOUT_SECONDS)
+    clients = [CompletionClient(url, timeout_seconds=TIMEOUT_SECONDS) for url in urls]
     began = time.perf_counter()
-    gevent.joinall([gevent.spawn(client.stream, *one, time.perf_counter) for one in zip(bodies, records, strict=True)])
+    gevent.joinall(
+        [
+            gevent.spawn(client.stream, body, record, time.perf_counter)
+            for client, body, record in zip(cycle(clients), bodies, records, strict=False)
+        ]
+    )
     seconds = time.perf_counter() - began
-    client.close()
+    for client in clients:
+        client.close()
     for record in records:
         assert record.error is None, record.error
         assert record.num_output_tokens == max_tokens, f"expected {max_tokens} tokens, got {record.num_output_tokens}"

@@ -60,7 +60,7 @@ def build(args: Mapping[str, Any]) -> Any:
     ingress = serve.deployment(
         IngressReplica,
         name="ingress",
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0.01},  # without any Ray would put all of them on one node
         graceful_shutdown_timeout_s=made.settings().server.drain_seconds + 10,
         **health,
     )

@@ -28,6 +28,7 @@ from shoal.server.wire.responses import ClusterServer
 logger = logging.getLogger("shoal.cluster")
 
 NAMESPACE = "shoal"
+HEAD = "node:__internal_head__"  # a resource that Ray gives to the head alone
 ASK_SECONDS = 1.0  # for what the directory has to answer
 RETRY_SECONDS = 1.0  # after a directory that did not answer
 
@@ -43,7 +44,10 @@ class Plan(Struct):
 
 
 def find_directory(app_name: str) -> Any:
-    """The handle of a cluster's directory, which is made if it is not there."""
+    """The handle of a cluster's directory, which is made if it is not there.
+
+    It is on Ray's head, without which there is no cluster, so that no other node takes it away together with a replica.
+    """
     kind = ray.remote(Directory).options(
         name=f"directory of {app_name}",
         namespace=NAMESPACE,
@@ -51,6 +55,7 @@ def find_directory(app_name: str) -> Any:
         lifetime="detached",
         max_restarts=-1,
         num_cpus=0,
+        resources={HEAD: 0.001},
         max_concurrency=1000,
     )
     return kind.remote()

@@ -95,14 +95,17 @@ class Directory:
         endpoints = [one.endpoint for one in self._listed(self._engines)]
         return [one for one in endpoints if one is not None]
 
-    async def keep_origin(self, replica: str, origin: Origin) -> None:
-        """The API process has a stream that is made of this."""
+    async def keep_origin(self, replica: str, origin: Origin) -> bool:
+        """The API process has a stream that is made of this; returns that it is known now."""
+        self._heard_at[replica] = self._clock()
         self._origins.put(replica, origin)
+        return True
 
-    async def find_origin(self, stream_id: str) -> Origin | None:
-        """What a stream is made of, if anybody has it, or had it a while ago."""
+    async def find_origin(self, stream_id: str) -> list[Origin]:
+        """What a stream is made of, if anybody has it, or had it a while ago; else nothing."""
         self._origins.expire(self._silence)
-        return self._origins.find(stream_id)
+        found = self._origins.find(stream_id)
+        return [] if found is None else [found]
 
     async def drop_origins(self, stream_ids: list[str], replica: str | None = None) -> None:
         """See `Origins.drop`."""

@@ -17,7 +17,7 @@ from shoal.server.engine.packing import decode_hook
 
 logger = logging.getLogger("shoal.cluster")
 
-HEARTBEAT_MS, SILENCE_MS = 200, 1000  # a peer that does not answer for so long is gone
+HEARTBEAT_MS, SILENCE_MS = 100, 300  # a peer whose thread of zmq does not answer for so long is gone
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine, dec_hook=decode_hook)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
+from shoal.server.errors import EngineUnavailableError
 from shoal.server.peers import Origin
 from shoal.server.wire.responses import Cluster
 
@@ -63,6 +64,7 @@ class DirectoryPeers:
         self._replica = replica
         self._ask = ask
         self._own = Origins()
+        self._untold: set[str] = set()  # ids of those that the directory did not take
 
     async def describe(self) -> Cluster | None:
         found: Cluster | None = await self._ask("describe")
@@ -70,11 +72,15 @@ class DirectoryPeers:
 
     async def note(self, origin: Origin) -> None:
         self._own.put(self._replica, origin)
-        await self._ask("keep_origin", self._replica, origin)
+        await self._tell(origin)
 
     async def find(self, stream_id: str) -> Origin | None:
-        found: Origin | None = await self._ask("find_origin", stream_id)
-        return found
+        found: list[Origin] | None = await self._ask("find_origin", stream_id)
+        if found is None:
+            raise EngineUnavailableError(
+                "the cluster's directory does not answer, which knows streams; try again later"
+            )
+        return found[0] if found else None
 
     async def forget(self, stream_id: str) -> None:
         self._own.drop([stream_id])
@@ -88,8 +94,15 @@ class DirectoryPeers:
             is_known: whether the directory knew the API process; one that was started anew knows nobody.
         """
         gone = [origin.identity.id for origin in self._own.all if origin.identity.id not in held]
+        self._untold.intersection_update(held)
         if gone:
             self._own.drop(gone)
             await self._ask("drop_origins", gone, self._replica)
-        for origin in [] if is_known else self._own.all:
-            await self._ask("keep_origin", self._replica, origin)
+        for origin in self._own.all:
+            if not is_known or origin.identity.id in self._untold:
+                await self._tell(origin)
+
+    async def _tell(self, origin: Origin) -> None:
+        self._untold.add(origin.identity.id)
+        if await self._ask("keep_origin", self._replica, origin):
+            self._untold.discard(origin.identity.id)

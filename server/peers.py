@@ -58,7 +58,11 @@ class Peers(Protocol):
         """Have the others know of a stream that begins here."""
 
     async def find(self, stream_id: str) -> Origin | None:
-        """What a stream is made of, wherever it began."""
+        """What a stream is made of, wherever it began; None if nobody has it.
+
+        Raises:
+            EngineUnavailableError: it cannot be known now.
+        """
 
     async def forget(self, stream_id: str) -> None:
         """Have nobody make the stream again."""

@@ -113,7 +113,7 @@ def _start(contender: Contender, checkpoint: Path, folder: Path) -> Iterator[Gen
     if contender.engine == "Shoal":
         options = ["--model", str(weights), *ARGUMENTS, *contender.arguments]
         with ServerProcess(options, folder / f"{contender.precision}.log") as server:
-            yield lambda *work: stream_all(server.url, *work)[0]
+            yield lambda *work: stream_all([server.url], *work)[0]
     else:
         module, _ = PEERS[contender.engine]
         with fresh_process() as process:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import shoal.cluster.origins as origins_module
 from shoal.cluster.directory import Directory
 from shoal.cluster.origins import DirectoryPeers, Origins
+from shoal.server.errors import EngineUnavailableError
 from shoal.server.peers import Identity, Origin
 from shoal.server.wire.responses import ClusterServer
 
@@ -36,8 +37,11 @@ def test_a_stream_is_known_while_its_api_process_is_heard_of_and_a_while_after()
         for _ in range(100):  # only the first goes on
             now[0] += 1
             assert await directory.tell_server(server_of("a"))
-            assert (await directory.find_origin("of b") is None) == (now[0] > KEEP_SECONDS)
-        assert await directory.find_origin("of a") == origin_of("of a")
+            assert (await directory.find_origin("of b") == []) == (now[0] > KEEP_SECONDS)
+        await directory.keep_origin("b", origin_of("another of b"))  # so that it is heard of again
+        await directory.tell_server(server_of("a"))
+        assert await directory.find_origin("another of b") == [origin_of("another of b")]
+        assert await directory.find_origin("of a") == [origin_of("of a")]
 
     asyncio.run(scene())
 
@@ -67,6 +71,22 @@ def test_the_newest_are_kept_in_so_many_bytes(puts: list[tuple[int, int]]) -> No
             assert origins.all == expected
 
 
+def test_what_the_directory_did_not_take_it_is_told_again() -> None:
+    async def scene() -> None:
+        directory, is_there = Directory(), [False]
+
+        async def ask(method: str, *args: Any) -> Any:
+            return await getattr(directory, method)(*args) if is_there[0] else None
+
+        teller = DirectoryPeers("a", ask)
+        await teller.note(origin_of("x"))
+        is_there[0] = True
+        await teller.tend({"x"}, is_known=True)
+        assert await teller.find("x") == origin_of("x")
+
+    asyncio.run(scene())
+
+
 def test_a_directory_that_is_new_is_told_again() -> None:
     async def scene() -> None:
         directories = [Directory()]
@@ -83,5 +103,11 @@ def test_a_directory_that_is_new_is_told_again() -> None:
         assert [await teller.find(name) for name in "xy"] == [origin_of("x"), None]
         await teller.forget("x")
         assert await teller.find("x") is None
+
+        async def silence(method: str, *args: Any) -> None:
+            """A directory that does not answer."""
+
+        with pytest.raises(EngineUnavailableError, match="the cluster's directory does not answer"):
+            await DirectoryPeers("b", silence).find("x")
 
     asyncio.run(scene())

@@ -1,4 +1,4 @@
-"""A cluster on a real Ray node of this machine, by the commands that its users type; two nodes with `-m long`."""
+"""A cluster on a real Ray node of this machine, by the commands that its users type; `make test-cluster` runs all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: make test-cluster installs it")
 
 NUM_STREAMS, NUM_TOKENS, PATIENCE = 16, 200, 240.0
+READ_SECONDS = 17.0  # a server that lives sends something every 15 s
 BIN = Path(sys.executable).parent
 SETTINGS = (
     "--num-cpus",
@@ -66,27 +67,81 @@ def until(what: str, holds: Callable[[], Any]) -> Any:
 
 
 class Cluster:
-    """A cluster that is up, and its first API process."""
+    """A cluster that is up.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        options: of `up`, each time.
+
+    Attributes:
+        url: of its first API process.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
+        self.options = options
+        self.url = ""
         self.up("2")
 
     def up(self, replicas: str, *options: str) -> None:
-        told = json.loads(shoal(self.folder, "up", "--json", "--replicas", replicas, *options, *SETTINGS).stdout)
-        self.url = told["API processes"][0]["url"]
+        told = shoal(self.folder, "up", "--json", "--replicas", replicas, *SETTINGS, *self.options, *options).stdout
+        self.url = json.loads(told)["API processes"][0]["url"]
         self.wait_engines(int(replicas))
 
+    def info(self) -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{self.url}/server_info", timeout=PATIENCE).json()
+        return found
+
     def engines(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = httpx.get(f"{self.url}/server_info", timeout=PATIENCE).json()["engines"]
-        return [one for one in found if one["is_ready"]]
+        return [one for one in self.info()["engines"] if one["is_ready"]]
+
+    def servers(self) -> list[dict[str, Any]]:
+        """The API processes, the first one before the others."""
+        return sorted(self.info()["cluster"]["servers"], key=lambda one: bool(one["url"] != self.url))
 
     def wait_engines(self, count: int) -> None:
         until(f"{count} engines", lambda: len(self.engines()) == count)
 
     def stream(self, number: int) -> tuple[str, list[Any]]:
         """The text of a stream, and its log-probabilities."""
-        text, logprobs = "", []
+        stream = Stream()
+        stream.begin(self.url, number)
+        assert stream.is_ended
+        return stream.read
+
+    def resumed(self, urls: Sequence[str], number: int) -> tuple[str, list[Any]]:
+        """The same of a stream that goes on at the next address each time that the connection breaks."""
+        stream = Stream()
+        for url in urls:
+            try:
+                if not stream.last_id:
+                    stream.begin(url, number)
+                else:
+                    stream.go_on(url)
+            except httpx.TransportError:
+                continue
+            if stream.is_ended:
+                return stream.read
+        raise AssertionError("the stream never ended")
+
+
+class Stream:
+    """A stream of completions as far as it was read.
+
+    Attributes:
+        last_id: of the last event.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.logprobs: list[Any] = []
+        self.last_id = ""
+        self.is_ended = False
+
+    @property
+    def read(self) -> tuple[str, list[Any]]:
+        return self.text, self.logprobs
+
+    def begin(self, url: str, number: int) -> None:
         body = {
             "prompt": f"def f{number}(",
             "max_tokens": NUM_TOKENS,
@@ -96,16 +151,25 @@ class Cluster:
             "stream": True,
             "logprobs": 1,
         }
-        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=PATIENCE) as response:
+        self._read("POST", f"{url}/v1/completions", json=body, headers={"x-stream-resume": "true"})
+
+    def go_on(self, url: str) -> None:
+        stream_id = self.last_id.rpartition(":")[0]
+        self._read("GET", f"{url}/v1/streams/{stream_id}", headers={"last-event-id": self.last_id})
+
+    def _read(self, method: str, url: str, **rest: Any) -> None:
+        with httpx.stream(method, url, timeout=httpx.Timeout(PATIENCE, read=READ_SECONDS), **rest) as response:
             assert response.status_code == 200, response.read()
             for line in response.iter_lines():
+                if line.startswith("id: "):
+                    self.last_id = line.removeprefix("id: ")
                 if line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data: "))
                     assert "error" not in event, event
                     for choice in event["choices"]:
-                        text += choice["text"]
-                        logprobs += (choice["logprobs"] or {}).get("token_logprobs", [])
-        return text, logprobs
+                        self.text += choice["text"]
+                        self.logprobs += (choice["logprobs"] or {}).get("token_logprobs", [])
+                self.is_ended = self.is_ended or line == "data: [DONE]"
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +189,12 @@ def process_of(engine: dict[str, Any], whose: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("whose", "how"), [("engine", signal.SIGKILL), ("replica", signal.SIGKILL), ("engine", signal.SIGSTOP)]
+    ("whose", "how"),
+    [
+        ("engine", signal.SIGKILL),
+        pytest.param("replica", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("engine", signal.SIGSTOP, marks=pytest.mark.long),
+    ],
 )
 def test_streams_go_on_elsewhere_to_the_bit(cluster: Cluster, whose: str, how: signal.Signals) -> None:
     cluster.wait_engines(2)
@@ -140,6 +209,30 @@ def test_streams_go_on_elsewhere_to_the_bit(cluster: Cluster, whose: str, how: s
     cluster.wait_engines(2)
 
 
+@pytest.mark.long
+def test_streams_of_an_api_process_that_dies_go_on_at_another(cluster: Cluster) -> None:
+    cluster.up("2", "--ingresses", "2")
+    until("two API processes", lambda: len(cluster.servers()) == 2)
+    first, second = (one["url"] for one in cluster.servers())
+    undisturbed = [cluster.stream(number) for number in range(NUM_STREAMS)]
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        streams = [pool.submit(cluster.resumed, (second, first), number) for number in range(NUM_STREAMS)]
+        until(
+            "they run",
+            lambda: sum(one["num_unfinished"] for one in httpx.get(f"{second}/server_info").json()["engines"]) > 8,
+        )
+        os.kill(listener(int(second.rpartition(":")[2])), signal.SIGKILL)
+        assert [stream.result() for stream in streams] == undisturbed
+    cluster.up("2")
+
+
+def listener(port: int) -> int:
+    """The process that listens there."""
+    found = (one.pid for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr.port == port)
+    return next(pid for pid in found if pid is not None)
+
+
+@pytest.mark.long
 def test_nothing_is_lost_while_engines_come_and_go(cluster: Cluster) -> None:
     undisturbed = [cluster.stream(number) for number in range(NUM_STREAMS)]
     ends = threading.Event()
@@ -161,6 +254,7 @@ def test_nothing_is_lost_while_engines_come_and_go(cluster: Cluster) -> None:
         assert min(stream.result() for stream in streams) > 0
 
 
+@pytest.mark.long
 def test_a_cluster_with_other_numbers_takes_over(cluster: Cluster) -> None:
     """A rolling update of a setting by which other numbers are computed: no stream sees both."""
     before = cluster.stream(0)

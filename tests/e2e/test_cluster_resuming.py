@@ -183,8 +183,7 @@ def test_who_may_not_have_a_stream_or_comes_too_late_is_told_as_on_one_machine(
 
         assert (await other.http.delete(streams[1])).status_code == 204  # made again by nobody, wherever it is held
         assert (await other.http.get(streams[1])).status_code == 404
-        origin = await directory.find_origin(streams[2].rpartition("/")[2])
-        assert origin is not None
+        (origin,) = await directory.find_origin(streams[2].rpartition("/")[2])
         await directory.keep_origin("first", msgspec.structs.replace(origin, maker="0.0.1 fp_0"))
         expired = await other.http.get(streams[2])
         assert (expired.status_code, expired.json()["error"]["code"]) == (410, "stream_expired")
