@@ -63,7 +63,7 @@ class Call(ABC, Generic[Body]):
         headers = self.headers
         if is_held(self.service, self.request, is_stream=self.body.stream):
             work = self.stream if self.body.stream else only_event(self.complete())
-            if self.service.peers is not None:
+            if self.body.stream and self.service.peers is not None:
                 self.generation.news.keep_order()
             is_stream, shape = self.body.stream, self.shape
             return await hold(self.service, self.request, self.id, headers, work, is_stream=is_stream, shape=shape)
