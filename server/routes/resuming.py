@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import cache
 
 from fastapi import APIRouter, Request
@@ -49,6 +50,8 @@ def streams_router(service: Service) -> APIRouter:
             StreamExpiredError: here other tokens might be chosen.
             InvalidRequestError, QueueFullError, EngineUnavailableError: it cannot be made again.
         """
+        with suppress(NotFoundError):
+            return find(stream_id, request)
         async with turns:  # of many who ask for a stream, the first has it made
             try:
                 return find(stream_id, request)
