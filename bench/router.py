@@ -6,19 +6,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 from random import Random
 from statistics import mean, median, quantiles
-from typing import Protocol
 
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.kv_cache import KVCache
 from shoal.scheduler.output import SamplingParams
 from shoal.scheduler.prefix_cache import extend_hashes
 from shoal.scheduler.request import Request
+from shoal.scheduler.plain_routing import ROUTINGS, LeastLoaded
 from shoal.scheduler.routing import PrefixRouting
 from shoal.terminal import show
 
@@ -29,61 +28,6 @@ CONVERSATIONS_PER_SECOND = 4.0  # for each engine, which then has some two third
 NUM_PROMPTS, PROMPT_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 40, (100, 800), (16, 200), (16, 200)
 NUM_TURNS, TURN_SECONDS = (1, 8), (2.0, 15.0)
 COST_ENGINES, COST_BLOCKS, COST_PROMPT_BLOCKS, COST_CHOICES = 100, 1_000_000, 64, 5_000
-
-
-class Routing(Protocol):
-    """What the benchmark asks of a way to choose engines: see `PrefixRouting`."""
-
-    def join(self, engine: int, num_blocks: int) -> None: ...
-
-    def set_load(self, engine: int, load: int) -> None: ...
-
-    def route(self, hashes: Sequence[bytes]) -> int: ...
-
-
-class LeastLoaded:
-    """The engine with the fewest unfinished requests; of several any."""
-
-    def __init__(self) -> None:
-        self._random = Random(0)
-        self._loads: list[int] = []
-
-    def join(self, engine: int, num_blocks: int) -> None:
-        self._loads.append(0)
-
-    def set_load(self, engine: int, load: int) -> None:
-        self._loads[engine] = load
-
-    def route(self, hashes: Sequence[bytes]) -> int:
-        return min(self._candidates(hashes), key=self._loads.__getitem__)
-
-    def _candidates(self, hashes: Sequence[bytes]) -> Sequence[int]:
-        return self._random.sample(range(len(self._loads)), len(self._loads))
-
-
-class PowerOfTwo(LeastLoaded):
-    """The less loaded of two engines that are drawn."""
-
-    def _candidates(self, hashes: Sequence[bytes]) -> Sequence[int]:
-        return self._random.sample(range(len(self._loads)), 2)
-
-
-class ConsistentHash(LeastLoaded):
-    """The engine whose number, hashed with the prompt's first blocks, is the greatest."""
-
-    NUM_FIRST = 4
-
-    def _candidates(self, hashes: Sequence[bytes]) -> Sequence[int]:
-        first = hashes[: self.NUM_FIRST][-1] if hashes else self._random.randbytes(16)
-        return [max(range(len(self._loads)), key=lambda engine: blake2b(first + bytes([engine])).digest())]
-
-
-ROUTINGS: dict[str, Callable[[], Routing]] = {
-    "prefix": PrefixRouting,
-    "load": LeastLoaded,
-    "hash": ConsistentHash,
-    "pow2": PowerOfTwo,
-}
 
 
 def run(checkpoint: Path, *, repeats: int, **_: object) -> dict[str, object]:
@@ -165,7 +109,7 @@ class Engine:
 
 
 def _play(
-    make: Callable[[], Routing], num_engines: int, num_sources: int, seed: int, num_blocks: int
+    make: Callable[[], PrefixRouting], num_engines: int, num_sources: int, seed: int, num_blocks: int
 ) -> tuple[float, float, float]:
     """Have conversations go over engines, in virtual time.
 

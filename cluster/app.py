@@ -10,14 +10,15 @@ from ray import serve
 
 from shoal.cluster.deployments import EngineReplica, IngressReplica, Plan
 from shoal.cluster.secret import Keys
+from shoal.scheduler.autoscaling import DOWNSCALE_SECONDS, INTERVAL_SECONDS, LOOK_BACK_SECONDS, UPSCALE_SECONDS
 from shoal.scheduler.errors import ConfigError
 from shoal.server.settings import resolve
 
 SCALING = {
-    "upscale_delay_s": 5,
-    "downscale_delay_s": 30,
-    "metrics_interval_s": 1,
-    "look_back_period_s": 5,
+    "upscale_delay_s": UPSCALE_SECONDS,
+    "downscale_delay_s": DOWNSCALE_SECONDS,
+    "metrics_interval_s": INTERVAL_SECONDS,
+    "look_back_period_s": LOOK_BACK_SECONDS,
     "policy": {"policy_function": "shoal.cluster.autoscaling:autoscale"},
 }
 

@@ -1,17 +1,11 @@
-"""How many engines a cluster needs."""
+"""The policy that Serve asks how many engine replicas there should be."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import ceil
 from typing import Any
 
-QUEUE_SECONDS, KV_CACHE_USAGE = 1.0, 0.7  # that the mean over the engines should have
-
-
-def needed(num_engines: int, queue_seconds: float, kv_cache_usage: float) -> int:
-    """The number of engines with which the means of both would be what they should be, each being shared out."""
-    return max(1, ceil(num_engines * max(queue_seconds / QUEUE_SECONDS, kv_cache_usage / KV_CACHE_USAGE)))
+from shoal.scheduler.autoscaling import needed
 
 
 def autoscale(context: Any) -> tuple[int, dict[str, Any]]:

@@ -72,6 +72,8 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         deviations: measured over predicted seconds of steps, by their least number of streams; ascending, each for an
             equal share of the profile's steps.  The twin draws from them, so that predictions contain what else the
             machine did, above all passing on tokens on the engine's cores.  If empty, nothing deviates.
+        crowding: what a step takes while 1, 2, ... engines compute on the machine, over what is predicted; empty if the
+            profile was taken with one engine.
         send_seconds: of a request on its way from the user to the engine.
         delivery_seconds: of a token on its way from the end of its step to the user.
     """
@@ -82,25 +84,35 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sample_seconds: Amount = 0.0
     stream_seconds: Amount = 0.0
     deviations: dict[Count, Annotated[tuple[Amount, ...], Meta(min_length=1)]] = {}
+    crowding: tuple[Amount, ...] = ()
     send_seconds: Amount = 0.0
     delivery_seconds: Amount = 0.0
 
     def seconds(self, shape: StepShape) -> float:
         """The seconds of a step that does not deviate; 0 if it computes nothing."""
-        if not shape.num_tokens:
-            return 0.0
+        return next(self.plain_seconds(shape)) if shape.num_tokens else 0.0
+
+    def plain_seconds(self, shape: StepShape) -> Iterator[float]:
+        """The seconds of steps that follow each other: one of this shape, and then those in which its rows decode."""
         counts = sorted(self.token_seconds)
         place = min(max(bisect_right(counts, shape.num_tokens), 1), len(counts) - 1)
         before, after = counts[place - 1], counts[place]
         slope = (self.token_seconds[after] - self.token_seconds[before]) / (after - before)
-        return (
+        same = (
             self.token_seconds[before]
             + slope * (shape.num_tokens - before)
-            + self.pair_seconds * shape.num_pairs
-            + self.key_seconds * shape.num_keys
             + self.sample_seconds * shape.num_samples
             + self.stream_seconds * shape.num_streams
         )
+        num_pairs, num_keys = shape.num_pairs, shape.num_keys
+        while True:
+            yield same + (self.pair_seconds * num_pairs + self.key_seconds * num_keys)
+            num_pairs += shape.num_samples
+            num_keys += shape.num_samples
+
+    def crowded(self, num_busy: int) -> float:
+        """What a step takes while so many engines compute on the machine, by what it takes on average."""
+        return self.crowding[min(num_busy, len(self.crowding)) - 1] if self.crowding else 1.0
 
     def ratios(self, num_streams: int) -> tuple[float, ...]:
         """The deviations of steps with `num_streams` streams; the first ones if it lies below all."""

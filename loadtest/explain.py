@@ -10,8 +10,9 @@ from msgspec import Struct
 
 from shoal.loadtest.costs import fit
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup
+from shoal.loadtest.replica import output_token
 from shoal.loadtest.trace import Trace, stays
-from shoal.loadtest.twin import output_token, simulate
+from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.explanation import Explanation, RequestHistory
 from shoal.scheduler.policies import POLICIES

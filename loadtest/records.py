@@ -123,6 +123,10 @@ class ServerInfo(Struct, kw_only=True):
         answer = server.fetch("server_info").raise_for_status()
         return decode(answer.content, cls, str(answer.url))
 
+    @property
+    def num_engines(self) -> int:
+        return int(self.settings.get("engine", {}).get("engines", 1))
+
 
 class RequestRecord(Struct, kw_only=True, tag="request", tag_field="kind"):
     """One request as its user saw it; times are seconds after the start of the run.
@@ -168,7 +172,8 @@ class Run(PlannedRun, frozen=False, kw_only=True):  # type: ignore[misc]  # msgs
         server: what the run's server said of itself.
         started_at: start of the run on the clock of the engine.
         requests: in the order in which they were sent.
-        steps: steps of the engine with something to compute, on the clock of the run.
+        steps: steps of the engine with something to compute, on the clock of the run; of several, those of the first.
+        other_steps: those of each of the other engines.
         generator_cpu_seconds, api_cpu_seconds, engine_cpu_seconds: processor time of the load generator and of the two
             processes of the server; 0 where it was not measured.
         is_complete: whether all requests were answered; False for what was saved of a run that broke off.
@@ -178,6 +183,7 @@ class Run(PlannedRun, frozen=False, kw_only=True):  # type: ignore[misc]  # msgs
     started_at: float = 0.0
     requests: list[RequestRecord] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
+    other_steps: list[list[StepRecord]] = field(default_factory=list)
     generator_cpu_seconds: float = 0.0
     api_cpu_seconds: float = 0.0
     engine_cpu_seconds: float = 0.0

@@ -1,37 +1,34 @@
 """The digital twin: the server's own scheduler and policies in virtual time, with a cost model for all that takes time.
 
-This module plays what is around the scheduler: users, the API process, and the engine's loop, turn by turn as in
-`server/engine/process.py`.
+This module plays what is around the engines: users, the API process and its router, turn by turn as in
+`server/engine/process.py` and `server/engine/router.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import chain, islice
-from math import ceil, inf
-from random import Random
-from zlib import crc32
+from itertools import chain, count, islice
+from typing import Any, NamedTuple
 
 from msgspec.structs import asdict
 
 from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
-from shoal.loadtest.costs import CostModel, StepShape
+from shoal.loadtest.costs import CostModel
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Run, ServerInfo
+from shoal.loadtest.replica import Delivery, Replica, to_engine
 from shoal.loadtest.workload import WorkloadRequest
-from shoal.scheduler import output
-from shoal.scheduler.engine import EngineCore
-from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.policies import Policy, find_policy
 from shoal.scheduler.policies.predictor import Oracle
 from shoal.scheduler.policies.sjf import ShortestJobFirst
-from shoal.scheduler.request import Request
-from shoal.scheduler.scheduler import Scheduler
-from shoal.scheduler.step_record import StepRecord
+from shoal.scheduler.prefix_cache import extend_hashes
+from shoal.scheduler.routing import PrefixRouting
 
 SJF_ORACLE = "sjf-oracle"  # the policy `sjf` with all lengths known; it exists in simulations only
-_STOP = -1  # a token that is in no prompt, whatever the vocabulary
+_ENDS, _COMES, _CHANGES, _BEGINS = range(4)  # of what happens at the same moment, the first first
+
+User = Iterator[Arrival]  # what a user sends next, after the answer to what it has sent
 
 
 def simulate(planned: PlannedRun, requests: Sequence[WorkloadRequest], *, server: ServerInfo, costs: CostModel) -> Run:
@@ -40,149 +37,240 @@ def simulate(planned: PlannedRun, requests: Sequence[WorkloadRequest], *, server
     Args:
         planned: its policy may be `SJF_ORACLE`; its repetition is the seed of the deviations from the costs, so that
             another repetition is like another measurement.
-        server: limits and the knobs of the policy are taken from it.
+        server: limits, the knobs of the policy, and the number of its engines are taken from it.
 
     Raises:
         ConfigError: there is no such policy, or a knob is out of range.
         LoadTestError: requests have no arrival times, or the setup speculates, which the twin cannot simulate.
     """
+    simulation = Simulation(
+        requests,
+        planned.load,
+        policy=policy_of(planned, requests, server),
+        costs=costs,
+        seed=planned.repetition,
+        num_replicas=server.num_engines,
+    )
+    simulation.run()
+    records = sorted(simulation.records.values(), key=lambda record: record.sent_at)
+    steps, *others = ([step for step in replica.steps if step.shares] for replica in simulation.replicas.values())
+    return Run(**asdict(planned), server=server, requests=records, steps=steps, other_steps=others)
+
+
+def policy_of(planned: PlannedRun, requests: Sequence[WorkloadRequest], server: ServerInfo) -> Callable[[], Policy]:
+    """Makes the policy of each engine; raises as `simulate` does."""
     setup, limits, knobs = planned.setup, server.limits, server.settings["scheduler"]
     if setup.speculation != "off":
         raise LoadTestError(f"speculation {setup.speculation!r} cannot be simulated: nobody knows what is accepted")
     if setup.policy == SJF_ORACLE:
         lengths = {request.request_id: request.num_output_tokens for request in requests}
-        policy: Policy = ShortestJobFirst(limits, ShortestJobFirst.Knobs.select(knobs), Oracle(lengths))
-    else:
-        kind = find_policy(setup.policy)
-        policy = kind(limits, kind.Knobs.select(knobs))
-    simulation = Simulation(requests, planned.load, policy=policy, costs=costs, seed=planned.repetition)
-    simulation.run()
-    records = sorted(simulation.records.values(), key=lambda record: record.sent_at)
-    steps = [step for step in simulation.steps if step.shares]
-    return Run(**asdict(planned), server=server, requests=records, steps=steps)
+        return lambda: ShortestJobFirst(limits, ShortestJobFirst.Knobs.select(knobs), Oracle(lengths))
+    kind = find_policy(setup.policy)
+    own = kind.Knobs.select(knobs)
+    return lambda: kind(limits, own)
+
+
+class _Flight(NamedTuple):
+    """A request that is not answered yet; and the number of the replica that has it, or None if none is there."""
+
+    request: WorkloadRequest
+    record: RequestRecord
+    user: User
+    number: int | None = None
 
 
 class Simulation:
-    """One run in virtual time, which is also the `scheduler.engine.Executor` of its engine.
+    """One run in virtual time, with any number of engines.
+
+    What happens is a heap of events.  An engine has one: the end of what it computes, or the begin of what it computes
+    next.  So engines that have nothing to do cost nothing.
 
     Args:
+        policy: makes the policy of each engine.
         seed: of the deviations from what the costs predict.
+        routing: chooses engines.
+        records_steps: see `Replica`.
 
     Attributes:
-        now: the virtual clock, in seconds after the start.  It may be set, but never back.
-        core: the engine, as the server has it.
-        steps: the records of its steps.
-        records: the requests, by id.
+        now: the virtual clock, in seconds after the start.
+        replicas: the engines that there are, by number.
+        records: the requests that have ended, by id.
     """
 
     def __init__(
-        self, requests: Sequence[WorkloadRequest], load: Load, *, policy: Policy, costs: CostModel, seed: int = 0
+        self,
+        requests: Sequence[WorkloadRequest],
+        load: Load,
+        *,
+        policy: Callable[[], Policy],
+        costs: CostModel,
+        seed: int = 0,
+        num_replicas: int = 1,
+        routing: PrefixRouting | None = None,
+        records_steps: bool = True,
     ) -> None:
         self.now = 0.0
-        self.steps: list[StepRecord] = []
+        self.replicas: dict[int, Replica] = {}
         self.records: dict[str, RequestRecord] = {}
-        self._requests = {request.request_id: request for request in requests}
-        self._costs = costs
-        self._random = Random(seed)
-        self._scheduler = Scheduler(policy.config, policy)
-        self.core = EngineCore(self._scheduler, self, lambda: self.now, [self.steps.append])
-        self._sent: list[tuple[float, int, WorkloadRequest]] = []  # a heap: when each request reaches the engine
-        self._users: dict[str, Iterator[Arrival]] = {}  # what its user sends next, by the request in flight
+        self._policy, self._costs, self._seed, self._records_steps = policy, costs, seed, records_steps
+        self._routing = routing or PrefixRouting()
+        self._events: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = count()  # of events that are alike
+        self._flights: dict[str, _Flight] = {}
+        self._num_busy = 0  # engines that compute
+        self._num_started = count()  # engines, from which they have their seeds
+        for number in range(num_replicas):
+            self.start(number)
         if load.users:
             sessions = iter(closed_sessions(load, requests))
             for _ in range(load.users):
                 user = chain.from_iterable(sessions)  # takes the next session when its last is over
-                for _, request in islice(user, 1):
-                    self._send(0.0, request, user)
+                self._go_on(user, 0.0, thinks=False)
         else:
-            for due_at, request in open_arrivals(load, requests):
-                self._send(due_at, request, iter(()))
+            self._arrivals = iter(open_arrivals(load, requests))
+            self._await_arrival()
 
     def run(self) -> None:
         """Simulate until all requests are answered."""
-        while self._sent or self._scheduler.num_unfinished:
-            self._turn()
-        check_invariants(self._scheduler)
+        while self._events:
+            self.now, _, _, happens, what = heappop(self._events)
+            happens(*what)
+        assert not self._flights, "requests are unfinished"
+        for replica in self.replicas.values():
+            check_invariants(replica.scheduler)
 
-    def _turn(self) -> None:
-        """`EngineLoop.turn`: wait for something to do, take the commands that have come, run one step, report."""
-        for asked in self._receive(self._scheduler.wake_time(self.now)):
-            try:
-                self._scheduler.add(_to_engine(asked, self.now))
-            except ShoalError as error:
-                self.records[asked.request_id].error = error.message
-                self._end(self.records[asked.request_id], self.now)
-        self._deliver(self.core.step())
+    def at(self, time: float, happens: Callable[..., None], *what: Any, rank: int = _CHANGES) -> None:
+        """Have something happen."""
+        heappush(self._events, (time, rank, next(self._order), happens, what))
 
-    # -- the engine ------------------------------------------------------------------------------------------------
+    # -- engines come and go ---------------------------------------------------------------------------------------
 
-    def execute(self, step: output.SchedulerOutput) -> output.StepResult:
-        """Let the clock jump by what the step costs, and choose tokens that no other text has."""
-        shape = StepShape.of(step.scheduled)
-        self.now += self._costs.seconds(shape) * self._random.choice(self._costs.ratios(shape.num_streams))
-        return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
+    def start(self, number: int) -> None:
+        """An engine is ready; requests that found none go to it."""
+        policy = self._policy()
+        seed = f"{self._seed} {next(self._num_started)}"
+        self.replicas[number] = Replica(policy, self._costs, seed=seed, records_steps=self._records_steps)
+        self._routing.join(number, policy.config.num_blocks)
+        for flight in [flight for flight in self._flights.values() if flight.number is None]:
+            self._route(flight)
 
-    def _choose(self, share: output.ScheduledRequest) -> int:
-        """The token after the share's last, or the stop token where the text ends."""
-        request = self._requests[share.request_id]
-        place = share.num_computed_tokens + share.num_scheduled_tokens - len(request.prompt_token_ids)
-        is_last = place + 1 >= request.num_output_tokens
-        return _STOP if is_last else output_token(share.request_id, place)
+    def lose(self, number: int) -> None:
+        """An engine is gone; its requests go on at others, after what was delivered."""
+        replica = self.replicas.pop(number)
+        self._routing.leave(number)
+        self._num_busy -= replica.is_busy
+        for delivery in replica.break_off(self.now):
+            self._deliver(number, delivery)
+        for request_id in replica.requests:
+            self._route(self._flights[request_id])
 
-    def _receive(self, wake_time: float | None) -> list[WorkloadRequest]:
-        """All requests that have come to the engine; waits for the first until `wake_time`, or without end (None)."""
-        # Sockets wait for whole milliseconds.
-        until = inf if wake_time is None else self.now + ceil((wake_time - self.now) * 1000) / 1000
-        if self._sent:
-            until = min(until, self._sent[0][0])
-        self.now = max(self.now, until)
-        come: list[WorkloadRequest] = []
-        while self._sent and self._sent[0][0] <= self.now:
-            come.append(heappop(self._sent)[2])
-        return come
+    # -- engines compute -------------------------------------------------------------------------------------------
+
+    def _plan(self, number: int, replica: Replica, time: float, happens: Callable[..., None], rank: int) -> None:
+        """What an engine does next, in place of what was planned."""
+        replica.version += 1
+        self.at(time, happens, number, replica, replica.version, rank=rank)
+
+    def _begin(self, number: int, replica: Replica, version: int) -> None:
+        """`EngineLoop.turn`: wait for something to do, take the requests that have come, run one step."""
+        if version != replica.version or self.replicas.get(number) is not replica:
+            return
+        wake_time = replica.wake_time(self.now)
+        if not replica.inbox and (wake_time is None or wake_time > self.now):
+            if wake_time is not None:
+                self._plan(number, replica, wake_time, self._begin, _BEGINS)
+            return
+        for request_id, error in replica.take():
+            self._flights[request_id].record.error = error.message
+            self._end(number, request_id, self.now)
+        self._num_busy += 1
+        self._plan(number, replica, replica.begin(self.now, self._num_busy), self._finish, _ENDS)
+
+    def _finish(self, number: int, replica: Replica, version: int) -> None:
+        """A step has ended: report, and go on."""
+        if version != replica.version or self.replicas.get(number) is not replica:
+            return
+        self._num_busy -= 1
+        for delivery in replica.end():
+            self._deliver(number, delivery)
+        self._plan(number, replica, self.now, self._begin, _BEGINS)
 
     # -- the API process -------------------------------------------------------------------------------------------
 
-    def _deliver(self, news: Sequence[output.RequestOutput]) -> None:
-        """Pass on the tokens of the step that has just ended."""
-        seen_at = self.now + self._costs.delivery_seconds
-        for one in news:
-            record = self.records[one.request_id]
-            record.token_times.append(seen_at)
-            record.num_output_tokens += len(one.token_ids)
-            record.num_cached_tokens += one.num_cached_tokens
-            if one.finish_reason:
-                self._end(record, seen_at)
+    def _arrive(self, request: WorkloadRequest, sent_at: float, user: User) -> None:
+        """A request has come from its user."""
+        record = request.record(sent_at)
+        record.engine_id, record.num_prompt_tokens = request.request_id, len(request.prompt_token_ids)
+        flight = self._flights[request.request_id] = _Flight(request, record, user)
+        self._route(flight)
+
+    def _route(self, flight: _Flight) -> None:
+        """Hand a request to an engine; it waits for one if there is none."""
+        request_id = flight.request.request_id
+        if not self.replicas:
+            self._flights[request_id] = flight._replace(number=None)
+            return
+        request = to_engine(flight.request, self.now, flight.record.num_output_tokens)
+        config = next(iter(self.replicas.values())).scheduler.config
+        hashes, size = request.block_hashes, config.block_size
+        if config.enable_prefix_caching:
+            extend_hashes(hashes, request.num_prompt_tokens // size, request.token_ids, "", size)
+        limit, full = config.max_num_seqs + config.max_num_waiting, list[int]()
+        while True:
+            number = self._routing.route(hashes, full)
+            if len(self.replicas[number].requests) < limit or len(full) + 1 == len(self.replicas):
+                break  # if all are full, the last one refuses it
+            self._note_load(number)
+            full.append(number)
+        replica = self.replicas[number]
+        self._flights[request_id] = flight._replace(number=number)
+        replica.requests[request_id] = flight.request
+        replica.inbox.append(request)
+        if not replica.is_busy:
+            self._plan(number, replica, self.now, self._begin, _BEGINS)
+        elif (end := replica.interrupt(self.now)) is not None:
+            self._plan(number, replica, end, self._finish, _ENDS)
+
+    def _deliver(self, number: int, delivery: Delivery) -> None:
+        """Pass on tokens of steps that have ended."""
+        record, later = self._flights[delivery.request_id].record, self._costs.delivery_seconds
+        record.token_times += [time + later for time in delivery.times]
+        record.num_output_tokens += len(delivery.times)
+        record.num_cached_tokens += delivery.num_cached_tokens
+        if delivery.is_last:
+            del self.replicas[number].requests[delivery.request_id]
+            self._end(number, delivery.request_id, record.token_times[-1])
+
+    def _end(self, number: int, request_id: str, seen_at: float) -> None:
+        """An answer ends, and its user goes on."""
+        flight = self._flights.pop(request_id)
+        self._note_load(number)
+        flight.record.finished_at = seen_at
+        self.note(flight.record)
+        self._go_on(flight.user, seen_at)
+
+    def _note_load(self, number: int) -> None:
+        self._routing.set_load(number, len(self.replicas[number].requests))
+
+    def note(self, record: RequestRecord) -> None:
+        """A request has ended."""
+        self.records[record.request_id] = record
 
     # -- users -----------------------------------------------------------------------------------------------------
 
-    def _send(self, sent_at: float, request: WorkloadRequest, user: Iterator[Arrival]) -> None:
-        """A user sends a request, now or later; `user` is what the same user sends afterwards."""
-        record = self.records[request.request_id] = request.record(sent_at)
-        record.engine_id, record.num_prompt_tokens = request.request_id, len(request.prompt_token_ids)
-        self._users[request.request_id] = user
-        heappush(self._sent, (sent_at + self._costs.send_seconds, len(self.records), request))
-
-    def _end(self, record: RequestRecord, now: float) -> None:
-        """An answer ends, and its user goes on."""
-        record.finished_at = now
-        user = self._users.pop(record.request_id)
+    def _go_on(self, user: User, now: float, *, thinks: bool = True) -> None:
+        """A user sends its next request, if it has one."""
         for pause, request in islice(user, 1):
-            self._send(now + pause, request, user)
+            self._send(now + pause * thinks, request, user)
 
+    def _send(self, sent_at: float, request: WorkloadRequest, user: User) -> None:
+        self.at(sent_at + self._costs.send_seconds, self._arrive, request, sent_at, user, rank=_COMES)
 
-def output_token(request_id: str, place: int) -> int:
-    """The token that a request's text has in this place, unless it ends there."""
-    return crc32(f"{request_id} {place}".encode()) >> 1
+    def _await_arrival(self) -> None:
+        """Have the next request of an open loop come."""
+        for due_at, request in islice(self._arrivals, 1):
+            self.at(due_at + self._costs.send_seconds, self._arrive_in_turn, request, due_at, rank=_COMES)
 
-
-def _to_engine(asked: WorkloadRequest, arrival_time: float) -> Request:
-    """The request as the server hands it to the engine.  It does not tell the length of its output."""
-    limit, stop = asked.max_tokens, frozenset({_STOP})
-    params = output.SamplingParams(
-        max_tokens=limit, min_tokens=limit, temperature=asked.temperature, seed=asked.seed, stop_token_ids=stop
-    )
-    scheduling = output.SchedulingParams(
-        client=asked.client, priority=asked.priority, ttft_slo_ms=asked.ttft_slo_ms, tpot_slo_ms=asked.tpot_slo_ms
-    )
-    return Request(asked.request_id, asked.prompt_token_ids, params, arrival_time, scheduling=scheduling)
+    def _arrive_in_turn(self, request: WorkloadRequest, due_at: float) -> None:
+        self._await_arrival()
+        self._arrive(request, due_at, iter(()))

@@ -50,6 +50,9 @@ class PrefixRouting:
         for engine in self._blocks:
             self._forget(engine)
 
+    def load(self, engine: int) -> int:
+        return self._loads[engine]
+
     def set_load(self, engine: int, load: int) -> None:
         """The engine has so many unfinished requests."""
         before, self._loads[engine] = self._loads[engine], load

@@ -75,6 +75,7 @@ class VirtualTokenCounter(Policy):
     """
 
     name = "fair"
+    pauses = True
 
     @dataclass(frozen=True, kw_only=True)
     class Knobs(Config):

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import shoal.cluster.directory as directory_module
 from shoal.cli import main
-from shoal.cluster.autoscaling import KV_CACHE_USAGE, QUEUE_SECONDS, autoscale, needed
+from shoal.cluster.autoscaling import autoscale
 from shoal.cluster.directory import LISTED_SECONDS, Directory
 from shoal.cluster.messages import Endpoint, Load, Standing
+from shoal.scheduler.autoscaling import KV_CACHE_USAGE, QUEUE_SECONDS, needed
 from shoal.scheduler.errors import ConfigError
 from shoal.server.wire.responses import Cluster, ClusterEngine, ClusterServer
 from tests.test_rooms import ROOT

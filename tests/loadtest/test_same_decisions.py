@@ -73,7 +73,7 @@ class Server:
     def __init__(self, workload: list[WorkloadRequest], load: Load, clock: Clock) -> None:
         self.clock = clock
         self.num_unfinished = len(workload)
-        self.to_come: deque[tuple[float, Command]] = deque()
+        self.to_come: deque[tuple[float, EngineRequest]] = deque()
         self.sessions: deque[deque[WorkloadRequest]] = deque()
         self.session_of: dict[str, deque[WorkloadRequest]] = {}
         if load.rate:
@@ -95,7 +95,7 @@ class Server:
         )
         scheduling = SchedulingParams(client=asked.client, priority=asked.priority)
         request = EngineRequest(asked.request_id, asked.prompt_token_ids, params, scheduling=scheduling)
-        self.to_come.append((time, Submit([request])))
+        self.to_come.append((time, request))
 
     def go_on(self, session: deque[WorkloadRequest]) -> None:
         """A user sends its next request."""
@@ -121,9 +121,10 @@ class Server:
             until = min(until, max(self.to_come[0][0], self.clock.now))
         assert until < inf, "the loop would wait for ever"
         self.clock.now = until
-        come = []
+        come: list[Command] = []
         while self.to_come and self.to_come[0][0] <= until:
-            come.append(self.to_come.popleft()[1])
+            time, request = self.to_come.popleft()
+            come.append(Submit([replace(request, age=until - time)]))
         return come
 
 
@@ -168,13 +169,14 @@ def decisions_of_twin(
     workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig
 ) -> list[SchedulerOutput]:
     made = named_policy(policy, limits, KNOBS)
-    simulation = Simulation(workload, load, policy=made, costs=SECONDS)
+    simulation = Simulation(workload, load, policy=lambda: made, costs=SECONDS)
+    engine = simulation.replicas[0]
 
     def wait(seconds: float) -> None:
-        simulation.now += seconds
+        engine.now += seconds
 
     executor = ScriptedExecutor(workload, wait, seed=7)
-    simulation.core.executor = executor
+    engine.core.executor = executor
     simulation.run()
     return executor.asked
 

@@ -42,9 +42,10 @@ def record(run: Run, request_id: str) -> RequestRecord:
 def generate(workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig) -> dict[str, list[int]]:
     """Simulate, check what must hold in each run, and return the tokens of each request."""
     made = named_policy(policy, limits, {"ageing_seconds": 1, "static_timeout_seconds": 0.05})
-    simulation = Simulation(workload, load, policy=made, costs=REALISTIC)
+    simulation = Simulation(workload, load, policy=lambda: made, costs=REALISTIC)
     found: dict[str, list[int]] = {request.request_id: [] for request in workload}
-    step = simulation.core.step
+    core = simulation.replicas[0].core
+    step = core.step
 
     def step_and_note() -> list[RequestOutput]:
         news = step()
@@ -52,11 +53,11 @@ def generate(workload: list[WorkloadRequest], load: Load, policy: str, limits: S
             found[one.request_id] += one.token_ids
         return news
 
-    simulation.core.step = step_and_note  # type: ignore[method-assign]
+    core.step = step_and_note  # type: ignore[method-assign]
     simulation.run()
-    scheduler = simulation.core.scheduler
+    scheduler = core.scheduler
     assert scheduler.kv_cache.pool.num_available == limits.num_blocks, "blocks are free after a drain"
-    steps = [step for step in simulation.steps if step.shares]
+    steps = [step for step in simulation.replicas[0].steps if step.shares]
     for request in workload:
         record, stay = simulation.records[request.request_id], stays(steps)[request.request_id]
         assert record.num_output_tokens == len(record.token_times) == request.num_output_tokens
@@ -240,7 +241,7 @@ def test_no_policy_sees_how_long_an_output_will_be() -> None:
     spies = [Spy(), Spy()]
     for spy, length in zip(spies, (1, 30), strict=True):
         workload = [ask("a", num_output_tokens=length, client="me", priority=2, ttft_slo_ms=5.0, tpot_slo_ms=6.0)]
-        Simulation(workload, Load(users=1), policy=spy, costs=SECONDS).run()
+        Simulation(workload, Load(users=1), policy=lambda spy=spy: spy, costs=SECONDS).run()
     assert spies[0].seen == spies[1].seen
     assert len(spies[0].seen) == 1
 

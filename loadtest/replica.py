@@ -1,0 +1,215 @@
+"""One engine of the digital twin: the server's scheduler and policy, and a clock that jumps by what steps cost."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import islice
+from math import ceil
+from random import Random
+from typing import NamedTuple
+from zlib import crc32
+
+from shoal.loadtest.costs import CostModel, StepShape
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler import output
+from shoal.scheduler.engine import EngineCore
+from shoal.scheduler.errors import ShoalError
+from shoal.scheduler.leap import LeapingScheduler
+from shoal.scheduler.policies import Policy
+from shoal.scheduler.request import Request
+from shoal.scheduler.step_record import StepRecord
+
+STOP = -1  # a token that is in no prompt, whatever the vocabulary
+_NUM_DRAWS = 2**12  # of deviations, which then come again
+_MOST_LEAPT = 64  # steps; a request that comes in between has the others planned anew
+
+
+class Delivery(NamedTuple):
+    """Tokens of a request that an engine has chosen.
+
+    Attributes:
+        times: the ends of their steps.
+        num_cached_tokens: of the prompt, told with the first token.
+        is_last: whether the request has ended.
+    """
+
+    request_id: str
+    times: Sequence[float]
+    num_cached_tokens: int = 0
+    is_last: bool = False
+
+
+class Replica:
+    """An engine in virtual time, which is also the `scheduler.engine.Executor` of its core.
+
+    `begin` starts a step, or some plain ones at once, and says when they are over; then `end` tells what came of them.
+    A request that comes meanwhile waits in the inbox, and `interrupt` ends plain steps after the one that is under way.
+
+    Args:
+        seed: of the deviations from what the costs predict.
+        records_steps: whether each step is played and recorded; otherwise plain ones are leapt over, with the same
+            outcome.
+
+    Attributes:
+        now: the virtual clock of the engine, in seconds.  It may be set, but never back.
+        steps: the records of its steps.
+        requests: all unfinished requests, by id.
+        inbox: of them, those that the scheduler has not seen yet.
+        version: grows with each plan of what the engine does next.
+    """
+
+    def __init__(self, policy: Policy, costs: CostModel, *, seed: str, records_steps: bool) -> None:
+        self.now = 0.0
+        self.steps: list[StepRecord] = []
+        self.requests: dict[str, WorkloadRequest] = {}
+        self.inbox: list[Request] = []
+        self.version = 0
+        self.is_busy = False
+        self.scheduler = LeapingScheduler(policy.config, policy)
+        self.core = EngineCore(self.scheduler, self, lambda: self.now, [self.steps.append] if records_steps else [])
+        self._costs = costs
+        random = Random(seed)
+        self._draws = [random.random() for _ in range(_NUM_DRAWS)] if costs.deviations else []
+        self._num_steps = 0
+        self._crowding = 1.0  # what other engines on the machine make of a step
+        self._began = 0.0
+        self._leapt: list[float] = []  # ends of the plain steps that are under way
+        self._news: list[output.RequestOutput] = []
+
+    def take(self) -> list[tuple[str, ShoalError]]:
+        """Have the scheduler take what is in the inbox; returns the ids of those that it refuses, and why."""
+        refused: list[tuple[str, ShoalError]] = []
+        for request in self.inbox:
+            try:
+                self.scheduler.add(request)
+            except ShoalError as error:
+                refused.append((request.request_id, error))
+                del self.requests[request.request_id]
+        self.inbox.clear()
+        return refused
+
+    def wake_time(self, now: float) -> float | None:
+        """When there is something to compute if no request comes; None if there is nothing."""
+        found = self.scheduler.wake_time(now)
+        # Sockets wait for whole milliseconds.
+        return None if found is None else now + ceil((found - now) * 1000) / 1000
+
+    def begin(self, now: float, num_busy: int) -> float:
+        """Begin to compute; returns when that is over.
+
+        Args:
+            num_busy: engines that compute on the machine, this one included.
+        """
+        self._began = self.now = now
+        self._crowding = self._costs.crowded(num_busy)
+        self.is_busy = True
+        # What others make of a step may change with each one.
+        is_played = self.core.observers or self._costs.crowding
+        if not is_played and (most := min(self.scheduler.num_plain_steps, _MOST_LEAPT)):
+            self._leapt = self._plain_steps(most)
+            return self._leapt[-1]
+        self._news = self.core.step()
+        return self.now
+
+    def interrupt(self, now: float) -> float | None:
+        """Leave out the plain steps that would begin after `now`; returns when the others are over, if any is left out.
+
+        A step that ends at `now` is the last.
+        """
+        count = bisect_left(self._leapt, now) + 1
+        if count >= len(self._leapt):
+            return None
+        del self._leapt[count:]
+        return self._leapt[-1]
+
+    def end(self) -> list[Delivery]:
+        """What came of what was begun."""
+        self.is_busy = False
+        if self._leapt:
+            return self._leap()
+        times = (self.now,)
+        news, self._news = self._news, []
+        return [Delivery(one.request_id, times, one.num_cached_tokens, bool(one.finish_reason)) for one in news]
+
+    def break_off(self, now: float) -> list[Delivery]:
+        """What came of it until the engine died.  Of a step that was under way nothing comes."""
+        times = self._leapt[: bisect_right(self._leapt, now)]
+        return [Delivery(request_id, times) for request_id in self.scheduler.running] if times else []
+
+    # -- the executor ----------------------------------------------------------------------------------------------
+
+    def execute(self, step: output.SchedulerOutput) -> output.StepResult:
+        """Let the clock jump by what the step costs, and choose tokens that no other text has."""
+        shape = StepShape.of(step.scheduled)
+        if shape.num_tokens:
+            ratio = self._ratio(self._costs.ratios(shape.num_streams), self._num_steps)
+            self.now += self._costs.seconds(shape) * ratio
+            self._num_steps += 1
+        return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
+
+    def _choose(self, share: output.ScheduledRequest) -> int:
+        """The token after the share's last, or the stop token where the text ends."""
+        asked = self.requests.get(share.request_id)
+        if asked is None:
+            return STOP  # of a padding row, and for nobody
+        place = share.num_computed_tokens + share.num_scheduled_tokens - len(asked.prompt_token_ids)
+        return STOP if place + 1 >= asked.num_output_tokens else output_token(share.request_id, place)
+
+    def _ratio(self, ratios: Sequence[float], number: int) -> float:
+        """One of the deviations, for the step of this number, and what others on the machine make of it."""
+        draw = self._draws[number % _NUM_DRAWS] if self._draws else 0.0
+        return ratios[int(draw * len(ratios))] * self._crowding
+
+    # -- leaps -----------------------------------------------------------------------------------------------------
+
+    def _plain_steps(self, most: int) -> list[float]:
+        """When the plain steps end that follow, `most` of them or as many as come until a request ends."""
+        running = self.scheduler.running.values()
+        left = min(self.requests[one.request_id].num_output_tokens - one.num_output_tokens for one in running)
+        num_rows, num_keys = len(running), sum(one.num_tokens for one in running)
+        seconds = self._costs.plain_seconds(StepShape(num_rows, num_keys, num_keys, num_rows, num_rows))
+        ratios = self._costs.ratios(num_rows)
+        ends, now = list[float](), self.now
+        for number, one in enumerate(islice(seconds, min(left, most)), self._num_steps):
+            now += one * self._ratio(ratios, number)
+            ends.append(now)
+        return ends
+
+    def _leap(self) -> list[Delivery]:
+        times, self._leapt = self._leapt, []
+        self.now = times[-1]
+        self._num_steps += len(times)
+        seconds = [end - start for start, end in zip([self._began, *times], times, strict=False)]
+        names = list(self.scheduler.running)
+        ended = {request.request_id for request, _ in self.scheduler.leap(seconds, self._choose_several)}
+        return [Delivery(name, times, is_last=name in ended) for name in names]
+
+    def _choose_several(self, request: Request, count: int) -> Sequence[int]:
+        place = request.num_output_tokens
+        first = output_token(request.request_id, place)
+        if place + count < self.requests[request.request_id].num_output_tokens:
+            return range(first, first + count)
+        return [*range(first, first + count - 1), STOP]
+
+
+def output_token(request_id: str, place: int) -> int:
+    """The token that a request's text has in this place, unless it ends there."""
+    return (crc32(request_id.encode()) >> 2) + place
+
+
+def to_engine(asked: WorkloadRequest, arrival_time: float, num_delivered: int = 0) -> Request:
+    """The request as the server hands it to the engine.  It does not tell the length of its output.
+
+    Args:
+        num_delivered: output tokens that another engine has delivered before it was lost.
+    """
+    limit, stop = asked.max_tokens, frozenset({STOP})
+    params = output.SamplingParams(
+        max_tokens=limit, min_tokens=limit, temperature=asked.temperature, seed=asked.seed, stop_token_ids=stop
+    )
+    scheduling = output.SchedulingParams(
+        client=asked.client, priority=asked.priority, ttft_slo_ms=asked.ttft_slo_ms, tpot_slo_ms=asked.tpot_slo_ms
+    )
+    delivered = range(first := output_token(asked.request_id, 0), first + num_delivered)
+    return Request(asked.request_id, asked.prompt_token_ids, params, arrival_time, delivered, scheduling=scheduling)
