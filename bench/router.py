@@ -15,9 +15,9 @@ from statistics import mean, median, quantiles
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.kv_cache import KVCache
 from shoal.scheduler.output import SamplingParams
+from shoal.scheduler.plain_routing import ROUTINGS, LeastLoaded
 from shoal.scheduler.prefix_cache import extend_hashes
 from shoal.scheduler.request import Request
-from shoal.scheduler.plain_routing import ROUTINGS, LeastLoaded
 from shoal.scheduler.routing import PrefixRouting
 from shoal.terminal import show
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, overload
 
 import numpy as np
+from msgspec.structs import replace
 
 from shoal.loadtest.records import Load, LoadTestError
 from shoal.loadtest.workload import WorkloadRequest
+
+_APART = 1_000_003  # the tokens of a copy from those of the next: more than a vocabulary has
 
 
 class Arrival(NamedTuple):
@@ -18,7 +21,7 @@ class Arrival(NamedTuple):
     request: WorkloadRequest
 
 
-def open_arrivals(load: Load, requests: Sequence[WorkloadRequest]) -> list[Arrival]:
+def open_arrivals(load: Load, requests: Sequence[WorkloadRequest]) -> Iterator[Arrival]:
     """The requests of an open loop in the order in which they are due.
 
     The times between arrivals are independent and gamma distributed, with the mean 1 / `rate` and the squared
@@ -32,12 +35,13 @@ def open_arrivals(load: Load, requests: Sequence[WorkloadRequest]) -> list[Arriv
     if load.rate:
         random = np.random.default_rng([load.seed, 0])
         gaps = random.gamma(1 / load.burstiness, load.burstiness / load.rate, len(requests))
-        return list(map(Arrival, np.cumsum(gaps).tolist(), requests))
+        return map(Arrival, np.cumsum(gaps).tolist(), requests)
+    times: list[float] = []
     for request in requests:
         if request.arrival_time is None:
             raise LoadTestError(f"request {request.request_id!r} has no arrival_time; a load needs users or a rate")
-    recorded = [Arrival(request.arrival_time or 0.0, request) for request in requests]
-    return sorted(recorded, key=lambda arrival: arrival.seconds)
+        times.append(request.arrival_time)
+    return (Arrival(times[place], requests[place]) for place in sorted(range(len(times)), key=times.__getitem__))
 
 
 def closed_sessions(load: Load, requests: Sequence[WorkloadRequest]) -> list[list[Arrival]]:
@@ -51,3 +55,38 @@ def closed_sessions(load: Load, requests: Sequence[WorkloadRequest]) -> list[lis
     for request, pause in zip(requests, pauses, strict=True):
         sessions.setdefault(request.session, []).append(Arrival(pause, request))
     return list(sessions.values())
+
+
+class Copies(Sequence[WorkloadRequest]):
+    """A workload as often as it takes for a number of requests: its first request of each copy, then its second, ...
+
+    Requests share their prompts' prefixes with those of their own copy, and not with others.  Each is made when it is
+    asked for, because a million prompts fill a memory.
+    """
+
+    def __init__(self, requests: Sequence[WorkloadRequest], num_requests: int) -> None:
+        self._requests, self._num_requests = requests, num_requests
+        self._num_copies = -(-num_requests // len(requests))
+
+    def __len__(self) -> int:
+        return self._num_requests
+
+    @overload
+    def __getitem__(self, place: int) -> WorkloadRequest: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[WorkloadRequest]: ...
+
+    def __getitem__(self, place: int | slice) -> WorkloadRequest | list[WorkloadRequest]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(self._num_requests))]
+        if place >= self._num_requests:
+            raise IndexError
+        own, copy = divmod(place, self._num_copies)
+        request, apart = self._requests[own], copy * _APART
+        return replace(
+            request,
+            request_id=f"{request.request_id}-{copy}",
+            session=f"{request.session}-{copy}",
+            prompt_token_ids=[(token_id + apart) % 2**31 for token_id in request.prompt_token_ids],
+        )

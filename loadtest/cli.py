@@ -29,9 +29,12 @@ COMPLAINTS_EXIT_CODE, CTRL_C_EXIT_CODE = 1, 130
 A_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 SET_BY_US = ("model", "policy", "speculation", "method", "host", "port", "trace", "api-keys", "ssl-certfile")
 DEFAULT_PROFILE_FOLDER = Path("shoal-profile")
+A_NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 A_FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT, POSITIVE = click.IntRange(min=1), click.FloatRange(0, 10**6, min_open=True)
 MANY = click.IntRange(1, 100_000)
+MOMENT: click.ParamType[Any] = click.FloatRange(0, 10**6)
+_SHRINK = click.Choice([1, 2, 4, 8, 16, 32, 64])
 
 
 def _several(one: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -39,11 +42,28 @@ def _several(one: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
     return lambda text: tuple(dict.fromkeys(one.convert(word, None, None) for word in text.split(",")))
 
 
+def _pairs(what: click.ParamType[Any]) -> Callable[[str], tuple[tuple[float, Any], ...]]:
+    """The type of an option of moments, each with something: `12.5:3,20:1`."""
+
+    def parse(text: str) -> tuple[tuple[float, Any], ...]:
+        pairs = (word.partition(":") for word in text.split(","))
+        return tuple((MOMENT.convert(time, None, None), what.convert(value, None, None)) for time, _, value in pairs)
+
+    return parse
+
+
+def _bounds(text: str) -> tuple[int, int]:
+    count: click.ParamType[Any] = COUNT
+    least, _, most = text.partition(":")
+    return count.convert(least, None, None), count.convert(most, None, None)
+
+
 def _load_options(command: Function) -> Function:
     """Options of what is compared, which commands share."""
     names, counts, rates = _several(click.STRING), _several(COUNT), _several(POSITIVE)
     for option in (
-        click.option("--replay", help="A saved workload, instead of --workload."),
+        click.option("--shrink", type=_SHRINK, default=1, help="Divides the lengths of a trace."),
+        click.option("--replay", help="A saved workload, or a trace of Mooncake's or Azure's, instead of --workload."),
         click.option("--seed", type=int, default=0, help="Of workloads, arrivals and pauses."),
         click.option("--requests", "num_requests", type=COUNT, help="Number of requests of each workload."),
         click.option("--burstiness", type=POSITIVE, default=1.0, help="Of arrivals; 1 is a Poisson process."),
@@ -129,20 +149,58 @@ def loadtest(output: Path | None, resume: bool, as_json: bool, **asked: Any) -> 
 @click.command()
 @_load_options
 @click.option("--costs", type=A_FOLDER, default=DEFAULT_PROFILE_FOLDER, show_default=True, help="Folder of a profile.")
+@click.option("--replicas", type=click.IntRange(1, 10_000), help="Of a cluster, each an engine like the profile's.")
+@click.option(
+    "--router", "routers", type=_several(click.STRING), metavar="NAME,...", help="prefix, load, hash or pow2."
+)
+@click.option("--autoscale", type=_bounds, metavar="LEAST:MOST", help="Replicas come and go with the load.")
+@click.option("--kill", "kills", type=_pairs(click.IntRange(min=0)), metavar="SECONDS:REPLICA,...", help="Deaths.")
+@click.option("--add", "additions", type=_pairs(COUNT), metavar="SECONDS:COUNT,...", help="Further replicas.")
+@click.option("--start-seconds", type=MOMENT, help="Until a replica that starts is ready; 10 if not given.")
+@click.option(
+    "--write", type=A_NEW_FILE, help="Write the requests as a trace and stop: Azure's if .csv, or Mooncake's."
+)
 @json_option
 @_server_options
-def simulate(costs: Path, as_json: bool, **asked: Any) -> None:
+def simulate(
+    costs: Path, as_json: bool, replicas: int | None, routers: tuple[str, ...] | None, write: Path | None, **asked: Any
+) -> None:
     """Predict what `shoal loadtest` would measure, from a profile and without a server.
 
-    Options after -- change the limits and knobs of the scheduler.
+    With --replicas, a cluster of such servers is simulated. Options after -- change the limits and knobs of the
+    scheduler.
     """  # fmt: skip
     with _exit_codes("simulate"):
+        from shoal.loadtest.fleet import Fleet, fleet_table
         from shoal.loadtest.plan import make_plan
-        from shoal.loadtest.study import rehearse
+        from shoal.loadtest.study import rehearse, rehearse_fleets, write_trace
         from shoal.loadtest.twin import SJF_ORACLE
         from shoal.scheduler.policies import POLICIES
 
-        _show(rehearse(make_plan([*POLICIES, SJF_ORACLE], **asked), costs), (), as_json=as_json)
+        names = ("autoscale", "kills", "additions", "start_seconds")
+        changes = {name: value for name in names if (value := asked.pop(name)) is not None}
+        if replicas is None and (changes or routers):
+            raise click.UsageError("--router, --autoscale, --kill, --add and --start-seconds need --replicas")
+        if (replicas or write) and not asked["policies"]:
+            asked["policies"] = ("fcfs",)
+        plan = make_plan([*POLICIES, SJF_ORACLE], **asked)
+        if write:
+            count = write_trace(plan, costs, write)
+            echo_json({"trace": str(write), "requests": count}) if as_json else click.echo(f"{write}: {count} requests")
+        elif replicas is None:
+            _show(rehearse(plan, costs), (), as_json=as_json)
+        else:
+            fleets = [Fleet(replicas=replicas, router=router, **changes) for router in routers or ("prefix",)]
+            found = rehearse_fleets(plan, costs, fleets)
+            if as_json:
+                echo_json(
+                    [
+                        figures | {"router": fleet.router, "policy": planned.setup.policy, "load": str(planned.load)}
+                        for planned, fleet, figures in found
+                    ]
+                )
+            else:
+                show(f"{replicas} replicas", fleet_table(found))
 
 
 @click.command()

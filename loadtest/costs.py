@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
+from random import Random
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ _MIN_STEPS = 20
 _USUAL_ERROR = 0.05  # of a step's cost; larger ones are outliers
 _BANDS = (0, 2, 4, 8, 16, 32, 64)  # of streams, each up to the next
 _NUM_RATIOS = 200  # of a band
+_NUM_DRAWS = 2**12  # of deviations, which then come again
 
 
 class StepShape(NamedTuple):
@@ -90,25 +92,23 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def seconds(self, shape: StepShape) -> float:
         """The seconds of a step that does not deviate; 0 if it computes nothing."""
-        return next(self.plain_seconds(shape)) if shape.num_tokens else 0.0
+        if not shape.num_tokens:
+            return 0.0
+        same = self.seconds_of_rows(shape.num_tokens, shape.num_samples, shape.num_streams)
+        return same + (self.pair_seconds * shape.num_pairs + self.key_seconds * shape.num_keys)
 
-    def plain_seconds(self, shape: StepShape) -> Iterator[float]:
-        """The seconds of steps that follow each other: one of this shape, and then those in which its rows decode."""
+    def seconds_of_rows(self, num_tokens: int, num_samples: int, num_streams: int) -> float:
+        """Of the seconds of a step, those that do not depend on what its tokens see."""
         counts = sorted(self.token_seconds)
-        place = min(max(bisect_right(counts, shape.num_tokens), 1), len(counts) - 1)
+        place = min(max(bisect_right(counts, num_tokens), 1), len(counts) - 1)
         before, after = counts[place - 1], counts[place]
         slope = (self.token_seconds[after] - self.token_seconds[before]) / (after - before)
-        same = (
+        return (
             self.token_seconds[before]
-            + slope * (shape.num_tokens - before)
-            + self.sample_seconds * shape.num_samples
-            + self.stream_seconds * shape.num_streams
+            + slope * (num_tokens - before)
+            + self.sample_seconds * num_samples
+            + self.stream_seconds * num_streams
         )
-        num_pairs, num_keys = shape.num_pairs, shape.num_keys
-        while True:
-            yield same + (self.pair_seconds * num_pairs + self.key_seconds * num_keys)
-            num_pairs += shape.num_samples
-            num_keys += shape.num_samples
 
     def crowded(self, num_busy: int) -> float:
         """What a step takes while so many engines compute on the machine, by what it takes on average."""
@@ -118,6 +118,42 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The deviations of steps with `num_streams` streams; the first ones if it lies below all."""
         known = sorted(self.deviations)
         return self.deviations[known[max(bisect_right(known, num_streams) - 1, 0)]] if known else (1.0,)
+
+
+class Durations:
+    """How long steps take, deviations included: a cost model, and what was drawn of its deviations with a seed.
+
+    An engine counts its steps, and the deviation of a step depends on its number and its streams alone.
+    """
+
+    def __init__(self, costs: CostModel, seed: int) -> None:
+        self._costs = costs
+        random = Random(seed)
+        self._draws = np.array([random.random() for _ in range(_NUM_DRAWS)])
+        self._of_band: dict[tuple[float, ...], Array] = {}
+        self._of_rows: dict[int, tuple[float, Array]] = {}
+
+    def one(self, shape: StepShape, number: int) -> float:
+        """The seconds of the step with this number."""
+        return self._costs.seconds(shape) * float(self._deviations(shape.num_streams)[number % _NUM_DRAWS])
+
+    def plain(self, num_rows: int, num_keys: int, number: int, count: int) -> Array:
+        """The seconds of steps that follow each other, in which rows decode that see `num_keys` keys in the first."""
+        if num_rows not in self._of_rows:
+            same = self._costs.seconds_of_rows(num_rows, num_rows, num_rows)
+            self._of_rows[num_rows] = same, self._deviations(num_rows)
+        same, deviations = self._of_rows[num_rows]
+        first, keys = number % _NUM_DRAWS, np.arange(num_keys, num_keys + count * num_rows, num_rows)
+        found: Array = same + (self._costs.pair_seconds * keys + self._costs.key_seconds * keys)
+        found *= deviations[first : first + count]
+        return found
+
+    def _deviations(self, num_streams: int) -> Array:
+        ratios = self._costs.ratios(num_streams)
+        if ratios not in self._of_band:
+            drawn = np.array(ratios)[(self._draws * len(ratios)).astype(int)]
+            self._of_band[ratios] = np.concatenate([drawn, drawn])
+        return self._of_band[ratios]
 
 
 def fit(runs: Sequence[Run]) -> CostModel:

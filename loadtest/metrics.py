@@ -111,9 +111,9 @@ def combine(repetitions: Sequence[Figures]) -> Measured:
     return Measured(num_runs=len(repetitions), median=own_median, least=least, most=most)
 
 
-def quantiles(name: str, values: Sequence[float]) -> Figures:
+def quantiles(name: str, values: Sequence[float] | NDArray[np.float64]) -> Figures:
     """p50, p90, p99 and mean, interpolated between values; nothing of no values."""
-    if not values:
+    if not len(values):
         return {}
     p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99)).tolist()
     return {f"{name} p50": p50, f"{name} p90": p90, f"{name} p99": p99, f"{name} mean": float(np.mean(values))}

@@ -10,8 +10,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from shoal.loadtest.metrics import Slo
+from shoal.loadtest.recorded import read_requests
 from shoal.loadtest.records import GENERATE, Load, LoadTestError, PlannedRun, Setup, slug
-from shoal.loadtest.workload import WORKLOADS, read_workload
+from shoal.loadtest.workload import WORKLOADS
 
 SPECULATION = ("off", "draft", "self", "suffix")
 DEFAULT_POLICIES = ("static", "static-nopad", "fcfs", "sjf")
@@ -27,7 +28,8 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         command: the line that asked for it.
         hugging_face: whether Hugging Face's `generate` is compared, too.
         size: one of `SIZES`, for what is not given.
-        replay: a saved workload that takes the place of the generated ones.
+        replay: a saved workload, or a trace of others, that takes the place of the generated ones.
+        shrink: see `recorded.Trace`.
         options: of all servers.
         costs: folder of a profile; None takes a profile.
         runs: in the order in which they are measured; none of a profile alone.
@@ -47,6 +49,7 @@ class Plan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seed: int = 0
     size: str = "fast"
     replay: str | None = None
+    shrink: int = 1
     model: str = "shoal-moe"
     options: tuple[str, ...] = ()
     ttft_slo_ms: float = 1000.0
@@ -82,8 +85,9 @@ def make_plan(known_policies: Iterable[str], **asked: Any) -> Plan:
     loads += [Load(rate=rate, burstiness=plan.burstiness, seed=plan.seed) for rate in plan.rates]
     finds_saturation = plan.size == "full" and not loads and not plan.replay
     if plan.replay:
-        requests, names = read_workload(Path(plan.replay)), [slug(Path(plan.replay).stem)]
-        plan = replace(plan, num_requests=len(requests))
+        requests, names = read_requests(Path(plan.replay), plan.shrink), [slug(Path(plan.replay).stem)]
+        if asked.get("num_requests") is None:
+            plan = replace(plan, num_requests=len(requests))
         if not loads and all(request.arrival_time is not None for request in requests):
             loads = [Load(seed=plan.seed)]
     if finds_saturation and not (plan.policies or plan.workloads or plan.speculation):

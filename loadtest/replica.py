@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import islice
+from functools import lru_cache
+from itertools import chain
 from math import ceil
-from random import Random
+from operator import sub
 from typing import NamedTuple
 from zlib import crc32
 
-from shoal.loadtest.costs import CostModel, StepShape
+from shoal.loadtest.costs import CostModel, Durations, StepShape
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler import output
 from shoal.scheduler.engine import EngineCore
@@ -21,7 +22,6 @@ from shoal.scheduler.request import Request
 from shoal.scheduler.step_record import StepRecord
 
 STOP = -1  # a token that is in no prompt, whatever the vocabulary
-_NUM_DRAWS = 2**12  # of deviations, which then come again
 _MOST_LEAPT = 64  # steps; a request that comes in between has the others planned anew
 
 
@@ -29,13 +29,14 @@ class Delivery(NamedTuple):
     """Tokens of a request that an engine has chosen.
 
     Attributes:
-        times: the ends of their steps.
+        seen_at: when its user sees the last of them.
         num_cached_tokens: of the prompt, told with the first token.
         is_last: whether the request has ended.
     """
 
     request_id: str
-    times: Sequence[float]
+    seen_at: float
+    num_tokens: int
     num_cached_tokens: int = 0
     is_last: bool = False
 
@@ -47,9 +48,10 @@ class Replica:
     A request that comes meanwhile waits in the inbox, and `interrupt` ends plain steps after the one that is under way.
 
     Args:
-        seed: of the deviations from what the costs predict.
+        durations: of steps, by the costs.
+        first_step: number of the engine's first step.
         records_steps: whether each step is played and recorded; otherwise plain ones are leapt over, with the same
-            outcome.
+            outcome, and users see the tokens of a leap when they see the last of them.
 
     Attributes:
         now: the virtual clock of the engine, in seconds.  It may be set, but never back.
@@ -59,7 +61,9 @@ class Replica:
         version: grows with each plan of what the engine does next.
     """
 
-    def __init__(self, policy: Policy, costs: CostModel, *, seed: str, records_steps: bool) -> None:
+    def __init__(
+        self, policy: Policy, costs: CostModel, durations: Durations, first_step: int = 0, *, records_steps: bool = True
+    ) -> None:
         self.now = 0.0
         self.steps: list[StepRecord] = []
         self.requests: dict[str, WorkloadRequest] = {}
@@ -68,10 +72,7 @@ class Replica:
         self.is_busy = False
         self.scheduler = LeapingScheduler(policy.config, policy)
         self.core = EngineCore(self.scheduler, self, lambda: self.now, [self.steps.append] if records_steps else [])
-        self._costs = costs
-        random = Random(seed)
-        self._draws = [random.random() for _ in range(_NUM_DRAWS)] if costs.deviations else []
-        self._num_steps = 0
+        self._costs, self._durations, self._number = costs, durations, first_step
         self._crowding = 1.0  # what other engines on the machine make of a step
         self._began = 0.0
         self._leapt: list[float] = []  # ends of the plain steps that are under way
@@ -128,14 +129,14 @@ class Replica:
         self.is_busy = False
         if self._leapt:
             return self._leap()
-        times = (self.now,)
+        seen_at = self._seen(self.now)
         news, self._news = self._news, []
-        return [Delivery(one.request_id, times, one.num_cached_tokens, bool(one.finish_reason)) for one in news]
+        return [Delivery(one.request_id, seen_at, 1, one.num_cached_tokens, bool(one.finish_reason)) for one in news]
 
     def break_off(self, now: float) -> list[Delivery]:
         """What came of it until the engine died.  Of a step that was under way nothing comes."""
-        times = self._leapt[: bisect_right(self._leapt, now)]
-        return [Delivery(request_id, times) for request_id in self.scheduler.running] if times else []
+        ends = self._leapt[: bisect_right(self._leapt, now)]
+        return [Delivery(name, self._seen(ends[-1]), len(ends)) for name in self.scheduler.running] if ends else []
 
     # -- the executor ----------------------------------------------------------------------------------------------
 
@@ -143,9 +144,8 @@ class Replica:
         """Let the clock jump by what the step costs, and choose tokens that no other text has."""
         shape = StepShape.of(step.scheduled)
         if shape.num_tokens:
-            ratio = self._ratio(self._costs.ratios(shape.num_streams), self._num_steps)
-            self.now += self._costs.seconds(shape) * ratio
-            self._num_steps += 1
+            self.now += self._durations.one(shape, self._number) * self._crowding
+            self._number += 1
         return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
 
     def _choose(self, share: output.ScheduledRequest) -> int:
@@ -156,34 +156,30 @@ class Replica:
         place = share.num_computed_tokens + share.num_scheduled_tokens - len(asked.prompt_token_ids)
         return STOP if place + 1 >= asked.num_output_tokens else output_token(share.request_id, place)
 
-    def _ratio(self, ratios: Sequence[float], number: int) -> float:
-        """One of the deviations, for the step of this number, and what others on the machine make of it."""
-        draw = self._draws[number % _NUM_DRAWS] if self._draws else 0.0
-        return ratios[int(draw * len(ratios))] * self._crowding
-
     # -- leaps -----------------------------------------------------------------------------------------------------
 
     def _plain_steps(self, most: int) -> list[float]:
         """When the plain steps end that follow, `most` of them or as many as come until a request ends."""
         running = self.scheduler.running.values()
         left = min(self.requests[one.request_id].num_output_tokens - one.num_output_tokens for one in running)
-        num_rows, num_keys = len(running), sum(one.num_tokens for one in running)
-        seconds = self._costs.plain_seconds(StepShape(num_rows, num_keys, num_keys, num_rows, num_rows))
-        ratios = self._costs.ratios(num_rows)
-        ends, now = list[float](), self.now
-        for number, one in enumerate(islice(seconds, min(left, most)), self._num_steps):
-            now += one * self._ratio(ratios, number)
-            ends.append(now)
+        num_keys = sum(one.num_tokens for one in running)
+        seconds = self._durations.plain(len(running), num_keys, self._number, min(left, most))
+        seconds[0] += self.now
+        ends: list[float] = seconds.cumsum().tolist()
         return ends
 
     def _leap(self) -> list[Delivery]:
-        times, self._leapt = self._leapt, []
-        self.now = times[-1]
-        self._num_steps += len(times)
-        seconds = [end - start for start, end in zip([self._began, *times], times, strict=False)]
+        ends, self._leapt = self._leapt, []
+        self.now = ends[-1]
+        self._number += len(ends)
         names = list(self.scheduler.running)
-        ended = {request.request_id for request, _ in self.scheduler.leap(seconds, self._choose_several)}
-        return [Delivery(name, times, is_last=name in ended) for name in names]
+        seconds = map(sub, ends, chain([self._began], ends))
+        ended = {one.request_id for one in self.scheduler.leap(len(ends), seconds, self._choose_several)}
+        return [Delivery(name, self._seen(ends[-1]), len(ends), 0, name in ended) for name in names]
+
+    def _seen(self, end: float) -> float:
+        """When users see the tokens of a step that ended then."""
+        return end + self._costs.delivery_seconds
 
     def _choose_several(self, request: Request, count: int) -> Sequence[int]:
         place = request.num_output_tokens
@@ -204,12 +200,18 @@ def to_engine(asked: WorkloadRequest, arrival_time: float, num_delivered: int = 
     Args:
         num_delivered: output tokens that another engine has delivered before it was lost.
     """
-    limit, stop = asked.max_tokens, frozenset({STOP})
-    params = output.SamplingParams(
-        max_tokens=limit, min_tokens=limit, temperature=asked.temperature, seed=asked.seed, stop_token_ids=stop
-    )
-    scheduling = output.SchedulingParams(
-        client=asked.client, priority=asked.priority, ttft_slo_ms=asked.ttft_slo_ms, tpot_slo_ms=asked.tpot_slo_ms
-    )
     delivered = range(first := output_token(asked.request_id, 0), first + num_delivered)
+    params = _params(asked.max_tokens)
+    scheduling = _scheduling(asked.client, asked.priority, asked.ttft_slo_ms, asked.tpot_slo_ms)
     return Request(asked.request_id, asked.prompt_token_ids, params, arrival_time, delivered, scheduling=scheduling)
+
+
+@lru_cache
+def _params(max_tokens: int) -> output.SamplingParams:
+    """What the scheduler may know of how tokens are chosen."""
+    return output.SamplingParams(max_tokens=max_tokens, min_tokens=max_tokens, seed=0, stop_token_ids=frozenset({STOP}))
+
+
+@lru_cache
+def _scheduling(client: str, priority: int, ttft: float | None, tpot: float | None) -> output.SchedulingParams:
+    return output.SchedulingParams(client=client, priority=priority, ttft_slo_ms=ttft, tpot_slo_ms=tpot)

@@ -55,8 +55,9 @@ def read_events(record: RequestRecord, events: Sequence[tuple[float, bytes]]) ->
 
 def request_body(request: WorkloadRequest) -> bytes:
     """The JSON of a request, whose answer is streamed and as long as the workload says."""
-    same = ("prompt", "max_tokens", "temperature", "seed", "priority", "ttft_slo_ms", "tpot_slo_ms")
-    body: dict[str, Any] = {name: value for name in same if (value := getattr(request, name)) is not None}
+    same = ("max_tokens", "temperature", "seed", "priority", "ttft_slo_ms", "tpot_slo_ms")
+    body: dict[str, Any] = {"prompt": request.prompt or request.prompt_token_ids}
+    body |= {name: value for name in same if (value := getattr(request, name)) is not None}
     whose = {"user": request.client} if request.client else {}
     streamed = {"end_after": request.num_output_tokens, "stream": True, "stream_options": {"include_usage": True}}
     return msgspec.json.encode(body | whose | streamed)

@@ -51,7 +51,7 @@ class Traffic:
         self.finished = Event()
         self.started_at = time.monotonic()
         self._client, self._report = client, report
-        self._due: list[Arrival] = [] if load.users else open_arrivals(load, requests)[index::count]
+        self._due: list[Arrival] = [] if load.users else list(open_arrivals(load, requests))[index::count]
         self._sessions = deque(closed_sessions(load, requests)[index::count] if load.users else [])
         self._num_left = len(self._due) + sum(map(len, self._sessions))
         self._in_flight = Group()

@@ -35,6 +35,7 @@ class WorkloadRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         session: requests of one session follow each other, each after the answer to the one before; a request alone
             is a session of its own.
         client: whose request it is, sent as `user`; empty if nobody's.
+        prompt: its text; if empty, the tokens are sent.
         prompt_token_ids: the prompt in tokens of the model that the workload was made for; the twin needs them.
         num_output_tokens: length of the output, which the server enforces (`end_after`).
         max_tokens: the limit that the request names: the same in a whole workload, so that it says nothing of lengths.
@@ -46,7 +47,7 @@ class WorkloadRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     request_id: Name
     session: Name
     client: str = ""
-    prompt: Name
+    prompt: str = ""
     prompt_token_ids: Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
     num_output_tokens: Count
     max_tokens: Count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from shoal.scheduler.output import FinishReason, SchedulerOutput
 from shoal.scheduler.request import Request, RequestStatus
@@ -13,8 +13,7 @@ class LeapingScheduler(Scheduler):
     """A scheduler that can also take plain steps together, with the same outcome as one by one.
 
     In a plain step each running request decodes one token, and nobody joins or gives way.  The step after a plain one
-    is plain too unless a request comes or ends, or a block is wanted that is not there: of policies that never pause a
-    running request, none reads anything else that changes.
+    is plain too unless a request comes or ends, or a block is wanted that is not there, if the policy is steady.
     """
 
     _blocked: Request | None = None  # the first waiting request, if the last step was plain and did not admit it
@@ -31,7 +30,7 @@ class LeapingScheduler(Scheduler):
     def num_plain_steps(self) -> int:
         """How many plain steps follow at least, if no request comes or ends before the last of them is over."""
         config, cache = self.config, self.kv_cache
-        if self.padding or self.policy.pauses or not all(group.sees_all for group in config.cache_groups):
+        if self.padding or not self.policy.is_steady or not all(group.sees_all for group in config.cache_groups):
             return 0
         if not self.running or self._first_waiting() is not self._blocked:
             return 0
@@ -42,17 +41,16 @@ class LeapingScheduler(Scheduler):
         return num_free // (len(self.running) * len(config.cache_groups)) * config.block_size
 
     def leap(
-        self, seconds: Sequence[float], choose: Callable[[Request, int], Sequence[int]]
-    ) -> list[tuple[Request, FinishReason]]:
-        """Take at most `num_plain_steps` steps at once; returns the requests that end in the last of them, and why.
+        self, num_steps: int, seconds: Iterable[float], choose: Callable[[Request, int], Sequence[int]]
+    ) -> list[Request]:
+        """Take plain steps at once, at most `num_plain_steps`; returns the requests that end in the last of them.
 
         Args:
             seconds: of each step.
             choose: returns the next tokens of a request, one for each step; none but the last may end it.
         """
-        num_steps, num_rows = len(seconds), len(self.running)
-        for one in seconds:
-            self._pacing.learn(num_rows, 0, one)
+        num_rows = len(self.running)
+        self._pacing.learn_plain(num_rows, seconds)
         ended: list[tuple[Request, FinishReason]] = []
         for request in self.running.values():
             token_ids, before = choose(request, num_steps), request.num_computed_tokens
@@ -69,7 +67,7 @@ class LeapingScheduler(Scheduler):
             self._end(request, reason)
         self._counts.num_steps += num_steps
         self._counts.num_step_tokens += num_steps * num_rows
-        return ended
+        return [request for request, _ in ended]
 
     def _first_waiting(self) -> Request | None:
         return next(iter(self.waiting.values()), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 # Fewer tokens of prompts take hardly less time: all weights are read for them.
 _LEAST = 16
@@ -33,12 +34,20 @@ class Pacing:
 
     def learn(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
         """Take in how long a step took."""
-        rows = num_decoding.bit_length()  # loads from one power of two to the next are alike
         if not num_prompt_tokens:
-            self._plain[rows] = _KEPT * (self._plain[rows] or seconds) + (1 - _KEPT) * seconds
+            self.learn_plain(num_decoding, [seconds])
         elif self._target:
-            wanted, now = max(self._target, 2 * self._plain[rows]), self.num_prompt_tokens
+            plain = self._plain[num_decoding.bit_length()]
+            wanted, now = max(self._target, 2 * plain), self.num_prompt_tokens
             if num_prompt_tokens >= now or seconds > wanted:  # else nothing is known of fuller steps
                 found = num_prompt_tokens * wanted / seconds if seconds > 0 else self._most
                 found = min(max(found, now / _MOST_CHANGE, _LEAST), now * _MOST_CHANGE, self._most)
                 self.num_prompt_tokens = int(found)
+
+    def learn_plain(self, num_decoding: int, seconds: Iterable[float]) -> None:
+        """Take in how long steps took in which so many requests decoded, and nothing else was done."""
+        rows = num_decoding.bit_length()  # loads from one power of two to the next are alike
+        plain = self._plain[rows]
+        for one in seconds:
+            plain = _KEPT * (plain or one) + (1 - _KEPT) * one
+        self._plain[rows] = plain

@@ -75,7 +75,7 @@ class VirtualTokenCounter(Policy):
     """
 
     name = "fair"
-    pauses = True
+    is_steady = False
 
     @dataclass(frozen=True, kw_only=True)
     class Knobs(Config):

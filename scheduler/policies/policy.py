@@ -40,12 +40,12 @@ class Policy(Notices, ABC):
         name: what the settings call the policy.  A class that defines no name of its own cannot be chosen there.
         Knobs: the type of `knobs`: the policy's own settings, each declared with `setting`.  Their names must differ
             from those of all other policies.
-        pauses: whether a running request may be left out of a step though no request came or ended before.
+        is_steady: whether a step that only decodes is followed by others until a request comes, ends or lacks blocks.
         config: the scheduler's limits.
     """
 
     name: ClassVar[str]
-    pauses: ClassVar[bool] = False
+    is_steady: ClassVar[bool] = True
     Knobs: ClassVar[type[Config]] = Config
     knobs: Config
 

@@ -32,6 +32,7 @@ class ShortestJobFirst(KeyedPolicy):
     """
 
     name = "sjf"
+    is_steady = False
 
     @dataclass(frozen=True, kw_only=True)
     class Knobs(Config):

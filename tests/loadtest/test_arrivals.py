@@ -107,7 +107,7 @@ def test_a_load_out_of_range_is_refused_by_field(fields: dict[str, Any], message
 
 def test_without_a_rate_requests_are_due_when_the_workload_says() -> None:
     requests = [request("a", 2.0), request("b", 0.5)]
-    assert open_arrivals(Load(), requests) == [(0.5, requests[1]), (2.0, requests[0])]
+    assert list(open_arrivals(Load(), requests)) == [(0.5, requests[1]), (2.0, requests[0])]
     assert [due for due, _ in open_arrivals(Load(rate=4.0), requests)] == arrival_times(Load(rate=4.0), 2).tolist()
     with pytest.raises(LoadTestError, match="request 'c' has no arrival_time"):
         open_arrivals(Load(), [*requests, request("c")])

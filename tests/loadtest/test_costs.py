@@ -76,14 +76,14 @@ def test_what_is_written_is_read(costs: CostModel) -> None:
 def series(costs: CostModel) -> list[Run]:
     """Runs that show all there is to know; of a real engine they would also show what is not the executor's time."""
     return [
-        run(chat(3), Load(users=1), costs=costs),
-        run(chat(6, 1), Load(users=2), costs=costs),
-        run(chat(24, 2), Load(users=8), costs=costs),
-        run(chat(64, 3), Load(users=32), costs=costs),
-        run(chat(80, 4), Load(users=64), costs=costs),
-        run(chat(24, 5, num_prompt_tokens=400), Load(users=8), costs=costs),
-        run(chat(40, 6), Load(users=16), "static", costs, max_num_seqs=16),
-        run(chat(32, 8), Load(rate=16.0), costs=costs),
+        run(chat(3), Load(users=1), costs=costs, repetition=100),
+        run(chat(6, 1), Load(users=2), costs=costs, repetition=101),
+        run(chat(24, 2), Load(users=8), costs=costs, repetition=102),
+        run(chat(64, 3), Load(users=32), costs=costs, repetition=103),
+        run(chat(80, 4), Load(users=64), costs=costs, repetition=104),
+        run(chat(24, 5, num_prompt_tokens=400), Load(users=8), costs=costs, repetition=105),
+        run(chat(40, 6), Load(users=16), "static", costs, max_num_seqs=16, repetition=106),
+        run(chat(32, 8), Load(rate=16.0), costs=costs, repetition=107),
     ]
 
 

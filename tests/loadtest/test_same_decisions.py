@@ -87,11 +87,7 @@ class Server:
 
     def submit(self, asked: WorkloadRequest, time: float) -> None:
         params = SamplingParams(
-            max_tokens=asked.max_tokens,
-            min_tokens=asked.max_tokens,
-            temperature=asked.temperature,
-            seed=asked.seed,
-            stop_token_ids=frozenset({STOP}),
+            max_tokens=asked.max_tokens, min_tokens=asked.max_tokens, seed=0, stop_token_ids=frozenset({STOP})
         )
         scheduling = SchedulingParams(client=asked.client, priority=asked.priority)
         request = EngineRequest(asked.request_id, asked.prompt_token_ids, params, scheduling=scheduling)

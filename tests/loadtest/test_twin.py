@@ -18,6 +18,7 @@ from shoal.loadtest.twin import SJF_ORACLE, Simulation, simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
+from shoal.scheduler.invariants import check_invariants
 from shoal.scheduler.output import RequestOutput
 from shoal.scheduler.policies import POLICIES
 from shoal.scheduler.policies.fcfs import FirstComeFirstServed
@@ -56,6 +57,7 @@ def generate(workload: list[WorkloadRequest], load: Load, policy: str, limits: S
     core.step = step_and_note  # type: ignore[method-assign]
     simulation.run()
     scheduler = core.scheduler
+    check_invariants(scheduler)
     assert scheduler.kv_cache.pool.num_available == limits.num_blocks, "blocks are free after a drain"
     steps = [step for step in simulation.replicas[0].steps if step.shares]
     for request in workload:

@@ -1,0 +1,212 @@
+"""Clusters in virtual time: every request ends once whatever happens to engines, and a seed replays."""
+
+from __future__ import annotations
+
+from dataclasses import replace as replace_limits
+from random import Random
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from shoal.loadtest import cli
+from shoal.loadtest.arrivals import Copies, open_arrivals
+from shoal.loadtest.fleet import Fleet, FleetRun, simulate_fleet
+from shoal.loadtest.metrics import Figures
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Setup
+from shoal.loadtest.workload import WorkloadRequest
+from shoal.scheduler.invariants import check_invariants
+from shoal.scheduler.plain_routing import ROUTINGS
+from shoal.scheduler.policies.fcfs import FirstComeFirstServed
+from tests.loadtest.twin import LIMITS, REALISTIC, SECONDS, ask, chat, server_info
+
+
+def fleet_run(workload: list[WorkloadRequest], load: Load, fleet: Fleet) -> tuple[FleetRun, list[RequestRecord]]:
+    """Play a run; returns it and the requests in the order in which they ended."""
+    ended: list[RequestRecord] = []
+
+    class Watched(FleetRun):
+        def note(self, record: RequestRecord) -> None:
+            ended.append(record)
+            super().note(record)
+
+    run = Watched(
+        workload,
+        load,
+        policy=lambda: FirstComeFirstServed(LIMITS, FirstComeFirstServed.Knobs()),
+        costs=REALISTIC,
+        num_replicas=fleet.replicas,
+        routing=ROUTINGS[fleet.router](),
+        records_steps=False,
+    )
+    run.follow(fleet)
+    run.run()
+    for replica in run.replicas.values():
+        check_invariants(replica.scheduler)
+        assert not replica.requests
+    return run, ended
+
+
+moments = st.floats(0, 3)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 100),
+    router=st.sampled_from(list(ROUTINGS)),
+    replicas=st.integers(1, 4),
+    kills=st.lists(st.tuples(moments, st.integers(0, 3)), max_size=6),
+    additions=st.lists(st.tuples(moments, st.integers(1, 2)), max_size=2),
+    scales=st.booleans(),
+    load=st.sampled_from([Load(users=8), Load(rate=40.0), Load(rate=200.0)]),
+)
+def test_every_request_ends_once_with_all_of_its_tokens(
+    *,
+    seed: int,
+    router: str,
+    replicas: int,
+    kills: list[tuple[float, int]],
+    additions: list[tuple[float, int]],
+    scales: bool,
+    load: Load,
+) -> None:
+    workload = chat(40, seed)
+    fleet = Fleet(
+        replicas=replicas,
+        router=router,
+        autoscale=(1, 6) if scales else None,
+        kills=tuple((time, number % replicas) for time, number in kills),
+        additions=tuple(additions),
+        start_seconds=0.5,
+    )
+    _, ended = fleet_run(workload, load, fleet)
+    assert sorted(one.request_id for one in ended) == sorted(one.request_id for one in workload)
+    lengths = {one.request_id: one.num_output_tokens for one in workload}
+    for record in ended:
+        assert record.error is None
+        assert record.num_output_tokens == lengths[record.request_id]
+        assert record.token_times == sorted(record.token_times)
+
+
+def figures(fleet: Fleet, load: Load, num_requests: int = 300, seed: int = 0) -> Figures:
+    planned = PlannedRun(setup=Setup(policy="fcfs"), workload="chat", load=load, repetition=seed)
+    costs = replace(REALISTIC, deviations={0: (0.9, 1.1)})
+    return simulate_fleet(planned, chat(num_requests), fleet, server=server_info(), costs=costs)
+
+
+def test_a_seed_replays() -> None:
+    fleet = Fleet(replicas=3, router="pow2", kills=((0.3, 1),), start_seconds=1)
+    assert figures(fleet, Load(rate=200.0)) == figures(fleet, Load(rate=200.0))
+    assert figures(fleet, Load(rate=200.0)) != figures(fleet, Load(rate=200.0), seed=1)
+
+
+def test_more_engines_are_faster() -> None:
+    one, four = (figures(Fleet(replicas=count), Load(rate=200.0)) for count in (1, 4))
+    assert four["e2e p50"] < one["e2e p50"] / 2
+    assert four["most to mean work"] < 1.5
+
+
+def test_a_request_goes_on_after_what_was_delivered() -> None:
+    """Its engine dies in its third step of a second; the other one begins a step with all that is known then."""
+    run = FleetRun(
+        [ask("a", num_prompt_tokens=4, num_output_tokens=5)],
+        Load(users=1),
+        policy=lambda: FirstComeFirstServed(LIMITS, FirstComeFirstServed.Knobs()),
+        costs=SECONDS,
+        num_replicas=2,
+        records_steps=False,
+    )
+    run.follow(Fleet(replicas=2, kills=((2.5, 0),), start_seconds=100))
+    run.run()
+    found = run.figures()
+    assert (found["ttft p50"], found["e2e p50"], found["resumed"]) == (1.0, 5.5, 1)
+
+
+def test_requests_wait_while_there_is_no_engine() -> None:
+    found = figures(Fleet(replicas=1, kills=((0.01, 0),), start_seconds=50), Load(rate=200.0), 20)
+    assert found["errors"] == 0
+    assert found["e2e p50"] > 49
+
+
+def test_engines_come_and_go_with_the_load() -> None:
+    fleet = Fleet(replicas=1, autoscale=(1, 8), start_seconds=1)
+    grown = figures(fleet, Load(rate=150.0), 1500)
+    assert grown["most replicas"] > 1
+    idle = figures(Fleet(replicas=4, autoscale=(1, 8)), Load(rate=2.0), 120)
+    assert idle["least replicas"] == 1
+    assert idle["errors"] == grown["errors"] == 0
+
+
+def test_prefixes_are_found_again_where_they_are() -> None:
+    """Sixteen clients with a long prompt of their own."""
+    random = Random(0)
+    stems = [[random.randrange(10**6) for _ in range(256)] for _ in range(16)]
+    workload = [
+        replace(
+            ask(f"r{n}", num_output_tokens=4), prompt_token_ids=[*random.choice(stems), *ask(f"r{n}").prompt_token_ids]
+        )
+        for n in range(320)
+    ]
+    shares = {}
+    for router in ROUTINGS:
+        planned = PlannedRun(setup=Setup(policy="fcfs"), workload="", load=Load(rate=100.0))
+        fleet = Fleet(replicas=8, router=router)
+        shares[router] = simulate_fleet(planned, workload, fleet, server=server_info(), costs=REALISTIC)["cached share"]
+    assert shares["prefix"] > 0.9 and shares["hash"] > 0.9
+    assert shares["load"] < 0.75 and shares["pow2"] < 0.75
+
+
+def test_a_full_engine_is_passed_over() -> None:
+    server = server_info(replace_limits(LIMITS, max_num_seqs=1, max_num_waiting=1))
+    planned = PlannedRun(setup=Setup(policy="fcfs"), workload="", load=Load(users=5))
+    workload = [ask(f"r{n}") for n in range(5)]
+    found = simulate_fleet(planned, workload, Fleet(replicas=2, router="hash"), server=server, costs=SECONDS)
+    assert found["errors"] == 1, "there is room for four"
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_share_prefixes_with_their_own_kind_only() -> None:
+    workload = [ask("a"), ask("b")]
+    copies = Copies(workload, 5)
+    assert [request.request_id for request in copies] == ["a-0", "a-1", "a-2", "b-0", "b-1"]
+    assert len(copies) == 5
+    assert copies[0].prompt_token_ids == workload[0].prompt_token_ids
+    assert not set(copies[1].prompt_token_ids) & set(copies[0].prompt_token_ids)
+    assert [due for due, _ in open_arrivals(Load(rate=1.0), copies)] == [
+        due for due, _ in open_arrivals(Load(rate=1.0), [ask(str(n)) for n in range(5)])
+    ]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"router": "best"}, "router: unknown 'best'; known are prefix, load, hash, pow2"),
+        ({"replicas": 3, "autoscale": (4, 8)}, "autoscale: 3 replicas must be within 4:8"),
+        ({"replicas": 3, "kills": ((1.0, 3),)}, "kill: there is no replica 3; they are numbered from 0 to 2"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused(asked: dict[str, object], complaint: str) -> None:
+    with pytest.raises(LoadTestError, match=complaint):
+        Fleet(**asked)  # type: ignore[arg-type]  # any field
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["--router", "load"], "need --replicas"),
+        (["--replicas", "2", "--kill", "soon:1"], "'--kill': 'soon' is not a valid float"),
+        (["--replicas", "2", "--kill", "3"], "'--kill': '' is not a valid integer"),
+        (["--replicas", "2", "--autoscale", "1"], "'--autoscale': '' is not a valid integer"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(args: list[str], complaint: str) -> None:
+    result = CliRunner().invoke(cli.simulate, args)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
