@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
@@ -28,6 +29,7 @@ Count = Annotated[int, Meta(ge=0)]
 
 _TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)  # the cost of a step is linear between two of them
 _MIN_STEPS = 20
+_NUM_ROUNDS = 3  # of fitting costs and crowding in turn
 _USUAL_ERROR = 0.05  # of a step's cost; larger ones are outliers
 _BANDS = (0, 2, 4, 8, 16, 32, 64)  # of streams, each up to the next
 _NUM_RATIOS = 200  # of a band
@@ -159,20 +161,31 @@ class Durations:
 def fit(runs: Sequence[Run]) -> CostModel:
     """The cost model that agrees best with measured runs; a cost of which they show nothing is 0.
 
+    Where several engines shared the machine, a step also takes longer or shorter by how many of them computed when it
+    began.
+
     Raises:
         LoadTestError: there are too few steps to fit.
     """
-    shapes = [StepShape.of(step.shares) for run in runs for step in run.steps]
+    engines = [replace(run, steps=own, other_steps=[]) for run in runs for own in (run.steps, *run.other_steps)]
+    shapes = [StepShape.of(step.shares) for run in engines for step in run.steps]
     if len(shapes) < _MIN_STEPS:
         raise LoadTestError(f"{len(shapes)} steps were measured, but a cost model needs at least {_MIN_STEPS}")
-    seconds = np.array([end - step.start for run in runs for step, end in zip(run.steps, ends(run.steps), strict=True)])
+    seconds = np.array(
+        [end - step.start for run in engines for step, end in zip(run.steps, ends(run.steps), strict=True)]
+    )
     tokens, *others = np.array(shapes, dtype=float).T
     counts = np.array([count for count in _TOKEN_COUNTS if count < tokens.max()] + [max(tokens.max(), 2)])
     # The columns are a constant, the rise from each count to the next, and the other counts of a shape.
     rises = np.clip((tokens[:, None] - counts[:-1]) / np.diff(counts), 0, 1)
     table = np.column_stack([np.ones(len(tokens)), rises, *others])
     scale = np.maximum(table.max(axis=0), 1)
-    found = _least_errors(table / scale, seconds) / scale
+    num_busy = np.concatenate([_num_busy(run) for run in runs])
+    crowding = np.ones(num_busy.max())
+    for _ in range(1 if len(crowding) == 1 else _NUM_ROUNDS):
+        found = _least_errors(table / scale, seconds / crowding[num_busy - 1]) / scale
+        crowding *= _crowding(num_busy, seconds, table @ found * crowding[num_busy - 1])
+    predicted = table @ found * crowding[num_busy - 1]
     pair, key, sample, stream = found[len(counts) :].tolist()
     return CostModel(
         token_seconds=dict(zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)),
@@ -180,10 +193,35 @@ def fit(runs: Sequence[Run]) -> CostModel:
         key_seconds=key,
         sample_seconds=sample,
         stream_seconds=stream,
-        deviations=_deviations(others[-1], seconds, table @ found),
-        send_seconds=_typical(map(_ways, runs)),
-        delivery_seconds=_typical(map(_deliveries, runs)),
+        deviations=_deviations(others[-1], seconds, predicted),
+        crowding=tuple(crowding.tolist()) if len(crowding) > 1 else (),
+        send_seconds=_typical(map(_ways, engines)),
+        delivery_seconds=_typical(map(_deliveries, engines)),
     )
+
+
+def _num_busy(run: Run) -> NDArray[np.int64]:
+    """How many engines computed when each step began, its own included; engine by engine."""
+    engines = [steps for steps in (run.steps, *run.other_steps) if steps]
+    spans = [(np.array([step.start for step in steps]), np.array(ends(steps))) for steps in engines]
+    if not spans:
+        return np.zeros(0, np.int64)
+    moments = np.concatenate([starts for starts, _ in spans])
+    found = np.zeros(len(moments), np.int64)
+    for starts, own_ends in spans:
+        latest = np.searchsorted(starts, moments, "right") - 1
+        found += (latest >= 0) & (own_ends[latest] > moments)
+    return np.maximum(found, 1)
+
+
+def _crowding(num_busy: NDArray[np.int64], seconds: Array, predicted: Array) -> Array:
+    """Measured over predicted seconds of steps, by the number of engines that computed; 1 where few steps tell."""
+    found = np.ones(num_busy.max())
+    for count in range(1, len(found) + 1):
+        chosen = num_busy == count
+        if len(found) > 1 and chosen.sum() >= _MIN_STEPS:
+            found[count - 1] = seconds[chosen].sum() / predicted[chosen].sum()
+    return found
 
 
 def _least_errors(table: Array, seconds: Array) -> Array:

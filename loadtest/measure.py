@@ -1,6 +1,6 @@
 """One measured run: a server is started, warmed, put under load by locust, and ended; all in a folder of its own.
 
-server.log, trace.json.gz    of the server; Perfetto opens the trace
+server.log, trace.json.gz    of the server; Perfetto opens the trace; of several engines trace-0.json.gz and so on
 requests.jsonl, locust.log   of the load generator; generate.log of Hugging Face's `generate`, which needs neither
 run.json                     the run but for its requests and steps; the last file that is written
 """
@@ -36,6 +36,7 @@ from shoal.loadtest.workload import WorkloadRequest, write_workload
 from shoal.testing.server import ServerProcess, last_lines
 
 RUN_FILE, REQUESTS_FILE, TRACE_FILE = "run.json", "requests.jsonl", "trace.json.gz"
+TRACE_FILES = "trace*.json"  # of several engines, each has its number
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 REQUEST_TIMEOUT_SECONDS = 600.0
 STUCK_SECONDS = REQUEST_TIMEOUT_SECONDS + 60  # without a request that ends, after which locust is stopped
@@ -74,8 +75,8 @@ def measure(folder: Path, planned: PlannedRun, model: str, requests: Sequence[Wo
         workload.unlink()
         if generates:
             trace.unlink(missing_ok=True)
-        else:
-            pack(trace, folder / TRACE_FILE)
+        for own in folder.glob(TRACE_FILES):
+            pack(own, own.with_suffix(".json.gz"))
 
 
 @contextmanager
@@ -94,9 +95,9 @@ def _saved(run: Run, folder: Path, num_requests: int) -> Iterator[None]:
 def load_run(folder: Path, *, with_steps: bool = True) -> Run:
     """A run that was saved in this folder; raises LoadTestError if a file is missing or broken."""
     run = read_json(folder / RUN_FILE, Run)
-    is_traced = with_steps and (folder / TRACE_FILE).exists()
-    steps = read_trace(folder / TRACE_FILE, run.started_at) if is_traced else []
-    return replace(run, requests=read_results(folder / REQUESTS_FILE).records, steps=steps)
+    files = sorted(folder.glob(f"{TRACE_FILES}.gz"), key=lambda path: (len(path.name), path.name)) if with_steps else []
+    steps, *others = [read_trace(file, run.started_at) for file in files] or [[]]
+    return replace(run, requests=read_results(folder / REQUESTS_FILE).records, steps=steps, other_steps=others)
 
 
 def server_options(model: str, setup: Setup) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from math import ceil
 from os.path import commonprefix
 from statistics import median
@@ -71,7 +72,7 @@ def summarize(run: Run, slo: Slo = DEFAULT_SLO) -> Figures:
     answered = [record for record in run.requests if record.is_answered]
     begin = min((record.sent_at for record in run.requests), default=0.0)
     seconds = max([begin, *map(_last_seen, run.requests)]) - begin
-    in_batch = stays(run.steps)
+    in_batch = stays(chain(run.steps, *run.other_steps))
     admitted = [r.token_times[0] - in_batch[r.engine_id].joined_at for r in answered if r.engine_id in in_batch]
     good = [record for record in answered if _keeps(record, slo)]
     num_accepted = sum(record.num_accepted_tokens for record in answered)
@@ -325,7 +326,7 @@ def collect(runs: Iterable[Run], predictions: Iterable[Run] = (), slo: Slo = DEF
         own = repetitions.setdefault(combination(run), [])
         own.append((run, summarize(run, slo), list(problems(run))))
         if len(own) > 1 and own[0][0].is_complete:
-            run.steps = []  # of one run they are enough
+            run.steps, run.other_steps = [], []  # of one run they are enough
     predicted = {combination(run): summarize(run, slo) for run in predictions}
     workloads = list(dict.fromkeys(workload for workload, _, _ in repetitions))
     setups = list(dict.fromkeys(setup for _, _, setup in repetitions))

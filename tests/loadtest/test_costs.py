@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from shoal.loadtest.costs import CostModel, StepShape, fit
-from shoal.loadtest.records import Load, LoadTestError, Run
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup
+from shoal.loadtest.twin import simulate
+from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.step_record import ShareRecord
-from tests.loadtest.twin import REALISTIC, chat, run
+from tests.loadtest.twin import REALISTIC, chat, run, server_info
 
 STEPS = CostModel(
     token_seconds={1: 1.0, 4: 4.0, 8: 6.0},
@@ -171,3 +173,24 @@ def test_runs_without_steps_in_common_with_the_users_are_no_trouble() -> None:
     for record in alone.requests:
         record.engine_id = "another"
     assert fit([alone]).delivery_seconds == 0
+
+
+def test_engines_that_share_a_machine_slow_each_other_down() -> None:
+    """A profile of three engines, and what it says of a run that it has not seen."""
+    crowded = replace(REALISTIC, crowding=(0.8, 1.0, 1.7))
+
+    def of_three(workload: list[WorkloadRequest], load: Load, costs: CostModel) -> Run:
+        server = server_info()
+        server.settings["engine"]["engines"] = 3
+        planned = PlannedRun(setup=Setup(policy="fcfs"), workload="", load=load)
+        return simulate(planned, workload, server=server, costs=costs)
+
+    loads = Load(users=1), Load(users=2), Load(users=8), Load(users=32), Load(rate=60.0)
+    found = fit([of_three(chat(40, seed), load, crowded) for seed, load in enumerate(loads)])
+    assert len(found.crowding) == 3
+    assert np.array(found.crowding) / found.crowding[0] == pytest.approx(np.array(crowded.crowding) / 0.8, rel=0.15)
+    load = Load(users=16)
+    actual, predicted = (of_three(chat(80, 9), load, costs) for costs in (crowded, found))
+    assert all(len(steps) > 50 for steps in (actual.steps, *actual.other_steps))
+    for figure in (end, median_ttft, median_e2e):
+        assert figure(predicted) == pytest.approx(figure(actual), rel=0.08), figure.__name__
