@@ -29,7 +29,6 @@ Count = Annotated[int, Meta(ge=0)]
 
 _TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)  # the cost of a step is linear between two of them
 _MIN_STEPS = 20
-_NUM_ROUNDS = 3  # of fitting costs and crowding in turn
 _USUAL_ERROR = 0.05  # of a step's cost; larger ones are outliers
 _BANDS = (0, 2, 4, 8, 16, 32, 64)  # of streams, each up to the next
 _NUM_RATIOS = 200  # of a band
@@ -76,8 +75,8 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         deviations: measured over predicted seconds of steps, by their least number of streams; ascending, each for an
             equal share of the profile's steps.  The twin draws from them, so that predictions contain what else the
             machine did, above all passing on tokens on the engine's cores.  If empty, nothing deviates.
-        crowding: what a step takes while 1, 2, ... engines compute on the machine, over what is predicted; empty if the
-            profile was taken with one engine.
+        crowding: what a step takes while 1, 2, ... engines compute on the machine, over what it takes alone; empty if
+            the profile was taken with one engine.
         send_seconds: of a request on its way from the user to the engine.
         delivery_seconds: of a token on its way from the end of its step to the user.
     """
@@ -113,7 +112,7 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         )
 
     def crowded(self, num_busy: int) -> float:
-        """What a step takes while so many engines compute on the machine, by what it takes on average."""
+        """What a step takes while so many engines compute on the machine, over what it takes alone."""
         return self.crowding[min(num_busy, len(self.crowding)) - 1] if self.crowding else 1.0
 
     def ratios(self, num_streams: int) -> tuple[float, ...]:
@@ -181,10 +180,8 @@ def fit(runs: Sequence[Run]) -> CostModel:
     table = np.column_stack([np.ones(len(tokens)), rises, *others])
     scale = np.maximum(table.max(axis=0), 1)
     num_busy = np.concatenate([_num_busy(run) for run in runs])
-    crowding = np.ones(num_busy.max())
-    for _ in range(1 if len(crowding) == 1 else _NUM_ROUNDS):
-        found = _least_errors(table / scale, seconds / crowding[num_busy - 1]) / scale
-        crowding *= _crowding(num_busy, seconds, table @ found * crowding[num_busy - 1])
+    found, crowding = _least_errors(table / scale, seconds, num_busy)
+    found /= scale
     predicted = table @ found * crowding[num_busy - 1]
     pair, key, sample, stream = found[len(counts) :].tolist()
     return CostModel(
@@ -214,27 +211,23 @@ def _num_busy(run: Run) -> NDArray[np.int64]:
     return np.maximum(found, 1)
 
 
-def _crowding(num_busy: NDArray[np.int64], seconds: Array, predicted: Array) -> Array:
-    """Measured over predicted seconds of steps, by the number of engines that computed; 1 where few steps tell."""
-    found = np.ones(num_busy.max())
-    for count in range(1, len(found) + 1):
-        chosen = num_busy == count
-        if len(found) > 1 and chosen.sum() >= _MIN_STEPS:
-            found[count - 1] = seconds[chosen].sum() / predicted[chosen].sum()
-    return found
+def _least_errors(table: Array, seconds: Array, num_busy: NDArray[np.int64]) -> tuple[Array, Array]:
+    """Coefficients x, none negative, and factors by the number of engines that compute, that of one alone being 1.
 
-
-def _least_errors(table: Array, seconds: Array) -> Array:
-    """Coefficients x, none negative, for which the logarithm of `table @ x` is near that of `seconds`.
-
-    A large error counts by its size and not by its square, so that hiccups of the machine hardly move the costs.
+    With them the logarithm of `table @ x`, times the factor, is near that of `seconds`.  A large error counts by its
+    size and not by its square, so that hiccups of the machine hardly move the costs.
     """
-    start = np.full(table.shape[1], np.median(seconds) / table.shape[1])
+    width = table.shape[1]
 
-    def errors(costs: Array) -> Array:
-        return np.log(table @ costs / seconds)
+    def split(values: Array) -> tuple[Array, Array]:
+        return values[:width], np.concatenate([[1.0], values[width:]])
 
-    return np.asarray(least_squares(errors, start, bounds=(0, np.inf), loss="soft_l1", f_scale=_USUAL_ERROR).x)
+    def errors(values: Array) -> Array:
+        costs, factors = split(values)
+        return np.log(table @ costs * factors[num_busy - 1] / seconds)
+
+    start = np.concatenate([np.full(width, np.median(seconds) / width), np.ones(num_busy.max() - 1)])
+    return split(np.asarray(least_squares(errors, start, bounds=(0, np.inf), loss="soft_l1", f_scale=_USUAL_ERROR).x))
 
 
 def _deviations(num_streams: Array, seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:

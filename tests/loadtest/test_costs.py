@@ -177,7 +177,7 @@ def test_runs_without_steps_in_common_with_the_users_are_no_trouble() -> None:
 
 def test_engines_that_share_a_machine_slow_each_other_down() -> None:
     """A profile of three engines, and what it says of a run that it has not seen."""
-    crowded = replace(REALISTIC, crowding=(0.8, 1.0, 1.7))
+    crowded = replace(REALISTIC, crowding=(1.0, 1.2, 2.1))
 
     def of_three(workload: list[WorkloadRequest], load: Load, costs: CostModel) -> Run:
         server = server_info()
@@ -188,9 +188,9 @@ def test_engines_that_share_a_machine_slow_each_other_down() -> None:
     loads = Load(users=1), Load(users=2), Load(users=8), Load(users=32), Load(rate=60.0)
     found = fit([of_three(chat(40, seed), load, crowded) for seed, load in enumerate(loads)])
     assert len(found.crowding) == 3
-    assert np.array(found.crowding) / found.crowding[0] == pytest.approx(np.array(crowded.crowding) / 0.8, rel=0.15)
+    assert found.crowding == pytest.approx(crowded.crowding, rel=0.1)
     load = Load(users=16)
     actual, predicted = (of_three(chat(80, 9), load, costs) for costs in (crowded, found))
     assert all(len(steps) > 50 for steps in (actual.steps, *actual.other_steps))
     for figure in (end, median_ttft, median_e2e):
-        assert figure(predicted) == pytest.approx(figure(actual), rel=0.08), figure.__name__
+        assert figure(predicted) == pytest.approx(figure(actual), rel=0.1), figure.__name__
