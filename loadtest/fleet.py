@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -14,12 +15,14 @@ from msgspec import Struct
 from shoal.loadtest.costs import CostModel
 from shoal.loadtest.metrics import Figures, quantiles
 from shoal.loadtest.records import LoadTestError, PlannedRun, RequestRecord, ServerInfo
-from shoal.loadtest.replica import Delivery, Replica
+from shoal.loadtest.replica import Delivery, TwinEngine
 from shoal.loadtest.report import text, title
-from shoal.loadtest.twin import Simulation, policy_of
+from shoal.loadtest.sketch import Sketch
+from shoal.loadtest.twin import Simulation, played_engines, policy_of
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.autoscaling import INTERVAL_SECONDS, Autoscaler
 from shoal.scheduler.plain_routing import ROUTINGS
+from shoal.scheduler.policies.fcfs import FirstComeFirstServed
 
 _SHOWN = (
     *("requests", "errors", "throughput", "request rate", "ttft p50", "ttft p99", "tpot p50", "e2e p50", "e2e p99"),
@@ -73,16 +76,12 @@ def simulate_fleet(
     Raises:
         ConfigError, LoadTestError: as `simulate` does.
     """
-    run = FleetRun(
-        requests,
-        planned.load,
-        policy=policy_of(planned, requests, server),
-        costs=costs,
-        seed=planned.repetition,
-        num_replicas=fleet.replicas,
-        routing=ROUTINGS[fleet.router](),
-        records_steps=False,
-    )
+    policy = policy_of(planned, requests, server)
+    engine: Callable[[], TwinEngine] = played_engines(policy, costs, planned.repetition, records_steps=False)
+    if planned.setup.policy == FirstComeFirstServed.name:
+        engine = partial(Sketch, server.limits, costs)
+    routing = ROUTINGS[fleet.router]()
+    run = FleetRun(requests, planned.load, engine, costs.send_seconds, num_replicas=fleet.replicas, routing=routing)
     run.follow(fleet)
     is_collecting = gc.isenabled()
     gc.disable()  # nothing that a request leaves behind is a cycle
@@ -108,7 +107,7 @@ def fleet_table(found: Sequence[tuple[PlannedRun, Fleet, Figures]]) -> list[dict
     ]
 
 
-class FleetRun(Simulation):
+class FleetRun(Simulation[TwinEngine]):
     """A simulation in which engines come and go, and of which only figures are kept.
 
     Attributes:
@@ -197,7 +196,7 @@ class FleetRun(Simulation):
         """What Serve's controller does each second."""
         if not self._flights and not self._events:
             return  # all is over
-        seen = [(_queue_seconds(replica, self.now), _usage(replica)) for replica in self.replicas.values()]
+        seen = [(replica.queue_seconds(self.now), replica.kv_cache_usage) for replica in self.replicas.values()]
         ages, usages = zip(*seen, strict=True) if seen else ((0.0,), (0.0,))
         wanted = autoscaler.decide(self._num_asked, fmean(ages), fmean(usages))
         if wanted > self._num_asked:
@@ -210,13 +209,3 @@ class FleetRun(Simulation):
     def _deliver(self, number: int, delivery: Delivery) -> None:
         self._work[number] += delivery.num_tokens
         super()._deliver(number, delivery)
-
-
-def _queue_seconds(replica: Replica, now: float) -> float:
-    """For how long the oldest waiting request has waited."""
-    return max((now - request.arrival_time for request in replica.scheduler.waiting.values()), default=0.0)
-
-
-def _usage(replica: Replica) -> float:
-    pool = replica.scheduler.kv_cache.pool
-    return pool.num_owned / pool.num_blocks

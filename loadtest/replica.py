@@ -8,12 +8,13 @@ from functools import lru_cache
 from itertools import chain
 from math import ceil
 from operator import sub
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 from shoal.loadtest.costs import CostModel, Durations, StepShape
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler import output
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ShoalError
 from shoal.scheduler.leap import LeapingScheduler
@@ -41,29 +42,92 @@ class Delivery(NamedTuple):
     is_last: bool = False
 
 
-class Replica:
-    """An engine in virtual time, which is also the `scheduler.engine.Executor` of its core.
+class TwinEngine(Protocol):
+    """An engine in virtual time.
 
     `begin` starts a step, or some plain ones at once, and says when they are over; then `end` tells what came of them.
     A request that comes meanwhile waits in the inbox, and `interrupt` ends plain steps after the one that is under way.
 
-    Args:
-        durations: of steps, by the costs.
-        first_step: number of the engine's first step.
-        records_steps: whether each step is played and recorded; otherwise plain ones are leapt over, with the same
-            outcome, and users see the tokens of a leap when they see the last of them.
-
     Attributes:
-        now: the virtual clock of the engine, in seconds.  It may be set, but never back.
-        steps: the records of its steps.
         requests: all unfinished requests, by id.
         inbox: of them, those that the scheduler has not seen yet.
         version: grows with each plan of what the engine does next.
     """
 
+    config: SchedulerConfig
+    requests: dict[str, WorkloadRequest]
+    inbox: list[Any]
+    version: int
+    is_busy: bool
+
+    def put(self, asked: WorkloadRequest, hashes: list[bytes], now: float, num_delivered: int) -> None:
+        """A request comes into the inbox.
+
+        Args:
+            hashes: of the full blocks of its prompt.
+            num_delivered: output tokens that another engine has delivered before it was lost.
+        """
+        ...
+
+    def take(self) -> list[tuple[str, ShoalError]]:
+        """Have the scheduler take what is in the inbox; returns the ids of those that it refuses, and why."""
+        ...
+
+    def wake_time(self, now: float) -> float | None:
+        """When there is something to compute if no request comes; None if there is nothing."""
+        ...
+
+    def begin(self, now: float, num_busy: int) -> float:
+        """Begin to compute; returns when that is over.
+
+        Args:
+            num_busy: engines that compute on the machine, this one included.
+        """
+        ...
+
+    def interrupt(self, now: float) -> float | None:
+        """Leave out the plain steps that would begin after `now`; returns when the others are over, if any is left out.
+
+        A step that ends at `now` is the last.
+        """
+        ...
+
+    def end(self) -> list[Delivery]:
+        """What came of what was begun."""
+        ...
+
+    def break_off(self, now: float) -> list[Delivery]:
+        """What came of it until the engine died.  Of a step that was under way nothing comes."""
+        ...
+
+    def queue_seconds(self, now: float) -> float:
+        """For how long the oldest waiting request has waited."""
+        ...
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the blocks that requests own."""
+        ...
+
+
+class Replica:
+    """A `TwinEngine` that plays each step, which is also the `scheduler.engine.Executor` of its core.
+
+    Args:
+        durations: of steps, by the costs.
+        first_step: number of the engine's first step.
+        records_steps: whether each step is recorded; otherwise plain ones are leapt over, with the same outcome, and
+            users see the tokens of a leap when they see the last of them.
+
+    Attributes:
+        now: the virtual clock of the engine, in seconds.  It may be set, but never back.
+        steps: the records of its steps.
+    """
+
     def __init__(
         self, policy: Policy, costs: CostModel, durations: Durations, first_step: int = 0, *, records_steps: bool = True
     ) -> None:
+        self.config = policy.config
         self.now = 0.0
         self.steps: list[StepRecord] = []
         self.requests: dict[str, WorkloadRequest] = {}
@@ -78,8 +142,13 @@ class Replica:
         self._leapt: list[float] = []  # ends of the plain steps that are under way
         self._news: list[output.RequestOutput] = []
 
+    def put(self, asked: WorkloadRequest, hashes: list[bytes], now: float, num_delivered: int) -> None:
+        self.requests[asked.request_id] = asked
+        request = to_engine(asked, now, num_delivered)
+        request.block_hashes = hashes
+        self.inbox.append(request)
+
     def take(self) -> list[tuple[str, ShoalError]]:
-        """Have the scheduler take what is in the inbox; returns the ids of those that it refuses, and why."""
         refused: list[tuple[str, ShoalError]] = []
         for request in self.inbox:
             try:
@@ -91,17 +160,11 @@ class Replica:
         return refused
 
     def wake_time(self, now: float) -> float | None:
-        """When there is something to compute if no request comes; None if there is nothing."""
         found = self.scheduler.wake_time(now)
         # Sockets wait for whole milliseconds.
         return None if found is None else now + ceil((found - now) * 1000) / 1000
 
     def begin(self, now: float, num_busy: int) -> float:
-        """Begin to compute; returns when that is over.
-
-        Args:
-            num_busy: engines that compute on the machine, this one included.
-        """
         self._began = self.now = now
         self._crowding = self._costs.crowded(num_busy)
         self.is_busy = True
@@ -114,10 +177,6 @@ class Replica:
         return self.now
 
     def interrupt(self, now: float) -> float | None:
-        """Leave out the plain steps that would begin after `now`; returns when the others are over, if any is left out.
-
-        A step that ends at `now` is the last.
-        """
         count = bisect_left(self._leapt, now) + 1
         if count >= len(self._leapt):
             return None
@@ -125,7 +184,6 @@ class Replica:
         return self._leapt[-1]
 
     def end(self) -> list[Delivery]:
-        """What came of what was begun."""
         self.is_busy = False
         if self._leapt:
             return self._leap()
@@ -134,9 +192,17 @@ class Replica:
         return [Delivery(one.request_id, seen_at, 1, one.num_cached_tokens, bool(one.finish_reason)) for one in news]
 
     def break_off(self, now: float) -> list[Delivery]:
-        """What came of it until the engine died.  Of a step that was under way nothing comes."""
         ends = self._leapt[: bisect_right(self._leapt, now)]
         return [Delivery(name, self._seen(ends[-1]), len(ends)) for name in self.scheduler.running] if ends else []
+
+    # -- what is seen of it ----------------------------------------------------------------------------------------
+
+    def queue_seconds(self, now: float) -> float:
+        return max((now - request.arrival_time for request in self.scheduler.waiting.values()), default=0.0)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        return self.scheduler.kv_cache.pool.num_owned / self.config.num_blocks
 
     # -- the executor ----------------------------------------------------------------------------------------------
 

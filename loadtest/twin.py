@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import chain, count, islice
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from msgspec.structs import asdict
 
 from shoal.loadtest.arrivals import Arrival, closed_sessions, open_arrivals
 from shoal.loadtest.costs import CostModel, Durations
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Run, ServerInfo
-from shoal.loadtest.replica import Delivery, Replica, to_engine
+from shoal.loadtest.replica import Delivery, Replica, TwinEngine
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.policies import Policy, find_policy
 from shoal.scheduler.policies.predictor import Oracle
@@ -28,6 +28,7 @@ SJF_ORACLE = "sjf-oracle"  # the policy `sjf` with all lengths known; it exists 
 _ENDS, _COMES, _CHANGES, _BEGINS = range(4)  # of what happens at the same moment, the first first
 _STEPS_APART = 1001  # the numbers of the first steps of two engines, so that each deviates in its own way
 
+E = TypeVar("E", bound=TwinEngine)
 User = Iterator[Arrival]  # what a user sends next, after the answer to what it has sent
 
 
@@ -43,14 +44,8 @@ def simulate(planned: PlannedRun, requests: Sequence[WorkloadRequest], *, server
         ConfigError: there is no such policy, or a knob is out of range.
         LoadTestError: requests have no arrival times, or the setup speculates, which the twin cannot simulate.
     """
-    simulation = Simulation(
-        requests,
-        planned.load,
-        policy=policy_of(planned, requests, server),
-        costs=costs,
-        seed=planned.repetition,
-        num_replicas=server.num_engines,
-    )
+    engine = played_engines(policy_of(planned, requests, server), costs, planned.repetition)
+    simulation = Simulation(requests, planned.load, engine, costs.send_seconds, num_replicas=server.num_engines)
     simulation.run()
     records = sorted(simulation.records.values(), key=lambda record: record.sent_at)
     steps, *others = ([step for step in replica.steps if step.shares] for replica in simulation.replicas.values())
@@ -70,6 +65,14 @@ def policy_of(planned: PlannedRun, requests: Sequence[WorkloadRequest], server: 
     return lambda: kind(limits, own)
 
 
+def played_engines(
+    policy: Callable[[], Policy], costs: CostModel, seed: int = 0, *, records_steps: bool = True
+) -> Callable[[], Replica]:
+    """Makes engines whose steps are played, each with deviations of its own; `Replica` says what the arguments are."""
+    durations, first_steps = Durations(costs, seed), count(step=_STEPS_APART)
+    return lambda: Replica(policy(), costs, durations, next(first_steps), records_steps=records_steps)
+
+
 class _Flight(NamedTuple):
     """A request that is not answered yet; and the number of the replica that has it, or None if none is there."""
 
@@ -79,17 +82,16 @@ class _Flight(NamedTuple):
     number: int | None = None
 
 
-class Simulation:
+class Simulation(Generic[E]):
     """One run in virtual time, with any number of engines.
 
     What happens is a heap of events.  An engine has one: the end of what it computes, or the begin of what it computes
     next.  So engines that have nothing to do cost nothing.
 
     Args:
-        policy: makes the policy of each engine.
-        seed: of the deviations from what the costs predict.
+        engine: makes engines.
+        send_seconds: of a request on its way from the user to the engine.
         routing: chooses engines.
-        records_steps: see `Replica`.
 
     Attributes:
         now: the virtual clock, in seconds after the start.
@@ -101,25 +103,21 @@ class Simulation:
         self,
         requests: Sequence[WorkloadRequest],
         load: Load,
+        engine: Callable[[], E],
+        send_seconds: float,
         *,
-        policy: Callable[[], Policy],
-        costs: CostModel,
-        seed: int = 0,
         num_replicas: int = 1,
         routing: PrefixRouting | None = None,
-        records_steps: bool = True,
     ) -> None:
         self.now = 0.0
-        self.replicas: dict[int, Replica] = {}
+        self.replicas: dict[int, E] = {}
         self.records: dict[str, RequestRecord] = {}
-        self._policy, self._costs, self._records_steps = policy, costs, records_steps
-        self._durations = Durations(costs, seed)
+        self._engine, self._send_seconds = engine, send_seconds
         self._routing = routing or PrefixRouting()
         self._events: list[tuple[float, int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = count()  # of events that are alike
         self._flights: dict[str, _Flight] = {}
         self._num_busy = 0  # engines that compute
-        self._first_steps = count(step=_STEPS_APART)
         for number in range(num_replicas):
             self.start(number)
         if load.users:
@@ -146,10 +144,8 @@ class Simulation:
 
     def start(self, number: int) -> None:
         """An engine is ready; requests that found none go to it."""
-        policy = self._policy()
-        own = self._durations, next(self._first_steps)
-        self.replicas[number] = Replica(policy, self._costs, *own, records_steps=self._records_steps)
-        self._routing.join(number, policy.config.num_blocks)
+        engine = self.replicas[number] = self._engine()
+        self._routing.join(number, engine.config.num_blocks)
         for flight in [flight for flight in self._flights.values() if flight.number is None]:
             self._route(flight)
 
@@ -165,12 +161,12 @@ class Simulation:
 
     # -- engines compute -------------------------------------------------------------------------------------------
 
-    def _plan(self, number: int, replica: Replica, time: float, happens: Callable[..., None], rank: int) -> None:
+    def _plan(self, number: int, replica: E, time: float, happens: Callable[..., None], rank: int) -> None:
         """What an engine does next, in place of what was planned."""
         replica.version += 1
         self.at(time, happens, number, replica, replica.version, rank=rank)
 
-    def _begin(self, number: int, replica: Replica, version: int) -> None:
+    def _begin(self, number: int, replica: E, version: int) -> None:
         """`EngineLoop.turn`: wait for something to do, take the requests that have come, run one step."""
         if version != replica.version or self.replicas.get(number) is not replica:
             return
@@ -185,7 +181,7 @@ class Simulation:
         self._num_busy += 1
         self._plan(number, replica, replica.begin(self.now, self._num_busy), self._finish, _ENDS)
 
-    def _finish(self, number: int, replica: Replica, version: int) -> None:
+    def _finish(self, number: int, replica: E, version: int) -> None:
         """A step has ended: report, and go on."""
         if version != replica.version or self.replicas.get(number) is not replica:
             return
@@ -212,11 +208,10 @@ class Simulation:
         if not self.replicas:
             self._flights[request_id] = flight._replace(number=None)
             return
-        request = to_engine(flight.request, self.now, flight.record.num_output_tokens)
-        config = next(iter(self.replicas.values())).scheduler.config
-        hashes, size = request.block_hashes, config.block_size
+        asked, config = flight.request, next(iter(self.replicas.values())).config
+        hashes, size, num_tokens = list[bytes](), config.block_size, flight.record.num_prompt_tokens
         if config.enable_prefix_caching:
-            extend_hashes(hashes, request.num_prompt_tokens // size, request.token_ids, "", size)
+            extend_hashes(hashes, num_tokens // size, asked.prompt_token_ids, "", size)
         limit, full = config.max_num_seqs + config.max_num_waiting, list[int]()
         while True:
             number = self._routing.route(hashes, full)
@@ -226,8 +221,7 @@ class Simulation:
             full.append(number)
         replica = self.replicas[number]
         self._flights[request_id] = flight._replace(number=number)
-        replica.requests[request_id] = flight.request
-        replica.inbox.append(request)
+        replica.put(asked, hashes, self.now, flight.record.num_output_tokens)
         if not replica.is_busy:
             self._plan(number, replica, self.now, self._begin, _BEGINS)
         elif (end := replica.interrupt(self.now)) is not None:
@@ -266,12 +260,12 @@ class Simulation:
             self._send(now + pause * thinks, request, user)
 
     def _send(self, sent_at: float, request: WorkloadRequest, user: User) -> None:
-        self.at(sent_at + self._costs.send_seconds, self._arrive, request, sent_at, user, rank=_COMES)
+        self.at(sent_at + self._send_seconds, self._arrive, request, sent_at, user, rank=_COMES)
 
     def _await_arrival(self) -> None:
         """Have the next request of an open loop come."""
         for due_at, request in islice(self._arrivals, 1):
-            self.at(due_at + self._costs.send_seconds, self._arrive_in_turn, request, due_at, rank=_COMES)
+            self.at(due_at + self._send_seconds, self._arrive_in_turn, request, due_at, rank=_COMES)
 
     def _arrive_in_turn(self, request: WorkloadRequest, due_at: float) -> None:
         self._await_arrival()

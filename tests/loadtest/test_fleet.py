@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace as replace_limits
+from functools import partial
 from random import Random
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,40 +16,37 @@ from msgspec.structs import replace
 
 from shoal.loadtest import cli
 from shoal.loadtest.arrivals import Copies, open_arrivals
+from shoal.loadtest.costs import CostModel
 from shoal.loadtest.fleet import Fleet, FleetRun, simulate_fleet
 from shoal.loadtest.metrics import Figures
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Setup
+from shoal.loadtest.replica import TwinEngine
+from shoal.loadtest.sketch import Sketch
+from shoal.loadtest.twin import played_engines
 from shoal.loadtest.workload import WorkloadRequest
-from shoal.scheduler.invariants import check_invariants
+from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.plain_routing import ROUTINGS
-from shoal.scheduler.policies.fcfs import FirstComeFirstServed
+from tests.fakes import named_policy
 from tests.loadtest.twin import LIMITS, REALISTIC, SECONDS, ask, chat, server_info
 
 
-def fleet_run(workload: list[WorkloadRequest], load: Load, fleet: Fleet) -> tuple[FleetRun, list[RequestRecord]]:
-    """Play a run; returns it and the requests in the order in which they ended."""
-    ended: list[RequestRecord] = []
+def engines(policy: str, costs: CostModel = REALISTIC, limits: SchedulerConfig = LIMITS) -> Callable[[], TwinEngine]:
+    """Sketches for fcfs, and played ones for others."""
+    if policy == "fcfs":
+        return partial(Sketch, limits, costs)
+    return played_engines(lambda: named_policy(policy, limits, {}), costs, records_steps=False)
 
-    class Watched(FleetRun):
-        def note(self, record: RequestRecord) -> None:
-            ended.append(record)
-            super().note(record)
 
-    run = Watched(
-        workload,
-        load,
-        policy=lambda: FirstComeFirstServed(LIMITS, FirstComeFirstServed.Knobs()),
-        costs=REALISTIC,
-        num_replicas=fleet.replicas,
-        routing=ROUTINGS[fleet.router](),
-        records_steps=False,
-    )
-    run.follow(fleet)
-    run.run()
-    for replica in run.replicas.values():
-        check_invariants(replica.scheduler)
-        assert not replica.requests
-    return run, ended
+class Watched(FleetRun):
+    """Keeps the requests in the order in which they ended."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.ended: list[RequestRecord] = []
+        super().__init__(*args, **kwargs)
+
+    def note(self, record: RequestRecord) -> None:
+        self.ended.append(record)
+        super().note(record)
 
 
 moments = st.floats(0, 3)
@@ -60,6 +60,8 @@ moments = st.floats(0, 3)
     kills=st.lists(st.tuples(moments, st.integers(0, 3)), max_size=6),
     additions=st.lists(st.tuples(moments, st.integers(1, 2)), max_size=2),
     scales=st.booleans(),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    num_blocks=st.sampled_from([70, 4096]),
     load=st.sampled_from([Load(users=8), Load(rate=40.0), Load(rate=200.0)]),
 )
 def test_every_request_ends_once_with_all_of_its_tokens(
@@ -70,6 +72,8 @@ def test_every_request_ends_once_with_all_of_its_tokens(
     kills: list[tuple[float, int]],
     additions: list[tuple[float, int]],
     scales: bool,
+    policy: str,
+    num_blocks: int,
     load: Load,
 ) -> None:
     workload = chat(40, seed)
@@ -81,7 +85,19 @@ def test_every_request_ends_once_with_all_of_its_tokens(
         additions=tuple(additions),
         start_seconds=0.5,
     )
-    _, ended = fleet_run(workload, load, fleet)
+    limits = replace_limits(LIMITS, num_blocks=num_blocks)
+    run = Watched(
+        workload,
+        load,
+        engines(policy, limits=limits),
+        REALISTIC.send_seconds,
+        num_replicas=replicas,
+        routing=ROUTINGS[router](),
+    )
+    run.follow(fleet)
+    run.run()
+    ended = run.ended
+    assert not any(engine.requests for engine in run.replicas.values())
     assert sorted(one.request_id for one in ended) == sorted(one.request_id for one in workload)
     lengths = {one.request_id: one.num_output_tokens for one in workload}
     for record in ended:
@@ -90,16 +106,19 @@ def test_every_request_ends_once_with_all_of_its_tokens(
         assert record.token_times == sorted(record.token_times)
 
 
-def figures(fleet: Fleet, load: Load, num_requests: int = 300, seed: int = 0) -> Figures:
-    planned = PlannedRun(setup=Setup(policy="fcfs"), workload="chat", load=load, repetition=seed)
+def figures(fleet: Fleet, load: Load, num_requests: int = 300, policy: str = "fcfs", seed: int = 0) -> Figures:
+    planned = PlannedRun(setup=Setup(policy=policy), workload="chat", load=load, repetition=seed)
     costs = replace(REALISTIC, deviations={0: (0.9, 1.1)})
     return simulate_fleet(planned, chat(num_requests), fleet, server=server_info(), costs=costs)
 
 
-def test_a_seed_replays() -> None:
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_a_seed_replays(policy: str) -> None:
     fleet = Fleet(replicas=3, router="pow2", kills=((0.3, 1),), start_seconds=1)
-    assert figures(fleet, Load(rate=200.0)) == figures(fleet, Load(rate=200.0))
-    assert figures(fleet, Load(rate=200.0)) != figures(fleet, Load(rate=200.0), seed=1)
+    load = Load(rate=200.0)
+    assert figures(fleet, load, policy=policy) == figures(fleet, load, policy=policy)
+    assert figures(fleet, load, policy=policy) != figures(fleet, replace(load, seed=1), policy=policy)
+    assert figures(fleet, load, policy="priority") != figures(fleet, load, policy="priority", seed=1)
 
 
 def test_more_engines_are_faster() -> None:
@@ -108,16 +127,11 @@ def test_more_engines_are_faster() -> None:
     assert four["most to mean work"] < 1.5
 
 
-def test_a_request_goes_on_after_what_was_delivered() -> None:
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_a_request_goes_on_after_what_was_delivered(policy: str) -> None:
     """Its engine dies in its third step of a second; the other one begins a step with all that is known then."""
-    run = FleetRun(
-        [ask("a", num_prompt_tokens=4, num_output_tokens=5)],
-        Load(users=1),
-        policy=lambda: FirstComeFirstServed(LIMITS, FirstComeFirstServed.Knobs()),
-        costs=SECONDS,
-        num_replicas=2,
-        records_steps=False,
-    )
+    workload = [ask("a", num_prompt_tokens=4, num_output_tokens=5)]
+    run = FleetRun(workload, Load(users=1), engines(policy, SECONDS), 0.0, num_replicas=2)
     run.follow(Fleet(replicas=2, kills=((2.5, 0),), start_seconds=100))
     run.run()
     found = run.figures()
@@ -164,6 +178,43 @@ def test_a_full_engine_is_passed_over() -> None:
     workload = [ask(f"r{n}") for n in range(5)]
     found = simulate_fleet(planned, workload, Fleet(replicas=2, router="hash"), server=server, costs=SECONDS)
     assert found["errors"] == 1, "there is room for four"
+
+
+# -- sketches ----------------------------------------------------------------------------------------------------------
+
+
+def shared(num_requests: int, seed: int) -> list[WorkloadRequest]:
+    """Chats of which most begin with one of a few prompts."""
+    random = Random(seed)
+    stems = [[random.randrange(10**6) for _ in range(random.randrange(50, 300))] for _ in range(8)]
+    return [
+        replace(request, prompt_token_ids=[*random.choice([*stems, []]), *request.prompt_token_ids])
+        for request in chat(num_requests, seed)
+    ]
+
+
+LOADS = (Load(users=1), Load(users=8), Load(users=32), Load(rate=15.0), Load(rate=40.0, burstiness=4.0))
+
+
+@pytest.mark.parametrize("load", LOADS, ids=str)
+@pytest.mark.parametrize("limits", [{}, {"num_blocks": 600}, {"max_num_seqs": 12}], ids=str)
+def test_a_sketch_is_like_what_it_sketches(load: Load, limits: dict[str, int]) -> None:
+    """Throughput and medians of one engine, played step by step and sketched."""
+    costs = replace(REALISTIC, deviations={0: (0.9, 1.0, 1.2)})
+    workload, config = shared(400, 1), replace_limits(LIMITS, **limits)
+    played, sketched = (
+        FleetRun(workload, load, engine, costs.send_seconds)
+        for engine in (
+            played_engines(lambda: named_policy("fcfs", config, {}), costs, records_steps=False),
+            engines("fcfs", costs, config),
+        )
+    )
+    played.run()
+    sketched.run()
+    expected, found = played.figures(), sketched.figures()
+    for name in ("throughput", "ttft p50", "tpot p50", "e2e p50", "e2e mean"):
+        assert found[name] == pytest.approx(expected[name], rel=0.06), name
+    assert found["cached share"] == pytest.approx(expected["cached share"], abs=0.03)
 
 
 # -- copies ------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from shoal.loadtest.records import Load, RequestRecord
-from shoal.loadtest.twin import Simulation
+from shoal.loadtest.twin import Simulation, played_engines
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.invariants import check_invariants
-from shoal.scheduler.plain_routing import ROUTINGS
 from shoal.scheduler.policies import POLICIES
 from tests.fakes import named_policy
 from tests.loadtest.twin import LIMITS, REALISTIC, ask
@@ -43,15 +42,8 @@ def play(
 ) -> tuple[dict[str, RequestRecord], int]:
     """The requests by id, and how many steps were scheduled one by one."""
     limits = replace_limits(TIGHT, num_blocks=num_blocks)
-    simulation = Simulation(
-        workload,
-        load,
-        policy=lambda: named_policy(policy, limits, KNOBS),
-        costs=COSTS,
-        num_replicas=replicas,
-        routing=ROUTINGS["prefix"](),
-        records_steps=not leaps,
-    )
+    engine = played_engines(lambda: named_policy(policy, limits, KNOBS), COSTS, records_steps=not leaps)
+    simulation = Simulation(workload, load, engine, COSTS.send_seconds, num_replicas=replicas)
     num_steps = 0
     for replica in simulation.replicas.values():
         schedule = replica.scheduler.schedule

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from shoal.loadtest.arrivals import closed_sessions, open_arrivals
 from shoal.loadtest.records import Load
-from shoal.loadtest.twin import Simulation
+from shoal.loadtest.twin import Simulation, played_engines
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.engine import EngineCore
@@ -165,7 +165,7 @@ def decisions_of_twin(
     workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig
 ) -> list[SchedulerOutput]:
     made = named_policy(policy, limits, KNOBS)
-    simulation = Simulation(workload, load, policy=lambda: made, costs=SECONDS)
+    simulation = Simulation(workload, load, played_engines(lambda: made, SECONDS), 0.0)
     engine = simulation.replicas[0]
 
     def wait(seconds: float) -> None:

@@ -14,7 +14,7 @@ from shoal.loadtest.arrivals import closed_sessions
 from shoal.loadtest.costs import StepShape
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Run, Setup
 from shoal.loadtest.trace import stays
-from shoal.loadtest.twin import SJF_ORACLE, Simulation, simulate
+from shoal.loadtest.twin import SJF_ORACLE, Simulation, played_engines, simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError
@@ -43,7 +43,7 @@ def record(run: Run, request_id: str) -> RequestRecord:
 def generate(workload: list[WorkloadRequest], load: Load, policy: str, limits: SchedulerConfig) -> dict[str, list[int]]:
     """Simulate, check what must hold in each run, and return the tokens of each request."""
     made = named_policy(policy, limits, {"ageing_seconds": 1, "static_timeout_seconds": 0.05})
-    simulation = Simulation(workload, load, policy=lambda: made, costs=REALISTIC)
+    simulation = Simulation(workload, load, played_engines(lambda: made, REALISTIC), REALISTIC.send_seconds)
     found: dict[str, list[int]] = {request.request_id: [] for request in workload}
     core = simulation.replicas[0].core
     step = core.step
@@ -243,7 +243,7 @@ def test_no_policy_sees_how_long_an_output_will_be() -> None:
     spies = [Spy(), Spy()]
     for spy, length in zip(spies, (1, 30), strict=True):
         workload = [ask("a", num_output_tokens=length, client="me", priority=2, ttft_slo_ms=5.0, tpot_slo_ms=6.0)]
-        Simulation(workload, Load(users=1), policy=lambda spy=spy: spy, costs=SECONDS).run()
+        Simulation(workload, Load(users=1), played_engines(lambda spy=spy: spy, SECONDS), 0.0).run()
     assert spies[0].seen == spies[1].seen
     assert len(spies[0].seen) == 1
 
