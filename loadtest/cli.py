@@ -173,7 +173,7 @@ def simulate(
     with _exit_codes("simulate"):
         from shoal.loadtest.fleet import Fleet, fleet_table
         from shoal.loadtest.plan import make_plan
-        from shoal.loadtest.study import rehearse, rehearse_fleets, write_trace
+        from shoal.loadtest.rehearsal import rehearse, rehearse_fleets, write_trace
         from shoal.loadtest.twin import SJF_ORACLE
         from shoal.scheduler.policies import POLICIES
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace as replace_limits
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,11 +21,12 @@ from shoal.loadtest.arrivals import Copies, open_arrivals
 from shoal.loadtest.costs import CostModel
 from shoal.loadtest.fleet import Fleet, FleetRun, simulate_fleet
 from shoal.loadtest.metrics import Figures
-from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Setup
+from shoal.loadtest.profile import Profile
+from shoal.loadtest.records import Load, LoadTestError, PlannedRun, RequestRecord, Setup, write_json
 from shoal.loadtest.replica import TwinEngine
 from shoal.loadtest.sketch import Sketch
 from shoal.loadtest.twin import played_engines
-from shoal.loadtest.workload import WorkloadRequest
+from shoal.loadtest.workload import WorkloadRequest, write_workload
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.plain_routing import ROUTINGS
 from tests.fakes import named_policy
@@ -261,3 +264,29 @@ def test_options_that_make_no_sense_are_refused(args: list[str], complaint: str)
     result = CliRunner().invoke(cli.simulate, args)
     assert result.exit_code == 2
     assert complaint in result.stderr
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_compares_routers_and_copies_a_workload(tmp_path: Path) -> None:
+    write_json(tmp_path / "profile.json", Profile(server=server_info(), costs=REALISTIC))
+    write_workload(tmp_path / "workload-chat.jsonl", chat(20))
+    args = ["--costs", str(tmp_path), "--workload", "chat", "--rate", "100", "--requests", "50", "--replicas", "3"]
+    result = CliRunner().invoke(cli.simulate, [*args, "--router", "load,hash", "--kill", "0.1:2", "--json"])
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [(one["router"], one["requests"], one["errors"]) for one in found] == [("load", 50, 0), ("hash", 50, 0)]
+    assert "resumed" in CliRunner().invoke(cli.simulate, args).stdout
+
+
+def test_the_command_writes_traces_and_reads_them(tmp_path: Path) -> None:
+    write_json(tmp_path / "profile.json", Profile(server=server_info(), costs=REALISTIC))
+    write_workload(tmp_path / "workload-chat.jsonl", chat(20))
+    costs, trace = ["--costs", str(tmp_path)], tmp_path / "trace.csv"
+    asked = ["--workload", "chat", "--rate", "9", "--requests", "20", "--write", str(trace)]
+    assert CliRunner().invoke(cli.simulate, [*costs, *asked]).stdout == f"{trace}: 20 requests\n"
+    result = CliRunner().invoke(cli.simulate, [*costs, "--replay", str(trace), "--replicas", "1", "--json"])
+    assert [one["requests"] for one in json.loads(result.stdout)] == [20]
+    refused = CliRunner().invoke(cli.simulate, [*costs, *asked, "--users", "2"])
+    assert (refused.exit_code, "not both" in refused.stderr) == (2, True)

@@ -8,6 +8,7 @@ from math import ceil
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.scheduler.plain_routing import ROUTINGS
 from shoal.scheduler.prefix_cache import extend_hashes
 from shoal.scheduler.routing import PrefixRouting
 
@@ -127,3 +128,59 @@ def test_an_engine_that_comes_back_has_forgotten() -> None:
     routing.join(own, 100)
     routing.set_load(1 - own, 0)
     assert routing.route(hashes([1] * 20)) == 1 - own
+
+
+# -- simpler ways ------------------------------------------------------------------------------------------------------
+
+
+def made(name: str, num_engines: int) -> PrefixRouting:
+    routing = ROUTINGS[name]()
+    for engine in range(num_engines):
+        routing.join(engine, 100)
+    return routing
+
+
+def test_the_least_loaded_is_the_least_loaded_whatever_the_prefix() -> None:
+    routing = made("load", 3)
+    for engine, load in enumerate((2, 1, 5)):
+        routing.set_load(engine, load)
+    text = hashes([1] * 20)
+    assert [routing.route(text) for _ in range(4)] == [1, 0, 1, 0]
+    assert routing.route(text, without=[0, 1]) == 2
+
+
+def test_the_same_first_blocks_hash_to_the_same_engine() -> None:
+    routing = made("hash", 8)
+    prompts = [hashes([n, n] * 8) for n in range(400)]
+    chosen = [routing.route(prompt) for prompt in prompts]
+    assert [routing.route(prompt) for prompt in prompts] == chosen
+    assert [routing.route(hashes([*([n, n] * 8), 5, 5])) for n in range(400)] == chosen, "what follows does not matter"
+    assert all(20 < chosen.count(engine) < 100 for engine in range(8))
+
+
+def test_only_the_prompts_of_an_engine_that_leaves_go_elsewhere() -> None:
+    routing = made("hash", 8)
+    prompts = [hashes([n, n] * 8) for n in range(200)]
+    before = [routing.route(prompt) for prompt in prompts]
+    without = [routing.route(prompt, without=[3]) for prompt in prompts]
+    routing.leave(3)
+    after = [routing.route(prompt) for prompt in prompts]
+    assert after == without
+    assert [engine for engine in before if engine != 3] == [
+        now for now, then in zip(after, before, strict=True) if then != 3
+    ]
+
+
+def test_a_prompt_without_a_full_block_goes_to_the_least_loaded() -> None:
+    routing = made("hash", 3)
+    routing.set_load(0, 1)
+    assert [routing.route([]) for _ in range(2)] == [1, 2]
+
+
+def test_the_less_loaded_of_two_is_never_the_most_loaded() -> None:
+    routing = made("pow2", 5)
+    routing.set_load(4, 1000)
+    chosen = [routing.route([]) for _ in range(400)]
+    assert 4 not in chosen
+    assert all(70 < chosen.count(engine) < 130 for engine in range(4))
+    assert {routing.route([], without=[0, 1, 2, 3]) for _ in range(3)} == {4}
