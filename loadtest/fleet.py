@@ -78,7 +78,8 @@ def simulate_fleet(
     """
     policy = policy_of(planned, requests, server)
     engine: Callable[[], TwinEngine] = played_engines(policy, costs, planned.repetition, records_steps=False)
-    if planned.setup.policy == FirstComeFirstServed.name:
+    sees_all = len(server.limits.cache_groups) == 1 and server.limits.cache_groups[0].sees_all
+    if planned.setup.policy == FirstComeFirstServed.name and sees_all and not costs.crowding:
         engine = partial(Sketch, server.limits, costs)
     routing = ROUTINGS[fleet.router]()
     run = FleetRun(requests, planned.load, engine, costs.send_seconds, num_replicas=fleet.replicas, routing=routing)

@@ -119,7 +119,6 @@ class Sketch:
             budget -= self._give(row, budget)
         while budget > 0 and self._waiting and not gave_way and self._admit(self._waiting[0]):
             budget -= self._give(self._waiting.popleft(), budget)
-        self._num_plain = 0
         if self._chunks:
             self._until = now + self._mixed_seconds()
         else:
@@ -127,10 +126,7 @@ class Sketch:
         return self._until
 
     def interrupt(self, now: float) -> float | None:
-        if self._chunks:
-            return None
-        count = self._steps_until(now)
-        if count >= self._num_plain:
+        if not self._num_plain or (count := self._steps_until(now)) == self._num_plain:
             return None
         self._num_plain = count
         self._until = self._began + self._plain_seconds(count)
@@ -139,13 +135,11 @@ class Sketch:
     def end(self) -> list[Delivery]:
         self.is_busy = False
         news, self._news = self._news, []
-        seen_at, count = self._until + self._costs.delivery_seconds, 1
-        num_decoding = len(self._decoding)
+        seen_at, num_decoding = self._until + self._costs.delivery_seconds, len(self._decoding)
+        count, self._num_plain = self._num_plain, 0
         if self._chunks:
-            seconds = self._until - self._began
+            count, seconds = 1, self._until - self._began
             self._pacing.learn(num_decoding, sum(tokens for _, tokens in self._chunks), seconds)
-        else:
-            count = self._num_plain
         self._num_steps += count
         self._num_keys += count * num_decoding
         while self._ends and self._ends[0][0] <= self._num_steps:
@@ -162,7 +156,7 @@ class Sketch:
         return news
 
     def break_off(self, now: float) -> list[Delivery]:
-        done = 0 if self._chunks or not self.is_busy else self._steps_until(now) - (now < self._until)
+        done = self._steps_until(now) - (now < self._until) if self._num_plain else 0
         seen_at = now + self._costs.delivery_seconds
         found = [Delivery(name, seen_at, self._num_steps + done - row.joined) for name, row in self._decoding.items()]
         return self._news + [one for one in found if one.num_tokens]
