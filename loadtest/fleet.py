@@ -80,7 +80,7 @@ def simulate_fleet(
     engine: Callable[[], TwinEngine] = played_engines(policy, costs, planned.repetition, records_steps=False)
     sees_all = len(server.limits.cache_groups) == 1 and server.limits.cache_groups[0].sees_all
     if planned.setup.policy == FirstComeFirstServed.name and sees_all and not costs.crowding:
-        engine = partial(Sketch, server.limits, costs)
+        engine = partial(Sketch, server.limits, costs, {})
     routing = ROUTINGS[fleet.router]()
     run = FleetRun(requests, planned.load, engine, costs.send_seconds, num_replicas=fleet.replicas, routing=routing)
     run.follow(fleet)

@@ -57,14 +57,19 @@ class _Row:
 
 
 class Sketch:
-    """A `TwinEngine` for the policy `fcfs`."""
+    """A `TwinEngine` for the policy `fcfs`.
 
-    def __init__(self, config: SchedulerConfig, costs: CostModel) -> None:
+    Args:
+        prices: by the number of decoding rows, the seconds of a plain step, and those for each key that they see; what
+            is not there is added, so that engines may share it.
+    """
+
+    def __init__(self, config: SchedulerConfig, costs: CostModel, prices: dict[int, tuple[float, float]]) -> None:
         self.requests: dict[str, WorkloadRequest] = {}
         self.inbox: list[_Row] = []
         self.version = 0
         self.is_busy = False
-        self.config, self._costs = config, costs
+        self.config, self._costs, self._prices = config, costs, prices
         self._pacing = Pacing(config.target_step_ms / 1000, config.max_num_batched_tokens)
         self._waiting: deque[_Row] = deque()
         self._prompts: dict[str, _Row] = {}  # rows whose prompts are computed, in the order of admission
@@ -187,7 +192,7 @@ class Sketch:
         if self._num_owned + row.num_tokens / config.block_size - shared > config.num_blocks:
             return False
         found = next((place for place, one in enumerate(row.hashes) if one not in self._cache), len(row.hashes))
-        self._own(row, 1)
+        self._own(row)
         if row.request_id in self._cache:  # it had to wait again
             found = row.num_tokens // config.block_size
         row.num_computed = row.num_cached = min(found * config.block_size, row.num_tokens - 1)
@@ -221,7 +226,7 @@ class Sketch:
         self._num_reserved -= row.num_tokens
         cached = row.num_cached if row.is_new else 0
         if row.num_left == 1:
-            self._own(row, -1)
+            self._disown(row)
             return self._last(row, seen_at, 1, cached)
         row.num_tokens += 1
         row.num_left -= 1
@@ -239,10 +244,12 @@ class Sketch:
     def _plain(self) -> float:
         """Plan plain steps until a request ends or blocks are used up; returns the seconds of all."""
         num_rows = len(self._decoding)
-        rows = self._costs.seconds_of_rows(num_rows, num_rows, num_rows)
-        ratio = fmean(self._costs.ratios(num_rows))
-        per_key = (self._costs.pair_seconds + self._costs.key_seconds) * ratio
-        self._first = rows * ratio + per_key * self._num_keys  # seconds of the first
+        if num_rows not in self._prices:
+            ratio = fmean(self._costs.ratios(num_rows))
+            of_rows = self._costs.seconds_of_rows(num_rows, num_rows, num_rows) * ratio
+            self._prices[num_rows] = of_rows, (self._costs.pair_seconds + self._costs.key_seconds) * ratio
+        of_rows, per_key = self._prices[num_rows]
+        self._first = of_rows + per_key * self._num_keys  # seconds of the first
         self._more = per_key * num_rows  # by which each takes longer than the one before
         left = self._ends[0][0] - self._num_steps
         free = (self.config.num_blocks - self._num_owned) * self.config.block_size
@@ -277,18 +284,27 @@ class Sketch:
             self._waiting.appendleft(row)
         return len(self._decoding) < before
 
-    def _own(self, row: _Row, change: int) -> None:
-        """A row owns the full blocks of its prompt, or no longer does."""
+    def _own(self, row: _Row) -> None:
+        """A row owns the full blocks of its prompt."""
         owners = self._owners
         for one in row.hashes:
-            before = owners.get(one, 0)
-            owners[one] = before + change
-            self._num_shared += max(before + change - 1, 0) - max(before - 1, 0)
-            if before + change == 0:
+            if one in owners:
+                owners[one] += 1
+                self._num_shared += 1
+            else:
+                owners[one] = 1
+
+    def _disown(self, row: _Row) -> None:
+        owners = self._owners
+        for one in row.hashes:
+            if owners[one] == 1:
                 del owners[one]
+            else:
+                owners[one] -= 1
+                self._num_shared -= 1
 
     def _leave(self, row: _Row) -> None:
-        self._own(row, -1)
+        self._disown(row)
         del self._decoding[row.request_id]
         self._num_keys -= row.num_tokens + self._num_steps - row.joined
 

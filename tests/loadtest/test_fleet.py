@@ -36,7 +36,7 @@ from tests.loadtest.twin import LIMITS, REALISTIC, SECONDS, ask, chat, server_in
 def engines(policy: str, costs: CostModel = REALISTIC, limits: SchedulerConfig = LIMITS) -> Callable[[], TwinEngine]:
     """Sketches for fcfs, and played ones for others."""
     if policy == "fcfs":
-        return partial(Sketch, limits, costs)
+        return partial(Sketch, limits, costs, {})
     return played_engines(lambda: named_policy(policy, limits, {}), costs, records_steps=False)
 
 
