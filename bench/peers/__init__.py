@@ -46,7 +46,7 @@ class Contender(NamedTuple):
     """Who takes part.
 
     Attributes:
-        precision: of the weights; those that compute in integers say int8.
+        precision: of the weights; those that compute in integers say int8 or int4.
         weights: the type of a GGUF file's matrices; OWN_WEIGHTS for the model's own file.
         arguments: of `shoal serve`.
     """
@@ -61,7 +61,9 @@ CONTENDERS = (
     Contender("Shoal", "float32", "F32"),
     Contender("Shoal", "float16", "F16"),
     Contender("Shoal", "Q4_1", OWN_WEIGHTS),
-    Contender("Shoal", "int8", OWN_WEIGHTS, ("--quantization", "int8", *KV_FLOAT16)),
+    Contender("Shoal", "bfloat16", "F16", ("--dtype", "bfloat16", *KV_FLOAT16)),
+    Contender("Shoal", "int8", "Q8_0", ("--quantization", "int8", *KV_FLOAT16)),
+    Contender("Shoal", "int4", OWN_WEIGHTS, ("--quantization", "int4", *KV_FLOAT16)),
     Contender("llama.cpp", "float32", "F32"),
     Contender("llama.cpp", "float16", "F16"),
     Contender("llama.cpp", "Q4_1", OWN_WEIGHTS),
