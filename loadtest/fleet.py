@@ -171,7 +171,7 @@ class FleetRun(Simulation[TwinEngine]):
             "cached share": self._num_cached_tokens / max(self._num_prompt_tokens, 1),
         }
         for name, values in (("ttft", self._ttft), ("tpot", self._tpot), ("e2e", self._e2e)):
-            found |= quantiles(name, np.frombuffer(values))
+            found |= quantiles(name, np.array(values))
         work = list(self._work.values())
         found["most to mean work"] = max(work) / fmean(work) if any(work) else 0.0
         return found | {"resumed": self.num_resumed, "least replicas": self._least, "most replicas": self._most}
@@ -202,7 +202,8 @@ class FleetRun(Simulation[TwinEngine]):
         wanted = autoscaler.decide(self._num_asked, fmean(ages), fmean(usages))
         if wanted > self._num_asked:
             self._add(wanted - self._num_asked)
-        for number in sorted(self.replicas, reverse=True)[: max(self._num_asked - wanted, 0)]:
+        too_many = min(self._num_asked, len(self.replicas)) - wanted
+        for number in sorted(self.replicas, reverse=True)[: max(too_many, 0)]:
             self._num_asked -= 1
             self.lose(number)
         self.at(self.now + INTERVAL_SECONDS, self._scale, autoscaler)

@@ -147,6 +147,13 @@ def test_requests_wait_while_there_is_no_engine() -> None:
     assert found["e2e p50"] > 49
 
 
+def test_answers_of_one_token_have_no_time_between_tokens() -> None:
+    planned = PlannedRun(setup=Setup(policy="fcfs"), workload="", load=Load(users=1))
+    workload = [ask("a", num_output_tokens=1), ask("b", num_output_tokens=1)]
+    found = simulate_fleet(planned, workload, Fleet(), server=server_info(), costs=SECONDS)
+    assert (found["e2e p50"], found["seconds"], "tpot p50" in found) == (1.0, 2.0, False)
+
+
 def test_engines_come_and_go_with_the_load() -> None:
     fleet = Fleet(replicas=1, autoscale=(1, 8), start_seconds=1)
     grown = figures(fleet, Load(rate=150.0), 1500)
