@@ -184,6 +184,17 @@ def _plain(sections: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def why_not(app: Any) -> str:
+    """What the replicas of an application said that could not start: the last line of each trace; else what Serve says.
+
+    Args:
+        app: its status, as Serve has it.
+    """
+    traces = [one.message for one in app.deployments.values() if one.status in ("DEPLOY_FAILED", "UNHEALTHY")]
+    said = [trace.rstrip().rpartition("\n")[2].partition("Error: ")[2] for trace in traces]
+    return "; ".join(filter(None, said)) or str(app.message)
+
+
 def _deploy(configuration: dict[str, Any]) -> None:
     """Have Serve bring about what the configuration says, and wait until it has.
 
@@ -200,7 +211,7 @@ def _deploy(configuration: dict[str, Any]) -> None:
     while time.monotonic() < deadline:
         app = serve.status().applications.get(APP_NAME)
         if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ConfigError(f"the cluster does not come up: {app.message}")
+            raise ConfigError(f"the cluster does not come up: {why_not(app)}")
         if app is not None and app.status == "RUNNING" and all(_status().values()):
             return
         time.sleep(0.2)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import shoal.cluster.directory as directory_module
 from shoal.cli import main
 from shoal.cluster.autoscaling import autoscale
+from shoal.cluster.cli import why_not
 from shoal.cluster.directory import LISTED_SECONDS, Directory
 from shoal.cluster.messages import Endpoint, Load, Standing
 from shoal.scheduler.autoscaling import KV_CACHE_USAGE, QUEUE_SECONDS, needed
@@ -126,6 +127,18 @@ def test_without_ray_the_way_to_install_it_is_told(monkeypatch: pytest.MonkeyPat
         result = CliRunner().invoke(main, ["cluster", command])
         assert result.exit_code == 2
         assert "Ray is not installed" in result.stderr
+
+
+def test_why_a_cluster_does_not_come_up_is_what_its_replicas_said() -> None:
+    def deployment(status: str, message: str) -> SimpleNamespace:
+        return SimpleNamespace(status=status, message=message)
+
+    trace = "The deployment failed.  Error:\n  File a.py\nshoal.scheduler.errors.ConfigError: num_blocks: too many\n"
+    failed, well = deployment("DEPLOY_FAILED", trace), deployment("HEALTHY", "")
+    app = SimpleNamespace(message="Failed to update the deployments", deployments={"engine": failed, "ingress": well})
+    assert why_not(app) == "num_blocks: too many"
+    app.deployments["engine"] = deployment("UNHEALTHY", "it does not answer")
+    assert why_not(app) == "Failed to update the deployments"
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray has some at its import

@@ -273,3 +273,9 @@ def test_the_status_is_a_table_and_wrong_settings_are_named(cluster: Cluster) ->
     assert "--engines" not in told
     failed = shoal(cluster.folder, "up", "--engines", "2", code=2)
     assert "engines must be 1: each replica of a cluster has one engine" in failed.stderr
+
+
+@pytest.mark.long
+def test_an_engine_that_cannot_start_says_why(cluster: Cluster) -> None:
+    failed = shoal(cluster.folder, "up", *SETTINGS, "--num-blocks", "100000000", code=2)
+    assert "the cluster does not come up: num_blocks: a KV cache of 100000000 blocks takes" in failed.stderr
