@@ -6,7 +6,6 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from shoal.model.backends.native_library import has_bfloat16
 from shoal.server.settings import Settings
 
 WHOLE_BYTES = 8 * 2**20  # of a file up to which all of it counts
@@ -24,6 +23,8 @@ def fingerprint(checkpoint: Path, settings: Settings) -> str:
     digest = _sampled(checkpoint)
     digest.update(repr(list(numeric_settings(settings).values())).encode())
     if settings.engine.dtype == "bfloat16":
+        from shoal.model.backends.native_library import has_bfloat16  # noqa: PLC0415 (few ask, and it takes time)
+
         digest.update(repr(has_bfloat16()).encode())  # where a processor lacks it, float32 computes
     return f"fp_{digest.hexdigest()[:NUM_DIGITS]}"
 
