@@ -69,6 +69,7 @@ CONTENDERS = (
     Contender("llama.cpp", "Q4_1", OWN_WEIGHTS),
     Contender("llama.cpp", "int8", "Q8_0"),
     Contender("OpenVINO GenAI", "float32", "F16"),
+    Contender("OpenVINO GenAI", "bfloat16", "F16"),
     Contender("OpenVINO GenAI", "int8", "Q8_0"),
 )
 
@@ -119,22 +120,22 @@ def _start(contender: Contender, checkpoint: Path, folder: Path) -> Iterator[Gen
     else:
         module, _ = PEERS[contender.engine]
         with fresh_process() as process:
-            yield lambda *work: process.submit(_generate, module, weights, *work).result()
+            yield lambda *work: process.submit(_generate, module, weights, contender.precision, *work).result()
 
 
-def _generate(module: str, weights: Path, prompts: list[list[int]], max_tokens: int) -> float:
+def _generate(module: str, weights: Path, precision: str, prompts: list[list[int]], max_tokens: int) -> float:
     """Have a peer generate, in its process."""
-    engine = _load(module, weights)
+    engine = _load(module, weights, precision)
     return seconds(lambda: engine.generate(prompts, max_tokens))
 
 
 @cache
-def _load(module: str, weights: Path) -> Any:
+def _load(module: str, weights: Path, precision: str) -> Any:
     """Load a peer's engine, and keep what the peer prints from the tables."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    return import_module(f"bench.peers.{module}").Engine(str(weights), os.cpu_count())
+    return import_module(f"bench.peers.{module}").Engine(str(weights), precision, os.cpu_count())
 
 
 def _prompts(checkpoint: Path) -> list[list[int]]:

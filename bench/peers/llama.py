@@ -20,13 +20,13 @@ NUM_BATCH = 512
 class Engine:
     """A context with room for NUM_SEQS sequences of 256 tokens."""
 
-    def __init__(self, weights: str, num_threads: int) -> None:
+    def __init__(self, weights: str, precision: str, num_threads: int) -> None:
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(weights.encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_seq_max = NUM_CONTEXT, NUM_BATCH, NUM_SEQS
         params.n_threads = params.n_threads_batch = num_threads
-        if "F32" in weights:
+        if precision == "float32":
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))

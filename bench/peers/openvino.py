@@ -10,16 +10,17 @@ import openvino_genai
 class Engine:
     """A pipeline with the weights of a GGUF file."""
 
-    def __init__(self, weights: str, num_threads: int) -> None:
+    def __init__(self, weights: str, precision: str, num_threads: int) -> None:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = 2  # GiB
         scheduler.max_num_seqs = 32
         scheduler.max_num_batched_tokens = 512
         scheduler.enable_prefix_caching = False
-        precision = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": num_threads}
-        if "Q8" not in weights:
-            precision["KV_CACHE_PRECISION"] = "f32"
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(weights, scheduler, "CPU", precision)
+        hint = "bf16" if precision == "bfloat16" else "f32"
+        properties = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": num_threads}
+        if precision != "int8":
+            properties["KV_CACHE_PRECISION"] = hint
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(weights, scheduler, "CPU", properties)
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> None:
         config = openvino_genai.GenerationConfig()
