@@ -14,7 +14,7 @@ from shoal.loadtest.recorded import read_requests
 from shoal.loadtest.records import GENERATE, Load, LoadTestError, PlannedRun, Setup, slug
 from shoal.loadtest.workload import WORKLOADS
 
-SPECULATION = ("off", "draft", "self", "suffix")
+SPECULATION = ("off", "draft", "mtp", "self", "suffix")
 DEFAULT_POLICIES = ("static", "static-nopad", "fcfs", "sjf")
 DEFAULT_USERS = 32
 SHARES = (0.4, 0.7, 0.9, 1.0, 1.1)

@@ -37,7 +37,7 @@ from shoal.scheduler.errors import CheckpointError, ConfigError
 
 # Slots of the KV cache that the native code groups.
 SLOTS = 16
-_ARRAYS = [name for name, kind, *_ in Batch._fields_ if kind is c_void_p and name != "hidden"]
+_ARRAYS = [name for name, kind, *_ in Batch._fields_ if kind is c_void_p and name not in ("hidden", "inputs")]
 _FLOAT32 = np.dtype(np.float32)
 # In the order of source.h.
 _PLAIN = [np.dtype(kind) for kind in (np.float32, np.float16, np.uint16)]
@@ -191,11 +191,10 @@ class NativeBackend:
         assert len(batch.query_start_loc) - 1 == len(batch.block_tables) == num_seqs, "arrays of unequal lengths"
         assert batch.block_tables.shape[1] % num_groups == 0, "block tables for each group"
         sizes = num_tokens, num_seqs, len(batch.logits_indices), batch.block_tables.shape[1] // num_groups
-        hidden = None
-        if batch.hidden is not None:
-            assert batch.hidden.shape == (len(batch.logits_indices), self.hidden_size), "as many states as logits"
-            hidden = address(batch.hidden, _FLOAT32)
-        return Batch(*sizes, *[address(getattr(batch, name)) for name in _ARRAYS], hidden)
+        vectors = batch.hidden, batch.inputs
+        assert all(x is None or x.shape == (num_tokens, self.hidden_size) for x in vectors), "as many vectors as tokens"
+        places = [None if x is None else address(x, _FLOAT32) for x in vectors]
+        return Batch(*sizes, *[address(getattr(batch, name)) for name in _ARRAYS], *places)
 
 
 def _check(fault: bytes | None) -> None:

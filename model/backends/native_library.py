@@ -99,7 +99,7 @@ class Batch(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("num_tokens", "num_seqs", "num_logits", "max_blocks")),
         *((name, c_void_p) for name in ("token_ids", "positions", "slot_mapping", "query_start_loc")),
-        *((name, c_void_p) for name in ("context_lens", "block_tables", "logits_indices", "hidden")),
+        *((name, c_void_p) for name in ("context_lens", "block_tables", "logits_indices", "hidden", "inputs")),
     ]
 
 

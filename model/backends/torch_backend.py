@@ -108,10 +108,10 @@ class TorchBackend:
 
     def _logits(self, batch: ForwardBatch, num_layers: int | None = None) -> Tensor:
         """[num_logits, vocab_size] float32."""
-        x = self._hidden(batch, num_layers).index_select(0, self._index(batch.logits_indices))
-        x = norm(x, self._norm)
+        x = self._hidden(batch, num_layers)
         if batch.hidden is not None:
-            batch.hidden[:] = x.float().cpu().numpy()
+            batch.hidden[:] = norm(x, self._norm).float().cpu().numpy()
+        x = norm(x.index_select(0, self._index(batch.logits_indices)), self._norm)
         return self._finished(linear(x, self._head))
 
     def _finished(self, logits: Tensor) -> Tensor:
@@ -151,6 +151,8 @@ class TorchBackend:
         ]
 
     def _embed(self, batch: ForwardBatch, positions: Tensor) -> Tensor:
+        if batch.inputs is not None:
+            return torch.from_numpy(batch.inputs).to(self._embedding)
         x = _scaled(self._look_up(self._index(batch.token_ids)), self._config.embedding_multiplier)
         if self._positions is not None:
             x = x + self._positions.index_select(0, positions)

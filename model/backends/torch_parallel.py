@@ -90,16 +90,17 @@ class ParallelBackend(TorchBackend):
         if not shard.is_last:
             stages.send(x, shard.rank + shard.split.stage_size)
             return None
+        hidden = None if batch.hidden is None else norm(x, self._norm)
         x = norm(x.index_select(0, self._index(batch.logits_indices)), self._norm)
         logits = linear(x, self._head)
         logits = F.pad(logits, (0, self._width - logits.shape[1]))
         if shard.rank == 0:
-            if batch.hidden is not None:
-                batch.hidden[:] = x.float().cpu().numpy()
+            if batch.hidden is not None and hidden is not None:
+                batch.hidden[:] = hidden.float().cpu().numpy()
             return logits
         stages.send(logits, 0)
-        if shard.stage > 0 and shard.member == 0 and batch.hidden is not None:
-            stages.send(x, 0)
+        if shard.stage > 0 and shard.member == 0 and hidden is not None:
+            stages.send(hidden, 0)
         return None
 
     def _collect(self, batch: ForwardBatch, own: Tensor | None) -> Tensor:
@@ -110,7 +111,7 @@ class ParallelBackend(TorchBackend):
         for rank in range(first + len(parts), split.num_ranks):
             parts.append(stages.receive(self._empty(num_logits, self._width), rank))
             if own is None and rank == first and batch.hidden is not None:
-                hidden = stages.receive(self._empty(num_logits, self._config.hidden_size), rank)
+                hidden = stages.receive(self._empty(len(batch.token_ids), self._config.hidden_size), rank)
                 batch.hidden[:] = hidden.float().cpu().numpy()
         return torch.cat(parts, dim=1)[:, : self._config.vocab_size]
 

@@ -58,20 +58,20 @@ def imply_record(path: Path, config: ModelConfig, tensors: Tensors) -> ModelReco
     if tensors.sinusoidal:
         tensors = replace(tensors, sinusoidal=False, names={**tensors.names, "positions": ("positions",)})
     stored = np.dtype({"bfloat16": "uint16"}.get(config.dtype, config.dtype))
-    return _Builder(config, tensors, ImpliedTensors(path, tensors, stored)).record()
+    return RecordBuilder(config, tensors, ImpliedTensors(path, tensors, stored)).record()
 
 
 def _load(opened: CheckpointFormat, weights: Weights) -> ModelRecord:
     config, tensors = read_config(opened.config())
     tensors = opened.own_tensors(tensors)
     file = FileTensors(weights, tensors)
-    record = _Builder(config, tensors, file).record()
+    record = RecordBuilder(config, tensors, file).record()
     further = range(config.num_layers, config.num_layers + tensors.further_layers)
     file.check_all_taken(left_out=tuple(tensors.names["layer"][0].format(index) for index in further))
     return record
 
 
-class _Builder:
+class RecordBuilder:
     """Takes the tensors of a file and makes the record of them."""
 
     def __init__(self, config: ModelConfig, tensors: Tensors, file: FileTensors) -> None:

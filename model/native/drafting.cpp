@@ -45,7 +45,7 @@ struct DraftStep {
 
     ShoalBatch batch(int num_seqs) const {
         return {ends[num_seqs], num_seqs, num_seqs, max_blocks_, token_ids.data(), positions.data(), slots.data(),
-                ends.data(), nullptr, tables.data(), logits.data(), nullptr};
+                ends.data(), nullptr, tables.data(), logits.data(), nullptr, nullptr};
     }
 
 private:

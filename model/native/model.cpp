@@ -19,15 +19,20 @@ void Model::step(const ShoalBatch& batch, int num_layers, const ShoalSampling* s
     for (int i = 0; i < num_layers; ++i) {
         attend(i, batch);
         const bool is_last = i == num_layers - 1;
-        if (is_last) keep_rows_of_logits(batch);
-        add_blocks(layers_[i], static_cast<int>(is_last ? batch.num_logits : batch.num_tokens));
+        const bool is_cut = is_last && !batch.hidden;
+        if (is_cut) keep_rows_of_logits(batch);
+        add_blocks(layers_[i], static_cast<int>(is_cut ? batch.num_logits : batch.num_tokens));
+    }
+    if (batch.hidden) {
+        const int width = shape_.hidden_size;
+        for_rows(static_cast<int>(batch.num_tokens), [&](int row) {
+            normalize(row, norm_);
+            std::memcpy(batch.hidden + static_cast<size_t>(row) * width, normalized_[row], width * sizeof(float));
+        });
+        keep_rows_of_logits(batch);
     }
     const int num_rows = static_cast<int>(batch.num_logits);
     for_rows(num_rows, [&](int row) { normalize(row, norm_); });
-    for (int row = 0; batch.hidden && row < num_rows; ++row) {
-        std::memcpy(batch.hidden + static_cast<size_t>(row) * shape_.hidden_size, normalized_[row],
-                    shape_.hidden_size * sizeof(float));
-    }
     if (sampling || logits) choose(num_rows, sampling, chosen, logits);
 }
 
@@ -42,6 +47,10 @@ void Model::embed(const ShoalBatch& batch) {
     const int width = shape_.hidden_size;
     for_rows(static_cast<int>(batch.num_tokens), [&](int row) {
         float* to = hidden(row);
+        if (batch.inputs) {
+            std::memcpy(to, batch.inputs + static_cast<size_t>(row) * width, width * sizeof(float));
+            return;
+        }
         read_embedding(batch.token_ids[row], to);
         if (shape_.embedding_multiplier != 1) {
             for (int i = 0; i < width; ++i) to[i] *= shape_.embedding_multiplier;
@@ -114,7 +123,8 @@ void Model::normalize_heads(const Layer& layer, int position, float* heads) cons
     normalize(layer.key_norm, shape_.num_kv_heads, heads + shape_.num_heads * head_dim);
 }
 
-// In the last layer, only tokens whose logits are wanted are computed further: they become the first rows.
+// In the last layer, only tokens whose logits are wanted are computed further, unless all states are: they become the
+// first rows.
 void Model::keep_rows_of_logits(const ShoalBatch& batch) {
     for (int row = 0; row < batch.num_logits; ++row) {
         const int token = batch.logits_indices[row];

@@ -155,7 +155,8 @@ struct ShoalBatch {
     const int32_t* context_lens;     // [num_seqs], only to check that positions end there
     const int32_t* block_tables;     // [num_seqs, max_blocks, num_groups]; -1 where no query sees a block
     const int32_t* logits_indices;   // [num_logits]
-    float* hidden;                   // [num_logits, hidden_size], after the last norm; may be null
+    float* hidden;                   // [num_tokens, hidden_size], after the last norm; may be null
+    const float* inputs;             // [num_tokens, hidden_size], in place of embeddings; may be null
 };
 
 // A token with a penalty, and an addend to a token's logit; see PENALTY and BIAS in model/step/batch.py.

@@ -15,9 +15,10 @@ ADAPTIVE_MOST = 8  # of an adaptive one, if drafting runs a model
 class SpeculationConfig(Config):
     """Speculative decoding: drafting the next tokens, and verifying them in one step."""
 
-    method: Literal["off", "draft", "self", "suffix"] = setting(
+    method: Literal["off", "draft", "mtp", "self", "suffix"] = setting(
         "off",
-        help="What drafts: a draft model, a look at recent texts (suffix), the model's first layers, or nothing.",
+        help="What drafts: a draft model, the model's module of multi-token prediction (mtp), a look at recent texts "
+        "(suffix), the model's first layers (self), or nothing.",
     )
     num_spec_tokens: int | None = setting(
         None,

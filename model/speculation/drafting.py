@@ -9,7 +9,7 @@ import numpy as np
 from shoal.model.backends.stepwise import draft_stepwise, known_tokens
 from shoal.model.speculation.proposer import Candidate, Float64, Proposal, Proposer
 from shoal.model.speculation.rejection import with_draft_noise
-from shoal.model.step.batch import Backend, DraftBatch, ForwardBatch, Int32, SamplingBatch
+from shoal.model.step.batch import Backend, DraftBatch, Float32, ForwardBatch, Int32, SamplingBatch
 from shoal.model.step.rows import BatchRows
 from shoal.model.step.sampling import probabilities, sample_reference
 
@@ -33,24 +33,25 @@ class Drafter(Proposer):
         """Compute known tokens: `parts` says for each row of the batch from which to which."""
         step = known_tokens(self._batch([(row, start, end, 1) for row, (start, end) in parts.items()]))
         step.logits_indices = step.logits_indices[:0]
-        self._backend.forward(step, self._num_layers)
+        self._forward(step)
 
     def draft(self, candidates: list[Candidate], starts: Mapping[int, int]) -> dict[int, Proposal]:
         """Compute each candidate's tokens from `starts[row]` on, and draft what may follow them."""
         ordered = sorted(candidates, key=lambda one: -one.num_wanted)
         batch = self._batch([(one.row, starts[one.row], one.num_tokens, one.num_wanted) for one in ordered])
-        drafted = self._draft(batch, self._rows.drafting_batch(batch.rows, batch.ends))
+        positions = np.array([one.num_tokens for one in ordered], np.int32)
+        drafted = self._draft(batch, self._rows.drafting_batch(batch.rows, positions))
         return {one.row: proposal for one, proposal in zip(ordered, drafted, strict=True)}
 
     def _draft(self, batch: DraftBatch, sampling: SamplingBatch) -> list[Proposal]:
         wanted = batch.num_wanted.tolist()
         if not self._draws_apart:
-            drafted = self._backend.draft(batch, sampling, self._num_layers).tolist()
+            drafted = self._guess(batch, sampling).tolist()
             return [Proposal(_valid(row[:count])) for row, count in zip(drafted, wanted, strict=True)]
         distributions: list[Float64] = []
 
         def choose(step: ForwardBatch, how: SamplingBatch) -> Int32:
-            logits = self._backend.forward(step, self._num_layers)
+            logits = self._forward(step)
             distributions.append(probabilities(logits, how))
             return sample_reference(logits, with_draft_noise(how)).token_ids
 
@@ -59,6 +60,14 @@ class Drafter(Proposer):
             Proposal(_valid(row[:count]), np.stack([one[index] for one in distributions[:count]]))
             for index, (row, count) in enumerate(zip(drafted, wanted, strict=True))
         ]
+
+    def _guess(self, batch: DraftBatch, sampling: SamplingBatch) -> Int32:
+        """Do what `Backend.draft` does."""
+        return self._backend.draft(batch, sampling, self._num_layers)
+
+    def _forward(self, step: ForwardBatch) -> Float32:
+        """Compute a step; returns the logits."""
+        return self._backend.forward(step, self._num_layers)
 
     def _batch(self, parts: list[tuple[int, int, int, int]]) -> DraftBatch:
         """Each part is a row, the start and the end of the tokens to compute, and the number of tokens to guess."""

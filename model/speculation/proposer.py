@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.model.step.batch import ForwardBatch
 from shoal.scheduler.output import ScheduledRequest, StepResult
 
 Float64 = NDArray[np.float64]
@@ -48,6 +49,9 @@ class Proposer:
 
     def place(self, share: ScheduledRequest) -> None:
         """Take note of a request's share of the next step: whether it joins, and its new blocks."""
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Ask of the next step what drafting needs of it."""
 
     def stepped(self, scheduled: list[ScheduledRequest], result: StepResult) -> None:
         """Take note of the tokens that a step has chosen; the rows hold them."""

@@ -78,6 +78,7 @@ class Speculation:
         start = self._clock()
         if start - self._ended < _LONGEST_GAP:
             start = self._ended  # each step pays for what the engine does before it
+        self._proposer.prepare(batch)
         if self.by_rejection:
             chosen = self._verify(backend.forward(batch), sampling, scheduled, layout)
         else:

@@ -35,8 +35,9 @@ class ForwardBatch:
         block_tables: [num_seqs, max_blocks * num_groups], block ids; block i of group g stands at i * num_groups + g.
             What no query of the step sees is never read: there an entry is any block's id, or -1.
         logits_indices: [num_logits], tokens whose logits are needed, ascending.
-        hidden: [num_logits, hidden_size], where the hidden states of these tokens, after the last norm, are written to;
-            None if nobody asks for them.
+        hidden: [num_tokens, hidden_size], where the hidden states after the last norm are written to; None if nobody
+            asks for them.
+        inputs: [num_tokens, hidden_size], what the first layer reads; None for the tokens' embeddings.
     """
 
     token_ids: Int32
@@ -47,6 +48,7 @@ class ForwardBatch:
     block_tables: Int32
     logits_indices: Int32
     hidden: Float32 | None = None
+    inputs: Float32 | None = None
 
 
 # A token with a penalty at a row of logits.  It was generated `count` times; with 0 it stands in the prompt only.

@@ -62,8 +62,9 @@ class ModelExecutor:
             chosen = self._speculation.execute(self.backend, batch, sampling, output.scheduled, layout)
         self.rows.token_ids[layout.logits_rows, positions] = chosen.token_ids
         result = self._collect(output.scheduled, layout, chosen)
-        if batch.hidden is not None:
-            result.embeddings = pool_all(self.rows.pools, output.scheduled, layout.num_logits, batch.hidden)
+        if batch.hidden is not None and self.rows.pools:
+            states = batch.hidden[layout.logits_indices]
+            result.embeddings = pool_all(self.rows.pools, output.scheduled, layout.num_logits, states)
         if self._speculation is not None:
             result.spec_token_ids = self._speculation.propose(output.scheduled, result)
         return result
@@ -96,7 +97,7 @@ class ModelExecutor:
             logits_indices=layout.logits_indices,
         )
         if self.rows.pools:
-            batch.hidden = np.empty((len(layout.logits_indices), self.backend.hidden_size), np.float32)
+            batch.hidden = np.empty((len(positions), self.backend.hidden_size), np.float32)
         return batch, layout
 
     def _num_logits(self, share: ScheduledRequest, num_chosen: int) -> int:

@@ -73,7 +73,7 @@ def build_engine(
         assert isinstance(plan, TorchPlan)
         plan = plan_ranks(plan, record.config, settings, lost, closing)
         cache_copies = plan.cache_copies(record.config)
-    speculation = plan_speculation(settings.speculation, record, max_model_len)
+    speculation = plan_speculation(settings.speculation, opened, record, max_model_len)
     models = [record.config]
     if speculation and speculation.draft:
         # One block table serves both models.

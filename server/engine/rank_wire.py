@@ -9,7 +9,7 @@ import socket
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import msgspec
 import numpy as np
@@ -118,10 +118,12 @@ class Step(msgspec.Struct, tag=True, frozen=True):
         return cls(arrays, len(batch.slot_mapping), batch.hidden is not None, num_layers)
 
     def batch(self, hidden_size: int) -> ForwardBatch:
-        arrays = {name: np.frombuffer(array, np.int32) for name, array in zip(_FIELDS, self.arrays, strict=True)}
+        arrays: dict[str, Any] = {
+            name: np.frombuffer(array, np.int32) for name, array in zip(_FIELDS, self.arrays, strict=True)
+        }
         arrays["slot_mapping"] = arrays["slot_mapping"].reshape(self.num_groups, -1)
         arrays["block_tables"] = arrays["block_tables"].reshape(len(arrays["context_lens"]), -1)
-        shape = len(arrays["logits_indices"]), hidden_size
+        shape = len(arrays["token_ids"]), hidden_size
         return ForwardBatch(**arrays, hidden=np.empty(shape, np.float32) if self.wants_hidden else None)
 
 

@@ -6,11 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.model.checkpoint.find import find_draft
+from shoal.model.checkpoint.format import CheckpointFormat
 from shoal.model.checkpoint.load import load_checkpoint
+from shoal.model.checkpoint.prediction import load_prediction
+from shoal.model.prediction import Prediction
 from shoal.model.record import ModelRecord
 from shoal.model.speculation.config import ADAPTIVE_MOST, MOST_SPEC_TOKENS, SpeculationConfig
 from shoal.model.speculation.draft_model import DraftModelProposer
 from shoal.model.speculation.length import AdaptiveLength, FixedLength
+from shoal.model.speculation.mtp import MTPProposer
 from shoal.model.speculation.proposer import Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
 from shoal.model.speculation.speculation import Speculation
@@ -27,13 +31,16 @@ class SpeculationPlan:
     """How tokens will be drafted.
 
     Attributes:
-        draft: the draft model, if there is one.  Its cache keeps all, because it uses the target's block tables.
+        draft: the draft model, if there is one, or the module's layers.  Its cache keeps all, because it uses the
+            target's block tables.
         num_layers: layers of the target that draft, for self-speculation.
+        prediction: the module of multi-token prediction, if it drafts.
     """
 
     config: SpeculationConfig
-    draft: ModelRecord | None
-    num_layers: int | None
+    draft: ModelRecord | None = None
+    num_layers: int | None = None
+    prediction: Prediction | None = None
 
     @property
     def num_lookahead_tokens(self) -> int:
@@ -50,13 +57,18 @@ class SpeculationPlan:
         by_rejection = config.verification == "rejection"
         proposer: Proposer
         if self.draft is not None:
-            proposer = DraftModelProposer(
-                backends.create(self.draft, limits.num_blocks, sibling=target),
-                rows,
-                num_blocks=limits.num_blocks,
-                max_catch_up=limits.max_num_batched_tokens,
-                draws_apart=by_rejection,
-            )
+            num_blocks = limits.num_blocks
+            backend = backends.create(self.draft, num_blocks, sibling=target)
+            if self.prediction is not None:
+                proposer = MTPProposer(self.prediction, backend, rows, num_blocks=num_blocks, draws_apart=by_rejection)
+            else:
+                proposer = DraftModelProposer(
+                    backend,
+                    rows,
+                    num_blocks=num_blocks,
+                    max_catch_up=limits.max_num_batched_tokens,
+                    draws_apart=by_rejection,
+                )
         elif self.num_layers is not None:
             proposer = SelfSpeculativeProposer(target, rows, num_layers=self.num_layers, draws_apart=by_rejection)
         else:
@@ -67,23 +79,28 @@ class SpeculationPlan:
         return Speculation(proposer, lengths, rows, needs_slots=needs_slots, by_rejection=by_rejection)
 
 
-def plan_speculation(config: SpeculationConfig, target: ModelRecord, max_model_len: int) -> SpeculationPlan | None:
-    """Check what the settings ask for, and load the draft model; None if nothing drafts.
+def plan_speculation(
+    config: SpeculationConfig, checkpoint: CheckpointFormat, target: ModelRecord, max_model_len: int
+) -> SpeculationPlan | None:
+    """Check what the settings ask for, and load the draft model, or the module that belongs to the target's
+    checkpoint; None if nothing drafts.
 
     Raises:
-        CheckpointError: the draft model cannot be read.
+        CheckpointError: the draft model or the module cannot be read, or there is no module.
         ConfigError: it does not fit the target, or the target has too few layers.
     """
     match config.method:
         case "off":
             return None
         case "suffix":
-            return SpeculationPlan(config, None, None)
+            return SpeculationPlan(config)
         case "self":
-            return SpeculationPlan(config, None, _num_layers(config, target.config.num_layers))
+            return SpeculationPlan(config, num_layers=_num_layers(config, target.config.num_layers))
         case "draft":
-            draft = _load_draft(find_draft(config.draft_model), target, max_model_len)
-            return SpeculationPlan(config, draft, None)
+            return SpeculationPlan(config, _load_draft(find_draft(config.draft_model), target, max_model_len))
+        case "mtp":
+            prediction = load_prediction(checkpoint, target)
+            return SpeculationPlan(config, _for_target(prediction.model, max_model_len), prediction=prediction)
 
 
 def _num_layers(config: SpeculationConfig, of: int) -> int:
@@ -109,4 +126,9 @@ def _load_draft(path: Path, target: ModelRecord, max_model_len: int) -> ModelRec
             f"fewer than max_model_len {max_model_len}",
             param="draft_model",
         )
+    return _for_target(draft, max_model_len)
+
+
+def _for_target(draft: ModelRecord, max_model_len: int) -> ModelRecord:
+    """The model, with a cache that takes the target's block tables."""
     return replace(draft, config=replace(draft.config.within(max_model_len), keeps_all=True))

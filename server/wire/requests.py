@@ -183,7 +183,7 @@ class GenerationBody(SamplingBody):
     receipt: bool = False
 
     # for those who compare: it changes how fast tokens come, and not which
-    speculation: Literal["off", "draft", "self", "suffix"] | None = None
+    speculation: Literal["off", "draft", "mtp", "self", "suffix"] | None = None
 
     # for load tests: the model ends the text with exactly this output token, and nothing that schedules is told
     end_after: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None

@@ -11,6 +11,7 @@ import numpy as np
 
 from shoal.model.architecture import LatentConfig, LayerConfig, MixtureConfig, ModelConfig, RopeConfig
 from shoal.model.numbers import Array
+from shoal.model.prediction import Prediction
 from shoal.model.record import (
     Attention,
     Experts,
@@ -166,6 +167,25 @@ def random_record(seed: int = 0, parts: Collection[str] = (), **fields: Any) -> 
     """
     assert PARTS.issuperset(parts)
     return _RandomRecord(random_config(**fields), frozenset(parts), np.random.default_rng(seed)).record()
+
+
+def random_prediction(target: ModelRecord, seed: int = 0, **fields: Any) -> Prediction:
+    """A module of random weights for the target; it is narrower unless `fields` of its model say otherwise."""
+    vocab_size, states = target.config.vocab_size, target.config.hidden_size
+    model = random_record(seed, **{"num_layers": 1, "hidden_size": 24, "vocab_size": vocab_size} | fields)
+    rng, hidden = np.random.default_rng(seed), model.config.hidden_size
+
+    def weight(out: int, width: int) -> Linear:
+        return Linear(rng.standard_normal((out, width), np.float32) * np.float32(1.5 / np.sqrt(width)))
+
+    return Prediction(
+        model,
+        embedding=weight(vocab_size, 20).weight,
+        token_norm=rng.uniform(0.5, 1.5, 20).astype(np.float32),
+        state_norm=rng.uniform(0.5, 1.5, states).astype(np.float32),
+        projection=weight(hidden, 20 + states),
+        feedback=None if hidden == states else weight(states, hidden),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_states_are_the_same_however_tokens_are_chosen(
         lambda: made.execute(batch, masked),
         lambda: made.forward(batch),
     ):
-        batch.hidden = np.zeros((2, made.hidden_size), np.float32)
+        batch.hidden = np.zeros((5, made.hidden_size), np.float32)
         compute()
         found.append(batch.hidden.tobytes())
     assert np.isfinite(batch.hidden).all() and batch.hidden.all()

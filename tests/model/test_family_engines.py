@@ -17,6 +17,7 @@ from shoal.model.backends.torch_backend import TorchBackend
 from shoal.model.record import ModelRecord
 from shoal.model.speculation.draft_model import DraftModelProposer
 from shoal.model.speculation.length import FixedLength
+from shoal.model.speculation.mtp import MTPProposer
 from shoal.model.speculation.proposer import Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
 from shoal.model.speculation.speculation import Speculation
@@ -26,7 +27,7 @@ from shoal.model.step.executor import ModelExecutor
 from shoal.model.step.rows import BatchRows
 from shoal.server.engine.memory import scheduled_groups
 from tests.fakes import Harness
-from tests.model.oracles import random_record
+from tests.model.oracles import random_prediction, random_record
 
 BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS = 16, 256, 5
 # Layers, and the number of cache groups that they make.
@@ -161,7 +162,7 @@ def test_texts_and_logprobs_do_not_depend_on_company_chunks_prefixes_or_preempti
 
 @each_backend
 @each_model
-@pytest.mark.parametrize("method", ["self", "suffix", "draft"])
+@pytest.mark.parametrize("method", ["self", "suffix", "draft", "mtp"])
 def test_speculation_is_invisible(kind: str, model: str, method: str) -> None:
     record = record_of(model)
     draft = keeping_all(replace(record, layers=record.layers[:2]))
@@ -174,11 +175,15 @@ def test_speculation_is_invisible(kind: str, model: str, method: str) -> None:
         elif method == "draft":
             backend = BACKENDS[kind](draft, num_blocks=num_blocks, block_size=BLOCK_SIZE)
             proposer = DraftModelProposer(backend, rows, num_blocks=num_blocks, max_catch_up=40, draws_apart=False)
+        elif method == "mtp":
+            prediction = random_prediction(record, 4)
+            backend = BACKENDS[kind](prediction.model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+            proposer = MTPProposer(prediction, backend, rows, num_blocks=num_blocks, draws_apart=False)
         return Speculation(proposer, FixedLength(4), rows, needs_slots=method != "suffix", by_rejection=False)
 
     harness = serve(
         kind,
-        keeping_all(record) if method == "draft" else record,
+        keeping_all(record) if method in ("draft", "mtp") else record,
         speculate=speculate,
         num_lookahead_tokens=0 if method == "suffix" else 4,
     )

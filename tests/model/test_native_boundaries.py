@@ -67,7 +67,7 @@ WRONG: list[tuple[str, str, Callable[[np.ndarray], np.ndarray]]] = [
     ("logits_indices-repeated", "logits_indices", lambda a: np.zeros(100, np.int32)),
     ("logits_indices-descend", "logits_indices", lambda a: a[::-1].copy()),
     *[(f"{field}-shorter", field, shorter) for field in ("token_ids", "positions", "slot_mapping", "query_start_loc")],
-    *[(f"{field}-shorter", field, shorter) for field in ("context_lens", "block_tables", "hidden")],
+    *[(f"{field}-shorter", field, shorter) for field in ("context_lens", "block_tables", "hidden", "inputs")],
     *[(f"{field}-of-64-bits", field, lambda a: a.astype(np.int64)) for field in PASSED],
     *[(f"{field}-with-gaps", field, lambda a: np.repeat(a, 2, axis=-1)[..., ::2]) for field in PASSED],
 ]
@@ -81,7 +81,7 @@ def test_wrong_arrays_are_refused_before_the_call(
     backend, pages = make_backend(random_record(max_position_embeddings=40)), paged(**POOL)
     pages.batch([("a", [0] * 18, 0)])
     good = pages.batch([("a", [1, 2, 3, 4, 5, 6], 18), ("b", [7, 8, 9], 0)], all_logits=False)
-    good.hidden = np.zeros((2, 32), np.float32)
+    good.hidden, good.inputs = (np.zeros((9, 32), np.float32) for _ in range(2))
     bad = replace(good, **{field: change(getattr(good, field))})
 
     def check_refusal() -> None:

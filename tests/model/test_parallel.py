@@ -71,7 +71,7 @@ def test_same_bits(fields: dict[str, Any], parts: Sequence[str], split: Split, d
         batch = paged(NUM_BLOCKS, BLOCK_SIZE, num_groups).batch([("a", texts["sequence-0"], 0)])
         own_batches = [copy(batch), copy(batch)]
         for one, own in zip((alone, backend), own_batches, strict=True):
-            own.hidden = np.zeros((len(own.logits_indices), record.config.hidden_size), np.float32)
+            own.hidden = np.zeros((len(own.token_ids), record.config.hidden_size), np.float32)
             one.forward(own)
         first = [one.forward(copy(batch), 1) for one in (alone, backend)]
     for name, logits in expected.items():

@@ -18,6 +18,7 @@ from shoal.model.speculation import rejection
 from shoal.model.speculation.draft_model import DraftModelProposer
 from shoal.model.speculation.drafting import Drafter
 from shoal.model.speculation.length import AdaptiveLength, FixedLength, LengthRule
+from shoal.model.speculation.mtp import MTPProposer
 from shoal.model.speculation.proposer import Candidate, Proposal, Proposer
 from shoal.model.speculation.self_speculative import SelfSpeculativeProposer
 from shoal.model.speculation.speculation import Speculation
@@ -28,13 +29,14 @@ from shoal.model.step.rows import BatchRows
 from shoal.model.step.sampling import probabilities
 from shoal.scheduler.output import NewRequest, SamplingParams, ScheduledRequest
 from tests.fakes import Harness
-from tests.model.oracles import random_record
+from tests.model.oracles import random_prediction, random_record
 
 BLOCK_SIZE = 16
 RECORD = random_record(3, num_layers=3, vocab_size=64)
 # Similar to the target: some of the tokens that it drafts are accepted.
 DRAFT = replace(RECORD, layers=RECORD.layers[:2], config=replace(RECORD.config, layers=RECORD.config.layers[:2]))
-METHODS = ["draft", "self", "suffix"]
+PREDICTION = random_prediction(RECORD, 4)
+METHODS = ["draft", "mtp", "self", "suffix"]
 BACKENDS = [
     "torch",
     pytest.param("native", marks=pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")),
@@ -61,6 +63,9 @@ def make_speculation(
     if method == "draft":
         draft = make_backend(kind, DRAFT, num_blocks)
         proposer = DraftModelProposer(draft, rows, num_blocks=num_blocks, max_catch_up=40, draws_apart=by_rejection)
+    elif method == "mtp":
+        backend = make_backend(kind, PREDICTION.model, num_blocks)
+        proposer = MTPProposer(PREDICTION, backend, rows, num_blocks=num_blocks, draws_apart=by_rejection)
     elif method == "self":
         proposer = SelfSpeculativeProposer(target, rows, num_layers=2, draws_apart=by_rejection)
     else:
