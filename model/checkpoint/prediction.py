@@ -27,12 +27,9 @@ def load_prediction(checkpoint: CheckpointFormat, target: ModelRecord) -> Predic
     trained = checkpoint.path / FOLDER
     if trained.is_dir():
         return _load(open_checkpoint(trained), 0, target)
-    if not read_config(checkpoint.config())[1].further_layers:
-        raise CheckpointError(
-            f"{checkpoint.path}: has no module of multi-token prediction, neither a folder {FOLDER} nor a layer",
-            param="model",
-        )
-    return _load(checkpoint, target.config.num_layers, target)
+    if read_config(checkpoint.config())[1].further_layers:
+        return _load(checkpoint, target.config.num_layers, target)
+    raise _no_module(checkpoint)
 
 
 def _load(checkpoint: CheckpointFormat, layer: int, target: ModelRecord) -> Prediction:
@@ -40,15 +37,24 @@ def _load(checkpoint: CheckpointFormat, layer: int, target: ModelRecord) -> Pred
     fields = checkpoint.config()
     config, tensors = read_config(replace(fields, values={**fields.values, "num_hidden_layers": layer + 1}))
     config = replace(config, layers=config.layers[layer:], tie_word_embeddings=True)
-    return _PredictionBuilder(config, tensors, FileTensors(checkpoint.weights(), tensors)).prediction(layer, target)
+    file = FileTensors(checkpoint.weights(), tensors)
+    prefix = tensors.names["layer"][0].format(layer)
+    if f"{prefix}enorm.weight" not in file:  # many folders name it in config.json, and leave it out
+        raise _no_module(checkpoint)
+    return _PredictionBuilder(config, tensors, file).prediction(prefix, target)
+
+
+def _no_module(checkpoint: CheckpointFormat) -> CheckpointError:
+    message = f"{checkpoint.path}: has no module of multi-token prediction, neither a folder {FOLDER} nor a layer"
+    return CheckpointError(message, param="model")
 
 
 class _PredictionBuilder(RecordBuilder):
     """Takes the tensors of a module, which all belong to one layer."""
 
-    def prediction(self, layer: int, target: ModelRecord) -> Prediction:
-        """The module; what it shares with the target is the target's."""
-        config, prefix = self._config, self._tensors.names["layer"][0].format(layer)
+    def prediction(self, prefix: str, target: ModelRecord) -> Prediction:
+        """The module in the layer that `prefix` names; what it shares with the target is the target's."""
+        config = self._config
         hidden, states = config.hidden_size, target.config.hidden_size
         embedding = self._take_own(f"{prefix}embed_tokens.weight", None, target.embedding)
         head = self._take_own(f"{prefix}shared_head.head.weight", hidden, target.head.weight)

@@ -147,7 +147,8 @@ class _Inputs:
 
     def feed_back(self, own: Float32) -> Float32:
         """The module's own states in place of the target's."""
-        return own if self._feedback is None else own @ self._feedback
+        states: Float32 = own if self._feedback is None else own @ self._feedback
+        return states
 
     def _norm(self, x: Array, gain: Array) -> Array:
         return x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + self._eps) * gain

@@ -206,13 +206,13 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str) -> Any:
+def make(name: str, **fields: Any) -> Any:
     """The model of a configuration or variation, with weights large enough that every part of it matters."""
     base, further = VARIATIONS.get(name, (name, {}))
     model_type, changes = CONFIGURATIONS[base]
     known = AutoConfig.for_model(model_type)
     shape = {key: value for key, value in BASE.items() if hasattr(known, key)}
-    config = AutoConfig.for_model(model_type, **(shape | changes | further))
+    config = AutoConfig.for_model(model_type, **(shape | changes | further | fields))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
