@@ -151,4 +151,5 @@ class _Inputs:
         return states
 
     def _norm(self, x: Array, gain: Array) -> Array:
-        return x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + self._eps) * gain
+        normed: Array = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + self._eps) * gain
+        return normed

@@ -31,7 +31,7 @@ class _Commands(click.Group):
     "--recipe",
     default="target",
     show_default=True,
-    help="target or draft (from recipes/gpu if there is a GPU, else from recipes/cpu), or a TOML file.",
+    help="target, draft or mtp (from recipes/gpu if there is a GPU, else from recipes/cpu), or a TOML file.",
 )
 @click.option("--work", type=click.Path(path_type=Path), default=Path(".train"), help="Folder of intermediate files.")
 @click.pass_context
@@ -41,7 +41,7 @@ def main(context: click.Context, recipe: str, work: Path) -> None:
 
 
 def _find(recipe: str) -> Path:
-    if recipe not in ("target", "draft"):
+    if recipe not in ("target", "draft", "mtp"):
         return Path(recipe)
     return _HERE / "recipes" / ("gpu" if torch.cuda.is_available() else "cpu") / f"{recipe}.toml"
 
@@ -89,7 +89,8 @@ def export_checkpoint(pipeline: Pipeline, output: Path | None) -> None:
 def _export_and_describe(pipeline: Pipeline, output: Path | None) -> None:
     folder = _folder(pipeline, output)
     pipeline.export(folder)
-    pipeline.describe(folder)
+    if not pipeline.recipe.num_unrolled:  # a module has no card: it is a part of its target
+        pipeline.describe(folder)
 
 
 def _folder(pipeline: Pipeline, output: Path | None) -> Path:

@@ -13,18 +13,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .network import Experts, FeedForward, Layer, Network
+from .prediction import PredictionNetwork
 from .recipe import NetworkConfig
 from .tokenizer import END_OF_TEXT, END_OF_TURN, load_tokenizer, special_id, write_tokenizer_config
 
 
 def export(network: Network, tokenizer: Path, folder: Path) -> None:
-    """Write config.json, model.safetensors, and the files of the tokenizer and of generation, into `folder`."""
+    """Write config.json, model.safetensors, and the files of the tokenizer and of generation, into `folder`.
+
+    A module of multi-token prediction has the target's tokenizer, in the folder above.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in named_weights(network)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokens = load_tokenizer(tokenizer)
     end_of_text, end_of_turn = special_id(tokens, END_OF_TEXT), special_id(tokens, END_OF_TURN)
     _write_json(folder / "config.json", hf_config(network.config, end_of_text))
+    if isinstance(network, PredictionNetwork):
+        return
     _write_json(
         folder / "generation_config.json",
         {
@@ -72,10 +78,13 @@ def hf_config(config: NetworkConfig, end_of_text: int) -> dict[str, Any]:
 
 def named_weights(network: Network) -> Iterator[tuple[str, Tensor]]:
     """The network's weights under the names that checkpoints of its family use."""
-    yield "model.embed_tokens.weight", network.embedding.weight
-    yield "model.norm.weight", network.norm.weight
-    if not network.config.tie_word_embeddings:
-        yield "lm_head.weight", network.lm_head.weight
+    if isinstance(network, PredictionNetwork):
+        yield from ((f"model.layers.0.{name}", weight) for name, weight in network.own_weights())
+    else:
+        yield "model.embed_tokens.weight", network.embedding.weight
+        yield "model.norm.weight", network.norm.weight
+        if not network.config.tie_word_embeddings:
+            yield "lm_head.weight", network.lm_head.weight
     for i, layer in enumerate(network.layers):
         assert isinstance(layer, Layer)
         for name, weight in _layer_weights(layer):

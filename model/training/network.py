@@ -166,9 +166,12 @@ class Network(nn.Module):
 
     def hidden_states(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """For token_ids [batch, length]: the normed stream [batch, length, hidden] in `dtype`, and the balance loss."""
-        cos, sin = rotary_table(self.config, token_ids.shape[1], token_ids.device)
+        return self._run(self.embedding(token_ids))
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `hidden_states` returns, of what the first layer reads: x [batch, length, hidden]."""
+        cos, sin = rotary_table(self.config, x.shape[1], x.device)
         table = cos.to(self.dtype), sin.to(self.dtype)
-        x = self.embedding(token_ids)
         balances = []
         for layer in self.layers:
             x, balance = layer(x, table)

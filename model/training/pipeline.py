@@ -28,6 +28,7 @@ from .cost import create_backend, decode_seconds
 from .evaluation import DraftEvaluation, Evaluator
 from .export import export
 from .network import Network, count_active_parameters, count_parameters, training_dtype
+from .prediction import create_network
 from .recipe import Budget, Recipe
 from .tokenizer import END_OF_TEXT, fingerprint, load_tokenizer, special_id, train_tokenizer
 from .trainer import StepReport, Trainer, load_state, run
@@ -126,7 +127,7 @@ class Pipeline:
     def load_network(self, dtype: torch.dtype = torch.float32) -> Network:
         """The network as the last checkpoint has it, on the CPU, with products in `dtype`."""
         state = load_state(self.checkpoint, self.recipe, fingerprint(self.tokenizer))
-        network = Network(self.recipe.network, dtype)
+        network = create_network(self.recipe, dtype)
         network.load_state_dict(state["network"])
         return network
 

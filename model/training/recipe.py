@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from shoal.scheduler.errors import ConfigError
 
+_NUMBERS: dict[str, Any] = {"echo_tokens": int, "acceptance_from": float, "num_unrolled": int}
 Section = TypeVar("Section", "NetworkConfig", "TrainingConfig")
 
 
@@ -92,6 +93,7 @@ class Recipe:
         echo_tokens: tokens that the target writes for its draft; the draft reads half as many of the corpus.
         acceptance_from: share of the budget after which a draft is trained for acceptance by its target; before, it
             is trained to match the target's distribution.
+        num_unrolled: 0 for a model; for a module of multi-token prediction, how many tokens it predicts in training.
     """
 
     name: str
@@ -100,8 +102,11 @@ class Recipe:
     teacher: Recipe | None = None
     echo_tokens: int = 0
     acceptance_from: float = 1.0
+    num_unrolled: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_unrolled and (self.teacher is None or self.network.tie_word_embeddings):
+            raise ConfigError(f"{self.name} needs a teacher, and a head of its own", param="num_unrolled")
         if self.teacher and self.teacher.network.vocab_size != self.network.vocab_size:
             raise ConfigError(
                 f"the draft {self.name} has vocab_size {self.network.vocab_size}, "
@@ -142,7 +147,7 @@ def load_recipe(path: Path) -> Recipe:
         table = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}", param=path.name) from error
-    unknown = table.keys() - {"name", "teacher", "echo_tokens", "acceptance_from", "network", "training"}
+    unknown = table.keys() - {"name", "teacher", "network", "training", *_NUMBERS}
     if unknown:
         raise ConfigError(f"{path}: unknown key {min(unknown)!r}", param=min(unknown))
     return Recipe(
@@ -150,8 +155,7 @@ def load_recipe(path: Path) -> Recipe:
         network=_section(NetworkConfig, table.get("network", {}), f"{path} [network]"),
         training=_section(TrainingConfig, table.get("training", {}), f"{path} [training]"),
         teacher=load_recipe(path.parent / str(table["teacher"])) if "teacher" in table else None,
-        echo_tokens=int(table.get("echo_tokens", 0)),
-        acceptance_from=float(table.get("acceptance_from", 1.0)),
+        **{name: kind(table[name]) for name, kind in _NUMBERS.items() if name in table},
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from shoal.scheduler.errors import CheckpointError
 
 from .network import Network, training_dtype
+from .prediction import create_network
 from .recipe import Budget, Recipe, TrainingConfig
 from .tokens import Tokens, batch_of_windows, count_windows
 
@@ -64,7 +65,7 @@ class Trainer:
         self.recipe, self._data, self._fingerprint = recipe, tokens, tokenizer_fingerprint
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self._device, self._teacher = device, teacher and teacher.to(device)
-        self.network = Network(recipe.network, training_dtype(device))
+        self.network = create_network(recipe, training_dtype(device))
         self.network.initialize(recipe.training.seed)
         self.network.to(device)
         self._optimizer = _adamw(self.network, recipe.training)
