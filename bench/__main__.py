@@ -37,9 +37,9 @@ BENCHMARKS: dict[str, Callable[..., dict[str, object]]] = {
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice(speculation.METHODS),
+    type=click.Choice((*speculation.METHODS, "mtp")),
     default=speculation.METHODS,
-    help="Proposer in the speculation benchmark; may be given again [all].",
+    help="Proposer in the speculation benchmark; may be given again [all but mtp].",
 )
 @click.option(
     "--concurrency",

@@ -134,6 +134,7 @@ def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> N
             marks=pytest.mark.long,
         ),
         (["--speculation", "draft", "--draft-model", "nowhere"], "draft_model: 'nowhere' is neither"),
+        (["--speculation", "mtp"], "has no module of multi-token prediction"),
         (["--speculation", "self", "--draft-layers", "99"], "draft_layers 99 leaves nothing to verify with"),
     ],
 )
