@@ -95,7 +95,7 @@ _server_options = click.argument(
 @click.command()
 @_load_options
 @click.option(
-    "--speculation", type=_several(click.STRING), metavar="NAME,...", help="Methods: off, draft, self, suffix."
+    "--speculation", type=_several(click.STRING), metavar="NAME,...", help="Methods: off, draft, mtp, self, suffix."
 )
 @click.option("--hugging-face", is_flag=True, help="And with transformers' generate on padded batches.")
 @click.option(

@@ -123,7 +123,7 @@ def test_stop_strings_and_limits_inside_accepted_tokens(start: StartServer) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--speculation", "magic"], "speculation.method must be one of off, draft, self, suffix, not 'magic'"),
+        (["--speculation", "magic"], "speculation.method must be one of off, draft, mtp, self, suffix, not 'magic'"),
         (
             ["--speculation", "suffix", "--num-spec-tokens", "17"],
             "speculation.num_spec_tokens must be at most 16, not 17",

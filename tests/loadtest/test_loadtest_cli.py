@@ -24,7 +24,7 @@ def invoke(command: str, *args: str) -> Result:
     [
         (["--policies", "fcfs,quick"], "policies: unknown 'quick'; known are deadline, fair, fcfs"),
         (["--workload", "chat,talk"], "workload: unknown 'talk'; known are chat, code, agent, uniform"),
-        (["--speculation", "magic"], "speculation: unknown 'magic'; known are off, draft, self, suffix"),
+        (["--speculation", "magic"], "speculation: unknown 'magic'; known are off, draft, mtp, self, suffix"),
         (["--users", "3", "--rate", "3"], "either --users (closed loops) or --rate (open loops), not both"),
         (["--users", "3", "--think-seconds", "-1"], "think_seconds must be a finite number of at least 0, not -1"),
         (["--rate", "nan"], "rate must be a finite number of at least 0, not nan"),
