@@ -73,8 +73,8 @@ class FakeBackend:
         assert (np.diff(batch.logits_indices) > 0).all()
         num_slots = len(np.unique(batch.slot_mapping))
         assert num_slots == num_groups * num_tokens, "two tokens of a step want the same slot"
-        assert batch.hidden is None, "nobody asks for hidden states"
-        for name in set(ForwardBatch.__slots__) - {"hidden"}:
+        assert batch.hidden is batch.inputs is None, "nobody asks for hidden states, or gives any"
+        for name in set(ForwardBatch.__slots__) - {"hidden", "inputs"}:
             array = getattr(batch, name)
             assert array.dtype == np.int32, name
             assert array.flags.c_contiguous, name
