@@ -300,6 +300,18 @@ def test_a_prefix_that_the_draft_has_read_is_not_read_again() -> None:
     assert backend.reads[-1] == [(16, [*prompt[16:32], 91])]
 
 
+def test_of_a_prompt_that_ends_with_a_block_the_draft_reads_the_last_token_again() -> None:
+    rows = BatchRows(3, 64, BLOCK_SIZE)
+    proposer, backend = draft_of(rows)
+    prompt = list(range(32))
+    row = join(rows, proposer, prompt, [5, 6, 7])
+    draft(rows, proposer, row, [*prompt, 90], 1)
+    rows.leave(row)
+    row = join(rows, proposer, prompt, [5, 6, 8], num_found=31)
+    draft(rows, proposer, row, [*prompt, 91], 1)
+    assert backend.reads[-1] == [(31, [31, 91])]
+
+
 # -- drafting with a real model ----------------------------------------------------------------------------------
 
 
