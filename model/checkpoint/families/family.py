@@ -102,7 +102,7 @@ class Tensors:
         sinusoidal: whether the table of positions is made, and not in the file (XGLM).
         ignored: pattern of further tensors that the model does not need.
         further_layers: source of the number of layers that follow the model's own ones and predict further tokens;
-            they are left out (DeepSeek-V3).
+            no part of the model (DeepSeek-V3): see `checkpoint/prediction.py`.
     """
 
     names: Mapping[str, Source] = field(default_factory=dict)
