@@ -87,7 +87,7 @@ def test_a_request_may_switch_it_off_but_not_choose_another(start: StartServer) 
     assert on["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
     for wanted, message in (
         ("draft", "speculation 'draft' is not what this server was started with ('suffix')"),
-        ("fast", "speculation: expected 'draft' or 'off' or 'self' or 'suffix'"),
+        ("fast", "speculation: expected 'draft' or 'mtp' or 'off' or 'self' or 'suffix'"),
     ):
         refused = server.post(COMPLETIONS, prompt="Z", speculation=wanted)
         assert refused.status_code == 400
