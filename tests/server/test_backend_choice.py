@@ -82,7 +82,7 @@ def test_native_multiplies_bfloat16_where_the_processor_does(
     asked = load_settings(args)
     for has_it in (True, False):
         monkeypatch.setattr(backends, "has_bfloat16", lambda has_it=has_it: has_it)
-        monkeypatch.setattr(fingerprint, "has_bfloat16", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(native_library, "has_bfloat16", lambda has_it=has_it: has_it)
         chosen = plan(model, *args)
         assert isinstance(chosen, NativePlan)
         found.append((chosen.dtype, chosen.kv_cache_dtype, chosen.warning, fingerprint.fingerprint(BUNDLED, asked)))
