@@ -6,7 +6,7 @@ Inference"): predictions from the size of a batch, fitted to a short profile.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from random import Random
@@ -192,7 +192,7 @@ def fit(runs: Sequence[Run]) -> CostModel:
         stream_seconds=stream,
         deviations=_deviations(others[-1], seconds, predicted),
         crowding=tuple(crowding.tolist()) if len(crowding) > 1 else (),
-        send_seconds=_typical(map(_ways, engines)),
+        send_seconds=_usual_way(engines),
         delivery_seconds=_typical(map(_deliveries, engines)),
     )
 
@@ -248,14 +248,29 @@ def _typical(values_of_runs: Iterable[Iterable[float]]) -> float:
     return max(float(np.median(known)), 0.0) if known else 0.0
 
 
-def _ways(run: Run) -> Iterator[float]:
-    """Seconds from sending a request to its arrival in the engine, if that did not wait for the end of a step."""
-    step_ends = [step.start + step.seconds for step in run.steps]
-    found = stays(run.steps)
-    for record in run.requests:
-        stay = found.get(record.engine_id)
-        if stay and bisect_left(step_ends, record.sent_at) == bisect_right(step_ends, stay.arrived_at):
-            yield stay.arrived_at - record.sent_at
+def _usual_way(runs: Iterable[Run]) -> float:
+    """The seconds from sending a request to its arrival in the engine that agree with most requests; 0 without any.
+
+    What comes during a step is taken after it.  So of such a request only bounds are known: it was not there when the
+    step began, and there at its end.
+    """
+    bounds = []
+    for run in runs:
+        starts, occupied = [step.start for step in run.steps], ends(run.steps)
+        found = stays(run.steps)
+        for record in run.requests:
+            if stay := found.get(record.engine_id):
+                step = bisect_right(starts, stay.arrived_at) - 1
+                waited = step >= 0 and occupied[step] >= stay.arrived_at
+                most = max(stay.arrived_at - record.sent_at, 0.0)
+                bounds.append((max(starts[step] - record.sent_at, 0.0) if waited else most, most))
+    if not bounds:
+        return 0.0
+    # Between two neighbouring bounds the same requests agree.
+    values = np.unique(bounds)
+    lows, highs = (np.sort(side) for side in np.array(bounds).T)
+    agreeing = np.searchsorted(lows, values, "right") - np.searchsorted(highs, values, "left")
+    return float(values[agreeing == agreeing.max()].max())
 
 
 def _deliveries(run: Run) -> Iterator[float]:
