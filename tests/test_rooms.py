@@ -41,7 +41,7 @@ ROOMS = {
     "server": _room(
         "shoal.extras shoal.receipts shoal.terminal shoal.scheduler shoal.model",
         "click fastapi llguidance msgspec numpy opentelemetry prometheus_client pydantic pydantic_core starlette "
-        "uvicorn uvloop zmq",
+        "uvicorn uvloop",
     ),
     "cluster": _room(
         "shoal.extras shoal.terminal shoal.scheduler shoal.model shoal.server",
@@ -138,7 +138,7 @@ def test_only_the_settings_read_the_environment(path: str) -> None:
         ("model/backends/native.py", "from torch import Tensor", False),
         ("model/training/loss.py", "import torch, tqdm\nfrom .. import batch", True),
         ("model/training/loss.py", "from ...scheduler import request", False),
-        ("server/a.py", "import shoal.scheduler.scheduler, shoal.model.step.executor, zmq", True),
+        ("server/a.py", "import shoal.scheduler.scheduler, shoal.model.step.executor, msgspec", True),
         ("server/a.py", "import torch", False),
         ("server/a.py", "from opentelemetry import trace", False),
         ("server/a.py", "import shoal.clients", False),

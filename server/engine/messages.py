@@ -5,6 +5,8 @@ No reading of a clock is among it but the starts of steps: ages and durations me
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from shoal.scheduler.config import SchedulerConfig
@@ -14,7 +16,6 @@ from shoal.server.engine.events import Seen, UsePolicy, UsesPolicy, Watch
 from shoal.server.engine.packing import TokenIds
 
 HEARTBEAT_SECONDS = 0.25
-MAX_MESSAGES = 32  # on the way to an engine, in each of the two processes; what follows waits in the outbox
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -43,6 +44,16 @@ class EngineRequest(msgspec.Struct, frozen=True):
     end_after: int | None = None
     die_after: int | None = None
     timing: bool = False
+
+
+class Begin(msgspec.Struct, tag=True):
+    """The first command of all: what the engine is.
+
+    Attributes:
+        sections: of the settings, as `Settings.sections` makes them, in plain data.
+    """
+
+    sections: dict[str, Any]
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -107,6 +118,6 @@ class News(msgspec.Struct, tag=True):
     step: StepRecord | None = None
 
 
-Sendable = Submit | Abort | ForgetPrefixes | Watch | UsePolicy  # what an `Outbox` takes
-Command = Sendable | Stop
+Sendable = Submit | Abort | ForgetPrefixes | Watch | UsePolicy  # while it works
+Command = Begin | Sendable | Stop
 Report = Loading | Ready | StartFailed | News | Seen | UsesPolicy

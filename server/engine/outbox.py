@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from shoal.server.engine.events import UsePolicy, Watch
-from shoal.server.engine.messages import Abort, Command, EngineRequest, ForgetPrefixes, Sendable, Submit
+from shoal.server.engine.messages import Abort, Begin, Command, EngineRequest, ForgetPrefixes, Stop, Submit
 
 MAX_SIZE = 65536  # tokens and biases in one message, so that none takes long to encode
 
@@ -20,10 +20,10 @@ class Outbox:
         self._requests: dict[str, EngineRequest] = {}
         self._aborted: dict[str, None] = {}
         self._forgets_prefixes = False
-        self._latest: dict[type[Watch | UsePolicy], Watch | UsePolicy] = {}  # those before it count no more
+        self._latest: dict[type[Command], Command] = {}  # those before it count no more
         self._filled = asyncio.Event()
 
-    def put(self, command: Sendable) -> None:
+    def put(self, command: Command) -> None:
         match command:
             case Submit(requests):
                 self._requests |= {request.request_id: request for request in requests}
@@ -33,7 +33,7 @@ class Outbox:
                         self._aborted[request_id] = None
             case ForgetPrefixes():
                 self._forgets_prefixes = True
-            case Watch() | UsePolicy():
+            case Watch() | UsePolicy() | Begin() | Stop():
                 self._latest[type(command)] = command
         self._filled.set()
 

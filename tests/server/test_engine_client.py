@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,16 +29,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Start the fake where the client starts the real one, and leave its sockets where they can be found."""
+    """Start the fake where the client starts the real one."""
     script = tmp_path / "python"
     script.write_text(
-        f'#!/bin/sh\nPYTHONPATH={ROOT}:{ROOT}/src exec {sys.executable} -m tests.server.fake_engine "$@"\n',
+        f"#!/bin/sh\nPYTHONPATH={ROOT}:{ROOT}/src exec {sys.executable} -m tests.server.fake_engine {tmp_path}\n",
         encoding="utf-8",
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    (tmp_path / "temp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
 
 
 def request(request_id: str, part: int, max_tokens: int = 8, num_tokens: int = 4) -> EngineRequest:
@@ -92,7 +89,7 @@ def play_out(scene: Callable[[], Awaitable[None]]) -> None:
         ("babbles", EngineError, "the engine failed: .*"),
     ],
 )
-def test_an_engine_that_cannot_start(model: str, error: type[ShoalError], message: str, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_start(model: str, error: type[ShoalError], message: str) -> None:
     async def scene() -> None:
         with pytest.raises(error, match=message) as caught:
             async with engine(model):
@@ -100,27 +97,9 @@ def test_an_engine_that_cannot_start(model: str, error: type[ShoalError], messag
         assert caught.value.param == ("num_blocks" if model == "refuses" else None)
 
     play_out(scene)
-    assert not list((tmp_path / "temp").iterdir())
 
 
-def test_sockets_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The path of a socket is short on every system; a folder for temporary files need not be."""
-    folder = tmp_path / ("long" * 40)
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-
-    async def scene() -> None:
-        with pytest.raises(
-            ConfigError, match="too long a name to hold sockets: set TMPDIR to a folder with a shorter one"
-        ):
-            async with engine():
-                pass
-
-    play_out(scene)
-    assert not list(folder.iterdir())
-
-
-def test_news_come_in_order_and_are_kept(tmp_path: Path) -> None:
+def test_news_come_in_order_and_are_kept() -> None:
     async def scene() -> None:
         async with engine() as client:
             assert client.state is EngineState.READY
@@ -140,7 +119,6 @@ def test_news_come_in_order_and_are_kept(tmp_path: Path) -> None:
             assert client.num_unfinished == 0
 
     play_out(scene)
-    assert not list((tmp_path / "temp").iterdir())
 
 
 def test_what_is_refused_never_reaches_the_engine() -> None:
@@ -183,9 +161,10 @@ def test_a_request_that_failed_on_its_own_leaves_the_others() -> None:
     play_out(scene)
 
 
-def test_requests_outlive_their_engine(tmp_path: Path) -> None:
+def test_requests_outlive_their_engine() -> None:
     async def scene() -> None:
         async with engine() as client:
+            num_open = psutil.Process().num_fds()
             waiting = client.submit([request("a", fake.DIE_AFTER_A_TOKEN)])
             assert [output.token_ids for output in await news(waiting, 2)] == [fake.TOKENS[:1], fake.TOKENS[1:]]
             journal = waiting.journals["a"]
@@ -197,7 +176,7 @@ def test_requests_outlive_their_engine(tmp_path: Path) -> None:
             assert 0 < (sample(client, "engine_pause_seconds_total", "shoal") or 0) < 100
             # A new engine counts from zero, the server's counters go on.
             assert sample(client, "prefix_cache_queries_total") == 4
-            assert len(list((tmp_path / "temp").iterdir())) == 1
+            assert psutil.Process().num_fds() == num_open
 
     play_out(scene)
 

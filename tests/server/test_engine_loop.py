@@ -3,12 +3,16 @@ virtual clock: waiting moves the clock on."""
 
 from __future__ import annotations
 
+import socket
 import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
+from random import Random
 
 import msgspec
 import pytest
-import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.scheduler.output import SamplingParams, SchedulingParams
 from shoal.scheduler.policies import POLICIES
@@ -25,8 +29,9 @@ from shoal.server.engine.messages import (
     Submit,
 )
 from shoal.server.engine.packing import encode_hook, pack
-from shoal.server.engine.sockets import Sockets, _decoder, _encoder
+from shoal.server.engine.sockets import LENGTH_BYTES, EngineSocket, Frames, _decoder, frame
 from shoal.server.engine.submission import Submission
+from shoal.server.metrics import NO_STATS
 from tests.fakes import Harness
 
 TIMEOUT = 2.5
@@ -132,19 +137,28 @@ def test_what_the_policy_may_know_reaches_the_scheduler() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.002])
-def test_the_sockets_give_up_waiting(seconds: float) -> None:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    near, far = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    try:
-        near.bind("inproc://commands")
-        far.connect("inproc://commands")
-        sockets = Sockets(near, far)
-        assert sockets.receive(seconds) == []
+def test_the_socket_gives_up_waiting(seconds: float) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        wire = EngineSocket(near)
+        assert wire.receive(seconds) == []
         for request_id in "ab":
-            far.send(_encoder.encode(Abort([request_id])))
-        assert sockets.receive(None) == [Abort(["a"]), Abort(["b"])]
-    finally:
-        context.destroy(linger=0)
+            far.sendall(frame(Abort([request_id])))
+        assert wire.receive(None) == [Abort(["a"]), Abort(["b"])]
+        far.close()
+        with pytest.raises(EOFError):
+            wire.receive(seconds)
+        with pytest.raises(ConnectionError):
+            wire.send(News([], NO_STATS))
+
+
+@given(st.lists(st.binary(max_size=300), max_size=9), st.randoms(use_true_random=False))
+def test_messages_come_whole_however_they_are_cut(messages: list[bytes], random: Random) -> None:
+    sent = b"".join(len(message).to_bytes(LENGTH_BYTES, "little") + message for message in messages)
+    cuts = sorted(random.randint(0, len(sent)) for _ in range(random.randint(0, 12)))
+    frames = Frames()
+    came = [message for begin, end in pairwise([0, *cuts, len(sent)]) for message in frames.take(sent[begin:end])]
+    assert came == messages
 
 
 def encoded(request_id: str, prompt: list[int]) -> bytes:
