@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from bench.server import ARGUMENTS, NUM_PROMPT_TOKENS, stream_all
+from bench.server import ARGUMENTS, NUM_PROMPT_TOKENS
+from bench.streams import stream_all
 from bench.workload import make_request
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.terminal import show

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-import gevent
-
+from bench.streams import stream_all
 from bench.workload import make_engine, make_request
-from shoal.loadtest.records import RequestRecord
-from shoal.loadtest.stream import CompletionClient
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.terminal import show
 from shoal.testing import ServerProcess
@@ -25,7 +19,6 @@ from shoal.testing import ServerProcess
 CONCURRENCIES = (1, 8, 32, 64)
 NUM_PROMPT_TOKENS = 64
 ARGUMENTS = ["--no-enable-prefix-caching"]
-TIMEOUT_SECONDS = 600.0
 
 # One worker, which shares nothing with this process.
 fresh_process = partial(ProcessPoolExecutor, 1, get_context("spawn"))
@@ -90,28 +83,3 @@ def _serve_over_http(
         "engine us/token": engine / num_tokens * 1e6,
         "client us/token": client / num_tokens * 1e6,
     }
-
-
-def stream_all(urls: Sequence[str], prompts: list[list[int]], max_tokens: int) -> tuple[float, float]:
-    """Return the seconds of concurrent streams of `max_tokens` tokens, one for each prompt, and the median TTFT.
-
-    Several servers share the prompts out.
-    """
-    fields = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    bodies = [json.dumps({"prompt": p, **fields, "stream_options": {"include_usage": True}}).encode() for p in prompts]
-    records = [RequestRecord(request_id=str(number), sent_at=0.0) for number in range(len(prompts))]
-    clients = [CompletionClient(url, timeout_seconds=TIMEOUT_SECONDS) for url in urls]
-    began = time.perf_counter()
-    gevent.joinall(
-        [
-            gevent.spawn(client.stream, body, record, time.perf_counter)
-            for client, body, record in zip(cycle(clients), bodies, records, strict=False)
-        ]
-    )
-    seconds = time.perf_counter() - began
-    for client in clients:
-        client.close()
-    for record in records:
-        assert record.error is None, record.error
-        assert record.num_output_tokens == max_tokens, f"expected {max_tokens} tokens, got {record.num_output_tokens}"
-    return seconds, median(record.token_times[0] - began for record in records)

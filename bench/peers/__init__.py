@@ -20,7 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from bench.peers.gguf import write_gguf
-from bench.server import fresh_process, stream_all
+from bench.server import fresh_process
+from bench.streams import stream_all
 from bench.timing import seconds
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.text.tokenizer import Tokenizer
