@@ -65,7 +65,7 @@ class Deltas:
                 break
         else:
             self._rest = None
-        return due + self._take_due()
+        return self._take_due() if coalesces else due
 
     def _take_due(self) -> list[Delta]:
         due = []

@@ -280,7 +280,7 @@ class IncrementalDetokenizer:
         not at all, so it is held back until it ends.
         """
         token_bytes = self._tokenizer.token_bytes(token_id)
-        if not token_bytes or (self._tokenizer.is_special(token_id) and self._skips(token_id)):
+        if not token_bytes or (token_id in self._tokenizer.special_ids and self._skips(token_id)):
             return ""
         if self._tokenizer.is_byte_level:
             token_bytes = self._character + token_bytes
