@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from shoal.scheduler.output import RequestOutput, SchedulerOutput, SchedulingParams
-from shoal.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:  # whoever reads records alone imports no scheduler
+    from shoal.scheduler.scheduler import Scheduler
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ import errno
 import logging
 import socket
 import time
-from importlib.metadata import version
 
 from shoal.scheduler.errors import ConfigError
 from shoal.server.engine.child import EngineProcess
@@ -36,7 +35,7 @@ async def start(settings: Settings) -> None:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
             milliseconds = 1000 * settings.server.client_timeout_seconds
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
+        logger.info("Shoal starts: model %s", settings.model)
         engines = []
         for number in range(settings.engine.engines):
             own = share(settings, number)
