@@ -51,6 +51,7 @@ class Gateway:
 
     def send(self, report: Report) -> None:
         assert isinstance(report, News)
+        self._welcome.stats = report.stats
         outputs: dict[bytes, list[RequestOutput]] = defaultdict(list)
         for output in report.outputs:
             owner = self._owners.get(output.request_id)

@@ -110,7 +110,7 @@ class Link:
             case Welcome() as welcome:
                 self._check(welcome)
                 ready = welcome.ready if self._is_near else replace(welcome.ready, pid=0)
-                self._client.connect(ready, self._outbox.put)
+                self._client.connect(ready, self._outbox.put, welcome.stats)
 
     def _check(self, welcome: Welcome) -> None:
         for what, its, ours in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from shoal.scheduler.output import SchedulerStats
 from shoal.server.engine.messages import Loading, News, Ready, Sendable, StartFailed
 
 
@@ -17,11 +18,13 @@ class Welcome(msgspec.Struct, tag=True):
     Attributes:
         version: of Shoal.
         fingerprint: of the model and of the settings by which other numbers are computed; tokens depend on it.
+        stats: what it has counted so far.
     """
 
     version: str
     fingerprint: str
     ready: Ready
+    stats: SchedulerStats
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -83,7 +83,11 @@ def main() -> None:
     try:
         engine = build_engine(settings, lambda what: _tell(Loading(what)), give_up)
         own = fingerprint(resolve_checkpoint(settings.model), settings)
-        gateway = Gateway(order.host, Keys.of(order.secret), Welcome(version("shoal"), own, engine.ready))
+        gateway = Gateway(
+            order.host,
+            Keys.of(order.secret),
+            Welcome(version("shoal"), own, engine.ready, engine.core.scheduler.stats()),
+        )
     except ShoalError as error:
         _tell(StartFailed(error.message, error.param))
         sys.exit(1)

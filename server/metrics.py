@@ -223,9 +223,11 @@ class Metrics:
 
     # -- engines ---------------------------------------------------------------------------------------------------
 
-    def connected(self, engine: str, ready: Ready) -> None:
-        """Take in that an engine is ready."""
+    def connected(self, engine: str, ready: Ready, stats: SchedulerStats = NO_STATS) -> None:
+        """Take in that an engine is ready.  What it has counted before is not counted here."""
         series, limits = self._of(engine), ready.limits
+        self._gauge(engine, stats)
+        self._counted[engine] = stats
         series["engine_sleep_state", "awake"].set(1)
         self._engines[engine] = ProcessCollector(pid=lambda: ready.pid, registry=None)
         config = {
@@ -260,18 +262,10 @@ class Metrics:
 
     def stats(self, engine: str, stats: SchedulerStats) -> None:
         """Take in the scheduler's snapshot after a step of this engine."""
+        self._gauge(engine, stats)
         series = self._of(engine)
         before = self._counted.get(engine, NO_STATS)
         self._counted[engine] = stats
-        if stats.num_running != before.num_running:
-            series["num_requests_running"].set(stats.num_running)
-        if (stats.num_waiting, stats.num_deferred) != (before.num_waiting, before.num_deferred):
-            num_deferred = min(stats.num_deferred, stats.num_waiting)  # since the last step some may have left
-            series["num_requests_waiting"].set(stats.num_waiting)
-            series["num_requests_waiting_by_reason", "capacity"].set(stats.num_waiting - num_deferred)
-            series["num_requests_waiting_by_reason", "deferred"].set(num_deferred)
-        if stats.kv_cache_usage != before.kv_cache_usage:
-            series["kv_cache_usage_perc"].set(stats.kv_cache_usage)
         for field, name in _COUNTED.items():
             # When an engine dies the client reports zeros, from which the next one counts again.
             if (gained := getattr(stats, field) - getattr(before, field)) > 0:
@@ -285,6 +279,20 @@ class Metrics:
             if now > then:
                 series["spec_decode_num_accepted_tokens"].inc(now - then)
                 self._accepted_per_pos.labels(self._model_name, engine, str(position)).inc(now - then)
+
+    def _gauge(self, engine: str, stats: SchedulerStats) -> None:
+        """Set what is as this snapshot says, where the one before said otherwise."""
+        series = self._of(engine)
+        before = self._counted.get(engine, NO_STATS)
+        if stats.num_running != before.num_running:
+            series["num_requests_running"].set(stats.num_running)
+        if (stats.num_waiting, stats.num_deferred) != (before.num_waiting, before.num_deferred):
+            num_deferred = min(stats.num_deferred, stats.num_waiting)  # since the last step some may have left
+            series["num_requests_waiting"].set(stats.num_waiting)
+            series["num_requests_waiting_by_reason", "capacity"].set(stats.num_waiting - num_deferred)
+            series["num_requests_waiting_by_reason", "deferred"].set(num_deferred)
+        if stats.kv_cache_usage != before.kv_cache_usage:
+            series["kv_cache_usage_perc"].set(stats.kv_cache_usage)
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from enum import Enum
 from math import inf
 
 from shoal.scheduler.errors import EngineError, ShoalError
-from shoal.scheduler.output import RequestOutput
+from shoal.scheduler.output import RequestOutput, SchedulerStats
 from shoal.server.engine.admission import Admission
 from shoal.server.engine.event_log import EventLog
 from shoal.server.engine.explaining import tell_histories
@@ -18,7 +18,7 @@ from shoal.server.engine.journal import Journal
 from shoal.server.engine.messages import Abort, EngineRequest, ForgetPrefixes, News, Ready, Sendable, Submit
 from shoal.server.engine.submission import Submission
 from shoal.server.errors import EngineUnavailableError
-from shoal.server.metrics import Metrics
+from shoal.server.metrics import NO_STATS, Metrics
 
 MAX_DEATHS = 3  # of engines with a request that makes no progress, before it is tried alone
 
@@ -173,12 +173,12 @@ class EngineClient:
         """Whether an engine that has work was not heard of for too long."""
         return self._num_in_engine > 0 and self._clock() - self._heard_at > self._hang_seconds
 
-    def connect(self, ready: Ready, send: Callable[[Sendable], None]) -> None:
-        """The engine is ready, and takes commands through `send`."""
+    def connect(self, ready: Ready, send: Callable[[Sendable], None], stats: SchedulerStats = NO_STATS) -> None:
+        """The engine is ready, takes commands through `send`, and has counted so much before."""
         self._heard_at = now = self._clock()
         if self._ready is not None:
             self._metrics.restarted(self.name, len(self._held), now - self._lost_at)
-        self._metrics.connected(self.name, ready)
+        self._metrics.connected(self.name, ready, stats)
         self._ready, self._send = ready, send
         self.admission.begin(ready.limits, now)
         self.events.connect(ready, send)

@@ -24,7 +24,7 @@ from shoal.scheduler.output import FinishReason, RequestOutput, SamplingParams, 
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import Abort, Command, EngineRequest, ForgetPrefixes, News, Ready, Submit
 from shoal.server.engine.router import Router
-from shoal.server.metrics import Metrics
+from shoal.server.metrics import NO_STATS, Metrics
 
 SECRET, FINGERPRINT = "a secret of the test", "fp_0"
 KEYS = Keys.of(SECRET)
@@ -41,7 +41,7 @@ class Played:
         self, *, keys: Keys = KEYS, its_version: str = version("shoal"), fingerprint: str = FINGERPRINT
     ) -> None:
         ready = Ready(LIMITS, 1, 2, "by hand", None)
-        self.gateway = Gateway("127.0.0.1", keys, Welcome(its_version, fingerprint, ready))
+        self.gateway = Gateway("127.0.0.1", keys, Welcome(its_version, fingerprint, ready, NO_STATS))
         self.endpoint = Endpoint(f"r{next(_replicas)}", f"tcp://127.0.0.1:{self.gateway.port}", fingerprint)
         self.commands: list[Command] = []
         self._serving = asyncio.create_task(self._serve())
@@ -52,8 +52,8 @@ class Played:
             self.commands += self.gateway.receive(0)
             await asyncio.sleep(0.002)
 
-    def say(self, *outputs: RequestOutput, num_running: int = 0) -> None:
-        self.gateway.send(News(list(outputs), SchedulerStats(num_running, 0, 0.0, 0, 0, 0)))
+    def say(self, *outputs: RequestOutput, num_running: int = 0, num_preemptions: int = 0) -> None:
+        self.gateway.send(News(list(outputs), SchedulerStats(num_running, 0, 0.0, num_preemptions, 0, 0)))
 
     def asked(self) -> list[str]:
         return [one.request_id for command in self.commands if isinstance(command, Submit) for one in command.requests]
@@ -70,7 +70,7 @@ class Api:
     """An API process: a router, and a fleet that joins it to engines."""
 
     def __init__(self, fingerprint: str = FINGERPRINT) -> None:
-        metrics = Metrics("fake")
+        self.metrics = metrics = Metrics("fake")
         self.router = Router([], metrics)
         self.fleet = Fleet(self.router, lambda name: EngineClient(name, metrics), KEYS, fingerprint)
 
@@ -121,6 +121,29 @@ def test_two_api_processes_share_an_engine_and_each_is_told_of_its_own() -> None
         engine.say(RequestOutput("b", [9], FinishReason.STOP))
         assert [output.finish_reason for output in await second.get()] == [FinishReason.STOP]
         assert [api.router.clients[0].load for api in apis] == [1, 0] or apis[1].router.num_unfinished == 0
+
+    play(scene)
+
+
+def test_what_an_engine_counted_before_an_api_process_joined_is_not_counted_there() -> None:
+    """Neither when it joins, nor when it joins again after its connection broke."""
+
+    async def scene() -> None:
+        engine, api = Played(), Api()
+
+        def counted() -> tuple[float, float]:
+            totals = api.metrics.totals()
+            return totals["num_requests_running"], totals["num_preemptions"]
+
+        engine.say(num_running=3, num_preemptions=1000)
+        for total in (0, 2):
+            await api.join(engine)
+            assert counted() == (3, total)
+            engine.say(num_running=3, num_preemptions=1000 + total + 2)
+            await until(lambda seen=total + 2: counted() == (3, seen))
+            api.fleet.update([])
+            await until(lambda: api.num_connected == 0)
+            assert counted() == (0, total + 2)
 
     play(scene)
 
