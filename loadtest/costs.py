@@ -182,6 +182,10 @@ def fit(runs: Sequence[Run]) -> CostModel:
     num_busy = np.concatenate([_num_busy(run) for run in runs])
     found, crowding = _least_errors(table / scale, seconds, num_busy)
     found /= scale
+    # Most steps fit now.  But where there are fewer cores than engines, some steps wait for long, so that sums do not.
+    measured, alone = (np.bincount(num_busy, values)[1:] for values in (seconds, table @ found))
+    crowding = np.divide(measured, alone, out=crowding, where=alone > 0)
+    crowding /= crowding[0]
     predicted = table @ found * crowding[num_busy - 1]
     pair, key, sample, stream = found[len(counts) :].tolist()
     return CostModel(

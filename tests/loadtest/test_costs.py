@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from itertools import accumulate, cycle
 
 import msgspec
 import numpy as np
@@ -16,7 +18,7 @@ from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup
 from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler.step_record import ShareRecord
-from tests.loadtest.twin import REALISTIC, chat, run, server_info
+from tests.loadtest.twin import REALISTIC, SECONDS, ask, chat, run, server_info
 
 STEPS = CostModel(
     token_seconds={1: 1.0, 4: 4.0, 8: 6.0},
@@ -194,3 +196,11 @@ def test_engines_that_share_a_machine_slow_each_other_down() -> None:
     assert all(len(steps) > 50 for steps in (actual.steps, *actual.other_steps))
     for figure in (end, median_ttft, median_e2e):
         assert figure(predicted) == pytest.approx(figure(actual), rel=0.1), figure.__name__
+
+
+def test_what_most_steps_take_is_not_what_steps_take_that_wait_for_a_core() -> None:
+    alone = run([ask("alone", 1, 101, max_tokens=101)], Load(users=1), costs=SECONDS)
+    starts = accumulate(cycle((1.0, 1.0, 1.0, 5.0)), initial=0.0)
+    waits = [dataclasses.replace(step, start=start) for step, start in zip(alone.steps, starts, strict=False)]
+    three = replace(alone, steps=waits, other_steps=[waits, waits])
+    assert fit([alone, three]).crowding[2] == pytest.approx(2.0, rel=0.02)
