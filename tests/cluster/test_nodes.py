@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,16 +45,23 @@ class TwoNodes(Cluster):
         self.url = next(one["url"] for one in self.servers() if NEAR in one["url"])
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[TwoNodes]:
-    if not has_links():
-        pytest.skip("no network namespace can be made here: that takes root, and ip of iproute2")
+@contextmanager
+def two_nodes() -> Iterator[TwoNodes]:
+    """Start both nodes and the cluster, and end all of it."""
     folder = Path(tempfile.mkdtemp(prefix="shoal-"))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         link = stack.enter_context(closing(Link()))
         nodes = [stack.enter_context(closing(Node(folder, is_head=is_head))) for is_head in (True, False)]
         yield TwoNodes(folder, link, nodes)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TwoNodes]:
+    if not has_links():
+        pytest.skip("no network namespace can be made here: that takes root, and ip of iproute2")
+    with two_nodes() as cluster:
+        yield cluster
 
 
 @pytest.mark.parametrize("what", ["a link that is cut", "a node that is killed"])

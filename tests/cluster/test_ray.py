@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +131,14 @@ class Stream:
 
     Attributes:
         last_id: of the last event.
+        longest_pause: seconds between two events.
     """
 
     def __init__(self) -> None:
         self.text = ""
         self.logprobs: list[Any] = []
         self.last_id = ""
+        self.longest_pause = 0.0
         self.is_ended = False
 
     @property
@@ -158,12 +162,15 @@ class Stream:
         self._read("GET", f"{url}/v1/streams/{stream_id}", headers={"last-event-id": self.last_id})
 
     def _read(self, method: str, url: str, **rest: Any) -> None:
+        heard_at = inf
         with httpx.stream(method, url, timeout=httpx.Timeout(PATIENCE, read=READ_SECONDS), **rest) as response:
             assert response.status_code == 200, response.read()
             for line in response.iter_lines():
                 if line.startswith("id: "):
                     self.last_id = line.removeprefix("id: ")
                 if line.startswith("data: {"):
+                    before, heard_at = heard_at, time.monotonic()
+                    self.longest_pause = max(self.longest_pause, heard_at - before)
                     event = json.loads(line.removeprefix("data: "))
                     assert "error" not in event, event
                     for choice in event["choices"]:
@@ -232,9 +239,9 @@ def listener(port: int) -> int:
     return next(pid for pid in found if pid is not None)
 
 
-@pytest.mark.long
-def test_nothing_is_lost_while_engines_come_and_go(cluster: Cluster) -> None:
-    undisturbed = [cluster.stream(number) for number in range(NUM_STREAMS)]
+@contextmanager
+def users(cluster: Cluster, count: int, undisturbed: Sequence[tuple[str, list[Any]]]) -> Iterator[None]:
+    """Users who meanwhile ask for one stream after the other, and find each as it was undisturbed."""
     ends = threading.Event()
 
     def ask(number: int) -> int:
@@ -244,14 +251,33 @@ def test_nothing_is_lost_while_engines_come_and_go(cluster: Cluster) -> None:
             asked += 1
         return asked
 
-    with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        streams = [pool.submit(ask, number) for number in range(4)]
+    with ThreadPoolExecutor(count) as pool:
+        asking = [pool.submit(ask, number % len(undisturbed)) for number in range(count)]
         try:
-            for count in ("1", "4", "1", "2"):
-                cluster.up(count)
+            yield
         finally:
             ends.set()
-        assert min(stream.result() for stream in streams) > 0
+        assert min(user.result() for user in asking) > 0
+
+
+@pytest.mark.long
+def test_nothing_is_lost_while_engines_come_and_go(cluster: Cluster) -> None:
+    undisturbed = [cluster.stream(number) for number in range(NUM_STREAMS)]
+    with users(cluster, 4, undisturbed):
+        for replicas in ("1", "4", "1", "2"):
+            cluster.up(replicas)
+
+
+@pytest.mark.long
+def test_serve_asks_the_policy_how_many_engines_there_should_be(cluster: Cluster) -> None:
+    """From one engine to four while many wait, and back to one while two users go on."""
+    undisturbed = [cluster.stream(number) for number in range(NUM_STREAMS)]
+    cluster.up("1", "--max-replicas", "4", "--max-num-seqs", "2")
+    with users(cluster, 2, undisturbed):
+        with users(cluster, 3 * NUM_STREAMS, undisturbed):
+            cluster.wait_engines(4)
+        cluster.wait_engines(1)
+    cluster.up("2")
 
 
 @pytest.mark.long
