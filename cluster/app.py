@@ -77,8 +77,13 @@ def configure(
     ingresses: int,
     num_cpus: float,
     num_gpus: float,
+    has_room: bool = False,
 ) -> dict[str, Any]:
-    """The configuration of Serve.  A change of the numbers alone starts no replica anew."""
+    """The configuration of Serve.  A change of the numbers alone starts no replica anew.
+
+    Args:
+        has_room: for one engine more; then an update starts an engine before it takes one away.
+    """
     scale: dict[str, Any] = {"num_replicas": replicas}
     if max_replicas > replicas:
         scale = {"autoscaling_config": {"min_replicas": replicas, "max_replicas": max_replicas, **SCALING}}
@@ -91,7 +96,12 @@ def configure(
                 "import_path": "shoal.cluster.app:build",
                 "args": dict(args),
                 "deployments": [
-                    {"name": "engine", **scale, "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus}},
+                    {
+                        "name": "engine",
+                        **scale,
+                        "max_surge_percent": int(has_room),  # rounded up to one engine
+                        "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus},
+                    },
                     {"name": "ingress", "num_replicas": ingresses},
                 ],
             }

@@ -66,8 +66,11 @@ def up(
         settings = _plain(load_settings(list(options)).sections())
         plan({"secret": secret, "settings": settings})
         _connect(address, starts=True)
+        _check_model(settings)
         args = {"secret": given or _kept(secret), "settings": settings}
-        _deploy(configure(APP_NAME, args, **counts, max_replicas=max_replicas or counts["replicas"]))
+        most = max_replicas or counts["replicas"]
+        has_room = _has_room(counts["num_cpus"], counts["num_gpus"])
+        _update(configure(APP_NAME, args, **counts, max_replicas=most, has_room=has_room))
         return _status()
 
     _report("cluster up", as_json, work)
@@ -195,7 +198,58 @@ def why_not(app: Any) -> str:
     return "; ".join(filter(None, said)) or str(app.message)
 
 
-def _deploy(configuration: dict[str, Any]) -> None:
+def _check_model(settings: dict[str, Any]) -> None:
+    """Have each node that has engines look at the model first, so that none of them ends for one that cannot start.
+
+    Raises:
+        ShoalError: what is wrong with the model.
+    """
+    import ray  # noqa: PLC0415
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
+
+    from shoal.cluster.deployments import check_model  # noqa: PLC0415
+
+    check = ray.remote(num_cpus=0)(check_model)
+    nodes = {engine["node"] for engine in _status()["engines"]}
+    there = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
+    try:
+        ray.get([check.options(scheduling_strategy=node).remote(settings) for node in there])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+def _has_room(num_cpus: float, num_gpus: float) -> bool:
+    """Whether the nodes have room for one engine more than there are."""
+    import ray  # noqa: PLC0415
+
+    free = ray.available_resources()
+    return bool(free.get("CPU", 0.0) >= num_cpus and free.get("GPU", 0.0) >= num_gpus)
+
+
+def _update(configuration: dict[str, Any]) -> None:
+    """Have Serve bring about what the configuration says, or else what was there before.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    import ray  # noqa: PLC0415
+    from ray import serve  # noqa: PLC0415
+    from ray.serve.context import _get_global_client  # noqa: PLC0415
+    from ray.serve.schema import ServeDeploySchema  # noqa: PLC0415
+
+    serve.start(proxy_location="Disabled")
+    app = serve.status().applications.get(APP_NAME)
+    before = ray.get(_get_global_client()._controller.get_app_configs.remote()).get(APP_NAME)
+    try:
+        _deploy(ServeDeploySchema.model_validate(configuration))
+    except ConfigError as error:
+        if app is None or app.status != "RUNNING":
+            raise
+        _deploy(ServeDeploySchema(proxy_location="Disabled", applications=[before]))
+        raise ConfigError(f"{error.message}; what was there before goes on", param=error.param) from error
+
+
+def _deploy(configuration: Any) -> None:
     """Have Serve bring about what the configuration says, and wait until it has.
 
     Raises:
@@ -203,10 +257,8 @@ def _deploy(configuration: dict[str, Any]) -> None:
     """
     from ray import serve  # noqa: PLC0415
     from ray.serve.context import _get_global_client  # noqa: PLC0415
-    from ray.serve.schema import ServeDeploySchema  # noqa: PLC0415
 
-    serve.start(proxy_location="Disabled")
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(configuration))
+    _get_global_client().deploy_apps(configuration)
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         app = serve.status().applications.get(APP_NAME)

@@ -21,6 +21,10 @@ from shoal.cluster.ingress import ApiServer
 from shoal.cluster.messages import Endpoint, Standing
 from shoal.cluster.origins import DirectoryPeers
 from shoal.cluster.secret import Keys
+from shoal.model.checkpoint.find import find_draft, resolve_checkpoint
+from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.checkpoint.load import outline_checkpoint
+from shoal.model.text.tokenizer import Tokenizer
 from shoal.server.settings import Settings, resolve
 from shoal.server.setup import make_client
 from shoal.server.wire.responses import ClusterServer
@@ -41,6 +45,20 @@ class Plan(Struct):
 
     def settings(self) -> Settings:
         return resolve(self.sections)
+
+
+def check_model(sections: dict[str, Any]) -> None:
+    """Look at what an engine and an API process with these settings would read, without loading any weights.
+
+    Raises:
+        CheckpointError: a model is not there, or not whole.
+    """
+    settings = resolve(sections)
+    opened = open_checkpoint(resolve_checkpoint(settings.model))
+    outline_checkpoint(opened)
+    Tokenizer.load(opened)
+    if settings.speculation.method == "draft":
+        outline_checkpoint(find_draft(settings.speculation.draft_model))
 
 
 def find_directory(app_name: str) -> Any:

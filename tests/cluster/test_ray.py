@@ -23,6 +23,8 @@ import httpx
 import psutil
 import pytest
 
+from shoal.model.checkpoint.find import resolve_checkpoint
+
 pytest.importorskip("ray", reason="Ray is not installed: make test-cluster installs it")
 
 NUM_STREAMS, NUM_TOKENS, PATIENCE = 16, 400, 240.0
@@ -302,6 +304,19 @@ def test_the_status_is_a_table_and_wrong_settings_are_named(cluster: Cluster) ->
 
 
 @pytest.mark.long
-def test_an_engine_that_cannot_start_says_why(cluster: Cluster) -> None:
+def test_an_update_that_cannot_start_leaves_the_engines_that_there_are(cluster: Cluster, tmp_path: Path) -> None:
+    undisturbed = [cluster.stream(number) for number in range(NUM_STREAMS)]
+    before = {engine["pid"] for engine in cluster.engines()}
+    torn = tmp_path / "torn"
+    shutil.copytree(resolve_checkpoint("shoal-moe"), torn)
+    weights = next(torn.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with users(cluster, 4, undisturbed):
+        for model, why in (("nowhere", "'nowhere' is neither a checkpoint folder"), (str(torn), str(weights))):
+            assert why in shoal(cluster.folder, "up", *SETTINGS, "--model", model, code=2).stderr
     failed = shoal(cluster.folder, "up", *SETTINGS, "--num-blocks", "100000000", code=2)
     assert "the cluster does not come up: num_blocks: a KV cache of 100000000 blocks takes" in failed.stderr
+    assert "what was there before goes on" in failed.stderr
+    cluster.up("2")
+    assert {engine["pid"] for engine in cluster.engines()} == before
+    assert cluster.stream(0) == undisturbed[0]
