@@ -14,6 +14,7 @@ from shoal.scheduler.autoscaling import DOWNSCALE_SECONDS, INTERVAL_SECONDS, LOO
 from shoal.scheduler.errors import ConfigError
 from shoal.server.settings import resolve
 
+INGRESS_BYTES = 128 * 2**20  # of an API process; Ray would put all of them on one node if they demanded nothing
 SCALING = {
     "upscale_delay_s": UPSCALE_SECONDS,
     "downscale_delay_s": DOWNSCALE_SECONDS,
@@ -56,14 +57,14 @@ def build(args: Mapping[str, Any]) -> Any:
         ConfigError: one of them is wrong.
     """
     made = plan(args)
-    health = {"health_check_period_s": 2, "health_check_timeout_s": 30}
-    engines = serve.deployment(EngineReplica, name="engine", graceful_shutdown_timeout_s=5, **health)
+    common = {"health_check_period_s": 2, "health_check_timeout_s": 30, "graceful_shutdown_wait_loop_s": 0.1}
+    engines = serve.deployment(EngineReplica, name="engine", graceful_shutdown_timeout_s=5, **common)
     ingress = serve.deployment(
         IngressReplica,
         name="ingress",
-        ray_actor_options={"num_cpus": 0.01},  # without any Ray would put all of them on one node
+        ray_actor_options={"num_cpus": 0, "memory": INGRESS_BYTES},
         graceful_shutdown_timeout_s=made.settings().server.drain_seconds + 10,
-        **health,
+        **common,
     )
     return ingress.bind(made, engines.bind(made))
 

@@ -188,13 +188,13 @@ def _plain(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def why_not(app: Any) -> str:
-    """What the replicas of an application said that could not start: the last line of each trace; else what Serve says.
+    """What is said of each deployment that is not as it should be: the last line of its trace; else of the application.
 
     Args:
         app: its status, as Serve has it.
     """
-    traces = [one.message for one in app.deployments.values() if one.status in ("DEPLOY_FAILED", "UNHEALTHY")]
-    said = [trace.rstrip().rpartition("\n")[2].partition("Error: ")[2] for trace in traces]
+    lines = [one.message.rstrip().rpartition("\n")[2] for one in app.deployments.values() if one.status != "HEALTHY"]
+    said = [line.partition("Error: ")[2] or line for line in lines]
     return "; ".join(filter(None, said)) or str(app.message)
 
 
@@ -261,10 +261,10 @@ def _deploy(configuration: Any) -> None:
     _get_global_client().deploy_apps(configuration)
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
-        app = serve.status().applications.get(APP_NAME)
-        if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        app = serve.status().applications[APP_NAME]
+        if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ConfigError(f"the cluster does not come up: {why_not(app)}")
-        if app is not None and app.status == "RUNNING" and all(_status().values()):
+        if app.status == "RUNNING" and all(_status().values()):
             return
         time.sleep(0.2)
-    raise ConfigError(f"the cluster is not up after {READY_SECONDS:.0f} s: see `serve status`")
+    raise ConfigError(f"the cluster is not up after {READY_SECONDS:.0f} s: {why_not(app)}")

@@ -137,7 +137,9 @@ def test_why_a_cluster_does_not_come_up_is_what_its_replicas_said() -> None:
     failed, well = deployment("DEPLOY_FAILED", trace), deployment("HEALTHY", "")
     app = SimpleNamespace(message="Failed to update the deployments", deployments={"engine": failed, "ingress": well})
     assert why_not(app) == "num_blocks: too many"
-    app.deployments["engine"] = deployment("UNHEALTHY", "it does not answer")
+    app.deployments["engine"] = deployment("UPDATING", "no node has room")
+    assert why_not(app) == "no node has room"
+    app.deployments["engine"] = deployment("UNHEALTHY", "")
     assert why_not(app) == "Failed to update the deployments"
 
 

@@ -15,7 +15,6 @@ from tests.cluster.nodes import FAR, NEAR, PORT, Link, Node, has_links
 from tests.cluster.test_ray import NUM_STREAMS, Cluster, until
 
 pytestmark = pytest.mark.long
-ROOM = "0.985"  # of each node's core, which leaves room for one API process
 
 
 class TwoNodes(Cluster):
@@ -24,9 +23,7 @@ class TwoNodes(Cluster):
     def __init__(self, folder: Path, link: Link, nodes: list[Node]) -> None:
         self.link = link
         self.nodes = nodes
-        super().__init__(
-            folder, "--address", f"{NEAR}:{PORT}", "--host", "0.0.0.0", "--num-cpus", ROOM, "--ingresses", "2"
-        )
+        super().__init__(folder, "--address", f"{NEAR}:{PORT}", "--host", "0.0.0.0", "--ingresses", "2")
         self.undisturbed = [self.stream(number) for number in range(NUM_STREAMS)]
 
     def whole(self) -> None:
@@ -41,8 +38,8 @@ class TwoNodes(Cluster):
             return all(any(f"//{host}:" in one for one in some) for host in (NEAR, FAR) for some in hosts)
 
         until("both nodes have an engine and an API process", is_whole)
-        self.wait_engines(2)
         self.url = next(one["url"] for one in self.servers() if NEAR in one["url"])
+        self.wait_engines(2)
 
 
 @contextmanager
