@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +70,7 @@ def up(
         _check_model(settings)
         args = {"secret": given or _kept(secret), "settings": settings}
         most = max_replicas or counts["replicas"]
-        has_room = _has_room(counts["num_cpus"], counts["num_gpus"])
+        has_room = _has_room(counts["replicas"], counts["num_cpus"], counts["num_gpus"])
         _update(configure(APP_NAME, args, **counts, max_replicas=most, has_room=has_room))
         return _status()
 
@@ -218,12 +219,16 @@ def _check_model(settings: dict[str, Any]) -> None:
         raise error.cause from error
 
 
-def _has_room(num_cpus: float, num_gpus: float) -> bool:
-    """Whether the nodes have room for one engine more than there are."""
-    import ray  # noqa: PLC0415
+def _has_room(replicas: int, num_cpus: float, num_gpus: float) -> bool:
+    """Whether the nodes have room for one engine more than there are to be."""
+    from ray._private.state import available_resources_per_node  # noqa: PLC0415
 
-    free = ray.available_resources()
-    return bool(free.get("CPU", 0.0) >= num_cpus and free.get("GPU", 0.0) >= num_gpus)
+    demands = {"CPU": num_cpus, "GPU": num_gpus}
+    room = sum(
+        min((free.get(kind, 0.0) // demand for kind, demand in demands.items() if demand), default=inf)
+        for free in available_resources_per_node().values()
+    )
+    return room > replicas - len(_status()["engines"])
 
 
 def _update(configuration: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import psutil
 
 NEAR, FAR, PORT = "10.231.7.1", "10.231.7.2", 6399
 NAMESPACE, LINK, FAR_LINK = "shoal-far", "shoal-near", "shoal-link"
+ROOM = ("--num-cpus=1", "--memory=200000000")
 PATIENCE = 120.0
 
 
@@ -61,7 +62,7 @@ class Link:
 
 
 class Node:
-    """A Ray node, which has room for one engine.
+    """A Ray node, which has room for one engine and one API process.
 
     Args:
         folder: of its log, and of what Ray writes.
@@ -76,7 +77,7 @@ class Node:
         is_head, folder = self._is_head, self._folder
         where = ["--head", f"--port={PORT}", "--include-dashboard=false"] if is_head else [f"--address={NEAR}:{PORT}"]
         address = f"--node-ip-address={NEAR if is_head else FAR}"
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *where, address, "--num-cpus=1"]
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *where, address, *ROOM]
         inside: Sequence[str] = () if is_head else ("ip", "netns", "exec", NAMESPACE)
         log = folder / f"{'near' if is_head else 'far'}.log"
         with log.open("wb") as output:

@@ -23,7 +23,9 @@ class TwoNodes(Cluster):
     def __init__(self, folder: Path, link: Link, nodes: list[Node]) -> None:
         self.link = link
         self.nodes = nodes
-        super().__init__(folder, "--address", f"{NEAR}:{PORT}", "--host", "0.0.0.0", "--ingresses", "2")
+        super().__init__(
+            folder, "--address", f"{NEAR}:{PORT}", "--host", "0.0.0.0", "--num-cpus", "1", "--ingresses", "2"
+        )
         self.undisturbed = [self.stream(number) for number in range(NUM_STREAMS)]
 
     def whole(self) -> None:

@@ -271,6 +271,7 @@ def test_nothing_is_lost_while_engines_come_and_go(cluster: Cluster) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_serve_asks_the_policy_how_many_engines_there_should_be(cluster: Cluster) -> None:
     """From one engine to four while many wait, and back to one while two users go on."""
     undisturbed = [cluster.stream(number) for number in range(NUM_STREAMS)]
