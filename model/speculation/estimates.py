@@ -11,7 +11,7 @@ _UNKNOWN_RATE = 0.5
 # The rate of all requests counts as much as this many proposals for the request itself.
 _WEIGHT_OF_ALL = 12.0
 # The time that a drafted token for each request adds to a plain step, relative to it, before it was measured.
-_UNKNOWN_COST = 0.3
+_UNKNOWN_COST = 0.5
 # A step counts as at most this many times as long as expected, for what made it longer is not the step's own work.
 _MOST_SURPRISE = 1.3
 # Catching up counts as needed by none of so many proposals before the first, which reads whole prompts.

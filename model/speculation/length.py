@@ -10,13 +10,9 @@ from shoal.model.speculation.estimates import Acceptance, Costs, load_class
 
 # Trials may lose this share of the time of plain steps.
 _SHARE_FOR_TRIALS = 0.01
-# Gains are kept for later trials until they are worth the time of this many tokens.
-_MOST_CREDIT = 32
-# While such gains last, drafting need only reach this share of a plain step's goodput, for an estimate may be too low.
-_NEAR = 0.9
-# While drafting pays, one decision in this many is another one, which shows what that costs by now.
+# While drafting pays, each group of this many decisions begins with other ones, which show what those cost by now.
 _LOOK_EVERY = 32
-# A trial drafts this many tokens, for one request.
+# A trial drafts this many tokens for each request.
 _TRIED_TOKENS = 2
 
 
@@ -69,10 +65,10 @@ class AdaptiveLength(LengthRule):
     After Liu et al. 2024 (SmartSpec) and 2025 (TurboSpec).  If the first token drafted for a request is accepted with
     probability a, and each further one with b if those before it are, the j-th of them adds a b^(j-1) tokens.
 
-    Where drafting does not pay, it is tried for one request now and then, for texts change, and so do costs.  A small
-    share of the time pays for that: what trials lose, catching up included, is a debt of the class of loads.  While
-    drafting does not pay, nothing is tried or begun before plain steps have paid the debt off.  While it pays, catching
-    up is a cost of it, and what it loses is no debt: where it stops, what plain steps cost by now may say otherwise.
+    Where drafting does not pay, it is tried now and then, for texts change, and so do costs; for all requests, because
+    few of many drafted rows would show nothing of their cost.  What a trial loses, catching up included, is a debt of
+    the class of loads, which a small share of the time of plain steps pays off before the next trial.  While drafting
+    pays, catching up is a cost of it, and what it loses is no debt: where it stops, it is soon tried again.
 
     Args:
         max_num_seqs: number of rows of the batch.
@@ -84,8 +80,9 @@ class AdaptiveLength(LengthRule):
         self._acceptance = [Acceptance() for _ in range(max_num_seqs)]
         self._acceptance_of_all = Acceptance()
         self._costs = Costs()
-        self._credit: defaultdict[int, float] = defaultdict(float)  # seconds, by class of loads; a debt if negative
+        self._debt: defaultdict[int, float] = defaultdict(float)  # seconds, by class of loads
         self._num_requests = 1  # in the last step
+        self._verified = False  # whether that step had drafted tokens
         self._pays = False  # whether drafting did by the last decision
         self._num_decisions = 0  # that it pays
 
@@ -99,43 +96,44 @@ class AdaptiveLength(LengthRule):
             self._acceptance[row].count(drafted, accepted)
             self._acceptance_of_all.count(drafted, accepted)
             num_drafted, num_accepted = num_drafted + drafted, num_accepted + accepted
-        if seconds is not None:
+        was_plain, self._verified = not self._verified, num_drafted > 0
+        if seconds is not None and (self._verified or was_plain or not self._costs.knows(num_requests)):
             self._costs.step(num_requests, len(verdicts), num_drafted, seconds)
-        if self._costs.knows(num_requests):
+        if not self._pays and self._costs.knows(num_requests):
             load, plain = load_class(num_requests), self._costs.plain(num_requests)
-            if num_drafted:
+            lost = -_SHARE_FOR_TRIALS * plain
+            if self._verified:
                 fixed, each = self._costs.verification(num_requests)
-                gain = num_accepted * plain / num_requests - len(verdicts) * fixed - num_drafted * each
-                credit = min(self._credit[load] + gain, _MOST_CREDIT * plain / num_requests)
-                self._credit[load] = max(credit, 0.0) if self._pays else credit
-            elif self._credit[load] < 0:
-                self._credit[load] += _SHARE_FOR_TRIALS * plain
+                lost = len(verdicts) * fixed + num_drafted * each - num_accepted * plain / num_requests
+            self._debt[load] = max(self._debt[load] + lost, 0.0)
 
     def rests(self) -> bool:
-        return not self._pays and self._credit[load_class(self._num_requests)] < 0
+        return not (self._pays or self._verified or self._may_try())
 
     def lengths(self, rows: list[int]) -> list[int]:
         nothing = [0] * len(rows)
         if not self._costs.knows(self._num_requests):
             return nothing  # the next step shows what a plain one costs
-        best = nothing if self.rests() else self._best(rows)
+        best = self._best(rows)
         self._pays = any(best)
-        if self._pays:
-            self._num_decisions += 1
-            num_looks, is_usual = divmod(self._num_decisions, _LOOK_EVERY)
-            if not is_usual:
-                return nothing if num_looks % 2 else [min(2 * length, self._most) for length in best]
-            return best
-        if not self.rests():
-            nothing[0] = _TRIED_TOKENS  # for the first request: a draft model has read the most of its text
-        return nothing
+        if not self._pays:
+            return [_TRIED_TOKENS] * len(rows) if self._may_try() else nothing
+        self._num_decisions += 1
+        group, place = divmod(self._num_decisions, _LOOK_EVERY)
+        if group % 2 and place < 2:
+            return nothing  # twice, for the first plain step is dearer: the draft has taken the CPU's caches
+        return best if place else [min(2 * length, self._most) for length in best]
 
     def proposed(self, lengths: list[int], drafting: float, catching_up: float) -> None:
-        self._credit[load_class(self._num_requests)] -= drafting if self._pays else drafting + catching_up
         if self._pays:
             self._costs.caught_up(self._num_requests, catching_up)
+        else:
+            self._debt[load_class(self._num_requests)] += drafting + catching_up
         if lengths:
             self._costs.proposal(self._num_requests, max(lengths), drafting)
+
+    def _may_try(self) -> bool:
+        return not self._debt[load_class(self._num_requests)]
 
     def _best(self, rows: list[int]) -> list[int]:
         """Return the lengths with the greatest goodput, all of them 0 if a plain step's is greater.
@@ -147,8 +145,6 @@ class AdaptiveLength(LengthRule):
         tokens, seconds = float(self._num_requests), self._costs.plain(self._num_requests)
         goodput, best = tokens / seconds, [0] * len(rows)
         seconds += self._costs.catching_up(self._num_requests)
-        if self._credit[load_class(self._num_requests)] > 0:
-            goodput *= _NEAR
         lengths, growing = best.copy(), list(range(len(rows)))
         fixed, each = self._costs.verification(self._num_requests)
         start, drafting = self._costs.drafting(self._num_requests)
