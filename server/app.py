@@ -25,6 +25,7 @@ from shoal.server.errors import (
 from shoal.server.headers import AnswerHeaders
 from shoal.server.injection import FaultInjector
 from shoal.server.keys import known_key
+from shoal.server.logs import PROBES
 from shoal.server.methods import Methods, allowed_methods
 from shoal.server.routes.answer import error_response
 from shoal.server.routes.batches import batches_router
@@ -43,7 +44,7 @@ from shoal.server.routes.resuming import streams_router
 from shoal.server.routes.tokenize import tokenize_router
 from shoal.server.service import Service
 from shoal.server.shapes import shape_of
-from shoal.server.traffic import PROBES, Traffic
+from shoal.server.traffic import Traffic
 from shoal.server.wire.batches import MAX_FILE_BYTES
 
 logger = logging.getLogger("shoal.api")

@@ -13,7 +13,7 @@ import msgspec
 from llguidance import LLMatcher, StructTag
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
-from shoal.model.text.grammar import MAX_FAULT_CHARS, GrammarCompiler
+from shoal.model.text.grammar import IDLE_SECONDS, MAX_FAULT_CHARS, GrammarCompiler
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.server.schemas import WRITTEN, adapted
 from shoal.server.wire.constraints import TOOLS, ConstrainedBody, Constraint, StructuralTags
@@ -36,9 +36,12 @@ class Constraints:
         self._compiler = compiler
         self._tried = lru_cache(maxsize=MAX_KEPT)(self._try)
 
-    def prepare(self) -> None:
-        """Make in advance what every grammar needs; see `GrammarCompiler.prepare`."""
-        self._compiler.prepare()
+    async def prepare(self, is_idle: Callable[[], bool]) -> None:
+        """Make in advance what every grammar needs, when nothing else is to be done: see `GrammarCompiler.prepare`."""
+        await asyncio.sleep(IDLE_SECONDS)
+        while not is_idle():  # noqa: ASYNC110 (a pause of a moment is none)
+            await asyncio.sleep(IDLE_SECONDS)
+        await asyncio.to_thread(self._compiler.prepare)
 
     async def resolve(self, body: ConstrainedBody, answers: Callable[[Schema | None], str] | None = None) -> str:
         """The grammar that the text of a request keeps to; empty if it may be any text.  Others have their turn.

@@ -9,8 +9,8 @@ import time
 from asyncio import CancelledError
 
 from shoal.server.settings import ServerConfig
-from shoal.server.traffic import PROBES
 
+PROBES = ("/health", "/ready", "/live", "/ping", "/load", "/metrics", "/version")  # ask how the server is
 _MAX_PATH_CHARS = 200
 _COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
 

@@ -58,7 +58,12 @@ async def serve(settings: Settings, listener: socket.socket, engines: Sequence[E
     serving = asyncio.create_task(server.serve([listener]))
     starting = asyncio.gather(*(supervisor.start() for supervisor in supervisors))
     runner.start()
-    preparing = asyncio.create_task(asyncio.to_thread(service.constraints.prepare))
+
+    async def prepare() -> None:
+        await asyncio.wait((starting,))
+        await service.constraints.prepare(lambda: engine.num_unfinished == 0)
+
+    preparing = asyncio.create_task(prepare())
     statistics = asyncio.create_task(log_statistics(service.metrics, STATISTICS_SECONDS))
     try:
         await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
@@ -69,8 +74,8 @@ async def serve(settings: Settings, listener: socket.socket, engines: Sequence[E
         await serving
     finally:
         server.should_exit = True
-        statistics.cancel()
-        starting.cancel()
+        for task in (preparing, statistics, starting):
+            task.cancel()
         await runner.stop()
         await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
         await service.templates.close()

@@ -35,7 +35,6 @@ async def start(settings: Settings) -> None:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
             milliseconds = 1000 * settings.server.client_timeout_seconds
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        logger.info("Shoal starts: model %s", settings.model)
         engines = []
         for number in range(settings.engine.engines):
             own = share(settings, number)
@@ -43,8 +42,11 @@ async def start(settings: Settings) -> None:
                 begin_trace(own.engine.trace)
             engines.append(await EngineProcess.launch(own))
             until_served.push_async_callback(engines[-1].close, gently=False)
-        from shoal.server.serve import serve  # noqa: PLC0415 (see above)
+        from importlib.metadata import version  # noqa: PLC0415 (see above)
 
+        from shoal.server.serve import serve  # noqa: PLC0415
+
+        logger.info("Shoal %s starts: model %s", version("shoal"), settings.model)
         await serve(settings, listener, engines, began)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shoal.server.logs import PROBES
 from shoal.server.metrics import Metrics
 
-PROBES = ("/health", "/ready", "/live", "/ping", "/load", "/metrics", "/version")  # ask how the server is
 _GONE = 499  # nginx's status of a client that left before its answer began
 
 

@@ -13,10 +13,9 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher
 from numpy.typing import NDArray
 
 from shoal.model.speculation.speculation import Speculation
@@ -26,6 +25,9 @@ from shoal.model.step.masks import Masks
 from shoal.model.text.grammar import GrammarCompiler, fault
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import FinishReason, NewRequest, SamplingParams, ScheduledRequest, StepResult
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
 
 UInt32 = NDArray[np.uint32]
 
@@ -153,6 +155,8 @@ class Grammars:
 
     @cached_property
     def _executor(self) -> LLExecutor:
+        from llguidance import LLExecutor  # noqa: PLC0415 (see `shoal.model.text.grammar`)
+
         return LLExecutor(num_threads=max(1, (os.cpu_count() or 1) // 4))
 
     def _join(self, new: NewRequest) -> _Constraint:

@@ -1,20 +1,24 @@
 """Compiles grammars for a model's tokens.
 
 llguidance (https://github.com/guidance-ai/llguidance) follows a text with an Earley parser, over lexemes matched
-by derivatives, and says which tokens may come next.
+by derivatives, and says which tokens may come next.  It is loaded with the first grammar, not while a server starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-
-from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.errors import InvalidRequestError
 
-LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=100_000)  # of 1 to 2 kB
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from shoal.model.text.tokenizer import Tokenizer
+
+IDLE_SECONDS = 0.2  # without work, after which more is not expected at once, and `prepare` may hold it up
+MAX_LEXER_STATES = 100_000  # of 1 to 2 kB
 MAX_FAULT_CHARS = 200
 
 
@@ -41,7 +45,10 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: the grammar cannot be used.
         """
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        from llguidance import LLMatcher, LLParserLimits  # noqa: PLC0415
+
+        limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         first = matcher.deep_copy()
         if not matcher.is_error() and not any(first.compute_bitmask()):
             raise InvalidRequestError("no token can begin a text of this grammar")
@@ -52,6 +59,8 @@ class GrammarCompiler:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer  # noqa: PLC0415
+
         tokenizer = self._load().to_json()
         return LLTokenizer(tokenizer, n_vocab=self.vocab_size, eos_token=sorted(self.eos_token_ids) or None)
 

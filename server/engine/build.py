@@ -8,16 +8,15 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import TYPE_CHECKING
 
 from shoal.model.checkpoint.config import load_generation_defaults
 from shoal.model.checkpoint.find import resolve_checkpoint
-from shoal.model.checkpoint.format import open_checkpoint
+from shoal.model.checkpoint.format import CheckpointFormat, open_checkpoint
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.step.executor import ModelExecutor
 from shoal.model.step.grammars import Grammars
 from shoal.model.text.grammar import GrammarCompiler
-from shoal.model.text.tokenizer import Tokenizer
 from shoal.scheduler.config import SchedulerConfig, SchedulerLimits
 from shoal.scheduler.engine import EngineCore
 from shoal.scheduler.errors import ConfigError
@@ -31,6 +30,9 @@ from shoal.server.engine.parallel import plan_ranks
 from shoal.server.engine.ranks import asked_split
 from shoal.server.engine.speculation import plan_speculation
 from shoal.server.settings import Settings
+
+if TYPE_CHECKING:
+    from shoal.model.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("shoal.engine")
 
@@ -97,7 +99,7 @@ def build_engine(
     progress(f"preparing {record.num_parameters / 1e6:.1f} M parameters and {num_bytes // 2**20} MiB of KV cache")
     backend = plan.create(record, num_blocks)
     eos_token_ids = load_generation_defaults(opened).eos_token_ids or record.config.eos_token_ids
-    grammars = Grammars(GrammarCompiler(partial(Tokenizer.load, opened), record.config.vocab_size, eos_token_ids))
+    grammars = Grammars(GrammarCompiler(lambda: _load_tokenizer(opened), record.config.vocab_size, eos_token_ids))
     executor = ModelExecutor(
         backend,
         max_num_seqs=limits.max_num_seqs,
@@ -124,3 +126,9 @@ def build_engine(
     if trace is not None:
         closing.callback(trace.close)
     return BuiltEngine(core, ready, grammars, close=closing.close)
+
+
+def _load_tokenizer(checkpoint: CheckpointFormat) -> Tokenizer:
+    from shoal.model.text.tokenizer import Tokenizer  # noqa: PLC0415 (only grammars need it here)
+
+    return Tokenizer.load(checkpoint)

@@ -6,10 +6,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from shoal.model.step.grammars import Grammars
+from shoal.model.text.grammar import IDLE_SECONDS
 from shoal.server.engine.loop import Wire
 from shoal.server.engine.messages import Abort, Command, EngineRequest, Report, Submit
 
-IDLE_SECONDS = 0.2  # without work, after which more is not expected at once
 LOOK_SECONDS = 0.002  # between two looks whether a grammar is compiled
 
 

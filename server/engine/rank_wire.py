@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -57,6 +56,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
     @classmethod
     def of(cls, checkpoint: Path, device: str) -> Self:
+        from importlib.metadata import version  # noqa: PLC0415 (every engine loads this module, and few have ranks)
+
         from shoal.model.backends.torch_ranks import processor  # noqa: PLC0415 (torch takes seconds to load)
 
         return cls(version("shoal"), processor(device), model_hash(checkpoint))

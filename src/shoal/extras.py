@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from importlib.metadata import requires
 
 
 def install_command(extra: str, *options: str) -> str:
@@ -16,6 +15,8 @@ def install_command(extra: str, *options: str) -> str:
         extra: "torch" or "loadtest", for example.
         options: options of `pip install`.
     """
+    from importlib.metadata import requires  # noqa: PLC0415 (few need it, and it takes as long as asyncio to load)
+
     marker = f"; extra == '{extra}'"  # as hatchling writes it
     packages = [needed.removesuffix(marker) for needed in requires("shoal") or () if needed.endswith(marker)]
     return shlex.join([sys.executable, "-m", "pip", "install", *options, *packages])

@@ -55,3 +55,17 @@ def test_only_what_reads_a_tokenizer_loads_the_library_for_it() -> None:
     """The engine process reads weights alone."""
     code = "import sys, shoal.model.checkpoint.load; assert 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "not_needed"),
+    [
+        ("shoal.server.engine.process", "tokenizers jinja2 llguidance email asyncio"),
+        ("shoal.server.cli, shoal.server.logs, shoal.server.start", "numpy pydantic prometheus_client http email"),
+    ],
+    ids=["engine", "before-the-engine"],
+)
+def test_a_start_loads_only_what_it_needs(names: str, not_needed: str) -> None:
+    """What the engine's process, and the API process before it launches the engine, load is time to the first token."""
+    code = f"import sys, {names}; print(*set({not_needed.split()}) & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == []

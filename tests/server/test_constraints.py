@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -15,6 +17,7 @@ import pytest
 from shoal.scheduler.errors import InvalidRequestError
 from shoal.scheduler.output import SamplingParams as EngineParams
 from shoal.scheduler.request import Request
+from shoal.server import constraints
 from shoal.server.constraints import make_grammar
 from shoal.server.engine.build import build_engine
 from shoal.server.llm import LLM, Output, SamplingParams
@@ -301,3 +304,18 @@ def test_an_end_at_a_given_length_contradicts_a_grammar(llm: LLM) -> None:
     body = {"prompt": "Z", "end_after": 3, "grammar": 'start: "a"', "max_tokens": 5}
     with pytest.raises(InvalidRequestError, match="end_after and a grammar contradict"):
         llm._wait(llm._complete(read_body(CompletionBody, body)))
+
+
+def test_what_grammars_need_is_made_when_nothing_is_to_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it holds up every stream, and the first token after a start."""
+    monkeypatch.setattr(constraints, "IDLE_SECONDS", 0.0)
+    happened: list[str] = []
+    compiler = SimpleNamespace(prepare=lambda: happened.append("prepared"))
+    idle = iter([False, False, True])
+
+    def is_idle() -> bool:
+        happened.append("asked")
+        return next(idle)
+
+    asyncio.run(constraints.Constraints(compiler).prepare(is_idle))  # type: ignore[arg-type]  # all that it asks of one
+    assert happened == ["asked", "asked", "asked", "prepared"]

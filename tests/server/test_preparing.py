@@ -6,9 +6,10 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 from shoal.model.step.grammars import Grammars
+from shoal.model.text.grammar import IDLE_SECONDS
 from shoal.scheduler.output import SamplingParams
 from shoal.server.engine.messages import Abort, Command, EngineRequest, Report, Stop, Submit
-from shoal.server.engine.preparing import IDLE_SECONDS, LOOK_SECONDS, Preparing
+from shoal.server.engine.preparing import LOOK_SECONDS, Preparing
 
 
 class FakeWire:
