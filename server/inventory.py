@@ -158,7 +158,7 @@ def _check_weights(opened: CheckpointFormat) -> dict[str, Any]:
 
     types: Counter[str] = Counter()
     for tensor in stored_tensors(read_gguf(opened.path)):
-        types[tensor.type.name] += prod(tensor.info.shape)
+        types[tensor.format.name] += prod(tensor.info.shape)
     return {"precision": max(types, key=types.__getitem__, default=None)}
 
 

@@ -166,8 +166,8 @@ class GgufCheckpoint:
 
         counts, sizes = Counter[str](), Counter[str]()
         for tensor in stored_tensors(self._file):
-            counts[tensor.type.name] += 1
-            sizes[tensor.type.name] += tensor.rows.nbytes
+            counts[tensor.format.name] += 1
+            sizes[tensor.format.name] += tensor.rows.nbytes
         return {name: (count, sizes[name]) for name, count in counts.most_common()}
 
 

@@ -1,4 +1,7 @@
-"""The tensors of a GGUF file."""
+"""The tensors of a GGUF file.
+
+The library that dequantises is loaded for formats alone that are not kept: it takes longer than a small model.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from shoal.model.checkpoint.gguf_file import BF16, F16, F32, GgufFile, TensorInfo
@@ -24,10 +26,14 @@ from shoal.scheduler.errors import CheckpointError
 Array = NDArray[Any]
 
 _PLAIN: dict[int, np.dtype[Any]] = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2")}
-_NAMES = {kind.value: kind.name for kind in GGMLQuantizationType}
 # Buffers that the metadata determines, or that are part of the config.
 _NOT_WEIGHTS = re.compile(r"rope_(?:freqs|factors_long|factors_short)\.weight|blk\.\d+\.attn_rot_embd\.weight")
 _OF_LAYER = re.compile(r"blk\.(\d+)\.")
+# GGUF's numbers of the formats that are kept.
+_KEPT = {
+    **{F32: "F32", F16: "F16", BF16: "BF16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"},
+    **{12: "Q4_K", 13: "Q5_K", 14: "Q6_K"},
+}
 # Numbers that one call dequantises: 1 MB of float32, so that its intermediate arrays stay in the cache.
 _NUMBERS_AT_ONCE = 2**18
 
@@ -86,6 +92,14 @@ def stored_tensors(file: GgufFile) -> list[StoredTensor]:
     return stored
 
 
+class Format(NamedTuple):
+    """How numbers are stored: the name of GGUF, the numbers of a block, and its bytes."""
+
+    name: str
+    numbers: int
+    bytes: int
+
+
 @dataclass(slots=True)
 class StoredTensor:
     """A tensor as the file holds it.
@@ -95,40 +109,45 @@ class StoredTensor:
     """
 
     info: TensorInfo
-    type: GGMLQuantizationType
+    format: Format
     rows: Array
 
 
 def _stored(file: GgufFile, info: TensorInfo) -> StoredTensor:
-    name = _NAMES.get(info.type, str(info.type))
-    if not is_supported(info.type):
-        supported = ", ".join(name for number, name in _NAMES.items() if is_supported(number))
+    kind = find_format(info.type)
+    if kind is None:
+        from gguf import GGMLQuantizationType  # noqa: PLC0415
+
+        known = {one.value: one.name for one in GGMLQuantizationType}
+        supported = ", ".join(name for number, name in known.items() if find_format(number))
+        name = known.get(info.type, str(info.type))
         raise _error(file, info, f"type {name} is not supported; supported: {supported}")
-    kind = GGMLQuantizationType(info.type)
-    block_size, block_bytes = GGML_QUANT_SIZES[kind]
     row = info.shape[-1]
-    if row % block_size:
-        raise _error(file, info, f"rows of {row} are not whole blocks of {block_size}, as {name} needs")
-    num_rows, row_bytes = math.prod(info.shape[:-1]), row // block_size * block_bytes
+    if row % kind.numbers:
+        raise _error(file, info, f"rows of {row} are not whole blocks of {kind.numbers}, as {kind.name} needs")
+    num_rows, row_bytes = math.prod(info.shape[:-1]), row // kind.numbers * kind.bytes
     end = info.start + num_rows * row_bytes
     if end > len(file.data):
-        ends = f"shape {list(info.shape)} in {name} ends at byte {end}, the file has {len(file.data)}"
+        ends = f"shape {list(info.shape)} in {kind.name} ends at byte {end}, the file has {len(file.data)}"
         raise _error(file, info, f"truncated: {ends}")
     data = np.frombuffer(file.data, np.uint8, num_rows * row_bytes, info.start)
     return StoredTensor(info, kind, data.reshape(num_rows, row_bytes))
 
 
 @cache
-def is_supported(number: int) -> bool:
-    """Whether numbers of the type are plain, or the library can dequantise them."""
-    if number not in _NAMES:
-        return False
-    kind = GGMLQuantizationType(number)
+def find_format(number: int) -> Format | None:
+    """The format that is GGUF's type of this number; None if it is not kept, and the library cannot dequantise it."""
+    if name := _KEPT.get(number):
+        return Format(name, *(BLOCKS[name] if name in BLOCKS else (1, _PLAIN[number].itemsize)))
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: PLC0415
+
     try:
-        _dequantise(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), np.zeros(GGML_QUANT_SIZES[kind][0]), kind)
-    except NotImplementedError:
-        return number in _PLAIN
-    return True
+        kind = GGMLQuantizationType(number)
+        found = Format(kind.name, *GGML_QUANT_SIZES[kind])
+        _dequantise(np.zeros((1, found.bytes), np.uint8), np.zeros(found.numbers), found)
+    except (ValueError, NotImplementedError):
+        return None
+    return found
 
 
 def _check_apart(file: GgufFile, stored: list[StoredTensor]) -> None:
@@ -139,8 +158,8 @@ def _check_apart(file: GgufFile, stored: list[StoredTensor]) -> None:
 
 def _kept_dtype(tensor: StoredTensor) -> np.dtype[Any] | None:
     """The dtype of a tensor that the record has as the file has it; None for others."""
-    if tensor.type.name in BLOCKS and len(tensor.info.shape) > 1:
-        return block_dtype(tensor.type.name)
+    if tensor.format.name in BLOCKS and len(tensor.info.shape) > 1:
+        return block_dtype(tensor.format.name)
     return _PLAIN.get(tensor.info.type)
 
 
@@ -149,7 +168,7 @@ def _outline(stored: list[StoredTensor]) -> dict[str, Array]:
     for tensor in stored:
         shape, dtype = tensor.info.shape, _kept_dtype(tensor)
         if dtype is not None and dtype.names:
-            shape = *shape[:-1], shape[-1] // BLOCKS[tensor.type.name][0]
+            shape = *shape[:-1], shape[-1] // tensor.format.numbers
         arrays[tensor.info.name] = zeros(shape, _PLAIN[F32] if dtype is None else dtype)
     return arrays
 
@@ -177,20 +196,22 @@ def _dequantised(tensors: list[StoredTensor]) -> dict[str, Array]:
     return {tensor.info.name: array.reshape(tensor.info.shape) for tensor, array in zip(tensors, room, strict=True)}
 
 
-def _parts(tensor: StoredTensor, array: Array) -> Iterator[tuple[Array, Array, GGMLQuantizationType]]:
-    """The tensor in parts of blocks, each with its place in the array and its type."""
-    block_size, block_bytes = GGML_QUANT_SIZES[tensor.type]
-    blocks, numbers = tensor.rows.reshape(-1, block_bytes), array.reshape(-1, block_size)
-    step = _NUMBERS_AT_ONCE // block_size
+def _parts(tensor: StoredTensor, array: Array) -> Iterator[tuple[Array, Array, Format]]:
+    """The tensor in parts of blocks, each with its place in the array and its format."""
+    blocks, numbers = tensor.rows.reshape(-1, tensor.format.bytes), array.reshape(-1, tensor.format.numbers)
+    step = _NUMBERS_AT_ONCE // tensor.format.numbers
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        yield blocks[part], numbers[part], tensor.type
+        yield blocks[part], numbers[part], tensor.format
 
 
-def _dequantise(blocks: Array, numbers: Array, kind: GGMLQuantizationType) -> None:
+def _dequantise(blocks: Array, numbers: Array, kind: Format) -> None:
+    from gguf import GGMLQuantizationType, quants  # noqa: PLC0415
+
     # As one long row: the library takes 16 rows at a time, and 16 rows of a matrix are too little work for a call.
     with np.errstate(all="ignore"):
-        numbers[:] = quants.dequantize(blocks.reshape(1, -1), kind).reshape(numbers.shape)
+        rows = quants.dequantize(blocks.reshape(1, -1), GGMLQuantizationType[kind.name])
+        numbers[:] = rows.reshape(numbers.shape)
 
 
 def _error(file: GgufFile, info: TensorInfo, message: str) -> CheckpointError:

@@ -20,7 +20,7 @@ from shoal.model.checkpoint.config import load_config
 from shoal.model.checkpoint.gguf_architectures import ARCHITECTURES
 from shoal.model.checkpoint.gguf_checkpoint import GgufCheckpoint
 from shoal.model.checkpoint.gguf_file import ArrayValue
-from shoal.model.checkpoint.gguf_weights import is_supported
+from shoal.model.checkpoint.gguf_weights import find_format
 from shoal.model.checkpoint.load import load_checkpoint
 from shoal.model.checkpoint.pre_tokenizers import CUTS
 from shoal.model.record import Attention, ModelRecord
@@ -111,7 +111,7 @@ def test_every_architecture_has_a_case() -> None:
 def test_the_documentation_lists_all() -> None:
     """Architectures, cuts of tokenizers and quantisations."""
     text = (Path(__file__).parents[2] / "docs/gguf.md").read_text()
-    types = [kind.name for kind in gguf.GGMLQuantizationType if is_supported(kind)]
+    types = [kind.name for kind in gguf.GGMLQuantizationType if find_format(kind)]
     missing = [name for name in (*ARCHITECTURES, *CUTS, *types) if f"`{name}`" not in text]
     assert not missing and len(types) == 26
 

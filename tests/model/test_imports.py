@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from shoal.model.backends.native_library import supported_isas
@@ -49,6 +52,29 @@ def test_only_what_reads_weights_loads_the_gguf_package() -> None:
     names = "shoal.model.checkpoint.find, shoal.model.checkpoint.config, shoal.model.text.tokenizer"
     code = f"import sys, {names}; assert 'gguf' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_what_dequantises_loads_the_gguf_package(tmp_path: Path) -> None:
+    """Formats that are kept as they are need none of it."""
+    path = tmp_path / "kept.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("output.weight", np.zeros((4, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    lines = [
+        "import sys",
+        "from pathlib import Path",
+        "from shoal.model.checkpoint.gguf_file import read_gguf",
+        "from shoal.model.checkpoint.gguf_weights import read_gguf_weights",
+        f"assert list(read_gguf_weights(read_gguf(Path({str(path)!r})), 1).tensors) == ['output.weight']",
+        "assert 'gguf' not in sys.modules",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 def test_only_what_reads_a_tokenizer_loads_the_library_for_it() -> None:
