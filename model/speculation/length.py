@@ -127,8 +127,8 @@ class AdaptiveLength(LengthRule):
     def proposed(self, lengths: list[int], drafting: float, catching_up: float) -> None:
         if self._pays:
             self._costs.caught_up(self._num_requests, catching_up)
-        else:
-            self._debt[load_class(self._num_requests)] += drafting + catching_up
+        else:  # to have looked in vain is no trial yet
+            self._debt[load_class(self._num_requests)] += catching_up + (drafting if lengths else 0.0)
         if lengths:
             self._costs.proposal(self._num_requests, max(lengths), drafting)
 

@@ -267,6 +267,10 @@ def test_a_trial_drafts_for_all_requests() -> None:
     rule, rows = AdaptiveLength(64), list(range(32))
     assert rule.lengths(rows) == [0] * 32, "a plain step comes first"
     rule.stepped(32, [], 1.0)
+    for _ in range(3):
+        assert rule.lengths(rows) == [2] * 32, "nothing was found: no trial yet"
+        rule.proposed([], 0.1, 0.0)
+        rule.stepped(32, [], 1.0)
     assert rule.lengths(rows) == [2] * 32
     rule.proposed([2] * 32, 0.1, 0.5)
     rule.stepped(32, [(row, 2, 0) for row in rows], 3.0)
