@@ -9,12 +9,6 @@ namespace {
 
 constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Fetches `count` elements that are needed soon: the hardware cannot predict where the next block lies.
-template <class Element>
-SHOAL_INLINE void prefetch(const Element* from, int count) {
-    for (int i = 0; i < count; i += static_cast<int>(64 / sizeof(Element))) __builtin_prefetch(from + i, 0, 2);
-}
-
 // Adds weights times values of the positions from begin to end to `to`, for kRows rows and kPanels panels.
 template <class Format, int kRows, int kPanels>
 __attribute__((noinline)) void weigh(const float* weights, ptrdiff_t stride,
@@ -27,10 +21,16 @@ __attribute__((noinline)) void weigh(const float* weights, ptrdiff_t stride,
         for (int p = 0; p < kPanels; ++p) sums[r][p] = load(to + r * to_stride + (panel + p) * kLanes);
     }
     const auto add = [&](int at, int lane, int count) {
+        const int block = at / kLanes, next = std::min(block + 1, (end - 1) / kLanes);
         const typename Format::Weight* panels[kPanels];
+        const typename Format::Weight* ahead[kPanels];
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) panels[p] = values[at / kLanes] + ((panel + p) * kLanes + lane) * kLanes;
-        multiply<Format, kRows, kPanels>(weights + at, stride, panels, count, sums);
+        for (int p = 0; p < kPanels; ++p) {
+            const int offset = ((panel + p) * kLanes + lane) * kLanes;
+            panels[p] = values[block] + offset;
+            ahead[p] = values[next] + offset;
+        }
+        multiply<Format, kRows, kPanels>(weights + at, stride, panels, ahead, count, sums);
     };
     int at = begin;
     if (at % kLanes > 0) {
@@ -184,15 +184,16 @@ void Attention::score(const typename Format::Weight* const* keys, const typename
         int count;
         for (int key = first_key; key < num_keys; key += count) {
             for (count = panels_at_once(rows); count > num_keys - key;) count /= 2;
-            for (int p = 0; num_rows <= kMaxRows && p < count; ++p) {
-                if (key + count + p < num_keys) prefetch(keys[key + count + p], head_dim_ * kLanes);
-                prefetch(values[key + p], padded_dim_ * kLanes);
-            }
             const void* panels[kMaxPanels];
-            for (int p = 0; p < count; ++p) panels[p] = keys[key + p];
+            const void* ahead[kMaxPanels];
+            for (int p = 0; p < count; ++p) {
+                const int next = key + count + p;  // after the last keys the first values are read
+                panels[p] = keys[key + p];
+                ahead[p] = next < num_keys ? keys[next] : values[std::min(first_key + next - num_keys, num_keys - 1)];
+            }
             for (int i = 0; i < rows * count; ++i) sums[i] = Format::zero();
-            find_tile<Format>(rows, count)(scratch.queries.data() + row * padded_dim_, padded_dim_, panels, head_dim_,
-                                           sums);
+            find_tile<Format>(rows, count)(scratch.queries.data() + row * padded_dim_, padded_dim_, panels, ahead,
+                                           head_dim_, sums);
             for (int r = 0; r < rows; ++r) {
                 float* scores = scratch.scores.data() + (row + r) * kStretch + key * kLanes;
                 for (int p = 0; p < count; ++p) store(scores + p * kLanes, sums[r * count + p]);

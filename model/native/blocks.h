@@ -33,19 +33,23 @@ struct Codes {
     }
 
     // The codes of a depth.
-    SHOAL_INLINE Ints operator[](int depth) const {
+    SHOAL_INLINE Vec operator[](int depth) const {
         if constexpr (kTurned) {
             const Ints& words = depth % 2 == 0 ? low : high;
-            return each_part<Ints>([&](int p) { return words.part[p] << (24 - depth / 2 * 8) >> 24; });
+            return to_floats(each_part<Ints>([&](int p) { return words.part[p] << (24 - depth / 2 * 8) >> 24; }));
         }
-        if constexpr (Kind::kBits == 8) return load_ints(reinterpret_cast<const int8_t*>(from) + depth * kLanes);
+        if constexpr (Kind::kBits == 8) {
+            return to_floats(load_ints(reinterpret_cast<const int8_t*>(from) + depth * kLanes));
+        }
+        if constexpr (Kind::kBits == 4) {
+            return each_part<Vec>([&](int p) { return nibbles_to_floats(low.part[p] >> 4 * depth); });
+        }
         const int shift = 4 - Kind::kHigh * depth;
-        return each_part<Ints>([&](int p) {
+        return to_floats(each_part<Ints>([&](int p) {
             const IntPart code = low.part[p] >> 4 * depth & splat(int32_t{15});
-            if constexpr (Kind::kHigh == 0) return code;
             const IntPart shifted = shift < 0 ? high.part[p] >> -shift : high.part[p] << shift;
             return merge(shifted, ((1 << Kind::kHigh) - 1) << 4, code);
-        });
+        }));
     }
 
     static void set(uint8_t* to, int lane, const int8_t* codes) {
@@ -74,17 +78,14 @@ struct BlockPanel {
     static constexpr int kCodesAt = kFactorsAt + kGroups * kGroupFactors;
     static constexpr int kBytes = kCodesAt + Kind::kDepths / Codes<Kind>::kDepths * Codes<Kind>::kBytes;
 
-    // How far ahead blocks are fetched: as far as a slice is long.
-    static constexpr int kAhead = kSlice * kBytes / Kind::kDepths;
-
     struct Scale {
         Vec scale;
         Vec min;
 
         // Products of scales and codes are exact, so that there is one rounding in any case.
-        SHOAL_INLINE Vec weights(const Ints& codes) const {
-            if constexpr (Kind::kBits == 8) return scale * to_floats(codes);
-            return fma(scale, to_floats(codes), min);
+        SHOAL_INLINE Vec weights(const Vec& codes) const {
+            if constexpr (Kind::kBits == 8) return scale * codes;
+            return fma(scale, codes, min);
         }
     };
 
@@ -121,19 +122,27 @@ struct BlockPanel {
         }
     }
 
-    // Calls body(k, weights[panel]) for each depth from begin to end, which both begin a group.
+    // Calls body(k, weights[panel]) for each depth from begin to end, which both begin a group, and fetches these depths
+    // of the panels that come next.
     template <int kPanels, class Body>
-    static SHOAL_INLINE void for_depths(const void* const* panels, int begin, int end, const Body& body) {
+    static SHOAL_INLINE void for_depths(const void* const* panels, const void* const* ahead, int begin, int end,
+                                        const Body& body) {
         const uint8_t* blocks[kPanels];
+        ptrdiff_t distances[kPanels];
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) {
-            blocks[p] = static_cast<const uint8_t*>(panels[p]) + begin / Kind::kDepths * ptrdiff_t{kBytes};
+            const auto* panel = static_cast<const uint8_t*>(panels[p]);
+            blocks[p] = panel + begin / Kind::kDepths * ptrdiff_t{kBytes};
+            distances[p] = static_cast<const uint8_t*>(ahead[p]) - panel;
         }
         int group = begin % Kind::kDepths / kGroup;
         for (int first = begin; first < end; first += kGroup) {
             Scale scales[kPanels];
 #pragma GCC unroll 4
-            for (int p = 0; p < kPanels; ++p) scales[p] = load_scale(blocks[p], group);
+            for (int p = 0; p < kPanels; ++p) {
+                scales[p] = load_scale(blocks[p], group);
+                if (group == 0) fetch(blocks[p] + distances[p]);
+            }
             ptrdiff_t at = kCodesAt + ptrdiff_t{group} * (kGroup / Codes<Kind>::kDepths * Codes<Kind>::kBytes);
             for (int k = first; k < first + kGroup; k += Codes<Kind>::kDepths, at += Codes<Kind>::kBytes) {
                 const auto step = [&](const auto&... codes) __attribute__((always_inline)) {
@@ -145,7 +154,8 @@ struct BlockPanel {
                     }
                 };
                 const auto load_codes = [&](int p) {
-                    __builtin_prefetch(blocks[p] + at + kAhead);
+#pragma GCC unroll 2
+                    for (int i = 0; i < Codes<Kind>::kBytes; i += 64) fetch(blocks[p] + at + i + distances[p]);
                     return Codes<Kind>(blocks[p] + at);
                 };
                 if constexpr (kPanels == 1) step(load_codes(0));
@@ -159,33 +169,46 @@ struct BlockPanel {
         }
     }
 
-    static void unpack(const void* panel, int begin, int end, float* to) {
-        for_depths<1>(&panel, begin, end, [&](int k, const Vec (&weights)[1]) {
+    static void unpack(const void* panel, const void* ahead, int begin, int end, float* to) {
+        for_depths<1>(&panel, &ahead, begin, end, [&](int k, const Vec (&weights)[1]) {
             store(to + (k - begin) * kLanes, weights[0]);
         });
     }
 
+    // As Tile has it.  Where sums want the registers, panels come one after the other.
     template <int kRows, int kPanels>
-    __attribute__((noinline)) static void tile(const float* x, ptrdiff_t row_stride, const void* const* panels, int depth,
-                                               Vec* to) {
+    static void tile(const float* x, ptrdiff_t row_stride, const void* const* panels, const void* const* ahead,
+                     int depth, Vec* to) {
+        constexpr int kTogether = kRows <= kMaxRows / 3 ? kPanels : 1;
+        for (int p = 0; p < kPanels; p += kTogether) {
+            add_panels<kRows, kTogether>(x, row_stride, panels + p, ahead + p, depth, to + p, kPanels);
+        }
+    }
+
+private:
+    template <int kRows, int kPanels>
+    __attribute__((noinline)) static void add_panels(const float* x, ptrdiff_t row_stride, const void* const* panels,
+                                                     const void* const* ahead, int depth, Vec* to,
+                                                     ptrdiff_t to_stride) {
         Vec sums[kRows][kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 12
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-            for (int p = 0; p < kPanels; ++p) sums[r][p] = to[r * kPanels + p];
+            for (int p = 0; p < kPanels; ++p) sums[r][p] = to[r * to_stride + p];
         }
-        for_depths<kPanels>(panels, 0, depth, [&](int k, const Vec (&weights)[kPanels]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
+        const auto add = [&](int k, const Vec (&weights)[kPanels]) __attribute__((always_inline)) {
+#pragma GCC unroll 12
             for (int r = 0; r < kRows; ++r) {
                 const Vec input = broadcast(x[r * row_stride + k]);
 #pragma GCC unroll 4
                 for (int p = 0; p < kPanels; ++p) sums[r][p] = fma(input, weights[p], sums[r][p]);
             }
-        });
-#pragma GCC unroll 4
+        };
+        for_depths<kPanels>(panels, ahead, 0, depth, add);
+#pragma GCC unroll 12
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-            for (int p = 0; p < kPanels; ++p) to[r * kPanels + p] = sums[r][p];
+            for (int p = 0; p < kPanels; ++p) to[r * to_stride + p] = sums[r][p];
         }
     }
 };

@@ -36,37 +36,46 @@ struct ByteProduct {
     static_assert((Kind::kBits == 4 || Codes<Kind>::kTurned) && Panel::kGroup == kByteGroup);
     static constexpr int kEights = kByteGroup / 8;
 
-    // As Tile has it; `depth` is a multiple of kByteGroup.  Panels come one after the other: sums want the registers, and
-    // a stream that is fetched ahead reads faster than several at once.
+    // As Tile has it; `depth` is a multiple of kByteGroup.  Panels come one after the other, so that sums have the
+    // registers.
     template <int kRows, int kPanels>
-    __attribute__((noinline)) static void tile(const ByteGroup* x, ptrdiff_t row_stride, const void* const* panels,
-                                               int depth, Vec* to) {
+    static void tile(const ByteGroup* x, ptrdiff_t row_stride, const void* const* panels, const void* const* ahead,
+                     int depth, Vec* to) {
         for (int p = 0; p < kPanels; ++p) {
-            const auto* blocks = static_cast<const uint8_t*>(panels[p]);
-            Vec sums[kRows];
-#pragma GCC unroll 12
-            for (int r = 0; r < kRows; ++r) sums[r] = to[r * kPanels + p];
-            for (int group = 0; group < depth / kByteGroup; ++group) {
-                const int within = group % Panel::kGroups;
-                add_group<kRows>(x + group, row_stride, blocks, within, sums);
-                if (within == Panel::kGroups - 1) blocks += Panel::kBytes;
-            }
-#pragma GCC unroll 12
-            for (int r = 0; r < kRows; ++r) to[r * kPanels + p] = sums[r];
+            const void* const next = p + 1 < kPanels ? panels[p + 1] : ahead[0];
+            add_panel<kRows>(x, row_stride, panels[p], next, depth, to + p, kPanels);
         }
     }
 
 private:
     template <int kRows>
-    static SHOAL_INLINE void add_group(const ByteGroup* x, ptrdiff_t row_stride, const uint8_t* block, int group,
-                                       Vec (&sums)[kRows]) {
+    __attribute__((noinline)) static void add_panel(const ByteGroup* x, ptrdiff_t row_stride, const void* panel,
+                                                    const void* next, int depth, Vec* to, ptrdiff_t to_stride) {
+        const auto* block = static_cast<const uint8_t*>(panel);
+        const ptrdiff_t distance = static_cast<const uint8_t*>(next) - block;
+        Vec sums[kRows];
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) sums[r] = to[r * to_stride];
+        for (int group = 0; group < depth / kByteGroup; ++group) {
+            const int within = group % Panel::kGroups;
+            add_group<kRows>(x + group, row_stride, block, distance, within, sums);
+            if (within == Panel::kGroups - 1) block += Panel::kBytes;
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) to[r * to_stride] = sums[r];
+    }
+
+    template <int kRows>
+    static SHOAL_INLINE void add_group(const ByteGroup* x, ptrdiff_t row_stride, const uint8_t* block,
+                                       ptrdiff_t distance, int group, Vec (&sums)[kRows]) {
         const auto scale = Panel::load_scale(block, group);
+        if (group == 0) fetch(block + distance);
         const uint8_t* codes = block + Panel::kCodesAt + group * ptrdiff_t{kEights * Codes<Kind>::kBytes};
         Ints weights[2 * kEights];
 #pragma GCC unroll 4
         for (int e = 0; e < kEights; ++e, codes += Codes<Kind>::kBytes) {
-            __builtin_prefetch(codes + Panel::kAhead);
-            if (kSigned) __builtin_prefetch(codes + Panel::kAhead + 64);
+#pragma GCC unroll 2
+            for (int i = 0; i < Codes<Kind>::kBytes; i += 64) fetch(codes + i + distance);
             const Codes<Kind> loaded(codes);
             weights[2 * e] = kSigned ? loaded.low : low_halves(loaded.low);
             weights[2 * e + 1] = kSigned ? loaded.high : high_halves(loaded.low);

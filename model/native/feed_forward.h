@@ -20,9 +20,9 @@ struct FeedForward {
           gate_up((gated ? 2 : 1) * round_up(width, kLanes), shape.hidden_size, arithmetic, arena),
           down(shape.hidden_size, width, arithmetic, arena) {}
 
-    // Writes what `down` reads to the same rows of `to`, for num_rows rows of x from `first` on, and for the panels of
-    // gate_up from begin to end (both even).
-    void activate(const Rows& x, int first, int num_rows, int begin, int end, Rows& to) const;
+    // Writes what `down` reads to the same rows of `to`, for num_rows rows of x from `first` on, and for a range of the
+    // panels of gate_up that begins and ends with an even one.
+    void activate(const Rows& x, int first, int num_rows, const PanelRange& range, Rows& to) const;
 };
 
 }  // namespace shoal

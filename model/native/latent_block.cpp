@@ -165,12 +165,9 @@ void LatentBlock::write_latent(const LatentLayer& layer, int position, int64_t s
 template <class Take>
 void LatentBlock::multiply_heads(const std::vector<Matrix>& matrices, const float* x, ptrdiff_t head_stride,
                                  ptrdiff_t token_stride, int num_tokens, const Take& take) {
-    const int num_panels = matrices[0].num_panels();
-    const int step = Matrix::panels_per_tile(num_panels * num_heads_), tiles = (num_panels + step - 1) / step;
-    pool_.run(tiles * num_heads_, [&](int tile, int) {
-        const int head = tile / tiles, begin = tile % tiles * step;
+    for_panels(pool_, num_heads_, matrices[0].num_panels(), [&](int head, const PanelRange& range) {
         matrices[head].multiply_floats(
-            x + head * head_stride, token_stride, num_tokens, begin, std::min(begin + step, num_panels),
+            x + head * head_stride, token_stride, num_tokens, range,
             [&](int token, int panel, const Vec& values) { take(token, head, panel, values); });
     });
 }

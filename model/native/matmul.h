@@ -65,15 +65,18 @@ constexpr int panels_at_once(int) { return 1; }
 constexpr int kMaxPanels = 4;
 // Depths that are unpacked at once: two panels of them are half of a first-level cache.
 constexpr int kSlice = 128;
-// How far ahead the weights of a single panel are fetched, in bytes.  The hardware prefetches to the end of a page and
-// stops there.  That costs time where one panel is read alone; several panels hide each other's stops.
-constexpr ptrdiff_t kPrefetch = 2048;
+
+// Fetches a cache line that is needed soon into the second-level cache.
+SHOAL_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // sums[row][panel] += rows of x times panels.
 //   x: kRows rows of `depth` inputs, row_stride apart; where depths go in pairs, a zero follows an odd last one.
+//   ahead: the panels that are multiplied next.  They are fetched meanwhile, because the hardware does not know where
+//   they are, and stops at the end of each page.
 template <class Format, int kRows, int kPanels>
 SHOAL_INLINE void multiply(const typename Format::Input* x, ptrdiff_t row_stride,
-                           const typename Format::Weight* const (&panels)[kPanels], int depth,
+                           const typename Format::Weight* const (&panels)[kPanels],
+                           const typename Format::Weight* const (&ahead)[kPanels], int depth,
                            typename Format::Sum (&sums)[kRows][kPanels]) {
     const typename Format::Input* inputs[kRows];
 #pragma GCC unroll 12
@@ -83,7 +86,7 @@ SHOAL_INLINE void multiply(const typename Format::Input* x, ptrdiff_t row_stride
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) {
             loaded[p] = Format::load_weights(panels[p] + k * kLanes);
-            if (kPanels == 1) __builtin_prefetch(reinterpret_cast<const char*>(panels[p] + k * kLanes) + kPrefetch);
+            fetch(ahead[p] + k * kLanes);
         }
 #pragma GCC unroll 2
         for (int i = 0; i < end; i += Format::kUnit) {
@@ -105,21 +108,23 @@ SHOAL_INLINE void multiply(const typename Format::Input* x, ptrdiff_t row_stride
 
 // A product whose shape is known to the compiler, which is added to sums [kRows][kPanels] in memory.
 template <class Format>
-using Tile = void (*)(const typename Format::Input* x, ptrdiff_t row_stride, const void* const* panels, int depth,
-                      typename Format::Sum* sums);
+using Tile = void (*)(const typename Format::Input* x, ptrdiff_t row_stride, const void* const* panels,
+                      const void* const* ahead, int depth, typename Format::Sum* sums);
 
 template <class Format, int kRows, int kPanels>
 __attribute__((noinline)) void tile(const typename Format::Input* x, ptrdiff_t row_stride, const void* const* panels,
-                                    int depth, typename Format::Sum* to) {
+                                    const void* const* ahead, int depth, typename Format::Sum* to) {
     const typename Format::Weight* own_panels[kPanels];
+    const typename Format::Weight* own_ahead[kPanels];
     typename Format::Sum sums[kRows][kPanels];
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
         own_panels[p] = static_cast<const typename Format::Weight*>(panels[p]);
+        own_ahead[p] = static_cast<const typename Format::Weight*>(ahead[p]);
 #pragma GCC unroll 12
         for (int r = 0; r < kRows; ++r) sums[r][p] = to[r * kPanels + p];
     }
-    multiply<Format, kRows, kPanels>(x, row_stride, own_panels, depth, sums);
+    multiply<Format, kRows, kPanels>(x, row_stride, own_panels, own_ahead, depth, sums);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4

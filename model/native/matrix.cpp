@@ -90,63 +90,65 @@ void Matrix::read_column(int column, float* to) const {
     const Panel& panel = panels_[column / kLanes];
     float weights[kSlice * kLanes];
     for (int begin = 0; begin < depth_; begin += kSlice) {
-        panel.storage->unpack(panel.data, begin, std::min(begin + kSlice, padded_depth()), weights);
+        panel.storage->unpack(panel.data, panel.data, begin, std::min(begin + kSlice, padded_depth()), weights);
         for (int k = begin; k < std::min(begin + kSlice, depth_); ++k) {
             to[k] = weights[(k - begin) * kLanes + column % kLanes];
         }
     }
 }
 
-int Matrix::panels_together(int first, int end, int num_rows) const {
+Matrix::Group Matrix::find_group(int first, const PanelRange& range, int num_rows) const {
     int count = panels_at_once(std::min(num_rows, kMaxRows));
     const auto fits = [&] {
         for (int p = 1; p < count; ++p) {
-            if (first + p >= end || panels_[first + p].storage != panels_[first].storage) return false;
+            if (first + p >= range.end || panels_[first + p].storage != panels_[first].storage) return false;
         }
         return true;
     };
     while (!fits()) count /= 2;
-    return count;
+    Group group{panels_[first].storage, count, {}, {}};
+    const int next = first + count < range.end ? first + count : range.next;
+    for (int p = 0; p < count; ++p) {
+        group.panels[p] = panels_[first + p].data;
+        group.ahead[p] = panels_[std::min(next + p, num_panels_ - 1)].data;
+    }
+    return group;
 }
 
-void Matrix::multiply_panels(const float* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const {
-    const Storage& storage = *panels_[first].storage;
-    const auto multiply = [&](const Storage& form, const void* const* panels, int begin, int end) {
-        for (int row = 0; row < num_rows; row += kMaxRows) {
-            const auto tile = form.find_tile(std::min(kMaxRows, num_rows - row), count);
-            tile(x + row * stride + begin, stride, panels, end - begin, sums + row * count);
-        }
-    };
-    const void* panels[kMaxPanels];
-    for (int p = 0; p < count; ++p) panels[p] = panels_[first + p].data;
-    for (int i = 0; i < num_rows * count; ++i) sums[i] = FloatFormat::zero();
-    if (num_rows <= storage.most_rows) return multiply(storage, panels, 0, depth_);
+void Matrix::multiply_group(const float* x, ptrdiff_t stride, int num_rows, const Group& group, Vec* sums) const {
+    if (num_rows <= group.storage->most_rows) {
+        return multiply_alike(x, stride, num_rows, group, sums, group.storage->find_tile);
+    }
+    for (int i = 0; i < num_rows * group.count; ++i) sums[i] = FloatFormat::zero();
     float unpacked[kMaxPanels][kSlice * kLanes];
     const void* slices[kMaxPanels] = {unpacked[0], unpacked[1], unpacked[2], unpacked[3]};
     for (int begin = 0; begin < depth_; begin += kSlice) {
         const int end = std::min(begin + kSlice, depth_);
-        for (int p = 0; p < count; ++p) storage.unpack(panels[p], begin, end, unpacked[p]);
-        multiply(Storage::of(Source::kFloat32), slices, begin, end);
+        for (int p = 0; p < group.count; ++p) {
+            group.storage->unpack(group.panels[p], group.ahead[p], begin, end, unpacked[p]);
+        }
+        for (int row = 0; row < num_rows; row += kMaxRows) {
+            const auto tile = find_tile<FloatFormat>(std::min(kMaxRows, num_rows - row), group.count);
+            tile(x + row * stride + begin, stride, slices, slices, end - begin, sums + row * group.count);
+        }
     }
 }
 
-void Matrix::multiply_panels(const uint16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const {
-    multiply_alike(x, stride, num_rows, first, count, sums, find_tile<BFloatProductFormat>);
+void Matrix::multiply_group(const uint16_t* x, ptrdiff_t stride, int num_rows, const Group& group, Vec* sums) const {
+    multiply_alike(x, stride, num_rows, group, sums, find_tile<BFloatProductFormat>);
 }
 
-void Matrix::multiply_panels(const ByteGroup* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const {
-    multiply_alike(x, stride, num_rows, first, count, sums, panels_[first].storage->find_byte_tile);
+void Matrix::multiply_group(const ByteGroup* x, ptrdiff_t stride, int num_rows, const Group& group, Vec* sums) const {
+    multiply_alike(x, stride, num_rows, group, sums, group.storage->find_byte_tile);
 }
 
 template <class Input, class FindTile>
-void Matrix::multiply_alike(const Input* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums,
+void Matrix::multiply_alike(const Input* x, ptrdiff_t stride, int num_rows, const Group& group, Vec* sums,
                             const FindTile& find) const {
-    const void* panels[kMaxPanels];
-    for (int p = 0; p < count; ++p) panels[p] = panels_[first + p].data;
-    for (int i = 0; i < num_rows * count; ++i) sums[i] = FloatFormat::zero();
+    for (int i = 0; i < num_rows * group.count; ++i) sums[i] = FloatFormat::zero();
     for (int row = 0; row < num_rows; row += kMaxRows) {
-        const auto tile = find(std::min(kMaxRows, num_rows - row), count);
-        tile(x + row * stride, stride, panels, padded_depth(), sums + row * count);
+        const auto tile = find(std::min(kMaxRows, num_rows - row), group.count);
+        tile(x + row * stride, stride, group.panels, group.ahead, padded_depth(), sums + row * group.count);
     }
 }
 

@@ -80,6 +80,13 @@ private:
     Array<ByteGroup> groups_;
 };
 
+// Panels of a matrix that a thread multiplies, and the one with which it goes on, as far as that can be foreseen.
+struct PanelRange {
+    int begin;
+    int end;
+    int next;
+};
+
 // Weights [width][depth] of a linear layer, packed in panels of 16 columns (outputs): in the type that the checkpoint has
 // them in, or rounded to one that the arithmetic has.  The last panel is padded with zeroes.
 class Matrix {
@@ -101,70 +108,75 @@ public:
     // The weights of one column, with the values that products use.
     void read_column(int column, float* to) const;
 
-    // Multiplies num_rows rows of x, from row `first` on, with the panels from begin to end, and adds the bias.  Calls
+    // Multiplies num_rows rows of x, from row `first` on, with the panels of a range, and adds the bias.  Calls
     // take(row, panel, values of 16 outputs) for each, rows counted from 0; the panels of a row ascend.
     template <class Take>
-    void multiply(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
-        if (!bias_) return multiply_alone(x, first, num_rows, begin, end, take);
-        multiply_alone(x, first, num_rows, begin, end, [&](int row, int panel, const Vec& values) {
+    void multiply(const Rows& x, int first, int num_rows, const PanelRange& range, const Take& take) const {
+        if (!bias_) return multiply_alone(x, first, num_rows, range, take);
+        multiply_alone(x, first, num_rows, range, [&](int row, int panel, const Vec& values) {
             take(row, panel, values + load(bias_ + panel * kLanes));
         });
     }
 
     // The same in float32, without a bias, and rows that are `stride` apart.
     template <class Take>
-    void multiply_floats(const float* x, ptrdiff_t stride, int num_rows, int begin, int end, const Take& take) const {
-        multiply_with<FloatFormat>(x, stride, num_rows, begin, end, take);
+    void multiply_floats(const float* x, ptrdiff_t stride, int num_rows, const PanelRange& range,
+                         const Take& take) const {
+        multiply_with<FloatFormat>(x, stride, num_rows, range, take);
     }
-
-    // How many of `num_panels` panels make a good piece of work.
-    static int panels_per_tile(int num_panels) { return std::max(2, num_panels / 32 / 2 * 2); }
 
 private:
     struct Panel {
         const Storage* storage;
         void* data;
     };
+    // Panels that are multiplied at once, and those after them.
+    struct Group {
+        const Storage* storage;
+        int count;
+        const void* panels[kMaxPanels];
+        const void* ahead[kMaxPanels];
+    };
     // Rows for which weights are unpacked once.
     static constexpr int kRowsAtOnce = 8 * kMaxRows;
 
     template <class Take>
-    void multiply_alone(const Rows& x, int first, int num_rows, int begin, int end, const Take& take) const {
+    void multiply_alone(const Rows& x, int first, int num_rows, const PanelRange& range, const Take& take) const {
         const ptrdiff_t stride = x.stride();
-        if (arithmetic_ == kInFloat32) return multiply_with<FloatFormat>(x[first], stride, num_rows, begin, end, take);
+        if (arithmetic_ == kInFloat32) return multiply_with<FloatFormat>(x[first], stride, num_rows, range, take);
         if (arithmetic_ == kInBFloat16) {
-            return multiply_with<BFloatProductFormat>(x.bfloats(first), stride, num_rows, begin, end, take);
+            return multiply_with<BFloatProductFormat>(x.bfloats(first), stride, num_rows, range, take);
         }
-        multiply_with<ByteFormat>(x.groups(first), x.num_groups(), num_rows, begin, end, take);
+        multiply_with<ByteFormat>(x.groups(first), x.num_groups(), num_rows, range, take);
     }
     template <class Format, class Take>
-    void multiply_with(const typename Format::Input* x, ptrdiff_t stride, int num_rows, int begin, int end,
+    void multiply_with(const typename Format::Input* x, ptrdiff_t stride, int num_rows, const PanelRange& range,
                        const Take& take) const {
         Vec sums[std::max(kMaxRows * kMaxPanels, kRowsAtOnce * 2)];
-        int count;
+        Group group;
         // The outer loop is over panels, so that a panel is read from memory once for all rows.
-        for (int panel = begin; panel < end; panel += count) {
-            count = panels_together(panel, end, num_rows);
+        for (int panel = range.begin; panel < range.end; panel += group.count) {
+            group = find_group(panel, range, num_rows);
             for (int row = 0; row < num_rows; row += kRowsAtOnce) {
                 const int rows = std::min(kRowsAtOnce, num_rows - row);
-                multiply_panels(x + row * stride, stride, rows, panel, count, sums);
+                multiply_group(x + row * stride, stride, rows, group, sums);
                 for (int r = 0; r < rows; ++r) {
-                    for (int p = 0; p < count; ++p) take(row + r, panel + p, sums[r * count + p]);
+                    for (int p = 0; p < group.count; ++p) take(row + r, panel + p, sums[r * group.count + p]);
                 }
             }
         }
     }
 
-    // How many panels from `first` on are multiplied at once: they have one storage.
-    int panels_together(int first, int end, int num_rows) const;
-    // sums[row][panel] = rows of x times `count` panels, for at most kRowsAtOnce rows.
-    void multiply_panels(const float* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
-    void multiply_panels(const uint16_t* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
-    void multiply_panels(const ByteGroup* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums) const;
+    // As many panels from `first` on as are multiplied at once: they have one storage.
+    Group find_group(int first, const PanelRange& range, int num_rows) const;
+    // sums[row][panel] = rows of x times the panels, for at most kRowsAtOnce rows.
+    void multiply_group(const float* x, ptrdiff_t stride, int num_rows, const Group& group, Vec* sums) const;
+    void multiply_group(const uint16_t* x, ptrdiff_t stride, int num_rows, const Group& group, Vec* sums) const;
+    void multiply_group(const ByteGroup* x, ptrdiff_t stride, int num_rows, const Group& group, Vec* sums) const;
 
     // The same for weights that are multiplied as they lie in memory, whatever the number of rows.
     template <class Input, class FindTile>
-    void multiply_alike(const Input* x, ptrdiff_t stride, int num_rows, int first, int count, Vec* sums,
+    void multiply_alike(const Input* x, ptrdiff_t stride, int num_rows, const Group& group, Vec* sums,
                         const FindTile& find) const;
     bool is_bytes() const { return arithmetic_ == kInInt8 || arithmetic_ == kInInt4; }
     // With the zeroes that end a group of bytes.
@@ -183,14 +195,22 @@ private:
     float* bias_ = nullptr;  // [panel][16]; null for none
 };
 
-// Matrix::multiply for all panels, divided among the threads of the pool.
+// Divides matrices of as many panels each among the threads of the pool: calls body(matrix, range of panels).
+template <class Body>
+void for_panels(Pool& pool, int num_matrices, int num_panels, const Body& body) {
+    const int step = std::max(2, num_matrices * num_panels / 32 / 2 * 2), tiles = (num_panels + step - 1) / step;
+    pool.run(num_matrices * tiles, [&](int tile, int) {
+        const int begin = tile % tiles * step;
+        // The other threads take the tiles between this one and the next.
+        body(tile / tiles, PanelRange{begin, std::min(begin + step, num_panels), begin + step * pool.num_threads()});
+    });
+}
+
+// Matrix::multiply for all panels.
 template <class Take>
 void multiply_all(Pool& pool, const Matrix& matrix, const Rows& x, int first, int num_rows, const Take& take) {
-    const int step = Matrix::panels_per_tile(matrix.num_panels());
-    pool.run((matrix.num_panels() + step - 1) / step, [&](int tile, int) {
-        const int begin = tile * step;
-        matrix.multiply(x, first, num_rows, begin, std::min(begin + step, matrix.num_panels()), take);
-    });
+    for_panels(pool, 1, matrix.num_panels(),
+               [&](int, const PanelRange& range) { matrix.multiply(x, first, num_rows, range, take); });
 }
 
 }  // namespace shoal

@@ -7,9 +7,8 @@ namespace shoal {
 // Adds a block's outputs for the rows of normalized_, times the factors of the rows if there are some.
 void Model::feed_forward(const FeedForward& block, int num_rows, const Sum& sum, const float* factors) {
     activated_.reserve(num_rows, block.width);
-    const int num_panels = block.gate_up.num_panels(), step = Matrix::panels_per_tile(num_panels);
-    pool_.run((num_panels + step - 1) / step, [&](int tile, int) {
-        block.activate(normalized_, 0, num_rows, tile * step, std::min((tile + 1) * step, num_panels), activated_);
+    for_panels(pool_, 1, block.gate_up.num_panels(), [&](int, const PanelRange& range) {
+        block.activate(normalized_, 0, num_rows, range, activated_);
     });
     finish(activated_, num_rows);
     multiply_all(pool_, block.down, activated_, 0, num_rows, adds_to(sum, factors));
@@ -27,24 +26,18 @@ void Model::mix_experts(const Layer& layer, int num_rows, const Sum& sum) {
         int64_t* rows = expert_rows_ + (&layer - layers_.data()) * expert_rows_stride_;
         for (const Routing::Range& range : ranges) rows[range.expert] += range.end - range.begin;
     }
-    // For each expert that has rows, calls body(range, begin, end) for all panels of one of its matrices.
-    const auto for_panels = [&](int num_panels, const auto& body) {
-        const int step = Matrix::panels_per_tile(num_panels * static_cast<int>(ranges.size()));
-        const int tiles = (num_panels + step - 1) / step;
-        pool_.run(tiles * static_cast<int>(ranges.size()), [&](int tile, int) {
-            const int begin = tile % tiles * step;
-            body(ranges[tile / tiles], begin, std::min(begin + step, num_panels));
-        });
-    };
-    for_panels(layer.experts[0].gate_up.num_panels(), [&](const Routing::Range& range, int begin, int end) {
-        layer.experts[range.expert].activate(gathered_, range.begin, range.end - range.begin, begin, end, activated_);
+    const int num_used = static_cast<int>(ranges.size());
+    for_panels(pool_, num_used, layer.experts[0].gate_up.num_panels(), [&](int index, const PanelRange& panels) {
+        const auto [expert, begin, end] = ranges[index];
+        layer.experts[expert].activate(gathered_, begin, end - begin, panels, activated_);
     });
     finish(activated_, num_choices);
-    for_panels(layer.experts[0].down.num_panels(), [&](const Routing::Range& range, int begin, int end) {
-        layer.experts[range.expert].down.multiply(
-            activated_, range.begin, range.end - range.begin, begin, end, [&](int row, int panel, const Vec& values) {
-                store(mixed_.data() + (range.begin + row) * hidden_stride_ + panel * kLanes, values);
-            });
+    for_panels(pool_, num_used, layer.experts[0].down.num_panels(), [&](int index, const PanelRange& panels) {
+        const auto [expert, begin, end] = ranges[index];
+        float* const to = mixed_.data() + begin * hidden_stride_;
+        layer.experts[expert].down.multiply(
+            activated_, begin, end - begin, panels,
+            [&](int row, int panel, const Vec& values) { store(to + row * hidden_stride_ + panel * kLanes, values); });
     });
     for_rows(num_rows, [&](int row) {
         for (int i = 0; i < routing_.num_chosen(); ++i) {
@@ -66,7 +59,7 @@ void Model::route(const Layer& layer, int num_rows) {
     for_rows(num_rows, [&](int row) {
         float logits[kMaxExperts];
         if (!shape_.parallel) normalize(row, layer.feed_forward_norm);
-        layer.router.multiply(normalized_, row, 1, 0, layer.router.num_panels(),
+        layer.router.multiply(normalized_, row, 1, {0, layer.router.num_panels(), 0},
                               [&](int, int panel, const Vec& values) { store(logits + panel * kLanes, values); });
         routing_.choose(row, logits, correction);
     });
@@ -91,7 +84,7 @@ void Model::add_shared_expert(const Layer& layer, int num_rows, const Sum& sum) 
     if (!layer.shared_gate) return feed_forward(block, num_rows, sum);
     shared_shares_.reserve(num_rows);
     for_rows(num_rows, [&](int row) {
-        layer.shared_gate->multiply(normalized_, row, 1, 0, 1, [&](int, int, const Vec& values) {
+        layer.shared_gate->multiply(normalized_, row, 1, {0, 1, 0}, [&](int, int, const Vec& values) {
             float lanes[kLanes];
             store(lanes, sigmoid(values));
             shared_shares_[row] = lanes[0] * sum.factor;

@@ -123,6 +123,16 @@ SHOAL_INLINE Vec to_floats(const Ints& a) {
     return each_part<Vec>([&](int i) { return __builtin_convertvector(a.part[i], FloatPart); });
 }
 
+// The numbers that the low four bits of each lane are; the other bits are ignored.
+SHOAL_INLINE FloatPart nibbles_to_floats(IntPart a) {
+#if defined(__AVX512F__)
+    const FloatPart numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return static_cast<FloatPart>(_mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(a), numbers));
+#else
+    return __builtin_convertvector(a & splat(int32_t{15}), FloatPart);
+#endif
+}
+
 // |a|.
 SHOAL_INLINE Vec abs(const Vec& a) {
     return each_part<Vec>([&](int i) { return as_floats(as_ints(a.part[i]) & splat(int32_t{0x7fffffff})); });

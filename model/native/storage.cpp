@@ -1,5 +1,7 @@
 #include "storage.h"
 
+#include <algorithm>
+
 namespace shoal {
 
 namespace {
@@ -32,7 +34,11 @@ template Tile<BFloatProductFormat> find_tile<BFloatProductFormat>(int num_rows, 
 namespace {
 
 // Rows up to which the weights of blocks are widened in registers: for more of them it takes as long to unpack before.
+#if defined(__AVX512F__)
+constexpr int kMostRows = 2 * kMaxRows;
+#else
 constexpr int kMostRows = kMaxRows / 3;
+#endif
 
 // Plain numbers, as many depths beside each other as are loaded at once.
 template <class Format>
@@ -48,7 +54,7 @@ struct Plain {
         for (int k = 0; k < depth; ++k) to[k / kDepths * kDepths * kLanes + k % kDepths] = from[k];
     }
 
-    static void unpack(const void* panel, int begin, int end, float* to) {
+    static void unpack(const void* panel, const void*, int begin, int end, float* to) {
         const Weight* weights = static_cast<const Weight*>(panel);
         for (int k = begin; k < end; k += kDepths) {
             const auto loaded = Format::load_weights(weights + k * kLanes);
@@ -66,7 +72,7 @@ constexpr Storage plain() {
 template <class Kind>
 Tile<FloatFormat> find_block_tile(int num_rows, int num_panels) {
     Tile<FloatFormat> found = nullptr;
-    with_shape<kMostRows>(num_rows, num_panels, [&](auto rows, auto panels) {
+    with_shape<std::min(kMostRows, kMaxRows)>(num_rows, num_panels, [&](auto rows, auto panels) {
         found = BlockPanel<Kind>::template tile<rows, panels>;
     });
     return found;

@@ -14,9 +14,9 @@ struct Storage {
     size_t (*size)(int depth);
     // Makes row `row` of a source, which has the same type, a column of the panel.
     void (*set_column)(void* panel, int lane, const Source& source, int row, int depth);
-    // Writes the weights of the depths from begin to end, [depth][16].  `begin` is a multiple of kSlice, and `to` has room
-    // for kSlice depths.
-    void (*unpack)(const void* panel, int begin, int end, float* to);
+    // Writes the weights of the depths from begin to end, [depth][16], and fetches blocks of the panel `ahead`.  `begin`
+    // is a multiple of kSlice, and `to` has room for kSlice depths.
+    void (*unpack)(const void* panel, const void* ahead, int begin, int end, float* to);
     // The product for up to most_rows rows, and a number of panels as panels_at_once says, or 2, or 1.
     Tile<FloatFormat> (*find_tile)(int num_rows, int num_panels);
     // The product with rows of bytes, of any number; null where weights are not codes with a scale for 32 depths.

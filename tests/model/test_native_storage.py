@@ -106,8 +106,8 @@ CASES = [(name, shape) for name in FORMATS for shape in SHAPES if shape != "odd"
 @pytest.mark.parametrize("isa", supported_isas())
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_logits_have_the_bits_of_float32(name: str, shape: str, isa: str) -> None:
-    """With 1, 2, 5, 13 and 40 rows, and 1 expert row and more."""
-    texts = sequences(1, 40, 13, 5, 2, 1)
+    """With 1 to 40 rows, and 1 expert row and more."""
+    texts = sequences(1, 40, 24, 13, 11, 8, 5, 2, 1)
     expected, found = (
         {key: run_whole(backend, Paged(**POOL), text) for key, text in texts.items()}
         for backend in (
