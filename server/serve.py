@@ -10,7 +10,6 @@ import signal
 import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
-from importlib.metadata import version
 from types import FrameType
 
 import uvicorn
@@ -195,8 +194,7 @@ def _announce(service: Service, ready: Ready, listener: socket.socket, seconds: 
     num_engines = len(service.clients)
     each = "" if num_engines == 1 else f", on each of {num_engines} engines"
     logger.info(
-        "Shoal %s, model %s: %.1f M parameters, %s%s",
-        *(version("shoal"), service.model_name, ready.num_parameters / 1e6, ready.backend, each),
+        "model %s: %.1f M parameters, %s%s", service.model_name, ready.num_parameters / 1e6, ready.backend, each
     )
     if ready.warning is not None:
         logger.warning("%s", ready.warning)
