@@ -23,7 +23,7 @@ from shoal.server.engine.child import EngineProcess
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.messages import Ready
 from shoal.server.engine.router import Router
-from shoal.server.engine.share import share
+from shoal.server.engine.share import give_way, share
 from shoal.server.engine.supervisor import EngineSupervisor
 from shoal.server.metrics import Metrics
 from shoal.server.service import Service
@@ -50,6 +50,7 @@ async def serve(settings: Settings, listener: socket.socket, engines: Sequence[E
     warn_of_strangers(settings.server.host, service.api_keys)
     gc.freeze()  # what is loaded stays; no collection need look at it again
     gc.enable()
+    give_way()
     own = [share(settings, number) for number in range(len(engines))]
     supervisors = [EngineSupervisor(*each) for each in zip(own, service.clients, engines, strict=True)]
     runner = BatchRunner(service)

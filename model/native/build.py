@@ -30,7 +30,8 @@ COMMON_FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"),
 )
 RELEASE_FLAGS = ("-O3",)
-SANITIZE_FLAGS = ("-O2", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+# More of either, and the blocks of GGUF compile for half an hour.
+SANITIZE_FLAGS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 X86_64_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512": ("-march=x86-64-v4", "-mavx512vnni"),
     "avx2": ("-march=x86-64", "-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import replace
 
 from shoal.model.backends.config import BackendConfig
@@ -25,6 +27,16 @@ def share(settings: Settings, number: int) -> Settings:
 def threads_of_rank(config: BackendConfig) -> int:
     """CPU threads of each rank of an engine: those of the settings, or its share of the cores."""
     return config.threads or max(1, num_cores() // _num_ranks_here(config))
+
+
+def give_way() -> None:
+    """Have this thread interrupt no engine's: a part of a step lasts until the last thread is done with its own.
+
+    To Linux it is a batch job then (sched(7)), which gets its share of the cores, but no core at once when it wakes.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
 
 
 def _num_ranks_here(config: BackendConfig) -> int:
