@@ -50,7 +50,7 @@ async def serve(settings: Settings, listener: socket.socket, engines: Sequence[E
     warn_of_strangers(settings.server.host, service.api_keys)
     gc.freeze()  # what is loaded stays; no collection need look at it again
     gc.enable()
-    give_way()
+    give_way(to_engines=True)
     own = [share(settings, number) for number in range(len(engines))]
     supervisors = [EngineSupervisor(*each) for each in zip(own, service.clients, engines, strict=True)]
     runner = BatchRunner(service)

@@ -20,6 +20,7 @@ from shoal.server.engine.build import build_engine
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.messages import Begin, Loading, StartFailed
 from shoal.server.engine.preparing import Preparing
+from shoal.server.engine.share import give_way
 from shoal.server.engine.sockets import EngineSocket
 from shoal.server.engine.watching import Watching
 from shoal.server.settings import resolve
@@ -43,6 +44,7 @@ def main() -> None:
     # A terminal or a supervisor may send these to both processes: the API process drains, and ends this one.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    give_way(to_engines=False)  # as the parent may, which starts engines anew
     threading.Thread(target=_end_with_parent, daemon=True).start()
     api = EngineSocket(socket.socket(fileno=sys.stdin.fileno()))
     try:

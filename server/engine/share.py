@@ -29,14 +29,15 @@ def threads_of_rank(config: BackendConfig) -> int:
     return config.threads or max(1, num_cores() // _num_ranks_here(config))
 
 
-def give_way() -> None:
-    """Have this thread interrupt no engine's: a part of a step lasts until the last thread is done with its own.
+def give_way(*, to_engines: bool) -> None:
+    """Have this thread, and processes that it starts from now on, interrupt no engine's thread, or be like others.
 
-    To Linux it is a batch job then (sched(7)), which gets its share of the cores, but no core at once when it wakes.
+    A part of a step lasts until the last thread is done with its own.  To Linux who gives way is a batch job
+    (sched(7)), which gets its share of the cores, but none at once when it wakes.
     """
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_BATCH if to_engines else os.SCHED_OTHER, os.sched_param(0))
 
 
 def _num_ranks_here(config: BackendConfig) -> int:
