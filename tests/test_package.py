@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ def test_importing_the_package_loads_no_library() -> None:
 
 def test_the_command_names_the_packages_of_the_extra_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     required = ["numpy>=2.0", "torch==2.13.0; extra == 'torch'", "a>=1; extra == 'load'", "b; extra == 'load'"]
-    monkeypatch.setattr(extras, "requires", lambda name: required if name == "shoal" else None)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: required if name == "shoal" else None)
     monkeypatch.setattr(sys, "executable", "/home/a user/.venv/bin/python")
     run_pip = "'/home/a user/.venv/bin/python' -m pip install"
     assert extras.install_command("torch") == f"{run_pip} torch==2.13.0"
