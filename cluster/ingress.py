@@ -13,6 +13,7 @@ from shoal.scheduler.errors import ConfigError
 from shoal.server.batches.runner import BatchRunner
 from shoal.server.browsers import is_local
 from shoal.server.engine.router import Router
+from shoal.server.engine.share import give_way
 from shoal.server.peers import Peers
 from shoal.server.serve import GracefulServer
 from shoal.server.settings import Settings
@@ -60,6 +61,7 @@ class ApiServer:
 
     async def run(self) -> None:
         """Serve until `stop` is called."""
+        give_way(to_engines=True)  # this machine may have some
         self._runner.start()
         try:
             with contextlib.closing(self._listener):
