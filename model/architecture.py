@@ -14,7 +14,7 @@ NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu"]
 RouterScore = Literal["softmax", "sigmoid"]
 
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 # Places of a layer's group that may stay empty, so that groups of unlike size have the same number of places.
 _WASTE = 1 / 8
@@ -151,6 +151,10 @@ class KVLayout:
     def num_elements(self) -> int:
         """Numbers that a token takes."""
         return self.num_heads * (self.key_width + (0 if self.shared else self.value_width))
+
+    def num_bytes(self, dtype: str) -> int:
+        """Bytes that they take as `dtype`; with int8 each key and each value has a scale of four bytes."""
+        return self.num_elements * DTYPE_BYTES[dtype] + (8 * self.num_heads if dtype == "int8" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,4 +308,4 @@ def _group_size(counts: list[int]) -> int:
 
 def bytes_per_block(config: ModelConfig, dtype: str, block_size: int) -> int:
     """Bytes of KV cache that one block of `block_size` tokens takes, with elements of `dtype`."""
-    return config.num_places * config.kv_layouts[0].num_elements * block_size * DTYPE_BYTES[dtype]
+    return config.num_places * config.kv_layouts[0].num_bytes(dtype) * block_size

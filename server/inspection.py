@@ -7,14 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from shoal.model.architecture import (
-    DTYPE_BYTES,
-    LatentConfig,
-    MixtureConfig,
-    ModelConfig,
-    RopeConfig,
-    Temperature,
-)
+from shoal.model.architecture import LatentConfig, MixtureConfig, ModelConfig, RopeConfig, Temperature
 from shoal.model.checkpoint.find import resolve_checkpoint
 from shoal.model.checkpoint.format import open_checkpoint
 from shoal.model.checkpoint.load import outline_checkpoint
@@ -167,7 +160,7 @@ def inspect_model(settings: Settings) -> Inspection:
         differences=dict(_differences(record)),
         parts=tuple(count_parts(record)),
         held=opened.holds(),
-        cache=_cache(config, DTYPE_BYTES[cache_dtype]),
+        cache=_cache(config, cache_dtype),
         cache_as=cache_as(config),
         num_weight_bytes=weight_bytes,
         served_by=served_by,
@@ -277,14 +270,14 @@ def count_parts(record: ModelRecord) -> Iterator[Part]:
         yield Part(part, total, active[part])
 
 
-def _cache(config: ModelConfig, bytes_each: int) -> dict[str, int]:
+def _cache(config: ModelConfig, dtype: str) -> dict[str, int]:
     """Bytes of a token at the layers of each kind."""
     counts, sizes = Counter[str](), Counter[str]()
     for layout in config.kv_layouts:
         sees = f"a window of {layout.window}" if layout.window else "all positions"
         sees = f"a chunk of {layout.chunk}" if layout.chunk else sees
         counts[sees] += 1
-        sizes[sees] += layout.num_elements * bytes_each
+        sizes[sees] += layout.num_bytes(dtype)
     return {f"{counts[sees]} that see {sees}": size for sees, size in sizes.items()}
 
 

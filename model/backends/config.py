@@ -60,10 +60,10 @@ class CacheConfig(Config):
         help="Memory for the KV cache; if not set, what max_num_seqs requests of max_model_len tokens need, "
         "but at most a quarter of the free memory.",
     )
-    kv_cache_dtype: Literal["auto", "float32", "float16"] = setting(
+    kv_cache_dtype: Literal["auto", "float32", "float16", "int8"] = setting(
         "auto",
         help="Number format of the KV cache; auto is float32 with native, and with torch what it computes in; only "
-        "native has float16.",
+        "native has float16 and int8, the latter not for latent attention.",
     )
     enable_prefix_caching: bool = setting(True, help="Whether prompts that start alike share their blocks.")
     share_prefixes: bool = setting(

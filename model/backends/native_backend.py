@@ -16,6 +16,7 @@ import numpy as np
 from shoal.model.backends.cores import num_cores
 from shoal.model.backends.native_library import (
     ARITHMETICS,
+    KV_CACHES,
     NO_MEMORY,
     TENSORS,
     Batch,
@@ -27,7 +28,7 @@ from shoal.model.backends.native_library import (
     supported_isas,
 )
 from shoal.model.backends.native_sampling import SamplerArguments
-from shoal.model.backends.native_shape import NativeShape, find_obstacle
+from shoal.model.backends.native_shape import NativeShape, check_cache, find_obstacle
 from shoal.model.backends.observed import Observed
 from shoal.model.mapped import release
 from shoal.model.numbers import BLOCKS, Array, block_dtype
@@ -50,7 +51,8 @@ class NativeBackend:
     Args:
         num_blocks, block_size: size of the KV cache; block_size is a multiple of 16.
         num_threads: threads that compute, including the caller's; one per core that the process may use if not set.
-        kv_cache_dtype: type of the KV cache's elements.
+        kv_cache_dtype: type of the KV cache's elements.  "int8" has a scale for each key and each value, and is not
+            for latent attention.
         dtype: what linear layers multiply.  "bfloat16" rounds their weights and inputs to it, and keeps weights so.
         quantization: "int8" has linear layers multiply bytes: their inputs in 8 bits, and weights as blocks of Q8_0,
             or of Q4_0, Q4_1 or Q4_K where the checkpoint has these.  With "int4" blocks of Q4_1 take the place of those
@@ -62,7 +64,7 @@ class NativeBackend:
 
     Raises:
         CheckpointError: the native code is not made for the model.
-        ConfigError: there is not enough memory.
+        ConfigError: there is not enough memory, or no such KV cache for the model.
         LookupError: there is no library for `isa`, or the machine lacks the instructions for `dtype`.
         OSError: the library does not load, or was built from other sources.
     """
@@ -74,7 +76,7 @@ class NativeBackend:
         num_blocks: int,
         block_size: int,
         num_threads: int | None = None,
-        kv_cache_dtype: Literal["float32", "float16"] = "float32",
+        kv_cache_dtype: Literal["float32", "float16", "int8"] = "float32",
         dtype: Literal["float32", "bfloat16"] = "float32",
         quantization: Literal["none", "int8", "int4"] = "none",
         pin_threads: bool | None = None,
@@ -86,6 +88,7 @@ class NativeBackend:
         config = record.config
         if obstacle := find_obstacle(config):
             raise CheckpointError(obstacle[1], param=obstacle[0])
+        check_cache(config, kv_cache_dtype)
         self.num_threads: int = sibling.num_threads if sibling else num_threads or num_cores()
         self._config = config
         self._block_size = block_size
@@ -102,7 +105,7 @@ class NativeBackend:
             num_threads=self.num_threads,
             pin_threads=pin_threads if pin_threads is not None else self.num_threads < num_cores(),
             arithmetic=ARITHMETICS.index(dtype if quantization == "none" else quantization),
-            half_kv_cache=kv_cache_dtype == "float16",
+            kv_cache=KV_CACHES.index(kv_cache_dtype),
         )
         self._model: int | None = self._library.shoal_create(shape.shape, options, sibling._model if sibling else None)
         no_memory = ConfigError("there is not enough memory for the model and its KV cache", param="memory_mib")

@@ -37,6 +37,7 @@ TENSORS = (
 NORMS: tuple[NormKind, ...] = ("rms", "layer")
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_silu")
 ARITHMETICS = ("float32", "bfloat16", "int8", "int4")
+KV_CACHES = ("float32", "float16", "int8")
 HEAD_NORMS = ("none", "head", "whole")
 SCORES: tuple[RouterScore, ...] = ("softmax", "sigmoid")
 
@@ -91,7 +92,7 @@ class Shape(Structure):
 class Options(Structure):
     _fields_ = [
         ("num_blocks", c_int64),
-        *((name, c_int32) for name in ("block_size", "num_threads", "pin_threads", "arithmetic", "half_kv_cache")),
+        *((name, c_int32) for name in ("block_size", "num_threads", "pin_threads", "arithmetic", "kv_cache")),
     ]
 
 

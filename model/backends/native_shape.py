@@ -26,6 +26,7 @@ from shoal.model.backends.native_library import (
 )
 from shoal.model.backends.rope import rope_tables
 from shoal.model.step.batch import Float32
+from shoal.scheduler.errors import ConfigError
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -55,6 +56,15 @@ def _latent_obstacle(config: ModelConfig) -> tuple[str, str] | None:
     }
     found = next((name for name, is_there in others.items() if is_there), None)
     return (found, f"the native backend has no {found} with latent attention") if found else None
+
+
+def check_cache(config: ModelConfig, kv_cache_dtype: str) -> None:
+    """
+    Raises:
+        ConfigError: the native code has no such cache for the model.
+    """
+    if config.latent and kv_cache_dtype == "int8":
+        raise ConfigError("kv_cache_dtype int8 is not for latent attention", param="kv_cache_dtype")
 
 
 @dataclass

@@ -49,10 +49,10 @@ __attribute__((noinline)) void weigh(const float* weights, ptrdiff_t stride,
 
 void Attention::run(Pool& pool, const KVCache& cache, const AttentionLayer& layer, const float* heads,
                     ptrdiff_t stride, Rows& attended) {
-    if (cache.is_half()) {
-        run_as<HalfFormat>(pool, cache, layer, heads, stride, attended);
-    } else {
-        run_as<FloatFormat>(pool, cache, layer, heads, stride, attended);
+    switch (cache.kind()) {
+        case kCacheInFloat32: return run_as<FloatFormat>(pool, cache, layer, heads, stride, attended);
+        case kCacheInFloat16: return run_as<HalfFormat>(pool, cache, layer, heads, stride, attended);
+        case kCacheInInt8: return run_as<Int8Format>(pool, cache, layer, heads, stride, attended);
     }
 }
 
@@ -128,6 +128,17 @@ void Attention::attend_to_stretch(const KVCache& cache, int place, const View& v
         values[i] = cache.values<Element>(place, at, head);
     }
     score<Format>(keys, values, first_key, num_keys, tile.num_queries * group_, scratch);
+    const auto multiply_scores = [&](int offset) {  // with the scales of keys, or, kLanes after them, of values
+        if constexpr (std::is_same_v<Element, int8_t>) {
+            for (int row = first * group_; row < last * group_; ++row) {
+                float* scores = scratch.scores.data() + row * kStretch;
+                for (int i = first_key; i < num_keys; ++i) {
+                    store(scores + i * kLanes, load(scores + i * kLanes) * load(cache.scales(keys[i]) + offset));
+                }
+            }
+        }
+    };
+    multiply_scores(0);
     for (int query = first; query < last; ++query) {
         const Range range = seen(view, tile, query, stretch);
         if (softcap_ > 0 || slopes_.size() > 0) change_scores(tile, query, head, stretch, range, scratch);
@@ -137,6 +148,7 @@ void Attention::attend_to_stretch(const KVCache& cache, int place, const View& v
             std::memset(to.values + static_cast<size_t>(row) * padded_dim_, 0, padded_dim_ * sizeof(float));
         }
     }
+    multiply_scores(kLanes);
     // Positions that all queries see are added for all queries at once.  The others are added for each query alone,
     // because a position with weight zero must not be read: zero times NaN is NaN.
     const int begin = round_up(most.begin, kLanes), end = std::max(begin, least.end / kLanes * kLanes);

@@ -17,15 +17,10 @@ uint64_t evens_first(uint64_t bytes) {
 }
 
 void round_group(const float* values, ByteGroup& to) {
-    const float greatest = greatest_magnitude(values, kByteGroup);
-    const float inverse = greatest > 0 ? 127 / greatest : 0;
     int8_t codes[kByteGroup];
+    to.scale = round_to_codes(values, kByteGroup, codes);
     int32_t sum = 0;
-    for (int k = 0; k < kByteGroup; ++k) {
-        codes[k] = static_cast<int8_t>(round_to_int(values[k] * inverse));
-        sum += codes[k];
-    }
-    to.scale = greatest / 127;
+    for (const int8_t code : codes) sum += code;
     to.sum_of_codes = sum;
     to.sum = to.scale * static_cast<float>(sum);
     uint64_t words[kByteGroup / 8];

@@ -27,7 +27,7 @@ LatentBlock::LatentBlock(const ShoalShape& shape, const ShoalOptions& options, P
       pool_(pool),
       arena_(arena),
       cache_(shape.num_places, shape_.rank + shape_.rope_dim, options.num_blocks * options.block_size,
-             options.half_kv_cache != 0),
+             options.kv_cache == kCacheInFloat16),
       attention_(num_heads_, shape_.rank, options.block_size, pool.num_threads()),
       down_stride_(Rows::stride_for(first_width() + shape_.rank + shape_.rope_dim)),
       query_latents_(std::max(1, shape_.query_rank), arithmetic_),

@@ -46,7 +46,7 @@ Model::Model(const ShoalShape& shape, const ShoalOptions& options, const Model* 
       norm_{shape.norm, shape.norm_eps},
       head_(shape.vocab_size, shape.hidden_size, head_arithmetic(arithmetic_), arena_),
       cache_(shape.latent.rank > 0 ? 0 : shape.num_places, shape.num_kv_heads, shape.head_dim, options.num_blocks * options.block_size,
-             options.half_kv_cache != 0),
+             options.kv_cache),
       attention_(shape, options.block_size, pool_.num_threads()),
       hidden_stride_(Rows::stride_for(shape.hidden_size)),
       normalized_(shape.hidden_size, arithmetic_),

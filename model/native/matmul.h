@@ -31,6 +31,12 @@ struct HalfFormat : FloatFormat {
     static SHOAL_INLINE Vec load_weights(const Weight* panel) { return load(panel); }
 };
 
+// Weights in 8 bits, computed in float32 without their scales.
+struct Int8Format : FloatFormat {
+    using Weight = int8_t;
+    static SHOAL_INLINE Vec load_weights(const Weight* panel) { return to_floats(load_ints(panel)); }
+};
+
 // Weights in bfloat16, computed in float32.  Depths go in pairs; the last one may be half empty.
 struct BFloatFormat : HalfFormat {
     static constexpr int kDepths = 2;

@@ -31,6 +31,15 @@ SHOAL_INLINE int32_t round_to_int(float value) {
     return bits - zero;
 }
 
+// Rounds values to codes from -127 to 127, ties to even, and returns the scale that gives a value back: scale * code.
+// If a value is not finite, the scale is NaN.  If none is as large as 2**-119, all codes are zero.
+inline float round_to_codes(const float* values, int count, int8_t* codes) {
+    const float greatest = greatest_magnitude(values, count);
+    const float inverse = greatest >= 0x1p-119F ? 127 / greatest : 0;
+    for (int i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(round_to_int(values[i] * inverse));
+    return greatest / 127;
+}
+
 inline void round_to_bfloats(const float* values, int count, uint16_t* to) {
     for (int i = 0; i < count; ++i) to[i] = float_to_bfloat(values[i]);
 }

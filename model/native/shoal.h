@@ -101,13 +101,16 @@ struct ShoalShape {
     const float* alibi_slopes;  // [num_heads]; may be null
 };
 
+// The elements of the KV cache; latent attention has no bytes.
+enum ShoalKVCache : int32_t { kCacheInFloat32, kCacheInFloat16, kCacheInInt8 };
+
 struct ShoalOptions {
     int64_t num_blocks;
     int32_t block_size;  // a multiple of 16
     int32_t num_threads;
     int32_t pin_threads;
     ShoalArithmetic arithmetic;
-    int32_t half_kv_cache;  // float16
+    ShoalKVCache kv_cache;
 };
 
 // The parts of a model that have weights, each also with a bias; see model/record.py.

@@ -29,6 +29,7 @@ Tile<Format> find_tile(int num_rows, int num_panels) {
 }
 template Tile<FloatFormat> find_tile<FloatFormat>(int num_rows, int num_panels);
 template Tile<FloatFormat> find_tile<HalfFormat>(int num_rows, int num_panels);
+template Tile<FloatFormat> find_tile<Int8Format>(int num_rows, int num_panels);
 template Tile<BFloatProductFormat> find_tile<BFloatProductFormat>(int num_rows, int num_panels);
 
 namespace {

@@ -31,6 +31,7 @@ template <class Format>
 Tile<Format> find_tile(int num_rows, int num_panels);
 extern template Tile<FloatFormat> find_tile<FloatFormat>(int num_rows, int num_panels);
 extern template Tile<FloatFormat> find_tile<HalfFormat>(int num_rows, int num_panels);
+extern template Tile<FloatFormat> find_tile<Int8Format>(int num_rows, int num_panels);
 extern template Tile<BFloatProductFormat> find_tile<BFloatProductFormat>(int num_rows, int num_panels);
 
 }  // namespace shoal

@@ -15,7 +15,7 @@ from shoal.model.backends.config import BackendConfig, CacheConfig
 from shoal.model.backends.cores import num_cores
 from shoal.model.backends.native_backend import SLOTS, NativeBackend
 from shoal.model.backends.native_library import has_bfloat16, supported_isas
-from shoal.model.backends.native_shape import find_obstacle
+from shoal.model.backends.native_shape import check_cache, find_obstacle
 from shoal.model.numbers import BLOCKS, Array, count_numbers
 from shoal.model.record import ModelRecord
 from shoal.model.step.batch import Backend
@@ -40,7 +40,7 @@ class NativePlan:
     config: BackendConfig
     cache: CacheConfig
     isa: str
-    kv_cache_dtype: Literal["float32", "float16"]
+    kv_cache_dtype: Literal["float32", "float16", "int8"]
     dtype: DType = "float32"
     warning: str | None = None
 
@@ -132,7 +132,7 @@ def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) 
         return _plan_torch(config, cache, model, "backend is torch", None)
     obstacle = _native_obstacle(config, cache, model)
     if obstacle is None:
-        return _plan_native(config, cache)
+        return _plan_native(config, cache, model)
     reason, param = obstacle
     if config.backend == "native":
         raise ConfigError(reason, param=param)
@@ -141,10 +141,10 @@ def plan_backend(config: BackendConfig, cache: CacheConfig, model: ModelConfig) 
     return _plan_torch(config, cache, model, reason, warning if is_loss else None)
 
 
-def _plan_native(config: BackendConfig, cache: CacheConfig) -> NativePlan:
+def _plan_native(config: BackendConfig, cache: CacheConfig, model: ModelConfig) -> NativePlan:
     """
     Raises:
-        ConfigError: products of two kinds are asked for.
+        ConfigError: products of two kinds are asked for, or a cache that the model cannot have.
     """
     dtype: DType = "float32"
     warning = None
@@ -158,7 +158,8 @@ def _plan_native(config: BackendConfig, cache: CacheConfig) -> NativePlan:
             dtype = "bfloat16"
         else:
             warning = "float32 computes: dtype bfloat16 needs a processor with AVX512-BF16"
-    kept: Literal["float32", "float16"] = "float16" if cache.kv_cache_dtype == "float16" else "float32"
+    kept = "float32" if cache.kv_cache_dtype == "auto" else cache.kv_cache_dtype
+    check_cache(model, kept)
     return NativePlan(config, cache, supported_isas()[0], kept, dtype, warning)
 
 
@@ -192,7 +193,7 @@ def _plan_torch(
     """
     only_native = (
         ("quantization", config.quantization, config.quantization != "none"),
-        ("kv_cache_dtype", cache.kv_cache_dtype, cache.kv_cache_dtype == "float16"),
+        ("kv_cache_dtype", cache.kv_cache_dtype, cache.kv_cache_dtype in ("float16", "int8")),
         ("pin_threads", "true", bool(config.pin_threads)),
     )
     for param, value, is_asked in only_native:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not supported_isas(), reason="the native backend
 COMPLETIONS = "/v1/completions"
 # Too few blocks for what 64 requests at a time need.
 FEW_BLOCKS = ("--num-blocks", "48")
-INT8 = ("--quantization", "int8", "--kv-cache-dtype", "float16")
+INT8 = ("--quantization", "int8", "--kv-cache-dtype", "int8")
 
 OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0},

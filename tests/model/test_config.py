@@ -228,3 +228,4 @@ def test_bytes_per_block(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, LLAMA))
     assert bytes_per_block(config, "float32", 16) == 3 * 2 * 2 * 8 * 16 * 4
     assert bytes_per_block(config, "bfloat16", 16) == 3 * 2 * 2 * 8 * 16 * 2
+    assert bytes_per_block(config, "int8", 16) == 3 * 2 * 2 * (8 + 4) * 16

@@ -30,7 +30,7 @@ from tests.model.oracles import SHAPES
 BACKENDS: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {
     "torch": (TorchBackend, {}, 4),
     "native": (NativeBackend, {"num_threads": 2}, 16),
-    "native-int8": (NativeBackend, {"num_threads": 2, "quantization": "int8", "kv_cache_dtype": "float16"}, 16),
+    "native-int8": (NativeBackend, {"num_threads": 2, "quantization": "int8", "kv_cache_dtype": "int8"}, 16),
 }
 NUM_BLOCKS = 16  # so few that some must wait for others
 LIMITS = {"max_model_len": 20, "max_num_batched_tokens": 6, "max_chunk_tokens": 2}  # in blocks

@@ -60,6 +60,7 @@ ALL_SHAPES = SHAPES | ODD_SHAPES
 NUMBERS: dict[str, dict[str, Any]] = {
     "float32": {},
     "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
+    "int8-cache": {"kv_cache_dtype": "int8"},
 }
 
 each_numbers = pytest.mark.parametrize("numbers", NUMBERS)
@@ -139,9 +140,10 @@ def source() -> list[int]:
     [
         ({"quantization": "int8", "kv_cache_dtype": "float16"}, 1.5e-3, 0.975),
         ({"quantization": "int4"}, 0.04, 0.9),
+        ({"kv_cache_dtype": "int8"}, 1e-3, 0.98),
         pytest.param({"dtype": "bfloat16"}, 2e-4, 0.99, marks=needs_bfloat16),
     ],
-    ids=["int8", "int4", "bfloat16"],
+    ids=["int8", "int4", "int8-cache", "bfloat16"],
 )
 def test_fewer_bits_lose_little_of_the_bundled_model(
     how: dict[str, str], most_divergence: float, least_agreement: float, source: list[int], paged: Any

@@ -40,6 +40,7 @@ MODELS: dict[str, Callable[[], ModelRecord]] = {
 NUMBERS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float16-cache": {"kv_cache_dtype": "float16"},
+    "int8-cache": {"kv_cache_dtype": "int8"},
     "bfloat16": {"dtype": "bfloat16", "kv_cache_dtype": "float16"},
     "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
     "int4": {"quantization": "int4", "kv_cache_dtype": "float16"},
@@ -49,7 +50,13 @@ if supported_isas()[:1] == ("avx512",) and not has_bfloat16():
 
 LONG = pytest.mark.long
 # Each model and each way to keep numbers; the small model with all of them.
-SOME = [("bundled", "float32"), ("bundled", "int8"), ("smollm2", "float16-cache"), *product(["odd"], NUMBERS)]
+SOME = [
+    ("bundled", "float32"),
+    ("bundled", "int8"),
+    ("smollm2", "float16-cache"),
+    ("smollm2", "int8-cache"),
+    *product(["odd"], NUMBERS),
+]
 each_case = pytest.mark.parametrize(
     ("model", "numbers"),
     [case if case in SOME else pytest.param(*case, marks=LONG) for case in product(MODELS, NUMBERS)],

@@ -83,17 +83,22 @@ FIELDS: dict[str, dict[str, Any]] = {
 NUMBERS: dict[str, dict[str, Any]] = {
     "float32": {},
     "int8": {"quantization": "int8", "kv_cache_dtype": "float16"},
+    "int8-cache": {"kv_cache_dtype": "int8"},
 }
 TEXTS = sequences(1, 330, 9, 70, 1)
 
 each_field = pytest.mark.parametrize("name", FIELDS)
-# All fields with float32, and those whose rounding takes a way of its own with int8.
-SOME_INT8 = ("parallel-mixture", "biases", "windows-in-turns", "share-on-input", "gated-shared-expert")
+# All fields with float32, and those whose rounding takes a way of its own with the others.
+SOME = {
+    "float32": FIELDS,
+    "int8": ("parallel-mixture", "biases", "windows-in-turns", "share-on-input", "gated-shared-expert"),
+    "int8-cache": ("alibi", "soft-caps", "windows-in-turns", "all-of-windows"),
+}
 each_numbers = pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        case if case[1] == "float32" or case[0] in SOME_INT8 else pytest.param(*case, marks=pytest.mark.long)
-        for case in product(FIELDS, NUMBERS)
+        (name, numbers) if name in SOME[numbers] else pytest.param(name, numbers, marks=pytest.mark.long)
+        for name, numbers in product(FIELDS, NUMBERS)
     ],
 )
 

@@ -37,16 +37,15 @@ RECORD = random_record(3, num_layers=3, vocab_size=64)
 DRAFT = replace(RECORD, layers=RECORD.layers[:2], config=replace(RECORD.config, layers=RECORD.config.layers[:2]))
 PREDICTION = random_prediction(RECORD, 4)
 METHODS = ["draft", "mtp", "self", "suffix"]
-BACKENDS = [
-    "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")),
-]
+needs_native = pytest.mark.skipif(not supported_isas(), reason="the native backend is not built")
+BACKENDS = ["torch", *(pytest.param(kind, marks=needs_native) for kind in ("native", "native-int8-cache"))]
 
 
 def make_backend(kind: str, record: Any, num_blocks: int) -> Backend:
     if kind == "torch":
         return TorchBackend(record, num_blocks=num_blocks, block_size=BLOCK_SIZE)
-    return NativeBackend(record, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_threads=1)
+    kept: Any = "int8" if kind == "native-int8-cache" else "float32"
+    return NativeBackend(record, num_blocks=num_blocks, block_size=BLOCK_SIZE, num_threads=1, kv_cache_dtype=kept)
 
 
 def make_speculation(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shoal.extras import install_command
-from shoal.model.architecture import ModelConfig, bytes_per_block
+from shoal.model.architecture import LatentConfig, ModelConfig, bytes_per_block
 from shoal.model.backends import native_library
 from shoal.model.backends.native_library import supported_isas
 from shoal.model.checkpoint.config import load_config
@@ -61,6 +61,7 @@ def refusal(model: ModelConfig, *args: str) -> tuple[str, str | None]:
         (["--dtype", "float32", "--block-size", "64"], "float32"),
         (["--kv-cache-dtype", "float32"], "float32"),
         (["--kv-cache-dtype", "float16"], "float16"),
+        (["--kv-cache-dtype", "int8"], "int8"),
         (["--quantization", "int8", "--pin-threads"], "float32"),
         (["--quantization", "int4"], "float32"),
         (["--no-pin-threads"], "float32"),
@@ -196,6 +197,11 @@ def test_on_a_gpu_the_checkpoint_decides(model: ModelConfig, checkpoint_dtype: s
             "kv_cache_dtype",
         ),
         (
+            ["--backend", "torch", "--kv-cache-dtype", "int8"],
+            "kv_cache_dtype int8 needs the native backend, but backend is torch",
+            "kv_cache_dtype",
+        ),
+        (
             ["--backend", "torch", "--pin-threads"],
             "pin_threads true needs the native backend, but backend is torch",
             "pin_threads",
@@ -217,16 +223,25 @@ def test_what_contradicts_itself_is_refused(model: ModelConfig, args: list[str],
     assert refusal(model, *args) == (message, param)
 
 
-def test_a_cache_of_16_bits_holds_twice_as_much(model: ModelConfig) -> None:
-    """The plan counts in the cache's own number format."""
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_latent_attention_has_no_cache_of_bytes(model: ModelConfig, backend: str) -> None:
+    latent = replace(model, latent=LatentConfig(rank=8, rope_dim=4, nope_dim=8, value_dim=8))
+    asked = ("--backend", backend, "--kv-cache-dtype")
+    assert plan(latent, *asked, "float16").kv_cache_dtype == "float16"
+    assert refusal(latent, *asked, "int8") == ("kv_cache_dtype int8 is not for latent attention", "kv_cache_dtype")
+
+
+def test_a_cache_of_fewer_bits_holds_more(model: ModelConfig) -> None:
+    """The plan counts in the cache's own number format, with the scales of bytes."""
     sizes = {}
-    for dtype in ("float32", "float16"):
+    for dtype in ("float32", "float16", "int8"):
         args = ["--kv-cache-dtype", dtype, "--memory-mib", "8"]
         chosen, asked = plan(model, *args), load_settings(args)
         num_blocks, num_bytes = plan_kv_cache(asked, model, dtype=chosen.kv_cache_dtype, max_model_len=64, free=2**30)
         assert num_bytes == num_blocks * bytes_per_block(model, dtype, asked.cache.block_size) <= 8 * 2**20
         sizes[dtype] = num_blocks
     assert sizes["float16"] == 2 * sizes["float32"]
+    assert sizes["int8"] == pytest.approx(4 * sizes["float32"] / (1 + 4 / model.head_dim), abs=4)
 
 
 BUILD_ENGINE = """

@@ -146,7 +146,7 @@ def test_lists_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--quantization", "int2"], "engine.quantization must be one of none, int8, int4, not 'int2'"),
         (
             ["--kv-cache-dtype", "bfloat16"],
-            "cache.kv_cache_dtype must be one of auto, float32, float16, not 'bfloat16'",
+            "cache.kv_cache_dtype must be one of auto, float32, float16, int8, not 'bfloat16'",
         ),
         (["--predictor", "oracle"], "scheduler.predictor must be one of max_tokens, learned, not 'oracle'"),
         (["--policy", "lifo"], "unknown policy 'lifo'; known are "),
