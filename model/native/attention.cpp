@@ -7,6 +7,9 @@ namespace shoal {
 
 namespace {
 
+// Values are fetched as many tiles ahead as keys are.
+constexpr int kTilesAhead = kMaxPanels;
+
 constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Adds weights times values of the positions from begin to end to `to`, for kRows rows and kPanels panels.
@@ -21,7 +24,7 @@ __attribute__((noinline)) void weigh(const float* weights, ptrdiff_t stride,
         for (int p = 0; p < kPanels; ++p) sums[r][p] = load(to + r * to_stride + (panel + p) * kLanes);
     }
     const auto add = [&](int at, int lane, int count) {
-        const int block = at / kLanes, next = std::min(block + 1, (end - 1) / kLanes);
+        const int block = at / kLanes, next = block + kTilesAhead;
         const typename Format::Weight* panels[kPanels];
         const typename Format::Weight* ahead[kPanels];
 #pragma GCC unroll 4
@@ -113,19 +116,27 @@ void Attention::attend_to_stretch(const KVCache& cache, int place, const View& v
                                   int stretch, Scratch& scratch, const State& to) const {
     using Element = typename Format::Weight;
     const Element* keys[kStretch / kLanes];
-    const Element* values[kStretch / kLanes];
+    const Element* values[kStretch / kLanes + kTilesAhead];
     int first = 0, last = tile.num_queries;  // the queries that see any position of this stretch
     while (seen(view, tile, first, stretch).is_empty()) ++first;
     while (seen(view, tile, last - 1, stretch).is_empty()) --last;
     // What is seen first and what is seen last move on with the query.
     const Range least = seen(view, tile, first, stretch), most = seen(view, tile, last - 1, stretch);
     const int first_key = least.begin / kLanes, num_keys = (most.end + kLanes - 1) / kLanes;
-    for (int i = first_key; i < num_keys; ++i) {
+    const auto find = [&](int i) {
         const int position = stretch * kStretch + i * kLanes;
         const int64_t block = tile.block_table[static_cast<int64_t>(position / block_size_) * num_tables_];
-        const int64_t at = (block * block_size_ + position % block_size_) / kLanes;
-        keys[i] = cache.keys<Element>(place, at, head);
-        values[i] = cache.values<Element>(place, at, head);
+        return (block * block_size_ + position % block_size_) / kLanes;
+    };
+    for (int i = first_key; i < num_keys; ++i) {
+        keys[i] = cache.keys<Element>(place, find(i), head);
+        values[i] = cache.values<Element>(place, find(i), head);
+    }
+    // What is fetched while the last values are multiplied: the first keys of the next stretch, if the thread has it too.
+    const int last_position = tile.split ? 0 : tile.first_position + tile.num_queries - 1;
+    for (int i = num_keys; i < num_keys + kTilesAhead; ++i) {
+        const bool is_next = stretch * kStretch + i * kLanes <= last_position;
+        values[i] = is_next ? cache.keys<Element>(place, find(i), head) : values[num_keys - 1];
     }
     score<Format>(keys, values, first_key, num_keys, tile.num_queries * group_, scratch);
     const auto multiply_scores = [&](int offset) {  // with the scales of keys, or, kLanes after them, of values
