@@ -50,7 +50,8 @@ class Fleet:
         """Take in which engines there are."""
         listed = {endpoint for endpoint in endpoints if endpoint.fingerprint == self._fingerprint}
         for endpoint in self._joined.keys() - listed:
-            _, task = self._joined.pop(endpoint)
+            client, task = self._joined.pop(endpoint)
+            client.retire()
             task.cancel()
         for endpoint in listed - self._joined.keys():
             client = self._free_client(str(endpoint.number))

@@ -50,6 +50,7 @@ class EngineClient:
         self.name = name
         self.state = EngineState.STARTING
         self.admission = Admission()  # another one has bounds
+        self.is_retired = False  # see `retire`
         self.names_all = True  # whether histories name the requests of other clients
         self.events = EventLog()
         self.changed: Callable[[Ready | None], None] = lambda ready: None  # told when it is connected, lost, given up
@@ -179,7 +180,7 @@ class EngineClient:
         if self._ready is not None:
             self._metrics.restarted(self.name, len(self._held), now - self._lost_at)
         self._metrics.connected(self.name, ready, stats)
-        self._ready, self._send = ready, send
+        self._ready, self._send, self.is_retired = ready, send, False
         self.admission.begin(ready.limits, now)
         self.events.connect(ready, send)
         if self.state is EngineState.STARTING:
@@ -229,6 +230,11 @@ class EngineClient:
         self.events.lose()
         self.changed(None)
 
+    def retire(self) -> None:
+        """No other engine may come here: what waits for one, suspects too, goes where there are engines."""
+        self.is_retired = True
+        self.changed(None)
+
     def give_up(self, error: ShoalError) -> None:
         """No engine can be had: all requests end with this error, and no new ones are taken until one is connected."""
         self._send = None
@@ -275,6 +281,8 @@ class EngineClient:
             self._send(Abort([suspect]))
             self._held[suspect], self._recalled = None, True
         self._hand_over()
+        if self.is_open:
+            self.changed(self._ready)  # what waited elsewhere may come
 
     def _tell(self) -> None:
         told, self._untold, self._telling = self._untold, {}, None

@@ -47,11 +47,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
 
 
 class Begin(msgspec.Struct, tag=True):
-    """The first command of all: what the engine is.
-
-    Attributes:
-        sections: of the settings, as `Settings.sections` makes them, in plain data.
-    """
+    """The first command of all, with what `Settings.sections` makes, in plain data."""
 
     sections: dict[str, Any]
 

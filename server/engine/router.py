@@ -179,7 +179,7 @@ class Router:
         if not able or client.is_open:
             return
         self._note_loads()
-        for request_id, submission in client.let_go(of_suspects=gave_up).items():
+        for request_id, submission in client.let_go(of_suspects=gave_up or client.is_retired).items():
             number = self._route(submission.journals[request_id].request, able)
             self.clients[number].adopt({request_id: submission})
             self._metrics.resumed(self.clients[number].name, 1)

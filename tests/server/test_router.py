@@ -218,6 +218,55 @@ def test_what_may_kill_engines_is_tried_alone_and_the_others_go_elsewhere() -> N
     play(scene)
 
 
+def test_a_suspect_whose_engine_never_comes_back_is_tried_elsewhere() -> None:
+    """Engines are scaled away one after the other, and a request comes to each of them before it goes."""
+
+    async def scene() -> None:
+        several = Several(MAX_DEATHS + 1)
+        *_, last = several.engines
+        submission = several.submit([1, 2, 3])
+        for _ in range(MAX_DEATHS):
+            owner = next(one for one in several.engines if one.client.num_unfinished)
+            if owner is last:
+                several.engines.remove(last)
+                several.engines.insert(0, last)
+                *_, last = several.engines
+            owner.client.lose()
+            owner.client.retire()
+        assert last.client.num_unfinished == 1
+        last.say(RequestOutput("a", [5], FinishReason.STOP))
+        await turns()
+        assert [output.token_ids for output in submission.take()] == [[5]]
+
+    play(scene)
+
+
+def test_what_waited_for_a_trial_goes_on_when_it_ends() -> None:
+    """Of two engines one is gone for good, while what may kill engines is tried at the other one."""
+
+    async def scene() -> None:
+        several = Several(2)
+        first, second = several.engines
+        suspect = several.submit([1, 2, 3])
+        for _ in range(MAX_DEATHS):
+            owner = first if first.client.num_unfinished else second
+            owner.client.lose()
+            owner.connect()
+        owner, other = (first, second) if first.client.num_unfinished else (second, first)
+        assert not owner.client.is_open
+        held = several.submit([4, 5, 6], names="b")
+        assert other.client.num_unfinished == 1
+        other.client.lose()
+        other.client.retire()
+        owner.say(RequestOutput("a", [5], FinishReason.STOP))
+        assert owner.client.num_unfinished == 1
+        owner.say(RequestOutput("b", [6], FinishReason.STOP))
+        await turns()
+        assert [[output.token_ids for output in one.take()] for one in (suspect, held)] == [[[5]], [[6]]]
+
+    play(scene)
+
+
 def test_a_full_engine_is_passed_over_and_all_are_full_in_the_end() -> None:
     async def scene() -> None:
         several = Several()
