@@ -21,7 +21,7 @@ from shoal.server.settings import Settings
 
 logger = logging.getLogger("shoal.engine")
 
-LAST_WORDS_SECONDS = 1.0  # how long after its end a process that it began may hold its socket, or the other way round
+LAST_WORDS_SECONDS = 1.0  # between the exit of an engine and the end of what it said, whichever comes first
 STOP_SECONDS = 2.0  # how long an engine may take to close what it writes
 LOOK_SECONDS = 0.1  # how often it is looked whether an engine hangs
 
