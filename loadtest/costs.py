@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, nnls
 
 from shoal.loadtest.records import LoadTestError, Run
 from shoal.loadtest.trace import ends, stays
@@ -62,6 +62,26 @@ class StepShape(NamedTuple):
         return cls(*map(sum, zip(*counts, strict=True)))
 
 
+class Crowding(NamedTuple):
+    """What engines on one machine make of each other's steps.
+
+    Attributes:
+        factor: what a step takes over what it takes alone.
+        wait_seconds: that are added to it, however short it is: where there are fewer cores than engines, a step waits
+            until another one's turn on a core is over.
+    """
+
+    factor: Amount = 1.0
+    wait_seconds: Amount = 0.0
+
+    def __call__(self, seconds: float) -> float:
+        """The seconds of a step that takes so many alone."""
+        return self.factor * seconds + self.wait_seconds
+
+
+NOT_CROWDED = Crowding()
+
+
 class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that the twin knows of time, in seconds.
 
@@ -75,8 +95,7 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         deviations: measured over predicted seconds of steps, by their least number of streams; ascending, each for an
             equal share of the profile's steps.  The twin draws from them, so that predictions contain what else the
             machine did, above all passing on tokens on the engine's cores.  If empty, nothing deviates.
-        crowding: what a step takes while 1, 2, ... engines compute on the machine, over what it takes alone; empty if
-            the profile was taken with one engine.
+        crowding: of steps while 1, 2, ... engines compute on the machine; empty if the profile is of one engine.
         send_seconds: of a request on its way from the user to the engine.
         delivery_seconds: of a token on its way from the end of its step to the user.
     """
@@ -87,7 +106,7 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sample_seconds: Amount = 0.0
     stream_seconds: Amount = 0.0
     deviations: dict[Count, Annotated[tuple[Amount, ...], Meta(min_length=1)]] = {}
-    crowding: tuple[Amount, ...] = ()
+    crowding: tuple[Crowding, ...] = ()
     send_seconds: Amount = 0.0
     delivery_seconds: Amount = 0.0
 
@@ -111,9 +130,9 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             + self.stream_seconds * num_streams
         )
 
-    def crowded(self, num_busy: int) -> float:
-        """What a step takes while so many engines compute on the machine, over what it takes alone."""
-        return self.crowding[min(num_busy, len(self.crowding)) - 1] if self.crowding else 1.0
+    def crowded(self, num_busy: int) -> Crowding:
+        """What so many engines that compute on the machine make of a step."""
+        return self.crowding[min(num_busy, len(self.crowding)) - 1] if self.crowding else NOT_CROWDED
 
     def ratios(self, num_streams: int) -> tuple[float, ...]:
         """The deviations of steps with `num_streams` streams; the first ones if it lies below all."""
@@ -134,9 +153,9 @@ class Durations:
         self._of_band: dict[tuple[float, ...], Array] = {}
         self._of_rows: dict[int, tuple[float, Array]] = {}
 
-    def one(self, shape: StepShape, number: int) -> float:
+    def one(self, shape: StepShape, number: int, crowding: Crowding) -> float:
         """The seconds of the step with this number."""
-        return self._costs.seconds(shape) * float(self._deviations(shape.num_streams)[number % _NUM_DRAWS])
+        return crowding(self._costs.seconds(shape)) * float(self._deviations(shape.num_streams)[number % _NUM_DRAWS])
 
     def plain(self, num_rows: int, num_keys: int, number: int, count: int) -> Array:
         """The seconds of steps that follow each other, in which rows decode that see `num_keys` keys in the first."""
@@ -160,8 +179,7 @@ class Durations:
 def fit(runs: Sequence[Run]) -> CostModel:
     """The cost model that agrees best with measured runs; a cost of which they show nothing is 0.
 
-    Where several engines shared the machine, a step also takes longer or shorter by how many of them computed when it
-    began.
+    Where several engines shared the machine, a step also takes longer by how many of them computed when it began.
 
     Raises:
         LoadTestError: there are too few steps to fit.
@@ -183,10 +201,15 @@ def fit(runs: Sequence[Run]) -> CostModel:
     found, crowding = _least_errors(table / scale, seconds, num_busy)
     found /= scale
     # Most steps fit now.  But where there are fewer cores than engines, some steps wait for long, so that sums do not.
-    measured, alone = (np.bincount(num_busy, values)[1:] for values in (seconds, table @ found))
-    crowding = np.divide(measured, alone, out=crowding, where=alone > 0)
-    crowding /= crowding[0]
-    predicted = table @ found * crowding[num_busy - 1]
+    alone = table @ found
+    if (one := num_busy == 1).any():
+        found *= seconds[one].sum() / alone[one].sum()
+        alone = table @ found
+    for number in range(2, len(crowding) + 1):
+        chosen = num_busy == number
+        if chosen.sum() >= _MIN_STEPS:
+            crowding[number - 1] = _right_in_sum(alone[chosen], seconds[chosen])
+    predicted = np.array([crowding[number - 1](one) for number, one in zip(num_busy, alone, strict=True)])
     pair, key, sample, stream = found[len(counts) :].tolist()
     return CostModel(
         token_seconds=dict(zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)),
@@ -195,7 +218,7 @@ def fit(runs: Sequence[Run]) -> CostModel:
         sample_seconds=sample,
         stream_seconds=stream,
         deviations=_deviations(others[-1], seconds, predicted),
-        crowding=tuple(crowding.tolist()) if len(crowding) > 1 else (),
+        crowding=tuple(crowding) if len(crowding) > 1 else (),
         send_seconds=_usual_way(engines),
         delivery_seconds=_typical(map(_deliveries, engines)),
     )
@@ -215,23 +238,33 @@ def _num_busy(run: Run) -> NDArray[np.int64]:
     return np.maximum(found, 1)
 
 
-def _least_errors(table: Array, seconds: Array, num_busy: NDArray[np.int64]) -> tuple[Array, Array]:
-    """Coefficients x, none negative, and factors by the number of engines that compute, that of one alone being 1.
+def _least_errors(table: Array, seconds: Array, num_busy: NDArray[np.int64]) -> tuple[Array, list[Crowding]]:
+    """Coefficients x, none negative, and the crowding by the number of engines that compute; that of one is none.
 
-    With them the logarithm of `table @ x`, times the factor, is near that of `seconds`.  A large error counts by its
-    size and not by its square, so that hiccups of the machine hardly move the costs.
+    With them the logarithm of what becomes of `table @ x` is near that of `seconds`.  A large error counts by its size
+    and not by its square, so that hiccups of the machine hardly move the costs.
     """
-    width = table.shape[1]
+    width, most, usual = table.shape[1], int(num_busy.max()), float(np.median(seconds))
 
-    def split(values: Array) -> tuple[Array, Array]:
-        return values[:width], np.concatenate([[1.0], values[width:]])
+    def split(values: Array) -> tuple[Array, Array, Array]:
+        factors, waits = values[width:].reshape(2, most - 1)
+        return values[:width], np.append(1.0, factors), np.append(0.0, waits * usual)
 
     def errors(values: Array) -> Array:
-        costs, factors = split(values)
-        return np.log(table @ costs * factors[num_busy - 1] / seconds)
+        costs, factors, waits = split(values)
+        return np.log((table @ costs * factors[num_busy - 1] + waits[num_busy - 1]) / seconds)
 
-    start = np.concatenate([np.full(width, np.median(seconds) / width), np.ones(num_busy.max() - 1)])
-    return split(np.asarray(least_squares(errors, start, bounds=(0, np.inf), loss="soft_l1", f_scale=_USUAL_ERROR).x))
+    start = np.concatenate([np.full(width, usual / width), np.ones(most - 1), np.zeros(most - 1)])
+    found = least_squares(errors, start, bounds=(0, np.inf), loss="soft_l1", f_scale=_USUAL_ERROR).x
+    costs, factors, waits = split(np.asarray(found))
+    return costs, [Crowding(*line) for line in zip(factors.tolist(), waits.tolist(), strict=True)]
+
+
+def _right_in_sum(alone: Array, seconds: Array) -> Crowding:
+    """The crowding with which the sum of all seconds is right, and that of the relative errors is none."""
+    weights = alone**-0.5
+    line, _ = nnls(np.column_stack([alone * weights, weights]), seconds * weights)
+    return Crowding(*line.tolist())
 
 
 def _deviations(num_streams: Array, seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:

@@ -29,7 +29,7 @@ SERIES = {
     PlannedRun(setup=FCFS, workload="code", load=Load(users=16)): 64,
     PlannedRun(setup=STATIC, workload="chat", load=Load(users=32)): 64,
 }
-"""The runs of a profile, and how many requests of the workload each sends at most.
+"""The runs of a profile, and how many requests of the workload each sends at most, for each engine.
 
 They show batches of 1 to 64 rows (a run passes through all smaller ones as it ends), prompts in chunks of all sizes,
 long contexts and found prefixes, and padding rows.

@@ -11,7 +11,7 @@ from operator import sub
 from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
-from shoal.loadtest.costs import CostModel, Durations, StepShape
+from shoal.loadtest.costs import NOT_CROWDED, CostModel, Durations, StepShape
 from shoal.loadtest.workload import WorkloadRequest
 from shoal.scheduler import output
 from shoal.scheduler.config import SchedulerConfig
@@ -137,7 +137,7 @@ class Replica:
         self.scheduler = LeapingScheduler(policy.config, policy)
         self.core = EngineCore(self.scheduler, self, lambda: self.now, [self.steps.append] if records_steps else [])
         self._costs, self._durations, self._number = costs, durations, first_step
-        self._crowding = 1.0  # what other engines on the machine make of a step
+        self._crowding = NOT_CROWDED  # what other engines on the machine make of a step
         self._began = 0.0
         self._leapt: list[float] = []  # ends of the plain steps that are under way
         self._news: list[output.RequestOutput] = []
@@ -210,7 +210,7 @@ class Replica:
         """Let the clock jump by what the step costs, and choose tokens that no other text has."""
         shape = StepShape.of(step.scheduled)
         if shape.num_tokens:
-            self.now += self._durations.one(shape, self._number) * self._crowding
+            self.now += self._durations.one(shape, self._number, self._crowding)
             self._number += 1
         return output.StepResult([[self._choose(share)] if share.samples else [] for share in step.scheduled])
 

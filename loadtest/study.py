@@ -204,11 +204,12 @@ def measure_profile(plan: Plan, folder: Path) -> Profile:
         LoadTestError: a server failed, or too little was measured.
     """
     workloads = {name: read_workload(workload_file(folder, name)) for name in PROFILED}
-    runs = []
+    runs: list[Run] = []
     for number, (asked, num_requests) in enumerate(tqdm(SERIES.items(), unit="run", desc="profile"), 1):
         planned = replace(asked, setup=replace(asked.setup, options=plan.options))
         run_folder = folder / "runs" / f"{number:03}-{planned.name}"
-        measure(run_folder, planned, plan.model, workloads[planned.workload][:num_requests])
+        num_engines = runs[0].server.num_engines if runs else 1
+        measure(run_folder, planned, plan.model, workloads[planned.workload][: num_requests * num_engines])
         runs.append(load_run(run_folder))
     profile = Profile(server=runs[0].server, options=plan.options, versions=machine(), costs=fit(runs))
     write_json(folder / FILE, profile)

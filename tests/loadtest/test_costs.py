@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from shoal.loadtest.costs import CostModel, StepShape, fit
+from shoal.loadtest.costs import NOT_CROWDED, CostModel, Crowding, StepShape, fit
 from shoal.loadtest.records import Load, LoadTestError, PlannedRun, Run, Setup
 from shoal.loadtest.twin import simulate
 from shoal.loadtest.workload import WorkloadRequest
@@ -179,7 +179,7 @@ def test_runs_without_steps_in_common_with_the_users_are_no_trouble() -> None:
 
 def test_engines_that_share_a_machine_slow_each_other_down() -> None:
     """A profile of three engines, and what it says of a run that it has not seen."""
-    crowded = replace(REALISTIC, crowding=(1.0, 1.2, 2.1))
+    crowded = replace(REALISTIC, crowding=(NOT_CROWDED, Crowding(1.2), Crowding(1.6, 0.002)))
 
     def of_three(workload: list[WorkloadRequest], load: Load, costs: CostModel) -> Run:
         server = server_info()
@@ -190,7 +190,9 @@ def test_engines_that_share_a_machine_slow_each_other_down() -> None:
     loads = Load(users=1), Load(users=2), Load(users=8), Load(users=32), Load(rate=60.0)
     found = fit([of_three(chat(40, seed), load, crowded) for seed, load in enumerate(loads)])
     assert len(found.crowding) == 3
-    assert found.crowding == pytest.approx(crowded.crowding, rel=0.1)
+    for seconds in (0.001, 0.005, 0.02):
+        for number in (1, 2, 3):
+            assert found.crowded(number)(seconds) == pytest.approx(crowded.crowded(number)(seconds), rel=0.1)
     load = Load(users=16)
     actual, predicted = (of_three(chat(80, 9), load, costs) for costs in (crowded, found))
     assert all(len(steps) > 50 for steps in (actual.steps, *actual.other_steps))
@@ -203,4 +205,4 @@ def test_what_most_steps_take_is_not_what_steps_take_that_wait_for_a_core() -> N
     starts = accumulate(cycle((1.0, 1.0, 1.0, 5.0)), initial=0.0)
     waits = [dataclasses.replace(step, start=start) for step, start in zip(alone.steps, starts, strict=False)]
     three = replace(alone, steps=waits, other_steps=[waits, waits])
-    assert fit([alone, three]).crowding[2] == pytest.approx(2.0, rel=0.02)
+    assert fit([alone, three]).crowded(3)(1.0) == pytest.approx(2.0, rel=0.02)
