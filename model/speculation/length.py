@@ -149,15 +149,14 @@ class AdaptiveLength(LengthRule):
         fixed, each = self._costs.verification(self._num_requests)
         start, drafting = self._costs.drafting(self._num_requests)
         for length in range(1, self._most + 1):
-            verification = each if length > 1 else fixed + each
-            growing = [i for i in growing if chances[i] > goodput * verification]
+            growing = [i for i in growing if chances[i] > goodput * each]
             if not growing:
                 break
             for i in growing:
                 lengths[i] = length
                 tokens += chances[i]
                 chances[i] *= rates[i][1]
-            seconds += len(growing) * verification + drafting + (start if length == 1 else 0.0)
+            seconds += len(growing) * each + drafting + (start + len(growing) * fixed if length == 1 else 0.0)
             if tokens / seconds > goodput:
                 goodput, best = tokens / seconds, lengths.copy()
         return best

@@ -102,6 +102,15 @@ def mean_length(history: list[list[int]]) -> float:
     return float(np.mean(history[len(history) // 2 :]))
 
 
+def test_a_first_token_that_does_not_pay_alone_may_pay_with_those_behind_it() -> None:
+    """One drafted token adds a step's time, each further one a tenth of it."""
+    machine = Machine(
+        AdaptiveLength(64), lambda n, k: n + (0.9 + 0.1 * k if k else 0.0), by_chance([0.85]), drafting=0.01
+    )
+    assert mean_length(machine.run(1, 600)) > 5
+    assert machine.speed_up(1) > 1.5
+
+
 def test_where_rows_are_free_and_drafts_are_right_proposals_are_long() -> None:
     history, speed_up = play(lambda n: 1.0 + 0.01 * n, drafting=0.02, rates=[0.95])
     assert mean_length(history) > 0.8 * ADAPTIVE_MOST
