@@ -66,6 +66,7 @@ class Output:
     ) -> list[ItemEvent]:
         """Add a piece of the text, and its tokens; returns what is new."""
         self._events = []
+        self._scores.read(text)
         for delta in self._answer.deltas(text, token_ids, is_last=finish_reason is not None):
             if delta.reasoning_content:
                 self._think(delta.reasoning_content)
@@ -160,30 +161,35 @@ class Scores:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._waiting: list[tuple[bytes, bytes]] = []  # the bytes of each token, and the JSON of its entry
+        self._waiting: list[tuple[int, bytes]] = []  # where the text of each token begins, and the JSON of its entry
+        self._text, self._begin = "", 0  # what nothing was made of yet, and where it begins
 
     def add(self, scored: Sequence[Scored]) -> None:
         entries = chat_logprobs(self._tokenizer, scored, plain_text).content
-        for one, entry in zip(scored, entries, strict=True):
-            self._waiting.append((self._tokenizer.token_bytes(one.token_id), msgspec.json.encode(entry)))
+        self._waiting += [
+            (one.text_offset, msgspec.json.encode(entry)) for one, entry in zip(scored, entries, strict=True)
+        ]
+
+    def read(self, text: str) -> None:
+        """Add the text that follows."""
+        self._text += text
 
     def take(self, text: str) -> list[bytes]:
-        """The entries of the tokens that a text is of; they and those before them wait no longer."""
-        data = text.encode()
-        begin = b"".join(token for token, _ in self._waiting).find(data)
-        begin, end = (begin, begin + len(data)) if begin >= 0 else (0, len(data))
-        taken, waiting, at = list[bytes](), list[tuple[bytes, bytes]](), 0
-        for token, entry in self._waiting:
-            behind = at + len(token)
-            if at >= end:
-                waiting.append((token, entry))
-            elif behind > begin:
-                if entry:
-                    taken.append(entry)
-                if behind > end:  # the rest of the token belongs to the next piece, and has no entry of its own
-                    waiting.append((token[end - at :], b""))
-            at = behind
-        self._waiting = waiting
+        """The entries of the tokens that a part of the text is of; they and those before it wait no longer.
+
+        A token without text of its own, which begins a character or is not shown, goes with the text behind it.
+        """
+        skipped = max(self._text.find(text), 0)
+        begin, rest = self._begin + skipped, self._text[skipped + len(text) :]
+        end = self._begin + len(self._text) - len(rest)
+        behind = [offset for offset, _ in self._waiting[1:]] + [end + len(rest)]
+        taken = [
+            entry
+            for (offset, entry), after in zip(self._waiting, behind, strict=False)
+            if offset < end and (offset >= begin or after > begin)
+        ]
+        self._waiting = [one for one in self._waiting if one[0] >= end]
+        self._text, self._begin = rest, end
         return taken
 
 

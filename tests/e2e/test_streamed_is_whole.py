@@ -12,7 +12,7 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.responses import Response
@@ -193,7 +193,9 @@ def test_messages(claude: anthropic.Anthropic, body: dict[str, Any]) -> None:
         ),
     )
 )
+@example(body={"max_output_tokens": 25, "temperature": 0.7, "seed": 50, "top_logprobs": 0})  # ends without a text
 def test_responses(client: openai.OpenAI, body: dict[str, Any]) -> None:
+    body = dict(body)
     form = body.pop("form", {})
     form = form | (
         {"tools": [{"type": "function", **one} for one in (FUNCTION, OTHER)]} if "tool_choice" in form else {}
