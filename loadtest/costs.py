@@ -30,7 +30,7 @@ Count = Annotated[int, Meta(ge=0)]
 _TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512)  # the cost of a step is linear between two of them
 _MIN_STEPS = 20
 _USUAL_ERROR = 0.05  # of a step's cost; larger ones are outliers
-_BANDS = (0, 2, 4, 8, 16, 32, 64)  # of streams, each up to the next
+_BANDS = (0, 2, 4, 8, 16, 32, 64)  # of tokens, each up to the next; the last ones are those of prompts
 _NUM_RATIOS = 200  # of a band
 _NUM_DRAWS = 2**12  # of deviations, which then come again
 
@@ -92,7 +92,7 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             line goes on.
         pair_seconds, key_seconds, sample_seconds, stream_seconds: what one more of each further count of `StepShape`
             adds to a step.
-        deviations: measured over predicted seconds of steps, by their least number of streams; ascending, each for an
+        deviations: measured over predicted seconds of steps, by their least number of tokens; ascending, each for an
             equal share of the profile's steps.  The twin draws from them, so that predictions contain what else the
             machine did, above all passing on tokens on the engine's cores.  If empty, nothing deviates.
         crowding: of steps while 1, 2, ... engines compute on the machine; empty if the profile is of one engine.
@@ -134,16 +134,16 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """What so many engines that compute on the machine make of a step."""
         return self.crowding[min(num_busy, len(self.crowding)) - 1] if self.crowding else NOT_CROWDED
 
-    def ratios(self, num_streams: int) -> tuple[float, ...]:
-        """The deviations of steps with `num_streams` streams; the first ones if it lies below all."""
+    def ratios(self, num_tokens: int) -> tuple[float, ...]:
+        """The deviations of steps with `num_tokens` tokens; the first ones if it lies below all."""
         known = sorted(self.deviations)
-        return self.deviations[known[max(bisect_right(known, num_streams) - 1, 0)]] if known else (1.0,)
+        return self.deviations[known[max(bisect_right(known, num_tokens) - 1, 0)]] if known else (1.0,)
 
 
 class Durations:
     """How long steps take, deviations included: a cost model, and what was drawn of its deviations with a seed.
 
-    An engine counts its steps, and the deviation of a step depends on its number and its streams alone.
+    An engine counts its steps, and the deviation of a step depends on its number and its tokens alone.
     """
 
     def __init__(self, costs: CostModel, seed: int) -> None:
@@ -155,7 +155,7 @@ class Durations:
 
     def one(self, shape: StepShape, number: int, crowding: Crowding) -> float:
         """The seconds of the step with this number."""
-        return crowding(self._costs.seconds(shape)) * float(self._deviations(shape.num_streams)[number % _NUM_DRAWS])
+        return crowding(self._costs.seconds(shape)) * float(self._deviations(shape.num_tokens)[number % _NUM_DRAWS])
 
     def plain(self, num_rows: int, num_keys: int, number: int, count: int) -> Array:
         """The seconds of steps that follow each other, in which rows decode that see `num_keys` keys in the first."""
@@ -168,8 +168,8 @@ class Durations:
         found *= deviations[first : first + count]
         return found
 
-    def _deviations(self, num_streams: int) -> Array:
-        ratios = self._costs.ratios(num_streams)
+    def _deviations(self, num_tokens: int) -> Array:
+        ratios = self._costs.ratios(num_tokens)
         if ratios not in self._of_band:
             drawn = np.array(ratios)[(self._draws * len(ratios)).astype(int)]
             self._of_band[ratios] = np.concatenate([drawn, drawn])
@@ -217,7 +217,7 @@ def fit(runs: Sequence[Run]) -> CostModel:
         key_seconds=key,
         sample_seconds=sample,
         stream_seconds=stream,
-        deviations=_deviations(others[-1], seconds, predicted),
+        deviations=_deviations(tokens, seconds, predicted),
         crowding=tuple(crowding) if len(crowding) > 1 else (),
         send_seconds=_usual_way(engines),
         delivery_seconds=_typical(map(_deliveries, engines)),
@@ -267,10 +267,10 @@ def _right_in_sum(alone: Array, seconds: Array) -> Crowding:
     return Crowding(*line.tolist())
 
 
-def _deviations(num_streams: Array, seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
+def _deviations(tokens: Array, seconds: Array, predicted: Array) -> dict[int, tuple[float, ...]]:
     found = {}
     for least, following in pairwise((*_BANDS, np.inf)):
-        chosen = (least <= num_streams) & (num_streams < following)
+        chosen = (least <= tokens) & (tokens < following)
         if chosen.sum() >= _MIN_STEPS:
             ratios = np.sort(seconds[chosen] / predicted[chosen])
             ratios *= seconds[chosen].sum() / predicted[chosen].sum() / ratios.mean()  # the sum is predicted right

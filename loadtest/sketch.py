@@ -218,7 +218,7 @@ class Sketch:
             num_keys += row.num_computed + tokens
             num_samples += row.num_computed + tokens == row.num_tokens
         shape = StepShape(num_tokens, num_pairs, num_keys, num_samples, num_samples)
-        return self._costs.seconds(shape) * fmean(self._costs.ratios(num_samples))
+        return self._costs.seconds(shape) * fmean(self._costs.ratios(num_tokens))
 
     def _decode(self, row: _Row, seen_at: float) -> Delivery:
         """A prompt is computed, and the first token is chosen."""

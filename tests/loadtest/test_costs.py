@@ -52,7 +52,7 @@ def test_the_shape_of_a_schedule() -> None:
     assert StepShape.of(shares) == (6, 4 + 5 + 6 + 7 + 11 + 8, 7 + 11 + 8, 2, 1)
 
 
-def test_steps_deviate_like_those_with_about_as_many_streams() -> None:
+def test_steps_deviate_like_those_with_about_as_many_tokens() -> None:
     costs = replace(REALISTIC, deviations={1: (1.0,), 4: (4.0,), 30: (30.0,)})
     assert [costs.ratios(count) for count in (0, 1, 3, 4, 29, 30, 99)] == [(1,), (1,), (1,), (4,), (4,), (30,), (30,)]
     assert REALISTIC.ratios(1) == (1.0,)
@@ -106,14 +106,14 @@ def test_a_known_cost_model_comes_back() -> None:
 
 def test_noise_goes_into_the_deviations() -> None:
     rng = random.Random(0)
-    # Steps with few streams are even; those with many are often slowed down by what passes their tokens on.
+    # Steps with few tokens are even; those with many are often slowed down by what passes their tokens on.
     few, many = (
         tuple(sorted(rng.lognormvariate(0, 0.05) * (slower if rng.random() < share else 1) for _ in range(200)))
         for slower, share in ((3, 0.02), (2, 0.3))
     )
     noisy = replace(REALISTIC, deviations={0: few, 16: many})
     found = fit(series(noisy))
-    assert mean_seconds(found) == pytest.approx(mean_seconds(noisy), rel=0.1)
+    assert mean_seconds(found) == pytest.approx(mean_seconds(noisy), rel=0.12)
     assert np.quantile(found.ratios(1), 0.95) / np.median(found.ratios(1)) == pytest.approx(1.09, abs=0.04)
     assert np.quantile(found.ratios(32), 0.95) / np.median(found.ratios(32)) == pytest.approx(2.1, abs=0.2)
     # What users see of another load is predicted, as far as one run is like the next.
@@ -130,7 +130,7 @@ def test_noise_goes_into_the_deviations() -> None:
 def mean_seconds(costs: CostModel) -> list[float]:
     """Of steps that decode 1, 4, 16, 24, 32 and 48 rows, with what they deviate by."""
     shapes = [StepShape(*[count] * 2, 200 * count, *[count] * 2) for count in (1, 4, 16, 24, 32, 48)]
-    return [costs.seconds(shape) * float(np.mean(costs.ratios(shape.num_streams))) for shape in shapes]
+    return [costs.seconds(shape) * float(np.mean(costs.ratios(shape.num_tokens))) for shape in shapes]
 
 
 def end(run: Run) -> float:
