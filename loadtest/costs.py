@@ -66,7 +66,7 @@ class Crowding(NamedTuple):
     """What engines on one machine make of each other's steps.
 
     Attributes:
-        factor: what a step takes over what it takes alone.
+        factor: what a step takes over what most take alone.
         wait_seconds: that are added to it, however short it is: where there are fewer cores than engines, a step waits
             until another one's turn on a core is over.
     """
@@ -202,14 +202,12 @@ def fit(runs: Sequence[Run]) -> CostModel:
     found /= scale
     # Most steps fit now.  But where there are fewer cores than engines, some steps wait for long, so that sums do not.
     alone = table @ found
-    if (one := num_busy == 1).any():
-        found *= seconds[one].sum() / alone[one].sum()
-        alone = table @ found
-    for number in range(2, len(crowding) + 1):
-        chosen = num_busy == number
-        if chosen.sum() >= _MIN_STEPS:
-            crowding[number - 1] = _right_in_sum(alone[chosen], seconds[chosen])
-    predicted = np.array([crowding[number - 1](one) for number, one in zip(num_busy, alone, strict=True)])
+    if len(crowding) > 1:
+        for index in range(len(crowding)):
+            chosen = num_busy == index + 1
+            if chosen.sum() >= _MIN_STEPS:
+                crowding[index] = _right_in_sum(alone[chosen], seconds[chosen])
+    predicted = np.array([crowding[count - 1](value) for count, value in zip(num_busy, alone, strict=True)])
     pair, key, sample, stream = found[len(counts) :].tolist()
     return CostModel(
         token_seconds=dict(zip(counts.astype(int).tolist(), found[: len(counts)].cumsum().tolist(), strict=True)),
