@@ -25,8 +25,6 @@ class KVCache:
         self._config, self._prefixes = config, PrefixCache(self.pool, config)
         self._block_size, self._num_groups = config.block_size, len(config.cache_groups)
         self._windows = [(number, group) for number, group in enumerate(config.cache_groups) if not group.sees_all]
-        # Tables that give blocks back reach as far as the next step; others, as far as the tokens known.
-        self._reach = config.max_chunk_tokens if self._windows else config.max_model_len
 
     def reserve(self, request: Request) -> list[int] | None:
         """Extend the block tables to hold all tokens of the next step, drafted ones included.
@@ -92,7 +90,9 @@ class KVCache:
 
     def _num_missing(self, request: Request, num_computed: int) -> int:
         """Entries that the block tables lack for the step after `num_computed` tokens."""
-        num_tokens = min(request.num_tokens_with_spec, num_computed + self._reach)
+        num_tokens = request.num_tokens_with_spec
+        if self._windows:  # tables that give blocks back reach as far as the next step
+            num_tokens = min(num_tokens, num_computed + self._config.max_chunk_tokens)
         return -(-num_tokens // self._block_size) * self._num_groups - len(request.block_ids)
 
     def _needs(self, request: Request, num_computed: int, num_gained: int = 0) -> int:

@@ -12,6 +12,7 @@ from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.output import SamplingParams
 from shoal.scheduler.request import Request
 
+_EMPTY = blake2b(digest_size=16)
 UNSEEN = -1  # stands in a block table where no query sees a block any more
 
 
@@ -79,10 +80,13 @@ def may_skip(params: SamplingParams) -> bool:
 
 def extend_hashes(hashes: list[bytes], count: int, token_ids: Sequence[int], salt: str, block_size: int) -> None:
     """Have the hashes of a text's leading blocks reach to so many of them."""
-    for index in range(len(hashes), count):
-        tokens = array("q", token_ids[index * block_size : (index + 1) * block_size]).tobytes()
-        parent = hashes[-1] if hashes else salt.encode()
-        hashes.append(blake2b(parent + tokens, digest_size=16).digest())
+    tokens = array("i", token_ids[len(hashes) * block_size : count * block_size])
+    content_hash = hashes[-1] if hashes else salt.encode()
+    for start in range(0, len(tokens), block_size):
+        content = _EMPTY.copy()  # in half the time that it takes to make one
+        content.update(content_hash + tokens[start : start + block_size].tobytes())
+        content_hash = content.digest()
+        hashes.append(content_hash)
 
 
 def _key(content_hash: bytes, group: int) -> bytes:

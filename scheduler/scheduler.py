@@ -150,9 +150,9 @@ class Scheduler:
                 news.append(self._finish(request, *result.errors[share.request_id]))
             elif one := self._settle(request, share, token_ids, result):
                 news.append(one)
-            # Nothing past the last token that the request may have is worth verifying.
-            room = request.max_num_tokens - request.num_tokens - 1
-            request.spec_token_ids = spec_token_ids[:room] if room > 0 else []
+            request.spec_token_ids = spec_token_ids
+            if spec_token_ids:  # nothing past the last token that the request may have is worth verifying
+                request.spec_token_ids = spec_token_ids[: max(request.max_num_tokens - request.num_tokens - 1, 0)]
         return news
 
     def fail(self, request_id: str, message: str) -> list[RequestOutput]:
@@ -181,7 +181,7 @@ class Scheduler:
         most, running = self.config.max_num_batched_tokens, self.running.values()
         if all(request.num_tokens - request.num_computed_tokens > 1 for request in running):
             return most  # nobody waits for the end of the step
-        num_tokens = len(self.padding) + sum(1 + len(request.spec_token_ids) for request in running)
+        num_tokens = len(self.padding) + len(running) + sum([len(request.spec_token_ids) for request in running])
         return min(most, num_tokens + self._pacing.num_prompt_tokens)
 
     def _learn(self, output: SchedulerOutput, now: float) -> None:
@@ -207,15 +207,13 @@ class Scheduler:
         is read lazily, so that it depends on the admissions so far.
         """
         for request in self.policy.order(tuple(self.running.values()), self.waiting.values(), now):
-            if step.is_closed and not step.behind:
-                return
-            if request in step.victims:
-                continue
-            if request.status is RequestStatus.RUNNING:
+            if request in step.behind:
                 step.behind.remove(request)
                 yield request
-            elif self._is_admissible(request, step, now):
+            elif request not in step.victims and self._is_admissible(request, step, now):
                 yield request
+            if step.is_closed and not step.behind:
+                return
 
     def _is_admissible(self, request: Request, step: _Step, now: float) -> bool:
         """Whether a waiting request may join the batch; if the batch is full, another request leaves it first."""
@@ -243,7 +241,7 @@ class Scheduler:
         if self.config.num_lookahead_tokens and request.speculates:
             block_ids += self.kv_cache.reserve_ahead(request, self.config.num_lookahead_tokens)
         new = None
-        if request.status is not RequestStatus.RUNNING:
+        if request.row < 0:
             salt = request.scheduling.cache_salt
             known = request.token_ids.tolist(), request.num_prompt_tokens
             new = NewRequest(*known, request.params, request.speculates, salt)
@@ -251,9 +249,9 @@ class Scheduler:
         start, num_tokens = request.num_computed_tokens, request.num_tokens
         wanted = num_tokens + len(request.spec_token_ids) - start
         count = min(wanted, self.config.max_chunk_tokens, step.budget - len(step.behind))
-        end = start + count
-        samples = end >= num_tokens and request.params.max_tokens > 0
-        spec_token_ids = request.spec_token_ids[: end - num_tokens] if end > num_tokens else []
+        num_drafted = start + count - num_tokens  # below 0 if known tokens are left
+        samples = num_drafted >= 0 and request.params.max_tokens > 0
+        spec_token_ids = request.spec_token_ids[:num_drafted] if num_drafted > 0 else []
         step.budget -= count
         request_id, num_blocks = request.request_id, len(request.block_ids)
         step.shares[request_id] = ScheduledRequest(
@@ -313,9 +311,10 @@ class Scheduler:
         finish_reason, token_ids = self._append(request, token_ids)
         if token_ids:
             self.policy.on_progress(request, len(token_ids))
-        computed = before + share.num_scheduled_tokens - num_rejected
-        request.num_computed_tokens = min(computed, request.num_tokens)  # less, if it ended inside accepted tokens
-        if request.params.max_tokens == 0 and computed == request.num_tokens:
+        request.num_computed_tokens = before + share.num_scheduled_tokens - num_rejected
+        if finish_reason:  # maybe inside accepted tokens
+            request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens)
+        elif request.params.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:
             finish_reason = FinishReason.LENGTH
         self.kv_cache.advance(request, before)
 
@@ -323,7 +322,7 @@ class Scheduler:
         prompt_logprobs = self._unreported(request, share, scored) if scored else None
         if not (token_ids or finish_reason or prompt_logprobs):
             return None
-        news = RequestOutput(share.request_id, token_ids, finish_reason, prompt_logprobs=prompt_logprobs)
+        news = RequestOutput(share.request_id, token_ids, finish_reason, None, prompt_logprobs)
         if request.num_preemptions:
             news.num_preemptions = request.num_preemptions
         news.embedding = result.embeddings.get(share.request_id)
@@ -341,12 +340,12 @@ class Scheduler:
 
     def _append(self, request: Request, token_ids: list[int]) -> tuple[FinishReason | None, list[int]]:
         """Append chosen tokens up to one that ends the request; returns the reason, if it ends, and those appended."""
-        stop_token_ids = request.params.stop_token_ids
+        known, stop_token_ids = request.token_ids, request.params.stop_token_ids
         for index, token_id in enumerate(token_ids):
-            request.token_ids.append(token_id)
+            known.append(token_id)
             if token_id in stop_token_ids:
                 return FinishReason.STOP, token_ids[: index + 1]
-            if len(request.token_ids) == request.max_num_tokens:
+            if len(known) == request.max_num_tokens:
                 return FinishReason.LENGTH, token_ids[: index + 1]
         return None, token_ids
 

@@ -133,9 +133,10 @@ class VirtualTokenCounter(Policy):
         if request.status is RequestStatus.RUNNING:
             most_served = self._most_served(running)
             return None if most_served is request else most_served
-        rows = Counter(other.scheduling.client for other in running)
+        clients = [other.scheduling.client for other in running]
+        rows = Counter(clients)
         enough = 2 * (rows[request.scheduling.client] + 1)
-        others = [other for other in running if rows[other.scheduling.client] >= enough]
+        others = [other for other, client in zip(running, clients, strict=True) if rows[client] >= enough]
         if not others:
             return None
         victim = self._most_served(others)

@@ -97,16 +97,21 @@ class KeyedPolicy(Policy):
     It gives way to a waiting request too, if that one's key is less.  Among equal keys the first request comes first.
     """
 
+    def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
+        super().__init__(config, knobs)
+        self._keys: dict[Request, float] = {}  # of those in the order of this step, each asked for once
+
     @abstractmethod
     def key(self, request: Request) -> float:
         """The request's place in the order.  It must not change while the request waits."""
 
     def order(self, running: Collection[Request], waiting: Collection[Request], now: float) -> Iterable[Request]:
-        keys = {request: self.key(request) for request in running}
+        keys = self._keys = {request: self.key(request) for request in running}
         ordered = sorted(keys, key=keys.__getitem__)
         start = 0
         for request in waiting:
-            end = bisect_right(ordered, self.key(request), key=keys.__getitem__)
+            keys[request] = self.key(request)
+            end = bisect_right(ordered, keys[request], key=keys.__getitem__)
             yield from ordered[start:end]
             start = end
             yield request
@@ -115,7 +120,7 @@ class KeyedPolicy(Policy):
         yield from ordered[start:]
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
-        last = max(reversed(tuple(running)), key=self.key)  # of equals the one that was admitted last
+        last = max(reversed(tuple(running)), key=self._keys.__getitem__)  # of equals the one that was admitted last
         if request.status is RequestStatus.RUNNING:
             return None if last is request else last
-        return last if self.key(request) < self.key(last) else None
+        return last if self._keys[request] < self._keys[last] else None

@@ -43,7 +43,8 @@ class Oracle(Predictor):
 
 _PRIOR_TOKENS = 128.0  # the prediction before anything is learned
 _NUM_SLOTS = 2**14  # for words, and as many for all else
-_SLOWEST_RATE = 0.05  # the rate of learning does not fall below this
+_MOST_SEEN = 400  # the rate of learning falls no more after so many times
+_RATES = [1 / sqrt(max(num_seen, 1)) for num_seen in range(_MOST_SEEN + 1)]
 _NUM_WORDS = 32  # tokens at either end of a prompt that are features one by one
 _RUNS = (4, 8, 16, 32)  # bytes of 1, 2, 4 and 8 tokens
 
@@ -79,21 +80,19 @@ class LearnedLengths(Predictor):
         groups = _features(request)
         error = log(request.num_output_tokens) - self._expected(groups)
         part = error / (1 + len(groups))
-        self._num_learned += 1
-        self._base += part * _rate(self._num_learned)
+        self._num_learned = min(self._num_learned + 1, _MOST_SEEN)
+        self._base += part * _RATES[self._num_learned]
         for slots in groups:
+            change = part / sqrt(len(slots))
             for slot in slots:
-                self._num_seen[slot] += 1
-                self._weights[slot] += part * _rate(self._num_seen[slot]) / sqrt(len(slots))
+                if (seen := self._num_seen[slot]) < _MOST_SEEN:
+                    self._num_seen[slot] = seen = seen + 1
+                self._weights[slot] += change * _RATES[seen]
 
     def _expected(self, groups: Iterable[Collection[int]]) -> float:
         """The logarithm of the length.  The squares of the values of each group of features sum to 1."""
         weight = self._weights.__getitem__
         return self._base + sum([sum(map(weight, slots)) / sqrt(len(slots)) for slots in groups])
-
-
-def _rate(num_seen: int) -> float:
-    return max(1 / sqrt(num_seen), _SLOWEST_RATE)
 
 
 def _features(request: Request) -> list[Collection[int]]:

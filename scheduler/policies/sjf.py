@@ -53,9 +53,10 @@ class ShortestJobFirst(KeyedPolicy):
         self._predicted: dict[Request, float] = {}
 
     def key(self, request: Request) -> float:
-        predicted, num_output_tokens = self._predicted[request], request.num_output_tokens
-        expected = min(predicted - num_output_tokens % predicted, request.params.max_tokens - num_output_tokens)
-        to_compute = _PROMPT_WEIGHT * (request.num_tokens - request.num_computed_tokens)
+        predicted, num_tokens = self._predicted[request], request.num_tokens
+        so_far = (num_tokens - request.num_prompt_tokens) % predicted
+        expected = min(predicted - so_far, request.max_num_tokens - num_tokens)
+        to_compute = _PROMPT_WEIGHT * (num_tokens - request.num_computed_tokens)
         return request.arrival_time + (expected + to_compute) / self.knobs.ageing_tokens
 
     def victim(self, request: Request, running: Collection[Request], now: float) -> Request | None:
@@ -63,7 +64,7 @@ class ShortestJobFirst(KeyedPolicy):
         if victim is None or request.status is RequestStatus.RUNNING:
             return victim
         lost = _PROMPT_WEIGHT * victim.num_computed_tokens / self.knobs.ageing_tokens
-        return victim if self.key(request) + lost < self.key(victim) else None
+        return victim if self._keys[request] + lost < self._keys[victim] else None
 
     def on_arrival(self, request: Request) -> None:
         self._predicted[request] = self._predictor.predict(request)

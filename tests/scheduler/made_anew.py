@@ -51,6 +51,7 @@ class MadeAnew(Policy):
 
 class KeyedAnew(MadeAnew, KeyedPolicy):
     def sort(self, requests: list[Request], now: float) -> Iterable[Request]:
+        self._keys = {request: self.key(request) for request in requests}
         return sorted(requests, key=self.key)
 
 
