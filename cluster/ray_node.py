@@ -15,7 +15,8 @@ from pathlib import Path
 
 from shoal.scheduler.errors import ConfigError
 
-START_SECONDS, STOP_SECONDS = 180.0, 20.0
+START_SECONDS = 180.0
+STOP_SECONDS = 3.0  # the app has ended before; Ray's processes would wait for each other, 20 s in all
 _NOTE = Path(tempfile.gettempdir()) / f"shoal-cluster-{os.getuid()}.json"  # of the node that was started
 
 
@@ -51,10 +52,10 @@ def start_node() -> str:
 
 def noted_address() -> str | None:
     """The address of the node that was started here, if it still runs."""
-    with suppress(OSError, ValueError, ProcessLookupError):
+    with suppress(OSError, ValueError):
         note = json.loads(_NOTE.read_text("utf-8"))
-        os.kill(note["pid"], 0)
-        return str(note["address"])
+        if _runs(note["pid"]):
+            return str(note["address"])
     return None
 
 
@@ -64,9 +65,16 @@ def end_node() -> None:
         note = json.loads(_NOTE.read_text("utf-8"))
         os.killpg(note["pid"], signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
-        with suppress(ProcessLookupError):
-            while time.monotonic() < deadline:
-                os.kill(note["pid"], 0)
-                time.sleep(0.1)
-            os.killpg(note["pid"], signal.SIGKILL)
+        while _runs(note["pid"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(note["pid"], signal.SIGKILL)
     _NOTE.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs.  One that has ended is there until its status is asked for, which may be never."""
+    with suppress(OSError):
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat")
+        return not state.exists() or b") Z " not in state.read_bytes()
+    return False
