@@ -27,12 +27,13 @@ SERIES = {
     PlannedRun(setup=FCFS, workload="chat", load=Load(users=32)): 256,
     PlannedRun(setup=FCFS, workload="chat", load=Load(users=64)): 256,
     PlannedRun(setup=FCFS, workload="code", load=Load(users=16)): 64,
+    PlannedRun(setup=FCFS, workload="agent", load=Load(users=16)): 64,
     PlannedRun(setup=STATIC, workload="chat", load=Load(users=32)): 64,
 }
 """The runs of a profile, and how many requests of the workload each sends at most, for each engine.
 
 They show batches of 1 to 64 rows (a run passes through all smaller ones as it ends), prompts in chunks of all sizes,
-long contexts and found prefixes, and padding rows.
+long contexts, found prefixes and rows that share one, and padding rows.
 """
 
 

@@ -50,7 +50,7 @@ from shoal.scheduler.errors import ShoalError
 from shoal.testing import ServerProcess
 
 PLAN_FILE, PROFILE_FOLDER = "plan.json", "profile"
-PROFILED = ("chat", "code")  # workloads of the runs of a profile
+PROFILED = ("chat", "code", "agent")  # workloads of the runs of a profile
 
 Workloads = dict[str, list[WorkloadRequest]]  # by name
 Runs = dict[PlannedRun, Path]  # the folder of each

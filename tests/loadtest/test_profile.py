@@ -27,7 +27,10 @@ def measure(most_requests: int) -> list[Run]:
     return [
         simulate(
             planned,
-            chat(min(num_requests, most_requests), num_prompt_tokens={"chat": 70, "code": 400}[planned.workload]),
+            chat(
+                min(num_requests, most_requests),
+                num_prompt_tokens={"chat": 70, "code": 400, "agent": 450}[planned.workload],
+            ),
             server=PROFILE.server,
             costs=REALISTIC,
         )
