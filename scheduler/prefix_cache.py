@@ -83,7 +83,7 @@ def extend_hashes(hashes: list[bytes], count: int, token_ids: Sequence[int], sal
     tokens = array("i", token_ids[len(hashes) * block_size : count * block_size])
     content_hash = hashes[-1] if hashes else salt.encode()
     for start in range(0, len(tokens), block_size):
-        content = _EMPTY.copy()  # in half the time that it takes to make one
+        content = _EMPTY.copy()  # which takes half the time of a new one
         content.update(content_hash + tokens[start : start + block_size].tobytes())
         content_hash = content.digest()
         hashes.append(content_hash)

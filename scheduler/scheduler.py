@@ -242,9 +242,8 @@ class Scheduler:
             block_ids += self.kv_cache.reserve_ahead(request, self.config.num_lookahead_tokens)
         new = None
         if request.row < 0:
-            salt = request.scheduling.cache_salt
-            known = request.token_ids.tolist(), request.num_prompt_tokens
-            new = NewRequest(*known, request.params, request.speculates, salt)
+            how = request.params, request.speculates, request.scheduling.cache_salt
+            new = NewRequest(request.token_ids.tolist(), request.num_prompt_tokens, *how)
             self._join(request, now)
         start, num_tokens = request.num_computed_tokens, request.num_tokens
         wanted = num_tokens + len(request.spec_token_ids) - start

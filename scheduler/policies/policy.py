@@ -97,9 +97,7 @@ class KeyedPolicy(Policy):
     It gives way to a waiting request too, if that one's key is less.  Among equal keys the first request comes first.
     """
 
-    def __init__(self, config: SchedulerConfig, knobs: Config) -> None:
-        super().__init__(config, knobs)
-        self._keys: dict[Request, float] = {}  # of those in the order of this step, each asked for once
+    _keys: dict[Request, float]  # of those in the order of this step, each asked for once
 
     @abstractmethod
     def key(self, request: Request) -> float:
