@@ -74,15 +74,16 @@ class Scheduler:
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Take a request.
+    def add(self, request: Request, *, is_bounded: bool = True) -> None:
+        """Take a request, however many there are if it is not bounded.
 
         Raises:
             InvalidRequestError: it can never be served.
             QueueFullError: too many requests are unfinished.
         """
         check_request(self.config, request.num_prompt_tokens, request.params.max_tokens)
-        check_queue(self.config, self.num_unfinished)
+        if is_bounded:
+            check_queue(self.config, self.num_unfinished)
         for requests in (self.running, self.waiting, self.padding):
             assert request.request_id not in requests, "a request id is used twice"
         self.policy.on_arrival(request)

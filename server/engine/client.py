@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from enum import Enum
 from math import inf
 
@@ -100,7 +100,7 @@ class EngineClient:
         self.check_room(requests, timeout)
         submission = Submission(requests, self._clock())
         submission.end_after(timeout, self.abort)
-        self.adopt(dict.fromkeys(submission.journals, submission))
+        self.adopt(dict.fromkeys(submission.journals, submission), are_new=True)
         return submission
 
     def forget_prefixes(self) -> None:
@@ -145,8 +145,11 @@ class EngineClient:
         """Whether what is adopted goes to an engine at once."""
         return self.is_connected and self._on_trial is None
 
-    def adopt(self, requests: Mapping[str, Submission]) -> None:
-        """Have these requests served, whatever the bounds."""
+    def has_any(self, request_ids: Iterable[str]) -> bool:
+        return not self._unfinished.keys().isdisjoint(request_ids)
+
+    def adopt(self, requests: Mapping[str, Submission], *, are_new: bool = False) -> None:
+        """Have these requests served, whatever the bounds; for new ones the engine may still have no room."""
         if not self._num_in_engine:
             self._heard_at = self._clock()  # an idle engine is silent
         for request_id, submission in requests.items():
@@ -155,7 +158,7 @@ class EngineClient:
         self._held |= dict.fromkeys(requests)
         if requests:
             self._idle.clear()
-        self._hand_over()
+        self._hand_over(requests if are_new else ())
 
     def let_go(self, *, of_suspects: bool = False) -> dict[str, Submission]:
         """Forget the requests that no engine has.  Suspects stay to be tried alone, unless they are meant too."""
@@ -171,8 +174,9 @@ class EngineClient:
 
     @property
     def hangs(self) -> bool:
-        """Whether an engine that has work was not heard of for too long."""
-        return self._num_in_engine > 0 and self._clock() - self._heard_at > self._hang_seconds
+        """Whether an engine that has work, or has to tell that a trial is over, was not heard of for too long."""
+        owes_news = self._num_in_engine > 0 or self._on_trial is not None
+        return owes_news and self._clock() - self._heard_at > self._hang_seconds
 
     def connect(self, ready: Ready, send: Callable[[Sendable], None], stats: SchedulerStats = NO_STATS) -> None:
         """The engine is ready, takes commands through `send`, and has counted so much before."""
@@ -252,7 +256,7 @@ class EngineClient:
     def _journal(self, request_id: str) -> Journal:
         return self._unfinished[request_id].journals[request_id]
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, new: Container[str] = ()) -> None:
         """Submit what is held; of suspects the first one, alone."""
         if self._send is None or self._on_trial is not None:
             return
@@ -263,7 +267,7 @@ class EngineClient:
             del self._held[request_id]
         if going:
             now = self._clock()
-            self._send(Submit([self._journal(request_id).resumed(now) for request_id in going]))
+            self._send(Submit([self._journal(one).resumed(now, is_bounded=one in new) for one in going]))
 
     def _end_trial(self, *, is_idle: bool) -> None:
         """If the request that is tried alone has got on, or is gone, go on with the others.

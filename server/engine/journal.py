@@ -42,7 +42,7 @@ class Journal:
     finish_reason: str | None = None
     history: RequestHistory | None = None
 
-    def resumed(self, now: float) -> EngineRequest:
+    def resumed(self, now: float, *, is_bounded: bool = False) -> EngineRequest:
         """The request as the next engine takes it.  It makes one engine die, and not those after it."""
         return replace(
             self.request,
@@ -50,6 +50,7 @@ class Journal:
             output_token_ids=list(self.output_token_ids),
             num_scored_tokens=1 + len(self.prompt_logprobs),
             die_after=None if self.num_deaths else self.request.die_after,
+            is_bounded=is_bounded,
         )
 
     def note(self, output: RequestOutput, now: float) -> None:

@@ -63,6 +63,7 @@ class EngineLoop:
                     for request_id in request_ids:
                         self.core.scheduler.abort(request_id)
                         self._endings.forget(request_id)
+                    self._reported = None  # the client may wait to hear that nothing is left, even if that is not new
                 case ForgetPrefixes():
                     self.core.scheduler.kv_cache.pool.forget()
                 case Stop():
@@ -93,7 +94,7 @@ class EngineLoop:
         )
         request.num_scored_tokens = sent.num_scored_tokens
         try:
-            self.core.scheduler.add(request)
+            self.core.scheduler.add(request, is_bounded=sent.is_bounded)
         except ShoalError as error:
             return RequestOutput(sent.request_id, [], FinishReason.ERROR, error=error.message)
         self._endings.expect(sent)

@@ -31,6 +31,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
             is not told.
         die_after: the engine is made to die when the request has this many output tokens; an injected fault.
         timing: whether the records of its steps are wanted.
+        is_bounded: whether it is refused if too many are unfinished; one that waited or has moved was accepted before.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     end_after: int | None = None
     die_after: int | None = None
     timing: bool = False
+    is_bounded: bool = True
 
 
 class Begin(msgspec.Struct, tag=True):

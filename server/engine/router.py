@@ -82,7 +82,7 @@ class Router:
         submission = Submission(requests, self._clock())
         submission.end_after(timeout, self.abort)
         for number, share in shares.items():
-            self.clients[number].adopt({request.request_id: submission for request in share})
+            self.clients[number].adopt({request.request_id: submission for request in share}, are_new=True)
         return submission
 
     def forget_prefixes(self) -> None:
@@ -92,8 +92,8 @@ class Router:
 
     def abort(self, request_ids: Iterable[str]) -> None:
         aborted = list(request_ids)
-        for client in self.clients:
-            client.abort(aborted)
+        while having := [client for client in self.clients if client.has_any(aborted)]:
+            having[0].abort(aborted)  # others of them may move where a trial has ended
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests; let the unfinished ones go on for a while, then end them with an error."""

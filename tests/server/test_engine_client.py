@@ -16,7 +16,7 @@ import tests.server.fake_engine as fake
 from shoal.scheduler.config import SchedulerConfig
 from shoal.scheduler.errors import ConfigError, ContextLengthError, EngineError, QueueFullError, ShoalError
 from shoal.scheduler.output import RequestOutput, SamplingParams, SchedulerStats
-from shoal.server.engine.client import EngineClient, EngineState
+from shoal.server.engine.client import MAX_DEATHS, EngineClient, EngineState
 from shoal.server.engine.messages import Abort, Command, EngineRequest, News, Ready, Submit
 from shoal.server.engine.submission import Submission
 from shoal.server.engine.supervisor import EngineSupervisor
@@ -348,6 +348,25 @@ def test_one_that_was_tried_comes_back_when_the_engine_says_no_more_of_it() -> N
         hand.client.take(News([], SchedulerStats(0, 0, 0.0, 0, 0, 0)))
         assert hand.asked() == [["a"]]
         assert submissions["a"].journals["a"].output_token_ids == [7]
+
+    play_out(scene)
+
+
+def test_an_engine_that_does_not_say_that_a_trial_is_over_hangs() -> None:
+    """It has no work, but one that was tried waits for it."""
+
+    async def scene() -> None:
+        hand = Hand()
+        for name in "ab":
+            hand.submit(name)
+        for _ in range(MAX_DEATHS):
+            hand.restart()
+        hand.say("a")
+        hand.client.abort(["b"])
+        hand.now = 5.5
+        assert hand.client.hangs
+        assert hand.restart() == [["a"]]
+        assert not hand.client.hangs
 
     play_out(scene)
 

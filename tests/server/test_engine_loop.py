@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from shoal.scheduler.output import SamplingParams, SchedulingParams
 from shoal.scheduler.policies import POLICIES
@@ -115,6 +116,24 @@ def test_the_loop_does_not_wait_while_requests_run() -> None:
 def test_after_an_abort_there_is_nothing_to_wake_for() -> None:
     sockets = run([(1.0, submit("a")), (2.0, Abort(["a"])), (90.0, submit("b"))], lambda s: "b" in ends(s))
     assert [number for number, wait in enumerate(sockets.waits) if wait is None] == [0, 5]
+
+
+def test_an_abort_is_answered_though_nothing_has_changed() -> None:
+    """The client may wait to hear that nothing is left."""
+    commands = [(1.0, submit("a")), (1.0, Abort(["a"])), (1.1, submit("b")), (1.1, Abort(["b"]))]
+    sockets = run(commands, lambda sockets: sockets.harness.now >= 1.1)
+    assert [time for time, _ in sockets.sent] == [1.0, 1.1]
+
+
+@pytest.mark.parametrize("is_bounded", [True, False])
+def test_what_was_accepted_before_is_taken_however_many_there_are(is_bounded: bool) -> None:
+    harness = Harness(max_num_seqs=1, max_num_waiting=1)
+    requests = [EngineRequest(name, [1], SamplingParams(max_tokens=1, seed=0)) for name in "abc"]
+    requests[-1] = replace(requests[-1], is_bounded=is_bounded)
+    wire = FakeWire(harness, [(0.0, Submit(requests))])
+    EngineLoop(harness.engine, wire).turn()
+    refused = [output.request_id for _, news in wire.sent for output in news.outputs if output.error]  # type: ignore[union-attr]
+    assert refused == ["c"] * is_bounded
 
 
 def test_a_request_arrived_before_it_was_sent() -> None:

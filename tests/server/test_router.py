@@ -267,6 +267,46 @@ def test_what_waited_for_a_trial_goes_on_when_it_ends() -> None:
     play(scene)
 
 
+def test_what_moves_while_it_is_aborted_is_aborted() -> None:
+    """The end of a trial has what waits for another engine come to one that has aborted already."""
+
+    async def scene() -> None:
+        several = Several()
+        first, second = several.engines
+        several.submit([1, 2, 3])
+        for owner in (first, second, first):
+            owner.client.lose()
+            owner.connect()
+        assert not first.client.is_open
+        several.submit([4, 5, 6], names="b")
+        second.client.lose()
+        assert [engine.client.num_unfinished for engine in several.engines] == [1, 1]
+        several.router.abort(["a", "b"])
+        assert several.router.num_unfinished == 0
+
+    play(scene)
+
+
+def test_all_that_two_full_engines_have_accepted_goes_on_in_one() -> None:
+    async def scene() -> None:
+        several = Several()
+        first, second = several.engines
+        several.submit(*[[1]] * 4)
+        several.submit(*[[1]] * 4, names="ijkl")
+        assert all(request.is_bounded for engine in several.engines for request in engine.asked())
+        first.client.lose()
+        moved = second.asked()
+        assert len(moved) == 4
+        assert not any(request.is_bounded for request in moved)
+        second.client.lose()
+        second.connect()
+        again = second.asked()
+        assert len(again) == 8
+        assert not any(request.is_bounded for request in again)
+
+    play(scene)
+
+
 def test_a_full_engine_is_passed_over_and_all_are_full_in_the_end() -> None:
     async def scene() -> None:
         several = Several()
