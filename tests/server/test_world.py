@@ -6,7 +6,7 @@ import pytest
 
 from tests.server import world
 
-NUM_HISTORIES, NUM_PARTS = 2000, 8
+NUM_HISTORIES, NUM_PARTS = 8000, 8
 PARTS = [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, NUM_PARTS))]
 
 
