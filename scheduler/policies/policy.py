@@ -95,6 +95,7 @@ class KeyedPolicy(Policy):
     """Serves the request with the least key first; the one with the greatest gives way.
 
     It gives way to a waiting request too, if that one's key is less.  Among equal keys the first request comes first.
+    `victim` compares the keys that `order` asked for: who overrides `order` overrides both.
     """
 
     _keys: dict[Request, float]  # of those in the order of this step, each asked for once
